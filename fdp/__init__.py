@@ -1,0 +1,1 @@
+"""fdp: five-dimensional parallelism research in JAX (tensor, data, pipeline, context, expert)."""

@@ -1,0 +1,23 @@
+"""One process, eight virtual CPU devices, one compilation cache for the whole suite.
+
+The environment must be complete before jax is imported: NPROC >= 2 x devices keeps XLA's CPU thread pool from
+starving when several multi-device programs are queued (jax < 0.12).
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("NPROC", "32")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jaxcache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices() -> None:
+    """Too few devices fail, never skip."""
+    assert jax.device_count() == 8, f"tests need 8 virtual CPU devices, found {jax.device_count()}"
