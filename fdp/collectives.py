@@ -1,0 +1,94 @@
+"""Collectives by logical axis name; the identity where the axis is not bound.
+
+A module written with these functions is at once the single-device reference (outside `shard_map` nothing is bound, so
+every collective is the identity and `size` is 1) and the sharded program (inside `shard_map` it sees its shard).
+
+An axis may be factored into binary sub-axes (`mesh.factor`): "cp" then means all of cp0, cp1, … that are bound.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+Axes = str | Sequence[str]
+
+
+def bound(axes: Axes) -> tuple[str, ...]:
+    """Mesh axis names bound here (inside shard_map) that make up the logical `axes`, outermost first."""
+    wanted = (axes,) if isinstance(axes, str) else tuple(axes)
+    names = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(n for n in names if n in wanted or n.rstrip("0123456789") in wanted)
+
+
+def size(axes: Axes) -> int:
+    """Degree of `axes` (their product), 1 where unbound. A Python int: shapes may depend on it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    total = 1
+    for name in bound(axes):
+        total *= mesh.shape[name]
+    return total
+
+
+def index(axes: Axes) -> jax.Array | int:
+    """Position of this device along `axes`, 0 where unbound."""
+    names = bound(axes)
+    return lax.axis_index(names) if names else 0
+
+
+def vary(tree: Any, axes: Axes) -> Any:
+    """Mark every leaf as varying over `axes` (idempotent). Its transpose is the psum of the cotangent."""
+    names = bound(axes)
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = tuple(n for n in names if n not in jax.typeof(x).mat.varying)
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree) if names else tree
+
+
+def vary_like(x: jax.Array, reference: jax.Array) -> jax.Array:
+    """Mark `x` as varying over every axis over which `reference` varies (for scan carries that start as constants)."""
+    return vary(x, tuple(jax.typeof(reference).mat.varying)) if in_shard_map() else x
+
+
+def in_shard_map() -> bool:
+    """Whether any mesh axis is bound, that is, whether this code runs inside shard_map."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def psum(x: Any, axes: Axes) -> Any:
+    """Sum over `axes`; a value that does not vary along an axis counts once per device of it."""
+    names = bound(axes)
+    return lax.psum(vary(x, axes), names) if names else x
+
+
+def pmax(x: jax.Array, axes: Axes) -> jax.Array:
+    """Maximum over `axes`."""
+    names = bound(axes)
+    return lax.pmax(vary(x, axes), names) if names else x
+
+
+def pmin(x: jax.Array, axes: Axes) -> jax.Array:
+    """Minimum over `axes`."""
+    names = bound(axes)
+    return lax.pmin(vary(x, axes), names) if names else x
+
+
+def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """Concatenate the shards along `dim`. The result is typed varying: the transpose is a reduce-scatter."""
+    names = bound(axes)
+    return lax.all_gather(vary(x, axes), names, axis=dim, tiled=True) if names else x
+
+
+def gather_replicated(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """Concatenate the shards along `dim` into a value known to be equal on all devices of `axes`."""
+    names = bound(axes)
+    return lax.all_gather(vary(x, axes), names, axis=dim, tiled=True, to="invarying") if names else x
+
+
+def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """Sum over `axes` and keep this device's slice of `dim` (its length must be divisible by the degree)."""
+    names = bound(axes)
+    return lax.psum_scatter(vary(x, axes), names, scatter_dimension=dim, tiled=True) if names else x
