@@ -160,7 +160,9 @@ def validate(c: ml_collections.ConfigDict) -> None:
     fix = f"set train.batch={_next_multiple(t.batch, per_step)} or another mesh.dp"
     _divides(c, "global batch", t.batch, equation, per_step, fix)
     if t.zero:
-        _divides(c, "model width", m.width, "mesh.dp (ZeRO)", mesh.dp, f"set model.width={_next_multiple(m.width, mesh.dp)}")
+        _divides(
+            c, "model width", m.width, "mesh.dp (ZeRO)", mesh.dp, f"set model.width={_next_multiple(m.width, mesh.dp)}"
+        )
     if c.objective.name == "block_diffusion":
         _divides(c, "sequence length", seq, "objective.block", c.objective.block, "choose a block that divides it")
         if mesh.cp > 1 or m.sequence_parallel:

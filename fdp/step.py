@@ -1,0 +1,147 @@
+"""The train step and the evaluation step: one shard_map over all five axes, then the optimizer on global arrays.
+
+Legend: B global batch, L positions, R rows that carry loss, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fdp import sharding
+from fdp.collectives import psum, vary, vary_like
+from fdp.mesh import BATCH_AXES
+from fdp.models.transformer import Transformer
+from fdp.objectives.base import Objective
+from fdp.state import Layout, TrainState, learning_rate
+
+P = PartitionSpec
+LOSS_AXES = ("pp", "dp", "ep", "cp")
+
+
+def batch_specs(batch: Any) -> Any:
+    """Specs of a corrupted batch: sequences over (dp, ep), positions (dim 1) over cp."""
+    return jax.tree.map(lambda x: P(BATCH_AXES, "cp") if x.ndim > 1 else P(BATCH_AXES), batch)
+
+
+def tokens_sharding(mesh: Mesh) -> NamedSharding:
+    """How the loop places a batch of tokens [B, L]."""
+    return NamedSharding(mesh, P(BATCH_AXES, "cp"))
+
+
+def select_rows(hidden_BxLxD: jax.Array, rows: dict[str, jax.Array], capacity: int) -> tuple[jax.Array, Any]:
+    """Gather the ≤ capacity positions whose weight is not 0: [B, L, D] → [capacity, D], rows alike.
+
+    Unused places carry weight 0. The capacity is an exact bound (objective.masked_capacity), so nothing is dropped.
+    """
+    flat = jax.tree.map(lambda x: x.reshape(-1), rows)
+    (places,) = jnp.nonzero(flat["weights"] > 0, size=capacity, fill_value=flat["weights"].size)
+    take = lambda x: jnp.take(x, places, axis=0, mode="fill", fill_value=0)  # noqa: E731
+    return take(hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])), jax.tree.map(take, flat)
+
+
+def loss_sum(model: Transformer, objective: Objective, capacity: int | None, params: Any, batch: Any) -> jax.Array:
+    """Σ of the weighted loss in nats over this device's tokens (inside shard_map or outside)."""
+    variables = {"params": params}
+    hidden_BxLxD = model.apply(variables, batch["inputs"], batch["noise"], method="hidden")
+    rows = batch["rows"]
+    hidden_BxLxD = hidden_BxLxD[:, : rows["weights"].shape[1]]  # block diffusion: the noisy half
+    if capacity is not None and capacity < rows["weights"].size:
+        hidden_BxLxD, rows = select_rows(hidden_BxLxD, rows, capacity)
+    logits = model.apply(variables, hidden_BxLxD, method="logits")
+    return objective.loss(logits, rows).sum()
+
+
+def head_capacity(c: ml_collections.ConfigDict, objective: Objective, batch: int, microbatches: int) -> int | None:
+    """Rows per device and microbatch that can carry loss, or None when the head must see every row."""
+    if not (c.objective.masked_head and objective.sparse_rows):
+        return None
+    shards = c.mesh.dp * c.mesh.ep * microbatches
+    return objective.masked_capacity(batch, c.data.seq_len, shards, c.mesh.cp)
+
+
+class Program:
+    """The pure functions of one arm on one mesh: `train_step`, `eval_step`, `grads`."""
+
+    def __init__(self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: Mesh):
+        self.c, self.objective, self.mesh = c, objective, mesh
+        self.layout = Layout(c, model, mesh)
+        gather = sharding.layer_gather(self.layout.stored, c.train.zero)
+        self.model = model if gather is None else model.clone(gather=gather)
+        self.tokens = c.train.batch * c.data.seq_len
+        self.capacity = head_capacity(c, objective, c.train.batch, c.train.microbatches)
+        self.lr = learning_rate(c)
+
+    def _shard_map(self, f: Callable[..., Any], batch: Any, out_specs: Any) -> Callable[..., Any]:
+        in_specs = (self.layout.stored, batch_specs(batch))
+        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
+
+    def corrupt(self, tokens_BxL: jax.Array, step: jax.Array) -> Any:
+        """The objective's batch for this step. Noise comes from (seed, step) on the global batch: equal on every mesh."""
+        key = jax.random.fold_in(jax.random.key(self.c.seeds[0]), step)
+        batch = self.objective.corrupt(key, tokens_BxL)
+        return jax.lax.with_sharding_constraint(batch, sharding.shardings(self.mesh, batch_specs(batch)))
+
+    def grads(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        """(mean loss in nats per token, gradients in the stored layout) of one global batch."""
+        return self._shard_map(self._local_grads, batch, (P(), self.layout.stored))(params, batch)
+
+    def _local_grads(self, stored: Any, batch: Any) -> tuple[jax.Array, Any]:
+        params, pull = jax.vjp(lambda p: sharding.materialise(p, self.layout.stored, self.c.train.zero), stored)
+
+        def one(p: Any, microbatch: Any) -> tuple[jax.Array, Any]:
+            f = lambda q: loss_sum(self.model, self.objective, self.capacity, q, microbatch) / self.tokens  # noqa: E731
+            return jax.value_and_grad(f)(p)
+
+        m = self.c.train.microbatches
+        if m == 1:
+            loss, grads = one(params, batch)
+        else:
+            split = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), batch)
+            zeros = jax.tree.map(lambda p: vary_like(jnp.zeros_like(p), p), params)
+            start = (vary(jnp.zeros(()), LOSS_AXES), zeros)
+
+            def body(carry: Any, microbatch: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, carry, one(params, microbatch)), None
+
+            (loss, grads), _ = jax.lax.scan(body, start, split)
+        return psum(loss, LOSS_AXES), pull(grads)[0]
+
+    def train_step(self, state: TrainState, tokens_BxL: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step. A non-finite loss or gradient leaves parameters and moments as they were."""
+        loss, grads = self.grads(state.params, self.corrupt(tokens_BxL, state.step))
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = self.layout.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        state = TrainState(
+            step=state.step + 1,
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )
+        metrics = {"loss": loss, "grad_norm": norm, "lr": self.lr(state.step - 1), "skipped": state.skipped}
+        return state, metrics
+
+    def eval_step(self, params: Any, tokens_BxL: jax.Array, index: jax.Array) -> jax.Array:
+        """Mean loss in nats per token of validation batch `index`, under noise that never changes."""
+        key = jax.random.fold_in(jax.random.key(1_000_003), index)
+        batch = self.objective.corrupt(key, tokens_BxL)
+
+        def local(stored: Any, b: Any) -> jax.Array:
+            p = sharding.materialise(stored, self.layout.stored, self.c.train.zero)
+            return psum(loss_sum(self.model, self.objective, None, p, b), LOSS_AXES) / tokens_BxL.size
+
+        return self._shard_map(local, batch, P())(params, batch)
+
+    def jit_train_step(self) -> Any:
+        """The compiled train step; the state is donated."""
+        s = self.layout.state_shardings()
+        return jax.jit(
+            self.train_step, donate_argnums=0, in_shardings=(s, tokens_sharding(self.mesh)), out_shardings=(s, None)
+        )
