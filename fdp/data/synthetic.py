@@ -1,0 +1,152 @@
+"""Laws whose likelihood, entropy and posterior under any mask are known exactly: the oracles of every test.
+
+Shapes: B sequences, L positions, n states (ids 0..n-1; id n is the mask token), P powers of the transition matrix.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdp.parallel.tensor import NEVER
+
+
+@lru_cache(maxsize=8)
+def _transitions(n: int, concentration: float, seed: int) -> np.ndarray:
+    """Row-stochastic matrix with Dirichlet rows: f64 [n, n]."""
+    return np.random.RandomState(seed).dirichlet(np.full(n, concentration), size=n)
+
+
+@lru_cache(maxsize=8)
+def _log_powers(n: int, concentration: float, seed: int, length: int) -> np.ndarray:
+    """log T^0 .. log T^length, multiplied in f64 and floored at log 1e-300: f64 [length + 1, n, n]."""
+    powers = [np.eye(n)]
+    for _ in range(length):
+        powers.append(powers[-1] @ _transitions(n, concentration, seed))
+    return np.log(np.maximum(np.stack(powers), 1e-300))
+
+
+@dataclass(frozen=True)
+class MarkovChain:
+    """First-order chain T ~ Dirichlet(concentration)^n with a stationary start; a pure function of its three fields."""
+
+    n: int = 27
+    concentration: float = 0.15
+    seed: int = 0
+
+    @property
+    def transitions(self) -> np.ndarray:
+        """T[u, v] = p(next = v | u): f64 [n, n]."""
+        return _transitions(self.n, self.concentration, self.seed)
+
+    @cached_property
+    def stationary(self) -> np.ndarray:
+        """π with πT = π, the law of every position: f64 [n]."""
+        system = np.vstack([self.transitions.T - np.eye(self.n), np.ones(self.n)])
+        pi = np.linalg.lstsq(system, np.append(np.zeros(self.n), 1.0), rcond=None)[0]
+        return np.clip(pi, 1e-300, None) / pi.sum()
+
+    def sample(self, seed: int, step: int, batch: int, length: int) -> np.ndarray:
+        """Batch number `step`: int32 [B, L], a pure function of (seed, step)."""
+        u_BxL = np.random.default_rng([seed, step]).random((batch, length))
+        cumulative = np.cumsum(self.transitions, axis=1)
+        x_BxL = np.empty((batch, length), np.int32)
+        x_BxL[:, 0] = np.searchsorted(np.cumsum(self.stationary), u_BxL[:, 0], side="right")
+        np.minimum(x_BxL[:, 0], self.n - 1, out=x_BxL[:, 0])
+        for i in range(1, length):
+            # The last cumulative sum may round below 1; the last state takes what is left.
+            beyond = u_BxL[:, i, None] >= cumulative[x_BxL[:, i - 1], :-1]
+            x_BxL[:, i] = beyond.sum(1)
+        return x_BxL
+
+    def nll(self, x_BxL: np.ndarray) -> np.ndarray:
+        """-log p(x) of whole sequences in nats: int [B, L] → f64 [B]. Infinite for an impossible step."""
+        x_BxL = np.asarray(x_BxL)
+        with np.errstate(divide="ignore"):
+            steps = np.log(self.transitions)[x_BxL[:, :-1], x_BxL[:, 1:]]
+        return -np.log(self.stationary)[x_BxL[:, 0]] - steps.sum(1)
+
+    def entropy_rate(self) -> float:
+        """h = -Σ π_u T_uv log T_uv in nats per token."""
+        t = self.transitions
+        return float(-(self.stationary[:, None] * t * np.log(np.maximum(t, 1e-300))).sum())
+
+    def nll_floor(self, length: int) -> float:
+        """Entropy of `length` tokens divided by `length`, in nats: no model's NLL or NELBO can be lower on average."""
+        start = float(-(self.stationary * np.log(self.stationary)).sum())
+        return (start + (length - 1) * self.entropy_rate()) / length
+
+    def denoiser(self, z_BxL: jax.Array) -> jax.Array:
+        """Exact log p(x_i | revealed tokens) for any mask pattern: int [B, L] with id n as mask → [B, L, n].
+
+        Masked i between revealed u, `a` to the left, and w, `c` to the right: ∝ (T^a)[u, v] (T^c)[v, w]; π_v without a
+        left neighbour, no factor without a right one. A revealed position is certain (0 and NEVER). f32, or f64 under
+        `jax.enable_x64`. Jittable.
+        """
+        length = z_BxL.shape[1]
+        log_powers = jnp.asarray(_log_powers(self.n, self.concentration, self.seed, length))
+        here_L = jnp.arange(length)
+        revealed_BxL = z_BxL < self.n
+        left_BxL = jax.lax.cummax(jnp.where(revealed_BxL, here_L, -1), axis=1)
+        right_BxL = jax.lax.cummin(jnp.where(revealed_BxL, here_L, length), axis=1, reverse=True)
+        u_BxL = jnp.take_along_axis(z_BxL, jnp.maximum(left_BxL, 0), axis=1)
+        w_BxL = jnp.take_along_axis(z_BxL, jnp.minimum(right_BxL, length - 1), axis=1)
+        # Ids that are not revealed are clipped: their factor is replaced just below.
+        from_left = log_powers[here_L - left_BxL, jnp.minimum(u_BxL, self.n - 1)]
+        to_right = log_powers[right_BxL - here_L, :, jnp.minimum(w_BxL, self.n - 1)]
+        logp = jnp.where((left_BxL >= 0)[..., None], from_left, jnp.log(jnp.asarray(self.stationary)))
+        logp += jnp.where((right_BxL < length)[..., None], to_right, 0.0)
+        certain = jnp.where(jnp.arange(self.n) == z_BxL[..., None], 0.0, NEVER)
+        return jnp.where(revealed_BxL[..., None], certain, jax.nn.log_softmax(logp, axis=-1))
+
+
+@dataclass(frozen=True)
+class EnumerableJoint:
+    """A random joint law on n^length sequences, p ~ Dirichlet(concentration): small enough to enumerate everything."""
+
+    n: int = 3
+    length: int = 4
+    concentration: float = 0.3
+    seed: int = 0
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """p(x): f64 [n] * length."""
+        flat = np.random.default_rng(self.seed).dirichlet(np.full(self.n**self.length, self.concentration))
+        return flat.reshape([self.n] * self.length)
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """Every state, masks (id n) included, in mixed-radix order: int32 [(n+1)^length, length]."""
+        return np.indices([self.n + 1] * self.length).reshape(self.length, -1).T.astype(np.int32)
+
+    @cached_property
+    def conditionals(self) -> np.ndarray:
+        """p(x_i | z) for every state z of `states`; one-hot where revealed: f64 [(n+1)^length, length, n]."""
+        out = np.empty((len(self.states), self.length, self.n))
+        for row, z in enumerate(self.states):
+            kept = self.table[tuple(slice(None) if c == self.n else slice(c, c + 1) for c in z)]
+            for i, c in enumerate(z):
+                marginal = kept.sum(tuple(j for j in range(self.length) if j != i))
+                out[row, i] = marginal / marginal.sum() if c == self.n else np.eye(self.n)[c]
+        return out
+
+    def index(self, z_BxL: jax.Array) -> jax.Array:
+        """Row of `states` (and `conditionals`) that holds z: int [B, L] → int [B]."""
+        return z_BxL @ np.array([(self.n + 1) ** i for i in reversed(range(self.length))], np.int32)
+
+    def sample(self, seed: int, step: int, batch: int) -> np.ndarray:
+        """Batch number `step`: int32 [B, length], a pure function of (seed, step)."""
+        flat = np.random.default_rng([seed, step]).choice(self.table.size, batch, p=self.table.reshape(-1))
+        return np.stack(np.unravel_index(flat, self.table.shape), 1).astype(np.int32)
+
+    def nll(self, x_BxL: np.ndarray) -> np.ndarray:
+        """-log p(x) in nats: int [B, length] → f64 [B]."""
+        return -np.log(self.table[tuple(np.asarray(x_BxL).T)])
+
+    def denoiser(self, z_BxL: jax.Array) -> jax.Array:
+        """Exact log p(x_i | revealed tokens), as `MarkovChain.denoiser`: int [B, length] → [B, length, n]. Jittable."""
+        logp = np.where(self.conditionals > 0, np.log(np.maximum(self.conditionals, 1e-300)), NEVER)
+        return jnp.asarray(logp)[self.index(z_BxL)]
