@@ -14,6 +14,10 @@ VARIANTS = ("cpu", "tiny", "full", "h100", "pod")
 FREE_KEYS = ("mesh", "checkpoint", "log", "hardware", "train.zero", "train.steps_per_call")
 
 
+class UserError(ValueError):
+    """A mistake the user can fix: shown as one message, without a traceback."""
+
+
 def base() -> ml_collections.ConfigDict:
     """Every key with its default. A topic config starts here and changes fields."""
     c = ml_collections.ConfigDict()
@@ -21,7 +25,7 @@ def base() -> ml_collections.ConfigDict:
     c.variant = "cpu"  # cpu | tiny | full | h100 | pod
     c.seeds = (0,)  # one run of every arm per seed
 
-    c.mesh = ml_collections.ConfigDict(dict(pp=1, dp=1, ep=1, cp=1, tp=1))  # degrees; their product = devices
+    c.mesh = ml_collections.ConfigDict({"pp": 1, "dp": 1, "ep": 1, "cp": 1, "tp": 1})  # degrees
 
     m = c.model = ml_collections.ConfigDict()
     m.layers = 4  # divisible by pp
@@ -37,7 +41,6 @@ def base() -> ml_collections.ConfigDict:
     m.dtype = "float32"  # compute dtype; parameters and logits are always float32
     m.remat = "none"  # none | dots | full: what the backward pass recomputes
     m.sequence_parallel = False  # between blocks, shard the sequence over tp (Megatron SP)
-    m.attention = "bidirectional"  # causal | bidirectional | block_diffusion; set by the arm
 
     o = c.objective = ml_collections.ConfigDict()
     o.name = "mdlm"  # autoregressive | mdlm | sedd_absorbing | sedd_uniform | block_diffusion
@@ -101,7 +104,7 @@ def closest(word: str, known: Any) -> str:
 def check_variant(variant: str) -> str:
     """Return `variant` or raise ValueError naming the closest one."""
     if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: {closest(variant, VARIANTS)}")
+        raise UserError(f"unknown variant {variant!r}: {closest(variant, VARIANTS)}")
     return variant
 
 
@@ -124,7 +127,7 @@ def digest(config: ml_collections.ConfigDict) -> str:
 
 def _divides(config: ml_collections.ConfigDict, what: str, value: int, by: str, divisor: int, fix: str) -> None:
     if value % divisor:
-        raise ValueError(f"{what} {value} is not divisible by {by} = {divisor}: {fix}")
+        raise UserError(f"{what} {value} is not divisible by {by} = {divisor}: {fix}")
 
 
 def _next_multiple(n: int, of: int) -> int:
@@ -137,9 +140,9 @@ def validate(c: ml_collections.ConfigDict) -> None:
     m, mesh, t = c.model, c.mesh, c.train
     for axis in ("pp", "dp", "ep", "cp", "tp"):
         if mesh[axis] < 1:
-            raise ValueError(f"mesh.{axis}={mesh[axis]} must be at least 1")
+            raise UserError(f"mesh.{axis}={mesh[axis]} must be at least 1")
     if mesh.pp > 1:
-        raise ValueError(f"mesh.pp={mesh.pp}: this model has no pipeline schedule; set mesh.pp=1")
+        raise UserError(f"mesh.pp={mesh.pp}: this model has no pipeline schedule; set mesh.pp=1")
     tp, shards = mesh.tp, mesh.dp * mesh.ep
     for what, value, key in (
         ("query heads", m.heads, "model.heads"),
@@ -166,7 +169,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     if c.objective.name == "block_diffusion":
         _divides(c, "sequence length", seq, "objective.block", c.objective.block, "choose a block that divides it")
         if mesh.cp > 1 or m.sequence_parallel:
-            raise ValueError("block_diffusion doubles the sequence: set mesh.cp=1 and model.sequence_parallel=False")
+            raise UserError("block_diffusion doubles the sequence: set mesh.cp=1 and model.sequence_parallel=False")
 
 
 def _check_choices(c: ml_collections.ConfigDict) -> None:
@@ -174,7 +177,6 @@ def _check_choices(c: ml_collections.ConfigDict) -> None:
         "variant": (c.variant, VARIANTS),
         "model.dtype": (c.model.dtype, ("float32", "bfloat16")),
         "model.remat": (c.model.remat, ("none", "dots", "full")),
-        "model.attention": (c.model.attention, ("causal", "bidirectional", "block_diffusion")),
         "objective.name": (
             c.objective.name,
             ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion"),
@@ -185,10 +187,10 @@ def _check_choices(c: ml_collections.ConfigDict) -> None:
     }
     for key, (value, known) in closed.items():
         if value not in known:
-            raise ValueError(f"{key}={value!r} is unknown: {closest(value, known)}")
+            raise UserError(f"{key}={value!r} is unknown: {closest(value, known)}")
     if c.train.zero not in (0, 1, 3):
-        raise ValueError(f"train.zero={c.train.zero} is unknown: 0 (replicated), 1 (gathered per step), 3 (per layer)")
+        raise UserError(f"train.zero={c.train.zero} is unknown: 0 (replicated), 1 (gathered per step), 3 (per layer)")
     for key in ("model.layers", "model.width", "model.heads", "train.batch", "train.microbatches", "data.seq_len"):
         value = flatten(c)[key]
         if value < 1:
-            raise ValueError(f"{key}={value} must be at least 1")
+            raise UserError(f"{key}={value} must be at least 1")

@@ -30,7 +30,7 @@ def init_params(model: nn.Module, key: jax.Array, seq_len: int, unbox: bool = Tr
 
 
 def zero_dim(shape: tuple[int, ...], spec: PartitionSpec, dp: int) -> int | None:
-    """The dim that ZeRO shards over dp: the largest one that no other axis uses and that dp divides (None: replicate)."""
+    """The dim that ZeRO shards over dp: the largest that no other axis uses and dp divides (None: replicate)."""
     entries = tuple(spec) + (None,) * (len(shape) - len(spec))
     free = [d for d, (n, s) in enumerate(zip(shape, entries, strict=True)) if s is None and n % dp == 0]
     return max(free, key=lambda d: shape[d], default=None)

@@ -36,7 +36,7 @@ def tokens_sharding(mesh: Mesh) -> NamedSharding:
 def select_rows(hidden_BxLxD: jax.Array, rows: dict[str, jax.Array], capacity: int) -> tuple[jax.Array, Any]:
     """Gather the ≤ capacity positions whose weight is not 0: [B, L, D] → [capacity, D], rows alike.
 
-    Unused places carry weight 0. The capacity is an exact bound (objective.masked_capacity), so nothing is dropped.
+    Unused places carry weight 0. The capacity is an exact bound (objective.capacity), so nothing is dropped.
     """
     flat = jax.tree.map(lambda x: x.reshape(-1), rows)
     (places,) = jnp.nonzero(flat["weights"] > 0, size=capacity, fill_value=flat["weights"].size)
@@ -61,7 +61,7 @@ def head_capacity(c: ml_collections.ConfigDict, objective: Objective, batch: int
     if not (c.objective.masked_head and objective.sparse_rows):
         return None
     shards = c.mesh.dp * c.mesh.ep * microbatches
-    return objective.masked_capacity(batch, c.data.seq_len, shards, c.mesh.cp)
+    return objective.capacity(batch, c.data.seq_len, shards, c.mesh.cp)
 
 
 class Program:
@@ -81,7 +81,7 @@ class Program:
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
 
     def corrupt(self, tokens_BxL: jax.Array, step: jax.Array) -> Any:
-        """The objective's batch for this step. Noise comes from (seed, step) on the global batch: equal on every mesh."""
+        """The objective's batch for this step. Noise depends on (seed, step) alone: equal on every mesh."""
         key = jax.random.fold_in(jax.random.key(self.c.seeds[0]), step)
         batch = self.objective.corrupt(key, tokens_BxL)
         return jax.lax.with_sharding_constraint(batch, sharding.shardings(self.mesh, batch_specs(batch)))
@@ -114,7 +114,7 @@ class Program:
     def train_step(self, state: TrainState, tokens_BxL: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step. A non-finite loss or gradient leaves parameters and moments as they were."""
         loss, grads = self.grads(state.params, self.corrupt(tokens_BxL, state.step))
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.layout.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

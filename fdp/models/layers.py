@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import all_gather, psum, reduce_scatter, size
+from fdp.collectives import all_gather, psum, reduce_scatter, size, vary
 from fdp.parallel.tensor import vocab_offset
 
 Array = jax.Array
@@ -24,8 +24,11 @@ def partitioned(init: Any, *spec: str | None) -> Any:
 
 
 def enter_tp(x_BxLxD: Array, sequence_parallel: bool) -> Array:
-    """Input of a column-parallel layer: the whole sequence (all-gather under sequence parallelism)."""
-    return all_gather(x_BxLxD, "tp", dim=1) if sequence_parallel else x_BxLxD
+    """Input of column-parallel weights: the whole sequence (all-gather under sequence parallelism).
+
+    Marked as varying here, once: left to each product, every one of q, k, v, gate, up would reduce its own gradient.
+    """
+    return all_gather(x_BxLxD, "tp", dim=1) if sequence_parallel else vary(x_BxLxD, "tp")
 
 
 def leave_tp(partial_BxLxD: Array, sequence_parallel: bool) -> Array:

@@ -1,4 +1,4 @@
-"""One Transformer for every mesh: outside shard_map it is the single-device reference, inside it is the sharded program.
+"""One Transformer for every mesh: outside shard_map the single-device reference, inside it the sharded program.
 
 Legend: B sequences, L positions (local over cp), D width, V vocabulary (local over tp).
 """
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from fdp.collectives import size, vary
+from fdp.collectives import all_gather, size, vary
 from fdp.models.attention import Attention
-from fdp.models.layers import Embedding, Head, Modulation, NoiseEmbedding, RMSNorm, SwiGLU, enter_tp
+from fdp.models.layers import Embedding, Head, Modulation, NoiseEmbedding, RMSNorm, SwiGLU
 
 Array = jax.Array
 
@@ -28,13 +28,14 @@ class Block(nn.Module):
     """Pre-norm residual block; with time conditioning each sublayer is modulated by the noise level."""
 
     m: ml_collections.FrozenConfigDict
+    attention: str
     block: int
 
     @nn.compact
     def __call__(self, x_BxLxD: Array, noise_BxE: Array | None) -> tuple[Array, None]:
         m, dtype = self.m, jnp.dtype(self.m.dtype)
         attention = Attention(
-            m.width, m.heads, m.kv_heads, m.head_dim, m.attention, self.block, m.rope_base, m.qk_norm, dtype,
+            m.width, m.heads, m.kv_heads, m.head_dim, self.attention, self.block, m.rope_base, m.qk_norm, dtype,
             m.sequence_parallel, name="attention",
         )  # fmt: skip
         mlp = SwiGLU(m.width, m.ffn, dtype, m.sequence_parallel, name="mlp")
@@ -52,12 +53,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids to vocabulary-parallel logits.
 
-    Attributes: `m`, the frozen `model` section of the config; `block`, tokens per block of block diffusion;
+    Attributes: `m`, the frozen `model` section of the config; `attention`, which keys a query sees (causal,
+    bidirectional, block_diffusion); `block`, tokens per block of block diffusion;
     `gather`, for ZeRO-3, maps the stored parameters of one layer to the whole ones inside the rematerialised scan.
     """
 
     m: ml_collections.FrozenConfigDict
-    block: int = 1
+    attention: str = "bidirectional"
+    block: int = 0
     gather: Callable[[Any], Any] | None = None
 
     def setup(self) -> None:
@@ -80,14 +83,16 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,
             length=m.layers // size("pp"),
             metadata_params={nn.PARTITION_NAME: "pp"},
-        )(m, self.block)
+        )(m, self.attention, self.block)
 
     def hidden(self, ids_BxL: Array, noise_B: Array) -> Array:
         """Final normed activations [B, L, D]; noise_B (any scale) is read only with time conditioning."""
         noise_BxE = self.noise_embedding(noise_B) if self.m.time_conditioning else None
         x_BxLxD = vary(self.embed(ids_BxL), "pp")  # the stacked layers are typed varying over pp
         x_BxLxD, _ = self.layers(x_BxLxD, noise_BxE)
-        return enter_tp(self.norm(x_BxLxD), self.m.sequence_parallel)
+        x_BxLxD = self.norm(x_BxLxD)
+        # Not `enter_tp`: without SP the rows are marked varying in the head, after the caller has selected some.
+        return all_gather(x_BxLxD, "tp", dim=1) if self.m.sequence_parallel else x_BxLxD
 
     def logits(self, x_D: Array) -> Array:
         """Head on any selection of rows: [..., D] → float32 [..., V/tp]."""
@@ -98,6 +103,6 @@ class Transformer(nn.Module):
         return self.logits(self.hidden(ids_BxL, noise_B))
 
 
-def from_config(c: ml_collections.ConfigDict) -> Transformer:
-    """The model that config `c` describes."""
-    return Transformer(ml_collections.FrozenConfigDict(c.model), block=c.objective.block)
+def from_config(c: ml_collections.ConfigDict, attention: str, block: int = 0) -> Transformer:
+    """The model that config `c` describes, seeing what `attention` allows (the objective decides)."""
+    return Transformer(ml_collections.FrozenConfigDict(c.model), attention, block)

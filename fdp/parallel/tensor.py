@@ -7,7 +7,7 @@ V/tp columns, a contiguous block; global ids everywhere else.
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import index, pmax, psum, size
+from fdp.collectives import index, pmax, psum
 
 # Logits of ids that must never be predicted. Finite: -inf would turn 0·log 0 terms into NaN.
 NEVER = -1e30
@@ -25,7 +25,7 @@ def suppress(logits_V: jax.Array, n_ids: int) -> jax.Array:
 
 
 def vocab_logsumexp(logits_V: jax.Array) -> jax.Array:
-    """log Σ_v exp(logit_v) over the whole vocabulary, f32: [..., V/tp] → [...]. One pmax and one psum of a scalar a row."""
+    """log Σ_v exp(logit_v) over the whole vocabulary: [..., V/tp] → [...] f32. A pmax and a psum of one scalar a row."""
     logits_V = logits_V.astype(jnp.float32)
     # The maximum only stabilises the exponent; its gradient cancels exactly.
     top = pmax(jax.lax.stop_gradient(logits_V.max(-1)), "tp")

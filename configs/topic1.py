@@ -1,0 +1,66 @@
+"""Topic 1: masked diffusion LM and an equal-size autoregressive LM over dp × tp.
+
+Claims: sharded equals unsharded on every axis; bytes per axis equal the closed formula; the masked-rows head halves the
+head's FLOPs at equal loss; MDLM against AR at equal budget (a small MDLM is expected to be behind).
+
+    python -m fdp.train --config=configs/topic1.py            # ≤ 10 min on 2 cores, 8 virtual devices
+    python -m fdp.train --config=configs/topic1.py:tiny       # ≤ 60 s
+    python -m fdp.train --config=configs/topic1.py:pod --dry_run
+    python -m fdp.train --config=configs/topic1.py --config.mesh.dp=2 --config.mesh.tp=4   # one variation
+"""
+
+import ml_collections
+
+from configs.common import llama_like, start
+from fdp.config import lock
+
+
+def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
+    """cpu | tiny | full | h100 | pod."""
+    c = start("parallel_dlm", variant)
+    c.mesh.update(dp=4, tp=2)
+    {"cpu": _cpu, "tiny": _tiny, "full": _full, "h100": _h100, "pod": _pod}[variant](c)
+    return lock(c)
+
+
+def _cpu(c: ml_collections.ConfigDict) -> None:
+    c.train.update(steps=1500, batch=32)
+
+
+def _tiny(c: ml_collections.ConfigDict) -> None:
+    c.model.update(layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=512)
+    c.data.update(vocab=512, seq_len=32)
+    c.train.update(steps=60, batch=16, warmup=10)
+    c.eval.update(every=0, batches=2, samples=2)
+    c.checkpoint.every = 30
+
+
+def _full(c: ml_collections.ConfigDict) -> None:
+    _cpu(c)
+    c.seeds = (0, 1, 2, 3, 4)
+
+
+def _large(c: ml_collections.ConfigDict) -> None:
+    c.model.dtype, c.model.remat, c.model.qk_norm = "bfloat16", "full", True
+    c.data.update(source="hf:HuggingFaceFW/fineweb-edu:sample-10BT", vocab=32_768, seq_len=4096)
+    c.train.update(steps=20_000, lr=3e-4, warmup=2000, weight_decay=0.1, beta2=0.95)
+    c.eval.update(every=1000, batches=16)
+    c.checkpoint.every = 1000
+
+
+def _h100(c: ml_collections.ConfigDict) -> None:
+    _large(c)
+    c.mesh.update(dp=1, tp=1)
+    llama_like(c.model, layers=24, width=1024, heads=16, kv_heads=16, vocab=32_768)
+    c.data.seq_len = 2048
+    c.train.update(batch=64, microbatches=4)
+    c.hardware.topology = "h100:1"
+
+
+def _pod(c: ml_collections.ConfigDict) -> None:
+    _large(c)
+    c.mesh.update(dp=16, cp=2, tp=4)
+    llama_like(c.model, layers=32, width=4096, heads=32, kv_heads=8, vocab=32_768)
+    c.model.sequence_parallel = True
+    c.train.update(batch=64, zero=3)
+    c.hardware.topology = "v5p:4x4x8"

@@ -1,0 +1,275 @@
+"""Checkpoints (Orbax): asynchronous, atomic, restored onto any mesh; and the tie between a workdir and its config."""
+
+import contextlib
+import errno
+import gc
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from fdp.config import flatten
+from fdp.metrics import write_atomic
+
+_UNFINISHED = ".orbax-checkpoint-tmp"  # the name suffix under which Orbax writes before it renames
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+# Orbax narrates every save and repeats, five tracebacks long, each error that it also raises.
+logging.getLogger("absl").addFilter(_not_from_orbax)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message names the path, the reason and a fix."""
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    cause = _root_cause(error)
+    text = str(cause).split(" [tensorstore_spec=")[0].strip()
+    return f"{type(cause).__name__}: {text.splitlines()[0][:300] if text else '(no message)'}"
+
+
+def _os_code(error: BaseException) -> int | None:
+    """errno of an OSError, or the one that TensorStore quotes in its text."""
+    cause = _root_cause(error)
+    if isinstance(cause, OSError):
+        return cause.errno
+    found = re.search(r"os_error_code='(\d+)'", str(cause))
+    return int(found.group(1)) if found else None
+
+
+def _write_error(what: str, path: Path, error: BaseException) -> CheckpointError:
+    code = _os_code(error)
+    reason = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})" if code else _first_line(error)
+    fix = "choose another --workdir"
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        fix = "free space there, lower checkpoint.keep, or choose another --workdir; earlier checkpoints are intact"
+    elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "make it writable or choose another --workdir"
+    elif code in (errno.ENOTDIR, errno.EEXIST):
+        fix = "a file is in the way: move it or choose another --workdir"
+    return CheckpointError(f"{what} {path} failed: {reason}. Fix: {fix}")
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _without_stray_tracebacks() -> Iterator[None]:
+    """Keep Orbax's abandoned coroutines from printing hundreds of lines after an error that we report in one."""
+    hooks, log = (sys.unraisablehook, sys.excepthook), logging.getLogger("asyncio")
+    disabled, log.disabled = log.disabled, True
+    sys.unraisablehook = sys.excepthook = _ignore
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook, sys.excepthook = hooks
+        log.disabled = disabled
+
+
+def topology(state: Any) -> dict[str, Any]:
+    """What wrote a checkpoint: mesh degrees of the first mesh-sharded leaf, device count and kind, JAX version."""
+    meshes = (x.sharding.mesh for x in jax.tree.leaves(state) if isinstance(x.sharding, NamedSharding))
+    mesh = next(meshes, None)
+    devices = {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
+    return {"mesh": dict(mesh.shape) if mesh is not None else {}, "devices": devices, "jax": jax.__version__}
+
+
+class Checkpoints:
+    """The checkpoints of one arm and seed: directory/<step>, the newest `keep` of them.
+
+    A state is a pytree of jax.Arrays (bf16, integers and typed PRNG keys included). On disk it has no mesh: restoring
+    reads, on every process, only the shards that the target shardings ask for.
+    """
+
+    def __init__(self, directory: Path, keep: int = 3):
+        """Raises CheckpointError when the directory cannot be made."""
+        self.directory = Path(directory).absolute()
+        self._pending: int | None = None  # the step being written
+        self._damaged: set[int] = set()  # steps that a restore could not read
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._unfinished = sorted(p.name for p in self.directory.iterdir() if _UNFINISHED in p.name)
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise _write_error("opening checkpoint directory", self.directory, error) from error
+
+    def _is_first_process(self) -> bool:
+        return jax.process_index() == 0
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Start writing `state` as step `step` and return once it is safe to donate its buffers.
+
+        `meta` is JSON; the topology is added to it. Waits for the previous save, and raises CheckpointError if that
+        one failed, if this one cannot start, or if the step is already complete.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave(json.loads(json.dumps({"topology": topology(state)} | dict(meta)))),
+        )
+        self.wait()
+        self._set_damaged_aside()
+        if step in self._manager.all_steps():
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} exists and is complete: a step is written once. "
+                "Fix: resume from it or choose another --workdir"
+            )
+        self._pending = step
+        with self._reported():
+            # force: Orbax would otherwise skip a step that is not newer than the newest one.
+            self._manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Return when the last save is complete on disk. Raises CheckpointError if it failed."""
+        with self._reported():
+            self._manager.wait_until_finished()
+        self._pending = None
+
+    def close(self) -> None:
+        """Finish the last save and stop the writer threads. Raises CheckpointError if that save failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Turn a failure of the pending save into a CheckpointError and remove what it left on the disk."""
+        try:
+            yield
+        except Exception as error:
+            path = self.directory / str(self._pending)
+            self._pending = None
+            if self._is_first_process():
+                for rest in self.directory.glob(f"*{_UNFINISHED}*"):
+                    shutil.rmtree(rest, ignore_errors=True)
+            self._manager.reload()
+            raise _write_error("saving checkpoint", path, error) from error
+
+    def _set_damaged_aside(self) -> None:
+        """Rename unreadable steps to damaged-<step>, so that they can be saved again and looked at."""
+        if not self._damaged:
+            return
+        if self._is_first_process():
+            for step in self._damaged:
+                target = self.directory / f"damaged-{step}"
+                shutil.rmtree(target, ignore_errors=True)
+                try:
+                    os.replace(self.directory / str(step), target)
+                except OSError as error:
+                    raise _write_error("setting aside damaged checkpoint", self.directory / str(step), error) from error
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("fdp damaged checkpoints set aside")
+        self._manager.reload()
+        self._damaged.clear()
+
+    def latest_step(self) -> int | None:
+        """The newest complete step that is not known to be damaged."""
+        return max(set(self._manager.all_steps()) - self._damaged, default=None)
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, meta) of the newest readable checkpoint, or None where there is none.
+
+        `abstract_state`: ShapeDtypeStructs with the shardings of the target mesh. An unreadable checkpoint is named in
+        a warning and the previous one is tried. Raises CheckpointError when there are checkpoints and none is readable.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps and self._unfinished:
+            names = ", ".join(self._unfinished)
+            warnings.warn(f"{self.directory} holds only an unfinished save ({names}): starting afresh", stacklevel=2)
+        reasons = []
+        for step in steps:
+            try:
+                state, meta = self._read(step, abstract_state)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise  # the machine failed, not the checkpoint
+            except Exception as error:
+                self._damaged.add(step)
+                reasons.append(f"step {step}: {_first_line(error)}")
+                continue
+            if reasons:
+                warnings.warn(
+                    f"fell back to the checkpoint of step {step} in {self.directory}; unreadable, and set aside as "
+                    f"damaged-<step> by the next save: {'; '.join(reasons)}",
+                    stacklevel=2,
+                )
+            return step, state, meta
+        if reasons:
+            raise CheckpointError(
+                f"none of the {len(reasons)} checkpoints in {self.directory} is readable: {'; '.join(reasons)}. "
+                "Fix: restore the directory from a copy, check that the model config is the one that wrote it, or "
+                "start afresh with another --workdir"
+            )
+        return None
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
+        with _without_stray_tracebacks():
+            found = self._manager.restore(step, args=args)
+        return found.state, found.meta
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if before != after and not any(key == f or key.startswith(f + ".") for f in free):
+            lines.append(f"{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def bind_workdir(
+    workdir: Path,
+    config: Mapping[str, Any],
+    config_hash: str,
+    allow_other: bool = False,
+    free: tuple[str, ...] = ("mesh", "checkpoint", "log", "train.zero"),
+) -> None:
+    """Create `workdir` and write config.json, or check that the one there belongs to the same experiment.
+
+    Keys under a dotted prefix in `free` may differ: a run may resume on another mesh. Raises ValueError naming the
+    other keys that differ, unless `allow_other`; CheckpointError when the directory cannot be written.
+    """
+    path = Path(workdir) / "config.json"
+    flat = json.loads(json.dumps(flatten(config)))
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        if path.exists() and not allow_other:
+            _check_same(path, flat, free)
+        write_atomic(path, json.dumps({"config_hash": config_hash, "config": flat}, indent=1) + "\n")
+    except OSError as error:
+        raise _write_error("writing", path, error) from error
+
+
+def _check_same(path: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> None:
+    fix = "choose another --workdir=... or pass --config.checkpoint.allow_config_change=True"
+    try:
+        old = json.loads(path.read_text())["config"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a config file of fdp ({error}): {fix}") from error
+    differences = _differences(old, config, free)
+    if differences:
+        raise ValueError(f"{path.parent} was made by another config: {'; '.join(differences)}. Fix: {fix}")

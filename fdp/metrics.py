@@ -1,0 +1,202 @@
+"""Metrics of a run: metrics.jsonl and TensorBoard events, the progress line, and throughput."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+_TAGS = ("arm", "seed", "step")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` as a whole: a reader, or a start after kill -9, sees the old file or the new one.
+
+    Raises OSError as the system reports it.
+    """
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> int | float | str:
+    """A number as valid JSON, which knows neither NaN nor infinities: those become "nan", "inf" and "-inf"."""
+    if isinstance(value, int):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Parsed lines. A last line without a newline is what kill -9 left of a write: dropped."""
+    rows = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1] if path.exists() else [], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}): delete that line") from error
+    return rows
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Rows of workdir/metrics.jsonl in the order of writing, non-finite numbers as floats; [] where there is none.
+
+    Raises ValueError naming the line when a line other than a half-written last one is not JSON.
+    """
+    return [
+        {k: float(v) if k != "arm" and v in ("nan", "inf", "-inf") else v for k, v in row.items()}
+        for row in _lines(Path(workdir) / "metrics.jsonl")
+    ]
+
+
+class MetricsWriter:
+    """Appends the metrics of one arm and seed to workdir/metrics.jsonl and workdir/tensorboard/<arm>-s<seed>.
+
+    Several writers may share a workdir within one process.
+    """
+
+    def __init__(self, workdir: Path, arm: str, seed: int):
+        self.workdir, self.arm, self.seed = Path(workdir), arm, seed
+        self.path = self.workdir / "metrics.jsonl"
+        self._events: Any = None
+        self._purge_step: int | None = None
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self._drop_half_line()
+
+    def _drop_half_line(self) -> None:
+        """Cut a half-written last line, or the next row would be glued to it."""
+        if self.path.exists():
+            content = self.path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            if end < len(content):
+                os.truncate(self.path, end)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one row; `metrics` are scalars, non-finite ones are kept. Raises ValueError on a reserved name."""
+        for name in _TAGS:
+            if name in metrics:
+                raise ValueError(f"metric name {name!r} is reserved for the tags of a row: rename the metric")
+        values = {name: _plain(value) for name, value in metrics.items()}
+        row = {"arm": self.arm, "seed": self.seed, "step": int(step)} | values
+        with open(self.path, "ab", buffering=0) as file:  # opened per row: resume() may have replaced the file
+            file.write((json.dumps(row) + "\n").encode())
+        events = self._event_writer()
+        for name, value in values.items():
+            events.add_scalar(name, float(value), step)
+
+    def _event_writer(self) -> Any:
+        if self._events is None:
+            from tensorboardX import SummaryWriter  # imported at the first row: it pulls in protobuf
+
+            folder = self.workdir / "tensorboard" / f"{self.arm}-s{self.seed}"
+            self._events = SummaryWriter(str(folder), purge_step=self._purge_step)
+        return self._events
+
+    def resume(self, step: int) -> None:
+        """Forget what this arm and seed wrote after `step`, the step of the checkpoint being resumed."""
+        if not self.path.exists():
+            return
+        rows = _lines(self.path)
+        kept = [r for r in rows if (r["arm"], r["seed"]) != (self.arm, self.seed) or r["step"] <= step]
+        if len(kept) < len(rows):
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._purge_step = step + 1
+
+    def close(self) -> None:
+        """Flush the TensorBoard events; metrics.jsonl is complete after every write."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+class Progress:
+    """One progress line with loss, steps per second and time left; on a non-terminal, a plain line every 10 %.
+
+    The clock starts at the first update, so that compilation does not count as training time.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int,
+        desc: str,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total, self.start, self.desc, self.clock = total, start, desc, clock
+        self.stream = sys.stderr if stream is None else stream
+        self._step = start
+        self._first: tuple[float, int] | None = None
+        self._tenth = start * 10 // max(total, 1)
+        self._bar: Any = None
+        if self.stream.isatty():
+            self._bar = tqdm(
+                total=total, initial=start, desc=desc, unit="step", file=self.stream, dynamic_ncols=True, leave=True
+            )
+
+    def update(self, step: int, **metrics: float) -> None:
+        """Report that `step` steps are done, out of `total`."""
+        text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._step)
+        self._step = step
+        if self._first is None:
+            self._first = (self.clock(), step)
+        tenth = step * 10 // max(self.total, 1)
+        if self._bar is None and tenth > self._tenth:
+            self._tenth = tenth
+            self._print(f"step {step}/{self.total}, {text}{self._speed()}")
+
+    def _speed(self) -> str:
+        assert self._first is not None
+        seconds, steps = self.clock() - self._first[0], self._step - self._first[1]
+        if steps <= 0 or seconds <= 0:
+            return ""
+        left = (self.total - self._step) * seconds / steps
+        return f", {steps / seconds:.3g} step/s, {tqdm.format_interval(left)} left"
+
+    def _print(self, text: str) -> None:
+        print(f"{self.desc}: {text}", file=self.stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line of its own without breaking the progress line."""
+        if self._bar is not None:
+            self._bar.write(f"{self.desc}: {text}", file=self.stream)
+        else:
+            self._print(text)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def throughput(
+    tokens_per_step: int, seconds: float, flops_per_step: float, peak_flops: float | None
+) -> dict[str, float]:
+    """tokens_per_s of a step that took `seconds`, and mfu = FLOP/s over the peak of all devices where that is known.
+
+    `peak_flops` is None for a device without a published peak: a utilisation is then not reported, never made up.
+    """
+    if seconds <= 0:
+        raise ValueError(f"seconds per step = {seconds} must be positive")
+    speed = {"tokens_per_s": tokens_per_step / seconds}
+    return speed if peak_flops is None else speed | {"mfu": flops_per_step / seconds / peak_flops}

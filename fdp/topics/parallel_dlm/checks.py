@@ -1,0 +1,145 @@
+"""Claims that need no training: sharded equals unsharded, bytes equal the closed formula, the head's FLOPs.
+
+Legend: B batch, L positions.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from fdp.cost import bytes as closed
+from fdp.cost import hlo, jaxpr
+from fdp.mesh import AXES, make_mesh
+from fdp.models import transformer
+from fdp.objectives.base import Objective
+from fdp.step import Program, tokens_sharding
+
+# Every axis alone (pp needs a schedule), then all of them mixed with sequence parallelism and ZeRO-3.
+MESHES: dict[str, dict[str, int]] = {
+    "dp8": {"dp": 8},
+    "ep4": {"ep": 4},
+    "cp4": {"cp": 4},
+    "tp4": {"tp": 4},
+    "dp2·cp2·tp2, SP, ZeRO-3": {"dp": 2, "cp": 2, "tp": 2},
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One mesh against one device: relative errors, and wire bytes per (op, axes) counted and by formula."""
+
+    mesh: str
+    loss_error: float
+    gradient_error: float
+    counted: dict[tuple[str, tuple[str, ...]], float]
+    formula: dict[tuple[str, tuple[str, ...]], float]
+
+    def mismatches(self) -> int:
+        """Number of (op, axes) whose counted bytes differ from the formula."""
+        keys = self.counted.keys() | self.formula.keys()
+        return sum(not math.isclose(self.counted.get(k, 0), self.formula.get(k, 0), rel_tol=1e-12) for k in keys)
+
+
+def small(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The arm's config shrunk until every mesh compiles in seconds; float32, so that errors show."""
+    c = c.copy_and_resolve_references()
+    c.model.update(layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ffn=64, vocab=256, dtype="float32")
+    c.data.seq_len, c.train.batch, c.train.zero, c.model.remat = 32, 8, 0, "none"
+    c.mesh.update(dict.fromkeys(AXES, 1))
+    return c
+
+
+def _program(c: ml_collections.ConfigDict, objective: Objective, mesh: Mesh) -> Program:
+    return Program(c, transformer.from_config(c, objective.attention, objective.block), objective, mesh)
+
+
+def _loss_and_grads(program: Program, tokens_BxL: np.ndarray) -> tuple[float, Any, Any]:
+    """(loss, gradients, compiled loss-and-gradient program) at initialisation on the program's mesh."""
+    c, mesh = program.c, program.mesh
+    state = program.layout.init(program.model.clone(gather=None), 0, c.data.seq_len)
+    batch = jax.jit(program.corrupt)(jax.device_put(tokens_BxL, tokens_sharding(mesh)), jnp.int32(0))
+    compiled = jax.jit(program.grads).lower(state.params, batch).compile()
+    loss, grads = compiled(state.params, batch)
+    return float(loss), jax.device_get(grads), compiled
+
+
+def compare_meshes(c: ml_collections.ConfigDict, objective: Objective) -> list[Comparison]:
+    """Loss, gradients and bytes of the small model on every mesh of MESHES against one device."""
+    c = small(c)
+    tokens_BxL = np.random.default_rng(0).integers(0, objective.n_ids, (c.train.batch, c.data.seq_len), np.int32)
+    loss, grads, _ = _loss_and_grads(_program(c, objective, make_mesh(c.mesh, jax.devices()[:1])), tokens_BxL)
+    norm = _norm(grads)
+    out = []
+    for name, degrees in MESHES.items():
+        d = c.copy_and_resolve_references()
+        d.mesh.update(degrees)
+        if "ZeRO-3" in name:
+            d.train.zero, d.model.sequence_parallel, d.model.remat = 3, True, "full"
+        program = _program(d, objective, make_mesh(d.mesh))
+        other, other_grads, compiled = _loss_and_grads(program, tokens_BxL)
+        difference = _norm(jax.tree.map(np.subtract, other_grads, grads))
+        out.append(
+            Comparison(
+                name, abs(other - loss) / abs(loss), difference / norm, counted_bytes(compiled, program.mesh),
+                dict(closed.traffic(d, program.layout.shapes, program.layout.stored, device_head_rows(program))),
+            )
+        )  # fmt: skip
+    return out
+
+
+def _norm(tree: Any) -> float:
+    return math.sqrt(sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree)))
+
+
+def counted_bytes(compiled: Any, mesh: Mesh) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Wire bytes per device by (op, axes) in a compiled program."""
+    summary = hlo.summary(hlo.collectives(compiled.as_text(), dict(mesh.shape)))
+    return {key: wire for key, (_, _, wire) in summary.items()}
+
+
+def device_head_rows(program: Program) -> int:
+    """Rows per device and microbatch on which the head runs."""
+    c = program.c
+    local = c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches)
+    return local if program.capacity is None else min(program.capacity, local)
+
+
+@dataclass(frozen=True)
+class HeadSaving:
+    """Head FLOPs of one step with and without the masked-rows head, and the relative change of the loss."""
+
+    flops: int
+    full_flops: int
+    loss_error: float
+
+
+def head_saving(program: Program, tokens_BxL: np.ndarray) -> HeadSaving:
+    """Count the head's matmul FLOPs in the jaxpr with rows selected and with all rows; evaluate both losses."""
+    params = program.layout.init(program.model.clone(gather=None), 0, program.c.data.seq_len).params
+    tokens = jax.device_put(tokens_BxL, tokens_sharding(program.mesh))
+    batch = jax.jit(program.corrupt)(tokens, jnp.int32(0))
+    capacity = program.capacity
+    losses, counts = [], []
+    try:
+        for rows in (capacity, None):
+            program.capacity = rows
+            counts.append(jaxpr.dot_flops(jax.make_jaxpr(program.grads)(params, batch)))
+            losses.append(float(jax.jit(lambda p, b: program.grads(p, b)[0])(params, batch)))
+    finally:
+        program.capacity = capacity
+    c = program.c
+    local_full = 3 * 2 * device_head_rows_full(program) * c.model.width * c.model.vocab // c.mesh.tp
+    body = counts[1] - local_full
+    return HeadSaving(counts[0] - body, local_full, abs(losses[0] - losses[1]) / abs(losses[1]))
+
+
+def device_head_rows_full(program: Program) -> int:
+    """Rows per device and step without row selection."""
+    c = program.c
+    return c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp)

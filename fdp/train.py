@@ -1,0 +1,53 @@
+"""The command: `python -m fdp.train --config=configs/topic1.py[:variant] [--workdir=…] [--dry_run] [--config.key=…]`."""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+# Before jax is imported: queued multi-device programs starve XLA's CPU thread pool otherwise (jax < 0.12).
+os.environ.setdefault("NPROC", "64")
+
+from fdp import config as fdp_config
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/topicN.py[:variant]; override with --config.key=value")
+WORKDIR = flags.DEFINE_string("workdir", None, "results and checkpoints; default runs/<config>-<variant>")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile for the target hardware and print what it needs; run nothing")
+
+
+def default_workdir() -> Path:
+    """runs/<config file>-<variant>, under the current directory."""
+    stem = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    return Path("runs") / f"{stem}-{CONFIG.value.variant}"
+
+
+def main(argv: list[str]) -> None:
+    """Validate, then dry-run or train every arm and write the topic's report."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument(s): {' '.join(argv[1:])}")
+    config = CONFIG.value
+    try:
+        fdp_config.validate(config)
+        needed = math.prod(config.mesh.values())
+        if DRY_RUN.value:
+            from fdp.dry_run import dry_run
+
+            dry_run(config)
+            return
+        from fdp.mesh import use_virtual_devices
+
+        use_virtual_devices(needed)
+        from fdp.run import run
+
+        run(config, Path(WORKDIR.value) if WORKDIR.value else default_workdir(), " ".join(sys.argv[1:]))
+    except fdp_config.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

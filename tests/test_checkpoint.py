@@ -1,0 +1,292 @@
+"""Checkpoints restore bit-exactly on any mesh, survive damage, kill -9 and a full disk, and name what went wrong."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fdp.checkpoint import CheckpointError, Checkpoints, bind_workdir
+from fdp.mesh import AXES, make_mesh
+
+META = {"config": {"train.lr": 3e-3}}
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    key: jax.Array
+
+
+def mesh_of(**degrees):
+    devices = jax.devices()[: int(np.prod(list(degrees.values()) or [1]))]
+    return make_mesh({a: degrees.get(a, 1) for a in AXES}, devices)
+
+
+def build(seed):
+    """Leaves of every kind: fp32 matrix, bf16, int, uint8, a typed key, optax's named tuples and masked nodes."""
+    key = jax.random.key(seed)
+    params = {
+        "w_DxF": jax.random.normal(key, (16, 32)),
+        "b_F": jax.random.normal(key, (32,), jnp.bfloat16),
+        "table_E": jnp.arange(8, dtype=jnp.uint8),
+    }
+    trained = {k: params[k] for k in ("w_DxF", "b_F")}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask={"w_DxF": True, "b_F": False}))
+    _, opt_state = tx.update(trained, tx.init(trained), trained)
+    return State(jnp.int32(seed), params, opt_state, jax.random.split(key, 2))
+
+
+def shardings(mesh, spec):
+    """`spec` for the matrices, everything else replicated."""
+    return jax.tree.map(
+        lambda x: NamedSharding(mesh, spec if x.shape == (16, 32) else PartitionSpec()), jax.eval_shape(build, 0)
+    )
+
+
+def state_on(mesh, spec, seed=0):
+    return jax.device_put(build(seed), shardings(mesh, spec))
+
+
+def abstract(mesh, spec):
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(build, 0),
+        shardings(mesh, spec),
+    )
+
+
+def bits(x):
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        assert (x.dtype, x.shape, bits(x)) == (y.dtype, y.shape, bits(y)), jax.tree_util.keystr(path)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path / "ck")
+    yield opened
+    opened.close()
+
+
+def damage(step_dir: Path):
+    """Halve the file that holds the arrays."""
+    largest = max((p for p in step_dir.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+DP8, ROWS = {"dp": 8}, PartitionSpec("dp")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("degrees", "spec"),
+    [
+        ({}, PartitionSpec()),
+        ({"dp": 2, "tp": 4}, PartitionSpec("dp", "tp")),
+        ({"dp": 8}, PartitionSpec()),
+        ({"dp": 8}, PartitionSpec(None, "dp")),
+    ],
+    ids=["8to1", "dp8_to_dp2tp4", "sharded_to_replicated", "other_zero_dim"],
+)
+def test_restore_on_another_mesh_is_bit_exact(checkpoints, degrees, spec):
+    saved = state_on(mesh_of(**DP8), ROWS)
+    checkpoints.save(5, saved, META)
+    target = abstract(mesh_of(**degrees), spec)
+    checkpoints.wait()
+    step, state, meta = checkpoints.restore(target)
+    assert step == checkpoints.latest_step() == 5
+    assert_same(state, saved)
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    assert meta["config"] == META["config"]
+    assert meta["topology"]["mesh"] == {"pp": 1, "dp": 8, "ep": 1, "cp": 1, "tp": 1}
+    assert meta["topology"]["jax"] == jax.__version__
+
+
+@pytest.mark.fast
+def test_nothing_saved_restores_to_none_and_keep_bounds_the_steps(checkpoints):
+    mesh = mesh_of()
+    assert checkpoints.restore(abstract(mesh, PartitionSpec())) is None
+    assert checkpoints.latest_step() is None
+    for step in range(1, 6):
+        checkpoints.save(step, {"x": jnp.float32(step)}, {})
+    checkpoints.wait()
+    assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["3", "4", "5"]
+    with pytest.raises(CheckpointError, match="5 exists and is complete"):
+        checkpoints.save(5, {"x": jnp.float32(0)}, {})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoints.save(6, {"x": jnp.float32(0)}, {"bad": object()})
+
+
+@pytest.mark.fast
+def test_donating_the_state_right_after_save_does_not_change_the_checkpoint(checkpoints):
+    saved = {"x": jax.random.normal(jax.random.key(0), (512, 512))}
+    expected = np.array(saved["x"])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
+    checkpoints.save(1, saved, {})
+    overwritten = jax.jit(lambda s: {"x": s["x"] * 0 - 1}, donate_argnums=0)(saved)
+    jax.block_until_ready(overwritten)
+    checkpoints.wait()
+    np.testing.assert_array_equal(checkpoints.restore(target)[1]["x"], expected)
+
+
+@pytest.mark.fast
+def test_truncated_checkpoint_falls_back_and_its_step_can_be_saved_again(tmp_path, capfd):
+    mesh = mesh_of(**DP8)
+    with_steps = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        with_steps.save(step, state_on(mesh, ROWS, seed=step), META)
+    with_steps.close()
+    damage(tmp_path / "3")
+    (tmp_path / "2" / "meta" / "metadata").unlink()
+
+    opened = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match=r"fell back to the checkpoint of step 1 .*step 3: .*; step 2: "):
+        step, state, _ = opened.restore(abstract(mesh, ROWS))
+    assert step == opened.latest_step() == 1
+    assert_same(state, build(1))
+    opened.save(2, state_on(mesh, ROWS, seed=20), META)
+    opened.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2", "damaged-2", "damaged-3"]
+    reopened = Checkpoints(tmp_path)
+    assert reopened.restore(abstract(mesh, ROWS))[0] == 2
+    reopened.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.fast
+def test_no_readable_checkpoint_is_an_error_and_never_a_fresh_start(checkpoints):
+    mesh = mesh_of()
+    for step in (1, 2):
+        checkpoints.save(step, state_on(mesh, PartitionSpec()), META)
+    checkpoints.wait()
+    for step in ("1", "2"):
+        damage(checkpoints.directory / step)
+    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .*step 2: .*step 1: .*Fix: "):
+        checkpoints.restore(abstract(mesh, PartitionSpec()))
+
+
+@pytest.mark.fast
+def test_another_model_is_refused(checkpoints):
+    checkpoints.save(1, {"w": jnp.zeros((4, 4))}, {})
+    checkpoints.wait()
+    sharding = NamedSharding(mesh_of(), PartitionSpec())
+    with pytest.raises(CheckpointError, match=r"\(4, 4\)"):
+        checkpoints.restore({"w": jax.ShapeDtypeStruct((4, 5), jnp.float32, sharding=sharding)})
+
+
+@pytest.mark.fast
+def test_full_disk_is_reported_and_earlier_checkpoints_survive(checkpoints, capfd):
+    """A file size limit stands for the full disk: the write fails in the same place, with EFBIG for ENOSPC."""
+    small = {"x": jnp.arange(4.0)}
+    big = {"x": jax.random.normal(jax.random.key(0), (400, 400))}
+    checkpoints.save(1, small, {})
+    checkpoints.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        checkpoints.save(2, big, {})
+        with pytest.raises(
+            CheckpointError, match=r"saving checkpoint .*/ck/2 failed: File too large .*Fix: free space"
+        ):
+            checkpoints.save(3, small, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["1"]
+    assert checkpoints.latest_step() == 1
+    checkpoints.save(2, big, {})
+    checkpoints.wait()
+    assert checkpoints.latest_step() == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.fast
+def test_a_file_in_the_way_names_path_reason_and_fix(tmp_path):
+    (tmp_path / "run").write_text("not a folder")
+    for make in (lambda: Checkpoints(tmp_path / "run" / "ck"), lambda: bind_workdir(tmp_path / "run", {}, "h")):
+        with pytest.raises(
+            CheckpointError, match=r"run.* failed: (Not a directory|File exists).*Fix: a file is in the"
+        ):
+            make()
+
+
+def test_kill_9_during_a_save_keeps_the_earlier_step(tmp_path):
+    script = textwrap.dedent(f"""
+        import os, signal, threading
+        import jax, jax.numpy as jnp
+        from pathlib import Path
+        from fdp.checkpoint import Checkpoints
+
+        directory = Path({str(tmp_path)!r})
+        checkpoints = Checkpoints(directory)
+        checkpoints.save(1, {{"x": jnp.arange(8.0)}}, {{}})
+        checkpoints.wait()
+        big = jax.random.normal(jax.random.key(0), (16, 1024, 1024))
+
+        def kill():
+            while not list(directory.glob("2.*")):
+                pass
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        checkpoints.save(2, {{"x": big}}, {{}})
+        checkpoints.wait()
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert any(p.name.startswith("2.") for p in tmp_path.iterdir())
+    opened = Checkpoints(tmp_path)
+    assert opened.latest_step() == 1
+    target = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh_of(), PartitionSpec()))}
+    np.testing.assert_array_equal(opened.restore(target)[1]["x"], np.arange(8.0))
+    opened.save(2, {"x": jnp.zeros(8)}, {})
+    opened.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.fast
+def test_an_unfinished_first_save_is_mentioned(tmp_path):
+    (tmp_path / "1.orbax-checkpoint-tmp").mkdir()
+    opened = Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match=r"only an unfinished save \(1.orbax-checkpoint-tmp\)"):
+        assert opened.restore({}) is None
+    opened.close()
+
+
+@pytest.mark.fast
+def test_workdir_belongs_to_one_config(tmp_path):
+    config = {"mesh": {"dp": 8, "tp": 1}, "train": {"lr": 3e-3, "zero": 0, "zeroth": 1}, "seeds": (0, 1)}
+    bind_workdir(tmp_path / "run", config, "aaa")
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["config_hash"] == "aaa"
+    assert written["config"]["train.lr"] == 3e-3
+    moved = config | {"mesh": {"dp": 2, "tp": 4}, "train": {"lr": 3e-3, "zero": 3, "zeroth": 1}}
+    bind_workdir(tmp_path / "run", moved, "aaa")
+    other = config | {"train": {"lr": 1e-3, "zero": 0, "zeroth": 2}}
+    message = r"train.lr: 0.003 -> 0.001; train.zeroth: 1 -> 2. Fix: .*--workdir=.*checkpoint.allow_config_change=True"
+    with pytest.raises(ValueError, match=message):
+        bind_workdir(tmp_path / "run", other, "bbb")
+    bind_workdir(tmp_path / "run", other, "bbb", allow_other=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config_hash"] == "bbb"
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not a config file of fdp"):
+        bind_workdir(tmp_path / "run", config, "aaa")

@@ -1,0 +1,115 @@
+"""Metric rows survive kill -9 and resume; the progress line is short off a terminal; utilisation is never made up."""
+
+import io
+import json
+import math
+
+import pytest
+
+from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput, write_atomic
+
+pytestmark = pytest.mark.fast
+
+
+def test_rows_are_tagged_valid_json_and_non_finite_numbers_survive(tmp_path):
+    writer = MetricsWriter(tmp_path, "tp", 3)
+    writer.write(10, {"loss": float("nan"), "grad_norm": float("inf"), "skipped": 2})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row == {"arm": "tp", "seed": 3, "step": 10, "loss": "nan", "grad_norm": "inf", "skipped": 2}
+    (read,) = read_metrics(tmp_path)
+    assert math.isnan(read["loss"])
+    assert read["grad_norm"] == math.inf
+    assert len(list((tmp_path / "tensorboard" / "tp-s3").iterdir())) == 1
+
+
+def test_resume_drops_only_later_rows_of_this_arm_and_seed(tmp_path):
+    for arm, seed in (("a", 0), ("a", 1), ("b", 0)):
+        writer = MetricsWriter(tmp_path, arm, seed)
+        for step in (10, 20, 30):
+            writer.write(step, {"loss": step / 10})
+        writer.close()
+    writer = MetricsWriter(tmp_path, "a", 0)
+    writer.resume(20)
+    writer.write(30, {"loss": 7.0})
+    writer.close()
+    rows = read_metrics(tmp_path)
+    assert [(r["step"], r["loss"]) for r in rows if (r["arm"], r["seed"]) == ("a", 0)] == [(10, 1), (20, 2), (30, 7)]
+    assert len(rows) == 9
+
+
+def test_half_written_last_line_is_dropped_and_not_glued_to_the_next(tmp_path):
+    first = MetricsWriter(tmp_path, "a", 0)
+    first.write(1, {"loss": 1.0})
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"arm": "a", "se')
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+    writer = MetricsWriter(tmp_path, "a", 0)
+    writer.resume(1)
+    writer.write(2, {"loss": 2.0})
+    writer.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_damage_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"arm": "a", "seed": 0, "step": 1}\nbroken\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is not JSON"):
+        read_metrics(tmp_path)
+
+
+def test_reserved_names_are_refused_and_no_file_means_no_rows(tmp_path):
+    assert read_metrics(tmp_path) == []
+    with pytest.raises(ValueError, match="'step' is reserved"):
+        MetricsWriter(tmp_path, "a", 0).write(1, {"step": 2})
+
+
+def test_failed_atomic_write_keeps_the_old_file_and_leaves_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_atomic(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fdp.metrics.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_progress_off_a_terminal_prints_every_tenth_with_speed_and_time_left():
+    stream, clock = io.StringIO(), iter(range(0, 100_000))
+    with Progress(1000, 500, "tp-s0", stream=stream, clock=lambda: next(clock)) as progress:
+        progress.note("first step after 1.0 s")
+        for step in range(501, 1001):
+            progress.update(step, loss=2.0)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "tp-s0: first step after 1.0 s"
+    assert [line.split()[2] for line in lines[1:]] == [f"{s}/1000," for s in (600, 700, 800, 900, 1000)]
+    assert "loss 2.0000" in lines[1]
+    assert "step/s" in lines[1]
+    assert "left" in lines[1]
+    assert "\r" not in stream.getvalue()
+
+
+def test_progress_on_a_terminal_is_one_line():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    with Progress(10, 0, "arm", stream=stream) as progress:
+        for step in range(1, 11):
+            progress.update(step, loss=1.25)
+    assert "10/10" in stream.getvalue()
+    assert "loss 1.2500" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_throughput_reports_utilisation_only_against_a_known_peak():
+    assert throughput(4096, 0.5, 1e12, None) == {"tokens_per_s": 8192.0}
+    assert throughput(4096, 0.5, 1e12, 4e12) == {"tokens_per_s": 8192.0, "mfu": 0.5}
+    with pytest.raises(ValueError, match="must be positive"):
+        throughput(1, 0.0, 1.0, None)
