@@ -84,7 +84,9 @@ def _without_stray_tracebacks() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # "coroutine was never awaited"
+            gc.collect()
         sys.unraisablehook, sys.excepthook = hooks
         log.disabled = disabled
 

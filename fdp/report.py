@@ -253,11 +253,12 @@ def _cells(row: Row) -> list[str]:
 _HEAD = ["claim", "result", "baseline", "ratio", "threshold", "verdict", "evidence"]
 
 
-def _fit(widths: list[int], total: int) -> list[int]:
-    """Column widths with two spaces between them that fit `total`: the widest column gives way first."""
+def _fit(widths: list[int], floors: list[int], total: int) -> list[int]:
+    """Column widths with two spaces between them that fit `total`: the widest gives way first, headers last."""
     widths = list(widths)
     while sum(widths) + 2 * (len(widths) - 1) > total and max(widths) > 6:
-        widths[widths.index(max(widths))] -= 1
+        widest = max(range(len(widths)), key=lambda i: (widths[i] > floors[i], widths[i]))
+        widths[widest] -= 1
     return widths
 
 
@@ -306,10 +307,9 @@ class Report:
         """The verdict table, wrapped to `width` columns (default: the terminal's)."""
         width = width or shutil.get_terminal_size((120, 24)).columns
         table = [_cells(row) for row in self.rows]
-        # tabulate keeps two more columns for a header than it is long.
-        widths = _fit(
-            [max(len(line[i]) + 2 * (line is _HEAD) for line in [_HEAD, *table]) for i in range(len(_HEAD))], width
-        )
+        floors = [len(head) + 2 for head in _HEAD]  # tabulate pads a header by two
+        natural = [max([floor, *(len(cells[i]) for cells in table)]) for i, floor in enumerate(floors)]
+        widths = _fit(natural, floors, width)
         heads = [w - 2 for w in widths]
         text = tabulate(table, _HEAD, "simple", disable_numparse=True, maxcolwidths=widths, maxheadercolwidths=heads)
         title = f"{self.topic} ({self.variant}) on {self.devices}"
@@ -366,7 +366,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _STYLE: dict[Any, Any] = {
     "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5",
-    "axes.axisbelow": True, "lines.linewidth": 1.5, "legend.frameon": False,
+    "axes.axisbelow": True, "lines.linewidth": 1.5,
 }  # fmt: skip
 
 
@@ -409,5 +409,5 @@ def plot_curves(
         axes.axhline(level, label=label, linestyle="--", linewidth=1, color=("#444444", "#999999")[i % 2])
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if series or hlines:
-        axes.legend()
+        axes.legend(fontsize=8)
     return save_plot(fig, path)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +12,7 @@ from jax.sharding import Mesh
 from fdp import config as fdp_config
 from fdp import loop, sharding
 from fdp.arm import Arm, load_data
-from fdp.checkpoint import bind_workdir
+from fdp.checkpoint import CheckpointError, bind_workdir
 from fdp.data.batches import default_cache_dir
 from fdp.mesh import degrees_equation, is_virtual, make_mesh
 
@@ -47,7 +46,9 @@ def banner(arm: Arm) -> str:
     """Devices, mesh, parameters, batch equation and corpus."""
     c, mesh, data = arm.c, arm.mesh, arm.data
     devices = list(mesh.devices.flat)
-    kind = "virtual CPU devices (their wall time says nothing about parallel speed)" if is_virtual(devices) else "devices"
+    kind = (
+        "virtual CPU devices (their wall time says nothing about parallel speed)" if is_virtual(devices) else "devices"
+    )
     count = sum(x.size for x in jax.tree.leaves(arm.program.layout.shapes))
     per_device = c.train.batch // (c.mesh.dp * c.mesh.ep * c.train.microbatches)
     return "\n".join(
@@ -86,7 +87,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
             workdir, fdp_config.flatten(config), digest, config.checkpoint.allow_config_change, fdp_config.FREE_KEYS
         )
         arms = build_arms(config, study, mesh)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         raise fdp_config.UserError(str(error)) from error
     resume = f"python -m fdp.train {command}"
     try:
@@ -100,9 +101,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
     except loop.Stopped as stopped:
         print(f"{stopped}; state saved. Resume with:\n  {resume}")
         return
+    except CheckpointError as error:
+        raise fdp_config.UserError(str(error)) from error
     except FloatingPointError as error:
         raise fdp_config.UserError(f"{error}\nThe last checkpoint is intact in {workdir}/checkpoints") from error
     report = study.study(Run(config, mesh, workdir, arms))
     report.write(workdir)
     print(report.terminal())
-    print(f"\nreport    {workdir / 'report.md'}\nplots     {', '.join(report.plots)}")
+    print(f"\nreport    {workdir / 'report.md'}\nplots     {', '.join(str(workdir / p) for p in report.plots)}")

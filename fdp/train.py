@@ -1,4 +1,4 @@
-"""The command: `python -m fdp.train --config=configs/topic1.py[:variant] [--workdir=…] [--dry_run] [--config.key=…]`."""
+"""The command: python -m fdp.train --config=configs/topic1.py[:variant] [--workdir=…] [--dry_run] [--config.key=…]"""
 
 import math
 import os
@@ -13,7 +13,9 @@ os.environ.setdefault("NPROC", "64")
 
 from fdp import config as fdp_config
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configs/topicN.py[:variant]; override with --config.key=value")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configs/topicN.py[:variant]; override with --config.key=value"
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "results and checkpoints; default runs/<config>-<variant>")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile for the target hardware and print what it needs; run nothing")
 

@@ -6,7 +6,7 @@ the result is evidence of what compiles, fits and overlaps, never a timing.
 
     prepare_environment()                                  # before jax is imported
     mesh = make_mesh(degrees, topology_devices("v5p:4x4x4"))
-    compiled = jax.jit(step).lower(*shapes).compile()      # shapes: ShapeDtypeStructs with shardings on `mesh`
+    compiled = compile(jax.jit(step).lower(*shapes))       # shapes: ShapeDtypeStructs with shardings on `mesh`
     memory(compiled), hlo.collectives(compiled.as_text(), dict(mesh.shape))
 
 Importing this module does not import jax.
@@ -107,6 +107,22 @@ def topology_devices(platform_topology: str) -> "list[jax.Device]":
         raise ValueError(f"no such topology {platform_topology!r}, try {example!r}: {error}") from error
 
 
+def compile(lowered: Any, compiler_options: dict[str, Any] | None = None) -> Any:
+    """`lowered.compile()` kept out of the persistent compilation cache, which cannot read back what has no device.
+
+    compiler_options: XLA flags of the platform, as Python values: {"xla_tpu_enable_latency_hiding_scheduler": True}.
+    """
+    import jax
+
+    threshold = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.read(threshold)
+    jax.config.update(threshold, float("inf"))
+    try:
+        return lowered.compile(compiler_options=compiler_options)
+    finally:
+        jax.config.update(threshold, before)
+
+
 def _unknown(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
     return f"unknown platform {name!r}: did you mean {close!r}? Known: {', '.join(known)}"
@@ -120,7 +136,7 @@ class Memory:
     output: int
     temp: int
     alias: int  # of the outputs, how much reuses donated arguments
-    peak: int  # largest at any instant; on CPU, where XLA does not plan it, the sum argument + output - alias + temp
+    peak: int  # largest at any instant; on CPU, the sum argument + output - alias + temp
     host_temp: int  # offloaded to host memory
 
 
@@ -130,14 +146,17 @@ def memory(compiled: Any) -> Memory:
     if stats is None:
         raise ValueError("the backend gives no memory analysis of this program")
     argument, output, alias = stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.alias_size_in_bytes
-    temp = stats.temp_size_in_bytes
-    resident = argument + output - alias
-    reported = stats.peak_memory_in_bytes
-    # XLA:CPU reports arguments and outputs without temporaries as its peak, XLA:TPU and GPU the planned peak.
-    planned = reported > resident or temp == 0
-    return Memory(
-        argument, output, temp, alias, reported if planned else resident + temp, stats.host_temp_size_in_bytes
-    )
+    temp, peak = stats.temp_size_in_bytes, stats.peak_memory_in_bytes
+    if _platform(compiled) == "cpu":  # its peak leaves temporaries out
+        peak = argument + output - alias + temp
+    return Memory(argument, output, temp, alias, peak, stats.host_temp_size_in_bytes)
+
+
+def _platform(compiled: Any) -> str:
+    import jax
+
+    sharding = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))[0]
+    return next(iter(sharding.device_set)).platform
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def traffic(c: ml_collections.ConfigDict, shapes: Any, stored: Any, head_rows: i
     """Wire bytes per device of one loss-and-gradient evaluation.
 
     `shapes`, `stored`: parameter shapes and stored specs (fdp.state.Layout); `head_rows`: rows per device and
-    microbatch that reach the head. Sources: Shoeybi et al. 2019 §3, Korthikanti et al. 2022 §4, Rajbhandari et al. 2020 §7.
+    microbatch that reach the head. Sources: Shoeybi et al. 2019, Korthikanti et al. 2022, Rajbhandari et al. 2020.
     """
     ledger = _Ledger(c.mesh)
     _activations(ledger, c, head_rows)

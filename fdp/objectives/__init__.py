@@ -25,3 +25,6 @@ def from_config(c: ml_collections.ConfigDict, n_ids: int, bos: int) -> Objective
         case "block_diffusion":
             return BlockDiffusion(n_ids, o.block)
     raise ValueError(f"unknown objective {o.name!r}")
+
+
+__all__ = ["MDLM", "Autoregressive", "BlockDiffusion", "Objective", "SEDDAbsorbing", "SEDDUniform", "from_config"]

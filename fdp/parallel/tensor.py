@@ -25,7 +25,7 @@ def suppress(logits_V: jax.Array, n_ids: int) -> jax.Array:
 
 
 def vocab_logsumexp(logits_V: jax.Array) -> jax.Array:
-    """log Σ_v exp(logit_v) over the whole vocabulary: [..., V/tp] → [...] f32. A pmax and a psum of one scalar a row."""
+    """log Σ_v exp(logit_v) over the whole vocabulary: [..., V/tp] → [...] f32. One pmax and one psum of a scalar."""
     logits_V = logits_V.astype(jnp.float32)
     # The maximum only stabilises the exponent; its gradient cancels exactly.
     top = pmax(jax.lax.stop_gradient(logits_V.max(-1)), "tp")

@@ -212,6 +212,11 @@ def test_replica_group_spellings(spelling, groups):
     assert hlo.replica_groups(f", channel_id=1, {spelling}, dimensions={{0}}, metadata={{}}", 8) == groups
 
 
+def test_axes_are_those_of_any_group():
+    assert hlo.varying_axes([[0, 2], [0, 1], [3, 3]], SHAPE) == ("cp", "tp")
+    assert hlo.varying_axes([[5]], SHAPE) == ()
+
+
 def program(body, rest="", header=""):
     return f"HloModule jit_f{header}\n\n{rest}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n{body}\n}}\n"
 

@@ -60,7 +60,7 @@ def test_uniform_loss_is_zero_at_true_ratios_and_positive_elsewhere():
         loss = SEDDUniform(n).loss(true, rows)
         np.testing.assert_allclose(loss, 0, atol=1e-5 * scale)
         wrong = true + jax.random.normal(jax.random.key(0), true.shape) * 0.5
-        assert (SEDDUniform(n).loss(wrong, rows) > 1e-4).all()
+        assert (SEDDUniform(n).loss(wrong, rows) > 1e-5).all()
         # The column of the noisy id, padding and the mask column are not read.
         junk = jnp.concatenate([true.at[np.arange(n * n), noisy].set(33.0), jnp.full((n * n, 3), 9.0)], 1)
         np.testing.assert_array_equal(SEDDUniform(n).loss(junk, rows), loss)
@@ -81,15 +81,33 @@ def nelbo_one_token(p, x, mean):
     return np.trapezoid(total * sigma, grid)
 
 
+def udlm_one_token(p, x, mean):
+    """The same integral in the published mean parametrisation (Sahoo et al. 2025, Duo, eq. 6), in f64."""
+    n, grid = len(p), np.linspace(np.log(1e-6), np.log(35), 4000)
+    total = []
+    for sigma in np.exp(grid):
+        a, value = np.exp(-sigma), 0.0
+        clean = n * a * np.eye(n)[x] + 1 - a
+        for z in range(n):
+            model = n * a * mean(sigma, z) + 1 - a
+            ratios = clean / clean[z]
+            bracket = n / clean[z] - n / model[z] - (ratios * np.log(model[z] / model * ratios)).sum()
+            value -= clean[z] / n * bracket / n
+        total.append(value * sigma)
+    return np.trapezoid(total, grid)
+
+
 def test_uniform_optimum_is_the_leave_one_out_law_not_the_posterior():
-    p = np.array([0.5, 0.5])
+    p = np.array([0.5, 0.3, 0.15, 0.05])
 
     def posterior(sigma, z):
-        joint = p * (np.exp(-sigma) * np.eye(2)[z] - np.expm1(-sigma) / 2)
+        joint = p * (np.exp(-sigma) * np.eye(4)[z] - np.expm1(-sigma) / 4)
         return joint / joint.sum()
 
-    assert nelbo_one_token(p, 0, lambda sigma, z: p) == pytest.approx(0.693, abs=2e-3)
-    assert nelbo_one_token(p, 0, posterior) == pytest.approx(1.523, abs=5e-3)
+    assert nelbo_one_token(p, 0, lambda sigma, z: p) == pytest.approx(np.log(2), abs=2e-3)
+    assert udlm_one_token(p, 0, lambda sigma, z: p) == pytest.approx(np.log(2), abs=1e-4)
+    assert nelbo_one_token(p, 0, posterior) == pytest.approx(udlm_one_token(p, 0, posterior), abs=2e-3)
+    assert nelbo_one_token(p, 0, posterior) == pytest.approx(1.523, abs=3e-3)
 
 
 def test_uniform_nelbo_of_the_exact_law_is_the_nll_for_each_token():

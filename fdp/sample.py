@@ -1,0 +1,77 @@
+"""Samples from a trained arm: the same parameters, laid out for generation.
+
+Legend: B sequences, L positions.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from fdp import sharding
+from fdp.arm import Arm
+from fdp.collectives import pmax, vary
+from fdp.mesh import AXES, BATCH_AXES
+from fdp.objectives import SEDDUniform
+from fdp.sampling import autoregressive
+from fdp.sampling.masked import first_hitting
+from fdp.sampling.score import analytic_uniform
+
+P = PartitionSpec
+
+
+def generation_mesh(mesh: Mesh) -> Mesh:
+    """The same devices with dp·ep·cp folded into dp: samples are short and independent, so cp has nothing to split."""
+    shape = (mesh.shape["pp"], mesh.size // (mesh.shape["pp"] * mesh.shape["tp"]), 1, 1, mesh.shape["tp"])
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
+
+
+def draw(arm: Arm, count: int) -> np.ndarray:
+    """`count` sequences int32 [B, L] from arm.state at temperature 1: equal ids on every mesh for equal seeds.
+
+    First-hitting for masked objectives (no factorisation error; block by block for block diffusion), left to right for
+    autoregressive ones, as many analytic steps as positions for uniform noise.
+    """
+    mesh = generation_mesh(arm.mesh)
+    specs = arm.program.layout.specs
+    params = jax.device_put(arm.state.params, sharding.shardings(mesh, specs))
+    ways = mesh.shape["dp"]
+
+    def local(params: Any, sample_ids_B: jax.Array) -> jax.Array:
+        # The activations are typed varying over pp and cp, both of degree 1 here; the maximum undoes it.
+        ids_BxL = _method(arm)(params, vary(sample_ids_B, AXES[:4]))
+        return pmax(ids_BxL, ("pp", "cp"))
+
+    sampler = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=P(BATCH_AXES)))
+    return np.asarray(sampler(params, jnp.arange(-(-count // ways) * ways)))[:count]
+
+
+def _method(arm: Arm) -> Any:
+    """(params, sample_ids_B) → ids_BxL by the sampler that suits the arm's objective."""
+    objective, length, model = arm.objective, arm.c.data.seq_len, arm.model
+    key = jax.random.key(arm.c.seeds[0])
+
+    def logits_at(params: Any, ids_BxL: jax.Array, i: jax.Array) -> jax.Array:
+        hidden_BxLxD = model.apply({"params": params}, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
+        return model.apply({"params": params}, hidden_BxLxD[:, i], method="logits")
+
+    if objective.attention == "causal":
+        return lambda params, ids: autoregressive.sample(
+            lambda z, i: logits_at(params, z, i), key, ids, length, objective.bos, n_ids=objective.n_ids
+        )[0]
+
+    def denoise(params: Any) -> Any:
+        if objective.attention != "block_diffusion":
+            return lambda z, noise_B: model.apply({"params": params}, z, noise_B)
+        # The clean half is the state itself: a block sees only earlier blocks of it, which are already revealed.
+        return lambda z, noise_B: model.apply({"params": params}, jnp.concatenate([z, z], 1), noise_B)[:, :length]
+
+    options: dict[str, Any] = {"n_ids": objective.n_ids}
+    if isinstance(objective, SEDDUniform):
+        options |= {"steps": length, "schedule": objective.schedule}
+        return lambda params, ids: analytic_uniform(denoise(params), key, ids, length, **options)[0]
+    if objective.attention == "block_diffusion":
+        options["block"] = objective.block
+    return lambda params, ids: first_hitting(denoise(params), key, ids, length, **options)[0]
