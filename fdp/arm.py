@@ -47,11 +47,8 @@ class Arm:
 
     def head_rows(self) -> int:
         """Rows of the whole mesh on which one train step runs the head."""
-        c = self.c
-        if self.program.capacity is None:
-            return c.train.batch * c.data.seq_len
-        shards = c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches
-        return min(self.program.capacity * shards, c.train.batch * c.data.seq_len)
+        mesh = self.c.mesh
+        return self.program.head_rows() * mesh.dp * mesh.ep * mesh.cp * self.c.train.microbatches
 
     def step_flops(self) -> int:
         """Model FLOPs of one train step on the whole mesh (convention: fdp.cost.flops)."""

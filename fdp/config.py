@@ -11,7 +11,7 @@ import ml_collections
 VARIANTS = ("cpu", "tiny", "full", "h100", "pod")
 
 # Keys that may differ between two starts in one workdir: none of them changes what is computed.
-FREE_KEYS = ("mesh", "checkpoint", "log", "hardware", "train.zero", "train.steps_per_call")
+FREE_KEYS = ("mesh", "checkpoint", "log", "hardware", "train.zero")
 
 
 class UserError(ValueError):
@@ -121,7 +121,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def digest(config: ml_collections.ConfigDict) -> str:
     """12 hex digits over all keys that change what is computed."""
-    kept = {k: v for k, v in flatten(config).items() if not k.startswith(FREE_KEYS)}
+    kept = {k: v for k, v in flatten(config).items() if not any(k == f or k.startswith(f"{f}.") for f in FREE_KEYS)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fdp import sharding
 from fdp.collectives import psum, vary, vary_like
@@ -67,7 +67,9 @@ def head_capacity(c: ml_collections.ConfigDict, objective: Objective, batch: int
 class Program:
     """The pure functions of one arm on one mesh: `train_step`, `eval_step`, `grads`."""
 
-    def __init__(self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: Mesh):
+    def __init__(
+        self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: Mesh | AbstractMesh
+    ):
         self.c, self.objective, self.mesh = c, objective, mesh
         self.layout = Layout(c, model, mesh)
         gather = sharding.layer_gather(self.layout.stored, c.train.zero)
@@ -110,6 +112,12 @@ class Program:
 
             (loss, grads), _ = jax.lax.scan(body, start, split)
         return psum(loss, LOSS_AXES), pull(grads)[0]
+
+    def head_rows(self) -> int:
+        """Rows per device and microbatch on which the head runs."""
+        c = self.c
+        local = c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches)
+        return local if self.capacity is None else min(self.capacity, local)
 
     def train_step(self, state: TrainState, tokens_BxL: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step. A non-finite loss or gradient leaves parameters and moments as they were."""

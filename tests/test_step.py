@@ -12,7 +12,7 @@ from fdp.cost import flops, hlo, jaxpr
 from fdp.mesh import make_mesh
 from fdp.models import transformer
 from fdp.step import Program, tokens_sharding
-from fdp.topics.parallel_dlm.checks import counted_bytes, device_head_rows
+from fdp.topics.parallel_dlm.checks import counted_bytes
 
 pytestmark = pytest.mark.fast
 
@@ -130,7 +130,7 @@ def test_bytes_equal_the_closed_formula(model: str, case: str) -> None:
     state = p.layout.abstract_state()
     batch = jax.eval_shape(p.corrupt, jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32), jnp.int32(0))
     compiled = jax.jit(p.grads).lower(state.params, batch).compile()
-    want = closed.traffic(c, p.layout.shapes, p.layout.stored, device_head_rows(p))
+    want = closed.traffic(c, p.layout.shapes, p.layout.stored, p.head_rows())
     assert counted_bytes(compiled, p.mesh) == pytest.approx(dict(want))
     logical = hlo.summary(jaxpr.collectives(jax.make_jaxpr(p.grads)(state.params, batch), dict(p.mesh.shape)))
     assert {k: wire for k, (_, _, wire) in logical.items() if wire} == pytest.approx(dict(want))
@@ -142,7 +142,7 @@ def test_flops_equal_the_jaxpr(model: str) -> None:
     p = program(c)
     batch = jax.eval_shape(p.corrupt, jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32), jnp.int32(0))
     counted = jaxpr.dot_flops(jax.make_jaxpr(p.grads)(p.layout.abstract_state().params, batch))
-    assert counted == flops.train_step(c, device_head_rows(p))
+    assert counted == flops.train_step(c, p.head_rows())
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(p.layout.shapes))
     assert count == flops.parameters(c.model)
 

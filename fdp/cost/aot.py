@@ -114,8 +114,8 @@ def compile(lowered: Any, compiler_options: dict[str, Any] | None = None) -> Any
     """
     import jax
 
-    threshold = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.read(threshold)
+    threshold = "jax_persistent_cache_min_compile_time_secs"  # below it nothing is stored
+    before = getattr(jax.config, threshold)
     jax.config.update(threshold, float("inf"))
     try:
         return lowered.compile(compiler_options=compiler_options)

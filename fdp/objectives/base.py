@@ -26,10 +26,25 @@ class Batch(TypedDict):
 class Objective(Protocol):
     """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Train on Σ loss / (B·L): every token counts."""
 
-    n_ids: int
-    attention: str  # "causal" | "bidirectional" | "block_diffusion"
-    block: int  # block length of block diffusion, 0 elsewhere
-    sparse_rows: bool  # whether rows of weight 0 may be dropped before the vocabulary head
+    @property
+    def n_ids(self) -> int:
+        """Number of data ids; everything from here on must never be predicted."""
+        ...
+
+    @property
+    def attention(self) -> str:
+        """Who may attend to whom: "causal", "bidirectional" or "block_diffusion"."""
+        ...
+
+    @property
+    def block(self) -> int:
+        """Block length of block diffusion, 0 elsewhere."""
+        ...
+
+    @property
+    def sparse_rows(self) -> bool:
+        """Whether rows of weight 0 may be dropped before the vocabulary head."""
+        ...
 
     def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
         """Draw the noise of one GLOBAL batch: call it outside shard_map, so that every mesh sees the same noise."""
@@ -109,7 +124,7 @@ def strata(key: jax.Array, n: int) -> jax.Array:
 def stratified_uniform(key: jax.Array, n: int) -> jax.Array:
     """n times in [0, 1], one in each interval [i/n, (i+1)/n), with one common offset: f32 [n].
 
-    As a set this is {(u + j/n) mod 1} with u uniform (Kingma et al. 2021, appendix I.1): always exactly n points, where
+    As a set this is {(u + j/n) mod 1} with u uniform (Kingma et al. 2021): always exactly n points, where
     `arange(0, 1, 1/n)` yields n+1 for n = 49, 98, 103, … in f32.
     """
     key_order, key_offset = jax.random.split(key)

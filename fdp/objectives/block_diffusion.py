@@ -21,7 +21,7 @@ def block_diffusion_mask(q_index: Any, k_index: Any, length: int, block: int) ->
     """Whether query q may attend to key k in [z ‖ x] of 2·length: integer arrays or ints that broadcast → bool.
 
     Noisy → noisy of its own block; noisy → clean of strictly earlier blocks; clean → clean of its own block and
-    earlier; clean → noisy never (Arriola et al. 2025, appendix B.6).
+    earlier; clean → noisy never (Arriola et al. 2025).
     """
     q_clean, k_clean = q_index >= length, k_index >= length
     q_block, k_block = q_index % length // block, k_index % length // block
@@ -32,7 +32,7 @@ def block_diffusion_mask(q_index: Any, k_index: Any, length: int, block: int) ->
 
 @dataclass(frozen=True)
 class BlockDiffusion:
-    """BD3-LM NELBO (Arriola et al. 2025, eq. 8): an `MDLM` loss in every block given the clean blocks before it.
+    """BD3-LM NELBO (Arriola et al. 2025): an `MDLM` loss in every block given the clean blocks before it.
 
     One noise level per block, stratified over all B·K blocks. block = L is MDLM's bound; block = 1 in form "k" masks
     everything with weight 1, which is the exact autoregressive NLL.

@@ -38,7 +38,7 @@ def iid_counts(key: jax.Array, count: int, length: int) -> jax.Array:
 
 @dataclass(frozen=True)
 class MDLM:
-    """Masked diffusion NELBO (Sahoo et al. 2024, eq. 11; "k" form: Nie et al. 2025, eq. 14).
+    """Masked diffusion NELBO (Sahoo et al. 2024; "k" form: Nie et al. 2025).
 
     `antithetic` draws one noise level per stratum of the global batch (fewer than 1/5 of the variance); without it
     the levels are independent. Time conditioning, where wanted, reads `noise`: the mask ratio k/L, or 1-α(t).

@@ -19,8 +19,6 @@ HALF_PI = math.pi / 2
 class Schedule:
     """Base of all schedules: a subclass gives 1-α (accurate where α ≈ 1) and dα/dt."""
 
-    eps: float = 0.0
-
     def mask_prob(self, t: jax.Array) -> jax.Array:
         """1 - α(t), the probability that a token is corrupted."""
         raise NotImplementedError
@@ -42,7 +40,7 @@ class Schedule:
         return -self.dalpha(t) / self.alpha(t)
 
     def weight(self, t: jax.Array) -> jax.Array:
-        """-α'/(1-α) = σ'/(e^σ - 1), the NELBO weight of a masked position (Sahoo et al. 2024, eq. 11)."""
+        """-α'/(1-α) = σ'/(e^σ - 1), the NELBO weight of a masked position (Sahoo et al. 2024)."""
         return -self.dalpha(t) / self.mask_prob(t)
 
 

@@ -18,7 +18,7 @@ from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp, 
 
 @dataclass(frozen=True)
 class SEDDAbsorbing(MDLM):
-    """Score entropy for absorbing noise (Lou et al. 2024, eq. 11), noise forms and masks as in `MDLM`.
+    """Score entropy for absorbing noise (Lou et al. 2024), noise forms and masks as in `MDLM`.
 
     log score of id y = logit_y - log n_ids - log(e^σ - 1): the scale by σ of the paper's code, so that zero logits are
     a normalised score. The loss is MDLM's plus w·(c - 1 - log c) ≥ 0, c = Σ e^logit / n_ids.
@@ -48,7 +48,7 @@ def score_of_mean(logp_RxV: jax.Array, noisy: jax.Array, sigma: jax.Array, n_ids
 
 @dataclass(frozen=True)
 class SEDDUniform:
-    """Score entropy for uniform noise (Lou et al. 2024, eq. 11 with Q uniform); the logits are the log scores.
+    """Score entropy for uniform noise (Lou et al. 2024 with Q uniform); the logits are the log scores.
 
     Every position carries loss and the model must see σ (`noise`). The bound leaves out the reconstruction term at
     σ(0) and the prior term at σ(1), both negligible for the default schedule.

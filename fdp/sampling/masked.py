@@ -87,7 +87,7 @@ def ancestral(
     start_BxL: jax.Array | None = None,
     trace: bool = False,
 ) -> tuple[jax.Array, Info]:
-    """Ancestral sampling in `steps` factorised steps (Sahoo et al. 2024, eq. 6), its law off by O(1/steps).
+    """Ancestral sampling in `steps` factorised steps (Sahoo et al. 2024), its law off by O(1/steps).
 
     First a Bernoulli decides whether to reveal, then the token is drawn: one categorical over both would need Gumbel
     tails `steps` times finer. So `denoise` is called only in steps that reveal something on some device, which is

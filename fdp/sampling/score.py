@@ -27,7 +27,7 @@ def analytic_absorbing(
     start_BxL: jax.Array | None = None,
     trace: bool = False,
 ) -> tuple[jax.Array, Info]:
-    """Tweedie τ-leaping for an absorbing score model (Lou et al. 2024, eq. 19), logits as in `SEDDAbsorbing`.
+    """Tweedie τ-leaping for an absorbing score model (Lou et al. 2024), logits as in `SEDDAbsorbing`.
 
     A mask is revealed with probability c·(e^Δσ - 1)/(e^σ - 1), at most 1, where c is the mass of the scaled score; for
     c = 1 this is `masked.ancestral`, id for id.
@@ -50,7 +50,7 @@ def analytic_absorbing(
 def tweedie_uniform(log_score_V: jax.Array, z: jax.Array, n_ids: int, delta: jax.Array) -> jax.Array:
     """log p(token before | z), up to a constant, `delta` of uniform noise σ earlier: [..., V/tp], [...] → [..., V/tp].
 
-    (e^{-Δσ·Q} s)(y) · p_Δσ(z | y) with s_z = 1 (Lou et al. 2024, eq. 19). A learned score can make this negative: such
+    (e^{-Δσ·Q} s)(y) · p_Δσ(z | y) with s_z = 1 (Lou et al. 2024). A learned score can make this negative: such
     ids get no mass.
     """
     ids = vocab_offset(log_score_V.shape[-1]) + jnp.arange(log_score_V.shape[-1])
@@ -77,7 +77,8 @@ def analytic_uniform(
 ) -> tuple[jax.Array, Info]:
     """Tweedie τ-leaping for a uniform score model; `denoise(z, σ)` returns log scores as in `SEDDUniform`.
 
-    Starts from uniform ids; the last step removes all noise that is left. `steps` calls.
+    Starts from uniform ids; the last step removes all noise that is left. `steps` calls. A step of Δσ amplifies the
+    rounding of the scores by e^Δσ, so take enough steps (or a smaller σ_max) that Δσ stays below about 8.
     """
     positions_L = jnp.arange(length)
     # Step `steps` is never taken by the loop, so its noise is free for the start.

@@ -229,7 +229,8 @@ def test_compile_leaves_the_persistent_cache_alone(recwarn):
     """JAX would write an entry that it then fails to read, with a warning, in every later process."""
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     sharding = NamedSharding(Mesh(np.array(aot.topology_devices("v5e:2x2")[:1]), ("tp",)), P())
-    lowered = jax.jit(lambda x: x * 3).lower(jax.ShapeDtypeStruct((3, 5), jnp.float32, sharding=sharding))
+    new = float(np.random.default_rng().integers(2**30))  # a program that no earlier run can have stored
+    lowered = jax.jit(lambda x: x * new).lower(jax.ShapeDtypeStruct((3, 5), jnp.float32, sharding=sharding))
     options = {"xla_tpu_enable_latency_hiding_scheduler": True}
     for _ in range(2):
         assert "ENTRY" in aot.compile(lowered, options).as_text()

@@ -82,7 +82,7 @@ def nelbo_one_token(p, x, mean):
 
 
 def udlm_one_token(p, x, mean):
-    """The same integral in the published mean parametrisation (Sahoo et al. 2025, Duo, eq. 6), in f64."""
+    """The same integral in the published mean parametrisation (Sahoo et al. 2025, Duo), in f64."""
     n, grid = len(p), np.linspace(np.log(1e-6), np.log(35), 4000)
     total = []
     for sigma in np.exp(grid):

@@ -136,7 +136,7 @@ def test_ancestral_draws_follow_the_exact_law(steps):
     ids, info = draw(masked.ancestral, steps=steps, schedule=LINEAR)
     assert agrees(ids, ancestral_law(steps, LINEAR))
     assert int(info["nfe"]) == steps
-    assert not agrees(ids, JOINT.table.reshape(-1)[JOINT.index(JOINT.states) % 81]) or steps == 16
+    assert not agrees(ids, first_hitting_law())  # the test has the power to see the factorisation error
 
 
 def test_ancestral_in_another_schedule():
@@ -161,11 +161,11 @@ def test_reveal_draws_follow_the_exact_law(order):
 
 
 def test_threshold_draws_follow_the_exact_law_in_fewer_calls():
-    ids, info = draw(masked.reveal, threshold=0.6)
+    ids, _ = draw(masked.reveal, threshold=0.6)
     assert agrees(ids, reveal_law("top_prob", threshold=0.6))
-    everything, info = draw(masked.reveal, n=50, threshold=0.0)
+    _, info = draw(masked.reveal, n=50, threshold=0.0)
     assert int(info["nfe"]) == 1
-    pairs, info = draw(masked.reveal, n=50, per_step=3)
+    _, info = draw(masked.reveal, n=50, per_step=3)
     assert int(info["nfe"]) == 2
 
 
@@ -207,12 +207,10 @@ def test_analytic_absorbing_is_ancestral_and_its_probability_is_tweedies():
         tweedie = np.expm1(before - after) / np.expm1(before) if step else np.exp(-after)
         assert float(masked.unmask_prob(LINEAR, step, 5)) == pytest.approx(tweedie, abs=1e-6)
     # Half the mass reveals later: more masks after the first step.
-    trace = lambda d: score.analytic_absorbing(  # noqa: E731
-        d, KEY, jnp.arange(500), 4, n_ids=3, steps=5, schedule=LINEAR, trace=True
-    )[1]["trace"]
-    half = (trace(lambda z, noise: scaled(z, noise) - jnp.log(2.0))[1] == 3).mean()
-    assert (trace(scaled)[1] == 3).mean() == pytest.approx(0.8, abs=0.04)
-    assert half == pytest.approx(0.9, abs=0.04)
+    half = lambda z, noise: scaled(z, noise) - jnp.log(2.0)  # noqa: E731
+    run = functools.partial(score.analytic_absorbing, n_ids=3, steps=5, schedule=LINEAR, trace=True)
+    trace = jax.jit(lambda ids: run(half, KEY, ids, 4)[1]["trace"])(jnp.arange(500))
+    assert (trace[1] == 3).mean() == pytest.approx(0.9, abs=0.03)
 
 
 def test_tweedie_uniform_is_the_posterior_of_one_token():
@@ -235,7 +233,8 @@ def test_analytic_uniform_draws_one_token_exactly(steps):
         q = p * jnp.exp(-sigma_B)[:, None] - jnp.expm1(-sigma_B)[:, None] / 3
         return (jnp.log(q)[:, None] - jnp.log(jnp.take_along_axis(q, z_BxL, 1))[..., None]).astype(jnp.float32)
 
-    noise = schedule("geometric")
+    # σ = 20 would leave e^-20 of the data in the score, below f32's resolution, for the first large step to amplify.
+    noise = schedule("geometric", sigma_max=7.0)
     run = jax.jit(lambda ids: score.analytic_uniform(log_score, KEY, ids, 1, n_ids=3, steps=steps, schedule=noise))
     ids, info = run(jnp.arange(20_000))
     counts = np.bincount(np.asarray(ids)[:, 0], minlength=3)
@@ -257,7 +256,7 @@ def test_trace_shows_each_state_and_start_keeps_the_prompt():
     np.testing.assert_array_equal(trace[-1], ids)
     np.testing.assert_array_equal((trace == 3).sum(2), [[3, 4], [2, 3], [1, 2], [0, 1], [0, 0]])
     assert (trace[:, 0, 1] == 1).all()
-    early = masked.reveal(denoise, KEY, jnp.arange(2), 4, n_ids=3, threshold=0.0, trace=True)[1]["trace"]
+    early = draw(masked.reveal, n=2, threshold=0.0, trace=True)[1]["trace"]
     np.testing.assert_array_equal(early[1:], np.broadcast_to(early[1], (4, 2, 4)))
 
 
@@ -269,7 +268,7 @@ def test_blocks_are_finished_left_to_right():
 
 def test_samples_do_not_depend_on_their_batch():
     whole, _ = draw(masked.first_hitting, n=16)
-    few = masked.first_hitting(denoise, KEY, jnp.array([9, 2]), 4, n_ids=3)[0]
+    few, _ = jax.jit(lambda ids: masked.first_hitting(denoise, KEY, ids, 4, n_ids=3))(jnp.array([9, 2]))
     np.testing.assert_array_equal(few, whole[jnp.array([9, 2])])
 
 

@@ -87,7 +87,7 @@ def compare_meshes(c: ml_collections.ConfigDict, objective: Objective) -> list[C
         out.append(
             Comparison(
                 name, abs(other - loss) / abs(loss), difference / norm, counted_bytes(compiled, program.mesh),
-                dict(closed.traffic(d, program.layout.shapes, program.layout.stored, device_head_rows(program))),
+                dict(closed.traffic(d, program.layout.shapes, program.layout.stored, program.head_rows())),
             )
         )  # fmt: skip
     return out
@@ -101,13 +101,6 @@ def counted_bytes(compiled: Any, mesh: Mesh) -> dict[tuple[str, tuple[str, ...]]
     """Wire bytes per device by (op, axes) in a compiled program."""
     summary = hlo.summary(hlo.collectives(compiled.as_text(), dict(mesh.shape)))
     return {key: wire for key, (_, _, wire) in summary.items()}
-
-
-def device_head_rows(program: Program) -> int:
-    """Rows per device and microbatch on which the head runs."""
-    c = program.c
-    local = c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches)
-    return local if program.capacity is None else min(program.capacity, local)
 
 
 @dataclass(frozen=True)
@@ -134,12 +127,7 @@ def head_saving(program: Program, tokens_BxL: np.ndarray) -> HeadSaving:
     finally:
         program.capacity = capacity
     c = program.c
-    local_full = 3 * 2 * device_head_rows_full(program) * c.model.width * c.model.vocab // c.mesh.tp
+    full_rows = c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp)
+    local_full = 3 * 2 * full_rows * c.model.width * c.model.vocab // c.mesh.tp
     body = counts[1] - local_full
     return HeadSaving(counts[0] - body, local_full, abs(losses[0] - losses[1]) / abs(losses[1]))
-
-
-def device_head_rows_full(program: Program) -> int:
-    """Rows per device and step without row selection."""
-    c = program.c
-    return c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp)

@@ -1,0 +1,186 @@
+"""`--dry_run`: compile every arm's train step for hardware that need not be here, run nothing, print what it needs."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fdp.config import UserError
+from fdp.cost import aot
+
+aot.prepare_environment()  # before jax is imported
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from tabulate import tabulate
+
+from fdp import config as fdp_config
+from fdp import objectives
+from fdp.cost import bytes as closed
+from fdp.cost import flops, hlo, jaxpr
+from fdp.cost import memory as analytic
+from fdp.cost.hardware import Chip, chip
+from fdp.mesh import AXES, BATCH_AXES, degrees_equation, make_mesh, use_virtual_devices
+from fdp.models import transformer
+from fdp.run import study_of
+from fdp.step import Program
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a dry run compiles for: a mesh (abstract where no compiler is at hand) and its chip."""
+
+    mesh: Mesh | AbstractMesh
+    chip: Chip | None
+    note: str
+
+    @property
+    def compiles(self) -> bool:
+        """Whether there are devices to compile for."""
+        return isinstance(self.mesh, Mesh)
+
+
+def target_of(c: ml_collections.ConfigDict) -> Target:
+    """The mesh of hardware.topology, of virtual CPU devices where that is empty, or an abstract one."""
+    topology, needed = c.hardware.topology, math.prod(c.mesh.values())
+    if not topology:
+        use_virtual_devices(needed)
+        return Target(make_mesh(c.mesh), None, "compiled for the virtual CPU devices of this machine")
+    name = topology.partition(":")[0]
+    try:
+        if aot.available(name):
+            devices = aot.topology_devices(topology)
+            return Target(make_mesh(c.mesh, devices), chip(name), f"compiled ahead of time for {topology}")
+    except ValueError as error:
+        raise UserError(f"hardware.topology: {error}") from error
+    mesh = AbstractMesh(tuple(c.mesh[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    note = f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, nothing compiled"
+    return Target(mesh, chip(name), note)
+
+
+def _program(c: ml_collections.ConfigDict, mesh: Any) -> Program:
+    ids = c.data.vocab if c.data.tokenizer == "bpe" else 258
+    if ids > c.model.vocab:
+        raise UserError(
+            f"data.vocab = {ids} token ids exceed model.vocab = {c.model.vocab} rows: set model.vocab={ids}"
+        )
+    objective = objectives.from_config(c, ids - 1, ids - 2)
+    return Program(c, transformer.from_config(c, objective.attention, objective.block), objective, mesh)
+
+
+def _arguments(p: Program) -> tuple[Any, jax.ShapeDtypeStruct]:
+    sharding = NamedSharding(p.mesh, PartitionSpec(BATCH_AXES, "cp"))
+    return p.layout.abstract_state(), jax.ShapeDtypeStruct(
+        (p.c.train.batch, p.c.data.seq_len), np.int32, sharding=sharding
+    )
+
+
+def dry_run(config: ml_collections.ConfigDict) -> None:
+    """Print, for every arm: memory, bytes per axis and FLOPs per device, analytic and by the compiler, and the fit."""
+    target = target_of(config)
+    print(f"target    {config.hardware.topology or 'this machine'}: {target.note}")
+    print(f"mesh      {degrees_equation(config.mesh)}, ZeRO-{config.train.zero}")
+    for name, c in study_of(config.topic).arms(config).items():
+        fdp_config.validate(c)
+        print(f"\narm {name}\n{describe(_program(c, target.mesh), target)}")
+
+
+def describe(p: Program, target: Target) -> str:
+    """The tables of one arm."""
+    rows = p.head_rows()
+    estimate = analytic.estimate(p.c, p.layout.shapes, p.layout.specs, p.layout.stored, rows)
+    state, tokens = _arguments(p)
+    compiled, overflow = None, None
+    if target.compiles:
+        try:
+            compiled = aot.compile(p.jit_train_step().lower(state, tokens))
+        except Exception as error:
+            overflow = aot.hbm_error(error)
+            if overflow is None:
+                raise
+    planned = aot.memory(compiled) if compiled is not None else None
+    parts = [_memory_table(estimate, planned), _fit(estimate, planned, overflow, target.chip)]
+    parts += [_bytes_table(p, rows, compiled), _flops_line(p, rows, state), _time_line(p, rows, target.chip)]
+    return "\n".join(part for part in parts if part)
+
+
+def _gib(n: float) -> str:
+    return f"{n / GIB:.3f}"
+
+
+def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
+    rows = [
+        ("parameters", _gib(e.parameters), "" if planned is None else f"{_gib(planned.argument)} (with optimizer)"),
+        ("optimizer", _gib(e.optimizer), ""),
+        ("gathered parameters, gradients", _gib(e.gathered), "" if planned is None else f"{_gib(planned.temp)} (with"),
+        ("activations", _gib(e.activations), "" if planned is None else "activations: temporaries)"),
+        ("total / peak", _gib(e.total()), "not compiled" if planned is None else _gib(planned.peak)),
+    ]
+    return tabulate(rows, headers=("GiB per device", "analytic", "compiler"), disable_numparse=True)
+
+
+def _fit(e: analytic.Memory, planned: aot.Memory | None, overflow: aot.HbmError | None, c: Chip | None) -> str:
+    if overflow is not None:
+        lines = [
+            f"DOES NOT FIT: {_gib(overflow.used_bytes)} GiB of {_gib(overflow.limit_bytes)} GiB HBM; largest buffers:"
+        ]
+        lines += [f"  {_gib(b.bytes)} GiB {b.shape} {b.op_name}" for b in overflow.buffers[:8]]
+        lines.append("  raise mesh.tp, mesh.cp or train.zero, set model.remat=full, or lower train.batch")
+        return "\n".join(lines)
+    if c is None:
+        return "fit       unknown: set hardware.topology to a chip"
+    used, by = (planned.peak, "compiler") if planned is not None else (e.total(), "analytic")
+    verdict = "fits" if used <= c.hbm_bytes else "DOES NOT FIT"
+    return f"fit       {verdict}: {_gib(used)} GiB ({by}) of {_gib(c.hbm_bytes)} GiB HBM on {c.name}"
+
+
+def _bytes_table(p: Program, rows: int, compiled: Any) -> str:
+    formula = closed.traffic(p.c, p.layout.shapes, p.layout.stored, rows)
+    shape = dict(zip(AXES, (p.c.mesh[a] for a in AXES), strict=True))
+    counted: dict[Any, float] = {}
+    if compiled is not None:
+        summary = hlo.summary(hlo.collectives(compiled.as_text(), shape))
+        counted = {key: wire for key, (_, _, wire) in summary.items()}
+    keys = sorted(formula.keys() | counted.keys(), key=lambda k: (k[1], k[0]))
+    table = [
+        (f"{op} over {'·'.join(axes)}", f"{formula.get((op, axes), 0) / 2**20:,.3f}",
+         f"{counted.get((op, axes), 0) / 2**20:,.3f}" if compiled is not None else "")
+        for op, axes in keys
+    ]  # fmt: skip
+    heads = ("MiB sent per device and step (bytes per axis)", "loss and gradients, formula", "whole step, compiled HLO")
+    if not table:
+        return "bytes     no axis has a degree above 1"
+    text = tabulate(table, headers=heads, disable_numparse=True)
+    if compiled is not None and p.c.model.dtype == "bfloat16":
+        text += (
+            "\n  (the formula counts float32 parameter gathers; a compiler may cast to bfloat16 first and send half)"
+        )
+    return text
+
+
+def _flops_line(p: Program, rows: int, state: Any) -> str:
+    shards = p.c.mesh.dp * p.c.mesh.ep * p.c.mesh.cp * p.c.train.microbatches
+    total = flops.train_step(p.c, rows * shards)
+    tokens = jax.ShapeDtypeStruct((p.c.train.batch, p.c.data.seq_len), jnp.int32)
+    batch = jax.eval_shape(p.objective.corrupt, jax.random.key(0), tokens)
+    counted = jaxpr.dot_flops(jax.make_jaxpr(p.grads)(state.params, batch))
+    return (
+        f"FLOPs     {total / math.prod(p.c.mesh.values()):.4g} per device and step ({flops.CONVENTION}); "
+        f"{counted:.4g} in the program, recomputation included"
+    )
+
+
+def _time_line(p: Program, rows: int, c: Chip | None) -> str:
+    if c is None:
+        return ""
+    shards = p.c.mesh.dp * p.c.mesh.ep * p.c.mesh.cp * p.c.train.microbatches
+    compute = flops.train_step(p.c, rows * shards) / math.prod(p.c.mesh.values()) / c.peak_bf16_flops
+    wire = sum(closed.traffic(p.c, p.layout.shapes, p.layout.stored, rows).values()) / c.scale_up_bandwidth
+    return (
+        f"time      at least {1e3 * max(compute, wire):.3g} ms a step on {c.name} (simulated, uncalibrated bound: "
+        f"{1e3 * compute:.3g} ms of matmuls at peak, {1e3 * wire:.3g} ms of bytes over one link)"
+    )
