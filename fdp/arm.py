@@ -41,6 +41,13 @@ class Arm:
         self._eval: Any = None
 
     @property
+    def trained(self) -> TrainState:
+        """The state after training. Raises RuntimeError before `loop.fit` has run."""
+        if self.state is None:
+            raise RuntimeError(f"arm {self.label} has not been trained: call fdp.loop.fit first")
+        return self.state
+
+    @property
     def label(self) -> str:
         """Arm and seed, the name of its checkpoint folder."""
         return f"{self.name}-s{self.c.seeds[0]}"

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -13,13 +13,20 @@ VARIANTS = ("cpu", "tiny", "full", "h100", "pod")
 # Keys that may differ between two starts in one workdir: none of them changes what is computed.
 FREE_KEYS = ("mesh", "checkpoint", "log", "hardware", "train.zero")
 
+# Sizes and divisors.
+POSITIVE = (
+    "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn", "model.vocab",
+    "objective.block", "data.seq_len", "train.batch", "train.microbatches", "train.steps", "eval.batches",
+    "checkpoint.keep", "log.every",
+)  # fmt: skip
+
 
 class UserError(ValueError):
     """A mistake the user can fix: shown as one message, without a traceback."""
 
 
 def base() -> ml_collections.ConfigDict:
-    """Every key with its default. A topic config starts here and changes fields."""
+    """Every key with its default, locked. A topic config starts here and changes fields; `unlocked()` adds some."""
     c = ml_collections.ConfigDict()
     c.topic = ""  # folder under fdp/topics
     c.variant = "cpu"  # cpu | tiny | full | h100 | pod
@@ -86,7 +93,7 @@ def base() -> ml_collections.ConfigDict:
     h = c.hardware = ml_collections.ConfigDict()
     h.topology = ""  # --dry_run target, such as v5p:4x4x8 or h100:8x8; "" = the devices that are here
     h.study_steps = 0  # 0 = the topic's default size of its study measurements
-    return c
+    return c.lock()
 
 
 def lock(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -99,6 +106,14 @@ def closest(word: str, known: Any) -> str:
     """` (did you mean 'x'?)` or the list of known words."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Raise UserError naming the closest key for the first of `keys` (dotted) that is neither a key nor a section."""
+    known = flatten(base())
+    for key in keys:
+        if key not in known and not any(k.startswith(f"{key}.") for k in known):
+            raise UserError(f"unknown config key {key!r}: {closest(key, known)}")
 
 
 def check_variant(variant: str) -> str:
@@ -141,6 +156,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     for axis in ("pp", "dp", "ep", "cp", "tp"):
         if mesh[axis] < 1:
             raise UserError(f"mesh.{axis}={mesh[axis]} must be at least 1")
+    _divides(c, "layers", m.layers, "mesh.pp", mesh.pp, f"set model.layers={_next_multiple(m.layers, mesh.pp)}")
     if mesh.pp > 1:
         raise UserError(f"mesh.pp={mesh.pp}: this model has no pipeline schedule; set mesh.pp=1")
     tp, shards = mesh.tp, mesh.dp * mesh.ep
@@ -153,7 +169,6 @@ def validate(c: ml_collections.ConfigDict) -> None:
         _divides(c, what, value, "mesh.tp", tp, f"set {key}={_next_multiple(value, tp)} or another mesh.tp")
     _divides(c, "query heads", m.heads, "model.kv_heads", m.kv_heads, "set model.kv_heads to a divisor of model.heads")
     _divides(c, "head_dim", m.head_dim, "rotary pairs", 2, f"set model.head_dim={m.head_dim + 1}")
-    _divides(c, "layers", m.layers, "mesh.pp", mesh.pp, f"set model.layers={_next_multiple(m.layers, mesh.pp)}")
     seq = c.data.seq_len
     split = mesh.cp * (tp if m.sequence_parallel else 1)
     split_name = "mesh.cp·mesh.tp (sequence_parallel)" if m.sequence_parallel else "mesh.cp"
@@ -190,7 +205,9 @@ def _check_choices(c: ml_collections.ConfigDict) -> None:
             raise UserError(f"{key}={value!r} is unknown: {closest(value, known)}")
     if c.train.zero not in (0, 1, 3):
         raise UserError(f"train.zero={c.train.zero} is unknown: 0 (replicated), 1 (gathered per step), 3 (per layer)")
-    for key in ("model.layers", "model.width", "model.heads", "train.batch", "train.microbatches", "data.seq_len"):
-        value = flatten(c)[key]
-        if value < 1:
-            raise UserError(f"{key}={value} must be at least 1")
+    if not c.seeds:
+        raise UserError("seeds=() names no run: set seeds=(0,)")
+    values = flatten(c)
+    for key in POSITIVE:
+        if values[key] < 1:
+            raise UserError(f"{key}={values[key]} must be at least 1")

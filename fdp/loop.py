@@ -15,7 +15,7 @@ from fdp.checkpoint import Checkpoints
 from fdp.config import flatten
 from fdp.cost.hardware import detect
 from fdp.data.batches import Prefetcher, batch, eval_batches
-from fdp.metrics import MetricsWriter, Progress, throughput
+from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
 from fdp.state import TrainState
 
 
@@ -52,7 +52,7 @@ class StopSignal:
 class _Log:
     """Fetches the metrics of a step after the next one has been dispatched, so the device never waits for the host."""
 
-    def __init__(self, arm: Arm, writer: MetricsWriter, progress: Progress):
+    def __init__(self, arm: Arm, writer: MetricsWriter, progress: Progress, skipped: int):
         self.arm, self.writer, self.progress = arm, writer, progress
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.window = (time.perf_counter(), -1)
@@ -60,7 +60,7 @@ class _Log:
         self.tokens, self.flops = c.train.batch * c.data.seq_len, arm.step_flops()
         chip = detect(jax.devices()[0])
         self.peak = chip.peak_bf16_flops * arm.mesh.size if chip else None
-        self.skipped = 0
+        self.skipped = skipped
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.flush()
@@ -131,31 +131,52 @@ def fit(arm: Arm, workdir: Path) -> TrainState:
     started = time.perf_counter()
     checkpoints = Checkpoints(workdir / "checkpoints" / arm.label, keep=c.checkpoint.keep)
     writer = MetricsWriter(workdir, arm.name, c.seeds[0])
-    try:
-        start, state = restore_or_init(arm, checkpoints)
-        writer.resume(start)
-        if start:
-            print(f"{arm.label}: resumed at step {start} of {c.train.steps}")
-        if start < c.train.steps:
-            state = _run(arm, state, start, checkpoints, writer, started)
-        arm.state = state
-        return state
-    finally:
-        writer.close()
-        checkpoints.close()
+    with StopSignal() as stop:  # from here on: compiling can take minutes, and a signal then must not kill
+        try:
+            start, state = restore_or_init(arm, checkpoints)
+            writer.resume(start)
+            if start:
+                print(f"{arm.label}: resumed at step {start} of {c.train.steps}")
+            if start < c.train.steps:
+                _catch_up(arm, state, start, writer)
+                state = _run(arm, state, start, checkpoints, writer, started, stop)
+            arm.state = state
+        finally:
+            writer.close()
+            checkpoints.close()
+        if stop.requested:
+            raise Stopped(c.train.steps)
+    return state
+
+
+def _catch_up(arm: Arm, state: TrainState, start: int, writer: MetricsWriter) -> None:
+    """Evaluate at `start` where that was due: a signal saves the state of any step, before its evaluation."""
+    every, me = arm.c.eval.every, (arm.name, arm.c.seeds[0], start)
+    if start and every and start % every == 0:
+        rows = read_metrics(writer.workdir)
+        if not any((r["arm"], r["seed"], r["step"]) == me and "val_loss" in r for r in rows):
+            writer.write(start, {"val_loss": evaluate(arm, state)})
 
 
 def _run(
-    arm: Arm, state: TrainState, start: int, checkpoints: Checkpoints, writer: MetricsWriter, started: float
+    arm: Arm,
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter,
+    started: float,
+    stop: StopSignal,
 ) -> TrainState:
     c, total = arm.c, arm.c.train.steps
     train_step = arm.train_function()
-    draw = lambda step: batch(arm.data.train, step, c.train.batch, c.seeds[0])  # noqa: E731
+    draw = lambda step: batch(arm.data.train, step, c.train.batch, c.seeds[0])
     progress = Progress(total, start, arm.label)
-    log = _Log(arm, writer, progress)
-    due = lambda step, every: every > 0 and step % every == 0 and step > start  # noqa: E731
-    with StopSignal() as stop, Prefetcher(draw, arm.place, start) as batches, progress:
+    log = _Log(arm, writer, progress, int(state.skipped))
+    due = lambda step, every: every > 0 and step % every == 0 and step > start
+    with Prefetcher(draw, arm.place, start) as batches, progress:
         for step in range(start, total):
+            if due(step, c.eval.every) or due(step, c.checkpoint.every):
+                log.flush()  # a checkpoint of step t promises the rows up to t; both wait for the device anyway
             if due(step, c.eval.every):
                 writer.write(step, {"val_loss": evaluate(arm, state)})
             if due(step, c.checkpoint.every):
@@ -166,14 +187,14 @@ def _run(
                 progress.note(f"first step after {time.perf_counter() - started:.1f} s")
                 log.window = (time.perf_counter(), step)
             log.push(step, metrics)
-            if stop.requested:
+            if stop.requested and step + 1 < total:
                 log.flush()
                 checkpoints.save(step + 1, state, _meta(arm))
                 checkpoints.wait()
                 raise Stopped(step + 1)
         log.flush()
-        checkpoints.save(total, state, _meta(arm))
         val_loss = evaluate(arm, state)
         writer.write(total, {"val_loss": val_loss})
+        checkpoints.save(total, state, _meta(arm))  # last: a run found complete has all its rows
         progress.note(f"validation loss {val_loss:.4f} nats/token ({val_loss / math.log(2):.3f} bits)")
     return state

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 # Outermost first: tp, the most talkative axis, gets neighbouring devices. Nested shard_maps abort when their axes are
 # out of this order, so it is fixed.
 AXES = ("pp", "dp", "ep", "cp", "tp")
 BATCH_AXES = ("dp", "ep")  # expert parallelism lives inside the data dimension
 DATA_AXES = ("dp", "ep", "cp")  # along these, tokens differ and parameters are equal
+
+AnyMesh = Mesh | AbstractMesh  # programs are built, and lowered, without devices too
 
 
 def use_virtual_devices(n: int) -> None:

@@ -290,7 +290,7 @@ class Report:
 
     def markdown(self) -> str:
         """The report as Markdown, with the kinds of evidence explained and the plots embedded."""
-        cell = lambda text: text.replace("|", "\\|").replace("\n", " ")  # noqa: E731
+        cell = lambda text: text.replace("|", "\\|").replace("\n", " ")
         table = [_HEAD, ["---"] * len(_HEAD), *([cell(c) for c in _cells(row)] for row in self.rows)]
         made_by = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"# {self.topic}: report of variant `{self.variant}`", ""]

@@ -13,7 +13,7 @@ from fdp import config as fdp_config
 from fdp import loop, sharding
 from fdp.arm import Arm, load_data
 from fdp.checkpoint import CheckpointError, bind_workdir
-from fdp.data.batches import default_cache_dir
+from fdp.data.batches import default_cache_dir, eval_batches
 from fdp.mesh import degrees_equation, is_virtual, make_mesh
 
 
@@ -37,7 +37,7 @@ def study_of(topic: str) -> ModuleType:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs: a second start compiles nothing."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -72,7 +72,10 @@ def build_arms(config: ml_collections.ConfigDict, study: ModuleType, mesh: Mesh)
         for seed in config.seeds:
             one = c.copy_and_resolve_references()
             one.seeds = (seed,)
-            arms.setdefault(name, []).append(Arm(name, one, load_data(one), mesh))
+            arm = Arm(name, one, load_data(one), mesh)
+            for windows in (arm.data.train, arm.data.val):  # too small a split shows now, not after training
+                next(eval_batches(windows, one.train.batch, 1))
+            arms.setdefault(name, []).append(arm)
     return arms
 
 

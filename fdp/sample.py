@@ -36,7 +36,7 @@ def draw(arm: Arm, count: int) -> np.ndarray:
     """
     mesh = generation_mesh(arm.mesh)
     specs = arm.program.layout.specs
-    params = jax.device_put(arm.state.params, sharding.shardings(mesh, specs))
+    params = jax.device_put(arm.trained.params, sharding.shardings(mesh, specs))
     ways = mesh.shape["dp"]
 
     def local(params: Any, sample_ids_B: jax.Array) -> jax.Array:
@@ -50,11 +50,12 @@ def draw(arm: Arm, count: int) -> np.ndarray:
 
 def _method(arm: Arm) -> Any:
     """(params, sample_ids_B) → ids_BxL by the sampler that suits the arm's objective."""
-    objective, length, model = arm.objective, arm.c.data.seq_len, arm.model
+    objective: Any = arm.objective
+    length, model = arm.c.data.seq_len, arm.model
     key = jax.random.key(arm.c.seeds[0])
 
-    def logits_at(params: Any, ids_BxL: jax.Array, i: jax.Array) -> jax.Array:
-        hidden_BxLxD = model.apply({"params": params}, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
+    def logits_at(params: Any, ids_BxL: jax.Array, i: jax.Array) -> Any:
+        hidden_BxLxD: Any = model.apply({"params": params}, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
         return model.apply({"params": params}, hidden_BxLxD[:, i], method="logits")
 
     if objective.attention == "causal":
@@ -66,7 +67,8 @@ def _method(arm: Arm) -> Any:
         if objective.attention != "block_diffusion":
             return lambda z, noise_B: model.apply({"params": params}, z, noise_B)
         # The clean half is the state itself: a block sees only earlier blocks of it, which are already revealed.
-        return lambda z, noise_B: model.apply({"params": params}, jnp.concatenate([z, z], 1), noise_B)[:, :length]
+        whole: Any = lambda z, noise_B: model.apply({"params": params}, jnp.concatenate([z, z], 1), noise_B)
+        return lambda z, noise_B: whole(z, noise_B)[:, :length]
 
     options: dict[str, Any] = {"n_ids": objective.n_ids}
     if isinstance(objective, SEDDUniform):

@@ -7,11 +7,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from tabulate import tabulate
 
 from fdp.collectives import all_gather, vary
-from fdp.mesh import AXES, DATA_AXES
+from fdp.mesh import AXES, DATA_AXES, AnyMesh
 
 P = PartitionSpec
 LAYERS = "layers"  # the stacked part of the parameter tree: leaves are [n_layers, …]
@@ -86,18 +86,18 @@ def layer_gather(specs: Any, zero: int) -> Callable[[Any], Any] | None:
     return lambda variables: {"params": _gather_tree(variables["params"], specs[LAYERS], drop=1)}
 
 
-def shardings(mesh: Mesh, specs: Any) -> Any:
+def shardings(mesh: AnyMesh, specs: Any) -> Any:
     """NamedShardings of a tree of PartitionSpecs."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
 
 
-def bytes_per_device(shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh, itemsize: int = 4) -> int:
+def bytes_per_device(shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh, itemsize: int = 4) -> int:
     """Bytes of one device's shard."""
     ways = math.prod(mesh.shape[a] for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry))
     return math.prod(shape) * itemsize // ways
 
 
-def report(shapes: Any, specs: Any, mesh: Mesh) -> str:
+def report(shapes: Any, specs: Any, mesh: AnyMesh) -> str:
     """Table of parameter, shape, spec, bytes per device and the mesh axes (degree > 1) along which it is replicated."""
     rows, total = [], 0
     leaves = jax.tree_util.tree_leaves_with_path(shapes)

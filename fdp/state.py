@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from fdp import sharding
+from fdp.mesh import AnyMesh
 from fdp.models.transformer import Transformer
 
 
@@ -17,10 +18,10 @@ from fdp.models.transformer import Transformer
 class TrainState:
     """step: int32 count of calls; params: float32 masters; opt_state: optax; skipped: int32 non-finite steps."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
-    skipped: jax.Array
+    skipped: Any
 
 
 def learning_rate(c: ml_collections.ConfigDict) -> optax.Schedule:
@@ -45,7 +46,7 @@ def optimizer(c: ml_collections.ConfigDict) -> optax.GradientTransformation:
 class Layout:
     """Specs and abstract values of one model, optimizer and ZeRO stage on one mesh."""
 
-    def __init__(self, c: ml_collections.ConfigDict, model: Transformer, mesh: Mesh):
+    def __init__(self, c: ml_collections.ConfigDict, model: Transformer, mesh: AnyMesh):
         self.mesh, self.zero = mesh, c.train.zero
         self.shapes, self.specs = sharding.abstract_params(model, c.data.seq_len)
         self.stored = sharding.stored_specs(self.shapes, self.specs, self.zero, mesh.shape["dp"])

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fdp import sharding
 from fdp.collectives import psum, vary, vary_like
-from fdp.mesh import BATCH_AXES
+from fdp.mesh import BATCH_AXES, AnyMesh
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
 from fdp.state import Layout, TrainState, learning_rate
@@ -28,7 +28,7 @@ def batch_specs(batch: Any) -> Any:
     return jax.tree.map(lambda x: P(BATCH_AXES, "cp") if x.ndim > 1 else P(BATCH_AXES), batch)
 
 
-def tokens_sharding(mesh: Mesh) -> NamedSharding:
+def tokens_sharding(mesh: AnyMesh) -> NamedSharding:
     """How the loop places a batch of tokens [B, L]."""
     return NamedSharding(mesh, P(BATCH_AXES, "cp"))
 
@@ -40,19 +40,19 @@ def select_rows(hidden_BxLxD: jax.Array, rows: dict[str, jax.Array], capacity: i
     """
     flat = jax.tree.map(lambda x: x.reshape(-1), rows)
     (places,) = jnp.nonzero(flat["weights"] > 0, size=capacity, fill_value=flat["weights"].size)
-    take = lambda x: jnp.take(x, places, axis=0, mode="fill", fill_value=0)  # noqa: E731
+    take = lambda x: jnp.take(x, places, axis=0, mode="fill", fill_value=0)
     return take(hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])), jax.tree.map(take, flat)
 
 
 def loss_sum(model: Transformer, objective: Objective, capacity: int | None, params: Any, batch: Any) -> jax.Array:
     """Σ of the weighted loss in nats over this device's tokens (inside shard_map or outside)."""
     variables = {"params": params}
-    hidden_BxLxD = model.apply(variables, batch["inputs"], batch["noise"], method="hidden")
+    hidden_BxLxD: Any = model.apply(variables, batch["inputs"], batch["noise"], method="hidden")
     rows = batch["rows"]
     hidden_BxLxD = hidden_BxLxD[:, : rows["weights"].shape[1]]  # block diffusion: the noisy half
     if capacity is not None and capacity < rows["weights"].size:
         hidden_BxLxD, rows = select_rows(hidden_BxLxD, rows, capacity)
-    logits = model.apply(variables, hidden_BxLxD, method="logits")
+    logits: Any = model.apply(variables, hidden_BxLxD, method="logits")
     return objective.loss(logits, rows).sum()
 
 
@@ -67,9 +67,7 @@ def head_capacity(c: ml_collections.ConfigDict, objective: Objective, batch: int
 class Program:
     """The pure functions of one arm on one mesh: `train_step`, `eval_step`, `grads`."""
 
-    def __init__(
-        self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: Mesh | AbstractMesh
-    ):
+    def __init__(self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: AnyMesh):
         self.c, self.objective, self.mesh = c, objective, mesh
         self.layout = Layout(c, model, mesh)
         gather = sharding.layer_gather(self.layout.stored, c.train.zero)
@@ -96,7 +94,7 @@ class Program:
         params, pull = jax.vjp(lambda p: sharding.materialise(p, self.layout.stored, self.c.train.zero), stored)
 
         def one(p: Any, microbatch: Any) -> tuple[jax.Array, Any]:
-            f = lambda q: loss_sum(self.model, self.objective, self.capacity, q, microbatch) / self.tokens  # noqa: E731
+            f = lambda q: loss_sum(self.model, self.objective, self.capacity, q, microbatch) / self.tokens
             return jax.value_and_grad(f)(p)
 
         m = self.c.train.microbatches
@@ -126,7 +124,7 @@ class Program:
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.layout.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        keep = lambda new, old: jnp.where(finite, new, old)
         state = TrainState(
             step=state.step + 1,
             params=jax.tree.map(keep, params, state.params),

@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags
@@ -26,6 +28,31 @@ def default_workdir() -> Path:
     return Path("runs") / f"{stem}-{CONFIG.value.variant}"
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser with every mistake in one `error:` line; a bug inside a config file keeps its traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = CONFIG.value.topic  # a config file that is not there shows itself at the first access
+        return rest
+    except flags.Error as error:
+        cause: BaseException = error
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        message = str(cause if isinstance(cause, fdp_config.UserError) else error)
+    except OSError as error:
+        message = " ".join(str(error).split())
+    except (KeyError, AttributeError) as error:
+        if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        message = " ".join(str(error.args[0]).split())
+        try:
+            fdp_config.check_keys(m[1] for m in (re.match(r"--?(?:no)?config\.([\w.]+)", arg) for arg in argv) if m)
+        except fdp_config.UserError as better:
+            message = str(better)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
 def main(argv: list[str]) -> None:
     """Validate, then dry-run or train every arm and write the topic's report."""
     if len(argv) > 1:
@@ -41,7 +68,7 @@ def main(argv: list[str]) -> None:
             return
         from fdp.mesh import use_virtual_devices
 
-        use_virtual_devices(needed)
+        use_virtual_devices(max(needed, 8))  # a study may compare meshes although training uses one device
         from fdp.run import run
 
         run(config, Path(WORKDIR.value) if WORKDIR.value else default_workdir(), " ".join(sys.argv[1:]))
@@ -52,4 +79,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

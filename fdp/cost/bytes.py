@@ -5,7 +5,6 @@ reduce-scatter (n-1) shards. The optimizer (a few scalars of the global norm) an
 Tests hold these formulas equal to the compiled program.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
@@ -16,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from fdp.mesh import AXES, DATA_AXES
 
-Traffic = Counter[tuple[str, tuple[str, ...]]]
+Traffic = dict[tuple[str, tuple[str, ...]], float]
 
 REDUCE, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 
@@ -25,14 +24,16 @@ class _Ledger:
     """Adds up wire bytes; axes of degree 1 move nothing and are left out of the key."""
 
     def __init__(self, degrees: Mapping[str, int]):
-        self.degrees, self.total = degrees, Counter()
+        self.degrees = degrees
+        self.total: Traffic = {}
 
     def add(self, op: str, axes: Iterable[str], payload: float, times: int = 1) -> None:
         """payload: bytes of the whole operand for all-reduce, of one shard for all-gather and reduce-scatter."""
         live = tuple(a for a in AXES if a in axes and self.degrees[a] > 1)
         n = prod(self.degrees[a] for a in live)
         if live and times:
-            self.total[op, live] += times * payload * (2 * (n - 1) / n if op == REDUCE else n - 1)
+            wire = times * payload * (2 * (n - 1) / n if op == REDUCE else n - 1)
+            self.total[op, live] = self.total.get((op, live), 0.0) + wire
 
 
 def traffic(c: ml_collections.ConfigDict, shapes: Any, stored: Any, head_rows: int) -> Traffic:

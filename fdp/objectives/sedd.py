@@ -71,7 +71,7 @@ class SEDDUniform:
         ids_BxL = jax.random.randint(key_id, tokens_BxL.shape, 0, self.n_ids, jnp.int32)
         noisy_BxL = jnp.where(moved_BxL, ids_BxL, tokens_BxL)
         sigma_B = self.schedule.sigma(t_B)
-        spread = lambda x_B: jnp.broadcast_to(x_B[:, None], tokens_BxL.shape)  # noqa: E731
+        spread = lambda x_B: jnp.broadcast_to(x_B[:, None], tokens_BxL.shape)
         rows = {
             "targets": tokens_BxL,
             "weights": spread(self.schedule.rate(t_B)),

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
 from fdp.cost import bytes as closed
 from fdp.cost import hlo, jaxpr
-from fdp.mesh import AXES, make_mesh
+from fdp.mesh import AXES, AnyMesh, make_mesh
 from fdp.models import transformer
 from fdp.objectives.base import Objective
 from fdp.step import Program, tokens_sharding
@@ -55,7 +54,7 @@ def small(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return c
 
 
-def _program(c: ml_collections.ConfigDict, objective: Objective, mesh: Mesh) -> Program:
+def _program(c: ml_collections.ConfigDict, objective: Objective, mesh: AnyMesh) -> Program:
     return Program(c, transformer.from_config(c, objective.attention, objective.block), objective, mesh)
 
 
@@ -97,7 +96,7 @@ def _norm(tree: Any) -> float:
     return math.sqrt(sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree)))
 
 
-def counted_bytes(compiled: Any, mesh: Mesh) -> dict[tuple[str, tuple[str, ...]], float]:
+def counted_bytes(compiled: Any, mesh: AnyMesh) -> dict[tuple[str, tuple[str, ...]], float]:
     """Wire bytes per device by (op, axes) in a compiled program."""
     summary = hlo.summary(hlo.collectives(compiled.as_text(), dict(mesh.shape)))
     return {key: wire for key, (_, _, wire) in summary.items()}

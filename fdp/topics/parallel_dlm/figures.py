@@ -27,7 +27,7 @@ def curves(workdir: Path) -> str:
         if key == "loss" and len(steps) >= 20:
             means = np.convolve(means, np.ones(10) / 10, "valid")
             steps = steps[9:]
-        series[f"{ARMS.get(arm, arm)}, {'training' if key == 'loss' else 'validation'}"] = (steps, means)
+        series[f"{ARMS.get(arm, arm)}, {'training' if key == 'loss' else 'validation'}"] = (steps, means.tolist())
     title = "Masked diffusion and autoregressive LM, equal budget"
     return str(
         plot_curves(workdir / "plots" / "loss.png", series, "step", "nats per token", title).relative_to(workdir)

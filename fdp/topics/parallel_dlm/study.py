@@ -3,6 +3,8 @@
 Legend: B sequences, L positions.
 """
 
+from pathlib import Path
+
 import ml_collections
 import numpy as np
 
@@ -35,7 +37,7 @@ def study(run: Run) -> Report:
     samples = {name: draw(arms[0], run.config.eval.samples) for name, arms in run.arms.items()}
     rows += [_entropy_row(name, run.arms[name][0], ids) for name, ids in samples.items()]
     _write_samples(run, samples)
-    plots = [figures.curves(run.workdir), figures.traffic(run.workdir, comparisons)]
+    plots: list[str | Path] = [figures.curves(run.workdir), figures.traffic(run.workdir, comparisons)]
     return Report(run.config.topic, run.config.variant, digest(run.config), rows, plots, raw)
 
 
@@ -77,7 +79,7 @@ def _head_rows(arm: Arm) -> list[Row]:
 
 
 def _likelihood_row(mdlm: list[Arm], ar: list[Arm]) -> tuple[Row, dict[str, list[float]]]:
-    losses = {name: [evaluate(a, a.state) for a in arms] for name, arms in (("mdlm", mdlm), ("ar", ar))}
+    losses = {name: [evaluate(a, a.trained) for a in arms] for name, arms in (("mdlm", mdlm), ("ar", ar))}
     row = Row.judged(
         "MDLM reaches the likelihood of AR at equal budget", "validation NELBO (AR: NLL)", losses["mdlm"],
         "nats/token", "ratio <= 1.05", "measured", "AR: same size, tokens, optimizer", losses["ar"],
