@@ -51,8 +51,8 @@ def base() -> ml_collections.ConfigDict:
 
     o = c.objective = ml_collections.ConfigDict()
     o.name = "mdlm"  # autoregressive | mdlm | sedd_absorbing | sedd_uniform | block_diffusion
-    o.form = "k"  # mdlm: k (exactly k masks, weight L/k) | t (continuous time)
-    o.schedule = "linear"  # of the t form
+    o.form = "k"  # masks: k (exactly k, weight L/k) | t (continuous time)
+    o.schedule = "linear"  # of the t form and of sedd_uniform (geometric there): fdp.objectives.schedules
     o.antithetic = True  # stratify k or t over the global batch
     o.block = 16  # block_diffusion: tokens per block
     o.masked_head = True  # run the head on rows that carry loss only

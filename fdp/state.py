@@ -16,9 +16,13 @@ from fdp.models.transformer import Transformer
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 count of calls; params: float32 masters; opt_state: optax; skipped: int32 non-finite steps."""
+    """step: int32 count of calls; key: of all noise; params: float32 masters; opt_state: optax; skipped: int32 steps.
+
+    The key is data, not a constant of the program: every seed runs the same compiled step.
+    """
 
     step: Any
+    key: Any
     params: Any
     opt_state: Any
     skipped: Any
@@ -58,7 +62,9 @@ class Layout:
         opt = optax.tree_map_params(
             self.tx, lambda _, spec: spec, opt_shapes, self.stored, transform_non_params=lambda _: PartitionSpec()
         )
-        return TrainState(step=PartitionSpec(), params=self.stored, opt_state=opt, skipped=PartitionSpec())
+        return TrainState(
+            step=PartitionSpec(), key=PartitionSpec(), params=self.stored, opt_state=opt, skipped=PartitionSpec()
+        )
 
     def state_shardings(self) -> TrainState:
         """NamedShardings of a TrainState."""
@@ -66,19 +72,20 @@ class Layout:
 
     def abstract_state(self) -> TrainState:
         """ShapeDtypeStructs with shardings: the target of a restore and the argument of an ahead-of-time compile."""
-        state = jax.eval_shape(self._build, self.shapes)
+        state = jax.eval_shape(lambda params: self._build(params, jax.random.key(0)), self.shapes)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_shardings()
         )
 
-    def _build(self, params: Any) -> TrainState:
+    def _build(self, params: Any, key: jax.Array) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(step=zero, params=params, opt_state=self.tx.init(params), skipped=zero)
+        return TrainState(step=zero, key=key, params=params, opt_state=self.tx.init(params), skipped=zero)
 
     def init(self, model: Transformer, seed: int, seq_len: int) -> TrainState:
         """A fresh state, created in place on the mesh: the same values on every mesh."""
 
         def build(key: jax.Array) -> TrainState:
-            return self._build(sharding.init_params(model, key, seq_len))
+            init_key, noise_key = jax.random.split(key)
+            return self._build(sharding.init_params(model, init_key, seq_len), noise_key)
 
         return jax.jit(build, out_shardings=self.state_shardings())(jax.random.key(seed))

@@ -80,9 +80,8 @@ class Program:
         in_specs = (self.layout.stored, batch_specs(batch))
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
 
-    def corrupt(self, tokens_BxL: jax.Array, step: jax.Array) -> Any:
-        """The objective's batch for this step. Noise depends on (seed, step) alone: equal on every mesh."""
-        key = jax.random.fold_in(jax.random.key(self.c.seeds[0]), step)
+    def corrupt(self, tokens_BxL: jax.Array, key: jax.Array) -> Any:
+        """The objective's batch, drawn on global arrays: equal on every mesh for equal keys."""
         batch = self.objective.corrupt(key, tokens_BxL)
         return jax.lax.with_sharding_constraint(batch, sharding.shardings(self.mesh, batch_specs(batch)))
 
@@ -119,7 +118,7 @@ class Program:
 
     def train_step(self, state: TrainState, tokens_BxL: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step. A non-finite loss or gradient leaves parameters and moments as they were."""
-        loss, grads = self.grads(state.params, self.corrupt(tokens_BxL, state.step))
+        loss, grads = self.grads(state.params, self.corrupt(tokens_BxL, jax.random.fold_in(state.key, state.step)))
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.layout.tx.update(grads, state.opt_state, state.params)
@@ -127,6 +126,7 @@ class Program:
         keep = lambda new, old: jnp.where(finite, new, old)
         state = TrainState(
             step=state.step + 1,
+            key=state.key,
             params=jax.tree.map(keep, params, state.params),
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             skipped=state.skipped + (~finite).astype(jnp.int32),

@@ -44,7 +44,7 @@ MODELS = {
 }
 MORE = {
     "sedd_absorbing": {"objective.name": "sedd_absorbing"},
-    "sedd_uniform": {"objective.name": "sedd_uniform"},
+    "sedd_uniform": {"objective.name": "sedd_uniform", "objective.schedule": "geometric"},
     "block_diffusion": {"objective.name": "block_diffusion", "objective.block": 8},
 }
 
@@ -74,7 +74,7 @@ def outcome(c: ml_collections.ConfigDict) -> dict:
     x = jax.device_put(tokens(c), tokens_sharding(p.mesh))
     state = p.layout.init(p.model.clone(gather=None), 0, c.data.seq_len)
     start = jax.device_get(state.params)
-    grads = jax.jit(lambda params: p.grads(params, p.corrupt(x, jnp.int32(0))))(state.params)
+    grads = jax.jit(lambda params: p.grads(params, p.corrupt(x, jax.random.key(0))))(state.params)
     loss, grads = jax.device_get(grads)
     step = p.jit_train_step()
     losses = []
@@ -128,7 +128,9 @@ def test_bytes_equal_the_closed_formula(model: str, case: str) -> None:
     c = tiny(**MODELS[model], **{f"mesh.{k}": v for k, v in degrees.items()}, **extra)
     p = program(c)
     state = p.layout.abstract_state()
-    batch = jax.eval_shape(p.corrupt, jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32), jnp.int32(0))
+    batch = jax.eval_shape(
+        p.corrupt, jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32), jax.random.key(0)
+    )
     compiled = jax.jit(p.grads).lower(state.params, batch).compile()
     want = closed.traffic(c, p.layout.shapes, p.layout.stored, p.head_rows())
     assert counted_bytes(compiled, p.mesh) == pytest.approx(dict(want))
@@ -140,7 +142,9 @@ def test_bytes_equal_the_closed_formula(model: str, case: str) -> None:
 def test_flops_equal_the_jaxpr(model: str) -> None:
     c = tiny(**(MODELS | MORE)[model])
     p = program(c)
-    batch = jax.eval_shape(p.corrupt, jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32), jnp.int32(0))
+    batch = jax.eval_shape(
+        p.corrupt, jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32), jax.random.key(0)
+    )
     counted = jaxpr.dot_flops(jax.make_jaxpr(p.grads)(p.layout.abstract_state().params, batch))
     assert counted == flops.train_step(c, p.head_rows())
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(p.layout.shapes))

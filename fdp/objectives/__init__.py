@@ -19,11 +19,11 @@ def from_config(c: ml_collections.ConfigDict, n_ids: int, bos: int) -> Objective
         case "mdlm":
             return MDLM(n_ids, o.form, schedule(o.schedule), o.antithetic)
         case "sedd_absorbing":
-            return SEDDAbsorbing(n_ids)
+            return SEDDAbsorbing(n_ids, o.form, schedule(o.schedule), o.antithetic)
         case "sedd_uniform":
-            return SEDDUniform(n_ids)
+            return SEDDUniform(n_ids, schedule(o.schedule), o.antithetic)
         case "block_diffusion":
-            return BlockDiffusion(n_ids, o.block)
+            return BlockDiffusion(n_ids, o.block, o.form, schedule(o.schedule), o.antithetic)
     raise ValueError(f"unknown objective {o.name!r}")
 
 

@@ -65,7 +65,7 @@ def test_estimate_is_unbiased(form, block):
         return objective.loss(0.5 * exact_logits(batch["inputs"], block), batch["rows"]).sum(1)
 
     draws = np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), n)), np.float64)
-    softened = lambda z: jax.nn.log_softmax(0.5 * JOINT.denoiser(z), axis=-1)  # noqa: E731
+    softened = lambda z: jax.nn.log_softmax(0.5 * JOINT.denoiser(z), axis=-1)
     exact = nelbo_exact(softened, x_BxL, 3, block=block)
     # ε = 1e-3 of the linear schedule leaves out as much of the mask ratios; exact-k with block 1 has no variance.
     z = (draws.mean(0) - exact) / np.maximum(draws.std(0) / n**0.5, 1e-3 * exact)

@@ -173,7 +173,7 @@ def test_real_draws_stay_within_capacity():
 def test_permuting_or_padding_the_batch_leaves_each_row_alone(form):
     objective = MDLM(3, form)
     batch = objective.corrupt(jax.random.key(0), EVERY_X[:10])
-    loss = lambda b: objective.loss(rough(b["inputs"]), b["rows"])  # noqa: E731
+    loss = lambda b: objective.loss(rough(b["inputs"]), b["rows"])
     order = np.random.default_rng(0).permutation(10)
     shuffled = jax.tree.map(lambda a: a[order], batch)
     np.testing.assert_array_equal(loss(shuffled), loss(batch)[order])
@@ -207,7 +207,7 @@ def test_loss_and_gradient_do_not_depend_on_the_vocabulary_shards(tp):
     tokens = jax.random.randint(jax.random.key(1), (4, 6), 0, 11)
     for objective in (MDLM(11), SEDDAbsorbing(11), SEDDUniform(11)):
         rows = objective.corrupt(jax.random.key(2), tokens)["rows"]
-        total = lambda l, r, o=objective: o.loss(l, r).sum()  # noqa: E731
+        total = lambda l, r, o=objective: o.loss(l, r).sum()
         sharded = jax.jit(
             jax.shard_map(
                 jax.value_and_grad(total),

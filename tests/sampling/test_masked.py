@@ -199,15 +199,15 @@ def test_lazy_ancestral_draws_the_same_ids_in_as_many_calls_as_predicted():
 
 def test_analytic_absorbing_is_ancestral_and_its_probability_is_tweedies():
     # log n_ids: the head's convention for a normalised score.
-    scaled = lambda z, noise: denoise(z, noise) + jnp.log(3.0)  # noqa: E731
-    run = lambda f, d: jax.jit(lambda ids: f(d, KEY, ids, 4, n_ids=3, steps=5, schedule=LINEAR))(jnp.arange(500))[0]  # noqa: E731
+    scaled = lambda z, noise: denoise(z, noise) + jnp.log(3.0)
+    run = lambda f, d: jax.jit(lambda ids: f(d, KEY, ids, 4, n_ids=3, steps=5, schedule=LINEAR))(jnp.arange(500))[0]
     np.testing.assert_array_equal(run(score.analytic_absorbing, scaled), run(masked.ancestral, denoise))
     for step in range(4):
         before, after = (-np.log(a) for a in (step / 5, (step + 1) / 5)) if step else (np.inf, -np.log(1 / 5))
         tweedie = np.expm1(before - after) / np.expm1(before) if step else np.exp(-after)
         assert float(masked.unmask_prob(LINEAR, step, 5)) == pytest.approx(tweedie, abs=1e-6)
     # Half the mass reveals later: more masks after the first step.
-    half = lambda z, noise: scaled(z, noise) - jnp.log(2.0)  # noqa: E731
+    half = lambda z, noise: scaled(z, noise) - jnp.log(2.0)
     run = functools.partial(score.analytic_absorbing, n_ids=3, steps=5, schedule=LINEAR, trace=True)
     trace = jax.jit(lambda ids: run(half, KEY, ids, 4)[1]["trace"])(jnp.arange(500))
     assert (trace[1] == 3).mean() == pytest.approx(0.9, abs=0.03)
@@ -215,7 +215,7 @@ def test_analytic_absorbing_is_ancestral_and_its_probability_is_tweedies():
 
 def test_tweedie_uniform_is_the_posterior_of_one_token():
     p, sigma, delta = np.array([0.5, 0.3, 0.15, 0.05]), 1.3, 0.8
-    kernel = lambda s: np.exp(-s) * np.eye(4) - np.expm1(-s) / 4  # noqa: E731
+    kernel = lambda s: np.exp(-s) * np.eye(4) - np.expm1(-s) / 4
     now, before = p @ kernel(sigma), p @ kernel(sigma - delta)
     for z in range(4):
         posterior = before * kernel(delta)[:, z]
@@ -299,7 +299,7 @@ def table_logits(z_BxL):
 
 def sample_all_ways(key, ids_B):
     """Every sampler in one program: ({name: ids}, {name: nfe})."""
-    d = lambda z, noise: table_logits(z)  # noqa: E731
+    d = lambda z, noise: table_logits(z)
     run = functools.partial
     noise = schedule("linear")
     ways = {

@@ -36,7 +36,7 @@ def test_laws():
     keys = position_keys(KEY, jnp.arange(500), 0, jnp.arange(100))
     u, g = np.asarray(uniform(keys), np.float64).reshape(-1), np.asarray(gumbel(keys, 20), np.float64).reshape(-1)
     assert u.dtype == g.dtype == np.float64
-    ks = lambda x: np.abs(np.sort(x) - (np.arange(len(x)) + 0.5) / len(x)).max() * len(x) ** 0.5  # noqa: E731
+    ks = lambda x: np.abs(np.sort(x) - (np.arange(len(x)) + 0.5) / len(x)).max() * len(x) ** 0.5
     assert ks(u) < 2  # p < 1e-3
     assert ks(np.exp(-np.exp(-g))) < 2
     # The uniform that decides whether to unmask and the Gumbels that choose the token are independent.
@@ -92,7 +92,7 @@ def test_shards_draw_slices_of_the_global_table(dp, tp):
     axes = ("pp", "dp", "ep", "cp", "tp")
     kinds = (jax.sharding.AxisType.Auto,) * 5
     mesh = jax.make_mesh((1, dp, 1, 1, tp), axes, axis_types=kinds, devices=jax.devices()[: dp * tp])
-    draw = lambda key, ids: gumbel(position_keys(key, ids, 2, jnp.arange(3)), 24 // tp)  # noqa: E731
+    draw = lambda key, ids: gumbel(position_keys(key, ids, 2, jnp.arange(3)), 24 // tp)
     sharded = jax.shard_map(draw, mesh=mesh, in_specs=(P(), P("dp")), out_specs=P("dp", None, "tp"), check_vma=True)
     expected = jax.jit(lambda ids: gumbel(position_keys(KEY, ids, 2, jnp.arange(3)), 24))(jnp.arange(4))
     np.testing.assert_array_equal(jax.jit(sharded)(KEY, jnp.arange(4)), expected)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -62,7 +61,7 @@ def _loss_and_grads(program: Program, tokens_BxL: np.ndarray) -> tuple[float, An
     """(loss, gradients, compiled loss-and-gradient program) at initialisation on the program's mesh."""
     c, mesh = program.c, program.mesh
     state = program.layout.init(program.model.clone(gather=None), 0, c.data.seq_len)
-    batch = jax.jit(program.corrupt)(jax.device_put(tokens_BxL, tokens_sharding(mesh)), jnp.int32(0))
+    batch = jax.jit(program.corrupt)(jax.device_put(tokens_BxL, tokens_sharding(mesh)), jax.random.key(0))
     compiled = jax.jit(program.grads).lower(state.params, batch).compile()
     loss, grads = compiled(state.params, batch)
     return float(loss), jax.device_get(grads), compiled
@@ -115,7 +114,7 @@ def head_saving(program: Program, tokens_BxL: np.ndarray) -> HeadSaving:
     """Count the head's matmul FLOPs in the jaxpr with rows selected and with all rows; evaluate both losses."""
     params = program.layout.init(program.model.clone(gather=None), 0, program.c.data.seq_len).params
     tokens = jax.device_put(tokens_BxL, tokens_sharding(program.mesh))
-    batch = jax.jit(program.corrupt)(tokens, jnp.int32(0))
+    batch = jax.jit(program.corrupt)(tokens, jax.random.key(0))
     capacity = program.capacity
     losses, counts = [], []
     try:

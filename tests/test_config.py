@@ -1,0 +1,278 @@
+"""Every bad config is refused with the equation, the values in it and a fix; the digest and the flags stay put."""
+
+import sys
+
+import ml_collections
+import pytest
+from absl import flags
+
+from configs import topic1
+from fdp import config, run, train
+from fdp.config import UserError
+from fdp.mesh import AXES, make_mesh
+
+pytestmark = pytest.mark.fast
+
+
+def tiny(overrides: dict[str, object]) -> ml_collections.ConfigDict:
+    """A small valid config on one device, then `overrides` by dotted key."""
+    c = config.base()
+    c.model.update(layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ffn=64, vocab=64)
+    c.data.seq_len, c.train.batch = 32, 8
+    c.update_from_flattened_dict(overrides)
+    return c
+
+
+INDIVISIBLE = {
+    "query heads over tp": (
+        {"mesh.tp": 8},
+        "query heads 4 is not divisible by mesh.tp = 8: set model.heads=8 or another mesh.tp",
+    ),
+    "key/value heads over tp": (
+        {"mesh.tp": 4, "model.kv_heads": 2},
+        "key/value heads 2 is not divisible by mesh.tp = 4: set model.kv_heads=4 or another mesh.tp",
+    ),
+    "FFN over tp": (
+        {"mesh.tp": 4, "model.ffn": 66},
+        "FFN width 66 is not divisible by mesh.tp = 4: set model.ffn=68 or another mesh.tp",
+    ),
+    "vocabulary over tp": (
+        {"mesh.tp": 4, "model.vocab": 258},
+        "vocabulary 258 is not divisible by mesh.tp = 4: set model.vocab=260 or another mesh.tp",
+    ),
+    "query heads over key/value heads": (
+        {"model.kv_heads": 3},
+        "query heads 4 is not divisible by model.kv_heads = 3: set model.kv_heads to a divisor of model.heads",
+    ),
+    "rotary pairs": (
+        {"model.head_dim": 7},
+        "head_dim 7 is not divisible by rotary pairs = 2: set model.head_dim=8",
+    ),
+    "layers over pp": (
+        {"mesh.pp": 4},
+        "layers 2 is not divisible by mesh.pp = 4: set model.layers=4",
+    ),
+    "sequence over cp": (
+        {"mesh.cp": 8, "data.seq_len": 36},
+        "sequence length 36 is not divisible by mesh.cp = 8: set data.seq_len=40",
+    ),
+    "sequence over cp·tp under sequence parallelism": (
+        {"mesh.cp": 2, "mesh.tp": 4, "model.sequence_parallel": True, "data.seq_len": 36},
+        "sequence length 36 is not divisible by mesh.cp·mesh.tp (sequence_parallel) = 8: set data.seq_len=40",
+    ),
+    "batch over dp·ep·microbatches": (
+        {"mesh.dp": 2, "mesh.ep": 2, "train.microbatches": 2, "train.batch": 12},
+        "global batch 12 is not divisible by dp·ep·microbatches = 2·2·2 = 8: set train.batch=16 or another mesh.dp",
+    ),
+    "sequence over blocks": (
+        {"objective.name": "block_diffusion", "objective.block": 5},
+        "sequence length 32 is not divisible by objective.block = 5: choose a block that divides it",
+    ),
+}
+
+OUTSIDE = {
+    "degree of 0": ({"mesh.cp": 0}, "mesh.cp=0 must be at least 1"),
+    "no schedule for pp": ({"mesh.pp": 2}, "mesh.pp=2: this model has no pipeline schedule; set mesh.pp=1"),
+    "variant": ({"variant": "ful"}, "variant='ful' is unknown: did you mean 'full'?"),
+    "dtype": ({"model.dtype": "bfloat61"}, "model.dtype='bfloat61' is unknown: did you mean 'bfloat16'?"),
+    "remat": ({"model.remat": "dot"}, "model.remat='dot' is unknown: did you mean 'dots'?"),
+    "objective": ({"objective.name": "mldm"}, "objective.name='mldm' is unknown: did you mean 'mdlm'?"),
+    "tokenizer": ({"data.tokenizer": "wordpiece"}, "data.tokenizer='wordpiece' is unknown: known: bpe, byte"),
+    "NaN policy": ({"train.nan": "skp"}, "train.nan='skp' is unknown: did you mean 'skip'?"),
+    "ZeRO stage": (
+        {"train.zero": 2},
+        "train.zero=2 is unknown: 0 (replicated), 1 (gathered per step), 3 (per layer)",
+    ),
+    "no seeds": ({"seeds": ()}, "seeds=() names no run: set seeds=(0,)"),
+    "block diffusion over cp": (
+        {"objective.name": "block_diffusion", "mesh.cp": 2},
+        "block_diffusion doubles the sequence: set mesh.cp=1 and model.sequence_parallel=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INDIVISIBLE)
+def test_an_indivisible_size_is_refused_with_its_equation_and_a_fix(case: str) -> None:
+    overrides, message = INDIVISIBLE[case]
+    with pytest.raises(UserError) as error:
+        config.validate(tiny(overrides))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_a_value_outside_its_choices_is_refused_with_the_closest_one(case: str) -> None:
+    overrides, message = OUTSIDE[case]
+    with pytest.raises(UserError) as error:
+        config.validate(tiny(overrides))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("key", config.POSITIVE)
+def test_a_size_of_zero_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match=f"^{key}=0 must be at least 1$"):
+        config.validate(tiny({key: 0}))
+
+
+@pytest.mark.parametrize("case", INDIVISIBLE)
+def test_the_fix_of_a_message_is_a_fix(case: str) -> None:
+    overrides, message = INDIVISIBLE[case]
+    fix = message.split("set ")[-1].split(" ")[0] if "set " in message else ""
+    if "=" not in fix:
+        pytest.skip("the fix is a choice of the reader")
+    key, value = fix.split("=")
+    repaired = tiny(overrides | {key: int(value), "mesh.pp": 1})
+    if key == "model.heads":  # the two go together
+        repaired.model.kv_heads = int(value)
+    config.validate(repaired)
+
+
+def degrees(**given: int) -> dict[str, int]:
+    return {a: given.get(a, 1) for a in AXES}
+
+
+def test_degrees_that_do_not_multiply_to_the_devices_are_refused_with_their_product() -> None:
+    with pytest.raises(ValueError, match="mesh") as error:
+        make_mesh(degrees(dp=3, tp=4))
+    assert str(error.value) == (
+        "pp·dp·ep·cp·tp = 1·3·1·1·4 = 12 devices are needed but 8 cpu device(s) are there: "
+        "change a mesh.* degree so that the product fits"
+    )
+    with pytest.raises(ValueError, match=r"mesh\.ep=0 must be at least 1: pp·dp·ep·cp·tp = 1·1·0·1·1 = 0"):
+        make_mesh(degrees(ep=0))
+
+
+def test_every_variant_of_the_config_that_runs_here_is_valid_and_the_default_is_cpu() -> None:
+    assert topic1.get_config().variant == "cpu"
+    for variant in config.VARIANTS:
+        c = topic1.get_config(variant)
+        config.validate(c)
+        assert c.variant == variant
+
+
+def test_a_misspelt_key_in_a_config_file_is_refused_with_the_closest_one() -> None:
+    with pytest.raises(AttributeError, match='Did you mean "steps" instead of "stepz"'):
+        config.base().train.stepz = 3
+    with pytest.raises(KeyError, match='Did you mean "heads" instead of "headz"'):
+        config.base().model.update(headz=3)
+
+
+def command_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `python -m fdp.train` prints for `arguments` that it refuses."""
+    argv = ["fdp.train", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.parse_flags(argv)
+    finally:
+        flags.FLAGS.unparse_flags()
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+
+
+REFUSED = {
+    "unknown key": (
+        ["--config=configs/topic1.py:tiny", "--config.train.stepz=3"],
+        "error: unknown config key 'train.stepz': did you mean 'train.steps'?\n",
+    ),
+    "unknown boolean key": (
+        ["--config=configs/topic1.py:tiny", "--noconfig.model.qknorm"],
+        "error: unknown config key 'model.qknorm': did you mean 'model.qk_norm'?\n",
+    ),
+    "unknown section": (
+        ["--config=configs/topic1.py:tiny", "--config.trian.steps=3"],
+        "error: unknown config key 'trian.steps': did you mean 'train.steps'?\n",
+    ),
+    "unknown variant": (
+        ["--config=configs/topic1.py:tyni"],
+        "error: unknown variant 'tyni': did you mean 'tiny'?\n",
+    ),
+    "value of another type": (
+        ["--config=configs/topic1.py:tiny", "--config.train.steps=many"],
+        "error: flag --config.train.steps=many: invalid literal for int() with base 10: 'many'\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_command_refuses_a_bad_argument_in_one_line(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, message = REFUSED[case]
+    assert command_error(monkeypatch, capsys, *arguments) == message
+
+
+def test_an_unknown_key_without_a_close_one_lists_the_known_keys(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = command_error(monkeypatch, capsys, "--config=configs/topic1.py:tiny", "--config.xyzzy=3")
+    assert message.startswith("error: unknown config key 'xyzzy': known: checkpoint.allow_config_change, ")
+    assert "train.steps" in message
+    assert message.count("\n") == 1
+
+
+def test_a_config_file_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = command_error(monkeypatch, capsys, "--config=configs/topic0.py")
+    assert message.startswith("error: ")
+    assert "configs/topic0.py" in message
+    assert message.count("\n") == 1
+
+
+def test_a_bug_inside_a_config_file_keeps_its_traceback(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text("from fdp import config\ndef get_config():\n    c = config.base()\n    c.train.stepz = 3\n")
+    argv = ["fdp.train", f"--config={path}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    try:
+        with pytest.raises(AttributeError, match="stepz"):
+            train.parse_flags(argv)
+    finally:
+        flags.FLAGS.unparse_flags()
+
+
+def test_an_unknown_topic_is_refused_with_the_closest_folder() -> None:
+    with pytest.raises(UserError, match="^unknown topic 'paralel_dlm': did you mean 'parallel_dlm'\\?$"):
+        run.study_of("paralel_dlm")
+
+
+# A second value for every free key: none of them changes what is computed.
+FREE = {
+    "mesh.dp": 2, "mesh.tp": 4, "checkpoint.every": 7, "checkpoint.allow_config_change": True, "log.every": 3,
+    "hardware.topology": "v5p:4x4x8", "train.zero": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_the_digest_ignores_what_does_not_change_the_computation(key: str) -> None:
+    assert config.digest(tiny({key: FREE[key]})) == config.digest(tiny({}))
+
+
+def test_the_digest_notices_every_other_key() -> None:
+    c = tiny({})
+    for key, value in config.flatten(c).items():
+        if key.split(".")[0] in config.FREE_KEYS or key in config.FREE_KEYS:
+            continue
+        if isinstance(value, bool):
+            other: object = not value
+        elif isinstance(value, list):
+            other = (*value, 1)
+        else:
+            other = value + ("x" if isinstance(value, str) else 1)
+        assert config.digest(tiny({key: other})) != config.digest(c), key
+
+
+def test_every_free_key_exists_and_a_longer_name_is_not_free() -> None:
+    c = tiny({})
+    known = config.flatten(c)
+    for free in config.FREE_KEYS:
+        assert any(key == free or key.startswith(f"{free}.") for key in known), free
+    with c.unlocked():
+        c.logits = ml_collections.ConfigDict({"scale": 1.0})
+    before = config.digest(c)
+    c.logits.scale = 2.0
+    assert config.digest(c) != before
+
+
+def test_the_command_line_is_frozen() -> None:
+    assert {f.name for f in flags.FLAGS.flags_by_module_dict()["fdp.train"]} == {"config", "workdir", "dry_run"}

@@ -1,0 +1,315 @@
+"""The contract of topics: what every folder of fdp/topics and every configs/topic*.py must have, and who imports whom.
+
+Folders and configs are discovered: topic 16 is tested as soon as its files are there.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.image
+import ml_collections
+import pytest
+
+from fdp import config, report
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("topic*.py"))
+TOPICS = sorted(p.name for p in (ROOT / "fdp" / "topics").iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
+SOURCES = sorted(p for d in ("fdp", "configs", "tests", "benchmarks", "launch") for p in (ROOT / d).rglob("*.py"))
+
+# Section of a topic's README → what one of its headings says; the seed idea may also open the text in bold.
+SECTIONS = {
+    "question or seed idea": r"^(#+ .*(question|idea)|\*\*(question|seed idea))",
+    "prior work": r"^#+ .*prior work",
+    "method": r"^#+ .*method",
+    "how to run": r"^#+ .*run",
+    "measured": r"^#+ .*(measured|results)",
+    "limits": r"^#+ .*limit",
+    "next": r"^#+ .*next",
+}
+
+each_config = pytest.mark.parametrize("name", CONFIGS)
+each_topic = pytest.mark.parametrize("topic", TOPICS)
+
+
+def get_config(name: str, variant: str) -> ml_collections.ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config(variant)
+
+
+def topic_of(name: str) -> str:
+    return get_config(name, "cpu").topic
+
+
+def study_module(topic: str):
+    return importlib.import_module(f"fdp.topics.{topic}.study")
+
+
+# Configs and folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+def test_every_topic_has_a_config_and_every_config_a_topic() -> None:
+    assert TOPICS, "no topic was found"
+    assert sorted(topic_of(name) for name in CONFIGS) == TOPICS
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("variant", config.VARIANTS)
+@each_config
+def test_variant_is_valid(name: str, variant: str) -> None:
+    c = get_config(name, variant)
+    config.validate(c)
+    assert c.variant == variant
+    assert config.flatten(c).keys() == config.flatten(config.base()).keys()
+    with pytest.raises(AttributeError):
+        c.mesh.no_such_key = 1
+    arms = study_module(c.topic).arms(c)
+    assert arms, f"{c.topic} has no arms"
+    for arm in arms.values():
+        config.validate(arm)
+
+
+@pytest.mark.fast
+@each_config
+def test_default_variant_is_cpu_and_unknown_ones_are_refused(name: str) -> None:
+    module = importlib.import_module(f"configs.{name}")
+    assert module.get_config() == module.get_config("cpu")
+    with pytest.raises(config.UserError, match="unknown variant 'tyni': did you mean 'tiny'"):
+        module.get_config("tyni")
+
+
+@pytest.mark.fast
+@each_config
+def test_config_docstring_names_claims_commands_and_a_variation(name: str) -> None:
+    text = importlib.import_module(f"configs.{name}").__doc__ or ""
+    command = f"python -m fdp.train --config=configs/{name}.py"
+    for needed in ("Claim", f"{command} ", f"{command}:tiny", f"{command}:pod --dry_run", "--config."):
+        assert needed in text, f"the docstring of configs/{name}.py lacks {needed!r}"
+    assert re.search(r"\d+ (s|min)\b", text), f"the docstring of configs/{name}.py names no expected run time"
+
+
+@pytest.mark.fast
+@each_topic
+def test_topic_has_arms_and_a_study(topic: str) -> None:
+    module = study_module(topic)
+    assert list(inspect.signature(module.arms).parameters) == ["config"]
+    assert list(inspect.signature(module.study).parameters) == ["run"]
+    assert (module.__doc__ or "").strip()
+
+
+@pytest.mark.fast
+@each_topic
+def test_topic_readme_has_every_section(topic: str) -> None:
+    path = ROOT / "fdp" / "topics" / topic / "README.md"
+    assert path.is_file(), f"{topic} has no README.md"
+    text = path.read_text(encoding="utf8")
+    missing = [name for name, pattern in SECTIONS.items() if not re.search(pattern, text, re.M | re.I)]
+    assert not missing, f"fdp/topics/{topic}/README.md lacks {missing}"
+    measured = re.split(SECTIONS["measured"], text, maxsplit=1, flags=re.M | re.I)[-1]
+    measured = re.split(SECTIONS["limits"], measured, maxsplit=1, flags=re.M | re.I)[0]
+    assert re.search(r"^\|[ :|-]+\|$", measured, re.M), f"fdp/topics/{topic}/README.md has no measured table"
+    commands = {f"python -m fdp.train --config=configs/{name}.py" for name in CONFIGS if topic_of(name) == topic}
+    assert all(command in text for command in commands), f"fdp/topics/{topic}/README.md lacks {commands}"
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def train(*arguments: str, hide: tuple[str, ...] = (), timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """`python -m fdp.train …` at the root, where the modules of `hide` are as good as not installed."""
+    hidden = "".join(f"sys.modules[{name!r}] = None; " for name in hide)
+    start = f"import sys, runpy; {hidden}runpy.run_module('fdp.train', run_name='__main__', alter_sys=True)"
+    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}  # the command asks for its own
+    command = [sys.executable, "-c", start, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+    """(config name, workdir, stdout) of one finished run of its `tiny` variant."""
+    name, workdir = request.param, tmp_path_factory.mktemp(request.param)
+    done = train(f"--config=configs/{name}.py:tiny", f"--workdir={workdir}")
+    assert done.returncode == 0, f"{name}:tiny failed\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return name, workdir, done.stdout
+
+
+def test_tiny_run_reports_legal_rows(tiny: tuple[str, Path, str]) -> None:
+    name, workdir, stdout = tiny
+    found = json.loads((workdir / "report.json").read_text(encoding="utf8"))
+    report.validate(found, workdir)
+    c = get_config(name, "tiny")
+    assert (found["topic"], found["variant"], found["config_hash"]) == (c.topic, "tiny", config.digest(c))
+    text = (workdir / "report.md").read_text(encoding="utf8")
+    for row in found["rows"]:
+        assert row["verdict"] in report.VERDICTS
+        assert row["evidence"] in report.EVIDENCE
+        assert row["claim"] in text
+    assert str(workdir / "report.md") in stdout
+
+
+def test_tiny_run_draws_plots(tiny: tuple[str, Path, str]) -> None:
+    name, workdir, _ = tiny
+    plots = json.loads((workdir / "report.json").read_text(encoding="utf8"))["plots"]
+    assert plots, f"{name} draws nothing"
+    for plot in plots:
+        assert (workdir / plot).read_bytes().startswith(b"\x89PNG\r\n\x1a\n"), f"{plot} is no PNG"
+        pixels = matplotlib.image.imread(workdir / plot)
+        assert min(pixels.shape[:2]) > 100
+        assert pixels[..., :3].std() > 0, f"{plot} is one flat colour"
+
+
+def test_tiny_run_leaves_what_a_run_must_leave(tiny: tuple[str, Path, str]) -> None:
+    name, workdir, _ = tiny
+    assert json.loads((workdir / "config.json").read_text(encoding="utf8"))
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf8").splitlines()
+    arms = {json.loads(line).get("arm") for line in lines}
+    assert arms >= study_module(topic_of(name)).arms(get_config(name, "tiny")).keys()
+    assert any((workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("variant", ["pod", "h100"])
+@each_config
+def test_dry_run_without_compilers_is_abstract(name: str, variant: str) -> None:
+    done = train(f"--config=configs/{name}.py:{variant}", "--dry_run", hide=("libtpu", "jax_plugins.xla_cuda13"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    for word in ("parameters", "optimizer", "activations", "bytes", "FLOPs"):
+        assert word in done.stdout, f"--dry_run of {name}:{variant} does not print {word}"
+    assert "lowered abstractly" in done.stdout
+    for arm in study_module(topic_of(name)).arms(get_config(name, variant)):
+        assert f"arm {arm}" in done.stdout
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("variant", ["pod", "h100"])
+@each_config
+def test_dry_run_with_compilers_fits(name: str, variant: str) -> None:
+    done = train(f"--config=configs/{name}.py:{variant}", "--dry_run", timeout=1800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "compiled ahead of time" in done.stdout
+    assert "DOES NOT FIT" not in done.stdout
+
+
+# Imports run one way --------------------------------------------------------------------------------------------------
+
+MAY_IMPORT_TOPICS = ("fdp/train.py", "fdp/run.py", "fdp/dry_run.py")  # and only by a name made at run time
+BOTTOM = ("fdp.kernels_pallas", "fdp.collectives", "fdp.mesh")
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Dotted names of everything that a module in `package` imports, wherever the statement stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def offences(source: str, path: str) -> list[str]:
+    """What a file at `path` (relative to the root) may not import."""
+    tree = ast.parse(source)
+    package = ".".join(Path(path).parent.parts)
+    found = [name for name in imports(tree, package) if inside(name, "fdp")]
+    if path.startswith("fdp/topics/"):
+        own = ".".join(Path(path).parts[:3])
+        return [name for name in found if inside(name, "fdp.topics") and not inside(name, own)]
+    wrong = [name for name in found if inside(name, "fdp.topics")]
+    if path not in MAY_IMPORT_TOPICS:
+        texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        wrong += [text for text in texts if re.match(r"fdp\.topics\b", text)]
+    if any(inside(path.removesuffix(".py").replace("/", "."), module) for module in BOTTOM):
+        wrong += [name for name in found if not any(inside(name, module) for module in BOTTOM)]
+    return wrong
+
+
+@pytest.mark.fast
+def test_imports_run_one_way() -> None:
+    files = {p.relative_to(ROOT).as_posix(): p for p in SOURCES if p.is_relative_to(ROOT / "fdp")}
+    found = {path: offences(p.read_text(encoding="utf8"), path) for path, p in files.items()}
+    assert not {path: wrong for path, wrong in found.items() if wrong}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("from fdp.topics.a import checks", "fdp/loop.py"),
+        ("from fdp import topics", "fdp/models/layers.py"),
+        ("from ..topics.a import study", "fdp/models/layers.py"),
+        ("def f():\n    import fdp.topics.a.study", "fdp/step.py"),
+        ("from fdp.topics.a import study", "fdp/run.py"),
+        ("import importlib\nimportlib.import_module(f'fdp.topics.{x}.study')", "fdp/loop.py"),
+        ("from fdp.topics.b.study import arms", "fdp/topics/a/study.py"),
+        ("from ..b import study", "fdp/topics/a/study.py"),
+        ("from fdp.models import layers", "fdp/kernels_pallas/flash.py"),
+        ("from fdp.models import layers", "fdp/collectives.py"),
+    ],
+)
+def test_a_wrong_import_is_found(source: str, path: str) -> None:
+    assert offences(source, path)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("import importlib\nimportlib.import_module(f'fdp.topics.{x}.study')", "fdp/run.py"),
+        ("from fdp.topics.a import checks\nfrom fdp.cost import hlo", "fdp/topics/a/study.py"),
+        ("from . import checks", "fdp/topics/a/study.py"),
+        ("from fdp.collectives import psum\nimport jax", "fdp/kernels_pallas/flash.py"),
+    ],
+)
+def test_a_right_import_is_let_through(source: str, path: str) -> None:
+    assert not offences(source, path)
+
+
+# Size and substance of files ------------------------------------------------------------------------------------------
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.fast
+def test_no_file_exceeds_600_lines() -> None:
+    lengths = {relative(p): len(p.read_text(encoding="utf8").splitlines()) for p in SOURCES}
+    assert not {path: n for path, n in lengths.items() if n > 600}
+
+
+@pytest.mark.fast
+def test_no_function_exceeds_100_lines() -> None:
+    too_long = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 100:
+                too_long[f"{relative(path)}:{node.lineno} {node.name}"] = node.end_lineno - node.lineno + 1
+    assert not too_long
+
+
+def asserts_something(source: str) -> bool:
+    """Whether a test file holds an assert statement, a pytest.raises or an assert_… call."""
+    for node in ast.walk(ast.parse(source)):
+        name = getattr(node, "attr", getattr(node, "id", ""))
+        if isinstance(node, ast.Assert) or name.startswith("assert_") or name in ("raises", "warns"):
+            return True
+    return False
+
+
+@pytest.mark.fast
+def test_no_test_file_asserts_nothing() -> None:
+    files = [p for p in SOURCES if p.is_relative_to(ROOT / "tests") and p.name.startswith("test_")]
+    assert not [relative(p) for p in files if not asserts_something(p.read_text(encoding="utf8"))]
+    assert not asserts_something("def test_nothing():\n    print('looks fine')\n")
