@@ -37,7 +37,7 @@ def curves(workdir: Path) -> str:
 def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
     """Stacked wire bytes per device and step of every mesh, by collective and axes. Returns the path in the workdir."""
     fig, axes = figure(width=8.0, height=4.0)
-    names = [c.mesh for c in comparisons]
+    names = [c.mesh.replace(", ", "\n") for c in comparisons]
     base = np.zeros(len(names))
     kinds = sorted({key for c in comparisons for key in c.counted}, key=str)
     for i, (op, mesh_axes) in enumerate(kinds):
@@ -45,6 +45,7 @@ def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
         hatch = ("", "//", "..")[i // 7 % 3]  # the house style has seven colours
         axes.bar(names, height, bottom=base, label=f"{op} over {'·'.join(mesh_axes)}", hatch=hatch, width=0.6)
         base += height
+    axes.set_ylim(0, 1.05 * base.max())
     axes.set(ylabel="KiB sent per device and step", title="Wire bytes of loss and gradients, counted in the HLO")
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return str(save_plot(fig, workdir / "plots" / "bytes.png").relative_to(workdir))
