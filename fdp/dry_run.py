@@ -104,6 +104,8 @@ def describe(p: Program, target: Target) -> str:
                 raise
     planned = aot.memory(compiled) if compiled is not None else None
     parts = [_memory_table(estimate, planned), _fit(estimate, planned, overflow, target.chip)]
+    if "DOES NOT FIT" in parts[1]:
+        parts.append(_largest(p, state, overflow))
     parts += [_bytes_table(p, rows, compiled), _flops_line(p, rows, state), _time_line(p, rows, target.chip)]
     return "\n".join(part for part in parts if part)
 
@@ -125,17 +127,29 @@ def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
 
 def _fit(e: analytic.Memory, planned: aot.Memory | None, overflow: aot.HbmError | None, c: Chip | None) -> str:
     if overflow is not None:
-        lines = [
-            f"DOES NOT FIT: {_gib(overflow.used_bytes)} GiB of {_gib(overflow.limit_bytes)} GiB HBM; largest buffers:"
-        ]
-        lines += [f"  {_gib(b.bytes)} GiB {b.shape} {b.op_name}" for b in overflow.buffers[:8]]
-        lines.append("  raise mesh.tp, mesh.cp or train.zero, set model.remat=full, or lower train.batch")
-        return "\n".join(lines)
+        used, limit = _gib(overflow.used_bytes), _gib(overflow.limit_bytes)
+        return f"fit       DOES NOT FIT: {used} GiB (compiler) of {limit} GiB HBM"
     if c is None:
         return "fit       unknown: set hardware.topology to a chip"
     used, by = (planned.peak, "compiler") if planned is not None else (e.total(), "analytic")
     verdict = "fits" if used <= c.hbm_bytes else "DOES NOT FIT"
     return f"fit       {verdict}: {_gib(used)} GiB ({by}) of {_gib(c.hbm_bytes)} GiB HBM on {c.name}"
+
+
+def _largest(p: Program, state: Any, overflow: aot.HbmError | None) -> str:
+    """The largest buffers, from the compiler where it lists them, else the largest arrays of the program."""
+    buffers = [(b.bytes, f"{b.shape} {b.op_name}") for b in overflow.buffers[:8]] if overflow else []
+    source = "largest buffers" if buffers else "largest arrays of the program, before fusion"
+    buffers = buffers or jaxpr.largest_arrays(_jaxpr(p, state), 8)
+    lines = [f"{source}, GiB per device:"] + [f"  {_gib(size)} {text}" for size, text in buffers]
+    lines.append("raise mesh.tp, mesh.cp or train.zero, set model.remat=full, or lower train.batch per device")
+    return "\n".join(lines)
+
+
+def _jaxpr(p: Program, state: Any) -> Any:
+    tokens = jax.ShapeDtypeStruct((p.c.train.batch, p.c.data.seq_len), jnp.int32)
+    batch = jax.eval_shape(p.objective.corrupt, jax.random.key(0), tokens)
+    return jax.make_jaxpr(p.grads)(state.params, batch)
 
 
 def _bytes_table(p: Program, rows: int, compiled: Any) -> str:
@@ -165,9 +179,7 @@ def _bytes_table(p: Program, rows: int, compiled: Any) -> str:
 def _flops_line(p: Program, rows: int, state: Any) -> str:
     shards = p.c.mesh.dp * p.c.mesh.ep * p.c.mesh.cp * p.c.train.microbatches
     total = flops.train_step(p.c, rows * shards)
-    tokens = jax.ShapeDtypeStruct((p.c.train.batch, p.c.data.seq_len), jnp.int32)
-    batch = jax.eval_shape(p.objective.corrupt, jax.random.key(0), tokens)
-    counted = jaxpr.dot_flops(jax.make_jaxpr(p.grads)(state.params, batch))
+    counted = jaxpr.dot_flops(_jaxpr(p, state))
     return (
         f"FLOPs     {total / math.prod(p.c.mesh.values()):.4g} per device and step ({flops.CONVENTION}); "
         f"{counted:.4g} in the program, recomputation included"

@@ -148,6 +148,27 @@ def _inner(eqn: Any) -> Iterator[Any]:
                 yield _open(value)
 
 
+def largest_arrays(closed_jaxpr: Any, n: int) -> list[tuple[int, str]]:
+    """The n largest arrays computed inside shard_map: (bytes per device, "float32[…] where"), one a shape and place.
+
+    Logical arrays, before the compiler fuses any away: where to look when a program does not fit, not what it holds.
+    """
+    found: dict[str, int] = {}
+
+    def collect(jaxpr: Any, at: _Place) -> None:
+        for eqn in jaxpr.eqns:
+            scope = str(eqn.source_info.name_stack) or eqn.primitive.name
+            bodies = list(_inner(eqn))
+            for out in eqn.outvars if at.local and not bodies else ():
+                shape, dtype = ",".join(map(str, out.aval.shape)), out.aval.dtype
+                found[f"{dtype.name}[{shape}] {scope}"] = out.aval.size * dtype.itemsize
+            for inner in bodies:
+                collect(inner, at.inside(eqn))
+
+    collect(_open(closed_jaxpr), _Place())
+    return [(size, text) for text, size in sorted(found.items(), key=lambda item: -item[1])[:n]]
+
+
 # Collectives ---------------------------------------------------------------------------------------------------------
 
 

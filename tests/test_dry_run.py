@@ -1,0 +1,92 @@
+"""`--dry_run`: what it prints without a compiler at hand, and, in the ahead-of-time tier, what real compilers find."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fdp import dry_run
+from fdp.config import UserError
+from fdp.cost import aot
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("topic*.py"))
+
+
+def config(name: str, variant: str):
+    import importlib
+
+    return importlib.import_module(f"configs.{name}").get_config(variant)
+
+
+def command(*arguments: str) -> str:
+    """stdout of the real command, which must succeed."""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
+    run = subprocess.run(
+        [sys.executable, "-m", "fdp.train", *arguments, "--dry_run"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+@pytest.mark.fast
+def test_without_a_compiler_the_program_is_counted_and_the_note_says_so(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(aot, "available", lambda platform: False)
+    dry_run.dry_run(config("topic1", "pod"))
+    out = capsys.readouterr().out
+    assert "pip install 'fdp[aot]'" in out and "lowered abstractly" in out and "not compiled" in out
+    for word in ("parameters", "optimizer", "activations", "bytes per axis", "FLOPs", "fits"):
+        assert word in out
+
+
+@pytest.mark.fast
+def test_a_program_larger_than_the_chip_does_not_fit_by_the_analytic_count(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(aot, "available", lambda platform: False)
+    c = config("topic1", "pod")
+    c.model.width, c.model.ffn, c.train.zero = 16384, 65536, 0
+    dry_run.dry_run(c)
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out
+    assert re.search(r"largest arrays of the program.*\n  \d+\.\d+ \w+\[", out), out
+
+
+@pytest.mark.fast
+def test_unknown_topology_names_the_closest() -> None:
+    c = config("topic1", "pod")
+    c.hardware.topology = "v5q:4x4x8"
+    with pytest.raises(UserError, match=r"unknown platform 'v5q'.*did you mean 'v5"):
+        dry_run.dry_run(c)
+
+
+@pytest.mark.fast
+def test_more_token_ids_than_embedding_rows_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(aot, "available", lambda platform: False)
+    c = config("topic1", "pod")
+    c.data.vocab = 2 * c.model.vocab
+    with pytest.raises(UserError, match=r"set model\.vocab=65536"):
+        dry_run.dry_run(c)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("variant", ["pod", "h100"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_compiles_for_its_hardware_and_fits(name: str, variant: str) -> None:
+    out = command(f"--config=configs/{name}.py:{variant}")
+    assert "compiled ahead of time" in out and "fits" in out and "DOES NOT FIT" not in out
+    # The compiler's count of FLOPs-carrying traffic agrees with the formula where nothing is cast on the way.
+    for kind, formula, counted in re.findall(r"^(reduce-scatter over [tc]p)\s+([\d,.]+)\s+([\d,.]+)$", out, re.M):
+        assert formula == counted, f"{kind}: formula {formula} MiB, compiled {counted} MiB"
+
+
+@pytest.mark.aot
+def test_a_program_that_overflows_hbm_says_so() -> None:
+    out = command(
+        "--config=configs/topic1.py:h100", "--config.hardware.topology=v5e:2x2", "--config.mesh.dp=4",
+        "--config.model.layers=4", "--config.train.microbatches=1", "--config.train.batch=256",
+        "--config.model.remat=none",
+    )  # fmt: skip
+    assert re.search(r"DOES NOT FIT: \d+\.\d+ GiB of \d+\.\d+ GiB HBM", out), out
+    assert "largest" in out
