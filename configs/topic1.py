@@ -24,7 +24,10 @@ def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
 
 
 def _cpu(c: ml_collections.ConfigDict) -> None:
-    c.train.update(steps=1500, batch=32)
+    # Without the norm on queries and keys, MDLM stays on the unigram plateau (5.7 nats) twice as long at this rate.
+    c.model.qk_norm = True
+    c.train.update(steps=1200, batch=32, lr=2e-3)
+    c.eval.every = c.checkpoint.every = 200
 
 
 def _tiny(c: ml_collections.ConfigDict) -> None:

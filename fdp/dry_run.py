@@ -131,9 +131,9 @@ def _fit(e: analytic.Memory, planned: aot.Memory | None, overflow: aot.HbmError 
         return f"fit       DOES NOT FIT: {used} GiB (compiler) of {limit} GiB HBM"
     if c is None:
         return "fit       unknown: set hardware.topology to a chip"
-    used, by = (planned.peak, "compiler") if planned is not None else (e.total(), "analytic")
-    verdict = "fits" if used <= c.hbm_bytes else "DOES NOT FIT"
-    return f"fit       {verdict}: {_gib(used)} GiB ({by}) of {_gib(c.hbm_bytes)} GiB HBM on {c.name}"
+    peak, by = (planned.peak, "compiler") if planned is not None else (e.total(), "analytic")
+    verdict = "fits" if peak <= c.hbm_bytes else "DOES NOT FIT"
+    return f"fit       {verdict}: {_gib(peak)} GiB ({by}) of {_gib(c.hbm_bytes)} GiB HBM on {c.name}"
 
 
 def _largest(p: Program, state: Any, overflow: aot.HbmError | None) -> str:
