@@ -73,7 +73,7 @@ class Arm:
 
     def init(self) -> TrainState:
         """A fresh training state."""
-        return self.program.layout.init(self.model, self.c.seeds[0], self.c.data.seq_len)
+        return self.program.init(self.c.seeds[0])
 
     def train_function(self) -> Any:
         """The train step compiled for this mesh, once: (state, tokens_BxL) → (state, metrics)."""

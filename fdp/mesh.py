@@ -58,6 +58,7 @@ def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None =
         raise ValueError(
             f"{degrees_equation(degrees)} devices are needed but {len(available)} "
             f"{available[0].platform} device(s) are there: change a mesh.* degree so that the product fits"
+            + ("" if available[0].platform == "cpu" else ", or set JAX_PLATFORMS=cpu to use virtual devices")
         )
     shape = tuple(degrees[a] for a in AXES)
     if devices is None and total == len(available) and available[0].platform != "cpu":

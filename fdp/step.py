@@ -71,10 +71,15 @@ class Program:
         self.c, self.objective, self.mesh = c, objective, mesh
         self.layout = Layout(c, model, mesh)
         gather = sharding.layer_gather(self.layout.stored, c.train.zero)
+        self.plain = model  # parameters are initialised whole, under jit with out_shardings
         self.model = model if gather is None else model.clone(gather=gather)
         self.tokens = c.train.batch * c.data.seq_len
         self.capacity = head_capacity(c, objective, c.train.batch, c.train.microbatches)
         self.lr = learning_rate(c)
+
+    def init(self, seed: int) -> TrainState:
+        """A fresh state, created in place on the mesh: the same values on every mesh and for every ZeRO stage."""
+        return self.layout.init(self.plain, seed, self.c.data.seq_len)
 
     def _shard_map(self, f: Callable[..., Any], batch: Any, out_specs: Any) -> Callable[..., Any]:
         in_specs = (self.layout.stored, batch_specs(batch))

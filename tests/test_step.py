@@ -72,7 +72,7 @@ def outcome(c: ml_collections.ConfigDict) -> dict:
     """Loss, gradients and the parameters after two steps, on the host."""
     p = program(c)
     x = jax.device_put(tokens(c), tokens_sharding(p.mesh))
-    state = p.layout.init(p.model.clone(gather=None), 0, c.data.seq_len)
+    state = p.init(0)
     start = jax.device_get(state.params)
     grads = jax.jit(lambda params: p.grads(params, p.corrupt(x, jax.random.key(0))))(state.params)
     loss, grads = jax.device_get(grads)
@@ -167,7 +167,7 @@ def test_bfloat16_compute_keeps_float32_parameters_and_stays_near(reference: dic
 def test_non_finite_step_leaves_the_state_untouched_and_is_counted() -> None:
     c = tiny(**{"mesh.dp": 2})
     p = program(c)
-    state = p.layout.init(p.model, 0, c.data.seq_len)
+    state = p.init(0)
     poisoned = state.replace(params={**state.params, "norm": {"scale": state.params["norm"]["scale"] * jnp.nan}})
     before = jax.device_get(poisoned.params)
     after, metrics = p.jit_train_step()(poisoned, jax.device_put(tokens(c), tokens_sharding(p.mesh)))

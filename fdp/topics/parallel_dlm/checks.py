@@ -60,7 +60,7 @@ def _program(c: ml_collections.ConfigDict, objective: Objective, mesh: AnyMesh) 
 def _loss_and_grads(program: Program, tokens_BxL: np.ndarray) -> tuple[float, Any, Any]:
     """(loss, gradients, compiled loss-and-gradient program) at initialisation on the program's mesh."""
     c, mesh = program.c, program.mesh
-    state = program.layout.init(program.model.clone(gather=None), 0, c.data.seq_len)
+    state = program.init(0)
     batch = jax.jit(program.corrupt)(jax.device_put(tokens_BxL, tokens_sharding(mesh)), jax.random.key(0))
     compiled = jax.jit(program.grads).lower(state.params, batch).compile()
     loss, grads = compiled(state.params, batch)
@@ -112,7 +112,7 @@ class HeadSaving:
 
 def head_saving(program: Program, tokens_BxL: np.ndarray) -> HeadSaving:
     """Count the head's matmul FLOPs in the jaxpr with rows selected and with all rows; evaluate both losses."""
-    params = program.layout.init(program.model.clone(gather=None), 0, program.c.data.seq_len).params
+    params = program.init(0).params
     tokens = jax.device_put(tokens_BxL, tokens_sharding(program.mesh))
     batch = jax.jit(program.corrupt)(tokens, jax.random.key(0))
     capacity = program.capacity
