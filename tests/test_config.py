@@ -113,13 +113,12 @@ def test_a_size_of_zero_is_refused(key: str) -> None:
         config.validate(tiny({key: 0}))
 
 
-@pytest.mark.parametrize("case", INDIVISIBLE)
+@pytest.mark.parametrize(
+    "case", [case for case, (_, message) in INDIVISIBLE.items() if "=" in message.partition(": set ")[2]]
+)
 def test_the_fix_of_a_message_is_a_fix(case: str) -> None:
     overrides, message = INDIVISIBLE[case]
-    fix = message.split("set ")[-1].split(" ")[0] if "set " in message else ""
-    if "=" not in fix:
-        pytest.skip("the fix is a choice of the reader")
-    key, value = fix.split("=")
+    key, value = message.split("set ")[1].split(" ")[0].split("=")
     repaired = tiny(overrides | {key: int(value), "mesh.pp": 1})
     if key == "model.heads":  # the two go together
         repaired.model.kv_heads = int(value)
@@ -232,7 +231,7 @@ def test_a_bug_inside_a_config_file_keeps_its_traceback(tmp_path, monkeypatch: p
 
 
 def test_an_unknown_topic_is_refused_with_the_closest_folder() -> None:
-    with pytest.raises(UserError, match="^unknown topic 'paralel_dlm': did you mean 'parallel_dlm'\\?$"):
+    with pytest.raises(UserError, match=r"^unknown topic 'paralel_dlm': did you mean 'parallel_dlm'\?$"):
         run.study_of("paralel_dlm")
 
 
