@@ -6,19 +6,25 @@ every collective is the identity and `size` is 1) and the sharded program (insid
 An axis may be factored into binary sub-axes (`mesh.factor`): "cp" then means all of cp0, cp1, … that are bound.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 Axes = str | Sequence[str]
 
 
 def bound(axes: Axes) -> tuple[str, ...]:
-    """Mesh axis names bound here (inside shard_map) that make up the logical `axes`, outermost first."""
+    """Mesh axis names of degree > 1 bound here (inside shard_map) that make up the logical `axes`, outermost first.
+
+    An axis of degree 1 is as good as unbound: a collective over it would compute nothing and still keep the compiler
+    from fusing across it.
+    """
     wanted = (axes,) if isinstance(axes, str) else tuple(axes)
-    names = jax.sharding.get_abstract_mesh().manual_axes
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (n for n in mesh.manual_axes if mesh.shape[n] > 1)
     return tuple(n for n in names if n in wanted or n.rstrip("0123456789") in wanted)
 
 
@@ -92,3 +98,21 @@ def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """Sum over `axes` and keep this device's slice of `dim` (its length must be divisible by the degree)."""
     names = bound(axes)
     return lax.psum_scatter(vary(x, axes), names, scatter_dimension=dim, tiled=True) if names else x
+
+
+def shard_map(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over all axes with varying-axis types checked, axes of degree 1 taken out of the specs.
+
+    A value whose spec names an axis counts as varying along it, even at degree 1; see `bound` for why that matters.
+    """
+
+    def entry(e: Any) -> Any:
+        names = tuple(n for n in ((e,) if isinstance(e, str) else e or ()) if mesh.shape[n] > 1)
+        return (names[0] if isinstance(e, str) else names) if names else None
+
+    def strip(specs: Any) -> Any:
+        return jax.tree.map(
+            lambda s: PartitionSpec(*map(entry, s)), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
+
+    return jax.shard_map(f, mesh=mesh, in_specs=strip(in_specs), out_specs=strip(out_specs), check_vma=True)

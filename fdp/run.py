@@ -86,10 +86,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
     digest = fdp_config.digest(config)
     try:
         mesh = make_mesh(config.mesh)
+        arms = build_arms(config, study, mesh)
+        # After everything that can refuse a config: a mistake must not tie the workdir to itself.
         bind_workdir(
             workdir, fdp_config.flatten(config), digest, config.checkpoint.allow_config_change, fdp_config.FREE_KEYS
         )
-        arms = build_arms(config, study, mesh)
     except (ValueError, OSError, CheckpointError) as error:
         raise fdp_config.UserError(str(error)) from error
     resume = f"python -m fdp.train {command}"

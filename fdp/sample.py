@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fdp import sharding
 from fdp.arm import Arm
-from fdp.collectives import pmax, vary
+from fdp.collectives import shard_map
 from fdp.mesh import AXES, BATCH_AXES
 from fdp.objectives import SEDDUniform
 from fdp.sampling import autoregressive
@@ -39,12 +39,7 @@ def draw(arm: Arm, count: int) -> np.ndarray:
     params = jax.device_put(arm.trained.params, sharding.shardings(mesh, specs))
     ways = mesh.shape["dp"]
 
-    def local(params: Any, sample_ids_B: jax.Array) -> jax.Array:
-        # The activations are typed varying over pp and cp, both of degree 1 here; the maximum undoes it.
-        ids_BxL = _method(arm)(params, vary(sample_ids_B, AXES[:4]))
-        return pmax(ids_BxL, ("pp", "cp"))
-
-    sampler = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, P(BATCH_AXES)), out_specs=P(BATCH_AXES)))
+    sampler = jax.jit(shard_map(_method(arm), mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
     return np.asarray(sampler(params, jnp.arange(-(-count // ways) * ways)))[:count]
 
 

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fdp import sharding
-from fdp.collectives import psum, vary, vary_like
+from fdp.collectives import psum, shard_map, vary, vary_like
 from fdp.mesh import BATCH_AXES, AnyMesh
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
@@ -83,7 +83,7 @@ class Program:
 
     def _shard_map(self, f: Callable[..., Any], batch: Any, out_specs: Any) -> Callable[..., Any]:
         in_specs = (self.layout.stored, batch_specs(batch))
-        return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True)
+        return shard_map(f, self.mesh, in_specs, out_specs)
 
     def corrupt(self, tokens_BxL: jax.Array, key: jax.Array) -> Any:
         """The objective's batch, drawn on global arrays: equal on every mesh for equal keys."""

@@ -59,7 +59,7 @@ def _program(c: ml_collections.ConfigDict, objective: Objective, mesh: AnyMesh) 
 
 def _loss_and_grads(program: Program, tokens_BxL: np.ndarray) -> tuple[float, Any, Any]:
     """(loss, gradients, compiled loss-and-gradient program) at initialisation on the program's mesh."""
-    c, mesh = program.c, program.mesh
+    mesh = program.mesh
     state = program.init(0)
     batch = jax.jit(program.corrupt)(jax.device_put(tokens_BxL, tokens_sharding(mesh)), jax.random.key(0))
     compiled = jax.jit(program.grads).lower(state.params, batch).compile()

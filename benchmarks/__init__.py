@@ -1,0 +1,1 @@
+"""What fdp costs, measured against code written for one purpose only."""

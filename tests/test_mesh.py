@@ -1,0 +1,187 @@
+"""Five axes, always: their order and types, factored axes, virtual devices, and what lies on which device."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from fdp import config, sharding
+from fdp.collectives import index, psum, size
+from fdp.mesh import AXES, factor, is_virtual, make_mesh, use_virtual_devices
+from fdp.models import transformer
+from fdp.sample import generation_mesh
+from fdp.state import Layout
+
+pytestmark = pytest.mark.fast
+P = PartitionSpec
+
+
+def mesh_of(**degrees: int) -> Mesh:
+    return make_mesh({a: degrees.get(a, 1) for a in AXES})
+
+
+def layout_of(zero: int = 0, **degrees: int) -> tuple[Layout, transformer.Transformer]:
+    """Layout of a two-layer model and the model itself."""
+    c: ml_collections.ConfigDict = config.base()
+    c.model.update(layers=2, width=32, heads=8, kv_heads=8, head_dim=4, ffn=64, vocab=64)
+    c.data.seq_len, c.train.zero = 16, zero
+    c.mesh.update(degrees)
+    model = transformer.from_config(c, "bidirectional", 1)
+    return Layout(c, model, make_mesh(c.mesh)), model
+
+
+def test_all_five_axes_exist_outermost_first_and_are_automatic() -> None:
+    mesh = mesh_of(dp=2, tp=4)
+    assert AXES == ("pp", "dp", "ep", "cp", "tp")
+    assert dict(mesh.shape) == {"pp": 1, "dp": 2, "ep": 1, "cp": 1, "tp": 4}
+    assert mesh.axis_names == AXES
+    assert mesh.axis_types == (AxisType.Auto,) * 5
+
+
+def test_tensor_parallel_neighbours_are_neighbouring_devices() -> None:
+    ids = np.vectorize(lambda d: d.id)(mesh_of(dp=2, cp=2, tp=2).devices).reshape(2, 2, 2)
+    assert ids.tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_a_smaller_product_takes_the_first_devices_unless_devices_are_given() -> None:
+    assert [d.id for d in mesh_of(tp=2).devices.flat] == [0, 1]
+    with pytest.raises(ValueError, match=r"1·1·1·1·2 = 2 devices are needed but 4 cpu device"):
+        make_mesh({a: 2 if a == "tp" else 1 for a in AXES}, jax.devices()[:4])
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4, 8])
+def test_factoring_an_axis_keeps_devices_and_their_order(degree: int) -> None:
+    mesh = mesh_of(cp=degree)
+    split = factor(mesh, "cp")
+    n = degree.bit_length() - 1
+    middle = tuple(f"cp{i}" for i in range(n)) or ("cp",)
+    assert split.axis_names == ("pp", "dp", "ep", *middle, "tp")
+    assert split.size == mesh.size
+    assert split.axis_types == (AxisType.Auto,) * len(split.axis_names)
+    assert list(split.devices.flat) == list(mesh.devices.flat)
+
+
+def collect(mesh: Mesh, spec: PartitionSpec, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(sum over cp, index along cp, degree of cp) as each device sees them, stacked along the first dim."""
+
+    def local(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        i = jnp.full((1,), index("cp"), jnp.int32)
+        return psum(y * (1 + i), "cp"), i, jnp.full((1,), size("cp"), jnp.int32) + 0 * i
+
+    out_specs = (P(None, *spec[1:]), P(spec[0]), P(spec[0]))
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=out_specs))(x)
+
+
+def test_a_logical_axis_means_all_of_its_factors() -> None:
+    mesh = mesh_of(cp=4, tp=2)
+    x = jnp.arange(4 * 6, dtype=jnp.float32).reshape(4, 6)
+    whole = collect(mesh, P("cp", "tp"), x)
+    split = collect(factor(mesh, "cp"), P(("cp0", "cp1"), "tp"), x)
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
+    assert whole[1].tolist() == [0, 1, 2, 3]
+    assert whole[2].tolist() == [4] * 4
+    np.testing.assert_array_equal(whole[0][0], (x * np.arange(1, 5)[:, None]).sum(0))
+
+
+def test_only_powers_of_two_can_be_factored() -> None:
+    with pytest.raises(ValueError, match=r"^mesh\.cp=6 is not a power of two: only powers of two split into binary"):
+        factor(mesh_of(cp=6), "cp")
+
+
+def test_virtual_devices_asked_for_too_late_say_where_to_ask() -> None:
+    use_virtual_devices(8)  # as many as there are: nothing to complain about
+    with pytest.raises(RuntimeError) as error:
+        use_virtual_devices(16)
+    assert str(error.value) == (
+        "16 devices are needed but JAX has already started with 8: "
+        "call fdp.mesh.use_virtual_devices(16) before anything touches a device"
+    )
+    assert jax.device_count() == 8
+
+
+def test_several_devices_of_one_processor_are_virtual_and_a_single_one_is_not() -> None:
+    assert is_virtual(jax.devices())
+    assert not is_virtual(jax.devices()[:1])
+
+
+def test_generation_folds_the_data_axes_into_dp_on_the_same_devices() -> None:
+    mesh = mesh_of(dp=2, cp=2, tp=2)
+    folded = generation_mesh(mesh)
+    assert dict(folded.shape) == {"pp": 1, "dp": 4, "ep": 1, "cp": 1, "tp": 2}
+    assert list(folded.devices.flat) == list(mesh.devices.flat)
+    assert folded.axis_types == mesh.axis_types
+
+
+MESHES = {
+    "dp8": {"dp": 8},
+    "tp8": {"tp": 8},
+    "ep2·cp4": {"ep": 2, "cp": 4},
+    "dp2·cp2·tp2, ZeRO-1": {"dp": 2, "cp": 2, "tp": 2, "zero": 1},
+    "dp4·tp2, ZeRO-3": {"dp": 4, "tp": 2, "zero": 3},
+}
+
+
+def test_parameters_are_initialised_equal_on_every_mesh() -> None:
+    layout, model = layout_of()
+    want = jax.device_get(layout.init(model, 0, 16).params)
+    for name, options in MESHES.items():
+        layout, model = layout_of(**options)
+        params = layout.init(model, 0, 16).params
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), want)
+        for leaf, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(layout.state_shardings().params), strict=True):
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
+
+
+def stored_bytes(layout: Layout) -> int:
+    """Bytes of parameters that really lie on device 0 after initialisation."""
+    model = layout_of()[1]
+    params = layout.init(model, 0, 16).params
+    return sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device.id == 0)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_report_names_every_parameter_with_the_bytes_that_lie_on_a_device(name: str) -> None:
+    layout, _ = layout_of(**MESHES[name])
+    lines = sharding.report(layout.shapes, layout.stored, layout.mesh).splitlines()
+    rows = {cells[0]: cells for cells in (re.split(r" {2,}", line.strip()) for line in lines[2:])}
+    total = int(rows.pop("total")[1].replace(",", ""))
+    leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
+    assert rows.keys() == {"/".join(str(k.key) for k in path) for path, _ in leaves}
+    assert sum(int(cells[3].replace(",", "")) for cells in rows.values()) == total == stored_bytes(layout)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("dp", [2, 8])
+def test_zero_stores_a_dp_th_of_parameters_and_moments(zero: int, dp: int) -> None:
+    whole = stored_bytes(layout_of(dp=dp)[0])
+    layout, model = layout_of(zero=zero, dp=dp)
+    assert stored_bytes(layout) * dp == whole
+    state = layout.init(model, 0, 16)
+    moments = sum(
+        s.data.nbytes
+        for x in jax.tree.leaves(state.opt_state)
+        if x.ndim
+        for s in x.addressable_shards
+        if s.device.id == 0
+    )
+    assert moments * dp == 2 * whole
+
+
+def test_zero_adds_to_tensor_parallelism_and_leaves_indivisible_parameters_whole() -> None:
+    layout, _ = layout_of(zero=1, dp=4, tp=2)
+    for shape, spec, stored in zip(
+        jax.tree.leaves(layout.shapes),
+        jax.tree.leaves(layout.specs, is_leaf=lambda s: isinstance(s, P)),
+        jax.tree.leaves(layout.stored, is_leaf=lambda s: isinstance(s, P)),
+        strict=True,
+    ):
+        assert [e for e in stored if e not in ("dp", None)] == [e for e in spec if e is not None]
+        ways = 4 * math.prod(2 for e in spec if e == "tp")
+        assert sharding.bytes_per_device(shape.shape, stored, layout.mesh) * ways == shape.size * 4
+    odd = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    assert sharding.stored_specs({"w": odd}, {"w": P()}, 1, 4) == {"w": P(None, None)}
