@@ -21,7 +21,8 @@ def vocab_offset(v_local: int) -> jax.Array | int:
 def suppress(logits_V: jax.Array, n_ids: int) -> jax.Array:
     """Forbid every id ≥ n_ids (mask token and padding rows of the embedding). Shape [..., V/tp] → same."""
     ids = vocab_offset(logits_V.shape[-1]) + jnp.arange(logits_V.shape[-1])
-    return jnp.where(ids < n_ids, logits_V, NEVER)
+    # An addition, not a select: its transpose is the identity, where a select cost 6 % of a small step.
+    return logits_V + jnp.where(ids < n_ids, 0.0, NEVER)
 
 
 def vocab_logsumexp(logits_V: jax.Array) -> jax.Array:
