@@ -76,22 +76,10 @@ def pmax(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.pmax(vary(x, axes), names) if names else x
 
 
-def pmin(x: jax.Array, axes: Axes) -> jax.Array:
-    """Minimum over `axes`."""
-    names = bound(axes)
-    return lax.pmin(vary(x, axes), names) if names else x
-
-
 def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """Concatenate the shards along `dim`. The result is typed varying: the transpose is a reduce-scatter."""
     names = bound(axes)
     return lax.all_gather(vary(x, axes), names, axis=dim, tiled=True) if names else x
-
-
-def gather_replicated(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """Concatenate the shards along `dim` into a value known to be equal on all devices of `axes`."""
-    names = bound(axes)
-    return lax.all_gather(vary(x, axes), names, axis=dim, tiled=True, to="invarying") if names else x
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:

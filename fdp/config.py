@@ -92,7 +92,6 @@ def base() -> ml_collections.ConfigDict:
 
     h = c.hardware = ml_collections.ConfigDict()
     h.topology = ""  # --dry_run target, such as v5p:4x4x8 or h100:8x8; "" = the devices that are here
-    h.study_steps = 0  # 0 = the topic's default size of its study measurements
     return c.lock()
 
 
