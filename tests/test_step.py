@@ -100,7 +100,8 @@ def check(model: str, overrides: dict, case: str, reference: dict) -> None:
     degrees, extra = CASES[case]
     c = tiny(**overrides, **{f"mesh.{k}": v for k, v in degrees.items()}, **extra)
     got, want = outcome(c), reference[model]
-    jax.tree.map(np.testing.assert_array_equal, got["init"], want["init"])
+    # The random bits are equal; on jax 0.12 their rounding depends on how XLA vectorised a shard.
+    jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(a, b, 2), got["init"], want["init"])
     assert abs(got["loss"] - want["loss"]) <= 1e-5 * abs(want["loss"])
     assert_trees_close(got["grads"], want["grads"], 1e-4, "gradient")
     assert np.allclose(got["losses"], want["losses"], rtol=1e-5)
