@@ -32,6 +32,20 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 # Orbax narrates every save and repeats, five tracebacks long, each error that it also raises.
 logging.getLogger("absl").addFilter(_not_from_orbax)
 
+# After a failed save TensorStore reports every other array of it to Orbax's event loop, which is closed by then: a
+# traceback each, from callbacks that have no caller, and one more for every task whose error nobody reads.
+logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+_unraisablehook = sys.unraisablehook
+
+
+def _without_closed_loops(unraisable: Any) -> None:
+    trace = unraisable.exc_traceback
+    if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+        _unraisablehook(unraisable)
+
+
+sys.unraisablehook = _without_closed_loops
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the path, the reason and a fix."""

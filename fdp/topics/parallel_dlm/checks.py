@@ -26,6 +26,7 @@ MESHES: dict[str, dict[str, int]] = {
     "tp4": {"tp": 4},
     "dp2·cp2·tp2, SP, ZeRO-3": {"dp": 2, "cp": 2, "tp": 2},
 }
+DEVICES = 8
 
 
 @dataclass(frozen=True)
