@@ -29,12 +29,21 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
+def _not_an_orbax_task(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    while trace is not None:
+        if "orbax" in trace.tb_frame.f_code.co_filename:
+            return False
+        trace = trace.tb_next
+    return "/orbax/" not in record.getMessage()
+
+
 # Orbax narrates every save and repeats, five tracebacks long, each error that it also raises.
 logging.getLogger("absl").addFilter(_not_from_orbax)
 
 # After a failed save TensorStore reports every other array of it to Orbax's event loop, which is closed by then: a
 # traceback each, from callbacks that have no caller, and one more for every task whose error nobody reads.
-logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+logging.getLogger("asyncio").addFilter(_not_an_orbax_task)
 _unraisablehook = sys.unraisablehook
 
 
