@@ -30,6 +30,7 @@ def default_workdir() -> Path:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser with every mistake in one `error:` line; a bug inside a config file keeps its traceback."""
+    flags.FLAGS.set_default("verbosity", -1)  # warnings: libraries narrate at absl's default
     try:
         rest = flags.FLAGS(argv)
         _ = CONFIG.value.topic  # a config file that is not there shows itself at the first access
