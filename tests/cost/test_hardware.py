@@ -23,7 +23,7 @@ def test_units_are_flops_bytes_and_bytes_per_second():
 
 @pytest.mark.parametrize(("name", "close"), [("h1000", "h100"), ("V5P", "v5p"), ("gb-200", "gb200"), ("v5", "v5")])
 def test_unknown_name_offers_the_closest(name, close):
-    with pytest.raises(ValueError, match=rf"unknown chip '{name}': did you mean '{close}.*Known: a100, h100"):
+    with pytest.raises(ValueError, match=rf"unknown chip '{name}': did you mean '{close}.*Known: v100, .*a100, .*h100"):
         hardware.chip(name)
 
 
@@ -44,3 +44,33 @@ def test_detect_does_not_guess(kind):
 
 def test_this_machine_is_not_in_the_table():
     assert hardware.detect(jax.devices()[0]) is None
+
+
+def test_a_cluster_is_nodes_times_chips_and_may_mix_chips():
+    h100 = hardware.cluster("h100:32x8")
+    assert (h100.size, h100.groups[0].count, h100.groups[0].chips) == (256, 32, 8)
+    assert hardware.cluster("h100:8").groups[0].count == 1
+    assert hardware.cluster("v5p:4x4x8").size == 128
+    mixed = hardware.cluster("h100:4x8+a100:2x8")
+    assert (mixed.size, mixed.chip.name) == (48, "a100")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h100:0x8", "has no nodes: 0×8 h100"),
+        ("h10:4x8", "unknown chip 'h10': did you mean 'h100'"),
+        ("h100:4xx8", "is not chip:AxB with whole numbers"),
+        ("h100", "is not chip:AxB"),
+        ("h100:2x4x8", "has 3 sides; write nodes x chips"),
+    ],
+)
+def test_a_malformed_cluster_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        hardware.cluster(text)
+
+
+def test_every_chip_states_power_or_none():
+    for chip in hardware.CHIPS.values():
+        assert chip.peak_power is None or chip.peak_power > (chip.idle_power or 0)
+        assert chip.domain >= 4

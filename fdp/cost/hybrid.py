@@ -1,0 +1,247 @@
+"""The fitted cost model: analytic step time with physical coefficients, times a shrunk learned residual, with intervals.
+
+    log T = log T_analytic(job; θ) + r(features),   r = mean of an ensemble of radial-basis networks, 0 far from data
+
+θ lies within the bounds of fdp.cost.step_time on a logit scale; chips, clusters and software stacks shift it by fitted
+effects that are zero for what was never measured. A pipeline on a cluster where stalls were observed has two regimes
+(see `stall_features`); memory comes from fdp.cost.footprint, feasibility from its distance to the chip's HBM.
+Fitting: fdp.topics.parallelism_search.fit. What ships: coefficients/step_time.json, with its provenance.
+
+Legend: N jobs, K features, M centres, E members; times in seconds, memory in bytes.
+"""
+
+import functools
+import importlib.resources
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdp.cost import footprint, step_time
+from fdp.cost.workload import Columns
+
+Array = Any
+
+# (coefficient, what shifts it): prior standard deviation of the shift on the logit scale (log scale for "scale").
+EFFECTS = {
+    ("gemm", "chip"): 0.3,
+    ("gemm_fp8", "chip"): 0.3,
+    ("attention", "chip"): 0.7,
+    ("hbm", "chip"): 0.3,
+    ("link_up", "chip"): 0.5,
+    ("link_out", "cluster"): 0.7,
+    ("congestion", "cluster"): 0.7,
+    ("exposed_pp", "cluster"): 0.5,
+    ("overlap_dp", "family"): 0.5,
+    ("overlap_tp", "family"): 0.5,
+    ("launch", "family"): 0.5,
+    ("launch_rank", "family"): 3.0,
+    ("launch_moe", "family"): 0.5,
+    ("step", "family"): 0.5,
+    ("bubble", "family"): 0.3,
+    ("scale", "family"): 0.1,
+    ("scale", "stack"): 0.06,
+}
+MEMORY_EFFECTS = {(name, "cluster"): 0.7 for name in ("constant", "fragments", "kept_width", "kept_hidden")}
+GROUPS = ("chip", "cluster", "family", "stack")
+STALLING = ("playbook",)  # clusters where point-to-point transfers were seen to stall
+TERMS = ("compute", "tp", "ep", "cp", "pp", "dp", "optimizer", "step")
+LENGTH = 2.5  # of the radial basis functions, in standard deviations of the features
+
+
+@dataclass(frozen=True)
+class Model:
+    """Fitted numbers. `time`, `memory`: logit-scale coefficients; `effects`: {"coefficient|group": {member: shift}}."""
+
+    time: dict[str, float]
+    effects: dict[str, dict[str, float]]
+    gate: np.ndarray  # weights of stall_features
+    memory: dict[str, float]
+    memory_effects: dict[str, dict[str, float]]
+    residual: dict[str, np.ndarray]  # mean_K, scale_K, centres_ExMxK, weights_ExM; empty: no residual
+    spread: dict[str, float]  # of the log error: seen and unseen stacks, ensemble factor, quantile
+    fit: dict[str, float]  # memory margin of feasibility and its slope
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Arrays (N,): seconds a step with a 90 % interval, bytes a device, probability that it runs, parts of the time."""
+
+    time: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    log_std: np.ndarray
+    memory: np.ndarray
+    feasible: np.ndarray
+    stalled: np.ndarray  # probability
+    analytic: np.ndarray  # seconds without the residual
+    terms: dict[str, np.ndarray]
+
+    def bottleneck(self) -> list[str]:
+        """The largest term of each job by its name in `BOTTLENECKS`."""
+        share = np.stack([self.terms[name] for name in TERMS])
+        return [BOTTLENECKS[TERMS[i]] for i in share.argmax(0)]
+
+
+BOTTLENECKS = {
+    "compute": "compute", "tp": "tensor-parallel communication", "ep": "expert all-to-all", "cp": "context ring",
+    "pp": "pipeline bubble and transfers", "dp": "data-parallel communication", "optimizer": "optimizer update",
+    "step": "fixed cost of a step",
+}  # fmt: skip
+
+
+def groups_of(x: Columns) -> dict[str, np.ndarray]:
+    """The members (N,) of every group in `GROUPS`; a family is a stack without its release."""
+    family = np.array([s.rpartition("/")[0] for s in x["stack"]], object)
+    return {"chip": x["chip"], "cluster": x["cluster"], "family": family, "stack": x["stack"]}
+
+
+def numeric(x: Columns) -> dict[str, Array]:
+    """The columns without names, as what the analytic functions read."""
+    return {k: v for k, v in x.items() if k not in ("stack", "cluster", "chip")}
+
+
+def bounded(raw: Mapping[str, Array], bounds: Mapping[str, tuple[float, float, float]]) -> dict[str, Array]:
+    """Logit-scale values inside their bounds."""
+    return {n: low + (high - low) * jax.nn.sigmoid(raw[n]) for n, (low, high, _) in bounds.items()}
+
+
+def time_coefficients(x: Mapping[str, Array], raw: dict[str, Array], shift: Mapping[str, Array]) -> dict[str, Array]:
+    """Coefficients of fdp.cost.step_time per job from logit-scale values and the summed shifts of its groups."""
+    k = bounded({n: raw[n] + shift.get(n, 0.0) for n in step_time.BOUNDS}, step_time.BOUNDS)
+    k["linear"] = jnp.where(x["fp4"] > 0, k["gemm_fp4"], jnp.where(x["fp8"] > 0, k["gemm_fp8"], k["gemm"]))
+    k["scale"] = jnp.exp(shift.get("scale", 0.0))
+    return k
+
+
+def shifts(effects: Mapping[str, Mapping[str, float]], groups: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Summed shift (N,) of every coefficient; members without a fitted effect add nothing."""
+    total: dict[str, np.ndarray] = {}
+    for key, members in effects.items():
+        name, _, group = key.partition("|")
+        names, inverse = np.unique(groups[group].astype(str), return_inverse=True)
+        values = np.array([members.get(n, 0.0) for n in names])[inverse]
+        total[name] = total.get(name, 0.0) + values
+    return total
+
+
+def _log2(value: Array) -> Array:
+    return jnp.log2(jnp.maximum(value, 1e-9))
+
+
+def nodes(x: Mapping[str, Array]) -> Array:
+    """Scale-up domains that a job spans."""
+    return jnp.maximum(x["tp"] * x["pp"] * x["dp"] * x["cp"] / x["domain"], 1.0)
+
+
+def stall_features(x: Mapping[str, Array], pressure: Array) -> Array:
+    """(N, K) of the regime head: nodes, gradient exchange without ZeRO, degrees, and memory near its limit.
+
+    The Ultra-Scale Playbook's pipelines run either as the analytic model says or with about 1.2·(1 − p^-1.2) s more
+    per microbatch, whatever the model's size; which one depends on these.
+    """
+    span = _log2(nodes(x))
+    plain = jnp.where(x["zero"] == 0, 1.0, 0.0) * jnp.where(nodes(x) > 1, 1.0, 0.0)
+    replicas = _log2(x["dp"])
+    columns = [
+        jnp.ones_like(span), span, jnp.maximum(span - 4, 0), plain, plain * jnp.where(x["dp"] > 2, 1.0, 0.0),
+        plain * replicas, plain * jnp.maximum(replicas - 3, 0), 0.3 * _log2(x["tp"]), 0.3 * _log2(x["microbatch"]),
+        0.3 * _log2(x["pp"]), jnp.maximum(pressure, -2.0), jnp.maximum(pressure + 0.3, 0.0) * 3,
+    ]  # fmt: skip
+    return jnp.stack(columns, -1)
+
+
+def residual_features(x: Mapping[str, Array], terms: Mapping[str, Array], rank_shift: Array) -> Array:
+    """(N, K) dimensionless inputs of the residual: shares of the time, log degrees, kind of software."""
+    shares = [terms[n] / terms["total"] for n in TERMS]
+    tokens = x["microbatch"] * x["seq"] / x["cp"]
+    scaled = (("tp", 1.0), ("pp", 1.0), ("dp", 0.5), ("cp", 1.0), ("ep", 0.5), ("microbatches", 0.3), ("virtual", 0.3))
+    degrees = [factor * _log2(x[name]) for name, factor in scaled]
+    sizes = [0.5 * (_log2(tokens) - 12), _log2(x["width"]) - 12, _log2(x["layers"]) - 5, 0.5 * (_log2(x["seq"]) - 12)]
+    kinds = [x["zero"] >= 3, x["zero"] == 0, x["full"], x["modern"], x["fp8"], x["fp4"], x["moe_layers"] > 0]
+    columns = [*shares, *degrees, 0.5 * _log2(nodes(x)), *sizes, *(jnp.asarray(v, float) for v in kinds), rank_shift]
+    return jnp.stack(jnp.broadcast_arrays(*columns), -1)
+
+
+def basis(features_NxK: Array, residual: Mapping[str, Array]) -> Array:
+    """(E, N, M) radial basis functions of the standardised features around each member's centres."""
+    z = (features_NxK - residual["mean"]) / residual["scale"]
+
+    def one(centres_MxK: Array) -> Array:
+        square = jnp.sum(z**2, -1)[:, None] - 2 * z @ centres_MxK.T + jnp.sum(centres_MxK**2, -1)
+        return jnp.exp(-square / (2 * LENGTH**2 * z.shape[-1] / 10))
+
+    return jax.lax.map(one, residual["centres"])
+
+
+@functools.partial(jax.jit, static_argnames="smooth")
+def _evaluate(x: Any, raw: Any, shift: Any, memory_raw: Any, memory_shift: Any, gate: Any, residual: Any, smooth: bool) -> Any:
+    k = time_coefficients(x, raw, shift)
+    terms = {n: jnp.broadcast_to(v, x["layers"].shape) for n, v in step_time.step_time(x, k, smooth).items()}
+    used = {n: memory_raw[n] + memory_shift.get(n, 0.0) for n in footprint.BOUNDS}
+    memory = footprint.memory(x, bounded(used, footprint.BOUNDS))
+    pressure = jnp.log(memory / x["hbm_bytes"])
+    odds = stall_features(x, pressure) @ gate
+    stalled = jnp.where((x["pp"] > 1) & (x["stalls"] > 0), jax.nn.sigmoid(odds), 0.0)
+    corrections = jnp.zeros((1, *memory.shape))
+    if residual:
+        features = residual_features(x, terms, shift.get("launch_rank", 0.0))
+        corrections = jnp.einsum("enm,em->en", basis(features, residual), residual["weights"])
+    return terms, memory, pressure, stalled, corrections
+
+
+def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
+    """Price the jobs of `x` (fdp.cost.workload.columns); float64 where the caller has enabled it, else float32."""
+    groups = groups_of(x)
+    shift, memory_shift = shifts(model.effects, groups), shifts(model.memory_effects, groups)
+    inputs = numeric(x) | {"stalls": np.isin(groups["cluster"].astype(str), STALLING).astype(float)}
+    terms, memory, pressure, stalled, corrections = jax.tree.map(
+        np.asarray, _evaluate(inputs, model.time, shift, model.memory, memory_shift, model.gate, model.residual, smooth)
+    )
+    # The regime with the smaller expected relative error: a stall is a factor, so it needs odds beyond that factor.
+    factor = terms["stalled"] / terms["total"]
+    analytic = np.where(stalled > (1 - stalled) * factor, terms["stalled"], terms["total"])
+    seen = np.isin(groups["family"].astype(str), list(model.effects.get("scale|family", {})))
+    s = model.spread
+    log_std = np.sqrt(np.where(seen, s["seen"], s["unseen"]) ** 2 + (s["ensemble"] * corrections.std(0)) ** 2)
+    time = analytic * np.exp(corrections.mean(0))
+    width = np.exp(s["quantile"] * log_std)
+    high = np.where((stalled > 0.05) & (analytic < terms["stalled"]), terms["stalled"] * width, time * width)
+    low = np.where((stalled < 0.95) & (analytic > terms["total"]), terms["total"] / width, time / width)
+    feasible = 1 / (1 + np.exp(model.fit["slope"] * (pressure - model.fit["margin"])))
+    return Prediction(time, low, high, log_std, memory, feasible, stalled, analytic, {n: terms[n] for n in TERMS})
+
+
+def to_json(model: Model) -> str:
+    """The model as JSON text with four significant digits more than its error needs."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, float | np.floating | np.ndarray | jax.Array):
+            return np.vectorize(lambda v: float(f"{v:.6g}"))(np.asarray(value, float)).tolist() if np.size(value) else []
+        return value
+
+    return json.dumps({k: plain(getattr(model, k)) for k in Model.__dataclass_fields__}, separators=(",", ":")) + "\n"
+
+
+def from_json(text: str) -> Model:
+    """The model of `to_json`. Raises ValueError naming a missing part."""
+    data = json.loads(text)
+    missing = [k for k in Model.__dataclass_fields__ if k not in data]
+    if missing:
+        raise ValueError(f"the cost model's file lacks {', '.join(missing)}")
+    data["gate"] = np.array(data["gate"])
+    data["residual"] = {k: np.array(v) for k, v in data["residual"].items()}
+    return Model(**data)
+
+
+@functools.cache
+def shipped() -> Model:
+    """The model fitted on all published measurements; see its `provenance`."""
+    return from_json(importlib.resources.files("fdp.cost").joinpath("coefficients/step_time.json").read_text("utf8"))
