@@ -17,7 +17,7 @@ FREE_KEYS = ("mesh", "checkpoint", "log", "hardware", "train.zero")
 POSITIVE = (
     "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn", "model.vocab",
     "objective.block", "data.seq_len", "train.batch", "train.microbatches", "train.steps", "eval.batches",
-    "checkpoint.keep", "log.every",
+    "checkpoint.keep", "log.every", "plan.batch", "plan.seq_len", "plan.evaluations",
 )  # fmt: skip
 
 
@@ -89,6 +89,16 @@ def base() -> ml_collections.ConfigDict:
 
     g = c.log = ml_collections.ConfigDict()
     g.every = 10  # steps between metric rows
+
+    p = c.plan = ml_collections.ConfigDict()  # topic 15: what to find a parallel plan for
+    p.model = ""  # a published model such as llama3-70b or deepseek-v3; "" = the model section
+    p.cluster = "h100:32x8"  # nodes x chips of each; a TPU slice as v5p:4x8x8; mixed: h100:4x8+a100:4x8
+    p.batch = 1024  # global batch, sequences
+    p.seq_len = 4096  # tokens
+    p.precision = "bf16"  # bf16 | fp8 | fp4
+    p.measurements = "../shared/data/planning"  # folder of published measurements to fit on; absent: what ships
+    p.anchors = ""  # CSV of own measurements that correct the predictions
+    p.evaluations = 64  # real evaluations each search algorithm may spend on a measured landscape
 
     h = c.hardware = ml_collections.ConfigDict()
     h.topology = ""  # --dry_run target, such as v5p:4x4x8 or h100:8x8; "" = the devices that are here
@@ -198,6 +208,7 @@ def _check_choices(c: ml_collections.ConfigDict) -> None:
         "objective.form": (c.objective.form, ("t", "k")),
         "data.tokenizer": (c.data.tokenizer, ("byte", "bpe")),
         "train.nan": (c.train.nan, ("stop", "skip")),
+        "plan.precision": (c.plan.precision, ("bf16", "fp8", "fp4")),
     }
     for key, (value, known) in closed.items():
         if value not in known:

@@ -128,9 +128,7 @@ def peak_rate(chip_name: str, precision: str) -> float:
     return rate
 
 
-def kernel_power(
-    chip_name: str, flop_use: Mapping[str, Any], hbm_use: Any, fit: Coefficients | None = None
-) -> Any:
+def kernel_power(chip_name: str, flop_use: Mapping[str, Any], hbm_use: Any, fit: Coefficients | None = None) -> Any:
     """Watts of a chip while a kernel runs at these shares of the peak rates (by precision, and HBM), cap included."""
     c = fit or coefficients(chip_name)
     idle, peak = idle_and_peak(chip_name)
@@ -156,10 +154,10 @@ def chip_power(chip_name: str, busy: Any, flop_use: Mapping[str, Any] | None = N
     return step_energy(Activity(chip_name, 1, 1, 1.0, busy, rates, hbm), 0.0).chip_power
 
 
-def dynamic_joules(a: Activity) -> Any:
-    """Joules of one chip above idle. Raises ValueError as `step_energy`."""
+def _dynamic_joules(a: Activity, c: Coefficients) -> Any:
+    """Joules of one chip above idle."""
     idle, peak = idle_and_peak(a.chip)
-    c, span = coefficients(a.chip), peak - idle
+    span = peak - idle
     work = c.busy * peak * a.busy + c.hbm * peak / hardware.chip(a.chip).hbm_bandwidth * a.hbm_bytes
     for precision, flops in a.flops.items():
         share = c.flops_16 if precision == "bf16" else c.flops_8
@@ -168,17 +166,18 @@ def dynamic_joules(a: Activity) -> Any:
     return np.minimum(np.minimum(work, span * a.busy) + links, span * a.time)
 
 
-def step_energy(a: Activity, node_host_power: Any = None) -> Energy:
+def step_energy(a: Activity, node_host_power: Any = None, fit: Coefficients | None = None) -> Energy:
     """Energy of a step on all its nodes.
 
     `node_host_power`: watts of a node beside its chips, such as `hardware.Nodes.host_power`; left out, `host_power`.
+    `fit` replaces the shipped coefficients.
     Raises ValueError for a negative, infinite or NaN term, no time, busy > time, work without busy time, less than
     one chip or node, fewer chips than nodes, an unknown chip or precision, or a chip without published power.
     """
     _refuse(a, node_host_power)
     host = host_power(a.chips / a.nodes) if node_host_power is None else node_host_power
     idle, _ = idle_and_peak(a.chip)
-    dynamic = dynamic_joules(a)
+    dynamic = _dynamic_joules(a, fit or coefficients(a.chip))
     chip = idle + dynamic / a.time
     return Energy(
         static_joules=a.nodes * host * a.time,

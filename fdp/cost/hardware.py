@@ -171,9 +171,7 @@ def _nodes(part: str, text: str) -> Nodes:
         per_host = min(4, size)
         return Nodes(found, size // per_host if per_host else 0, per_host, 450.0)
     if len(numbers) > 2:
-        raise ValueError(
-            f"cluster {text!r}: {part!r} has {len(numbers)} sides; write nodes x chips, h100:32x8"
-        )
+        raise ValueError(f"cluster {text!r}: {part!r} has {len(numbers)} sides; write nodes x chips, h100:32x8")
     count, per_node = (1, *numbers)[-2:]
     return Nodes(found, count, per_node, 1800.0 * per_node / 8)
 

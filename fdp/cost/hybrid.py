@@ -34,7 +34,7 @@ EFFECTS = {
     ("hbm", "chip"): 0.3,
     ("link_up", "chip"): 0.5,
     ("link_out", "cluster"): 0.7,
-    ("congestion", "cluster"): 0.7,
+    ("congestion", "cluster"): 1.0,
     ("exposed_pp", "cluster"): 0.5,
     ("overlap_dp", "family"): 0.5,
     ("overlap_tp", "family"): 0.5,
@@ -43,6 +43,7 @@ EFFECTS = {
     ("launch_moe", "family"): 0.5,
     ("step", "family"): 0.5,
     ("bubble", "family"): 0.3,
+    ("balanced", "family"): 2.0,
     ("scale", "family"): 0.1,
     ("scale", "stack"): 0.06,
 }
@@ -146,12 +147,13 @@ def stall_features(x: Mapping[str, Array], pressure: Array) -> Array:
     per microbatch, whatever the model's size; which one depends on these.
     """
     span = _log2(nodes(x))
-    plain = jnp.where(x["zero"] == 0, 1.0, 0.0) * jnp.where(nodes(x) > 1, 1.0, 0.0)
+    plain = jnp.where((x["zero"] == 0) & (x["dp"] > 1) & (nodes(x) > 1), 1.0, 0.0)
     replicas = _log2(x["dp"])
     columns = [
-        jnp.ones_like(span), span, jnp.maximum(span - 4, 0), plain, plain * jnp.where(x["dp"] > 2, 1.0, 0.0),
-        plain * replicas, plain * jnp.maximum(replicas - 3, 0), 0.3 * _log2(x["tp"]), 0.3 * _log2(x["microbatch"]),
-        0.3 * _log2(x["pp"]), jnp.maximum(pressure, -2.0), jnp.maximum(pressure + 0.3, 0.0) * 3,
+        jnp.ones_like(span), span, jnp.maximum(span - 4, 0), plain, plain * (span - 2), plain * jnp.maximum(span - 3, 0),
+        plain * jnp.maximum(2 - replicas, 0), plain * jnp.maximum(replicas - 3, 0), plain * jnp.maximum(replicas - 4, 0),
+        0.3 * _log2(x["tp"]), 0.3 * _log2(x["microbatch"]), 0.3 * _log2(x["pp"]),
+        jnp.maximum(pressure, -2.0), 3 * jnp.maximum(pressure + 0.3, 0.0),
     ]  # fmt: skip
     return jnp.stack(columns, -1)
 
@@ -180,7 +182,9 @@ def basis(features_NxK: Array, residual: Mapping[str, Array]) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="smooth")
-def _evaluate(x: Any, raw: Any, shift: Any, memory_raw: Any, memory_shift: Any, gate: Any, residual: Any, smooth: bool) -> Any:
+def _evaluate(
+    x: Any, raw: Any, shift: Any, memory_raw: Any, memory_shift: Any, gate: Any, residual: Any, smooth: bool
+) -> Any:
     k = time_coefficients(x, raw, shift)
     terms = {n: jnp.broadcast_to(v, x["layers"].shape) for n, v in step_time.step_time(x, k, smooth).items()}
     used = {n: memory_raw[n] + memory_shift.get(n, 0.0) for n in footprint.BOUNDS}
@@ -224,7 +228,9 @@ def to_json(model: Model) -> str:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         if isinstance(value, float | np.floating | np.ndarray | jax.Array):
-            return np.vectorize(lambda v: float(f"{v:.6g}"))(np.asarray(value, float)).tolist() if np.size(value) else []
+            return (
+                np.vectorize(lambda v: float(f"{v:.6g}"))(np.asarray(value, float)).tolist() if np.size(value) else []
+            )
         return value
 
     return json.dumps({k: plain(getattr(model, k)) for k in Model.__dataclass_fields__}, separators=(",", ":")) + "\n"

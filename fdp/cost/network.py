@@ -169,7 +169,7 @@ def _protocols(c: Coefficients, transfer: Any) -> Any:
     NCCL picks the faster of a low-latency protocol and one with full bandwidth that costs more to start: that choice,
     not a latency alone, makes the bandwidth rise with the size of the message (Hu et al. 2025, arXiv 2507.04786).
     """
-    low, high = transfer(c.short), c.ramp + transfer(1.0)
+    low, high = transfer(c.short), c.ramp + transfer(1.0) + 1e-12  # a picosecond keeps 0/0 out for one rank
     return low * (1 + (low / high) ** SHARPNESS) ** (-1 / SHARPNESS)
 
 
@@ -211,9 +211,7 @@ def _refuse(op: str, name: str, value: Any, least: float) -> None:
         raise ValueError(f"{op}: {name} = {value}; time = latency + bytes/bandwidth needs a finite {name} ≥ {least:g}")
 
 
-def collective_time(
-    op: str, nbytes: Any, n: Any, local: Any, chip_name: str, fit: Coefficients | None = None
-) -> Any:
+def collective_time(op: str, nbytes: Any, n: Any, local: Any, chip_name: str, fit: Coefficients | None = None) -> Any:
     """Seconds of one collective of `n` ranks, `local` of them in each node, on `chip_name`.
 
     `op` is one of OPS; `nbytes` as in the head of this file. `fit` replaces the shipped coefficients, as for another

@@ -39,7 +39,7 @@ BOUNDS = {
     "stall": (0.2, 3.0, 1.2),  # s per microbatch while point-to-point transfers stall (see `stalled`)
     "link_up": (0.3, 1.0, 0.8),  # fraction of the link rate
     "link_out": (0.15, 1.0, 0.7),
-    "congestion": (0.0, 0.6, 0.1),  # loss of link_out per doubling of nodes
+    "congestion": (0.0, 2.0, 0.1),  # loss of link_out per doubling of nodes
     "alpha_up": (0.0, 5e-5, 1e-5),  # s per hop
     "alpha_out": (0.0, 1e-4, 2e-5),
     "overlap_tp": (0.0, 0.9, 0.3),  # hidden share, software after 2022
@@ -48,6 +48,7 @@ BOUNDS = {
     "overlap_cp": (0.0, 1.0, 0.7),
     "exposed_pp": (0.0, 1.0, 0.5),
     "bubble": (0.6, 1.5, 1.0),
+    "balanced": (0.0, 1.0, 0.3),  # share of the head's work that an uneven partition spreads over the stages
     "step": (0.0, 0.5, 0.02),  # s per step whatever the plan
     "stage": (0.0, 5e-3, 2e-4),  # s per microbatch of a pipeline
 }
@@ -206,15 +207,16 @@ def step_time(x: Mapping[str, Array], k: Mapping[str, Array], smooth: bool = Fal
     head = 3 * _gemm(2 * T * x["width"] * x["vocab"] / x["tp"], T, x["vocab"] / x["tp"], x["width"],
                      x["peak16"] * k["gemm"], k) + 24 * T * x["vocab"] / x["tp"] / (x["hbm"] * k["hbm"])  # fmt: skip
     held = _ceil(layers / p, smooth)
-    slowest = held * (layer + layer_wire) + head + k["stage"]
-    mean = layers / p * (layer + layer_wire) + head / p + k["stage"]
+    work = layer + layer_wire
+    mean = (layers * work + head) / p
+    slowest = (1 - k["balanced"]) * (held * work + head) + k["balanced"] * jnp.maximum(mean, head)
     inner = x["tp"] * x["cp"] * x["dp"]
     bandwidth, alpha, _ = _links(x, k, p, inner)
     message = 2 * T * x["width"] / jnp.where(x["sp"] > 0, x["tp"], 1.0)
     # A point-to-point message uses one NIC whatever the group's size.
     one = jnp.minimum(bandwidth, jnp.where(inner >= x["domain"], x["out_bw"] * k["link_out"], bandwidth))
     transfer = jnp.where(p > 1, 2 * x["virtual"] * (message / one + alpha) * k["exposed_pp"] * (m + p - 1), 0.0)
-    bubble = k["bubble"] * (p - 1) / x["virtual"] * mean
+    bubble = k["bubble"] * (p - 1) / x["virtual"] * (mean + k["stage"])
     data = _data_parallel(x, k, 2 / 3 * layers / p * layer)
     plain, experts, embedding = local_parameters(x)
     shards = jnp.where(x["zero"] >= 1, x["shards"], 1.0)
@@ -222,11 +224,12 @@ def step_time(x: Mapping[str, Array], k: Mapping[str, Array], smooth: bool = Fal
         x["zero"] >= 1, jnp.maximum(x["shards"] * x["tp"] / (x["ep"] * x["etp"]), 1.0), 1.0
     )
     update = jnp.where(x["lora"] > 0, 0.0, 30 * state / (x["hbm"] * k["hbm"]))
+    # Communication of the layers that the slowest stage holds; what is left of its time is compute.
+    part = m * held * jnp.minimum(slowest / (held * work + head), 1.0)
+    tp, ep, cp = part * wire["tp"], part * share * wire["ep"], part * wire["cp"]
     terms = {
-        "compute": m * (held * layer + head),
-        "tp": m * held * wire["tp"], "ep": m * held * share * wire["ep"], "cp": m * held * wire["cp"],
-        "pp": bubble + transfer + m * (slowest - held * (layer + layer_wire) - head),
-        "dp": data, "optimizer": update, "step": k["step"] + 0.0 * m,
+        "compute": m * slowest - tp - ep - cp, "tp": tp, "ep": ep, "cp": cp,
+        "pp": bubble + transfer + m * k["stage"], "dp": data, "optimizer": update, "step": k["step"] + 0.0 * m,
     }  # fmt: skip
     terms["total"] = sum(terms.values())
     terms["stalled"] = terms["total"] + k["stall"] * (1 - p**-1.2) * m
