@@ -42,8 +42,8 @@ def main(folder: Path) -> None:
     data = fit.gather(measurements.published(folder))
     fitter = fit.Fitter(data)
     names = np.array([m.job.architecture.name for m in data.measurements])
-    by_model = held_out(fitter, names, 20)
-    by_cluster = held_out(fitter, data.groups["cluster"].astype(str), 10)
+    by_model = held_out(fitter, names, 40)
+    by_cluster = held_out(fitter, data.groups["cluster"].astype(str), 30)
     model = fitter.fit(np.ones(len(names), bool), steps=400)
     seen, unseen = describe(by_model), describe(by_cluster)
     spread = {"seen": seen["p90"] / 1.645, "unseen": unseen["p90"] / 1.645, "ensemble": 1.0, "quantile": 1.645}

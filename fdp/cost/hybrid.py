@@ -122,10 +122,11 @@ def time_coefficients(x: Mapping[str, Array], raw: dict[str, Array], shift: Mapp
 
 def shifts(effects: Mapping[str, Mapping[str, float]], groups: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Summed shift (N,) of every coefficient; members without a fitted effect add nothing."""
+    places = {g: np.unique(v.astype(str), return_inverse=True) for g, v in groups.items()}
     total: dict[str, np.ndarray] = {}
     for key, members in effects.items():
         name, _, group = key.partition("|")
-        names, inverse = np.unique(groups[group].astype(str), return_inverse=True)
+        names, inverse = places[group]
         values = np.array([members.get(n, 0.0) for n in names])[inverse]
         total[name] = total.get(name, 0.0) + values
     return total
@@ -174,11 +175,13 @@ def basis(features_NxK: Array, residual: Mapping[str, Array]) -> Array:
     """(E, N, M) radial basis functions of the standardised features around each member's centres."""
     z = (features_NxK - residual["mean"]) / residual["scale"]
 
-    def one(centres_MxK: Array) -> Array:
-        square = jnp.sum(z**2, -1)[:, None] - 2 * z @ centres_MxK.T + jnp.sum(centres_MxK**2, -1)
-        return jnp.exp(-square / (2 * LENGTH**2 * z.shape[-1] / 10))
+    return jnp.stack([radial(z, centres_MxK) for centres_MxK in residual["centres"]])
 
-    return jax.lax.map(one, residual["centres"])
+
+def radial(z_NxK: Array, centres_MxK: Array) -> Array:
+    """(N, M) Gaussians of the distance, in units that do not grow with the number of features."""
+    square = (z_NxK**2).sum(-1)[:, None] - 2 * z_NxK @ centres_MxK.T + (centres_MxK**2).sum(-1)
+    return jnp.exp(-square / (2 * LENGTH**2 * z_NxK.shape[-1] / 10))
 
 
 @functools.partial(jax.jit, static_argnames="smooth")

@@ -22,7 +22,7 @@ from fdp.cost.workload import Columns, columns
 from fdp.topics.parallelism_search.measurements import Measurement
 
 SIGMA, FREEDOM = 0.06, 3.0  # scale of the log error and degrees of freedom of its Student-t
-MEMBERS, CENTRES = 8, 160
+MEMBERS, CENTRES = 8, 128
 RIDGE = 5.0
 INTERVAL = 0.9
 
@@ -185,7 +185,7 @@ class Fitter:
         timed = keep & np.isfinite(data.log_time) & ~data.failed
         now = hybrid.predict(model, data.x)
         error_N = (data.log_time - np.log(now.analytic))[timed]
-        features_NxK = _features(model, data.x)[timed]
+        features_NxK = np.asarray(_features(self.inputs, model.time, hybrid.shifts(model.effects, data.groups)))[timed]
         # Gross errors belong to the regime head or to a broken run, not to a smooth correction.
         fair = np.abs(error_N) < 0.7
         tasks = np.array([m.task for m in data.measurements], object)[timed]
@@ -198,11 +198,10 @@ def replace(model: Model, **changes: Any) -> Model:
     return Model(**{k: changes.get(k, getattr(model, k)) for k in Model.__dataclass_fields__})
 
 
-def _features(model: Model, x: Columns) -> np.ndarray:
-    shift = hybrid.shifts(model.effects, hybrid.groups_of(x))
-    inputs = hybrid.numeric(x)
-    k = hybrid.time_coefficients(inputs, model.time, shift)
-    return np.asarray(hybrid.residual_features(inputs, step_time.step_time(inputs, k), shift.get("launch_rank", 0.0)))
+@jax.jit
+def _features(inputs: Any, time: Any, shift: Any) -> Any:
+    k = hybrid.time_coefficients(inputs, time, shift)
+    return hybrid.residual_features(inputs, step_time.step_time(inputs, k), shift["launch_rank"])
 
 
 def _ensemble(
@@ -218,20 +217,27 @@ def _ensemble(
         chance = weight_N * (count_N > 0)
         picked = rng.choice(len(error_N), min(CENTRES, int((chance > 0).sum())), replace=False, p=chance / chance.sum())
         one = (features_NxK[picked] - mean) / scale
-        parts = {"mean": mean, "scale": scale, "centres": one[None]}
-        phi_NxM = np.asarray(hybrid.basis(jnp.asarray(features_NxK), parts))[0]
+        phi_NxM = _radial((features_NxK - mean) / scale, one)
         w_N, value_M = weight_N * count_N, np.zeros(len(picked))
-        for _ in range(5):  # reweighted as the Student-t asks
+        for _ in range(3):  # reweighted as the Student-t asks
             robust_N = w_N / (1 + ((error_N - phi_NxM @ value_M) / SIGMA) ** 2 / FREEDOM)
             gram = (phi_NxM * robust_N[:, None]).T @ phi_NxM + RIDGE * np.eye(len(picked))
             value_M = np.linalg.solve(gram, phi_NxM.T @ (robust_N * error_N))
         centres.append(one)
         weights.append(value_M)
-    least = min(len(c) for c in centres)
+    # Every member has as many centres, spare ones without weight, so that all fits share one compiled predictor.
+    spare = [CENTRES - len(c) for c in centres]
     return {
-        "mean": mean, "scale": scale, "centres": np.stack([c[:least] for c in centres]),
-        "weights": np.stack([w[:least] for w in weights]),
+        "mean": mean, "scale": scale,
+        "centres": np.stack([np.pad(c, ((0, n), (0, 0))) for c, n in zip(centres, spare, strict=True)]),
+        "weights": np.stack([np.pad(w, (0, n)) for w, n in zip(weights, spare, strict=True)]),
     }  # fmt: skip
+
+
+def _radial(z_NxK: np.ndarray, centres_MxK: np.ndarray) -> np.ndarray:
+    """`hybrid.radial` in numpy: the number of rows differs from fit to fit and must not compile anew."""
+    square = (z_NxK**2).sum(-1)[:, None] - 2 * z_NxK @ centres_MxK.T + (centres_MxK**2).sum(-1)
+    return np.exp(-square / (2 * hybrid.LENGTH**2 * z_NxK.shape[-1] / 10))
 
 
 def _feasibility(pressure: np.ndarray, data: Data, keep: np.ndarray) -> dict[str, float]:
