@@ -17,7 +17,8 @@ FREE_KEYS = ("mesh", "checkpoint", "log", "hardware", "train.zero")
 POSITIVE = (
     "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn", "model.vocab",
     "objective.block", "data.seq_len", "train.batch", "train.microbatches", "train.steps", "eval.batches",
-    "checkpoint.keep", "log.every", "plan.batch", "plan.seq_len", "plan.evaluations",
+    "checkpoint.keep", "log.every", "plan.batch", "plan.seq_len", "plan.steps",
+    "plan.searches", "plan.counted",
 )  # fmt: skip
 
 
@@ -98,7 +99,10 @@ def base() -> ml_collections.ConfigDict:
     p.precision = "bf16"  # bf16 | fp8 | fp4
     p.measurements = "../shared/data/planning"  # folder of published measurements to fit on; absent: what ships
     p.anchors = ""  # CSV of own measurements that correct the predictions
-    p.evaluations = 64  # real evaluations each search algorithm may spend on a measured landscape
+    p.steps = 200  # optimizer iterations of one fit
+    p.cases = ()  # names of the hold-outs to run (fdp/topics/parallelism_search/validate.py); () = all
+    p.searches = 5  # seeds of every search algorithm on every measured landscape
+    p.counted = 100  # random programs whose bytes and FLOPs are compared with the compiler
 
     h = c.hardware = ml_collections.ConfigDict()
     h.topology = ""  # --dry_run target, such as v5p:4x4x8 or h100:8x8; "" = the devices that are here

@@ -183,7 +183,8 @@ def architecture(name: str) -> Architecture:
 def of_model(m: object, causal: bool = False, name: str = "this model") -> Architecture:
     """The Architecture of a `config.model` section of this code base (SwiGLU, untied head)."""
     keys = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")
-    return Architecture(name, *(getattr(m, key) for key in keys), causal=causal)
+    sizes: dict[str, int] = {key: getattr(m, key) for key in keys}
+    return Architecture(name=name, causal=causal, **sizes)  # type: ignore[arg-type]
 
 
 def replace(a: Architecture, **changes: object) -> Architecture:

@@ -60,9 +60,10 @@ def _tpu(
     name: str, bf16: int, int8: int, hbm: int, hbm_tb: float, link: int, links: int, pod: int, watts: int | None = None
 ) -> Chip:
     """Units as for `_gpu`; `link` GB/s one way per ICI link, `pod` chips on one torus."""
-    rates = (bf16 * TERA, None, int8 * TERA)
-    up = (hbm * GIB, round(hbm_tb * 1000) * GIGA, link * GIGA, links, None)
-    return Chip(name, *rates, *up, pod, None, watts)
+    hbm_bandwidth = round(hbm_tb * 1000) * GIGA
+    return Chip(
+        name, bf16 * TERA, None, int8 * TERA, hbm * GIB, hbm_bandwidth, link * GIGA, links, None, pod, None, watts
+    )
 
 
 CHIPS = {
