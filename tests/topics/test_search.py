@@ -239,6 +239,39 @@ def test_learning_beats_chance_on_a_smooth_landscape(name):
     assert np.mean(counts) < 0.8
 
 
+def bowl(seed, size=15):
+    """log time is a quadratic bowl on a size x size grid, its best plan at a random place."""
+    best = np.random.default_rng(seed).integers(0, size, 2)
+    plans = tuple({"tp": 2**i, "pp": 2**j} for i in range(size) for j in range(size))
+    levels = np.array([(i, j) for i in range(size) for j in range(size)])
+    return Landscape("bowl", plans, np.exp(0.02 * ((levels - best) ** 2).sum(1)))
+
+
+def test_cma_es_keeps_what_it_learned_from_one_generation_to_the_next():
+    """113 evaluations by chance, about 100 with a restart after every generation, about 34 without."""
+    counts = [evaluations_to(run(bowl(s), algorithm("cma_es"), s).order, bowl(s), 0.0) for s in range(40)]
+    assert np.mean(counts) < 60
+
+
+def test_evolution_mutates_the_best_of_the_ten_youngest():
+    """With samples as large as the population the parent is the best of the last ten, not the best of all."""
+    landscape = bowl(0)
+    grid = search.Grid.of(landscape.plans)
+
+    def whole(plans, rng, prior):
+        return search.evolution(plans, rng, prior, sample=10)
+
+    order = run(landscape, whole, seed=1, budget=120).order
+    forgotten = 0
+    for i in range(10, 120):
+        free_N = np.ones(len(landscape.plans), bool)
+        free_N[list(order[:i])] = False
+        parent = min(order[i - 10 : i], key=lambda j: (landscape.time_N[j], j))
+        assert order[i] in grid.neighbours(parent, free_N)
+        forgotten += landscape.time_N[parent] > landscape.time_N[list(order[:i])].min()
+    assert forgotten
+
+
 def test_a_perfect_prior_is_found_at_the_first_evaluation():
     for seed in range(5):
         landscape = synthetic(seed)
@@ -301,6 +334,12 @@ def test_expert_follows_its_rules():
     assert order.index((2, 1, 1, 1)) < order.index((16, 2, 1, 1))
 
 
+def test_expert_stays_in_the_node_before_anything_else():
+    plans = tuple({"tp": t, "pp": p} for t, p in [(16, 1), (8, 4), (8, 2), (2, 4), (4, 2)])
+    order = run(Landscape("x", plans, np.array([1.0, np.inf, np.inf, np.inf, np.inf])), search.expert, 0).order
+    assert order == (4, 3, 2, 1, 0)
+
+
 def test_expert_skips_what_needs_more_memory_than_a_failure_and_what_is_predicted_to_fail():
     plans = tuple({"tp": t, "mbs": m} for t in (1, 2, 4) for m in (1, 2))
     landscape = Landscape("x", plans, np.array([np.inf, np.inf, np.inf, np.inf, 1.0, np.inf]))
@@ -322,6 +361,22 @@ def test_posterior_without_data_is_the_prior_and_at_the_data_the_data():
     assert after_N[0] > 0 and after_N[5] < 5  # neighbours move along
     exact_N, _ = search.posterior(grid.log2_NxK, mean_N, std_N, index_M, mean_N[index_M])
     np.testing.assert_allclose(exact_N, mean_N, atol=1e-12)  # a prior that was right is not touched
+
+
+def test_all_plans_share_a_part_of_what_one_measurement_says():
+    """A plan 40 doublings away moves by the share that all have in common, here 0.3 of an error of 0.2."""
+    far = np.array([[0.0], [40.0]])
+    mean_N, std_N = search.posterior(far, np.zeros(2), np.full(2, 0.3), np.array([0]), np.array([0.2]))
+    np.testing.assert_allclose(mean_N, [0.2, 0.3 * 0.2], rtol=0.02)
+    assert std_N[1] > 5 * std_N[0]
+
+
+def test_what_was_expected_changes_feasibility_nowhere_else():
+    relief_NxK = search.relief([{"tp": 1}, {"tp": 2}, {"tp": 4}])
+    prior_N = np.array([0.0, 1.0, 1.0])
+    for index, ok in ((0, False), (2, True)):
+        after_N = search.feasibility(relief_NxK, prior_N, np.array([index]), np.array([ok]))
+        np.testing.assert_array_equal(after_N, prior_N)
 
 
 def test_feasibility_is_one_sided():

@@ -204,8 +204,52 @@ def _features(inputs: Any, time: Any, shift: Any) -> Any:
     return hybrid.residual_features(inputs, step_time.step_time(inputs, k), shift["launch_rank"])
 
 
+def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
+    """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure learning would be.
+
+    It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees and sizes.
+    """
+    x = data.x
+    chips = x["tp"] * x["pp"] * x["dp"] * x["cp"]
+    flops = np.array(
+        [3 * m.job.architecture.forward_flops(m.job.seq) * m.job.batch * m.job.seq for m in data.measurements]
+    )
+    ideal = np.log(flops / (chips * x["peak"]))
+    sizes = (
+        "tp",
+        "pp",
+        "dp",
+        "cp",
+        "ep",
+        "virtual",
+        "microbatch",
+        "microbatches",
+        "width",
+        "layers",
+        "seq",
+        "batch",
+        "peak",
+    )
+    kinds = ("full", "modern", "lora", "fp8", "fp4", "fp16")
+    stage = [x["zero"] == 0, x["zero"] >= 3, np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)]
+    features = np.stack([*(np.log2(x[n]) for n in sizes), *(x[n] for n in kinds), *stage], -1).astype(float)
+    timed = keep & np.isfinite(data.log_time) & ~data.failed
+    target = data.log_time - ideal
+    middle = float(np.median(target[timed]))
+    tasks = np.array([m.task for m in data.measurements], object)[timed]
+    parts = _ensemble(features[timed], target[timed] - middle, data.weight[timed], tasks, seed, ridge=0.1)
+    z = (features - parts["mean"]) / parts["scale"]
+    each = [_radial(z, c) @ w for c, w in zip(parts["centres"], parts["weights"], strict=True)]
+    return np.exp(ideal + middle + np.mean(each, 0))
+
+
 def _ensemble(
-    features_NxK: np.ndarray, error_N: np.ndarray, weight_N: np.ndarray, tasks_N: np.ndarray, seed: int
+    features_NxK: np.ndarray,
+    error_N: np.ndarray,
+    weight_N: np.ndarray,
+    tasks_N: np.ndarray,
+    seed: int,
+    ridge: float = RIDGE,
 ) -> dict[str, np.ndarray]:
     """Ridge regression on radial basis functions; a member sees each task a Poisson(1) number of times."""
     rng = np.random.default_rng(seed)
@@ -221,7 +265,7 @@ def _ensemble(
         w_N, value_M = weight_N * count_N, np.zeros(len(picked))
         for _ in range(3):  # reweighted as the Student-t asks
             robust_N = w_N / (1 + ((error_N - phi_NxM @ value_M) / SIGMA) ** 2 / FREEDOM)
-            gram = (phi_NxM * robust_N[:, None]).T @ phi_NxM + RIDGE * np.eye(len(picked))
+            gram = (phi_NxM * robust_N[:, None]).T @ phi_NxM + ridge * np.eye(len(picked))
             value_M = np.linalg.solve(gram, phi_NxM.T @ (robust_N * error_N))
         centres.append(one)
         weights.append(value_M)
@@ -241,11 +285,14 @@ def _radial(z_NxK: np.ndarray, centres_MxK: np.ndarray) -> np.ndarray:
 
 
 def _feasibility(pressure: np.ndarray, data: Data, keep: np.ndarray) -> dict[str, float]:
-    """Where log(memory/HBM) is called too high: the lowest limit that refuses at most 1 in 14 of the runs that ran.
+    """The log(memory/HBM) that tells failed runs from others best: most recall less false alarms (Youden 1950).
 
-    Failed runs are told apart by rank only: some failed for other reasons than memory, whatever they would have used.
+    Only clusters that report failures are asked. Some runs failed for other reasons than memory: they cannot be told.
     """
-    ran = keep & np.isfinite(data.log_memory)
-    if not (data.failed & keep).any() or not ran.any():
-        return {"margin": -0.05, "slope": 12.0}
-    return {"margin": float(np.quantile(pressure[ran], 13 / 14)), "slope": 12.0}
+    reporting = np.isin(data.groups["cluster"], np.unique(data.groups["cluster"][data.failed & keep]))
+    ran, failed = keep & reporting & np.isfinite(data.log_memory), keep & data.failed
+    if not failed.any() or not ran.any():
+        return {"margin": -0.1, "slope": 12.0}
+    limits = np.linspace(-1.0, 0.5, 151)
+    gain = [(pressure[failed] > limit).mean() - (pressure[ran] > limit).mean() for limit in limits]
+    return {"margin": float(limits[int(np.argmax(gain))]), "slope": 12.0}

@@ -58,14 +58,12 @@ def read(path: Path, needed: Iterable[str] = ("gpu", "seq", "gbs")) -> list[dict
     try:
         with Path(path).open(newline="", encoding="utf8") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            names, rows = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Malformed(f"{path}: {error}") from error
-    missing = [name for name in needed if name not in (reader.fieldnames or ())]
+    missing = [name for name in needed if name not in names]
     if missing:
-        raise Malformed(
-            f"{path}: column {missing[0]!r} is missing; found {', '.join(reader.fieldnames or ()) or 'none'}"
-        )
+        raise Malformed(f"{path}: column {missing[0]!r} is missing; found {', '.join(names) or 'none'}")
     long = next((i for i, row in enumerate(rows, 2) if None in row), None)
     if long is not None:
         raise Malformed(f"{path}, row {long}: more cells than the header has columns")
@@ -143,7 +141,8 @@ def to_architecture(row: Mapping[str, str]) -> Architecture:
     if known is not None:
         return shapes.replace(known, **sizes)
     # Unknown models: a plain FFN is four times as wide as the model, gated ones are not.
-    return Architecture(name or "unnamed", head_dim=width // heads, gated=sizes["ffn"] != 4 * width, **sizes)
+    gated = bool(experts) or sizes["ffn"] != 4 * width
+    return Architecture(name=name or "unnamed", head_dim=width // heads, gated=gated, **sizes)  # type: ignore[arg-type]
 
 
 def _precision(text: str) -> str:
@@ -194,6 +193,9 @@ def to_job(row: Mapping[str, str]) -> Job:
         _whole(row, "seq"), precision, _whole(row, "gpus_per_nvl_domain", 0), modern,
         "lora" in (row.get("task") or ""), CLUSTERS.get(cluster, 0.0) * 1e9, stack_of(row), cluster,
     )  # fmt: skip
+    if job.plan.pp * job.plan.virtual > job.architecture.layers:
+        stages = f"{job.plan.pp}·{job.plan.virtual}"
+        raise ValueError(f"pp·vp = {stages} stages exceed the {job.architecture.layers} layers of the model")
     if job.batch < job.plan.dp * job.plan.microbatch:
         raise ValueError(f"gbs = {job.batch} is less than dp·mbs = {job.plan.dp}·{job.plan.microbatch}")
     return job

@@ -1,0 +1,233 @@
+"""Our own counts: what the closed formulas of fdp.cost predict for a program against what its compiled form contains.
+
+Bytes by (op, axes): fdp.cost.bytes against the HLO of loss and gradients. FLOPs: fdp.cost.flops against the matmuls of
+the jaxpr. Memory: fdp.cost.memory against the compiler's plan of the whole train step. No program is run.
+Float32 only, because XLA:CPU widens bfloat16 collectives; pp = 1, because the model has no pipeline schedule.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from fdp import config as fdp_config
+from fdp import objectives
+from fdp.cost import aot, flops, hlo, jaxpr
+from fdp.cost import bytes as closed
+from fdp.cost import memory as analytic
+from fdp.mesh import AXES, make_mesh
+from fdp.models import transformer
+from fdp.step import Program, tokens_sharding
+
+OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
+SPECIAL_IDS = 2  # end-of-text and mask, behind the ids of the data
+# Only the generation of machine code, which costs most here, is cut: it comes after the passes over collectives.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices, see
+    `executed_flops`. Memory: bytes per device at the peak of the train step, None where it was not compiled."""
+
+    formula: dict[tuple[str, tuple[str, ...]], float]
+    counted: dict[tuple[str, tuple[str, ...]], float]
+    formula_flops: float
+    counted_flops: float
+    formula_memory: float | None = None
+    counted_memory: float | None = None
+
+    @property
+    def entries(self) -> int:
+        """Number of (op, axes) that the formula or the compiled program has."""
+        return len(self.formula.keys() | self.counted.keys())
+
+    def mismatches(self) -> list[tuple[str, tuple[str, ...]]]:
+        """The (op, axes) whose bytes differ."""
+        keys = self.formula.keys() | self.counted.keys()
+        same = lambda k: math.isclose(self.formula.get(k, 0.0), self.counted.get(k, 0.0), rel_tol=1e-12)
+        return sorted(k for k in keys if not same(k))
+
+    @property
+    def flops_error(self) -> float:
+        """Relative to the count."""
+        return abs(self.formula_flops / self.counted_flops - 1)
+
+    @property
+    def memory_error(self) -> float | None:
+        """Relative to the compiler's peak, None where nothing was compiled for it."""
+        if self.formula_memory is None or self.counted_memory is None:
+            return None
+        return abs(self.formula_memory / self.counted_memory - 1)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of many comparisons; errors are relative, those of memory NaN where no train step was compiled."""
+
+    configs: int
+    entries: int
+    mismatching_entries: int
+    mismatching_configs: int
+    largest_flops_error: float
+    memory_configs: int
+    median_memory_error: float
+    largest_memory_error: float
+
+
+def random_configs(seed: int, count: int, devices: int = 8) -> list[ml_collections.ConfigDict]:
+    """`count` valid small configs on meshes of at most `devices`, equal for equal seeds.
+
+    Drawn uniformly choice by choice; what fdp.config.validate refuses, or XLA merges (`_merged`), is drawn again.
+    Raises ValueError for a count or number of devices below 1.
+    """
+    if count < 1 or devices < 1:
+        raise ValueError(f"count={count} and devices={devices} must be at least 1")
+    rng = np.random.default_rng(seed)
+    found: list[ml_collections.ConfigDict] = []
+    while len(found) < count:
+        c = _random_config(rng, devices)
+        try:
+            fdp_config.validate(c)
+        except fdp_config.UserError:
+            continue
+        if not _merged(c):
+            found.append(c)
+    return found
+
+
+def _merged(c: ml_collections.ConfigDict) -> bool:
+    """Whether XLA may drop collectives that the program asks for: a scan over one layer is unrolled, so that what the
+    backward pass gathers or reduces again is merged with the forward pass, in part and at the compiler's discretion."""
+    return c.model.layers == 1 and (c.model.remat != "none" or c.train.zero == 3)
+
+
+def _random_degrees(rng: np.random.Generator, devices: int) -> dict[str, int]:
+    degrees, left = dict.fromkeys(AXES, 1), devices
+    for axis in rng.permutation(["dp", "ep", "cp", "tp"]):
+        degrees[str(axis)] = int(rng.choice([n for n in (1, 2, 3, 4, 8) if n <= left]))
+        left //= degrees[str(axis)]
+    return degrees
+
+
+def _random_config(rng: np.random.Generator, devices: int) -> ml_collections.ConfigDict:
+    """Sizes are multiples of the degrees that shard them, so that most draws are valid."""
+    pick = lambda *values: values[int(rng.integers(len(values)))]
+    c = fdp_config.base()
+    degrees = _random_degrees(rng, devices)
+    c.mesh.update(degrees)
+    tp, kv_heads = degrees["tp"], degrees["tp"] * pick(1, 2)
+    c.model.update(
+        layers=pick(1, 2), width=pick(16, 24, 32, 48, 64), heads=kv_heads * pick(1, 2), kv_heads=kv_heads,
+        head_dim=pick(4, 8, 12), ffn=tp * pick(8, 12, 20), vocab=tp * pick(16, 20, 32), qk_norm=pick(False, True),
+        time_conditioning=pick(False, True), remat=pick("none", "dots", "full"), sequence_parallel=pick(False, True),
+    )  # fmt: skip
+    c.objective.update(
+        name=pick(*OBJECTIVES), form=pick("k", "t"), antithetic=pick(False, True), masked_head=pick(False, True),
+        block=pick(2, 4, 8),
+    )  # fmt: skip
+    c.data.vocab, c.data.seq_len = c.model.vocab, degrees["cp"] * tp * pick(4, 8, 12)
+    c.train.update(zero=pick(0, 1, 3), microbatches=pick(1, 2, 3))
+    c.train.batch = degrees["dp"] * degrees["ep"] * c.train.microbatches * pick(1, 2, 3)
+    return c
+
+
+def program(c: ml_collections.ConfigDict) -> Program:
+    """The pure functions of the config on the first devices of this process."""
+    ids = c.model.vocab - SPECIAL_IDS
+    objective = objectives.from_config(c, ids + 1, ids)
+    model = transformer.from_config(c, objective.attention, objective.block)
+    return Program(c, model, objective, make_mesh(c.mesh))
+
+
+def _arguments(p: Program) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
+    """Abstract (state, corrupted batch, tokens)."""
+    shape = (p.c.train.batch, p.c.data.seq_len)
+    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=tokens_sharding(p.mesh))
+    return p.layout.abstract_state(), jax.eval_shape(p.objective.corrupt, jax.random.key(0), tokens), tokens
+
+
+def executed_flops(c: ml_collections.ConfigDict, head_rows: int) -> int:
+    """Matmul FLOPs that all devices together execute in loss and gradients; `head_rows` as for flops.train_step.
+
+    Beyond the model's: what rematerialised blocks compute again (everything but the last product, whose result nobody
+    reads unless a gate multiplies it; under "dots" attention's two products), and time conditioning, which every cp and
+    tp rank computes for all its sequences.
+    """
+    m, batch = c.model, c.train.batch
+    length = c.data.seq_len * (2 if c.objective.name == "block_diffusion" else 1)
+    embedding, modulations = flops.noise_forward(m)
+    last = 0 if m.time_conditioning else 2 * length * m.ffn * m.width
+    again = {
+        "none": 0,
+        "dots": m.layers * 4 * length * length * m.heads * m.head_dim,
+        "full": m.layers * (flops.layer_forward(m, length) - last),
+    }[m.remat]
+    noise_again = modulations if m.remat == "full" else 0
+    replicas = c.mesh.cp * c.mesh.tp
+    noise = (replicas - 1) * (2 * embedding + 3 * modulations) + replicas * noise_again
+    return flops.train_step(c, head_rows) + batch * (again + noise)
+
+
+def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
+    """Formulas against the program of one config: loss and gradients, with `memory` the whole train step as well.
+
+    Raises ValueError for a config that is not valid, not float32, or needs more devices than are here.
+    """
+    fdp_config.validate(c)
+    if c.model.dtype != "float32":
+        raise ValueError(f"model.dtype={c.model.dtype!r}: XLA:CPU widens its collectives; count float32 programs")
+    p = program(c)
+    state, batch, tokens = _arguments(p)
+    traced = jax.jit(p.grads).trace(state.params, batch)
+    compiled = traced.lower().compile(QUICK)
+    summary = hlo.summary(hlo.collectives(compiled.as_text(), dict(p.mesh.shape)))
+    shards = c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches
+    sizes: tuple[int, int] | tuple[None, None] = (None, None)
+    if memory:
+        planned = aot.memory(p.jit_train_step().lower(state, tokens).compile())
+        sizes = (_estimate(p), planned.peak)
+    return Comparison(
+        dict(closed.traffic(c, p.layout.shapes, p.layout.stored, p.head_rows())),
+        {key: wire for key, (_, _, wire) in summary.items()},
+        executed_flops(c, p.head_rows() * shards),
+        p.mesh.size * jaxpr.dot_flops(traced.jaxpr),
+        *sizes,
+    )
+
+
+def _estimate(p: Program) -> int:
+    return analytic.estimate(p.c, p.layout.shapes, p.layout.specs, p.layout.stored, p.head_rows()).total()
+
+
+def summarise(comparisons: Sequence[Comparison]) -> Summary:
+    """Counts and errors over all comparisons. Raises ValueError when there is none."""
+    if not comparisons:
+        raise ValueError("no comparison to summarise: give at least one config")
+    wrong = [len(x.mismatches()) for x in comparisons]
+    sizes = [x.memory_error for x in comparisons if x.memory_error is not None]
+    return Summary(
+        configs=len(comparisons),
+        entries=sum(x.entries for x in comparisons),
+        mismatching_entries=sum(wrong),
+        mismatching_configs=sum(n > 0 for n in wrong),
+        largest_flops_error=max(x.flops_error for x in comparisons),
+        memory_configs=len(sizes),
+        median_memory_error=statistics.median(sizes) if sizes else math.nan,
+        largest_memory_error=max(sizes, default=math.nan),
+    )
+
+
+def summary(configs: Iterable[ml_collections.ConfigDict], memory: int = 10) -> Summary:
+    """Compare all configs, the first `memory` of them with their train step's memory."""
+    return summarise([compare(c, memory=i < memory) for i, c in enumerate(configs)])

@@ -1,0 +1,73 @@
+"""The pictures of topic 15."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fdp.report import figure, save_plot
+from fdp.topics.parallelism_search.fit import Data
+from fdp.topics.parallelism_search.landscapes import Comparison
+from fdp.topics.parallelism_search.plan import Ranking
+from fdp.topics.parallelism_search.validate import Outcome
+
+
+def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> Path:
+    """Predicted against measured step time of every hold-out."""
+    fig, axes = figure()
+    for outcome in outcomes:
+        axes.plot(outcome.measured, outcome.predicted, ".", markersize=3, label=outcome.case.name)
+    low, high = (f(np.concatenate([o.measured for o in outcomes])) for f in (np.min, np.max))
+    axes.plot([low, high], [low, high], color="#444444", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="measured, s a step", ylabel="predicted without having seen it, s",
+             title="Hold-outs: predicted and measured")  # fmt: skip
+    axes.legend(fontsize=6, markerscale=3)
+    return save_plot(fig, workdir / "plots" / "predicted.png")
+
+
+def memory(workdir: Path, data: Data, outcomes: Sequence[Outcome]) -> Path:
+    """Predicted against measured memory of the hold-outs that measured it; failed runs on the right edge."""
+    fig, axes = figure()
+    for outcome in outcomes:
+        rows = outcome.at[np.isfinite(data.log_memory[outcome.at])]
+        if not rows.size:
+            continue
+        axes.plot(np.exp(data.log_memory[rows]) / 1e9, outcome.hybrid.memory[rows] / 1e9, ".", markersize=3,
+                  label=outcome.case.name)  # fmt: skip
+        failed = outcome.at[outcome.failed[outcome.at]]
+        axes.plot(np.full(len(failed), 95.0), outcome.hybrid.memory[failed] / 1e9, "x", markersize=3, color="#bb3333")
+    axes.plot([1, 90], [1, 90], color="#444444", linewidth=1)
+    axes.axhline(80, linestyle="--", linewidth=1, color="#999999")
+    axes.set(xlabel="measured GB (crosses at 95: the run failed)", ylabel="predicted GB", ylim=(0, 200),
+             title="Memory of unseen models")  # fmt: skip
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, markerscale=3)
+    return save_plot(fig, workdir / "plots" / "memory.png")
+
+
+def regret(workdir: Path, comparison: Comparison) -> Path:
+    """Mean over landscapes of the regret after each real run, per algorithm."""
+    fig, axes = figure()
+    names = list(comparison.regret)
+    for algorithm in comparison.regret[names[0]]:
+        curves = [comparison.regret[name][algorithm] for name in names]
+        length = min(len(c) for c in curves)
+        mean = 100 * np.median([c[:length] for c in curves], 0)
+        axes.plot(np.arange(1, length + 1), np.maximum(mean, 0.1), label=algorithm)
+    axes.axhline(5, linestyle="--", linewidth=1, color="#999999")
+    axes.set(xscale="log", yscale="log", xlabel="real runs, failed ones included",
+             ylabel="regret to the best, %", title=f"Median of {len(names)} measured landscapes")  # fmt: skip
+    axes.legend(fontsize=8)
+    return save_plot(fig, workdir / "plots" / "regret.png")
+
+
+def ranking(workdir: Path, found: Ranking) -> Path:
+    """The predicted landscape: time against memory of every plan, the best ten marked."""
+    fig, axes = figure()
+    axes.plot(found.memory_N / 2**30, found.time_N, ".", markersize=2, color="#999999", label="plans")
+    axes.plot([p.memory / 2**30 for p in found.top], [p.time for p in found.top], "o", label="best ten")
+    axes.axvline(found.job.chip.hbm_bytes / 2**30, linestyle="--", linewidth=1, color="#bb3333", label="HBM")
+    axes.set(xscale="log", yscale="log", xlabel="predicted GiB a chip", ylabel="predicted s a step",
+             title=f"{found.job.architecture.name} on {found.job.plan.chips} × {found.job.chip.name}")  # fmt: skip
+    axes.legend(fontsize=8)
+    return save_plot(fig, workdir / "plots" / "landscape.png")

@@ -1,0 +1,200 @@
+"""Topic 15: a hybrid cost model validated on what it has not seen, and searches that spend real runs.
+
+The arm is a small model of this code base, trained on the mesh that the planner chose for it.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from fdp.config import UserError, digest
+from fdp.cost import hybrid
+from fdp.report import Report, Row
+from fdp.run import Run
+from fdp.topics.parallelism_search import counts, figures, fit, landscapes, plan, validate
+from fdp.topics.parallelism_search.measurements import Malformed, published
+
+ZERO_SHOT = "unseen models at 64-512 GPUs"
+
+
+def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+    """The model of the config on the mesh that the planner finds for as many chips as the config's mesh has."""
+    planned = config.copy_and_resolve_references()
+    plan.apply(planned)
+    return {"planned": planned}
+
+
+def study(run: Run) -> Report:
+    """Plan, validate on hold-outs, search measured landscapes, count real programs; judge the claims."""
+    c = run.config
+    ranking = plan.for_config(c, hybrid.shipped())
+    print(f"\n{plan.describe(ranking)}\n")
+    fragment = run.workdir / "planned.py"
+    fragment.write_text(plan.fragment(ranking), encoding="utf8")
+    print(f"config    {fragment}")
+    rows, raw, plots = [], {}, [figures.ranking(run.workdir, ranking)]
+    try:
+        data = fit.gather(published(Path(c.plan.measurements)))
+    except Malformed as absent:
+        rows += _untestable(str(absent))
+    else:
+        with jax.enable_x64(True):
+            found, plots_found = _measured(run, data, raw)
+        rows, plots = rows + found, plots + plots_found
+    rows += _speed() + _counted(c.plan.counted)
+    return Report(c.topic, c.variant, digest(c), rows, plots, raw)
+
+
+def _untestable(reason: str) -> list[Row]:
+    note = f"{reason}: set plan.measurements to a folder of published measurements"
+    return [
+        Row.untestable(f"zero-shot step time, {ZERO_SHOT}", "mean error", "%", "<= 8", "simulated", note),
+        Row.untestable("searching with the model as prior", "real runs to within 5 %", "", "<= 5", "measured", note),
+    ]
+
+
+def _chosen(names: tuple[str, ...]) -> list[validate.Case]:
+    known = [case.name for case in validate.CASES]
+    for name in names:
+        if name not in known:
+            raise UserError(f"plan.cases names {name!r}, which is no hold-out; known: {', '.join(known)}")
+    return [case for case in validate.CASES if not names or case.name in names]
+
+
+def _measured(run: Run, data: fit.Data, raw: dict) -> tuple[list[Row], list[Path]]:
+    c = run.config
+    print(f"fitting   {len(data.measurements)} measurements, hold-outs:")
+    fitter, outcomes = fit.Fitter(data), []
+    for case in _chosen(tuple(c.plan.cases)):
+        start = time.perf_counter()
+        outcome = validate.run_case(fitter, case, c.plan.steps)
+        outcomes.append(outcome)
+        s = validate.score(data, outcome.rows, outcome.predicted, outcome.measured)
+        raw[case.name] = {"errors_pct": s.errors, "spearman": s.correlations, "regret_pct": s.regrets}
+        print(f"  {case.kind:8}{case.name:28}{len(outcome.rows):4} rows, mean error {np.mean(s.errors):5.1f} % "
+              f"({time.perf_counter() - start:.0f} s)", flush=True)  # fmt: skip
+    rows = _model_rows(data, outcomes) + _kind_rows(data, outcomes) + _memory_rows(outcomes)
+    traces = landscapes.compare(data, outcomes, c.plan.searches)
+    raw["evaluations to within 5 %"] = {n: {a: e.tolist() for a, e in per.items()} for n, per in traces.needed.items()}
+    rows += _search_rows(traces)
+    plots = [figures.predicted(run.workdir, outcomes), figures.memory(run.workdir, data, outcomes)]
+    if traces.needed:
+        plots.append(figures.regret(run.workdir, traces))
+    return rows, plots
+
+
+def _of(outcomes: list[validate.Outcome], *kinds: str) -> list[validate.Outcome]:
+    return [o for o in outcomes if o.case.kind in kinds]
+
+
+def _scores(data: fit.Data, outcomes: list[validate.Outcome], which: str) -> validate.Scores:
+    """Scores of all outcomes together; which: hybrid, analytic or learned."""
+    total = validate.Scores([], [], [])
+    for o in outcomes:
+        predicted = {"hybrid": o.predicted, "analytic": o.hybrid.analytic[o.rows], "learned": o.learned}[which]
+        s = validate.score(data, o.rows, predicted, o.measured)
+        total.errors.extend(s.errors), total.correlations.extend(s.correlations), total.regrets.extend(s.regrets)
+    return total
+
+
+def _model_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
+    models = _of(outcomes, "model")
+    if not models:
+        return []
+    s = {which: _scores(data, models, which) for which in ("hybrid", "analytic", "learned")}
+    n = f"{len(s['hybrid'].errors)} landscapes of {len(models)} models, each model unseen by its fit"
+    five = [e for o in models for e in validate.with_anchors(data, o, 5, 5)]
+    claim = f"zero-shot step time, {ZERO_SHOT}"
+    rows = [
+        Row.judged(claim, "mean error per landscape", s["hybrid"].errors, "%", "value <= 8", "simulated", note=n),
+        Row.judged(f"ranking, {ZERO_SHOT}", "Spearman", s["hybrid"].correlations, "", ">= 0.85", "simulated",
+                   note="landscapes of at least 8 plans"),
+        Row.judged(f"choosing without a run, {ZERO_SHOT}", "top-1 regret", s["hybrid"].regrets, "%", "value <= 2",
+                   "simulated", note="against the best measured plan"),
+        Row.judged("the residual helps: hybrid against physics alone", "mean error", s["hybrid"].errors, "%",
+                   "ratio <= 1", "simulated", "analytic only", s["analytic"].errors),
+        Row.judged("the physics helps: hybrid against learning alone", "mean error", s["hybrid"].errors, "%",
+                   "ratio <= 1", "simulated", "learned only", s["learned"].errors),
+        Row.judged("90 % intervals cover", "share of measured times inside", validate.coverage(outcomes), "%",
+                   ">= 85", "simulated", note="all hold-outs; at most 95 is asked as well"),
+    ]  # fmt: skip
+    if five:
+        rows.insert(1, Row.judged(f"{claim}, after five measured points", "mean error per landscape", five, "%",
+                                  "value <= 5", "simulated", note="five random points, five draws"))  # fmt: skip
+    return rows
+
+
+def _kind_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
+    rows = []
+    for kind, label in (("moe", "mixtures of experts"), ("long", "sequences of 16k and more")):
+        chosen = _of(outcomes, kind)
+        if not chosen:
+            continue
+        zero = [validate.error(o.predicted, o.measured) for o in chosen]
+        one = [float(np.mean(validate.one_anchor_each(data, o, 5))) for o in chosen]
+        note = ", ".join(f"{o.case.name} {e:.1f}" for o, e in zip(chosen, zero, strict=True))
+        rows += [
+            Row.judged(f"zero-shot step time, {label}", "mean error", zero, "%", "value <= 20", "simulated", note=note),
+            Row.judged(f"{label}, one measured point per (model, chip)", "mean error", one, "%", "value <= 10",
+                       "simulated", note="five draws of the points"),
+        ]  # fmt: skip
+    for kind in ("release", "cluster"):
+        for o in _of(outcomes, kind):
+            rows.append(Row.judged(f"zero-shot step time, unseen {o.case.name}", "mean error",
+                                   validate.error(o.predicted, o.measured), "%", "value <= 20", "simulated",
+                                   note=f"{len(o.rows)} rows"))  # fmt: skip
+    return rows
+
+
+def _memory_rows(outcomes: list[validate.Outcome]) -> list[Row]:
+    alarms = [validate.memory_alarm(o) for o in outcomes if o.case.name.startswith("ultrascale")]
+    if not alarms:
+        return []
+    recall, false = zip(*alarms, strict=True)
+    return [
+        Row.judged("failed runs are foreseen on unseen models", "recall", list(recall), "%", ">= 90", "simulated",
+                   note="one value per playbook model"),
+        Row.judged("… with few false alarms", "false alarms among runs that ran", list(false), "%", "<= 10",
+                   "simulated"),
+    ]  # fmt: skip
+
+
+def _search_rows(traces: landscapes.Comparison) -> list[Row]:
+    playbook = {n: per for n, per in traces.needed.items() if n.startswith("ultrascale")} or traces.needed
+    if not playbook:
+        return []
+    mean = {a: [float(per[a].mean()) for per in playbook.values()] for a in next(iter(playbook.values()))}
+    others = {a: np.mean(v) for a, v in mean.items() if a != "bayes"}
+    best = min(others, key=lambda a: others[a])
+    note = ", ".join(f"{a} {v:.1f}" for a, v in sorted(others.items(), key=lambda kv: kv[1]))
+    return [
+        Row.judged("searching with the model as prior", "real runs to within 5 % of the best", mean["bayes"], "",
+                   "value <= 5", "measured", best, mean[best],
+                   note=f"{len(playbook)} measured landscapes, failed runs counted; others: {note}"),
+    ]  # fmt: skip
+
+
+def _speed() -> list[Row]:
+    per_second, seconds, points = plan.throughput()
+    return [
+        Row.judged("predictions are cheap", "predictions per second", per_second, "1/s", ">= 100000", "measured",
+                   note="warm, this machine's CPU"),
+        Row.judged("a whole 512-GPU space is ranked at once", "time", seconds, "s", "<= 2", "measured",
+                   note=f"{points:,} plans, warm, space and columns included"),
+    ]  # fmt: skip
+
+
+def _counted(count: int) -> list[Row]:
+    found = counts.summary(counts.random_configs(0, count))
+    programs = f"{found.configs} random programs of this code base, meshes of up to 8 devices"
+    return [
+        Row.judged("bytes per axis equal the compiled program", "(op, axes) entries that differ", found.mismatches, "",
+                   "== 0", "counted", note=programs),
+        Row.judged("FLOPs equal the program's", "largest relative error", found.flops_error, "", "<= 0.01", "counted",
+                   note=programs),
+        Row.judged("analytic memory against the compiler's plan", "median relative error", found.memory_error, "",
+                   "<= 0.25", "counted", note=f"largest {found.memory_error_max:.2f}"),
+    ]  # fmt: skip

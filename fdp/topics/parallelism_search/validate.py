@@ -1,0 +1,171 @@
+"""Hold-outs: what the cost model says of models, clusters, lengths and releases that its fit has not seen.
+
+A case names the rows that the fit may not see and those that are judged. Metrics are taken per landscape (one model, one
+number of chips, one batch, one software) and averaged over landscapes, so that a large sweep does not outvote the rest.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from fdp.cost import hybrid
+from fdp.topics.parallelism_search import anchors, fit
+from fdp.topics.parallelism_search.measurements import Measurement
+
+Choice = Callable[[Measurement], bool]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows that the fit may not see, and those of them that are judged."""
+
+    name: str
+    kind: str  # model | moe | long | release | cluster
+    unseen: Choice
+    judged: Choice = lambda m: True
+
+
+def _named(name: str) -> Choice:
+    return lambda m: m.job.architecture.name == name
+
+
+def _mid_size(m: Measurement) -> bool:
+    return 64 <= m.job.plan.chips <= 512
+
+
+MODELS = ("gpt-3.6b", "gpt-39.1b", "ultrascale-1b", "ultrascale-3b", "ultrascale-8b", "llama3-70b", "llama3.1-405b")
+MIXTURES = ("deepseek-v3", "qwen3-235b-a22b", "qwen3-30b-a3b", "gpt-oss-120b")
+CASES = (
+    *(Case(name, "model", _named(name), _mid_size) for name in MODELS),
+    *(Case(name, "moe", _named(name)) for name in MIXTURES),
+    Case("sequences of 16k and more", "long", lambda m: m.job.seq >= 16_384),
+    Case("release 26.04.01", "release", lambda m: m.job.stack.endswith("/26.04.01")),
+    Case("cluster of DGX Cloud", "cluster", lambda m: m.job.cluster == "dgxc"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case: the judged rows (place in Data) and what three models say of them, seconds and bytes."""
+
+    case: Case
+    rows: np.ndarray
+    measured: np.ndarray
+    hybrid: hybrid.Prediction
+    learned: np.ndarray
+    at: np.ndarray  # rows of the case in the whole prediction, failed ones included
+    failed: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """Seconds by the hybrid model, (rows,)."""
+        return self.hybrid.time[self.rows]
+
+
+def run_case(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> Outcome:
+    """Fit without the unseen rows and price the judged ones. Raises ValueError where no row is left to judge."""
+    data = fitter.data
+    unseen = np.array([case.unseen(m) for m in data.measurements])
+    judged = unseen & np.array([case.judged(m) for m in data.measurements])
+    timed = judged & np.isfinite(data.log_time) & ~data.failed
+    if not timed.any():
+        raise ValueError(f"case {case.name!r}: no measured row to judge")
+    model = fitter.fit(~unseen, steps, seed)
+    prediction = hybrid.predict(model, data.x)
+    rows = np.flatnonzero(timed)
+    learned = fit.learned_only(data, ~unseen, seed)
+    return Outcome(
+        case, rows, np.exp(data.log_time[rows]), prediction, learned[rows], np.flatnonzero(judged), data.failed
+    )
+
+
+def landscapes(data: fit.Data, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Places within `rows` of every task."""
+    groups: dict[str, list[int]] = collections.defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[data.measurements[row].task].append(i)
+    return {name: np.array(places) for name, places in sorted(groups.items())}
+
+
+def error(predicted: np.ndarray, measured: np.ndarray) -> float:
+    """Mean absolute error in percent of the measured value."""
+    return float(100 * np.mean(np.abs(predicted / measured - 1)))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per landscape: mean error (%), rank correlation, top-1 regret (%); the latter two where it has 8 plans."""
+
+    errors: list[float]
+    correlations: list[float]
+    regrets: list[float]
+
+
+def score(data: fit.Data, rows: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> Scores:
+    """Scores of `predicted` seconds for `rows` against `measured` ones."""
+    errors, correlations, regrets = [], [], []
+    for places in landscapes(data, rows).values():
+        y, p = measured[places], predicted[places]
+        errors.append(error(p, y))
+        if len(places) >= 8:
+            correlations.append(float(spearmanr(p, y).statistic))
+            regrets.append(float(100 * (y[p.argmin()] / y.min() - 1)))
+    return Scores(errors, correlations, regrets)
+
+
+def with_anchors(data: fit.Data, outcome: Outcome, count: int, draws: int) -> list[float]:
+    """Mean error (%) per landscape of the other rows once `count` rows drawn at random are measured."""
+    errors = []
+    for places in landscapes(data, outcome.rows).values():
+        if len(places) < 2 * count:
+            continue
+        drawn = []
+        for draw in range(draws):
+            rng = np.random.default_rng(draw)
+            known = rng.choice(places, count, replace=False)
+            rest = np.setdiff1d(places, known)
+            drawn.append(error(_corrected(data, outcome, known, rest), outcome.measured[rest]))
+        errors.append(float(np.mean(drawn)))
+    return errors
+
+
+def one_anchor_each(data: fit.Data, outcome: Outcome, draws: int) -> list[float]:
+    """Mean error (%) of all other rows once one row of every (model, chip) is measured, one value per draw."""
+    jobs = [data.measurements[row].job for row in outcome.rows]
+    keys = np.array([f"{job.architecture.name}|{job.chip.name}" for job in jobs])
+    errors = []
+    for draw in range(draws):
+        rng = np.random.default_rng(draw)
+        known = np.array([rng.choice(np.flatnonzero(keys == key)) for key in sorted(set(keys))])
+        rest = np.setdiff1d(np.arange(len(keys)), known)
+        if rest.size:
+            errors.append(error(_corrected(data, outcome, known, rest), outcome.measured[rest]))
+    return errors
+
+
+def _corrected(data: fit.Data, outcome: Outcome, known: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    def part(places: np.ndarray) -> tuple[list, np.ndarray, np.ndarray]:
+        rows = outcome.rows[places]
+        jobs = [data.measurements[row].job for row in rows]
+        return jobs, outcome.hybrid.time[rows], outcome.hybrid.log_std[rows]
+
+    jobs, time, std = part(rest)
+    known_jobs, known_time, known_std = part(known)
+    mean, _ = anchors.posterior(jobs, std, known_jobs, known_std, np.log(outcome.measured[known] / known_time))
+    return time * np.exp(mean)
+
+
+def coverage(outcomes: Sequence[Outcome]) -> float:
+    """Share (%) of measured times within the 90 % intervals."""
+    inside = [(o.measured >= o.hybrid.low[o.rows]) & (o.measured <= o.hybrid.high[o.rows]) for o in outcomes]
+    return float(100 * np.mean(np.concatenate(inside)))
+
+
+def memory_alarm(outcome: Outcome) -> tuple[float, float]:
+    """(recall of failed runs, false alarms among those that ran), %, where feasibility below one half is an alarm."""
+    alarm = outcome.hybrid.feasible[outcome.at] < 0.5
+    failed = outcome.failed[outcome.at]
+    return float(100 * alarm[failed].mean()), float(100 * alarm[~failed].mean())

@@ -1,0 +1,58 @@
+"""Parameter counts of published models against the figures their makers print."""
+
+import pytest
+
+from fdp.config import base
+from fdp.cost import architecture, flops
+
+pytestmark = pytest.mark.fast
+
+# Billions as on the model cards, to the digits given there.
+PUBLISHED = {
+    "llama3-8b": (8.03, None), "llama3-70b": (70.55, None), "llama3.1-405b": (405.85, None), "llama2-7b": (6.74, None),
+    "llama2-70b": (68.98, None), "mixtral-8x7b": (46.70, 12.88), "mixtral-8x22b": (140.63, 39.2),
+    "qwen3-30b-a3b": (30.53, 3.35), "qwen3-235b-a22b": (235.09, 22.2), "deepseek-v3": (671.03, 37.55),
+    "gpt-oss-20b": (20.91, None), "gpt-oss-120b": (116.8, None), "gpt3-175b": (174.6, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name):
+    total, active = PUBLISHED[name]
+    model = architecture.architecture(name)
+    assert model.parameters() / 1e9 == pytest.approx(total, rel=1e-3)
+    if active is not None:
+        assert model.active_parameters() / 1e9 == pytest.approx(active, rel=0.005)
+
+
+def test_our_own_model_has_the_parameters_and_flops_of_its_program():
+    c = base()
+    model = architecture.of_model(c.model)
+    assert model.parameters() == flops.parameters(c.model)
+    tokens = c.train.batch * c.data.seq_len
+    assert 3 * model.forward_flops(c.data.seq_len) * tokens == flops.train_step(c, tokens)
+
+
+def test_a_causal_mask_halves_the_scores_only():
+    full = architecture.of_model(base().model)
+    causal = architecture.of_model(base().model, causal=True)
+    scores = 4 * 64 * full.heads * full.head_dim * full.layers
+    assert full.forward_flops(64) - causal.forward_flops(64) == scores / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 0}, "layers=0 must be at least 1"),
+        ({"heads": 32, "kv_heads": 5}, "32 heads are not divisible by 5 kv_heads"),
+        ({"experts": 4, "topk": 8}, "topk=8 is not within 1..experts=4"),
+    ],
+)
+def test_impossible_shapes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        architecture.replace(architecture.architecture("llama3-8b"), **changes)
+
+
+def test_an_unknown_model_names_the_closest():
+    with pytest.raises(ValueError, match="unknown model 'llama3-80b': did you mean 'llama3-"):
+        architecture.architecture("llama3-80b")
