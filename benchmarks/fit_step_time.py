@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from fdp.cost import hybrid
 from fdp.topics.parallelism_search import fit, measurements
@@ -39,6 +40,7 @@ def describe(error: np.ndarray) -> dict[str, float]:
 def main(folder: Path) -> None:
     """Fit on everything, hold out models and clusters for the spread, write the file."""
     jax.config.update("jax_enable_x64", True)
+    threadpool_limits(1, "blas")
     data = fit.gather(measurements.published(folder))
     fitter = fit.Fitter(data)
     names = np.array([m.job.architecture.name for m in data.measurements])

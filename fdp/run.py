@@ -72,7 +72,8 @@ def build_arms(config: ml_collections.ConfigDict, study: ModuleType, mesh: Mesh)
         for seed in config.seeds:
             one = c.copy_and_resolve_references()
             one.seeds = (seed,)
-            arm = Arm(name, one, load_data(one), mesh)
+            # An arm may ask for a mesh of its own, such as the one that a planner found for it.
+            arm = Arm(name, one, load_data(one), mesh if one.mesh == config.mesh else make_mesh(one.mesh))
             for windows in (arm.data.train, arm.data.val):  # too small a split shows now, not after training
                 next(eval_batches(windows, one.train.batch, 1))
             arms.setdefault(name, []).append(arm)

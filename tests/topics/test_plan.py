@@ -18,8 +18,9 @@ from fdp.topics.parallelism_search import relax as relaxation
 
 pytestmark = pytest.mark.fast
 
-SMALL = replace(architecture("llama3-8b"), name="small", layers=6, heads=8, kv_heads=2, head_dim=64, width=512, ffn=1024,
-                vocab=4096)  # fmt: skip
+SMALL = replace(
+    architecture("llama3-8b"), name="small", layers=6, heads=8, kv_heads=2, head_dim=64, width=512, ffn=1024, vocab=4096
+)
 EXPERTS = replace(SMALL, name="experts", experts=8, topk=2, moe_ffn=512, first_dense=2)
 
 
@@ -106,8 +107,9 @@ def test_columns_and_prices_are_those_of_real_jobs(model, name, precision):
 
 
 ALONE = {  # nothing overlaps, no latency, links at their peak
-    **dict.fromkeys(("overlap_tp", "overlap_dp", "overlap_ep", "overlap_cp", "alpha_up", "alpha_out", "congestion"), 0.0),
-    **dict.fromkeys(("bubble", "stage", "balanced"), 0.0), **dict.fromkeys(("link_up", "link_out", "exposed_pp"), 1.0),
+    **dict.fromkeys(("overlap_tp", "overlap_dp", "overlap_ep", "overlap_cp", "alpha_up", "alpha_out"), 0.0),
+    **dict.fromkeys(("congestion", "bubble", "stage", "balanced"), 0.0),
+    **dict.fromkeys(("link_up", "link_out", "exposed_pp"), 1.0),
 }  # fmt: skip
 
 
@@ -176,6 +178,20 @@ def test_energy_lies_between_idle_and_the_cap(llama):
         assert r.tokens_per_joule == pytest.approx(1024 * 4096 / r.joules)
 
 
+def test_work_of_all_chips_is_that_of_the_model_whatever_the_degrees(model):
+    """3 forward passes, half a pass of scores that fused attention redoes, and what is recomputed."""
+    a = architecture("llama3-8b")
+    scores, head = 2 * 32 * 4096 * 32 * 256 * 0.5, 2.0 * a.vocab * a.width
+    extra = {"none": 0.0, "selective": scores, "full": a.forward_flops(4096) - head}
+    for degrees, (recompute, more) in itertools.product(({"dp": 8}, {"tp": 4, "pp": 2}, {"cp": 8}), extra.items()):
+        job = Job(a, Plan(**degrees, recompute=recompute), cluster("h100:1x8").chip, 64, 4096)
+        flops, hbm = planner._work(model, job, workload.columns([job]))
+        expected = 64 * 4096 * (3 * a.forward_flops(4096) + 0.5 * scores + more)
+        assert 8 * float(flops["linear"][0] + flops["rest"][0]) == pytest.approx(expected, rel=1e-9)
+        # At least the weights and Adam's state once, at most all of the step at the rate of the memory.
+        assert hbm[0] > (8 + 30) * a.parameters() / 8 / 8 and hbm[0] / 3.35e12 < expected / 8 / 989e12
+
+
 def test_the_best_is_the_best_of_all_that_run(model, llama):
     points = planner.space(llama.job.architecture, 256, 1024, 4096)
     p = planner.price(model, llama.job, points)
@@ -211,12 +227,21 @@ def test_a_mixed_cluster_is_priced_with_its_weakest(model):
     mixed = planner.rank(model, *job_of("llama3-8b", "h100:2x8+a100_40gb:2x8", 256))
     same = planner.rank(model, *job_of("llama3-8b", "a100_40gb:4x8", 256))
     assert [r.plan for r in mixed.plans] == [r.plan for r in same.plans]
-    assert mixed.plans[0].time == same.plans[0].time and mixed.plans[0].joules > same.plans[0].joules
+    assert mixed.plans[0].time == same.plans[0].time
     assert "mixed cluster" in planner.describe(mixed)
     # The slowest chip is the A100 of 80 GiB, the smallest memory that of the L40S.
     weak = planner.weakest(cluster("a100:1x8+l40s:1x8"))
     assert weak.name == "a100" and weak.hbm_bytes == 45 * 2**30 and weak.peak_fp8_flops is None
     assert planner.domain_of(cluster("h100:8x4")) == 4 and planner.domain_of(cluster("gb200:4x72")) == 72
+
+
+def test_energy_of_a_mixed_cluster_is_the_sum_of_its_groups(model):
+    job, both = job_of("llama3-8b", "h100:2x8+a100:2x8", 256)
+    points = planner.space(job.architecture, 32, 256, 4096)
+    points = {k: v[:64] for k, v in points.items()}
+    x, p = planner.columns_of(job, points), planner.price(model, job, points)
+    parts = [planner.joules(model, job, cluster(text), x, p) for text in ("h100:2x8", "a100:2x8")]
+    np.testing.assert_allclose(planner.joules(model, job, both, x, p), sum(parts), rtol=1e-12)
 
 
 def test_experts_are_ranked_with_expert_parallelism(model):
@@ -247,7 +272,7 @@ def test_fragment_is_a_valid_config_with_the_mesh_of_the_plan(model, tmp_path, n
 
 
 def test_fragment_takes_no_plan_that_validation_refuses():
-    """Every plan called trainable passes, every other one with pp = ep = etp = 1 is refused or recomputes selectively."""
+    """Every plan called trainable passes; every other one without pipeline is refused or recomputes selectively."""
     a = replace(SMALL, kv_heads=4, ffn=1028, width=516, vocab=4096)
     job, here = job_of(a, "h100:1x8", 16, 1024)
     points = planner.space(a, 8, 16, 1024)
@@ -287,7 +312,7 @@ def test_too_large_a_model_names_memory_and_the_smallest_cluster_that_holds_it(m
 
 
 def test_too_long_a_sequence_is_halved_until_it_fits(model):
-    with pytest.raises(fdp_config.UserError, match="set plan.seq_len=") as error:
+    with pytest.raises(fdp_config.UserError, match=r"set plan\.seq_len=") as error:
         planner.rank(model, *job_of("llama3-8b", "h100:1x8", 8, 2**20))
     seq = int(str(error.value).partition("plan.seq_len=")[2].split()[0].rstrip(":,"))
     job, _ = job_of("llama3-8b", "h100:1x8", 8)
@@ -307,9 +332,13 @@ def test_an_indivisible_batch_names_the_nearest_batch_and_chips(model):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"model": "llama3-70"}, "plan.model: .*did you mean 'llama3-70b'"), ({"cluster": "h10:4x8"}, "did you mean 'h100'"),
-     ({"cluster": "h100:0x8"}, "plan.cluster: .*has no nodes"), ({"cluster": "a100:4x8", "precision": "fp8"}, "without fp8")],
-)  # fmt: skip
+    [
+        ({"model": "llama3-70"}, "plan.model: .*did you mean 'llama3-70b'"),
+        ({"cluster": "h10:4x8"}, "plan.cluster: .*did you mean 'h100'"),
+        ({"cluster": "h100:0x8"}, "plan.cluster: .*has no nodes"),
+        ({"cluster": "a100:4x8", "precision": "fp8"}, "without fp8"),
+    ],
+)
 def test_config_mistakes_are_user_errors(model, changes, message):
     c = fdp_config.base()
     c.plan.update(changes)
@@ -414,8 +443,8 @@ def test_relaxation_does_not_beat_the_ranking(model, llama):
     np.testing.assert_allclose(moved.sum(1), 8, rtol=1e-5)
     x = workload.columns(workload.with_plan(llama.job, **vars(p)) for p in starts)
     begin = np.log2([[getattr(p, k) for k in relaxation.DEGREES] for p in starts])
-    began, ended = relaxation.log_time(model, x, begin), relaxation.log_time(model, x, moved)
-    assert np.median(ended - began) < -0.05
+    began, ended = relaxation.objective(model, x, begin), relaxation.objective(model, x, moved)
+    assert np.median(ended - began) < -0.5 and (ended < began).mean() > 0.8
 
 
 def test_relaxation_refuses_starts_of_different_sizes(model, llama):

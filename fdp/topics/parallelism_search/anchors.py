@@ -72,21 +72,25 @@ def _parts(std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(np.sqrt(std**2 - own**2), FLOOR), own
 
 
+def _check(**arrays: np.ndarray) -> None:
+    for name, value in arrays.items():
+        bad = ~(np.isfinite(value) & ((value > 0) | (name == "error_M")))
+        if bad.any():
+            raise ValueError(f"{name}[{bad.argmax()}] = {value[bad.argmax()]}: anchors need finite logs, std > 0")
+
+
 def posterior(
     jobs: Sequence[Job], std_N: np.ndarray, anchors: Sequence[Job], std_M: np.ndarray, error_M: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and std (N,) of the log error of `jobs`, given the log errors of the anchors.
 
-    `std_N`, `std_M`: the cost model's std of the log before any measurement; the result never exceeds `std_N`. Exact
-    Gaussian conditioning (Rasmussen & Williams 2006, eq. 2.25-2.26), the scale of each anchor's `own` re-estimated from
-    its leave-one-out residual (their eq. 5.12) as for a Student-t. Raises ValueError where a number is not finite or
-    a std is not positive.
+    `std_N`, `std_M`: the cost model's std of the log before any measurement; the result exceeds `std_N` only where
+    anchors like the job scatter more than that. Exact Gaussian conditioning (Rasmussen & Williams 2006, eq. 2.25-2.26),
+    the scale of each anchor's `own` re-estimated from its leave-one-out residual (their eq. 5.12) as for a Student-t.
+    Raises ValueError where a number is not finite or a std is not positive.
     """
     std_N, std_M, error_M = (np.asarray(v, float) for v in (std_N, std_M, error_M))
-    for name, value, least in (("std_N", std_N, 0.0), ("std_M", std_M, 0.0), ("error_M", error_M, -np.inf)):
-        bad = ~(np.isfinite(value) & (value > least))
-        if bad.any():
-            raise ValueError(f"{name}[{bad.argmax()}] = {value[bad.argmax()]}: anchors need finite logs, std > 0")
+    _check(std_N=std_N, std_M=std_M, error_M=error_M)
     if not len(error_M):
         return np.zeros(len(std_N)), std_N
     (wide_N, own_N), (wide_M, own_M) = _parts(std_N), _parts(std_M)
@@ -100,12 +104,16 @@ def posterior(
         weight_M = cho_solve(factor, error_M)
         left_out_M = weight_M / np.diag(cho_solve(factor, np.eye(len(error_M))))
         last_M, tail_M = tail_M, np.sqrt((FREEDOM * own_M**2 + left_out_M**2) / (FREEDOM + 1))
-    tail_N = np.where(seen_NxM.any(1), (seen_NxM * last_M).max(1), own_N)
-    cross_NxM = wide_N[:, None] * wide_M * correlation(jobs, anchors) + seen_NxM * np.outer(tail_N, last_M)
+    alike_NxM, seen_N = correlation(jobs, anchors), seen_NxM.any(1)
+    tail_N = np.where(seen_N, (seen_NxM * last_M).max(1), own_N)
+    cross_NxM = wide_N[:, None] * wide_M * alike_NxM + seen_NxM * np.outer(tail_N, last_M)
     before_N = wide_N**2 + tail_N**2
     after_N = before_N - (cross_NxM * cho_solve(factor, cross_NxM.T).T).sum(1)
-    shrunk_N = std_N * np.sqrt(np.maximum(after_N, 0.0) / before_N)
-    return cross_NxM @ weight_M, np.clip(shrunk_N, np.minimum(std_N, NOISE), std_N)
+    # Anchors that scatter say so of the other configurations like them, anchors that agree as well.
+    pooled_N = (FREEDOM * own_N**2 + (left_out_M**2).sum()) / (FREEDOM + len(error_M))
+    after_N = after_N + np.where(seen_N, 0.0, alike_NxM.max(1) * (pooled_N - own_N**2))
+    std_now_N = std_N * np.sqrt(np.maximum(after_N, 0.0) / before_N)
+    return cross_NxM @ weight_M, np.maximum(std_now_N, np.minimum(std_N, NOISE))
 
 
 def correct(
@@ -119,8 +127,8 @@ def correct(
 ) -> Prediction:
     """The prediction for `jobs` after runs of `anchors` took `time_M` seconds and `memory_M` bytes (NaN: not measured).
 
-    `at_anchors`: the cost model's prediction for them. The interval shrinks around the corrected time; `feasible`
-    follows the corrected memory with the logistic `slope` of the cost model's `fit`. Without anchors nothing changes.
+    `at_anchors`: the cost model's prediction for them. The interval moves with the time and shrinks where anchors agree;
+    `feasible` follows the corrected memory with the logistic `slope` of the cost model's `fit`. No anchors, no change.
     Raises ValueError where a measurement is zero, negative or infinite.
     """
     time_M = np.asarray(time_M, float)

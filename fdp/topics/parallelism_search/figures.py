@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fdp.cost import hybrid
 from fdp.report import figure, save_plot
 from fdp.topics.parallelism_search.fit import Data
 from fdp.topics.parallelism_search.landscapes import Comparison
-from fdp.topics.parallelism_search.plan import Ranking
+from fdp.topics.parallelism_search.plan import Ranking, price, space
 from fdp.topics.parallelism_search.validate import Outcome
+
+GIB = 2**30
 
 
 def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> Path:
@@ -61,13 +64,19 @@ def regret(workdir: Path, comparison: Comparison) -> Path:
     return save_plot(fig, workdir / "plots" / "regret.png")
 
 
-def ranking(workdir: Path, found: Ranking) -> Path:
+def landscape(workdir: Path, ranking: Ranking) -> Path:
     """The predicted landscape: time against memory of every plan, the best ten marked."""
+    job = ranking.job
+    points = space(job.architecture, ranking.cluster.size, job.batch, job.seq)
+    priced = price(hybrid.shipped(), job, points)
+    runs = priced.feasible >= 0.5
     fig, axes = figure()
-    axes.plot(found.memory_N / 2**30, found.time_N, ".", markersize=2, color="#999999", label="plans")
-    axes.plot([p.memory / 2**30 for p in found.top], [p.time for p in found.top], "o", label="best ten")
-    axes.axvline(found.job.chip.hbm_bytes / 2**30, linestyle="--", linewidth=1, color="#bb3333", label="HBM")
+    for kind, mask, colour in (("probably fails", ~runs, "#cccccc"), ("probably runs", runs, "#4477aa")):
+        axes.plot(priced.memory[mask] / GIB, priced.time[mask], ".", markersize=2, color=colour, label=kind)
+    axes.plot([p.memory / GIB for p in ranking.plans], [p.time for p in ranking.plans], "*", color="#bb3333",
+              label="best ten")  # fmt: skip
+    axes.axvline(job.chip.hbm_bytes / GIB, linestyle="--", linewidth=1, color="#444444", label="HBM")
     axes.set(xscale="log", yscale="log", xlabel="predicted GiB a chip", ylabel="predicted s a step",
-             title=f"{found.job.architecture.name} on {found.job.plan.chips} × {found.job.chip.name}")  # fmt: skip
+             title=f"{job.architecture.name} on {ranking.cluster.name}")  # fmt: skip
     axes.legend(fontsize=8)
     return save_plot(fig, workdir / "plots" / "landscape.png")

@@ -227,7 +227,7 @@ def _leaving(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({"linear", "rest"} FLOPs, HBM bytes) that a chip executes in a step, recomputation included (mean over chips)."""
+    """({"linear", "rest"} FLOPs, HBM bytes) of a chip in a step, recomputation included, mean over chips."""
     a, tokens = job.architecture, job.batch * job.seq / (x["tp"] * x["pp"] * x["dp"] * x["cp"])
     scores = 2 * a.layers * job.seq * a.heads * (a.head_dim + (a.value_dim or a.head_dim)) * (0.5 if a.causal else 1.0)
     head = 2.0 * a.vocab * a.width
@@ -358,23 +358,25 @@ def _indivisible(job: Job, cluster: Cluster) -> str:
     larger = int((-(-batch // dp) * dp).min())
     fewer = next(n for n in range(chips - 1, 0, -1) if size_of(space(job.architecture, n, batch, job.seq)))
     shown = ", ".join(map(str, dp[:8])) + (", …" if len(dp) > 8 else "")
+    a = job.architecture
     return (
-        f"no plan uses all {chips} chips of {cluster.name}: tp·pp·cp·dp = {chips} with tp | {job.architecture.heads} heads, "
-        f"pp ≤ {job.architecture.layers} layers and tp·cp | {job.seq} tokens leaves dp in {{{shown}}}, and none divides "
-        f"the batch {batch}: set plan.batch={larger} or use {fewer} chips"
+        f"no plan uses all {chips} chips of {cluster.name}: tp·pp·cp·dp = {chips} with tp | {a.heads} heads, pp ≤ "
+        f"{a.layers} layers and tp·cp | {job.seq} tokens leaves dp in {{{shown}}}, and none divides the batch {batch}: "
+        f"set plan.batch={larger} or use {fewer} chips"
     )
 
 
 def _too_large(model: Model, job: Job, cluster: Cluster, points: Space, p: Prediction) -> str:
     """Which plan comes closest to fitting, and what would: more nodes of the weakest group, or shorter sequences."""
     i = int(p.memory.argmin())
+    least, hbm = p.memory[i] / GIB, job.chip.hbm_bytes / GIB
     offers = [o for o in (_more_chips(model, job, cluster), _shorter(model, job, cluster)) if o]
+    nothing = f"no cluster up to {MOST_CHIPS} such chips fits it either; take chips with more memory"
     return (
         f"{job.architecture.name} fits no plan on {cluster.size} chips of {cluster.name}: the smallest footprint is "
-        f"{p.memory[i] / GIB:.1f} GiB a device ({name_of(plan_at(points, i))}), where {job.chip.hbm_bytes / GIB:.0f} GiB "
-        f"of HBM leave room for about {job.chip.hbm_bytes * np.exp(model.fit['margin']) / GIB:.1f}: "
-        f"{' or '.join(offers) or f'no cluster up to {MOST_CHIPS} such chips fits it either; take chips with more memory'}"
-    )  # fmt: skip
+        f"{least:.1f} GiB a device ({name_of(plan_at(points, i))}), where {hbm:.0f} GiB of HBM leave room for about "
+        f"{hbm * np.exp(model.fit['margin']):.1f}: {' or '.join(offers) or nothing}"
+    )
 
 
 MOST_CHIPS = 16384
@@ -446,8 +448,8 @@ def describe(ranking: Ranking) -> str:
         else ""
     )
     title = (
-        f"{job.architecture.name} on {ranking.cluster.name}{mixed}: {ranking.cluster.size} chips, batch {job.batch} × {job.seq} "
-        f"tokens, {job.precision}; {ranking.valid} valid plans, {ranking.feasible} probably run"
+        f"{job.architecture.name} on {ranking.cluster.name}{mixed}: {ranking.cluster.size} chips, batch {job.batch} × "
+        f"{job.seq} tokens, {job.precision}; {ranking.valid} valid plans, {ranking.feasible} probably run"
     )
     lost = [f"{i:2d}  {r.why}" for i, r in enumerate(ranking.plans, 1)]
     return "\n".join(
@@ -496,8 +498,10 @@ def fragment(ranking: Ranking) -> str:
         return "\n".join(lines) + "\n"
     if r.plan != best.plan:
         slower = 100 * (r.time / best.time - 1)
-        lines.append(f"# Below: the fastest plan that this code base can train (pp = ep = etp = 1, recomputation none or "
-                     f"full),\n# {name_of(r.plan)}, {r.time:.3g} s a step (predicted), {slower:.0f} % slower.")  # fmt: skip
+        lines += [
+            "# Below: the fastest plan that this code base can train (pp = ep = etp = 1, recomputation none or full),",
+            f"# {name_of(r.plan)}, {r.time:.3g} s a step (predicted), {slower:.0f} % slower.",
+        ]
     if job.precision in ("fp8", "fp4"):
         lines.append(
             f"# Planned in {job.precision}; this code base trains in bfloat16, so it will be slower than predicted."

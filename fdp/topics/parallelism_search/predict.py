@@ -4,8 +4,8 @@
 
 Columns of both files: see fdp.topics.parallelism_search.measurements. What the first file says was measured is not
 read; anchors are a few runs with step_time_s or tokens_s_gpu, and mem_gb where known, and correct the prediction of
-whatever resembles them. Every input row comes back in its place with all its columns; one that cannot be priced says why under
-`reason`. Times in seconds a step, memory in GB (1e9 bytes) a device, `feasible` the probability that it runs.
+whatever resembles them. Every input row comes back in its place with all its columns; one that cannot be priced says
+why under `reason`. Times in seconds a step, memory in GB (1e9 bytes) a device, `feasible` the probability that it runs.
 """
 
 import argparse

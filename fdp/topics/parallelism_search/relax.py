@@ -54,14 +54,12 @@ def log_time(model: Model, x: Columns, log2_NxD: Array) -> Array:
     return jnp.log(step_time.step_time(y, k, smooth=True)["total"])
 
 
-def _loss(model: Model, x: Columns, z_NxD: Array, log2_chips: float) -> Array:
-    log2_NxD = log2_chips * jax.nn.softmax(z_NxD)
+def objective(model: Model, x: Columns, log2_NxD: Array) -> Array:
+    """What is descended (N,): `log_time` and a penalty where memory exceeds what probably runs."""
     shift = hybrid.shifts(model.memory_effects, hybrid.groups_of(x))
     k = hybrid.bounded({n: model.memory[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}, footprint.BOUNDS)
-    held = footprint.memory(with_degrees(hybrid.numeric(x), log2_NxD), k)
-    return jnp.sum(
-        log_time(model, x, log2_NxD) + PENALTY * jax.nn.relu(jnp.log(held / x["hbm_bytes"]) - model.fit["margin"])
-    )
+    pressure = jnp.log(footprint.memory(with_degrees(hybrid.numeric(x), log2_NxD), k) / x["hbm_bytes"])
+    return log_time(model, x, log2_NxD) + PENALTY * jax.nn.relu(pressure - model.fit["margin"])
 
 
 def descend(model: Model, job: Job, starts: Sequence[Plan], steps: int = 200, rate: float = 0.05) -> np.ndarray:
@@ -74,9 +72,12 @@ def descend(model: Model, job: Job, starts: Sequence[Plan], steps: int = 200, ra
     z_NxD = jnp.log(jnp.asarray(np.maximum(log2_NxD, 0.1)))
     optimizer = optax.adam(rate)
 
+    def loss(z: Array) -> Array:
+        return objective(model, x, np.log2(chips) * jax.nn.softmax(z)).sum()
+
     def step(carry: Any, _: Any) -> tuple[Any, None]:
         z, state = carry
-        update, state = optimizer.update(jax.grad(lambda z: _loss(model, x, z, np.log2(chips)))(z), state)
+        update, state = optimizer.update(jax.grad(loss)(z), state)
         return (optax.apply_updates(z, update), state), None
 
     (z_NxD, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))((z_NxD, optimizer.init(z_NxD)))

@@ -1,0 +1,148 @@
+"""Formulas against compiled programs on random configs, and that a wrong formula is noticed."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from fdp import config
+from fdp.cost import bytes as closed
+from fdp.cost import flops, hlo, jaxpr
+from fdp.topics.parallelism_search import counts
+from fdp.topics.parallelism_search.counts import Comparison
+
+SEED = 53  # its first six configs use every axis, ZeRO stage and kind of remat between them
+
+
+@pytest.fixture(scope="module")
+def six() -> list[tuple]:
+    """(config, comparison); the first with memory."""
+    return [(c, counts.compare(c, memory=i == 0)) for i, c in enumerate(counts.random_configs(SEED, 6))]
+
+
+@pytest.mark.fast
+def test_random_configs_are_valid_small_varied_and_reproducible() -> None:
+    drawn = counts.random_configs(0, 200)
+    for c in drawn:
+        config.validate(c)
+        assert math.prod(c.mesh.values()) <= 8 and c.mesh.pp == 1
+        assert 16 <= c.model.width <= 64 and c.model.layers in (1, 2)
+    assert [config.flatten(c) for c in drawn] == [config.flatten(c) for c in counts.random_configs(0, 200)]
+    assert config.flatten(drawn[0]) != config.flatten(counts.random_configs(1, 1)[0])
+    for read, values in (
+        (lambda c: c.objective.name, set(counts.OBJECTIVES)),
+        (lambda c: c.train.zero, {0, 1, 3}),
+        (lambda c: c.model.remat, {"none", "dots", "full"}),
+        (lambda c: c.train.microbatches, {1, 2, 3}),
+        (lambda c: c.model.sequence_parallel, {False, True}),
+        (lambda c: c.model.time_conditioning, {False, True}),
+        (lambda c: c.model.heads // c.model.kv_heads, {1, 2}),
+    ):
+        assert {read(c) for c in drawn} == values
+    for axis in ("dp", "ep", "cp", "tp"):
+        assert {1, 2, 3, 4, 8} == {c.mesh[axis] for c in drawn}
+    assert all(math.prod(c.mesh.values()) <= 2 for c in counts.random_configs(0, 20, devices=2))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("bad", [{"count": 0}, {"count": 1, "devices": 0}])
+def test_nothing_to_draw_is_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        counts.random_configs(0, **bad)
+
+
+@pytest.mark.fast
+def test_configs_that_cannot_be_counted_are_refused() -> None:
+    (c,) = counts.random_configs(0, 1)
+    c.model.dtype = "bfloat16"
+    with pytest.raises(ValueError, match="XLA:CPU widens"):
+        counts.compare(c)
+    c.model.dtype, c.mesh.pp, c.model.layers = "float32", 2, 2
+    with pytest.raises(ValueError, match=r"set mesh\.pp=1"):
+        counts.compare(c)
+    with pytest.raises(ValueError, match="at least one config"):
+        counts.summarise([])
+
+
+@pytest.mark.fast
+def test_summary_of_known_comparisons() -> None:
+    key, other = ("all-reduce", ("dp",)), ("all-gather", ("tp",))
+    right = Comparison({key: 8.0}, {key: 8.0}, 100, 100, 90, 100)
+    wrong = Comparison({key: 8.0}, {key: 9.0, other: 1.0}, 102, 100, 130, 100)
+    bare = Comparison({}, {}, 99, 100)
+    assert wrong.mismatches() == [other, key] and not right.mismatches() and bare.memory_error is None
+    got = counts.summarise([right, wrong, bare])
+    assert dataclasses.astuple(got)[:4] == (3, 3, 2, 1)
+    assert got.largest_flops_error == pytest.approx(0.02)
+    assert (got.memory_configs, got.median_memory_error, got.largest_memory_error) == pytest.approx((2, 0.2, 0.3))
+    assert math.isnan(counts.summarise([bare]).median_memory_error)
+
+
+@pytest.mark.fast
+def test_bytes_and_flops_of_random_configs_equal_the_compiled_program(six: list) -> None:
+    for c, got in six:
+        assert not got.mismatches(), (dict(c.mesh), got)
+        assert got.formula_flops == got.counted_flops
+    assert sum(got.entries for _, got in six) >= 12
+    first = six[0][1]
+    assert abs(first.memory_error) < 0.6 and all(got.memory_error is None for _, got in six[1:])
+
+
+def with_formula(c, got: Comparison) -> Comparison:
+    """The comparison with the formulas, as they are now, evaluated again."""
+    p = counts.program(c)
+    rows = p.head_rows()
+    shards = c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches
+    formula = dict(closed.traffic(c, p.layout.shapes, p.layout.stored, rows))
+    return dataclasses.replace(got, formula=formula, formula_flops=counts.executed_flops(c, rows * shards))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("axis", ["dp", "ep", "cp", "tp"])
+@pytest.mark.parametrize("op", [closed.REDUCE, closed.GATHER, closed.SCATTER])
+def test_a_term_of_the_formula_that_is_off_by_four_bytes_is_noticed(op: str, axis: str, six, monkeypatch) -> None:
+    if (op, axis) in ((closed.GATHER, "ep"), (closed.SCATTER, "ep")):
+        return  # nothing is gathered or scattered over ep
+    add = closed._Ledger.add
+
+    def off(self, kind, axes, payload, times=1):
+        add(self, kind, axes, payload + 4 * (kind == op and axis in axes), times)
+
+    assert not any(with_formula(*pair).mismatches() for pair in six)
+    monkeypatch.setattr(closed._Ledger, "add", off)
+    assert any(with_formula(*pair).mismatches() for pair in six)
+
+
+@pytest.mark.fast
+def test_missing_terms_are_noticed(six: list, monkeypatch) -> None:
+    monkeypatch.setattr(closed, "_norm_scales", lambda *args, **kwargs: None)
+    assert any(with_formula(*pair).mismatches() for pair in six)
+    monkeypatch.setattr(flops, "head_forward", lambda m, rows: 0)
+    assert all(with_formula(*pair).flops_error > 0.01 for pair in six)
+
+
+@pytest.mark.fast
+def test_what_xla_merges_in_one_layer_the_program_itself_still_asks_for() -> None:
+    """Configs that `random_configs` leaves out: the formula equals the jaxpr, which no compiler has touched."""
+    c = next(c for c in counts.random_configs(SEED, 60) if _rich(c))
+    c.model.layers = 1
+    assert counts._merged(c)
+    p = counts.program(c)
+    state, batch, _ = counts._arguments(p)
+    asked = hlo.summary(jaxpr.collectives(jax.make_jaxpr(p.grads)(state.params, batch), dict(p.mesh.shape)))
+    want = dict(closed.traffic(c, p.layout.shapes, p.layout.stored, p.head_rows()))
+    assert {k: wire for k, (_, _, wire) in asked.items() if wire} == pytest.approx(want)
+
+
+def _rich(c) -> bool:
+    return c.model.layers == 2 and c.model.remat != "none" and c.train.zero == 3 and c.mesh.dp > 1 and c.mesh.tp > 1
+
+
+@pytest.mark.slow
+def test_a_hundred_random_configs() -> None:
+    got = counts.summary(counts.random_configs(0, 100))
+    assert got.configs == 100 and got.entries > 200
+    assert got.mismatching_entries == 0
+    assert got.largest_flops_error <= 0.01
+    assert got.memory_configs == 10 and got.largest_memory_error < 0.6
