@@ -1,6 +1,6 @@
 """Fit the shipped step-time and memory model and write its coefficients with provenance and held-out errors.
 
-    python -m benchmarks.fit_step_time PATH/TO/planning      # folder with measured_configs.csv, ultrascale_playbook_runs.csv
+    python -m benchmarks.fit_step_time PATH/TO/planning      # holds measured_configs.csv
 
 The spread of the intervals comes from hold-outs of whole models (software that was seen) and whole clusters (not seen).
 """
@@ -31,10 +31,11 @@ def held_out(fitter: fit.Fitter, labels: np.ndarray, least: int) -> np.ndarray:
     return error
 
 
-def describe(error: np.ndarray) -> dict[str, float]:
-    """Rows, median and 90 % quantile of |log error|."""
-    kept = error[np.isfinite(error)]
-    return {"rows": float(kept.size), "median": float(np.median(kept)), "p90": float(np.quantile(kept, 0.9))}
+def describe(error: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    """Rows, median and 90 % quantile of |log error|, rows weighing as in the fit."""
+    kept = np.isfinite(error)
+    middle, high = (fit.weighted_quantile(error[kept], weight[kept], share) for share in (0.5, fit.INTERVAL))
+    return {"rows": float(kept.sum()), "median": middle, "p90": high}
 
 
 def main(folder: Path) -> None:
@@ -44,22 +45,28 @@ def main(folder: Path) -> None:
     data = fit.gather(measurements.published(folder))
     fitter = fit.Fitter(data)
     names = np.array([m.job.architecture.name for m in data.measurements])
-    by_model = held_out(fitter, names, 40)
+    by_model = held_out(fitter, names, 20)
     by_cluster = held_out(fitter, data.groups["cluster"].astype(str), 30)
     model = fitter.fit(np.ones(len(names), bool), steps=400)
     # Stalls are a regime of their own with its own end of the interval; they must not widen everybody's.
     calm = ~np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)
-    seen, unseen = describe(by_model[calm]), describe(by_cluster[calm])
-    spread = {"seen": seen["p90"] / 1.645, "unseen": unseen["p90"] / 1.645, "ensemble": 1.0, "quantile": 1.645}
+    mixed = data.x["moe_layers"] > 0
+    parts = {
+        "models": describe(by_model[calm & ~mixed], data.weight[calm & ~mixed]),
+        "mixtures of experts": describe(by_model[mixed], data.weight[mixed]),
+        "clusters": describe(by_cluster[calm], data.weight[calm]),
+        "models on the cluster that stalls": describe(by_model[~calm], data.weight[~calm]),
+    }
+    spread = {"seen": parts["models"]["p90"] / 1.645, "unseen": parts["clusters"]["p90"] / 1.645,
+              "experts": parts["mixtures of experts"]["p90"] / 1.645, "ensemble": 1.0, "quantile": 1.645}  # fmt: skip
     provenance = {
         "sources": "vTrain, BLOOM chronicles, Ultra-Scale Playbook, llm-foundry, Megatron-Bridge, Automodel, DGX Cloud "
         "benchmarking, MLPerf Training v3.1-v4.1, torchtitan, DLPerf, Korthikanti et al. 2022; see the topic's README",
         "fitted": datetime.date.today().isoformat(), "rows": len(names),
-        "held-out models, |log error|": seen, "held-out clusters, |log error|": unseen,
-        "held-out models, stalling clusters, |log error|": describe(by_model[~calm]),
+        "held out, |log error|": parts,
     }  # fmt: skip
     TARGET.write_text(hybrid.to_json(fit.replace(model, spread=spread, provenance=provenance)), encoding="utf8")
-    print(f"{TARGET}: {len(names)} rows; held-out models {seen}, held-out clusters {unseen}")
+    print(f"{TARGET}: {len(names)} rows; held out: {parts}")
 
 
 if __name__ == "__main__":

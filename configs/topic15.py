@@ -7,7 +7,11 @@ code base's own programs are counted exactly.
     python -m fdp.train --config=configs/topic15.py            # ≤ 10 min on 2 cores: fits, validates, searches
     python -m fdp.train --config=configs/topic15.py:tiny       # ≤ 60 s
     python -m fdp.train --config=configs/topic15.py:pod --dry_run    # the plan for a v5p slice, really compiled
-    python -m fdp.train --config=configs/topic15.py:tiny --workdir=runs/mine --config.plan.model=llama3-70b --config.plan.cluster=h100:32x8 --config.plan.batch=1024    # one variation: plan your own
+
+One variation, your own model and cluster (a table of the ten best plans, and a config that trains one of them):
+
+    python -m fdp.train --config=configs/topic15.py:tiny --workdir=runs/mine \\
+        --config.plan.model=qwen3-30b-a3b --config.plan.cluster=v5p:4x8x8 --config.plan.batch=2048
 
 The measurements (plan.measurements) are not part of the package; without them the shipped coefficients plan, and the
 claims about measured runs are reported as not testable.

@@ -19,9 +19,10 @@ from tabulate import tabulate
 from fdp import config as fdp_config
 from fdp import objectives
 from fdp.cost import bytes as closed
-from fdp.cost import flops, hlo, jaxpr
+from fdp.cost import energy, flops, hlo, hybrid, jaxpr, step_time, workload
 from fdp.cost import memory as analytic
 from fdp.cost.hardware import Chip, chip
+from fdp.cost.workload import Job
 from fdp.mesh import AXES, BATCH_AXES, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models import transformer
 from fdp.run import study_of
@@ -106,7 +107,7 @@ def describe(p: Program, target: Target) -> str:
     parts = [_memory_table(estimate, planned), _fit(estimate, planned, overflow, target.chip)]
     if "DOES NOT FIT" in parts[1]:
         parts.append(_largest(p, state, overflow))
-    parts += [_bytes_table(p, rows, compiled), _flops_line(p, rows, state), _time_line(p, rows, target.chip)]
+    parts += [_bytes_table(p, rows, compiled), _flops_line(p, rows, state), _time_line(p, rows, state, target.chip)]
     return "\n".join(part for part in parts if part)
 
 
@@ -186,13 +187,70 @@ def _flops_line(p: Program, rows: int, state: Any) -> str:
     )
 
 
-def _time_line(p: Program, rows: int, c: Chip | None) -> str:
-    if c is None:
+def _time_line(p: Program, rows: int, state: Any, target: Chip | None) -> str:
+    """Step time, MFU, bottleneck and energy by the shipped cost model, and what that model rests on."""
+    if target is None:
         return ""
+    model, job = hybrid.shipped(), workload.of_config(p.c, target, p.objective.attention == "causal")
+    x = workload.columns([job])
+    found = hybrid.predict(model, x)
+    time, chips = float(found.time[0]), job.plan.chips
     shards = p.c.mesh.dp * p.c.mesh.ep * p.c.mesh.cp * p.c.train.microbatches
-    compute = flops.train_step(p.c, rows * shards) / math.prod(p.c.mesh.values()) / c.peak_bf16_flops
-    wire = sum(closed.traffic(p.c, p.layout.shapes, p.layout.stored, rows).values()) / c.scale_up_bandwidth
+    mfu = flops.train_step(p.c, rows * shards) / chips / target.peak_bf16_flops / time
     return (
-        f"time      at least {1e3 * max(compute, wire):.3g} ms a step on {c.name} (simulated, uncalibrated bound: "
-        f"{1e3 * compute:.3g} ms of matmuls at peak, {1e3 * wire:.3g} ms of bytes over one link)"
+        f"time      predicted {_ms(time)} ms a step (90 % interval {_ms(found.low[0])}-{_ms(found.high[0])}), "
+        f"MFU {100 * mfu:.2g} %; bottleneck {found.bottleneck()[0]}; {_energy(p, rows, state, job, x, found)} "
+        f"({_evidence(model, p.c, target)})"
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def _energy(p: Program, rows: int, state: Any, job: Job, x: workload.Columns, found: hybrid.Prediction) -> str:
+    """Joules of all chips and hosts in a step, and tokens per joule."""
+    c, chips = job.chip, job.plan.chips
+    if c.peak_power is None:
+        return f"energy: not known for {c.name}, whose power is not published"
+    time, terms = float(found.time[0]), {name: float(value[0]) for name, value in found.terms.items()}
+    busy = time * (terms["compute"] + terms["optimizer"]) / sum(terms.values())
+    near, far = 0.0, 0.0
+    for (_, axes), sent in closed.traffic(p.c, p.layout.shapes, p.layout.stored, rows).items():
+        inside = math.prod(p.c.mesh[a] for a in AXES[AXES.index(axes[0]) :]) <= c.domain
+        near, far = near + sent * inside, far + sent * (not inside)
+    per_node = min(chips, c.domain, 4 if c.scale_out_bandwidth is None else 8)
+    activity = energy.Activity(
+        c.name, chips, -(-chips // per_node), time, busy, {"bf16": jaxpr.dot_flops(_jaxpr(p, state))},
+        _hbm_bytes(job, x), near, far,
+    )  # fmt: skip
+    spent = energy.step_energy(activity)
+    return f"energy {spent.joules:.3g} J a step, {spent.tokens_per_joule(p.tokens):.3g} tokens/J"
+
+
+def _hbm_bytes(job: Job, x: workload.Columns) -> float:
+    """HBM bytes of a device in a step: activations by the fitted bytes an element, weights, gradients, optimizer."""
+    a, p = job.architecture, job.plan
+    k = {name: float(v) for name, v in hybrid.bounded(hybrid.shipped().time, step_time.BOUNDS).items()}
+    tokens = job.batch * job.seq / (p.dp * p.cp)
+    repeated = a.width * k["bytes_width"] / (p.tp if p.sequence_parallel else 1)
+    streams = tokens * a.layers * (repeated + (a.heads * a.head_dim + a.ffn) / p.tp * k["bytes_hidden"])
+    plain, experts, embedding = step_time.local_parameters(x)
+    held = float(plain[0] + experts[0] + embedding[0])
+    passes = 4 if p.recompute == "full" else 3
+    return passes * (streams + 2 * held * job.microbatches) + 30 * held / (p.shards if p.zero else 1)
+
+
+def _evidence(model: hybrid.Model, c: ml_collections.ConfigDict, target: Chip) -> str:
+    """Where the numbers come from, and what of this program no measurement covers."""
+    made = model.provenance
+    notes = [f"simulated: fitted on {made['rows']:,} published runs"]
+    held = made.get("held-out clusters, |log error|")
+    if held:
+        notes.append(f"held-out error median {100 * math.expm1(held['median']):.0f} % on unseen clusters")
+    if target.name not in model.effects.get("gemm|chip", {}):
+        kind = "TPU" if target.scale_out_bandwidth is None else target.name
+        notes.append(f"no {kind} was in the fit")
+    if c.model.dtype == "float32":
+        notes.append("priced at bfloat16 rates")
+    return "; ".join([*notes, "none of this software: fused attention is assumed"])

@@ -10,7 +10,8 @@ import pytest
 
 from fdp import dry_run
 from fdp.config import UserError
-from fdp.cost import aot
+from fdp.cost import aot, flops, workload
+from fdp.cost.hardware import chip
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("topic*.py"))
@@ -68,6 +69,57 @@ def test_more_token_ids_than_embedding_rows_are_refused(monkeypatch) -> None:
     c.data.vocab = 2 * c.model.vocab
     with pytest.raises(UserError, match=r"set model\.vocab=65536"):
         dry_run.dry_run(c)
+
+
+def time_line(variant: str, monkeypatch, capsys, **overrides) -> dict[str, float]:
+    """Numbers of the first arm's time line, its text under "text"."""
+    monkeypatch.setattr(aot, "available", lambda platform: False)
+    c = config("topic1", variant)
+    c.update_from_flattened_dict(overrides)
+    dry_run.dry_run(c)
+    text = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("time "))
+    m = re.search(r"predicted (\S+) ms a step \(90 % interval (\S+)-(\S+)\), MFU (\S+) %; bottleneck (\w.*?);", text)
+    assert m, text
+    return dict(zip(("time", "low", "high", "mfu"), map(float, m.groups()[:4]), strict=True)) | {"text": text}
+
+
+@pytest.mark.fast
+def test_the_time_line_prices_an_h100_with_interval_energy_and_evidence(monkeypatch, capsys) -> None:
+    got = time_line("h100", monkeypatch, capsys)
+    assert 0 < got["low"] < got["time"] < got["high"] and 1 < got["mfu"] < 100
+    assert "simulated: fitted on" in got["text"] and "held-out error median" in got["text"]
+    assert " was in the fit" not in got["text"] and "bfloat16 rates" not in got["text"]
+    joules, rate = map(float, re.search(r"energy (\S+) J a step, (\S+) tokens/J", got["text"]).groups())
+    assert joules * rate == pytest.approx(64 * 2048, rel=0.01)
+    watts = 1e3 * joules / got["time"]
+    assert 70 + 150 < watts < 700 + 250  # one chip between idle and its cap, and its share of the host
+    double = time_line("h100", monkeypatch, capsys, **{"train.batch": 128, "train.microbatches": 8})
+    assert 1.8 < double["time"] / got["time"] < 2.05  # twice the microbatches, the optimizer once
+    assert "priced at bfloat16 rates" in time_line("h100", monkeypatch, capsys, **{"model.dtype": "float32"})["text"]
+
+
+@pytest.mark.fast
+def test_the_time_line_says_what_is_not_known_of_a_tpu(monkeypatch, capsys) -> None:
+    got = time_line("pod", monkeypatch, capsys)
+    assert "no TPU was in the fit" in got["text"] and "energy: not known for v5p" in got["text"]
+
+
+@pytest.mark.fast
+def test_a_config_becomes_the_job_that_is_priced() -> None:
+    c = config("topic1", "pod")
+    c.mesh.ep, c.train.microbatches = 2, 2
+    job = workload.of_config(c, chip("h100"), causal=False)
+    p = job.plan
+    assert (p.chips, p.tp, p.dp, p.cp, p.ep, p.shards) == (256, 4, 32, 2, 1, 16)
+    assert (p.microbatch, job.microbatches, job.batch, job.seq) == (1, 2, 64, 4096)
+    assert (p.zero, p.recompute, p.sequence_parallel) == (3, "full", True)
+    assert job.architecture.parameters() == pytest.approx(flops.parameters(c.model), rel=1e-5)
+    c.objective.name, c.mesh.cp, c.model.remat = "block_diffusion", 1, "dots"
+    job = workload.of_config(c, chip("h100"), causal=True)
+    assert job.seq == 8192 and job.plan.recompute == "selective" and job.architecture.causal
+    c.train.batch = 63
+    with pytest.raises(ValueError, match="batch 63 is not divisible"):
+        workload.of_config(c, chip("h100"), causal=True)
 
 
 @pytest.mark.aot

@@ -129,7 +129,7 @@ def _moe(
     )  # fmt: skip
 
 
-_MLA = {"kv_rank": 512, "rope_dim": 64, "value_dim": 128, "q_rank": 1536}
+_MLA = {"kv_rank": 512, "rope_dim": 64, "value_dim": 128, "q_rank": 1536, "shared_experts": 1}
 
 # From the models' public configuration files (and nanotron's scaling benchmark for the ultrascale ones).
 ARCHITECTURES = {
@@ -161,8 +161,8 @@ ARCHITECTURES = {
         _moe("grok1-314b", 64, 6144, 48, 8, 128, 32768, 131072, 8, 2, 32768, tied=True),
         _moe("mixtral-8x7b", 32, 4096, 32, 8, 128, 14336, 32000, 8, 2, 14336),
         _moe("mixtral-8x22b", 56, 6144, 48, 8, 128, 16384, 32768, 8, 2, 16384),
-        _moe("deepseek-v3", 61, 7168, 128, 128, 192, 18432, 129280, 256, 8, 2048, shared_experts=1, first_dense=3, **_MLA),
-        _moe("kimi-k2", 61, 7168, 64, 64, 192, 18432, 163840, 384, 8, 2048, shared_experts=1, first_dense=1, **_MLA),
+        _moe("deepseek-v3", 61, 7168, 128, 128, 192, 18432, 129280, 256, 8, 2048, first_dense=3, **_MLA),
+        _moe("kimi-k2", 61, 7168, 64, 64, 192, 18432, 163840, 384, 8, 2048, first_dense=1, **_MLA),
         _moe("llama4-maverick", 48, 5120, 40, 8, 128, 16384, 202048, 128, 1, 8192, shared_experts=1, moe_every=2),
         _moe("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 6144, 151936, 128, 8, 768),
         _moe("qwen3-235b-a22b", 94, 4096, 64, 4, 128, 12288, 151936, 128, 8, 1536),

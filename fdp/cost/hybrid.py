@@ -1,4 +1,4 @@
-"""The fitted cost model: analytic step time with physical coefficients, times a shrunk learned residual, with intervals.
+"""The fitted cost model: analytic step time with physical coefficients, times a learned residual, with intervals.
 
     log T = log T_analytic(job; θ) + r(features),   r = mean of an ensemble of radial-basis networks, 0 far from data
 
@@ -151,8 +151,9 @@ def stall_features(x: Mapping[str, Array], pressure: Array) -> Array:
     plain = jnp.where((x["zero"] == 0) & (x["dp"] > 1) & (nodes(x) > 1), 1.0, 0.0)
     replicas = _log2(x["dp"])
     columns = [
-        jnp.ones_like(span), span, jnp.maximum(span - 4, 0), plain, plain * (span - 2), plain * jnp.maximum(span - 3, 0),
-        plain * jnp.maximum(2 - replicas, 0), plain * jnp.maximum(replicas - 3, 0), plain * jnp.maximum(replicas - 4, 0),
+        jnp.ones_like(span), span, jnp.maximum(span - 4, 0),
+        plain, plain * (span - 2), plain * jnp.maximum(span - 3, 0),
+        *(plain * jnp.maximum(bend, 0) for bend in (2 - replicas, replicas - 3, replicas - 4)),
         0.3 * _log2(x["tp"]), 0.3 * _log2(x["microbatch"]), 0.3 * _log2(x["pp"]),
         jnp.maximum(pressure, -2.0), 3 * jnp.maximum(pressure + 0.3, 0.0),
     ]  # fmt: skip
@@ -215,7 +216,8 @@ def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
     analytic = np.where(stalled > (1 - stalled) * factor, terms["stalled"], terms["total"])
     seen = np.isin(groups["family"].astype(str), list(model.effects.get("scale|family", {})))
     s = model.spread
-    log_std = np.sqrt(np.where(seen, s["seen"], s["unseen"]) ** 2 + (s["ensemble"] * corrections.std(0)) ** 2)
+    known = np.maximum(np.where(seen, s["seen"], s["unseen"]), np.where(x["moe_layers"] > 0, s["experts"], 0.0))
+    log_std = np.sqrt(known**2 + (s["ensemble"] * corrections.std(0)) ** 2)
     time = analytic * np.exp(corrections.mean(0))
     width = np.exp(s["quantile"] * log_std)
     high = np.where((stalled > 0.05) & (analytic < terms["stalled"]), terms["stalled"] * width, time * width)

@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import ml_collections
 import numpy as np
 
-from fdp.cost.architecture import Architecture
+from fdp.cost.architecture import Architecture, of_model
 from fdp.cost.hardware import Chip
 
 RECOMPUTE = ("none", "selective", "full")
@@ -61,6 +62,25 @@ class Job:
     def microbatches(self) -> int:
         """Microbatches a step and dp rank."""
         return self.batch // (self.plan.dp * self.plan.microbatch)
+
+
+def of_config(c: ml_collections.ConfigDict, chip: Chip, causal: bool) -> Job:
+    """The job of a config of this code base on `chip`. Raises ValueError as `check` does.
+
+    Experts are dense here, so that ep is data parallelism; ZeRO shards over dp alone, and ranks of ep and cp are
+    replicas. remat=dots recomputes the scores, as selective recomputation does. Block diffusion reads twice its length.
+    """
+    m, t, mesh = c.model, c.train, c.mesh
+    dp = mesh.dp * mesh.ep
+    plan = Plan(
+        mesh.tp, mesh.pp, dp, mesh.cp, microbatch=max(t.batch // (dp * t.microbatches), 1), zero=t.zero,
+        shards=mesh.dp, recompute={"none": "none", "dots": "selective", "full": "full"}[m.remat],
+        sequence_parallel=m.sequence_parallel,
+    )  # fmt: skip
+    seq = c.data.seq_len * (2 if c.objective.name == "block_diffusion" else 1)
+    job = Job(of_model(m, causal), plan, chip, t.batch, seq)
+    check(job)
+    return job
 
 
 def check(job: Job) -> None:

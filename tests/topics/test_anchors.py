@@ -112,6 +112,19 @@ def test_duplicates_do_not_break_the_factorisation():
     assert mean[0] == pytest.approx(0.3, abs=0.01) and mean[1] == pytest.approx(0.25, abs=0.01)
 
 
+def test_two_runs_of_one_configuration_count_as_their_mean():
+    twice = mean_of(JOBS, [LLAMA, NEIGHBOUR, LLAMA], [0.2, 0.1, 0.3])[0]
+    once = mean_of(JOBS, [LLAMA, NEIGHBOUR], [0.25, 0.1])[0]
+    np.testing.assert_allclose(twice, once, atol=0.005)
+
+
+def test_measured_twice_is_surer_but_never_surer_than_the_noise():
+    stds = [mean_of([LLAMA], [LLAMA] * n, [0.1] * n)[1][0] for n in (1, 2, 500)]
+    assert stds[0] >= stds[1] >= stds[2] == pytest.approx(0.03)
+    assert mean_of([LLAMA], [LLAMA] * 500, [0.1] * 500)[0][0] == pytest.approx(0.1, rel=1e-3)
+    assert mean_of([LLAMA], [LLAMA], [0.0])[1][0] == pytest.approx(0.03, rel=0.1)
+
+
 def test_conflicting_duplicates_are_averaged():
     assert mean_of([LLAMA], [LLAMA, LLAMA], [0.1, 0.3])[0][0] == pytest.approx(0.2, abs=0.02)
 
@@ -132,7 +145,7 @@ def test_a_stalled_run_speaks_for_itself_only():
     assert broken[1] == pytest.approx(2.1, abs=0.06)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3]), st.floats(-2, 2)), max_size=12))
 def test_order_does_not_matter_and_nothing_overshoots(drawn):
     known = [with_plan(LLAMA, tp=t, pp=p, dp=8) for t, p, _ in drawn]

@@ -12,13 +12,14 @@ from fdp.cost import flops, hlo, jaxpr
 from fdp.topics.parallelism_search import counts
 from fdp.topics.parallelism_search.counts import Comparison
 
-SEED = 53  # its first six configs use every axis, ZeRO stage and kind of remat between them
+SEED = 53  # its first six configs use every axis, ZeRO stage, kind of remat and sequence parallelism
 
 
 @pytest.fixture(scope="module")
 def six() -> list[tuple]:
-    """(config, comparison); the first with memory."""
-    return [(c, counts.compare(c, memory=i == 0)) for i, c in enumerate(counts.random_configs(SEED, 6))]
+    """(program, comparison); the first with memory."""
+    drawn = counts.random_configs(SEED, 6)
+    return [(counts.program(c), counts.compare(c, memory=i == 0)) for i, c in enumerate(drawn)]
 
 
 @pytest.mark.fast
@@ -74,36 +75,36 @@ def test_summary_of_known_comparisons() -> None:
     assert wrong.mismatches() == [other, key] and not right.mismatches() and bare.memory_error is None
     got = counts.summarise([right, wrong, bare])
     assert dataclasses.astuple(got)[:4] == (3, 3, 2, 1)
-    assert got.largest_flops_error == pytest.approx(0.02)
-    assert (got.memory_configs, got.median_memory_error, got.largest_memory_error) == pytest.approx((2, 0.2, 0.3))
-    assert math.isnan(counts.summarise([bare]).median_memory_error)
+    assert got.flops_error == pytest.approx(0.02)
+    assert (got.memory_configs, got.memory_error, got.memory_error_max) == pytest.approx((2, 0.2, 0.3))
+    assert math.isnan(counts.summarise([bare]).memory_error)
 
 
 @pytest.mark.fast
 def test_bytes_and_flops_of_random_configs_equal_the_compiled_program(six: list) -> None:
-    for c, got in six:
-        assert not got.mismatches(), (dict(c.mesh), got)
+    for p, got in six:
+        assert not got.mismatches(), (dict(p.c.mesh), got)
         assert got.formula_flops == got.counted_flops
     assert sum(got.entries for _, got in six) >= 12
     first = six[0][1]
     assert abs(first.memory_error) < 0.6 and all(got.memory_error is None for _, got in six[1:])
 
 
-def with_formula(c, got: Comparison) -> Comparison:
+def with_formula(p, got: Comparison) -> Comparison:
     """The comparison with the formulas, as they are now, evaluated again."""
-    p = counts.program(c)
-    rows = p.head_rows()
+    c, rows = p.c, p.head_rows()
     shards = c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches
     formula = dict(closed.traffic(c, p.layout.shapes, p.layout.stored, rows))
     return dataclasses.replace(got, formula=formula, formula_flops=counts.executed_flops(c, rows * shards))
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("axis", ["dp", "ep", "cp", "tp"])
-@pytest.mark.parametrize("op", [closed.REDUCE, closed.GATHER, closed.SCATTER])
+@pytest.mark.parametrize(
+    ("op", "axis"),
+    [(closed.REDUCE, a) for a in ("dp", "ep", "cp", "tp")]
+    + [(op, a) for op in (closed.GATHER, closed.SCATTER) for a in ("dp", "cp", "tp")],
+)
 def test_a_term_of_the_formula_that_is_off_by_four_bytes_is_noticed(op: str, axis: str, six, monkeypatch) -> None:
-    if (op, axis) in ((closed.GATHER, "ep"), (closed.SCATTER, "ep")):
-        return  # nothing is gathered or scattered over ep
     add = closed._Ledger.add
 
     def off(self, kind, axes, payload, times=1):
@@ -143,6 +144,6 @@ def _rich(c) -> bool:
 def test_a_hundred_random_configs() -> None:
     got = counts.summary(counts.random_configs(0, 100))
     assert got.configs == 100 and got.entries > 200
-    assert got.mismatching_entries == 0
-    assert got.largest_flops_error <= 0.01
-    assert got.memory_configs == 10 and got.largest_memory_error < 0.6
+    assert got.mismatches == 0
+    assert got.flops_error <= 0.01
+    assert got.memory_configs == 10 and got.memory_error_max < 0.6

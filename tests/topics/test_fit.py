@@ -1,4 +1,4 @@
-"""The fitted cost model: recovers what made the data, keeps its bounds, shrinks to physics where nothing was measured."""
+"""The fitted cost model: recovers what made the data, keeps its bounds, is physics where nothing was measured."""
 
 import dataclasses
 from pathlib import Path
@@ -32,7 +32,8 @@ def jobs() -> list[Job]:
 
 def truth() -> dict[str, float]:
     """Logit-scale coefficients unlike the prior's."""
-    values = {n: start for n, (_, _, start) in step_time.BOUNDS.items()} | {"gemm": 0.6, "link_out": 0.4, "half_rows": 500.0}
+    values = {n: start for n, (_, _, start) in step_time.BOUNDS.items()}
+    values |= {"gemm": 0.6, "link_out": 0.4, "half_rows": 500.0}
     out = {}
     for n, (low, high, _) in step_time.BOUNDS.items():
         share = (values[n] - low) / (high - low)
@@ -88,7 +89,7 @@ def test_coefficients_stay_physical(fitted):
 
 def test_rows_of_weight_zero_do_not_matter(synthetic, fitted):
     """A hold-out may not see its rows: spoiling them changes nothing."""
-    fitter, model = fitted
+    model = fitted[1]
     seen = np.array([m.job.architecture.name != "llama2-7b" for m in synthetic.measurements])
     spoiled = dataclasses.replace(synthetic, log_time=np.where(seen, synthetic.log_time, 99.0))
     with jax.enable_x64(True):

@@ -42,7 +42,7 @@ def test_unknown_models_are_priced_from_their_shapes():
         ({"tp": "2.5"}, "column 'tp': '2.5' is not a whole number"),
         ({"dp": "8"}, r"gpus = 16 is not tp·pp·cp·dp = 2·1·2·8 = 32"),
         ({"gbs": "2"}, r"gbs = 2 is less than dp·mbs = 4·1"),
-        ({"pp": "64", "gpus": "256"}, r"pp·vp = 64·1 stages exceed the 32 layers"),
+        ({"pp": "64", "gpus": "256"}, r"pp·vp = 64·1 stages exceed the 32 layers, embedding and head"),
         ({"step_time_s": "nan"}, "column 'step_time_s': 'nan' is not a positive finite measurement"),
         ({"tokens_s_gpu": "-3"}, "column 'tokens_s_gpu': '-3' is not a positive finite measurement"),
     ],

@@ -318,7 +318,8 @@ def test_another_model_file(tmp_path, capsys, model):
     for text in ("{", "[]", '{"time": {}}', "3"):
         (tmp_path / "bad.json").write_text(text)
         assert "bad.json" in mistake([configs, "--model-file", str(tmp_path / "bad.json")], capsys)
-    lacking = json.loads(hybrid.to_json(model))
-    lacking["time"].pop("gemm")
-    (tmp_path / "bad.json").write_text(json.dumps(lacking))
-    assert "lacks the coefficient 'gemm'" in mistake([configs, "--model-file", str(tmp_path / "bad.json")], capsys)
+    for part, name in (("time", "gemm"), ("spread", "unseen"), ("fit", "slope")):
+        lacking = json.loads(hybrid.to_json(model))
+        lacking[part].pop(name)
+        (tmp_path / "bad.json").write_text(json.dumps(lacking))
+        assert f"lacks '{part}.{name}'" in mistake([configs, "--model-file", str(tmp_path / "bad.json")], capsys)

@@ -7,7 +7,7 @@ belongs to one configuration and is heavy-tailed: a broken or stalled run speaks
 Prior variances follow the cost model's own uncertainty of each job. The numbers below were chosen coarsely on
 collections with whole models and whole clusters held out, five anchors each; the error is flat around them.
 
-Legend: N jobs, M anchors, F fields, D plan degrees; errors are natural logarithms.
+Legend: N jobs, M anchors, U different anchors, F fields, D plan degrees; errors are natural logarithms.
 """
 
 import dataclasses
@@ -60,10 +60,15 @@ def correlation(jobs: Sequence[Job], anchors: Sequence[Job]) -> np.ndarray:
     return total_NxM / (NEAR**2 + sum(std**2 for std in SHARED.values()))
 
 
-def _equal(jobs: Sequence[Job], anchors: Sequence[Job]) -> np.ndarray:
-    """(N, M) bool: the very same configuration."""
-    place = {job: i for i, job in enumerate(dict.fromkeys(anchors))}
-    return np.array([place.get(j, -1) for j in jobs])[:, None] == np.array([place[a] for a in anchors])
+def _averaged(
+    anchors: Sequence[Job], std_M: np.ndarray, error_M: np.ndarray
+) -> tuple[list[Job], np.ndarray, np.ndarray, np.ndarray]:
+    """(configurations, their std, mean error, variance of its noise): one entry for runs of the same configuration."""
+    place = {job: u for u, job in enumerate(dict.fromkeys(anchors))}
+    at_M = np.array([place[job] for job in anchors])
+    count_U = np.bincount(at_M)
+    mean = lambda values: np.bincount(at_M, values) / count_U
+    return list(place), mean(std_M), mean(error_M), NOISE**2 / count_U
 
 
 def _parts(std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,27 +98,26 @@ def posterior(
     _check(std_N=std_N, std_M=std_M, error_M=error_M)
     if not len(error_M):
         return np.zeros(len(std_N)), std_N
-    (wide_N, own_N), (wide_M, own_M) = _parts(std_N), _parts(std_M)
-    shared_MxM = wide_M[:, None] * wide_M * correlation(anchors, anchors)
-    twice_MxM, seen_NxM = _equal(anchors, anchors), _equal(jobs, anchors)
-    tail_M = own_M
+    known, std_U, error_U, noise_U = _averaged(anchors, std_M, error_M)
+    (wide_N, own_N), (wide_U, own_U) = _parts(std_N), _parts(std_U)
+    shared_UxU = wide_U[:, None] * wide_U * correlation(known, known)
+    tail_U = own_U
     for _ in range(PASSES):
-        # The noise keeps the matrix positive definite when a run is measured twice.
-        known_MxM = shared_MxM + np.outer(tail_M, tail_M) * twice_MxM + NOISE**2 * np.eye(len(error_M))
-        factor = cho_factor(known_MxM, lower=True)
-        weight_M = cho_solve(factor, error_M)
-        left_out_M = weight_M / np.diag(cho_solve(factor, np.eye(len(error_M))))
-        last_M, tail_M = tail_M, np.sqrt((FREEDOM * own_M**2 + left_out_M**2) / (FREEDOM + 1))
-    alike_NxM, seen_N = correlation(jobs, anchors), seen_NxM.any(1)
-    tail_N = np.where(seen_N, (seen_NxM * last_M).max(1), own_N)
-    cross_NxM = wide_N[:, None] * wide_M * alike_NxM + seen_NxM * np.outer(tail_N, last_M)
-    before_N = wide_N**2 + tail_N**2
-    after_N = before_N - (cross_NxM * cho_solve(factor, cross_NxM.T).T).sum(1)
+        factor = cho_factor(shared_UxU + np.diag(tail_U**2 + noise_U), lower=True)
+        weight_U = cho_solve(factor, error_U)
+        left_out_U = weight_U / np.diag(cho_solve(factor, np.eye(len(known))))
+        last_U, tail_U = tail_U, np.sqrt((FREEDOM * own_U**2 + left_out_U**2) / (FREEDOM + 1))
+    place = {job: u for u, job in enumerate(known)}
+    seen_NxU = np.array([place.get(job, -1) for job in jobs], int)[:, None] == np.arange(len(known))
+    alike_NxU, seen_N = correlation(jobs, known), seen_NxU.any(1)
+    before_N = wide_N**2 + np.where(seen_N, seen_NxU @ last_U**2, own_N**2)
+    cross_NxU = wide_N[:, None] * wide_U * alike_NxU + seen_NxU * last_U**2
+    after_N = before_N - (cross_NxU * cho_solve(factor, cross_NxU.T).T).sum(1)
     # Anchors that scatter say so of the other configurations like them, anchors that agree as well.
-    pooled_N = (FREEDOM * own_N**2 + (left_out_M**2).sum()) / (FREEDOM + len(error_M))
-    after_N = after_N + np.where(seen_N, 0.0, alike_NxM.max(1) * (pooled_N - own_N**2))
+    pooled_N = (FREEDOM * own_N**2 + (left_out_U**2).sum()) / (FREEDOM + len(known))
+    after_N = after_N + np.where(seen_N, 0.0, alike_NxU.max(1) * (pooled_N - own_N**2))
     std_now_N = std_N * np.sqrt(np.maximum(after_N, 0.0) / before_N)
-    return cross_NxM @ weight_M, np.maximum(std_now_N, np.minimum(std_N, NOISE))
+    return cross_NxU @ weight_U, np.maximum(std_now_N, np.minimum(std_N, NOISE))
 
 
 def correct(
@@ -127,7 +131,7 @@ def correct(
 ) -> Prediction:
     """The prediction for `jobs` after runs of `anchors` took `time_M` seconds and `memory_M` bytes (NaN: not measured).
 
-    `at_anchors`: the cost model's prediction for them. The interval moves with the time and shrinks where anchors agree;
+    `at_anchors`: the cost model's prediction for them. The interval moves with the time, narrower where anchors agree;
     `feasible` follows the corrected memory with the logistic `slope` of the cost model's `fit`. No anchors, no change.
     Raises ValueError where a measurement is zero, negative or infinite.
     """

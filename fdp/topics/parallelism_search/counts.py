@@ -78,12 +78,12 @@ class Summary:
 
     configs: int
     entries: int
-    mismatching_entries: int
+    mismatches: int  # entries whose bytes differ
     mismatching_configs: int
-    largest_flops_error: float
+    flops_error: float  # largest
     memory_configs: int
-    median_memory_error: float
-    largest_memory_error: float
+    memory_error: float  # median
+    memory_error_max: float
 
 
 def random_configs(seed: int, count: int, devices: int = 8) -> list[ml_collections.ConfigDict]:
@@ -220,12 +220,12 @@ def summarise(comparisons: Sequence[Comparison]) -> Summary:
     return Summary(
         configs=len(comparisons),
         entries=sum(x.entries for x in comparisons),
-        mismatching_entries=sum(wrong),
+        mismatches=sum(wrong),
         mismatching_configs=sum(n > 0 for n in wrong),
-        largest_flops_error=max(x.flops_error for x in comparisons),
+        flops_error=max(x.flops_error for x in comparisons),
         memory_configs=len(sizes),
-        median_memory_error=statistics.median(sizes) if sizes else math.nan,
-        largest_memory_error=max(sizes, default=math.nan),
+        memory_error=statistics.median(sizes) if sizes else math.nan,
+        memory_error_max=max(sizes, default=math.nan),
     )
 
 

@@ -170,7 +170,7 @@ class Fitter:
         return Model(
             {k: float(v) for k, v in time.items()}, self._named(parts), np.asarray(gate),
             {k: float(v) for k, v in memory.items()}, self._named(memory_parts), {},
-            {"seen": 0.1, "unseen": 0.25, "ensemble": 1.0, "quantile": 1.645},
+            {"seen": 0.1, "unseen": 0.25, "experts": 0.2, "ensemble": 1.0, "quantile": 1.645},
             _feasibility(pressure, data, keep), {},
         )  # fmt: skip
 
@@ -282,6 +282,13 @@ def _radial(z_NxK: np.ndarray, centres_MxK: np.ndarray) -> np.ndarray:
     """`hybrid.radial` in numpy: the number of rows differs from fit to fit and must not compile anew."""
     square = (z_NxK**2).sum(-1)[:, None] - 2 * z_NxK @ centres_MxK.T + (centres_MxK**2).sum(-1)
     return np.exp(-square / (2 * hybrid.LENGTH**2 * z_NxK.shape[-1] / 10))
+
+
+def weighted_quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
+    """The least value below or at which `share` of the weight lies."""
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order]) >= share * weights.sum() * (1 - 1e-12)
+    return float(values[order][int(np.argmax(reached))])
 
 
 def _feasibility(pressure: np.ndarray, data: Data, keep: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Measured landscapes, searched by every algorithm from the same seeds, with priors from fits that never saw the model."""
+"""Measured landscapes, searched by every algorithm from the same seeds; priors come from fits without the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

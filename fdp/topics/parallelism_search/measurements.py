@@ -56,7 +56,7 @@ class Malformed(UserError):
 def read(path: Path, needed: Iterable[str] = ("gpu", "seq", "gbs")) -> list[dict[str, str]]:
     """The rows of a CSV file. Raises Malformed for a missing file, an empty one, or a missing column."""
     try:
-        with Path(path).open(newline="", encoding="utf8") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             names, rows = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -193,9 +193,10 @@ def to_job(row: Mapping[str, str]) -> Job:
         _whole(row, "seq"), precision, _whole(row, "gpus_per_nvl_domain", 0), modern,
         "lora" in (row.get("task") or ""), CLUSTERS.get(cluster, 0.0) * 1e9, stack_of(row), cluster,
     )  # fmt: skip
-    if job.plan.pp * job.plan.virtual > job.architecture.layers:
+    # Embedding and head may take a stage of their own: 126 layers ran as 16·8 stages.
+    if job.plan.pp * job.plan.virtual > job.architecture.layers + 2:
         stages = f"{job.plan.pp}·{job.plan.virtual}"
-        raise ValueError(f"pp·vp = {stages} stages exceed the {job.architecture.layers} layers of the model")
+        raise ValueError(f"pp·vp = {stages} stages exceed the {job.architecture.layers} layers, embedding and head")
     if job.batch < job.plan.dp * job.plan.microbatch:
         raise ValueError(f"gbs = {job.batch} is less than dp·mbs = {job.plan.dp}·{job.plan.microbatch}")
     return job

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from fdp.config import UserError
-from fdp.cost import footprint, hybrid, step_time
+from fdp.cost import hybrid
 from fdp.cost.hybrid import Model, Prediction
 from fdp.cost.workload import Job, columns
 from fdp.topics.parallelism_search.anchors import correct
@@ -135,12 +135,14 @@ def load(path: Path | None) -> Model:
         return hybrid.shipped()
     try:
         model = hybrid.from_json(path.read_text("utf8"))
-        lacking = [n for n in step_time.BOUNDS if n not in model.time]
-        lacking += [n for n in footprint.BOUNDS if n not in model.memory]
+        parts = [
+            (part, name) for part in ("time", "memory", "spread", "fit") for name in getattr(hybrid.shipped(), part)
+        ]
+        lacking = [f"{part}.{name}" for part, name in parts if name not in getattr(model, part)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error}") from error
     if lacking:
-        raise UserError(f"{path}: lacks the coefficient {lacking[0]!r}; write it with the fitting command")
+        raise UserError(f"{path}: lacks {lacking[0]!r}; write it with the fitting command")
     return model
 
 

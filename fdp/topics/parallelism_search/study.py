@@ -5,6 +5,7 @@ The arm is a small model of this code base, trained on the mesh that the planner
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -44,7 +45,9 @@ def study(run: Run) -> Report:
     fragment = run.workdir / "planned.py"
     fragment.write_text(plan.fragment(ranking), encoding="utf8")
     print(f"config    {fragment}")
-    rows, raw, plots = [], {}, [figures.landscape(run.workdir, ranking)]
+    rows: list[Row] = []
+    raw: dict[str, Any] = {}
+    plots: list[str | Path] = [figures.landscape(run.workdir, ranking)]
     try:
         data = fit.gather(published(Path(c.plan.measurements)))
     except Malformed as absent:
@@ -53,7 +56,8 @@ def study(run: Run) -> Report:
         # Many small factorisations: threads of the BLAS would only wait for each other.
         with jax.enable_x64(True), threadpool_limits(1, "blas"):
             found, plots_found = _measured(run, data, raw)
-        rows, plots = rows + found, plots + plots_found
+        rows += found
+        plots += plots_found
     rows += _speed() + _counted(c.plan.counted)
     return Report(c.topic, c.variant, digest(c), rows, plots, raw)
 
@@ -106,7 +110,9 @@ def _scores(data: fit.Data, outcomes: list[validate.Outcome], which: str) -> val
     for o in outcomes:
         predicted = {"hybrid": o.predicted, "analytic": o.hybrid.analytic[o.rows], "learned": o.learned}[which]
         s = validate.score(data, o.rows, predicted, o.measured)
-        total.errors.extend(s.errors), total.correlations.extend(s.correlations), total.regrets.extend(s.regrets)
+        total.errors.extend(s.errors)
+        total.correlations.extend(s.correlations)
+        total.regrets.extend(s.regrets)
     return total
 
 
