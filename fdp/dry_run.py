@@ -87,7 +87,12 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
     print(f"mesh      {degrees_equation(config.mesh)}, ZeRO-{config.train.zero}")
     for name, c in study_of(config.topic).arms(config).items():
         fdp_config.validate(c)
-        print(f"\narm {name}\n{describe(_program(c, target.mesh), target)}")
+        print(f"\narm {name}")
+        own = target
+        if c.mesh != config.mesh:  # a mesh of its own, such as a planner's
+            own = target_of(c)
+            print(f"mesh      {degrees_equation(c.mesh)}, ZeRO-{c.train.zero}")
+        print(describe(_program(c, own.mesh), own))
 
 
 def describe(p: Program, target: Target) -> str:
@@ -244,10 +249,11 @@ def _hbm_bytes(job: Job, x: workload.Columns) -> float:
 def _evidence(model: hybrid.Model, c: ml_collections.ConfigDict, target: Chip) -> str:
     """Where the numbers come from, and what of this program no measurement covers."""
     made = model.provenance
-    notes = [f"simulated: fitted on {made['rows']:,} published runs"]
-    held = made.get("held-out clusters, |log error|")
-    if held:
-        notes.append(f"held-out error median {100 * math.expm1(held['median']):.0f} % on unseen clusters")
+    held = math.expm1(made["held out, |log error|"]["clusters"]["median"])
+    notes = [
+        f"simulated: fitted on {made['rows']:,} published runs",
+        f"held-out error median {100 * held:.0f} % on unseen clusters",
+    ]
     if target.name not in model.effects.get("gemm|chip", {}):
         kind = "TPU" if target.scale_out_bandwidth is None else target.name
         notes.append(f"no {kind} was in the fit")

@@ -84,6 +84,13 @@ def scripted(*indices):
     return algorithm, told
 
 
+def test_the_referee_ends_a_search_that_is_close_enough():
+    first = next(s for s in range(20) if run(SMALL, search.random, s).order[0] != int(np.argmin(SMALL.time_N)))
+    whole, short = run(SMALL, search.random, first), run(SMALL, search.random, first, within=0.0)
+    best = int(np.argmin(SMALL.time_N))
+    assert short.order == whole.order[: whole.order.index(best) + 1]
+
+
 def test_repeated_proposals_are_answered_from_memory_and_not_counted():
     algorithm, told = scripted(1, 1, 0, 1, 2)
     trace = run(SMALL, algorithm, seed=0)

@@ -11,6 +11,7 @@ from fdp.topics.parallelism_search.measurements import Measurement
 from fdp.topics.parallelism_search.validate import Outcome, landscapes
 
 WITHIN = 0.05
+CLOSE = 0.01  # a search ends there
 LEAST = 20  # plans: fewer are no search
 ALGORITHMS = {
     "random": search.random, "expert": search.expert, "tpe": search.tpe, "cma_es": search.cma_es,
@@ -62,7 +63,7 @@ def compare(data: Data, outcomes: Sequence[Outcome], seeds: int) -> Comparison:
                 continue
             name = f"{outcome.case.name} on {chips}"
             landscape, prior = _landscape(data, outcome, rows, name)
-            runs = {a: [search.run(landscape, f, s, prior) for s in range(seeds)] for a, f in ALGORITHMS.items()}
+            runs = {a: [_run(landscape, f, s, prior) for s in range(seeds)] for a, f in ALGORITHMS.items()}
             count = len(landscape.plans)
             needed[name] = {
                 a: np.array([min(search.evaluations_to(t.order, landscape, WITHIN), count) for t in traces])
@@ -70,6 +71,10 @@ def compare(data: Data, outcomes: Sequence[Outcome], seeds: int) -> Comparison:
             }
             regret[name] = {a: np.mean([_padded(t.regret_E, count) for t in ts], 0) for a, ts in runs.items()}
     return Comparison(needed, regret)
+
+
+def _run(landscape: search.Landscape, algorithm: search.Algorithm, seed: int, prior: search.Prior) -> search.Trace:
+    return search.run(landscape, algorithm, seed, prior, within=CLOSE)
 
 
 def _padded(regret_E: np.ndarray, count: int) -> np.ndarray:

@@ -436,7 +436,7 @@ def describe(ranking: Ranking) -> str:
     job, heads = ranking.job, ("", "plan", "s/step", "90 %", "GiB", "kJ", "tokens/J", "GB by axis", "bottleneck")
     rows = []
     for i, r in enumerate(ranking.plans, 1):
-        power = (f"{r.joules / 1e3:.0f}", f"{r.tokens_per_joule:.2f}") if np.isfinite(r.joules) else ("–", "–")
+        power = (f"{r.joules / 1e3:.4g}", f"{r.tokens_per_joule:.2f}") if np.isfinite(r.joules) else ("–", "–")
         moved = " ".join(f"{a} {v / 1e9:.3g}" for a, v in r.traffic.items() if v > 0) or "none"
         interval = f"{r.low:.3g}–{r.high:.3g}"
         rows.append(

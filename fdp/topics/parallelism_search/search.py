@@ -104,9 +104,17 @@ class Trace:
 
 
 def run(
-    landscape: Landscape, algorithm: Algorithm, seed: int, prior: Prior | None = None, budget: int | None = None
+    landscape: Landscape,
+    algorithm: Algorithm,
+    seed: int,
+    prior: Prior | None = None,
+    budget: int | None = None,
+    within: float | None = None,
 ) -> Trace:
     """Let `algorithm` search until it stops, `budget` plans are measured (all, if None), or it is stuck.
+
+    With `within`, the referee, who knows the landscape, also ends it at a plan that close to the best: what follows
+    would change no metric.
 
     A plan that is proposed again is answered from memory at no cost; an algorithm that proposes nothing new 100 + N
     times in a row is stuck. Raises ValueError for a budget < 1, a prior of another length or a proposal outside.
@@ -117,6 +125,7 @@ def run(
     if prior is not None and len(prior.log_time_N) != count:
         raise ValueError(f"the prior has {len(prior.log_time_N)} plans, landscape {landscape.name!r} has {count}")
     budget = count if budget is None else min(budget, count)
+    enough = 0.0 if within is None else (1 + within) * landscape.best
     order: dict[int, None] = {}
     repeats = 0
     proposals = algorithm(landscape.plans, np.random.default_rng(seed), prior)
@@ -127,7 +136,7 @@ def run(
                 raise ValueError(f"{algorithm.__name__} proposed plan {index} of 0..{count - 1}")
             repeats = repeats + 1 if index in order else 0
             order[index] = None
-            if len(order) == budget:
+            if len(order) == budget or landscape.time_N[index] <= enough:
                 break
             index = int(proposals.send(float(landscape.time_N[index])))
     except StopIteration:
