@@ -259,4 +259,4 @@ def _evidence(model: hybrid.Model, c: ml_collections.ConfigDict, target: Chip) -
         notes.append(f"no {kind} was in the fit")
     if c.model.dtype == "float32":
         notes.append("priced at bfloat16 rates")
-    return "; ".join([*notes, "none of this software: fused attention is assumed"])
+    return "; ".join([*notes, "none of this software: priced without fused attention or overlap"])

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from fdp.cost import footprint, step_time
 from fdp.cost.workload import Columns
@@ -92,7 +93,7 @@ class Prediction:
 BOTTLENECKS = {
     "compute": "compute", "tp": "tensor-parallel communication", "ep": "expert all-to-all", "cp": "context ring",
     "pp": "pipeline bubble and transfers", "dp": "data-parallel communication", "optimizer": "optimizer update",
-    "step": "fixed cost of a step",
+    "step": "fixed cost of a step and its microbatches",
 }  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
     width = np.exp(s["quantile"] * log_std)
     high = np.where((stalled > 0.05) & (analytic < terms["stalled"]), terms["stalled"] * width, time * width)
     low = np.where((stalled < 0.95) & (analytic > terms["total"]), terms["total"] / width, time / width)
-    feasible = 1 / (1 + np.exp(model.fit["slope"] * (pressure - model.fit["margin"])))
+    feasible = scipy.special.expit(-model.fit["slope"] * (pressure - model.fit["margin"]))
     return Prediction(time, low, high, log_std, memory, feasible, stalled, analytic, {n: terms[n] for n in TERMS})
 
 

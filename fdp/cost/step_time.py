@@ -50,7 +50,7 @@ BOUNDS = {
     "bubble": (0.6, 1.5, 1.0),
     "balanced": (0.0, 1.0, 0.3),  # share of the head's work that an uneven partition spreads over the stages
     "step": (0.0, 0.5, 0.02),  # s per step whatever the plan
-    "stage": (0.0, 5e-3, 2e-4),  # s per microbatch of a pipeline
+    "stage": (0.0, 5e-3, 2e-4),  # s per microbatch
 }
 
 
@@ -229,7 +229,7 @@ def step_time(x: Mapping[str, Array], k: Mapping[str, Array], smooth: bool = Fal
     tp, ep, cp = part * wire["tp"], part * share * wire["ep"], part * wire["cp"]
     terms = {
         "compute": m * slowest - tp - ep - cp, "tp": tp, "ep": ep, "cp": cp,
-        "pp": bubble + transfer + m * k["stage"], "dp": data, "optimizer": update, "step": k["step"] + 0.0 * m,
+        "pp": bubble + transfer, "dp": data, "optimizer": update, "step": k["step"] + m * k["stage"],
     }  # fmt: skip
     terms["total"] = sum(terms.values())
     terms["stalled"] = terms["total"] + k["stall"] * (1 - p**-1.2) * m

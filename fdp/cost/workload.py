@@ -69,6 +69,7 @@ def of_config(c: ml_collections.ConfigDict, chip: Chip, causal: bool) -> Job:
 
     Experts are dense here, so that ep is data parallelism; ZeRO shards over dp alone, and ranks of ep and cp are
     replicas. remat=dots recomputes the scores, as selective recomputation does. Block diffusion reads twice its length.
+    The XLA attention keeps its scores, as software before 2022 did: `modern` is False.
     """
     m, t, mesh = c.model, c.train, c.mesh
     dp = mesh.dp * mesh.ep
@@ -78,7 +79,7 @@ def of_config(c: ml_collections.ConfigDict, chip: Chip, causal: bool) -> Job:
         sequence_parallel=m.sequence_parallel,
     )  # fmt: skip
     seq = c.data.seq_len * (2 if c.objective.name == "block_diffusion" else 1)
-    job = Job(of_model(m, causal), plan, chip, t.batch, seq)
+    job = Job(of_model(m, causal), plan, chip, t.batch, seq, modern=False)
     check(job)
     return job
 

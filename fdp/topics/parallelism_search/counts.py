@@ -31,8 +31,6 @@ SPECIAL_IDS = 2  # end-of-text and mask, behind the ids of the data
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
 }
 
 

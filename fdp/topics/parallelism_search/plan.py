@@ -128,8 +128,7 @@ def price(model: Model, job: Job, points: Space) -> Prediction:
     n, parts = size_of(points), []
     for start in range(0, n, CHUNK):
         index = np.minimum(np.arange(start, start + CHUNK), n - 1)
-        with np.errstate(over="ignore"):  # far above the limit the probability of running is 0, by way of exp(∞)
-            parts.append(hybrid.predict(model, _broadcast(job, {k: v[index] for k, v in points.items()})))
+        parts.append(hybrid.predict(model, _broadcast(job, {k: v[index] for k, v in points.items()})))
     names = [f.name for f in dataclasses.fields(Prediction) if f.name != "terms"]
     arrays = {k: np.concatenate([getattr(p, k) for p in parts])[:n] for k in names}
     return Prediction(**arrays, terms={k: np.concatenate([p.terms[k] for p in parts])[:n] for k in parts[0].terms})
