@@ -39,6 +39,7 @@ EFFECTS = {
     ("exposed_pp", "cluster"): 0.5,
     ("overlap_dp", "family"): 0.5,
     ("overlap_tp", "family"): 0.5,
+    ("exposed_gather", "family"): 1.0,
     ("launch", "family"): 0.5,
     ("launch_rank", "family"): 3.0,
     ("launch_moe", "family"): 0.5,

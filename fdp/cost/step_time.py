@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fdp.cost.network import all_reduce, group_bandwidth, local_ranks
+from fdp.cost.network import all_gather, all_reduce, group_bandwidth, local_ranks, reduce_scatter
 
 Array = Any
 Terms = dict[str, Array]
@@ -44,6 +44,7 @@ BOUNDS = {
     "alpha_out": (0.0, 1e-4, 2e-5),
     "overlap_tp": (0.0, 0.9, 0.3),  # hidden share, software after 2022
     "overlap_dp": (0.0, 1.0, 0.5),  # share of the backward pass that hides it
+    "exposed_gather": (0.0, 1.0, 0.5),  # share of ZeRO-1's parameter gather that nothing hides
     "overlap_ep": (0.0, 0.9, 0.3),
     "overlap_cp": (0.0, 1.0, 0.7),
     "exposed_pp": (0.0, 1.0, 0.5),
@@ -167,9 +168,15 @@ def _data_parallel(x: Mapping[str, Array], k: Mapping[str, Array], backward: Arr
     expert_ranks = jnp.maximum(ranks * x["tp"] / (x["ep"] * x["etp"]), 1.0)
     expert_bandwidth, expert_alpha, _ = _links(x, k, expert_ranks, x["ep"] * x["etp"])
     body = plain + embedding
-    whole = all_reduce(body * (gradient + jnp.where(x["zero"] >= 1, 2.0, gradient)) / 2, ranks, alpha, bandwidth)
-    routed = all_reduce(experts * (gradient + 2) / 2, expert_ranks, expert_alpha, expert_bandwidth)
     layers = x["layers"] / x["pp"]
+    # ZeRO-1 and 2 scatter gradients behind the backward pass, and gather parameters when nothing is left to hide them.
+    whole = jnp.where(
+        x["zero"] >= 1,
+        reduce_scatter(body * gradient, ranks, alpha, bandwidth),
+        all_reduce(body * gradient, ranks, alpha, bandwidth),
+    )
+    gathered = jnp.where(sharded | (x["zero"] == 0), 0.0, all_gather(body * 2, ranks, alpha * layers, bandwidth))
+    routed = all_reduce(experts * (gradient + 2) / 2, expert_ranks, expert_alpha, expert_bandwidth)
     gathers = all_reduce(body * 2, x["shards"], inner_alpha * layers, inner) * x["microbatches"]
     scatter = all_reduce(body * gradient / 2, x["shards"], inner_alpha * layers, inner) * x["microbatches"]
     across = jnp.where(replicas > 1, all_reduce(body * gradient / x["shards"], replicas, alpha, bandwidth), 0.0)
@@ -178,7 +185,7 @@ def _data_parallel(x: Mapping[str, Array], k: Mapping[str, Array], backward: Arr
     hidden = jnp.where(x["modern"] > 0, k["overlap_dp"], 0.0)
     window = jnp.where(sharded, 1.5 * backward * x["microbatches"], backward)
     wire = jnp.where(sharded, every, last)
-    exposed = jnp.maximum(wire - hidden * window, 0.05 * wire)
+    exposed = jnp.maximum(wire - hidden * window, 0.05 * wire) + k["exposed_gather"] * gathered
     return jnp.where(x["lora"] > 0, 0.0, exposed)
 
 

@@ -116,20 +116,25 @@ def score(data: fit.Data, rows: np.ndarray, predicted: np.ndarray, measured: np.
     return Scores(errors, correlations, regrets)
 
 
-def with_anchors(data: fit.Data, outcome: Outcome, count: int, draws: int) -> list[float]:
-    """Mean error (%) per landscape of the other rows once `count` rows drawn at random are measured."""
-    errors = []
+def with_anchors(data: fit.Data, outcome: Outcome, count: int, draws: int) -> tuple[list[float], list[float]]:
+    """Mean error (%) per landscape of the other rows, (once `count` rows drawn at random are measured, without them).
+
+    Landscapes of fewer than twice as many rows are left out.
+    """
+    errors, before = [], []
     for places in landscapes(data, outcome.rows).values():
         if len(places) < 2 * count:
             continue
-        drawn = []
+        drawn, plain = [], []
         for draw in range(draws):
             rng = np.random.default_rng(draw)
             known = rng.choice(places, count, replace=False)
             rest = np.setdiff1d(places, known)
             drawn.append(error(_corrected(data, outcome, known, rest), outcome.measured[rest]))
+            plain.append(error(outcome.predicted[rest], outcome.measured[rest]))
         errors.append(float(np.mean(drawn)))
-    return errors
+        before.append(float(np.mean(plain)))
+    return errors, before
 
 
 def one_anchor_each(data: fit.Data, outcome: Outcome, draws: int) -> list[float]:
