@@ -52,3 +52,33 @@ def parameters(m: ml_collections.ConfigDict, features: int = 64) -> int:
     if m.time_conditioning:
         layer += 2 * features * 3 * D
     return m.layers * layer + 2 * m.vocab * D + D + (features * features if m.time_conditioning else 0)
+
+
+def dit_parameters(layers: int, width: int, patch: int, channels: int = 4, classes: int = 1000) -> int:
+    """Trained parameters of DiT with learned variances (Peebles & Xie 2023, arXiv 2212.09748), biases included.
+
+    A block holds attention, an FFN of 4·width and six adaptive modulations; positions are fixed sines.
+    """
+    D, pixels = width, patch * patch * channels
+    block = 4 * D * D + 4 * D + 8 * D * D + 5 * D + 6 * D * D + 6 * D
+    embeddings = pixels * D + D + (256 * D + D + D * D + D) + (classes + 1) * D
+    final = 2 * D * D + 2 * D + 2 * pixels * D + 2 * pixels
+    return layers * block + embeddings + final
+
+
+def dit_forward(layers: int, width: int, patch: int, side: int = 32, channels: int = 4) -> int:
+    """Matmul FLOPs of one forward pass on a latent of side·side: twice the multiply-adds that DiT's authors report."""
+    tokens, D, pixels = (side // patch) ** 2, width, patch * patch * channels
+    block = tokens * 12 * D * D + 2 * tokens * tokens * D + 6 * D * D
+    ends = tokens * pixels * D + 256 * D + D * D + 2 * D * D + tokens * 2 * pixels * D
+    return 2 * (layers * block + ends)
+
+
+def ttt_linear_forward(width: int, heads: int, chunk: int) -> int:
+    """Matmul FLOPs of one token in a TTT-Linear layer in its dual form (Sun et al. 2024, arXiv 2407.04620, §2.5).
+
+    Four projections of the width; then per head of size C, with one gradient step a chunk: K·W, Q·W and the update of W
+    (C² each), and inside the chunk the scores Q·Kᵀ and their product with the gradients (chunk·C each).
+    """
+    size = width // heads
+    return 2 * (4 * width * width + heads * (3 * size * size + 2 * chunk * size))

@@ -13,13 +13,15 @@ from fdp.topics.parallelism_search.plan import Ranking, price, space
 from fdp.topics.parallelism_search.validate import Outcome
 
 GIB = 2**30
+COLOURS = 7  # of the house style
 
 
 def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> Path:
     """Predicted against measured step time of every hold-out."""
     fig, axes = figure()
-    for outcome in outcomes:
-        axes.plot(outcome.measured, outcome.predicted, ".", markersize=3, label=outcome.case.name)
+    for i, outcome in enumerate(outcomes):
+        marker = "o^sx"[i // COLOURS % 4]  # the house colours repeat
+        axes.plot(outcome.measured, outcome.predicted, marker, markersize=2, linestyle="", label=outcome.case.name)
     low, high = (f(np.concatenate([o.measured for o in outcomes])) for f in (np.min, np.max))
     axes.plot([low, high], [low, high], color="#444444", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="measured, s a step", ylabel="predicted without having seen it, s",

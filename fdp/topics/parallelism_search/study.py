@@ -17,7 +17,7 @@ from fdp.config import UserError, digest
 from fdp.cost import architecture, hardware, hybrid
 from fdp.report import Report, Row
 from fdp.run import Run
-from fdp.topics.parallelism_search import counts, figures, fit, landscapes, plan, validate
+from fdp.topics.parallelism_search import counts, figures, fit, landscapes, plan, stages, validate
 from fdp.topics.parallelism_search.measurements import Malformed, published
 
 ZERO_SHOT = "unseen models at 64-512 GPUs"
@@ -61,7 +61,7 @@ def study(run: Run) -> Report:
             found, plots_found = _measured(run, data, raw)
         rows += found
         plots += plots_found
-    rows += _speed() + _counted(c.plan.counted)
+    rows += _stages() + _speed() + _counted(c.plan.counted)
     return Report(c.topic, c.variant, digest(c), rows, plots, raw)
 
 
@@ -94,6 +94,7 @@ def _measured(run: Run, data: fit.Data, raw: dict) -> tuple[list[Row], list[Path
         print(f"  {case.kind:8}{case.name:28}{len(outcome.rows):4} rows, mean error {np.mean(s.errors):5.1f} % "
               f"({time.perf_counter() - start:.0f} s)", flush=True)  # fmt: skip
     rows = _model_rows(data, outcomes) + _kind_rows(data, outcomes) + _memory_rows(outcomes)
+    print(f"searching the measured landscapes, {c.plan.searches} seeds of every algorithm", flush=True)
     traces = landscapes.compare(data, outcomes, c.plan.searches)
     raw["evaluations to within 5 %"] = {n: {a: e.tolist() for a, e in per.items()} for n, per in traces.needed.items()}
     rows += _search_rows(traces)
@@ -198,6 +199,22 @@ def _search_rows(traces: landscapes.Comparison) -> list[Row]:
     ]  # fmt: skip
 
 
+def _stages() -> list[Row]:
+    """A pipeline of llama3-8b, its head as one more layer of as many FLOPs, over four stages."""
+    a, p, m = architecture.architecture("llama3-8b"), 4, 16
+    layer = (a.forward_flops(8192) - 2 * a.vocab * a.width) / a.layers
+    times_L = np.array([1.0] * a.layers + [2 * a.vocab * a.width / layer])
+    program, integer = stages.partition_dp(times_L, p, m), stages.partition_ilp(times_L, p, m)
+    equal = [a.layers // p * 1.0] * (p - 1) + [a.layers // p + float(times_L[-1])]
+    note = f"{a.name}, {p} stages, {m} microbatches, the head costs {times_L[-1]:.2f} layers"
+    return [
+        Row.judged("uneven pipelines: dynamic program and ILP agree", "relative difference",
+                   abs(program.time / integer.time - 1), "", "<= 1e-9", "counted", note=note),
+        Row.judged("uneven pipelines beat equal ones", "pipeline time", program.time, "layers", "ratio <= 1",
+                   "simulated", "equal layers a stage", stages.pipeline_time(equal, m), note=note),
+    ]  # fmt: skip
+
+
 def _speed() -> list[Row]:
     target = hardware.cluster("h100:64x8")
     job = plan.job_on(architecture.architecture("llama3-70b"), target, 1024, 8192)
@@ -214,6 +231,7 @@ def _speed() -> list[Row]:
 
 
 def _counted(count: int) -> list[Row]:
+    print(f"counting  {count} random programs of this code base, formulas against the compiler", flush=True)
     found = counts.summary(counts.random_configs(0, count))
     programs = f"{found.configs} random programs of this code base on meshes of up to 8 devices"
     memory = f"train steps of {found.memory_configs} of them; largest {found.memory_error_max:.2f}"
