@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,12 @@ GIB = 2**30
 COLOURS = 7  # of the house style
 
 
-def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> Path:
+def _save(fig: Any, workdir: Path, name: str) -> str:
+    """The picture's path in the workdir."""
+    return str(save_plot(fig, workdir / "plots" / f"{name}.png").relative_to(workdir))
+
+
+def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> str:
     """Predicted against measured step time of every hold-out."""
     fig, axes = figure()
     for i, outcome in enumerate(outcomes):
@@ -27,10 +33,10 @@ def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> Path:
     axes.set(xscale="log", yscale="log", xlabel="measured, s a step", ylabel="predicted without having seen it, s",
              title="Hold-outs: predicted and measured")  # fmt: skip
     axes.legend(fontsize=6, markerscale=3)
-    return save_plot(fig, workdir / "plots" / "predicted.png")
+    return _save(fig, workdir, "predicted")
 
 
-def memory(workdir: Path, data: Data, outcomes: Sequence[Outcome]) -> Path:
+def memory(workdir: Path, data: Data, outcomes: Sequence[Outcome]) -> str:
     """Predicted against measured memory of the hold-outs that measured it; failed runs on the right edge."""
     fig, axes = figure()
     for outcome in outcomes:
@@ -47,10 +53,10 @@ def memory(workdir: Path, data: Data, outcomes: Sequence[Outcome]) -> Path:
              title="Memory of unseen models")  # fmt: skip
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7, markerscale=3)
-    return save_plot(fig, workdir / "plots" / "memory.png")
+    return _save(fig, workdir, "memory")
 
 
-def regret(workdir: Path, comparison: Comparison) -> Path:
+def regret(workdir: Path, comparison: Comparison) -> str:
     """Mean over landscapes of the regret after each real run, per algorithm."""
     fig, axes = figure()
     names = list(comparison.regret)
@@ -63,10 +69,10 @@ def regret(workdir: Path, comparison: Comparison) -> Path:
     axes.set(xscale="log", yscale="log", xlabel="real runs, failed ones included",
              ylabel="regret to the best, %", title=f"Median of {len(names)} measured landscapes")  # fmt: skip
     axes.legend(fontsize=8)
-    return save_plot(fig, workdir / "plots" / "regret.png")
+    return _save(fig, workdir, "regret")
 
 
-def landscape(workdir: Path, ranking: Ranking) -> Path:
+def landscape(workdir: Path, ranking: Ranking) -> str:
     """The predicted landscape: time against memory of every plan, the best ten marked."""
     job = ranking.job
     points = space(job.architecture, ranking.cluster.size, job.batch, job.seq)
@@ -81,4 +87,4 @@ def landscape(workdir: Path, ranking: Ranking) -> Path:
     axes.set(xscale="log", yscale="log", xlabel="predicted GiB a chip", ylabel="predicted s a step",
              title=f"{job.architecture.name} on {ranking.cluster.name}")  # fmt: skip
     axes.legend(fontsize=8)
-    return save_plot(fig, workdir / "plots" / "landscape.png")
+    return _save(fig, workdir, "landscape")

@@ -81,7 +81,7 @@ def _chosen(names: tuple[str, ...]) -> list[validate.Case]:
     return [case for case in validate.CASES if not names or case.name in names]
 
 
-def _measured(run: Run, data: fit.Data, raw: dict) -> tuple[list[Row], list[Path]]:
+def _measured(run: Run, data: fit.Data, raw: dict) -> tuple[list[Row], list[str]]:
     c = run.config
     print(f"fitting   {len(data.measurements)} measurements, hold-outs:")
     fitter, outcomes = fit.Fitter(data), []
