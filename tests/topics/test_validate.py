@@ -1,0 +1,89 @@
+"""Hold-outs and landscapes: the arithmetic of their scores, on outcomes made by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fdp.cost.architecture import architecture
+from fdp.cost.hardware import chip
+from fdp.cost.workload import Job, Plan
+from fdp.topics.parallelism_search import fit, landscapes, validate
+from fdp.topics.parallelism_search.measurements import Measurement
+
+pytestmark = pytest.mark.fast
+
+TPS = [1, 2, 4, 8, 16, 32]
+
+
+def measured(times: list[float], failed: list[int]) -> list[Measurement]:
+    out = []
+    for i, time in enumerate(times):
+        plan = Plan(tp=TPS[i % 6], dp=64 // TPS[i % 6], microbatch=2 ** (i // 6))
+        job = Job(architecture("llama3-8b"), plan, chip("h100"), 1024, 4096, stack="s/f/1", cluster="c")
+        out.append(Measurement(i, "task", job, float("nan") if i in failed else time, failed=i in failed))
+    return out
+
+
+def outcome(kind: str = "model", width: float = 1.2, bias: float = 1.1) -> tuple[fit.Data, validate.Outcome]:
+    """24 plans of 1 s to 3.3 s, two of which failed; predictions too high by `bias`, intervals of a factor `width`."""
+    times = [1 + 0.1 * i for i in range(24)]
+    data = fit.gather(measured(times, [3, 7]))
+    seconds = np.array(times)
+    p = SimpleNamespace(
+        time=bias * seconds, low=bias * seconds / width, high=bias * seconds * width, log_std=np.full(24, 0.1),
+        feasible=np.where(data.failed, 0.2, 0.9), memory=np.full(24, 1e9), analytic=bias * seconds, stalled=np.zeros(24),
+    )  # fmt: skip
+    rows = np.flatnonzero(~data.failed)
+    case = validate.Case(f"{kind} {bias}", kind, lambda m: True)
+    return data, validate.Outcome(case, rows, seconds[rows], p, seconds[rows], np.arange(24), data.failed)
+
+
+def test_scores_are_per_landscape():
+    data, o = outcome()
+    s = validate.score(data, o.rows, o.predicted, o.measured)
+    assert s.errors == pytest.approx([10.0])
+    assert s.correlations == pytest.approx([1.0])
+    assert s.regrets == pytest.approx([0.0])
+    reversed_ = validate.score(data, o.rows, o.predicted[::-1], o.measured)
+    assert reversed_.correlations == pytest.approx([-1.0])
+    assert reversed_.regrets == pytest.approx([230.0])
+
+
+def test_intervals_take_their_width_from_the_other_cases():
+    """Alone, intervals of 1.05 miss a bias of 1.1; told by a case with that bias, they grow until they hold it."""
+    narrow = outcome(width=1.05)[1]
+    assert validate.coverage([narrow]) == 0.0
+    assert validate.coverage([narrow, outcome(width=1.05, bias=1.1)[1]]) == 100.0
+
+
+def test_alarms_are_counted_among_failed_and_other_runs():
+    _, o = outcome()
+    assert validate.memory_alarm(o) == (100.0, 0.0)
+    o.hybrid.feasible[:] = 0.2
+    assert validate.memory_alarm(o) == (100.0, 100.0)
+
+
+def test_anchors_of_a_constant_error_remove_most_of_it():
+    data, o = outcome(bias=1.5)
+    after, before = validate.with_anchors(data, o, 5, 2)
+    assert before == pytest.approx([50.0])
+    assert after[0] < 15
+
+
+def test_weighted_quantile():
+    values, weights = np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.0, 8.0])
+    assert fit.weighted_quantile(values, weights, 0.5) == 2.0
+    assert fit.weighted_quantile(values, weights, 0.05) == 1.0
+    assert fit.weighted_quantile(values, weights, 1.0) == 3.0
+
+
+def test_a_right_prior_finds_the_best_plan_at_once_and_failed_runs_are_in_the_landscape():
+    data, o = outcome()
+    found = landscapes.compare(data, [o], seeds=2)
+    (per,) = found.needed.values()
+    assert (per["bayes"] == 1).all()
+    assert per["random"].mean() > 1
+    (curves,) = found.regret.values()
+    assert len(curves["random"]) == 24, "every plan, the failed ones included"
+    assert not landscapes.compare(data, [outcome(kind="moe")[1]], seeds=2).needed
