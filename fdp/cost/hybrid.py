@@ -13,6 +13,7 @@ Legend: N jobs, K features, M centres, E members; times in seconds, memory in by
 import functools
 import importlib.resources
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ MEMORY_EFFECTS = {(name, "cluster"): 0.7 for name in ("constant", "fragments", "
 GROUPS = ("chip", "cluster", "family", "stack")
 STALLING = ("playbook",)  # clusters where point-to-point transfers were seen to stall
 TERMS = ("compute", "tp", "ep", "cp", "pp", "dp", "optimizer", "step")
+CODE = 6
 LENGTH = 2.5  # of the radial basis functions, in standard deviations of the features
 
 
@@ -134,6 +136,14 @@ def shifts(effects: Mapping[str, Mapping[str, float]], groups: Mapping[str, np.n
     return total
 
 
+def family_code(groups: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(N, CODE) points on a sphere, one per software family, far from each other: errors of one family say little
+    about another's. The point is drawn from the name, so that a family needs no table."""
+    names, inverse = np.unique(groups["family"].astype(str), return_inverse=True)
+    drawn = [np.random.default_rng(zlib.crc32(name.encode())).standard_normal(CODE) for name in names]
+    return np.array([d / np.linalg.norm(d) for d in drawn])[inverse]
+
+
 def _log2(value: Array) -> Array:
     return jnp.log2(jnp.maximum(value, 1e-9))
 
@@ -171,6 +181,7 @@ def residual_features(x: Mapping[str, Array], terms: Mapping[str, Array], rank_s
     sizes = [0.5 * (_log2(tokens) - 12), _log2(x["width"]) - 12, _log2(x["layers"]) - 5, 0.5 * (_log2(x["seq"]) - 12)]
     kinds = [x["zero"] >= 3, x["zero"] == 0, x["full"], x["modern"], x["fp8"], x["fp4"], x["moe_layers"] > 0]
     columns = [*shares, *degrees, 0.5 * _log2(nodes(x)), *sizes, *(jnp.asarray(v, float) for v in kinds), rank_shift]
+    columns += [x["code"][..., i] for i in range(CODE)]
     return jnp.stack(jnp.broadcast_arrays(*columns), -1)
 
 
@@ -209,7 +220,10 @@ def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
     """Price the jobs of `x` (fdp.cost.workload.columns); float64 where the caller has enabled it, else float32."""
     groups = groups_of(x)
     shift, memory_shift = shifts(model.effects, groups), shifts(model.memory_effects, groups)
-    inputs = numeric(x) | {"stalls": np.isin(groups["cluster"].astype(str), STALLING).astype(float)}
+    inputs = numeric(x) | {
+        "code": family_code(groups),
+        "stalls": np.isin(groups["cluster"].astype(str), STALLING).astype(float),
+    }
     terms, memory, pressure, stalled, corrections = jax.tree.map(
         np.asarray, _evaluate(inputs, model.time, shift, model.memory, memory_shift, model.gate, model.residual, smooth)
     )

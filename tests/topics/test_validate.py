@@ -32,7 +32,8 @@ def outcome(kind: str = "model", width: float = 1.2, bias: float = 1.1) -> tuple
     seconds = np.array(times)
     p = SimpleNamespace(
         time=bias * seconds, low=bias * seconds / width, high=bias * seconds * width, log_std=np.full(24, 0.1),
-        feasible=np.where(data.failed, 0.2, 0.9), memory=np.full(24, 1e9), analytic=bias * seconds, stalled=np.zeros(24),
+        feasible=np.where(data.failed, 0.2, 0.9), memory=np.full(24, 1e9), analytic=bias * seconds,
+        stalled=np.zeros(24),
     )  # fmt: skip
     rows = np.flatnonzero(~data.failed)
     case = validate.Case(f"{kind} {bias}", kind, lambda m: True)

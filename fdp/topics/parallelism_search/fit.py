@@ -24,6 +24,7 @@ from fdp.topics.parallelism_search.measurements import Measurement
 SIGMA, FREEDOM = 0.06, 3.0  # scale of the log error and degrees of freedom of its Student-t
 MEMBERS, CENTRES = 8, 128
 RIDGE = 5.0
+APART = 2.5  # how much further software families are from each other than other features make them
 INTERVAL = 0.9
 
 
@@ -101,7 +102,8 @@ class Fitter:
 
     def __init__(self, data: Data):
         self.data = data
-        self.inputs = {k: jnp.asarray(v) for k, v in hybrid.numeric(data.x).items()}
+        inputs = hybrid.numeric(data.x) | {"code": hybrid.family_code(data.groups)}
+        self.inputs = {k: jnp.asarray(v) for k, v in inputs.items()}
         self.index = {g: jnp.asarray(v) for g, v in data.index.items()}
         self.stalls = np.isin(data.groups["cluster"].astype(str), hybrid.STALLING) & (data.x["pp"] > 1)
         self.time_loss = jax.jit(jax.value_and_grad(self._time_loss))
@@ -189,7 +191,9 @@ class Fitter:
         # Gross errors belong to the regime head or to a broken run, not to a smooth correction.
         fair = np.abs(error_N) < 0.7
         tasks = np.array([m.task for m in data.measurements], object)[timed]
-        parts = _ensemble(features_NxK[fair], error_N[fair], data.weight[timed][fair], tasks[fair], seed)
+        stretch = np.ones(features_NxK.shape[1])
+        stretch[-hybrid.CODE :] = APART
+        parts = _ensemble(features_NxK[fair], error_N[fair], data.weight[timed][fair], tasks[fair], seed, stretch)
         return replace(model, residual=parts)
 
 
@@ -249,11 +253,12 @@ def _ensemble(
     weight_N: np.ndarray,
     tasks_N: np.ndarray,
     seed: int,
+    stretch_K: np.ndarray | float = 1.0,
     ridge: float = RIDGE,
 ) -> dict[str, np.ndarray]:
     """Ridge regression on radial basis functions; a member sees each task a Poisson(1) number of times."""
     rng = np.random.default_rng(seed)
-    mean, scale = features_NxK.mean(0), np.maximum(features_NxK.std(0), 0.1)
+    mean, scale = features_NxK.mean(0), np.maximum(features_NxK.std(0), 0.1) / stretch_K
     names, inverse = np.unique(tasks_N.astype(str), return_inverse=True)
     centres, weights = [], []
     for _ in range(MEMBERS):
