@@ -252,7 +252,7 @@ def test_anchors_find_a_bias_on_published_runs(model):
         return np.mean([abs(float(r["predicted_step_time_s"]) / float(r["step_time_s"]) - 1)
                         for i, r in enumerate(out) if i % 8])  # fmt: skip
 
-    assert error(known) < 0.7 * error(())
+    assert error(known) < 0.8 * error(())
 
 
 # Files and the command line
