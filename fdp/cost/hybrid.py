@@ -14,7 +14,7 @@ import functools
 import importlib.resources
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,13 @@ def groups_of(x: Columns) -> dict[str, np.ndarray]:
     """The members (N,) of every group in `GROUPS`; a family is a stack without its release."""
     family = np.array([s.rpartition("/")[0] for s in x["stack"]], object)
     return {"chip": x["chip"], "cluster": x["cluster"], "family": family, "stack": x["stack"]}
+
+
+def resolved(families: np.ndarray, known: Collection[str]) -> np.ndarray:
+    """Families (N,) of software, an unmeasured one replaced by a measured one of the same framework if there is one."""
+    same = {name.rpartition("/")[2]: name for name in sorted(known, reverse=True) if name.rpartition("/")[2]}
+    names, inverse = np.unique(families.astype(str), return_inverse=True)
+    return np.array([n if n in known else same.get(n.rpartition("/")[2], n) for n in names], object)[inverse]
 
 
 def numeric(x: Columns) -> dict[str, Array]:
@@ -219,6 +226,9 @@ def _evaluate(
 def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
     """Price the jobs of `x` (fdp.cost.workload.columns); float64 where the caller has enabled it, else float32."""
     groups = groups_of(x)
+    measured = model.effects.get("scale|family", {})
+    seen = np.isin(groups["family"].astype(str), list(measured))
+    groups["family"] = resolved(groups["family"], measured.keys())
     shift, memory_shift = shifts(model.effects, groups), shifts(model.memory_effects, groups)
     inputs = numeric(x) | {
         "code": family_code(groups),
@@ -230,7 +240,6 @@ def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
     # The regime with the smaller expected relative error: a stall is a factor, so it needs odds beyond that factor.
     factor = terms["stalled"] / terms["total"]
     analytic = np.where(stalled > (1 - stalled) * factor, terms["stalled"], terms["total"])
-    seen = np.isin(groups["family"].astype(str), list(model.effects.get("scale|family", {})))
     s = model.spread
     known = np.maximum(np.where(seen, s["seen"], s["unseen"]), np.where(x["moe_layers"] > 0, s["experts"], 0.0))
     log_std = np.sqrt(known**2 + (s["ensemble"] * corrections.std(0)) ** 2)

@@ -122,6 +122,12 @@ def test_intervals_are_wider_for_software_nobody_measured():
     assert (p.time < p.high).all()
 
 
+def test_unmeasured_software_of_a_known_framework_is_priced_as_its_like():
+    known = {"a/megatron", "b/megatron", "c/"}
+    families = np.array(["b/megatron", "new/megatron", "new/jax", "c/", "d/"], object)
+    assert hybrid.resolved(families, known).tolist() == ["b/megatron", "a/megatron", "new/jax", "c/", "d/"]
+
+
 def test_nothing_to_fit_is_said():
     with pytest.raises(ValueError, match="none of 0 measurements has a step time"):
         fit.gather([])

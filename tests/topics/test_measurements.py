@@ -20,6 +20,11 @@ def test_a_row_becomes_a_job():
     assert (job.stack, job.cluster) == ("mine/own/1", "mine")
 
 
+def test_the_playbook_goes_by_several_names():
+    job = measurement(0, ROW | {"group": "ultrascale_playbook", "framework": "", "model": "8B", "seq": "4096"}).job
+    assert (job.architecture.name, job.stack, job.cluster) == ("ultrascale-8b", "playbook/nanotron/", "playbook")
+
+
 def test_step_time_comes_from_tokens_per_second_where_it_must():
     assert measurement(0, ROW | {"tokens_s_gpu": "8192"}).step_time == pytest.approx(128 * 8192 / (8192 * 16))
 

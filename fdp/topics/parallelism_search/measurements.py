@@ -25,6 +25,7 @@ CLUSTERS = {
     "dlperf": 1.5625,  # 100 Gb/s per node of eight
     "mpt": 25.0,  # 1600 Gb/s RoCE per node of eight
 }
+PLAYBOOK = {"1B": "ultrascale-1b", "3B": "ultrascale-3b", "8B": "ultrascale-8b"}
 OLD_STACKS = ("vtrain", "bloom", "dlperf", "korthikanti")  # before fused attention and sequence parallelism
 FP4, FP8, FP16 = ("fp4",), ("fp8", "mx"), ("fp16", "half")
 
@@ -126,6 +127,7 @@ def _whole(row: Mapping[str, str], name: str, default: int | None = None) -> int
 def to_architecture(row: Mapping[str, str]) -> Architecture:
     """Shapes from the row's own columns, completed by the table of known models."""
     name = (row.get("model") or "").strip()
+    name = PLAYBOOK.get(name, name) if _group(row) == "playbook" else name
     known = ARCHITECTURES.get(name)
     if (row.get("arch") or "").strip() == "hybrid":
         raise ValueError(f"model {name!r} is a hybrid with state-space layers, which the cost model does not price")
@@ -158,14 +160,22 @@ def _recompute(text: str) -> str:
     return "full" if name == "full" else "selective" if name.startswith("selective") else "none"
 
 
+def _group(row: Mapping[str, str]) -> str:
+    """The collection; the Ultra-Scale Playbook goes by several names."""
+    name = (row.get("group") or "").strip()
+    return "playbook" if "playbook" in name.lower() else name
+
+
 def stack_of(row: Mapping[str, str]) -> str:
     """Software and release as the collection names them: group, framework, era."""
-    return "/".join((row.get(key) or "").strip() for key in ("group", "framework", "era"))
+    if _group(row) == "playbook":
+        return "playbook/nanotron/"
+    return "/".join((_group(row), *((row.get(key) or "").strip() for key in ("framework", "era"))))
 
 
 def cluster_of(row: Mapping[str, str]) -> str:
     """The machine room: the group up to its first underscore (vtrain_single and vtrain_multi share one)."""
-    return (row.get("group") or "").strip().partition("_")[0]
+    return _group(row).partition("_")[0]
 
 
 def to_plan(row: Mapping[str, str], modern: bool) -> Plan:
@@ -200,9 +210,6 @@ def to_job(row: Mapping[str, str]) -> Job:
     if job.batch < job.plan.dp * job.plan.microbatch:
         raise ValueError(f"gbs = {job.batch} is less than dp·mbs = {job.plan.dp}·{job.plan.microbatch}")
     return job
-
-
-PLAYBOOK = {"1B": "ultrascale-1b", "3B": "ultrascale-3b", "8B": "ultrascale-8b"}
 
 
 def playbook(rows: Iterable[Mapping[str, str]]) -> Table:
