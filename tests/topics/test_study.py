@@ -1,0 +1,43 @@
+"""The study of topic 15: what it reports without measurements, which hold-outs it knows, and the mesh of its arm."""
+
+import pytest
+
+from configs import topic15
+from fdp.config import UserError, validate
+from fdp.mesh import AXES
+from fdp.topics.parallelism_search import study
+
+pytestmark = pytest.mark.fast
+
+
+def test_without_measurements_the_claims_are_not_testable_and_say_what_to_set():
+    rows = study._untestable("nowhere: holds neither measured_configs.csv nor ultrascale_playbook_runs.csv")
+    assert {row.verdict for row in rows} == {"not testable here"}
+    assert all("set plan.measurements to a folder" in row.note for row in rows)
+
+
+def test_an_unknown_hold_out_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"plan\.cases names 'gpt-5', which is no hold-out; known: gpt-3\.6b"):
+        study._chosen(("gpt-5",))
+    assert len(study._chosen(())) > 10
+
+
+@pytest.mark.parametrize("variant", ["tiny", "cpu", "h100", "pod"])
+def test_the_arm_trains_on_the_mesh_that_the_planner_found(variant):
+    c = topic15.get_config(variant)
+    (planned,) = study.arms(c).values()
+    validate(planned)
+    product = 1
+    for axis in AXES:
+        product *= planned.mesh[axis]
+    asked = 1
+    for axis in AXES:
+        asked *= c.mesh[axis]
+    assert product == asked
+    assert planned.mesh.pp == planned.mesh.ep == 1
+
+
+def test_uneven_stages_agree_and_gain():
+    agree, gain = study._stages()
+    assert agree.verdict == gain.verdict == "holds"
+    assert gain.ratio < 0.95
