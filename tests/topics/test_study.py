@@ -37,6 +37,23 @@ def test_the_arm_trains_on_the_mesh_that_the_planner_found(variant):
     assert planned.mesh.pp == planned.mesh.ep == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cluster", "h100:0x8", r"plan\.cluster: cluster 'h100:0x8' has no nodes"),
+        ("cluster", "h10:4x8", "unknown chip 'h10': did you mean 'h100'"),
+        ("model", "llama3-80b", r"plan\.model: unknown model 'llama3-80b': did you mean 'llama3-"),
+        ("cluster", "h100:1x8", r"smallest footprint is [\d.]+ GiB .* use \d+ h100"),
+        ("cases", ("gpt-5",), r"plan\.cases names 'gpt-5'"),
+    ],
+)
+def test_a_plan_that_does_not_exist_is_refused_before_training(key, value, message):
+    c = topic15.get_config("cpu")
+    c.plan[key] = value
+    with pytest.raises(UserError, match=message):
+        study.arms(c)
+
+
 def test_uneven_stages_agree_and_gain():
     agree, gain = study._stages()
     assert agree.verdict == gain.verdict == "holds"

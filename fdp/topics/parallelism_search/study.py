@@ -24,7 +24,12 @@ ZERO_SHOT = "unseen models at 64-512 GPUs"
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
-    """The model of the config on the mesh that the planner finds for as many chips as the config's mesh has."""
+    """The model of the config on the mesh that the planner finds for as many chips as the config's mesh has.
+
+    Raises UserError where the config asks for a plan that does not exist, before anything is trained.
+    """
+    plan.for_config(config, hybrid.shipped())
+    _chosen(tuple(config.plan.cases))
     c = config.copy_and_resolve_references()
     chips = int(np.prod(list(c.mesh.values())))
     cluster = hardware.cluster(c.hardware.topology or f"h100:1x{chips}")
