@@ -42,7 +42,9 @@ def main(folder: Path) -> None:
     """Fit on everything, hold out models and clusters for the spread, write the file."""
     jax.config.update("jax_enable_x64", True)
     threadpool_limits(1, "blas")
-    data = fit.gather(measurements.published(folder))
+    found, refused = measurements.published(folder)
+    print(f"{len(found)} rows priced, {len(refused)} refused")
+    data = fit.gather(found)
     fitter = fit.Fitter(data)
     names = np.array([m.job.architecture.name for m in data.measurements])
     by_model = held_out(fitter, names, 20)

@@ -98,7 +98,6 @@ def base() -> ml_collections.ConfigDict:
     p.seq_len = 4096  # tokens
     p.precision = "bf16"  # bf16 | fp8 | fp4
     p.measurements = "../shared/data/planning"  # folder of published measurements to fit on; absent: what ships
-    p.anchors = ""  # CSV of own measurements that correct the predictions
     p.steps = 200  # optimizer iterations of one fit
     p.cases = ()  # names of the hold-outs to run (fdp/topics/parallelism_search/validate.py); () = all
     p.searches = 5  # seeds of every search algorithm on every measured landscape

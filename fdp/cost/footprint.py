@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fdp.cost.step_time import local_parameters
+from fdp.cost.step_time import kv_width, local_parameters
 
 Array = Any
 
@@ -40,7 +40,8 @@ def state_bytes(x: Mapping[str, Array], gradient: Array) -> Array:
         gradients = jnp.where(z >= 2, g / shards, g)
         return optimizer + gradients + jnp.where(z >= 3, 2 / shards, 2.0)
 
-    gathered = jnp.where(z >= 3, 2 * 2 * (plain * x["pp"] / x["layers"]) + 2 * embedding, 0.0)
+    mixed = experts * x["pp"] / jnp.maximum(x["moe_layers"], 1.0)
+    gathered = jnp.where(z >= 3, 2 * 2 * (plain * x["pp"] / x["layers"] + mixed) + 2 * embedding, 0.0)
     trained = (plain + embedding) * per_parameter(ranks) + experts * per_parameter(expert_ranks)
     return jnp.where(x["lora"] > 0, 2 * (plain + embedding + experts), trained) + gathered
 
@@ -49,12 +50,13 @@ def layer_bytes(x: Mapping[str, Array], k: Mapping[str, Array]) -> tuple[Array, 
     """(kept of a layer and microbatch without recomputation, kept with full recomputation)."""
     T, t = x["microbatch"] * x["seq"] / x["cp"], x["tp"]
     split = jnp.where(x["sp"] > 0, t, 1.0)
-    attention = (x["heads"] * (x["head_dim"] + x["value_dim"]) + 2 * x["kv_width"]) / t
+    attention = x["heads"] * (x["head_dim"] + x["value_dim"]) / t + 2 * kv_width(x)
     share = x["moe_layers"] / x["layers"]
     ffn = (1 - share) * x["ffn"] + share * (x["topk"] + x["shared"]) * x["moe_ffn"]
     kept = T * (k["kept_width"] * x["width"] / split + k["kept_hidden"] * (attention + x["projections"] * ffn / t) / 2)
     scores = jnp.where((x["modern"] > 0) | (x["selective"] > 0), 0.0, k["kept_score"] * T * x["seq"] * x["heads"] / t)
-    return kept + scores, 2 * T * x["width"] / split
+    routed = 2 * share * T / t * x["topk"] * x["width"]  # the copies that went to experts
+    return kept + scores + routed, 2 * T * x["width"] / split
 
 
 def memory(x: Mapping[str, Array], k: Mapping[str, Array]) -> Array:

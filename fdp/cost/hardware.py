@@ -169,7 +169,7 @@ def _nodes(part: str, text: str) -> Nodes:
     numbers = [int(side) for side in sides]
     if found.scale_out_bandwidth is None:  # a torus of hosts of four chips
         size = math.prod(numbers)
-        per_host = min(4, size)
+        per_host = math.gcd(4, size) if size else 4
         return Nodes(found, size // per_host if per_host else 0, per_host, 450.0)
     if len(numbers) > 2:
         raise ValueError(f"cluster {text!r}: {part!r} has {len(numbers)} sides; write nodes x chips, h100:32x8")

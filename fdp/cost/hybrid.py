@@ -89,14 +89,15 @@ class Prediction:
 
     def bottleneck(self) -> list[str]:
         """The largest term of each job by its name in `BOTTLENECKS`."""
-        share = np.stack([self.terms[name] for name in TERMS])
-        return [BOTTLENECKS[TERMS[i]] for i in share.argmax(0)]
+        share = np.stack([self.terms[name] for name in BOTTLENECKS])
+        names = list(BOTTLENECKS.values())
+        return [names[i] for i in share.argmax(0)]
 
 
 BOTTLENECKS = {
     "compute": "compute", "tp": "tensor-parallel communication", "ep": "expert all-to-all", "cp": "context ring",
     "pp": "pipeline bubble and transfers", "dp": "data-parallel communication", "optimizer": "optimizer update",
-    "step": "fixed cost of a step and its microbatches",
+    "step": "fixed cost of a step and its microbatches", "stall": "stalled transfers",
 }  # fmt: skip
 
 
@@ -244,11 +245,12 @@ def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
     known = np.maximum(np.where(seen, s["seen"], s["unseen"]), np.where(x["moe_layers"] > 0, s["experts"], 0.0))
     log_std = np.sqrt(known**2 + (s["ensemble"] * corrections.std(0)) ** 2)
     time = analytic * np.exp(corrections.mean(0))
+    parts = {n: terms[n] for n in TERMS} | {"stall": analytic - terms["total"]}
     width = np.exp(s["quantile"] * log_std)
     high = np.where((stalled > 0.05) & (analytic < terms["stalled"]), terms["stalled"] * width, time * width)
     low = np.where((stalled < 0.95) & (analytic > terms["total"]), terms["total"] / width, time / width)
     feasible = scipy.special.expit(-model.fit["slope"] * (pressure - model.fit["margin"]))
-    return Prediction(time, low, high, log_std, memory, feasible, stalled, analytic, {n: terms[n] for n in TERMS})
+    return Prediction(time, low, high, log_std, memory, feasible, stalled, analytic, parts)
 
 
 def to_json(model: Model) -> str:

@@ -71,9 +71,10 @@ def layer_compute(x: Mapping[str, Array], k: Mapping[str, Array]) -> Terms:
         2 * T * (x["projections"] - 1) * D * x["ffn"] / t, T, (x["projections"] - 1) * x["ffn"] / t, D, linear, k
     )
     down = _gemm(2 * T * D * x["ffn"] / t, T, D, x["ffn"] / t, linear, k)
-    scores = 2 * T * x["seq"] * x["heads"] / t * (x["head_dim"] + x["value_dim"]) * jnp.where(x["causal"] > 0, 0.5, 1.0)
-    fused = scores / (x["peak16"] * k["attention"])
-    unfused = 2 * scores / (x["peak16"] * k["gemm"]) + T * x["seq"] * x["heads"] / t * k["bytes_score"] / rate
+    scores = 2 * T * x["seq"] * x["heads"] / t * (x["head_dim"] + x["value_dim"])
+    fused = scores * jnp.where(x["causal"] > 0, 0.5, 1.0) / (x["peak16"] * k["attention"])
+    # What is not fused computes the masked half as well.
+    unfused = scores / (x["peak16"] * k["gemm"]) + T * x["seq"] * x["heads"] / t * k["bytes_score"] / rate
     ffn = jnp.where(x["moe_ffn"] > 0, x["topk"] * x["moe_ffn"] + x["shared"] * x["moe_ffn"], x["ffn"])
     split = jnp.where(x["sp"] > 0, t, 1.0)
     rest = T * (D * k["bytes_width"] / split + (x["heads"] * x["head_dim"] + x["ffn"]) / t * k["bytes_hidden"]) / rate
@@ -115,12 +116,27 @@ def _links(x: Mapping[str, Array], k: Mapping[str, Array], degree: Array, inner:
     )
 
 
+def reductions(x: Mapping[str, Array]) -> Array:
+    """All-reduces of hidden states over tp per layer and microbatch, mean over layers (Shoeybi et al. 2019).
+
+    Two forward and two backward, two more with full recomputation. Where sequence parallelism leaves tokens split over
+    tp and experts are whole (etp < tp), an expert layer sends tokens to their experts instead: half is left.
+    """
+    share = x["moe_layers"] / x["layers"] * jnp.where((x["sp"] > 0) & (x["etp"] < x["tp"]), 1.0, 0.0)
+    return (4 + 2 * x["full"]) * (1 - share / 2)
+
+
+def kv_width(x: Mapping[str, Array]) -> Array:
+    """Key (or value) elements of a token on a device; heads are replicated where tp exceeds them."""
+    return x["kv_width"] / jnp.minimum(x["tp"], x["kv_width"] / x["head_dim"])
+
+
 def layer_communication(x: Mapping[str, Array], k: Mapping[str, Array], compute: Terms) -> Terms:
     """Exposed seconds of one layer and microbatch, forward and backward together: tp, ep (expert layers), cp."""
     T, D, t = x["microbatch"] * x["seq"] / x["cp"], x["width"], x["tp"]
     bandwidth, alpha, _ = _links(x, k, t, 1.0)
     hidden = jnp.where(x["modern"] > 0, k["overlap_tp"], 0.0)
-    tp = (4 + 2 * x["full"]) * all_reduce(2 * T * D, t, alpha, bandwidth) * (1 - hidden)
+    tp = reductions(x) * all_reduce(2 * T * D, t, alpha, bandwidth) * (1 - hidden)
     return {"tp": tp, "ep": _dispatch(x, k, T), "cp": _ring(x, k, T, compute["scores"])}
 
 
@@ -128,7 +144,7 @@ def _dispatch(x: Mapping[str, Array], k: Mapping[str, Array], T: Array) -> Array
     """Dispatch and combine, forward and backward: four all-to-alls, every rank over its own NIC."""
     e = x["ep"]
     local = local_ranks(e, x["etp"], x["domain"])
-    nbytes = 2 * T / x["tp"] * x["etp"] * x["topk"] * x["width"]
+    nbytes = 2 * T / x["tp"] * x["topk"] * x["width"]
     _, alpha, _ = _links(x, k, e, x["etp"])
     out = x["out_bw"] * k["link_out"]
     wire = nbytes * (jnp.maximum(local - 1, 0) / e / (x["up"] * k["link_up"]) + (e - local) / e / out)
@@ -140,7 +156,7 @@ def _ring(x: Mapping[str, Array], k: Mapping[str, Array], T: Array, scores: Arra
     """Keys and values around the ring, once forward and twice backward, behind the attention of the resident block."""
     c = x["cp"]
     bandwidth, alpha, _ = _links(x, k, c, x["tp"])
-    wire = 3 * (c - 1) * (2 * 2 * T * x["kv_width"] / x["tp"] / bandwidth + alpha)
+    wire = 3 * (c - 1) * (2 * 2 * T * kv_width(x) / bandwidth + alpha)
     return jnp.maximum(wire - k["overlap_cp"] * 3 * scores, 0.05 * wire)
 
 
@@ -179,9 +195,14 @@ def _data_parallel(x: Mapping[str, Array], k: Mapping[str, Array], backward: Arr
     routed = all_reduce(experts * (gradient + 2) / 2, expert_ranks, expert_alpha, expert_bandwidth)
     gathers = all_reduce(body * 2, x["shards"], inner_alpha * layers, inner) * x["microbatches"]
     scatter = all_reduce(body * gradient / 2, x["shards"], inner_alpha * layers, inner) * x["microbatches"]
-    across = jnp.where(replicas > 1, all_reduce(body * gradient / x["shards"], replicas, alpha, bandwidth), 0.0)
+    outer, outer_alpha, _ = _links(x, k, replicas, x["tp"] * x["shards"])
+    across = all_reduce(body * gradient / x["shards"], replicas, outer_alpha, outer)
+    # Experts under ZeRO-3: gathered forward and backward, and their gradients scattered, in every microbatch.
+    routed_every = x["microbatches"] * all_reduce(
+        experts * (2 + gradient / 2), expert_ranks, expert_alpha, expert_bandwidth
+    )
     last = whole + routed
-    every = gathers + scatter + across + routed
+    every = gathers + scatter + across + routed_every
     hidden = jnp.where(x["modern"] > 0, k["overlap_dp"], 0.0)
     window = jnp.where(sharded, 1.5 * backward * x["microbatches"], backward)
     wire = jnp.where(sharded, every, last)
@@ -211,8 +232,9 @@ def step_time(x: Mapping[str, Array], k: Mapping[str, Array], smooth: bool = Fal
     layer = (1 - share) * dense + share * mixed
     layer_wire = wire["tp"] + share * wire["ep"] + wire["cp"]
     T = x["microbatch"] * x["seq"] / x["cp"]
-    head = 3 * _gemm(2 * T * x["width"] * x["vocab"] / x["tp"], T, x["vocab"] / x["tp"], x["width"],
-                     x["peak16"] * k["gemm"], k) + 24 * T * x["vocab"] / x["tp"] / (x["hbm"] * k["hbm"])  # fmt: skip
+    passes, columns = jnp.where(x["lora"] > 0, 2.0, 3.0), x["vocab"] / x["tp"]
+    matmul = _gemm(2 * T * x["width"] * columns, T, columns, x["width"], x["peak16"] * k["gemm"], k)
+    head = passes * matmul + 24 * T * columns / (x["hbm"] * k["hbm"])
     held = _ceil(layers / p, smooth)
     work = layer + layer_wire
     mean = (layers * work + head) / p
@@ -221,7 +243,7 @@ def step_time(x: Mapping[str, Array], k: Mapping[str, Array], smooth: bool = Fal
     bandwidth, alpha, _ = _links(x, k, p, inner)
     message = 2 * T * x["width"] / jnp.where(x["sp"] > 0, x["tp"], 1.0)
     # A point-to-point message uses one NIC whatever the group's size.
-    one = jnp.minimum(bandwidth, jnp.where(inner >= x["domain"], x["out_bw"] * k["link_out"], bandwidth))
+    one = jnp.where(p * inner <= x["domain"], bandwidth, x["out_bw"] * k["link_out"])
     transfer = jnp.where(p > 1, 2 * x["virtual"] * (message / one + alpha) * k["exposed_pp"] * (m + p - 1), 0.0)
     bubble = k["bubble"] * (p - 1) / x["virtual"] * (mean + k["stage"])
     data = _data_parallel(x, k, 2 / 3 * layers / p * layer)

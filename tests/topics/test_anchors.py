@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fdp.cost.architecture import ARCHITECTURES
 from fdp.cost.hardware import chip
-from fdp.cost.hybrid import TERMS, Prediction
+from fdp.cost.hybrid import BOTTLENECKS, Prediction
 from fdp.cost.workload import Job, Plan, with_plan
 from fdp.topics.parallelism_search.anchors import correct, correlation, posterior
 
@@ -26,7 +26,7 @@ JOBS = [LLAMA, NEIGHBOUR, OTHER_MODEL, ELSEWHERE]
 def prediction(n, time=2.0, log_std=0.2, feasible=0.7):
     full = lambda value: np.full(n, value)
     return Prediction(full(time), full(time / 1.4), full(time * 1.6), full(log_std), full(50e9), full(feasible),
-                      full(0.0), full(time), {name: full(1.0) for name in TERMS})  # fmt: skip
+                      full(0.0), full(time), {name: full(1.0) for name in BOTTLENECKS})  # fmt: skip
 
 
 def mean_of(jobs, known, errors, std=0.2):

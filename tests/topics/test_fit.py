@@ -138,7 +138,7 @@ def test_a_published_model_is_priced_without_having_been_seen():
     if not SHARED.is_dir():
         pytest.skip("the published measurements (shared data, planning/) are not on this machine")
     with jax.enable_x64(True):
-        data = fit.gather(published(SHARED))
+        data = fit.gather(published(SHARED)[0])
         fitter = fit.Fitter(data)
         case = next(c for c in validate.CASES if c.name == "llama3-70b")
         outcome = validate.run_case(fitter, case, 200)

@@ -216,7 +216,7 @@ def test_reasons_add_up_to_the_distance(llama):
 
 
 def test_reason_names_the_largest_difference_first():
-    base = dict.fromkeys((*hybrid.TERMS, "correction"), 0.0)
+    base = dict.fromkeys((*hybrid.BOTTLENECKS, "correction"), 0.0)
     text = planner.why(base | {"compute": 100.0, "pp": 12.0, "tp": 0.0}, base | {"compute": 97.0, "tp": 3.0})
     assert text == "+12 % pipeline bubble and transfers, +3 % compute, −3 % tensor-parallel communication"
     assert planner.why(base | {"compute": 1.0}, base | {"compute": 1.0}) == ""

@@ -211,7 +211,8 @@ def _features(inputs: Any, time: Any, shift: Any) -> Any:
 def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
     """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure learning would be.
 
-    It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees and sizes.
+    It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees, sizes and the chip's rates, and from
+    the code of the software's family that the hybrid's residual is given too.
     """
     x = data.x
     chips = x["tp"] * x["pp"] * x["dp"] * x["cp"]
@@ -233,10 +234,15 @@ def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
         "seq",
         "batch",
         "peak",
+        "hbm",
+        "up",
+        "out_bw",
+        "domain",
     )
     kinds = ("full", "modern", "lora", "fp8", "fp4", "fp16")
     stage = [x["zero"] == 0, x["zero"] >= 3, np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)]
-    features = np.stack([*(np.log2(x[n]) for n in sizes), *(x[n] for n in kinds), *stage], -1).astype(float)
+    family = hybrid.family_code(data.groups).T
+    features = np.stack([*(np.log2(x[n]) for n in sizes), *(x[n] for n in kinds), *stage, *family], -1).astype(float)
     timed = keep & np.isfinite(data.log_time) & ~data.failed
     target = data.log_time - ideal
     middle = float(np.median(target[timed]))

@@ -27,7 +27,8 @@ CLUSTERS = {
 }
 PLAYBOOK = {"1B": "ultrascale-1b", "3B": "ultrascale-3b", "8B": "ultrascale-8b"}
 OLD_STACKS = ("vtrain", "bloom", "dlperf", "korthikanti")  # before fused attention and sequence parallelism
-FP4, FP8, FP16 = ("fp4",), ("fp8", "mx"), ("fp16", "half")
+FP4, FP8, FP16, BF16 = ("fp4",), ("fp8", "mx"), ("fp16", "half"), ("bf16", "bfloat16")
+UNKNOWN = ("", "nan", "unknown")
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,43 @@ def to_architecture(row: Mapping[str, str]) -> Architecture:
 
 def _precision(text: str) -> str:
     name = text.strip().lower().replace("_", "-")
-    for precision, words in (("fp4", FP4), ("fp8", FP8), ("fp16", FP16)):
+    for precision, words in (("fp4", FP4), ("fp8", FP8), ("fp16", FP16), ("bf16", BF16)):
         if any(word in name for word in words):
             return precision
+    if name not in UNKNOWN:
+        raise ValueError(f"column 'precision': {text!r} is none of bf16, fp16, fp8, mxfp8, nvfp4 and their like")
     return "bf16"
 
 
 def _recompute(text: str) -> str:
     name = text.strip().lower()
-    return "full" if name == "full" else "selective" if name.startswith("selective") else "none"
+    if name == "full" or name.startswith("selective"):
+        return name[:4] if name == "full" else "selective"
+    if name != "none" and name not in UNKNOWN:
+        raise ValueError(f"column 'recompute': {text!r} is none of none, selective, full")
+    return "none"
+
+
+def _divides(what: str, value: int, by: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{what} = {value} is not divisible by {by} = {divisor}")
+
+
+def _check(job: Job) -> None:
+    """Refuse degrees that cannot divide. Published sweeps pad heads, so tp need only divide the heads or the FFN."""
+    a, p = job.architecture, job.plan
+    _divides("gbs", job.batch, "dp·mbs", p.dp * p.microbatch)
+    _divides("seq", job.seq, "cp", p.cp)
+    if a.heads % p.tp and (a.moe_ffn or a.ffn) % p.tp:
+        raise ValueError(f"neither heads = {a.heads} nor ffn = {a.moe_ffn or a.ffn} is divisible by tp = {p.tp}")
+    if a.experts:
+        _divides("experts", a.experts, "ep", p.ep)
+        _divides("dp·cp·tp", p.dp * p.cp * p.tp, "ep·etp", p.ep * p.etp)
+    if p.shards:
+        _divides("dp·cp", p.dp * p.cp, "fsdp_size", p.shards)
+    # Embedding and head may take a stage of their own: 126 layers ran as 16·8 stages.
+    if p.pp * p.virtual > a.layers + 2:
+        raise ValueError(f"pp·vp = {p.pp}·{p.virtual} stages exceed the {a.layers} layers, embedding and head")
 
 
 def _group(row: Mapping[str, str]) -> str:
@@ -203,42 +232,53 @@ def to_job(row: Mapping[str, str]) -> Job:
         _whole(row, "seq"), precision, _whole(row, "gpus_per_nvl_domain", 0), modern,
         "lora" in (row.get("task") or ""), CLUSTERS.get(cluster, 0.0) * 1e9, stack_of(row), cluster,
     )  # fmt: skip
-    # Embedding and head may take a stage of their own: 126 layers ran as 16·8 stages.
-    if job.plan.pp * job.plan.virtual > job.architecture.layers + 2:
-        stages = f"{job.plan.pp}·{job.plan.virtual}"
-        raise ValueError(f"pp·vp = {stages} stages exceed the {job.architecture.layers} layers, embedding and head")
     if job.batch < job.plan.dp * job.plan.microbatch:
         raise ValueError(f"gbs = {job.batch} is less than dp·mbs = {job.plan.dp}·{job.plan.microbatch}")
+    _check(job)
     return job
 
 
+PLAYBOOK_COLUMNS = ("model", "nodes", "micro_batch", "global_batch_seqs", "dp", "pp", "tp", "zero_stage", "status",
+                    "tok_s_gpu", "peak_mem_gb")  # fmt: skip
+
+
 def playbook(rows: Iterable[Mapping[str, str]]) -> Table:
-    """The Ultra-Scale Playbook's runs (H100, nodes of 8, 256 sequences of 4096): its columns in ours."""
-    translated = []
-    for row in rows:
-        if row.get("batch_consistent") == "0":
-            continue
-        translated.append({
-            "model": PLAYBOOK[row["model"]], "gpu": "h100", "seq": "4096", "gbs": row["global_batch_seqs"],
-            "gpus": str(8 * int(row["nodes"])), "tp": row["tp"], "pp": row["pp"], "dp": row["dp"],
-            "mbs": row["micro_batch"], "zero_stage": row["zero_stage"], "group": "playbook",
-            "framework": "nanotron", "precision": "bf16", "status": row["status"],
-            "tokens_s_gpu": row["tok_s_gpu"], "mem_gb": row["peak_mem_gb"],
-        })  # fmt: skip
-    return table(translated)
+    """The Ultra-Scale Playbook's runs (H100, nodes of 8, 256 sequences of 4096): its columns in ours.
+
+    Rows whose batch contradicts their degrees (`batch_consistent` = 0) are refused.
+    """
+    kept, refused = [], {}
+    for i, row in enumerate(rows):
+        try:
+            if row.get("batch_consistent") == "0":
+                raise ValueError("column 'batch_consistent': the batch contradicts the degrees")
+            kept.append(measurement(i, {
+                "model": row["model"], "gpu": "h100", "seq": "4096", "gbs": row["global_batch_seqs"],
+                "gpus": str(8 * _whole(row, "nodes")), "tp": row["tp"], "pp": row["pp"], "dp": row["dp"],
+                "mbs": row["micro_batch"], "zero_stage": row["zero_stage"], "group": "playbook", "precision": "bf16",
+                "status": row["status"], "tokens_s_gpu": row["tok_s_gpu"], "mem_gb": row["peak_mem_gb"],
+            }))  # fmt: skip
+        except ValueError as error:
+            refused[i] = str(error)
+    return Table(tuple(kept), refused)
 
 
-def published(folder: Path) -> list[Measurement]:
-    """All priced rows of a folder with measured_configs.csv and ultrascale_playbook_runs.csv (either may be absent).
+def published(folder: Path) -> tuple[list[Measurement], list[str]]:
+    """(priced rows, why each other one is refused) of measured_configs.csv and ultrascale_playbook_runs.csv.
 
-    Raises Malformed when neither is there. Row numbers of the second file follow those of the first.
+    Either file may be absent. Raises Malformed when both are, and for a file without the columns it needs.
     """
     folder = Path(folder)
     found: list[Measurement] = []
-    if (folder / "measured_configs.csv").is_file():
-        found += table(read(folder / "measured_configs.csv")).measurements
-    if (folder / "ultrascale_playbook_runs.csv").is_file():
-        found += playbook(read(folder / "ultrascale_playbook_runs.csv", ("model", "nodes", "tp", "pp"))).measurements
+    refused: list[str] = []
+    for name, needed, parse in (
+        ("measured_configs.csv", ("gpu", "seq", "gbs"), table),
+        ("ultrascale_playbook_runs.csv", PLAYBOOK_COLUMNS, playbook),
+    ):
+        if (folder / name).is_file():
+            read_table = parse(read(folder / name, needed))
+            found += read_table.measurements
+            refused += [f"{name}, row {row + 2}: {reason}" for row, reason in read_table.refused.items()]
     if not found:
         raise Malformed(f"{folder}: holds neither measured_configs.csv nor ultrascale_playbook_runs.csv")
-    return found
+    return found, refused

@@ -5,6 +5,7 @@ number of chips, batch and software) and averaged over landscapes, so that a lar
 """
 
 import collections
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ from fdp.topics.parallelism_search import anchors, fit
 from fdp.topics.parallelism_search.measurements import Measurement
 
 Choice = Callable[[Measurement], bool]
+
+
+class NothingToJudge(ValueError):
+    """The measurements hold no timed row of a hold-out."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,13 @@ class Outcome:
 
 
 def run_case(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> Outcome:
-    """Fit without the unseen rows and price the judged ones. Raises ValueError where no row is left to judge."""
+    """Fit without the unseen rows and price the judged ones. Raises NothingToJudge."""
     data = fitter.data
     unseen = np.array([case.unseen(m) for m in data.measurements])
     judged = unseen & np.array([case.judged(m) for m in data.measurements])
     timed = judged & np.isfinite(data.log_time) & ~data.failed
     if not timed.any():
-        raise ValueError(f"case {case.name!r}: no measured row to judge")
+        raise NothingToJudge(f"hold-out {case.name!r}: no measured row to judge")
     model = fitter.fit(~unseen, steps, seed)
     prediction = hybrid.predict(model, data.x)
     rows = np.flatnonzero(timed)
@@ -161,6 +166,26 @@ def _corrected(data: fit.Data, outcome: Outcome, known: np.ndarray, rest: np.nda
     known_jobs, known_time, known_std = part(known)
     mean, _ = anchors.posterior(jobs, std, known_jobs, known_std, np.log(outcome.measured[known] / known_time))
     return time * np.exp(mean)
+
+
+def copied(data: fit.Data, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+    """(places within `outcome.rows`, seconds) by copying the run of the same configuration in another release.
+
+    Of several releases the one whose name sorts last, the newest. The strongest baseline of an unseen release: most of
+    its rows repeat an older row with other software.
+    """
+
+    def key(m: Measurement) -> object:
+        return dataclasses.replace(m.job, stack="")
+
+    seen: dict[object, tuple[str, float]] = {}
+    for m in data.measurements:
+        if not outcome.case.unseen(m) and not m.failed and np.isfinite(m.step_time):
+            seen[key(m)] = max(seen.get(key(m), ("", 0.0)), (m.job.stack, m.step_time))
+    twins = [(i, seen[key(data.measurements[row])][1]) for i, row in enumerate(outcome.rows)
+             if key(data.measurements[row]) in seen]  # fmt: skip
+    places, seconds = zip(*twins, strict=True) if twins else ((), ())
+    return np.array(places, int), np.array(seconds, float)
 
 
 def coverage(outcomes: Sequence[Outcome]) -> float:
