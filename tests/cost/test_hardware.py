@@ -51,6 +51,9 @@ def test_a_cluster_is_nodes_times_chips_and_may_mix_chips():
     assert (h100.size, h100.groups[0].count, h100.groups[0].chips) == (256, 32, 8)
     assert hardware.cluster("h100:8").groups[0].count == 1
     assert hardware.cluster("v5p:4x4x8").size == 128
+    for torus, hosts in (("v5e:1x6", (3, 2)), ("v5e:3x3", (9, 1)), ("v5p:2x2x2", (2, 4))):
+        group = hardware.cluster(torus).groups[0]
+        assert (group.count, group.chips) == hosts, torus
     mixed = hardware.cluster("h100:4x8+a100:2x8")
     assert (mixed.size, mixed.chip.name) == (48, "a100")
 

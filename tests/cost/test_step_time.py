@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fdp.cost import hybrid, step_time
-from fdp.cost.architecture import architecture
+from fdp.cost.architecture import architecture, replace
 from fdp.cost.hardware import chip
 from fdp.cost.workload import Job, Plan, check, columns, with_plan
 
@@ -64,6 +64,14 @@ def test_tensor_parallelism_across_nodes_pays_for_the_shared_nics():
     inside, across = (with_plan(BASE, tp=t, pp=1, cp=1, dp=64 // t) for t in (8, 16))
     t = price(inside, across)
     assert t["tp"][1] > 3 * t["tp"][0]
+
+
+def test_attention_that_is_not_fused_computes_the_masked_half_too():
+    """Fused and causal halves the scores' FLOPs; unfused costs the same with and without a mask."""
+    old = dataclasses.replace(BASE, modern=False)
+    both = [dataclasses.replace(job, architecture=replace(BASE.architecture, causal=False)) for job in (BASE, old)]
+    t = price(BASE, both[0], old, both[1])["compute"]
+    assert t[1] > t[0] and t[3] == pytest.approx(t[2])
 
 
 def test_recomputation_costs_a_forward():

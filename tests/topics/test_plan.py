@@ -22,6 +22,8 @@ SMALL = replace(
     architecture("llama3-8b"), name="small", layers=6, heads=8, kv_heads=2, head_dim=64, width=512, ffn=1024, vocab=4096
 )
 EXPERTS = replace(SMALL, name="experts", experts=8, topk=2, moe_ffn=512, first_dense=2)
+DEEP = replace(SMALL, name="deep", layers=32)
+H100 = cluster("h100:4x8").chip
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +50,26 @@ def by_loops(a, chips, batch, seq):
     """The same space, one plan at a time, from the sentences of the docstring."""
     found = set()
     sides = range(1, chips + 1)
-    for tp, pp, cp, ep, etp in itertools.product(sides, sides, sides, range(1, max(a.experts, 1) + 1), sides):
+    for tp, pp, cp, ep in itertools.product(sides, sides, sides, range(1, max(a.experts, 1) + 1)):
         if chips % (tp * pp * cp) or a.heads % tp or seq % (cp * tp) or (cp > 1 and seq / cp < 256) or pp > a.layers:
             continue
         dp = chips // (tp * pp * cp)
-        if (not a.experts and etp > 1) or max(a.experts, 1) % ep or tp % etp or (dp * cp * tp) % (ep * etp):
+        if max(a.experts, 1) % ep or (dp * cp * tp) % ep:
             continue
-        for microbatch, virtual in itertools.product((1, 2, 4, 8, 16, 32), range(1, a.layers + 1)):
+        for microbatch, virtual in itertools.product((1, 2, 4, 8, 16, 32), range(1, min(a.layers, 12) + 1)):
             if batch % (dp * microbatch):
                 continue
             m = batch // (dp * microbatch)
             if virtual > 1 and (pp == 1 or m % pp or a.layers % (pp * virtual)):
                 continue
-            for recompute, zero in itertools.product(range(3), (0, 1, 3) if dp * cp > 1 else (0,)):
-                found.add((tp, pp, dp, cp, ep, etp, virtual, microbatch, recompute, zero))
+            modes = (RECOMPUTE.index("none"), RECOMPUTE.index("full"))
+            for recompute, zero in itertools.product(modes, (0, 1, 3) if dp * cp > 1 else (0,)):
+                found.add((tp, pp, dp, cp, ep, 1, virtual, microbatch, recompute, zero))
     return found
 
 
 @pytest.mark.parametrize(
-    ("a", "chips", "batch", "seq"), [(SMALL, 12, 24, 1024), (EXPERTS, 8, 16, 512), (SMALL, 1, 3, 7)]
+    ("a", "chips", "batch", "seq"), [(SMALL, 12, 24, 1024), (EXPERTS, 8, 16, 512), (SMALL, 1, 3, 7), (DEEP, 2, 4, 64)]
 )
 def test_space_is_what_the_rules_allow_and_nothing_twice(a, chips, batch, seq):
     points = tuples(planner.space(a, chips, batch, seq))
@@ -82,7 +85,7 @@ def test_space_refuses_sizes_below_one(sizes):
 
 def test_expert_parallelism_and_wide_tensor_parallelism_are_in_the_space():
     points = planner.space(architecture("deepseek-v3"), 256, 1024, 4096)
-    assert points["ep"].max() == 256 and points["etp"].max() > 1 and points["tp"].max() == planner.TP_LIMIT
+    assert points["ep"].max() == 256 and points["tp"].max() == planner.TP_LIMIT
     assert (points["tp"] * points["pp"] * points["cp"] * points["dp"] == 256).all()
 
 
@@ -147,10 +150,25 @@ def test_bytes_of_a_dense_plan_by_hand():
     moved = {k: float(v[0]) for k, v in planner.traffic(workload.columns([job])).items()}
     T, D, m, layers = 512, 512, 4, 3
     assert moved["tp"] == 6 * 2 * 3 / 4 * 2 * T * D * layers * m
-    assert moved["cp"] == 3 * (2 * 2 * T * 128 / 4) * layers * m
+    assert moved["cp"] == 3 * (2 * 2 * T * 64) * layers * m  # two key/value heads on four ranks: one each, replicated
     assert moved["pp"] == 2 * m * 2 * T * D / 4 and moved["ep"] == 0
     held = layers * (sum(SMALL.attention_parameters()) + SMALL.ffn_parameters()) / 4 + SMALL.vocab * D / 4
     assert moved["dp"] == pytest.approx(2 * 3 / 4 * held * 3)  # fp32 scatter, bf16 gather over dp·cp = 4
+
+
+def test_bytes_of_experts_under_zero_3_by_hand():
+    """Two of six layers are dense. Over ep = 4 of dp·tp = 8 ranks, an expert has two replicas."""
+    plan = Plan(tp=2, dp=4, ep=4, microbatch=1, zero=3)
+    moved = {k: float(v[0]) for k, v in planner.traffic(workload.columns([Job(EXPERTS, plan, H100, 8, 1024)])).items()}
+    T, D, m, layers, moe = 1024, 512, 2, 6, 4
+    # Sequence parallelism leaves tokens split, so that an expert layer has attention's two reductions only.
+    assert moved["tp"] == pytest.approx((4 * (layers - moe) + 2 * moe) * 2 * T * D * m)
+    assert moved["ep"] == 4 * (2 * T / 2 * 2 * D) * 3 / 4 * moe * m
+    experts = 8 / 4 * moe * 3 * D * 512
+    embedding = EXPERTS.vocab * D / 2 * 2
+    plain = (layers * sum(EXPERTS.attention_parameters()) + (layers - moe) * 3 * D * EXPERTS.ffn) / 2
+    # bfloat16 gathers forward and backward and a float32 scatter, in every microbatch.
+    assert moved["dp"] == pytest.approx((2 + 2 + 4) * m * ((plain + embedding) * 3 / 4 + experts / 2))
 
 
 def test_what_leaves_the_domain_follows_the_rank_order():
@@ -309,6 +327,24 @@ def test_table_tells_plans_and_reasons(llama):
     text = planner.describe(llama)
     assert "llama3-70b on h100:32x8: 256 chips" in text and planner.name_of(llama.plans[0].plan) in text
     assert text.rstrip().splitlines()[-1].startswith("10  ") and " 1  fastest" in text
+    assert "simulated: cost model fitted on published runs" in text and "extrapolation" not in text
+
+
+def test_a_plan_for_a_tpu_says_that_none_was_fitted(model):
+    text = planner.describe(planner.rank(model, *job_of("llama3-8b", "v5p:4x4x4")))
+    assert "no v5p, no TPU at all, was in the fit: an extrapolation" in text
+
+
+def test_a_plan_to_train_keeps_room_for_what_the_compiler_adds(model):
+    """Priced without fused attention, and the fastest of those that fit 1.5 times their footprint."""
+    job, here = job_of("llama3-8b", "h100:2x8", 64)
+    own = planner.rank(model, job, here).trainable
+    points = planner.space(job.architecture, 16, 64, 4096)
+    plans = {k: v[planner.trainable(job, points)] for k, v in points.items()}
+    p = planner.price(model, dataclasses.replace(job, modern=False), plans)
+    fits = p.memory * 1.5 <= job.chip.hbm_bytes
+    assert 0 < fits.sum() < len(fits)
+    assert own.time == pytest.approx(p.time[fits].min())
 
 
 def test_too_large_a_model_names_memory_and_the_smallest_cluster_that_holds_it(model):

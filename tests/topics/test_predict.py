@@ -174,6 +174,9 @@ def test_the_documented_command(tmp_path, monkeypatch):
         ({**SHAPES, "heads": "0"}, "column 'heads'"),
         ({**SHAPES, "layers": ""}, "column 'layers' is empty"),
         ({"dp": "16"}, "gpus = 64 is not tp·pp·cp·dp = 2·1·1·16 = 32"),
+        ({"cp": "3", "gpus": "", "dp": "4"}, "is not divisible by cp = 3"),
+        ({"precision": "int4"}, "column 'precision'"),
+        ({"recompute": "banana"}, "column 'recompute'"),
     ],
 )
 def test_reason_names_the_column_and_the_row_is_kept(changes, reason):

@@ -1,5 +1,6 @@
 """Hold-outs and landscapes: the arithmetic of their scores, on outcomes made by hand."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,6 +50,26 @@ def test_scores_are_per_landscape():
     reversed_ = validate.score(data, o.rows, o.predicted[::-1], o.measured)
     assert reversed_.correlations == pytest.approx([-1.0])
     assert reversed_.regrets == pytest.approx([230.0])
+
+
+def test_a_case_without_rows_says_so():
+    data, _ = outcome()
+    with pytest.raises(validate.NothingToJudge, match="'none': no measured row to judge"):
+        validate.run_case(fit.Fitter(data), validate.Case("none", "model", lambda m: False), 1)
+
+
+def test_copying_takes_the_same_configuration_of_the_newest_other_release():
+    plans = measured([1.0, 2.0, 3.0], [])
+    old, older = (
+        [dataclasses.replace(m, job=dataclasses.replace(m.job, stack=f"s/f/{era}"), step_time=scale * m.step_time)
+         for m in plans[:2]] for era, scale in (("0.9", 1.5), ("0.8", 9.0))
+    )  # fmt: skip
+    data = fit.gather(plans + old + older)
+    rows = np.arange(3)
+    case = validate.Case("release", "release", lambda m: m.job.stack == "s/f/1")
+    o = validate.Outcome(case, rows, np.array([1.0, 2.0, 3.0]), None, None, rows, data.failed)
+    places, seconds = validate.copied(data, o)
+    assert places.tolist() == [0, 1] and seconds == pytest.approx([1.5, 3.0])
 
 
 def test_intervals_take_their_width_from_the_other_cases():

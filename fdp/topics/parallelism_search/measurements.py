@@ -214,9 +214,12 @@ def to_plan(row: Mapping[str, str], modern: bool) -> Plan:
     dp = _whole(row, "dp", max(gpus // (tp * pp * cp), 1))
     if gpus and dp * tp * pp * cp != gpus:
         raise ValueError(f"gpus = {gpus} is not tp·pp·cp·dp = {tp}·{pp}·{cp}·{dp} = {tp * pp * cp * dp}")
-    recompute = row.get("recompute") or ""
+    recompute, ep = row.get("recompute") or "", _whole(row, "ep", 1)
+    if ep == 1 and "deepep" in (row.get("notes") or "").lower():
+        # It dispatches over ep. With ep = 1, gathering gpt-oss-120b over 64 H100 alone would take longer than its step.
+        ep = math.gcd(_whole(row, "experts", 0), dp * cp * tp) or 1
     return Plan(
-        tp, pp, dp, cp, _whole(row, "ep", 1), _whole(row, "etp", 1), max(_whole(row, "vp", 1), 1),
+        tp, pp, dp, cp, ep, _whole(row, "etp", 1), max(_whole(row, "vp", 1), 1),
         max(_whole(row, "mbs", 1), 1), _whole(row, "zero_stage", 1), _whole(row, "fsdp_size", 0),
         _recompute(recompute), modern or "SP" in recompute,
     )  # fmt: skip
