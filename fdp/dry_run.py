@@ -177,7 +177,8 @@ def _bytes_table(p: Program, rows: int, compiled: Any) -> str:
     text = tabulate(table, headers=heads, disable_numparse=True)
     if compiled is not None and p.c.model.dtype == "bfloat16":
         text += (
-            "\n  (the formula counts float32 parameter gathers; a compiler may cast to bfloat16 first and send half)"
+            "\n  (the formula counts float32 parameter gathers; a compiler may cast to bfloat16 first and send half, "
+            "and run a reduce-scatter as an all-reduce and a slice, which sends twice)"
         )
     return text
 
