@@ -40,6 +40,7 @@ EFFECTS = {
     ("exposed_pp", "cluster"): 0.5,
     ("overlap_dp", "family"): 0.5,
     ("overlap_tp", "family"): 0.5,
+    ("uneven", "family"): 2.0,
     ("exposed_gather", "family"): 1.0,
     ("launch", "family"): 0.5,
     ("launch_rank", "family"): 3.0,

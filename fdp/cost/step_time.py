@@ -44,6 +44,7 @@ BOUNDS = {
     "alpha_out": (0.0, 1e-4, 2e-5),
     "overlap_tp": (0.0, 0.9, 0.3),  # hidden share, software after 2022
     "overlap_dp": (0.0, 1.0, 0.5),  # share of the backward pass that hides it
+    "uneven": (0.8, 5.0, 1.2),  # ZeRO-1's scatter and gather of uneven shards, over the time of a ring
     "exposed_gather": (0.0, 1.0, 0.5),  # share of ZeRO-1's parameter gather that nothing hides
     "overlap_ep": (0.0, 0.9, 0.3),
     "overlap_cp": (0.0, 1.0, 0.7),
@@ -188,10 +189,10 @@ def _data_parallel(x: Mapping[str, Array], k: Mapping[str, Array], backward: Arr
     # ZeRO-1 and 2 scatter gradients behind the backward pass, and gather parameters when nothing is left to hide them.
     whole = jnp.where(
         x["zero"] >= 1,
-        reduce_scatter(body * gradient, ranks, alpha, bandwidth),
+        k["uneven"] * reduce_scatter(body * gradient, ranks, alpha, bandwidth),
         all_reduce(body * gradient, ranks, alpha, bandwidth),
     )
-    gathered = jnp.where(sharded | (x["zero"] == 0), 0.0, all_gather(body * 2, ranks, alpha * layers, bandwidth))
+    gathered = jnp.where(sharded | (x["zero"] == 0), 0.0, all_gather(body * 2, ranks, alpha * layers, bandwidth)) * k["uneven"]
     routed = all_reduce(experts * (gradient + 2) / 2, expert_ranks, expert_alpha, expert_bandwidth)
     gathers = all_reduce(body * 2, x["shards"], inner_alpha * layers, inner) * x["microbatches"]
     scatter = all_reduce(body * gradient / 2, x["shards"], inner_alpha * layers, inner) * x["microbatches"]

@@ -112,7 +112,7 @@ def test_columns_and_prices_are_those_of_real_jobs(model, name, precision):
 ALONE = {  # nothing overlaps, no latency, links at their peak
     **dict.fromkeys(("overlap_tp", "overlap_dp", "overlap_ep", "overlap_cp", "alpha_up", "alpha_out"), 0.0),
     **dict.fromkeys(("congestion", "bubble", "stage", "balanced"), 0.0),
-    **dict.fromkeys(("link_up", "link_out", "exposed_pp", "exposed_gather"), 1.0),
+    **dict.fromkeys(("link_up", "link_out", "exposed_pp", "exposed_gather", "uneven"), 1.0),
 }  # fmt: skip
 
 
