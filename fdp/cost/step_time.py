@@ -192,7 +192,8 @@ def _data_parallel(x: Mapping[str, Array], k: Mapping[str, Array], backward: Arr
         k["uneven"] * reduce_scatter(body * gradient, ranks, alpha, bandwidth),
         all_reduce(body * gradient, ranks, alpha, bandwidth),
     )
-    gathered = jnp.where(sharded | (x["zero"] == 0), 0.0, all_gather(body * 2, ranks, alpha * layers, bandwidth)) * k["uneven"]
+    gather = k["uneven"] * all_gather(body * 2, ranks, alpha * layers, bandwidth)
+    gathered = jnp.where(sharded | (x["zero"] == 0), 0.0, gather)
     routed = all_reduce(experts * (gradient + 2) / 2, expert_ranks, expert_alpha, expert_bandwidth)
     gathers = all_reduce(body * 2, x["shards"], inner_alpha * layers, inner) * x["microbatches"]
     scatter = all_reduce(body * gradient / 2, x["shards"], inner_alpha * layers, inner) * x["microbatches"]
