@@ -19,16 +19,21 @@ from fdp.topics.parallelism_search import fit, measurements
 TARGET = Path(hybrid.__file__).parent / "coefficients" / "step_time.json"
 
 
-def held_out(fitter: fit.Fitter, labels: np.ndarray, least: int) -> np.ndarray:
-    """|log error| (N,) of every row, predicted by a fit that saw no row with its label; nan where a label is rare."""
+def held_out(fitter: fit.Fitter, labels: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log errors (N,) of time (absolute) and memory (measured over predicted) of every row.
+
+    Predicted by a fit that saw no row with its label; nan where a label is rare.
+    """
     data = fitter.data
-    error = np.full(len(labels), np.nan)
+    error, memory = np.full((2, len(labels)), np.nan)
     for label in sorted(set(labels)):
         out = labels == label
         if out.sum() >= least:
             model = fitter.fit(~out, steps=200)
-            error[out] = np.abs(np.log(hybrid.predict(model, data.x).time) - data.log_time)[out]
-    return error
+            p = hybrid.predict(model, data.x)
+            error[out] = np.abs(np.log(p.time) - data.log_time)[out]
+            memory[out] = (data.log_memory - np.log(p.memory))[out]
+    return error, memory
 
 
 def describe(error: np.ndarray, weight: np.ndarray) -> dict[str, float]:
@@ -47,8 +52,8 @@ def main(folder: Path) -> None:
     data = fit.gather(found)
     fitter = fit.Fitter(data)
     names = np.array([m.job.architecture.name for m in data.measurements])
-    by_model = held_out(fitter, names, 20)
-    by_cluster = held_out(fitter, data.groups["cluster"].astype(str), 30)
+    by_model, memory = held_out(fitter, names, 20)
+    by_cluster, memory_elsewhere = held_out(fitter, data.groups["cluster"].astype(str), 30)
     model = fitter.fit(np.ones(len(names), bool), steps=400)
     # Stalls are a regime of their own with its own end of the interval; they must not widen everybody's.
     calm = ~np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)
@@ -59,7 +64,10 @@ def main(folder: Path) -> None:
         "clusters": describe(by_cluster[calm], data.weight[calm]),
         "models on the cluster that stalls": describe(by_model[~calm], data.weight[~calm]),
     }
-    spread = {"seen": parts["models"]["p90"] / 1.645, "unseen": parts["clusters"]["p90"] / 1.645,
+    sized = [np.isfinite(m) for m in (memory, memory_elsewhere)]
+    most = fit.weighted_quantile(np.concatenate([memory[sized[0]], memory_elsewhere[sized[1]]]),
+                                 np.concatenate([data.weight[s] for s in sized]), fit.INTERVAL)  # fmt: skip
+    spread = {"memory": most, "seen": parts["models"]["p90"] / 1.645, "unseen": parts["clusters"]["p90"] / 1.645,
               "experts": parts["mixtures of experts"]["p90"] / 1.645, "ensemble": 1.0, "quantile": 1.645}  # fmt: skip
     provenance = {
         "sources": "vTrain, BLOOM chronicles, Ultra-Scale Playbook, llm-foundry, Megatron-Bridge, Automodel, DGX Cloud "

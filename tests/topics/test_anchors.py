@@ -25,8 +25,8 @@ JOBS = [LLAMA, NEIGHBOUR, OTHER_MODEL, ELSEWHERE]
 
 def prediction(n, time=2.0, log_std=0.2, feasible=0.7):
     full = lambda value: np.full(n, value)
-    return Prediction(full(time), full(time / 1.4), full(time * 1.6), full(log_std), full(50e9), full(feasible),
-                      full(0.0), full(time), {name: full(1.0) for name in BOTTLENECKS})  # fmt: skip
+    return Prediction(full(time), full(time / 1.4), full(time * 1.6), full(log_std), full(50e9), full(60e9),
+                      full(feasible), full(0.0), full(time), {name: full(1.0) for name in BOTTLENECKS})  # fmt: skip
 
 
 def mean_of(jobs, known, errors, std=0.2):
@@ -163,6 +163,7 @@ def test_memory_moves_and_feasibility_follows():
     after = correct(before, [LLAMA, ELSEWHERE], [LLAMA], prediction(1), np.array([np.nan]), np.array([70e9]), 12.0)
     np.testing.assert_array_equal(after.time, before.time)
     assert after.memory[0] == pytest.approx(70e9, rel=0.05) and after.memory[1] == before.memory[1]
+    np.testing.assert_allclose(after.memory_high / after.memory, before.memory_high / before.memory)
     # The logistic of the cost model in log memory, moved by what was measured.
     odds = 0.7 / 0.3 * np.exp(-12 * np.log(after.memory[0] / 50e9))
     assert after.feasible[0] == pytest.approx(odds / (1 + odds)) and after.feasible[1] == pytest.approx(0.7)

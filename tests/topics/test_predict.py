@@ -76,6 +76,8 @@ def test_numbers_are_those_of_the_cost_model(model):
     assert t == pytest.approx(p.time[0], rel=1e-5)
     assert float(row["predicted_tokens_s_gpu"]) == pytest.approx(128 * 8192 / 64 / t, rel=1e-5)
     assert float(row["predicted_mem_gb"]) == pytest.approx(p.memory[0] / 1e9, rel=1e-5)
+    assert float(row["high_mem_gb"]) == pytest.approx(p.memory_high[0] / 1e9, rel=1e-5)
+    assert p.memory_high[0] > p.memory[0]
     assert float(row["low_step_time_s"]) < t < float(row["high_step_time_s"])
     assert 0 <= float(row["feasible"]) <= 1 and row["bottleneck"] in hybrid.BOTTLENECKS.values() and not row["reason"]
 

@@ -79,6 +79,16 @@ def test_intervals_take_their_width_from_the_other_cases():
     assert validate.coverage([narrow, outcome(width=1.05, bias=1.1)[1]]) == 100.0
 
 
+def test_memory_quantiles_come_from_the_other_cases():
+    """Peaks of 1.5 GB predicted as 1 GB: a case of the same bias covers them, one without does not, alone none is."""
+    data, o = outcome()
+    data = dataclasses.replace(data, log_memory=np.log(np.full(24, 1.5e9)))
+    right = dataclasses.replace(o, hybrid=SimpleNamespace(memory=np.full(24, 1.5e9)))
+    assert validate.memory_coverage(data, [o, o]) == (100.0, 2)
+    assert validate.memory_coverage(data, [o, right]) == (50.0, 2)  # the biased one is missed
+    assert validate.memory_coverage(data, [o])[1] == 0
+
+
 def test_alarms_are_counted_among_failed_and_other_runs():
     _, o = outcome()
     assert validate.memory_alarm(o) == (100.0, 0.0)

@@ -153,6 +153,7 @@ def correct(
     odds_N = prediction.feasible * np.exp(-slope * more_N)
     return dataclasses.replace(
         prediction, time=time_N, log_std=std_N, memory=prediction.memory * np.exp(more_N),
+        memory_high=prediction.memory_high * np.exp(more_N),
         low=time_N * (prediction.low / prediction.time) ** share_N,
         high=time_N * (prediction.high / prediction.time) ** share_N,
         feasible=odds_N / (odds_N + 1 - prediction.feasible),

@@ -172,7 +172,7 @@ class Fitter:
         return Model(
             {k: float(v) for k, v in time.items()}, self._named(parts), np.asarray(gate),
             {k: float(v) for k, v in memory.items()}, self._named(memory_parts), {},
-            {"seen": 0.1, "unseen": 0.25, "experts": 0.2, "ensemble": 1.0, "quantile": 1.645},
+            {"seen": 0.1, "unseen": 0.25, "experts": 0.2, "ensemble": 1.0, "quantile": 1.645, "memory": 0.2},
             _feasibility(pressure, data, keep), {},
         )  # fmt: skip
 

@@ -5,7 +5,8 @@
 Columns of both files: see fdp.topics.parallelism_search.measurements. What the first file says was measured is not
 read; anchors are a few runs with step_time_s or tokens_s_gpu, and mem_gb where known, and correct the prediction of
 whatever resembles them. Every input row comes back in its place with all its columns; one that cannot be priced says
-why under `reason`. Times in seconds a step, memory in GB (1e9 bytes) a device, `feasible` the probability that it runs.
+why under `reason`. Times in seconds a step with a 90 % interval, memory in GB (1e9 bytes) a device with its 90 %
+quantile, `feasible` the probability that it runs.
 """
 
 import argparse
@@ -31,8 +32,8 @@ Row = dict[str, str]
 
 MEASURED = ("step_time_s", "tokens_s_gpu", "tflops_gpu_reported", "mfu_reported_pct", "mem_gb", "status")
 ADDED = (
-    "predicted_step_time_s", "predicted_tokens_s_gpu", "predicted_mem_gb", "low_step_time_s", "high_step_time_s",
-    "feasible", "bottleneck", "reason",
+    "predicted_step_time_s", "predicted_tokens_s_gpu", "predicted_mem_gb", "high_mem_gb", "low_step_time_s",
+    "high_step_time_s", "feasible", "bottleneck", "reason",
 )  # fmt: skip
 # What the numbers of a row may be: outside of it the cost model divides by zero or leaves the range of floats.
 LARGEST = 10**9
@@ -124,7 +125,7 @@ def predict(rows: Sequence[Mapping[str, str]], model: Model, anchors: Sequence[M
 
 def _cells(p: Prediction, jobs: Sequence[Job]) -> list[Row]:
     tokens_N = np.array([job.batch * job.seq / job.plan.chips for job in jobs]) / p.time
-    numbers = (p.time, tokens_N, p.memory / 1e9, p.low, p.high, p.feasible)
+    numbers = (p.time, tokens_N, p.memory / 1e9, p.memory_high / 1e9, p.low, p.high, p.feasible)
     texts = [[f"{value:.6g}" for value in values] for values in numbers]
     return [dict(zip(ADDED, cells, strict=False)) for cells in zip(*texts, p.bottleneck(), strict=True)]
 

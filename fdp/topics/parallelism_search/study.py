@@ -115,7 +115,7 @@ def _measured(run: Run, data: fit.Data, raw: dict) -> tuple[list[Row], list[str]
         _model_rows(data, outcomes)
         + _ablation_rows(data, outcomes)
         + _kind_rows(data, outcomes)
-        + _memory_rows(outcomes)
+        + _memory_rows(data, outcomes)
     )
     print(f"searching the measured landscapes, {c.plan.searches} seeds of every algorithm", flush=True)
     traces = landscapes.compare(data, outcomes, c.plan.searches)
@@ -217,17 +217,22 @@ def _copied_row(data: fit.Data, o: validate.Outcome) -> list[Row]:
     ]  # fmt: skip
 
 
-def _memory_rows(outcomes: list[validate.Outcome]) -> list[Row]:
+def _memory_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
     alarms = [validate.memory_alarm(o) for o in outcomes if o.case.name.startswith("ultrascale")]
     if not alarms:
         return []
+    below, count = validate.memory_coverage(data, outcomes)
     recall, false = zip(*alarms, strict=True)
-    return [
+    rows = [
         Row.judged("failed runs are foreseen on unseen models", "recall", list(recall), "%", ">= 90", "simulated",
                    note="one value per playbook model"),
         Row.judged("… with few false alarms", "false alarms among runs that ran", list(false), "%", "<= 10",
                    "simulated"),
     ]  # fmt: skip
+    if count:
+        rows.append(Row.judged("peak memory stays below its 90 % quantile", "share of measured peaks", below, "%",
+                               ">= 85", "simulated", note=f"{count} hold-outs with measured memory"))  # fmt: skip
+    return rows
 
 
 def _search_rows(traces: landscapes.Comparison) -> list[Row]:

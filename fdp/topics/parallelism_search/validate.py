@@ -203,6 +203,22 @@ def coverage(outcomes: Sequence[Outcome]) -> float:
     return float(100 * np.mean(inside))
 
 
+def memory_coverage(data: fit.Data, outcomes: Sequence[Outcome]) -> tuple[float, int]:
+    """(share (%) of measured peaks below their 90 % quantile, hold-outs judged), cross-conformal as above."""
+    errors = []
+    for o in outcomes:
+        rows = o.at[np.isfinite(data.log_memory[o.at])]
+        if len(rows):
+            errors.append(data.log_memory[rows] - np.log(o.hybrid.memory[rows]))
+    inside = []
+    for i, own in enumerate(errors):
+        others = errors[:i] + errors[i + 1 :]
+        if others:
+            weight = np.concatenate([np.full(len(e), 1 / len(e)) for e in others])
+            inside.append(np.mean(own <= fit.weighted_quantile(np.concatenate(others), weight, fit.INTERVAL)))
+    return float(100 * np.mean(inside)) if inside else float("nan"), len(inside)
+
+
 def _width(outcomes: Sequence[Outcome]) -> float:
     """The factor on log interval widths that covers 90 % of the outcomes' rows, every outcome weighing the same."""
     if not outcomes:
