@@ -16,7 +16,7 @@ FREE_KEYS = ("mesh", "checkpoint", "log", "hardware", "train.zero")
 # Sizes and divisors.
 POSITIVE = (
     "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn", "model.vocab",
-    "objective.block", "data.seq_len", "train.batch", "train.microbatches", "train.steps", "eval.batches",
+    "objective.block", "data.seq_len", "train.batch", "train.microbatches", "train.steps", "eval.batches", "eval.sequences", "eval.draws",
     "checkpoint.keep", "log.every", "plan.batch", "plan.seq_len", "plan.steps",
     "plan.searches", "plan.counted",
 )  # fmt: skip
@@ -59,7 +59,7 @@ def base() -> ml_collections.ConfigDict:
     o.masked_head = True  # run the head on rows that carry loss only
 
     d = c.data = ml_collections.ConfigDict()
-    d.source = "bible"  # bible | stdlib | hf:<name> | path of a file or folder
+    d.source = "bible"  # bible | stdlib | markov | hf:<name> | path of a file or folder
     d.tokenizer = "bpe"  # byte | bpe
     d.vocab = 1024  # token ids incl. end-of-text and mask (bpe)
     d.seq_len = 64  # L, tokens
@@ -82,6 +82,9 @@ def base() -> ml_collections.ConfigDict:
     e.every = 250  # steps; 0 = only at the end
     e.batches = 8  # validation batches per evaluation
     e.samples = 4  # sequences printed and stored at the end
+    e.sequences = 32  # sequences drawn for each arm of a sampling study
+    e.draws = 256  # noise draws of a study of loss estimators
+    e.policies = ()  # topic 1: names of the policies measured; () = all (fdp/topics/parallel_dlm/pareto.py)
 
     k = c.checkpoint = ml_collections.ConfigDict()
     k.every = 250  # steps

@@ -28,13 +28,15 @@ def generation_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
 
 
-def draw(arm: Arm, count: int) -> np.ndarray:
+def draw(arm: Arm, count: int, mesh: Mesh | None = None) -> np.ndarray:
     """`count` sequences int32 [B, L] from arm.state at temperature 1: equal ids on every mesh for equal seeds.
+
+    `mesh`: where to draw, by default the arm's.
 
     First-hitting for masked objectives (no factorisation error; block by block for block diffusion), left to right for
     autoregressive ones, as many analytic steps as positions for uniform noise.
     """
-    mesh = generation_mesh(arm.mesh)
+    mesh = generation_mesh(mesh or arm.mesh)
     specs = arm.program.layout.specs
     params = jax.device_put(arm.trained.params, sharding.shardings(mesh, specs))
     ways = mesh.shape["dp"]

@@ -3,6 +3,7 @@
 Shapes: B sequences, L positions, n states (ids 0..n-1; id n is the mask token), P powers of the transition matrix.
 """
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdp.data.batches import TextData, Windows
+from fdp.data.tokenizer import Tokenizer
 from fdp.parallel.tensor import NEVER
 
 
@@ -150,3 +153,26 @@ class EnumerableJoint:
         """Exact log p(x_i | revealed tokens), as `MarkovChain.denoiser`: int [B, length] → [B, length, n]. Jittable."""
         logp = np.where(self.conditionals > 0, np.log(np.maximum(self.conditionals, 1e-300)), NEVER)
         return jnp.asarray(logp)[self.index(z_BxL)]
+
+
+def markov_data(seq_len: int, train: int = 65_536, val: int = 2048, chain: MarkovChain | None = None) -> TextData:
+    """Independent sequences of a Markov chain in place of a corpus, one a window: ids 0..n-1 are its states.
+
+    `data.source=markov`. Every NLL is known exactly, so are the floor of the NELBO and the NLL of any sample.
+    """
+    chain = chain or MarkovChain()
+    letters = [bytes([ord("a") + i]) for i in range(chain.n - 1)]
+    tokenizer = Tokenizer(letters, lambda texts: [_states(text) for text in texts], repr(chain))
+    parts = {"train": chain.sample(0, 0, train, seq_len), "val": chain.sample(1, 0, val, seq_len)}
+    return TextData(
+        name=f"Markov chain of {chain.n} states, exact entropy {chain.nll_floor(seq_len):.4f} nats/token",
+        sha256=hashlib.sha256(parts["train"].tobytes() + parts["val"].tobytes()).hexdigest(),
+        licence="made here",
+        tokenizer=tokenizer,
+        train=Windows(parts["train"].reshape(-1), seq_len, "training sequences"),
+        val=Windows(parts["val"].reshape(-1), seq_len, "validation sequences"),
+    )
+
+
+def _states(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32) - ord("a")

@@ -1,6 +1,11 @@
 """Grouped-query attention: heads over tp, sequence over cp (keys and values all-gathered).
 
-Legend: B sequences, L local positions, S all positions, D width, H query heads, K key/value heads, C head_dim.
+With the collection "kv" mutable, a whole pass leaves its rotated keys and its values there; a pass over a few rows
+(`positions`) then writes those rows' own into it and attends to all of it. Without that collection nothing is kept and
+the program is the plain one.
+
+Legend: B sequences, L local positions (rows of a pass), S all positions, D width, H query heads, K key/value heads,
+C head_dim.
 """
 
 from typing import Any
@@ -9,11 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import all_gather, index, size
-from fdp.models.layers import RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
+from fdp.collectives import all_gather, index, size, vary_like
+from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
 from fdp.objectives.block_diffusion import block_diffusion_mask
 
 Array = jax.Array
+Mask = Array | str | None  # bool [1 or B, 1, L, S]; "causal" for L = S; None = all keys
+CACHE = "kv"  # collection of rotated keys and values: {"k", "v"} of [B, S, K, C] a layer
 
 
 def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) -> Array | None:
@@ -24,6 +31,13 @@ def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) ->
     if kind == "block_diffusion":
         return block_diffusion_mask(q, k, k_index_S.shape[0] // 2, block)[None, None]
     return None
+
+
+def attend(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, mask: Mask) -> Array:
+    """Softmax attention of rotated queries and keys: [B, L, H, C]."""
+    if isinstance(mask, str):
+        return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, is_causal=True)
+    return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=mask)
 
 
 class Attention(nn.Module):
@@ -39,9 +53,10 @@ class Attention(nn.Module):
     qk_norm: bool
     dtype: Any
     sequence_parallel: bool
+    reduction: Reduction | None = None
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, positions_BxL: Array | None = None) -> Array:
         D, C = self.width, self.head_dim
         H, K = self.heads // size("tp"), self.kv_heads // size("tp")
         column = partitioned(normal(D**-0.5), None, "tp", None)
@@ -56,10 +71,22 @@ class Attention(nn.Module):
         v_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[1])
         if self.qk_norm:
             q_BxLxHxC, k_BxLxKxC = RMSNorm(name="q_norm")(q_BxLxHxC), RMSNorm(name="k_norm")(k_BxLxKxC)
-        out_BxLxHxC = self._attend(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC)
-        return leave_tp(jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o), self.sequence_parallel)
+        if positions_BxL is None:
+            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask = self._whole(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC)
+        else:
+            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask = self._rows(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, positions_BxL)
+        out_BxLxHxC = attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask)
+        partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
 
-    def _attend(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array) -> Array:
+        def weigh(value_BxS: Array) -> Array:
+            values_BxSxKxC = jnp.broadcast_to(value_BxS[..., None, None], (*value_BxS.shape, K, C))
+            values_BxSxKxC = all_gather(values_BxSxKxC.astype(v_BxSxKxC.dtype), "cp", dim=1)
+            return attend(q_BxLxHxC, k_BxSxKxC, values_BxSxKxC, mask)[..., 0].mean(-1)
+
+        return leave_tp(partial_BxLxD, self.sequence_parallel, self.reduction, "attention", weigh)
+
+    def _whole(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array) -> tuple[Array, Array, Array, Mask]:
+        """Rotated queries, rotated keys and values of all positions, and what may be seen; fills a mutable cache."""
         L = q_BxLxHxC.shape[1]
         S = L * size("cp")
         q_index_L = index("cp") * L + jnp.arange(L)
@@ -68,7 +95,48 @@ class Attention(nn.Module):
         q_BxLxHxC = rotary(q_BxLxHxC, positions_L, self.rope_base)
         k_BxSxKxC = all_gather(rotary(k_BxLxKxC, positions_L, self.rope_base), "cp", dim=1)
         v_BxSxKxC = all_gather(v_BxLxKxC, "cp", dim=1)
+        if self.is_mutable_collection(CACHE) and not self.is_initializing():
+            self._check_cache()
+            self.put_variable(CACHE, "k", k_BxSxKxC)
+            self.put_variable(CACHE, "v", v_BxSxKxC)
         if self.kind == "causal" and size("cp") == 1:
-            return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, is_causal=True)
+            return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, "causal"
         mask = attention_mask(self.kind, q_index_L, jnp.arange(S), self.block)
-        return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=mask)
+        return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask
+
+    def _rows(
+        self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, positions_BxL: Array
+    ) -> tuple[Array, Array, Array, Mask]:
+        """As `_whole` for rows at `positions_BxL`: their keys and values replace those in the cache."""
+        self._check_cache()
+        if not (self.has_variable(CACHE, "k") and self.is_mutable_collection(CACHE)):
+            raise ValueError(
+                f"rows at given positions attend to the cache, and there is none that can be written: pass "
+                f"{{'params': …, '{CACHE}': cache}} with mutable=['{CACHE}'], the cache from a whole pass with "
+                f"mutable=['{CACHE}'] or from fdp.models.transformer.empty_cache"
+            )
+        turn = jax.vmap(rotary, (0, 0, None))
+        q_BxLxHxC = turn(q_BxLxHxC, positions_BxL, self.rope_base)
+        new = {"k": turn(k_BxLxKxC, positions_BxL, self.rope_base), "v": v_BxLxKxC}
+        put = jax.vmap(lambda cache_SxKxC, rows_LxKxC, at_L: cache_SxKxC.at[at_L].set(rows_LxKxC))
+        for name, rows_BxLxKxC in new.items():
+            cache_BxSxKxC = vary_like(self.get_variable(CACHE, name), rows_BxLxKxC)
+            self.put_variable(CACHE, name, put(cache_BxSxKxC, rows_BxLxKxC, positions_BxL))
+        k_BxSxKxC, v_BxSxKxC = (self.get_variable(CACHE, name) for name in ("k", "v"))
+        if self.kind == "bidirectional":
+            return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, None
+        seen_BxLxS = jnp.arange(k_BxSxKxC.shape[1]) <= positions_BxL[..., None]
+        return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, seen_BxLxS[:, None]
+
+    def _check_cache(self) -> None:
+        """Raises ValueError where a cache would be wrong or is not there yet."""
+        if size("cp") > 1:
+            raise ValueError(
+                f"the key/value cache holds whole sequences, S = L·cp = L·1, and cp = {size('cp')}: set mesh.cp=1 and "
+                "give its devices to dp or tp"
+            )
+        if self.kind not in ("causal", "bidirectional"):
+            raise ValueError(
+                f"no key/value cache for attention={self.kind!r}: its input is [noisy ‖ clean], 2·L rows; use "
+                "'causal' or 'bidirectional'"
+            )

@@ -5,6 +5,7 @@ Inside shard_map F, H, K, V are this device's shares over tp and L its share ove
 the sequence is parallel); outside, they are global. Parameters are float32; compute happens in `dtype`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -31,8 +32,25 @@ def enter_tp(x_BxLxD: Array, sequence_parallel: bool) -> Array:
     return all_gather(x_BxLxD, "tp", dim=1) if sequence_parallel else vary(x_BxLxD, "tp")
 
 
-def leave_tp(partial_BxLxD: Array, sequence_parallel: bool) -> Array:
-    """Output of a row-parallel layer: sum the partial products, and scatter them under sequence parallelism."""
+# Sums the partial products of a row-parallel layer over tp: (partial_BxLxD, site, weigh) → [B, L, D]. `site` names the
+# layer inside its block: "embedding", "attention" or "mlp". Attention also hands over `weigh`, which averages a value
+# of each key with the attention weights of this device's heads: f32 [B, S] → [B, L], the mean over heads.
+Reduction = Callable[[Array, str, Callable[[Array], Array] | None], Array]
+
+
+def leave_tp(
+    partial_BxLxD: Array,
+    sequence_parallel: bool,
+    reduction: Reduction | None = None,
+    site: str = "",
+    weigh: Callable[[Array], Array] | None = None,
+) -> Array:
+    """Output of a row-parallel layer: sum the partial products, and scatter them under sequence parallelism.
+
+    `reduction` replaces the exact sum, as where a sampler sends only what changed since its last step.
+    """
+    if reduction is not None:
+        return reduction(partial_BxLxD, site, weigh)
     return reduce_scatter(partial_BxLxD, "tp", dim=1) if sequence_parallel else psum(partial_BxLxD, "tp")
 
 
@@ -81,6 +99,7 @@ class SwiGLU(nn.Module):
     hidden: int
     dtype: Any
     sequence_parallel: bool
+    reduction: Reduction | None = None
 
     @nn.compact
     def __call__(self, x_BxLxD: Array) -> Array:
@@ -89,7 +108,7 @@ class SwiGLU(nn.Module):
         w_out = self.param("w_out", partitioned(normal(self.hidden**-0.5), "tp", None), (F, D)).astype(self.dtype)
         x_BxLxD = enter_tp(x_BxLxD, self.sequence_parallel)
         h_BxLxF = nn.silu(x_BxLxD @ w_in[0]) * (x_BxLxD @ w_in[1])
-        return leave_tp(h_BxLxF @ w_out, self.sequence_parallel)
+        return leave_tp(h_BxLxF @ w_out, self.sequence_parallel, self.reduction, "mlp")
 
 
 class Embedding(nn.Module):
@@ -99,6 +118,7 @@ class Embedding(nn.Module):
     width: int
     dtype: Any
     sequence_parallel: bool
+    reduction: Reduction | None = None
 
     @nn.compact
     def __call__(self, ids_BxL: Array) -> Array:
@@ -107,7 +127,7 @@ class Embedding(nn.Module):
         local = ids_BxL - vocab_offset(V)
         mine = (local >= 0) & (local < V)
         x_BxLxD = jnp.where(mine[..., None], table[jnp.clip(local, 0, V - 1)], 0.0).astype(self.dtype)
-        return leave_tp(x_BxLxD, self.sequence_parallel)
+        return leave_tp(x_BxLxD, self.sequence_parallel, self.reduction, "embedding")
 
 
 class Head(nn.Module):

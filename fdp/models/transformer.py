@@ -1,6 +1,7 @@
 """One Transformer for every mesh: outside shard_map the single-device reference, inside it the sharded program.
 
-Legend: B sequences, L positions (local over cp), D width, V vocabulary (local over tp).
+Legend: B sequences, L positions (local over cp), R rows of a pass over a few positions, S cached positions, D width,
+V vocabulary and K key/value heads (local over tp), C head_dim.
 """
 
 from collections.abc import Callable
@@ -10,10 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import PartitionSpec
 
 from fdp.collectives import all_gather, size, vary
-from fdp.models.attention import Attention
-from fdp.models.layers import Embedding, Head, Modulation, NoiseEmbedding, RMSNorm, SwiGLU
+from fdp.mesh import BATCH_AXES
+from fdp.models.attention import CACHE, Attention
+from fdp.models.layers import Embedding, Head, Modulation, NoiseEmbedding, Reduction, RMSNorm, SwiGLU
 
 Array = jax.Array
 
@@ -25,21 +28,28 @@ REMAT = {
 
 
 class Block(nn.Module):
-    """Pre-norm residual block; with time conditioning each sublayer is modulated by the noise level."""
+    """Pre-norm residual block; with time conditioning each sublayer is modulated by the noise level.
+
+    `reduction`, where given, replaces the sums over tp of both sublayers and may keep state in a collection of its own.
+    """
 
     m: ml_collections.FrozenConfigDict
     attention: str
     block: int
+    reduction: Reduction | None = None
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array, noise_BxE: Array | None) -> tuple[Array, None]:
+    def __call__(
+        self, x_BxLxD: Array, noise_BxE: Array | None, positions_BxL: Array | None = None
+    ) -> tuple[Array, None]:
         m, dtype = self.m, jnp.dtype(self.m.dtype)
         attention = Attention(
             m.width, m.heads, m.kv_heads, m.head_dim, self.attention, self.block, m.rope_base, m.qk_norm, dtype,
-            m.sequence_parallel, name="attention",
+            m.sequence_parallel, self.reduction, name="attention",
         )  # fmt: skip
-        mlp = SwiGLU(m.width, m.ffn, dtype, m.sequence_parallel, name="mlp")
-        for name, layer in (("attention", attention), ("mlp", mlp)):
+        mlp = SwiGLU(m.width, m.ffn, dtype, m.sequence_parallel, self.reduction, name="mlp")
+        sublayers: Any = {"attention": lambda h: attention(h, positions_BxL), "mlp": mlp}
+        for name, layer in sublayers.items():
             h_BxLxD = RMSNorm(name=f"{name}_norm")(x_BxLxD)
             if noise_BxE is None:
                 x_BxLxD = x_BxLxD + layer(h_BxLxD)
@@ -78,18 +88,23 @@ class Transformer(nn.Module):
             block = nn.remat(block, policy=REMAT[m.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, CACHE: 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=m.layers // size("pp"),
             metadata_params={nn.PARTITION_NAME: "pp"},
         )(m, self.attention, self.block)
 
-    def hidden(self, ids_BxL: Array, noise_B: Array) -> Array:
-        """Final normed activations [B, L, D]; noise_B (any scale) is read only with time conditioning."""
+    def hidden(self, ids_BxL: Array, noise_B: Array, positions_BxL: Array | None = None) -> Array:
+        """Final normed activations [B, L, D]; noise_B (any scale) is read only with time conditioning.
+
+        With the collection "kv" mutable, a whole pass fills the key/value cache. `positions_BxL` (int32, global) makes
+        this a pass over a few rows: they update the cache at their positions and attend to all of it, causally where
+        the model is causal. Raises ValueError without a cache, for cp > 1, and for block diffusion.
+        """
         noise_BxE = self.noise_embedding(noise_B) if self.m.time_conditioning else None
         x_BxLxD = vary(self.embed(ids_BxL), "pp")  # the stacked layers are typed varying over pp
-        x_BxLxD, _ = self.layers(x_BxLxD, noise_BxE)
+        x_BxLxD, _ = self.layers(x_BxLxD, noise_BxE, positions_BxL)
         x_BxLxD = self.norm(x_BxLxD)
         # Not `enter_tp`: without SP the rows are marked varying in the head, after the caller has selected some.
         return all_gather(x_BxLxD, "tp", dim=1) if self.m.sequence_parallel else x_BxLxD
@@ -101,6 +116,22 @@ class Transformer(nn.Module):
     def __call__(self, ids_BxL: Array, noise_B: Array) -> Array:
         """Logits [B, L, V/tp], float32."""
         return self.logits(self.hidden(ids_BxL, noise_B))
+
+
+def empty_cache(m: ml_collections.FrozenConfigDict, batch: int, length: int) -> Any:
+    """The key/value cache of `batch` sequences before any pass: zeros [layers, B, S, K/tp, C] in the compute dtype.
+
+    A causal model may fill it row by row; a bidirectional one reads all of it, so there a whole pass comes first.
+    """
+    shape = (m.layers // size("pp"), batch, length, m.kv_heads // size("tp"), m.head_dim)
+    zeros = vary(jnp.zeros(shape, jnp.dtype(m.dtype)), ("pp", *BATCH_AXES, "tp"))
+    return {"layers": {"attention": {"k": zeros, "v": zeros}}}
+
+
+def cache_specs() -> Any:
+    """PartitionSpecs of the cache: layers over pp, sequences over (dp, ep), heads over tp."""
+    spec = PartitionSpec("pp", BATCH_AXES, None, "tp", None)
+    return {"layers": {"attention": {"k": spec, "v": spec}}}
 
 
 def from_config(c: ml_collections.ConfigDict, attention: str, block: int = 0) -> Transformer:

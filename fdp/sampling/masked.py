@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from fdp.collectives import pmax, psum, vary_like
 from fdp.objectives.schedules import Schedule
 from fdp.parallel.tensor import NEVER, suppress, vocab_argmax, vocab_gather, vocab_logsumexp, vocab_offset
-from fdp.sampling.noise import categorical, position_keys, uniform
+from fdp.sampling.noise import categorical, categorical_confidence, position_keys, uniform
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Info = dict[str, jax.Array]
@@ -183,11 +183,15 @@ def reveal(
         masked_BxL = z == n_ids
         logits = suppress(denoise(z, masked_BxL.mean(1)), n_ids)
         keys = position_keys(key, sample_ids_B, step, positions_L)
-        token_BxL = categorical(keys, logits, temperature)
+        if order == "top_prob":  # the same score, with fewer reductions than token and score on their own
+            token_BxL, score_BxL = categorical_confidence(keys, logits, temperature)
+        else:
+            token_BxL = categorical(keys, logits, temperature)
+            score_BxL = ORDERS[order](logits, token_BxL, keys)
         candidates_BxL = masked_BxL
         if block is not None:
             candidates_BxL &= positions_L // block == masked_BxL.argmax(1)[:, None] // block
-        chosen_BxL = choose(ORDERS[order](logits, token_BxL, keys), candidates_BxL, per_step, threshold)
+        chosen_BxL = choose(score_BxL, candidates_BxL, per_step, threshold)
         z = jnp.where(chosen_BxL, token_BxL, z)
         return z, 1, anywhere(z == n_ids)
 

@@ -1,4 +1,4 @@
-"""Claims that need no training: sharded equals unsharded, bytes equal the closed formula, the head's FLOPs.
+"""Claims about sharding: equal to one device, bytes equal the closed formula, the head's FLOPs, ids on the wire.
 
 Legend: B batch, L positions.
 """
@@ -8,15 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from fdp import sharding
+from fdp.arm import Arm
+from fdp.collectives import all_gather, shard_map
 from fdp.cost import bytes as closed
 from fdp.cost import hlo, jaxpr
 from fdp.mesh import AXES, AnyMesh, make_mesh
 from fdp.models import transformer
 from fdp.objectives.base import Objective
-from fdp.step import Program, tokens_sharding
+from fdp.sample import draw
+from fdp.sampling.noise import categorical_confidence, gumbel
+from fdp.step import Program, batch_specs, tokens_sharding
 
 # Every axis alone (pp needs a schedule), then all of them mixed with sequence parallelism and ZeRO-3.
 MESHES: dict[str, dict[str, int]] = {
@@ -130,3 +137,68 @@ def head_saving(program: Program, tokens_BxL: np.ndarray) -> HeadSaving:
     local_full = 3 * 2 * full_rows * c.model.width * c.model.vocab // c.mesh.tp
     body = counts[1] - local_full
     return HeadSaving(counts[0] - body, local_full, abs(losses[0] - losses[1]) / abs(losses[1]))
+
+
+def step_costs(arm: Arm) -> tuple[tuple[float, int], tuple[float, int]]:
+    """(wire bytes, temporary memory) a device of loss and gradients: head on the masked rows, and on every row."""
+    program, found = arm.program, []
+    capacity = program.capacity
+    params, tokens = arm.abstract_step_arguments()[0].params, arm.abstract_step_arguments()[1]
+    batch = jax.eval_shape(program.objective.corrupt, jax.random.key(0), tokens)
+    specs = sharding.shardings(program.mesh, batch_specs(batch))
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, specs)
+    try:
+        for rows in (capacity, None):
+            program.capacity = rows
+            compiled = jax.jit(lambda p, b: program.grads(p, b)).lower(params, placed).compile()
+            sent = sum(counted_bytes(compiled, program.mesh).values())
+            found.append((sent, int(compiled.memory_analysis().temp_size_in_bytes)))
+    finally:
+        program.capacity = capacity
+    return found[0], found[1]
+
+
+def likelihood(arm: Arm, ids_BxL: np.ndarray) -> float:
+    """Mean NLL of `ids_BxL` in nats per token under the arm's model and objective;
+    as many whole rows as the mesh divides."""
+    ways = arm.mesh.shape["dp"] * arm.mesh.shape["ep"]
+    whole = ids_BxL[: len(ids_BxL) // ways * ways]
+    return float(arm.eval_function()(arm.trained.params, arm.place(whole), np.int32(0)))
+
+
+V_WIDE, ROWS = 32_768, 64  # a vocabulary of today, rows a device samples at once
+
+
+@dataclass(frozen=True)
+class SamplingBytes:
+    """Bytes over tp a device sends to draw a token and its confidence for each of ROWS rows, and to gather logits."""
+
+    tp: int
+    scalars: float
+    gather: float
+
+
+def sampling_bytes(tp: int) -> SamplingBytes:
+    """Both counted in the compiled program for `tp` devices and V_WIDE ids."""
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": tp})
+    keys = jnp.zeros((1, ROWS, 2), jnp.uint32)
+    logits = jnp.zeros((1, ROWS, V_WIDE))
+
+    def gathered(keys: jax.Array, logits: jax.Array) -> Any:
+        whole = all_gather(logits, "tp", dim=2)
+        scores = whole + gumbel(keys, whole.shape[-1])
+        return scores.argmax(-1), jax.nn.softmax(whole).max(-1)
+
+    sent = []
+    for method, out in ((categorical_confidence, P()), (gathered, P("tp"))):
+        program = shard_map(method, mesh, (P(), P(None, None, "tp")), (out, out))
+        compiled = jax.jit(program).lower(keys, logits).compile()
+        sent.append(sum(counted_bytes(compiled, mesh).values()))
+    return SamplingBytes(tp, *sent)
+
+
+def ids_by_degree(arm: Arm, count: int, degrees: tuple[int, ...] = (1, 2, 4, 8)) -> dict[int, np.ndarray]:
+    """Samples int32 [count, L] of the same parameters and seed, drawn with each tp degree that the model allows."""
+    c = arm.c
+    fits = [t for t in degrees if not any(n % t for n in (c.model.heads, c.model.kv_heads, c.model.ffn, c.model.vocab))]
+    return {t: draw(arm, count, make_mesh(dict.fromkeys(AXES, 1) | {"tp": t})) for t in fits}

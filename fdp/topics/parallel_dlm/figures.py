@@ -1,16 +1,26 @@
-"""The pictures of topic 1: training curves and wire bytes by mesh."""
+"""The pictures of topic 1: training curves, wire bytes by mesh, bytes against KL, a sample while it is denoised.
+
+Legend: L positions, T states.
+"""
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from fdp.arm import Arm
 from fdp.metrics import read_metrics
 from fdp.report import figure, plot_curves, save_plot
+from fdp.sampling.masked import first_hitting
 from fdp.topics.parallel_dlm.checks import Comparison
+from fdp.topics.parallel_dlm.pareto import Outcome
 
-ARMS = {"mdlm": "MDLM (NELBO)", "ar": "AR (NLL)"}
+ARMS = {"mdlm": "MDLM (NELBO)", "ar": "AR (NLL)", "markov": "MDLM on the Markov chain (NELBO)"}
 
 
 def curves(workdir: Path) -> str:
@@ -49,3 +59,54 @@ def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
     axes.set(ylabel="KiB sent per device and step", title="Wire bytes of loss and gradients, counted in the HLO")
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return str(save_plot(fig, workdir / "plots" / "bytes.png").relative_to(workdir))
+
+
+def pareto(workdir: Path, outcomes: Mapping[tuple[str, int], list[Outcome]]) -> str:
+    """KL on the rows read against the share of bytes sent, one panel a task. Returns the path in the workdir."""
+    fig, panels = figure(columns=len(outcomes), width=3.6, height=4.0)
+    kinds = sorted({o.policy.split(",")[0].split(" ")[0] for found in outcomes.values() for o in found})
+    for axes, ((name, steps), found) in zip(np.atleast_1d(panels), outcomes.items(), strict=True):
+        for i, kind in enumerate(kinds):
+            mine = sorted((o for o in found if o.policy.split(",")[0].split(" ")[0] == kind), key=lambda o: o.share)
+            kl = [max(float(np.mean(o.kl_read)), 1e-7) for o in mine]
+            axes.plot([o.share for o in mine], kl, marker="osD^v*X"[i % 7], linestyle=":", label=kind, linewidth=0.8)
+        axes.axhline(1e-3, color="#444444", linestyle="--", linewidth=0.8)
+        axes.axvline(0.35, color="#444444", linestyle="--", linewidth=0.8)
+        axes.set(
+            yscale="log", xlim=(0, 1.05), xlabel="share of the exact bytes over tp", title=f"{name}, N = {steps} steps"
+        )
+    np.atleast_1d(panels)[0].set_ylabel("KL(exact ‖ policy), nats, rows read (1e-7: exact)")
+    np.atleast_1d(panels)[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return str(save_plot(fig, workdir / "plots" / "pareto.png").relative_to(workdir))
+
+
+def film_strip(workdir: Path, arm: Arm, frames: int = 6) -> str:
+    """One sample while it is denoised: tokens in reading order, coloured by the step that revealed them."""
+    states_TxL, mask_id = trace(arm), arm.objective.n_ids
+    length = states_TxL.shape[1]
+    columns = max(4, round(math.sqrt(length) / 2))
+    born_L = (states_TxL == mask_id).sum(0) - 1  # the step after which the token was there
+    fig, panels = figure(columns=frames, width=2.1, height=3.4)
+    for axes, t in zip(panels, np.linspace(0, length, frames).round().astype(int), strict=True):
+        shown = np.where(states_TxL[t] == mask_id, np.nan, born_L).astype(float)
+        grid = np.pad(shown, (0, -length % columns), constant_values=np.nan).reshape(-1, columns)
+        axes.imshow(grid, cmap="viridis", vmin=0, vmax=length, aspect="auto", alpha=0.45)
+        for i, token in enumerate(states_TxL[t]):
+            if token != mask_id:
+                text = arm.data.tokenizer.decode([token]).replace("\n", "⏎").replace("$", r"\$")
+                axes.text(i % columns, i // columns, text[:7], fontsize=4.5, ha="center", va="center")
+        axes.set(title=f"step {t}", xticks=[], yticks=[])
+        axes.grid(False)
+    return str(save_plot(fig, workdir / "plots" / "film_strip.png").relative_to(workdir))
+
+
+def trace(arm: Arm) -> np.ndarray:
+    """Every state of one first-hitting sample on one device: int32 [L + 1, L]."""
+    key, length, n_ids = jax.random.key(arm.c.seeds[0]), arm.c.data.seq_len, arm.objective.n_ids
+
+    @jax.jit
+    def run(params: Any) -> jax.Array:
+        denoise: Any = lambda z, noise_B: arm.model.apply({"params": params}, z, noise_B)
+        return first_hitting(denoise, key, jnp.arange(1), length, n_ids=n_ids, trace=True)[1]["trace"]
+
+    return np.asarray(run(jax.device_get(arm.trained.params)))[:, 0]

@@ -1,9 +1,10 @@
-"""Topic 1, first cut: an equal-size masked diffusion LM and autoregressive LM over dp × tp, and what sharding costs.
+"""Topic 1: what a bidirectional, iteratively denoised LM allows tensor and data parallelism to leave out.
 
-Legend: B sequences, L positions.
+Legend: B sequences, L positions, N denoising steps.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -11,85 +12,94 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.config import digest
-from fdp.data.batches import batch
 from fdp.loop import evaluate
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.sample import draw
-from fdp.topics.parallel_dlm import checks, figures
+from fdp.topics.parallel_dlm import checks, estimators, figures, pareto, rows
+
+ORACLE_VARIANTS = ("cpu", "tiny", "full")
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
-    """The masked diffusion LM and the autoregressive LM: same architecture, parameters, tokens and optimizer."""
+    """The masked diffusion LM and the autoregressive LM: same architecture, parameters, tokens and optimizer.
+
+    Where everything runs on virtual devices, also a masked diffusion LM of a Markov chain, whose likelihood is known.
+    """
     ar = config.copy_and_resolve_references()
     ar.objective.name = "autoregressive"
-    return {"mdlm": config.copy_and_resolve_references(), "ar": ar}
+    found = {"mdlm": config.copy_and_resolve_references(), "ar": ar}
+    if config.variant in ORACLE_VARIANTS:
+        markov = config.copy_and_resolve_references()
+        markov.data.update(source="markov", seq_len=32)
+        markov.model.update(
+            layers=2, width=64, heads=8, kv_heads=8, head_dim=8, ffn=176, vocab=32, qk_norm=False, dtype="float32"
+        )
+        markov.train.batch = 64
+        found["markov"] = markov
+    return found
 
 
 def study(run: Run) -> Report:
-    """Judge the four claims, print samples, draw the plots."""
+    """Judge the claims, print samples, draw the plots."""
     mdlm, ar = run.arms["mdlm"], run.arms["ar"]
-    rows, raw = [], {}
-    comparisons = []
+    found: list[Row] = []
+    raw: dict[str, Any] = {}
+    plots: list[str | Path] = [figures.curves(run.workdir)]
     if jax.device_count() >= checks.DEVICES:
         comparisons = checks.compare_meshes(mdlm[0].c, mdlm[0].objective)
-        rows += _equality_rows(comparisons)
-    else:
-        rows.append(_too_few_devices())
-    rows += _head_rows(mdlm[0])
-    likelihood, raw["val_loss"] = _likelihood_row(mdlm, ar)
-    rows.append(likelihood)
-    samples = {name: draw(arms[0], run.config.eval.samples) for name, arms in run.arms.items()}
-    rows += [_entropy_row(name, run.arms[name][0], ids) for name, ids in samples.items()]
-    _write_samples(run, samples)
-    plots: list[str | Path] = [figures.curves(run.workdir)]
-    if comparisons:
+        found += rows.equality(comparisons)
         plots.append(figures.traffic(run.workdir, comparisons))
-    return Report(run.config.topic, run.config.variant, digest(run.config), rows, plots, raw)
+    else:
+        found.append(rows.too_few_devices())
+    found += rows.head(mdlm[0])
+    tasks = {name: run.arms[name] for name in ("mdlm", "markov") if name in run.arms}
+    for name, arms_ in tasks.items():
+        scatters = [estimators.scatter(arm, run.config.eval.draws) for arm in arms_]
+        raw[f"variance {name}"] = [{n: s.variance(n) for n in estimators.ESTIMATORS} for s in scatters]
+        found += rows.variance(name, scatters)
+    if jax.device_count() >= checks.DEVICES:
+        found += rows.ids_on_the_wire(mdlm[0], run.config.eval.samples)
+        found += _selective(run, tasks, raw, plots)
+        found += _switching(run, raw, plots)
+    likelihood, raw["val_loss"] = _likelihood_row(mdlm, ar)
+    found.append(likelihood)
+    samples = {name: draw(run.arms[name][0], run.config.eval.samples) for name in ("mdlm", "ar")}
+    found += [_entropy_row(name, run.arms[name][0], ids) for name, ids in samples.items()]
+    _write_samples(run, samples)
+    plots.append(figures.film_strip(run.workdir, mdlm[0]))
+    return Report(run.config.topic, run.config.variant, digest(run.config), found, plots, raw)
 
 
-def _too_few_devices() -> Row:
-    return Row.untestable(
-        "sharded loss and gradients equal unsharded", "largest relative error", "", "<= 1e-5", "measured",
-        f"needs {checks.DEVICES} devices and {jax.device_count()} are here: run the cpu variant with JAX_PLATFORMS=cpu",
-    )  # fmt: skip
-
-
-def _equality_rows(comparisons: list[checks.Comparison]) -> list[Row]:
-    loss = max(c.loss_error for c in comparisons)
-    gradient = max(c.gradient_error for c in comparisons)
-    wrong = sum(c.mismatches() for c in comparisons)
-    kinds = sum(len(c.formula) for c in comparisons)
-    meshes = "float32 model of two layers against one device, on " + "; ".join(c.mesh for c in comparisons)
-    return [
-        Row.judged(
-            "sharded loss equals unsharded", "largest relative error of the loss", loss, "", "<= 1e-5", "measured",
-            note=meshes,
-        ),
-        Row.judged(
-            "sharded gradients equal unsharded", "largest |Δg|/|g|, whole tree", gradient, "", "<= 1e-5", "measured",
-            note=meshes,
-        ),
-        Row.judged(
-            "bytes per axis equal the closed formula", "(op, axes) entries that differ", wrong, "", "== 0", "counted",
-            note=f"compiled HLO of loss and gradients against fdp.cost.bytes to the byte, {kinds} entries",
-        ),
+def _selective(run: Run, tasks: dict[str, list[Arm]], raw: dict[str, Any], plots: list[str | Path]) -> list[Row]:
+    """Every policy on both tasks at N = L and N = L/4 steps."""
+    outcomes: dict[rows.Task, list[pareto.Outcome]] = {}
+    nll: dict[Any, list[float]] = {}
+    sequences = run.config.eval.sequences
+    for name, arms_ in tasks.items():
+        for per_step in (1, 4):
+            task = (name, arms_[0].c.data.seq_len // per_step)
+            outcomes[task] = []
+            for policy in pareto.chosen(tuple(run.config.eval.policies)):
+                outcome = pareto.measure(arms_, policy, per_step, sequences)
+                print(
+                    f"{name}, N={outcome.steps}, {policy.name}: {outcome.share:.3f} of the bytes, "
+                    f"KL {np.mean(outcome.kl_read):.2e} nats on rows read", flush=True,
+                )  # fmt: skip
+                outcomes[task].append(outcome)
+                nll[task, policy.name] = rows.sample_nll(name, outcome, run.arms["ar"])
+    raw["selective"] = [
+        {"task": name, "steps": steps, "policy": o.policy, "share": o.share, "kl_read": o.kl_read,
+         "kl_masked": o.kl_masked, "agree_read": o.agree_read, "agree_masked": o.agree_masked,
+         "sample_nll": nll[(name, steps), o.policy], "entropy": [rows.unigram_entropy(ids) for ids in o.ids]}
+        for (name, steps), many in outcomes.items() for o in many
     ]  # fmt: skip
+    plots.append(figures.pareto(run.workdir, outcomes))
+    return rows.selective(outcomes, nll)
 
 
-def _head_rows(arm: Arm) -> list[Row]:
-    saving = checks.head_saving(arm.program, batch(arm.data.train, 0, arm.c.train.batch, 0))
-    return [
-        Row.judged(
-            "the masked-rows head halves the head's FLOPs", "head FLOPs per device and step", saving.flops, "FLOP",
-            "ratio <= 0.55", "counted", "head on every row", saving.full_flops,
-            note="matmuls in the jaxpr of loss and gradients; exact-k masks, static capacity, no row dropped",
-        ),
-        Row.judged(
-            "… at equal loss", "relative change of the loss", saving.loss_error, "", "<= 1e-5", "measured",
-            note="same parameters, tokens and masks; baseline: head on every row",
-        ),
-    ]  # fmt: skip
+def _switching(run: Run, raw: dict[str, Any], plots: list[str | Path]) -> list[Row]:
+    return []
 
 
 def _likelihood_row(mdlm: list[Arm], ar: list[Arm]) -> tuple[Row, dict[str, list[float]]]:
@@ -102,18 +112,12 @@ def _likelihood_row(mdlm: list[Arm], ar: list[Arm]) -> tuple[Row, dict[str, list
     return row, losses
 
 
-def unigram_entropy(ids: np.ndarray) -> float:
-    """Entropy in nats of the token frequencies in `ids`: a collapsed sampler shows here, not in its likelihood."""
-    counts = np.unique(ids, return_counts=True)[1] / ids.size
-    return float(-(counts * np.log(counts)).sum())
-
-
-def _entropy_row(name: str, arm: Arm, ids_BxL: np.ndarray) -> Row:
-    text = np.concatenate([arm.data.val[i] for i in range(min(len(ids_BxL), len(arm.data.val)))])
+def _entropy_row(name: str, arm: Arm, ids: np.ndarray) -> Row:
+    text = np.concatenate([arm.data.val[i] for i in range(min(len(ids), len(arm.data.val)))])
     return Row.judged(
-        f"{name} samples are as diverse as text", "unigram entropy of the samples", unigram_entropy(ids_BxL), "nats",
-        "ratio >= 0.9", "measured", "validation text, as many tokens", unigram_entropy(text),
-        note=f"{ids_BxL.size} tokens, temperature 1",
+        f"{name} samples are as diverse as text", "unigram entropy of the samples", rows.unigram_entropy(ids), "nats",
+        "ratio >= 0.9", "measured", "validation text, as many tokens", rows.unigram_entropy(text),
+        note=f"{ids.size} tokens, temperature 1",
     )  # fmt: skip
 
 

@@ -1,0 +1,81 @@
+"""Four unbiased estimators of one NELBO on trained parameters: how much do they scatter for the same batch?
+
+Legend: B sequences, L positions, R noise draws.
+"""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from fdp.arm import Arm
+from fdp.collectives import psum, shard_map
+from fdp.data.batches import eval_batches
+from fdp.objectives.mdlm import MDLM
+from fdp.step import LOSS_AXES, P, batch_specs, loss_sum
+
+BASELINE, METHOD = "iid t", "antithetic exact k"
+ESTIMATORS = {
+    BASELINE: {"form": "t", "antithetic": False},
+    "antithetic t": {"form": "t", "antithetic": True},
+    "iid exact k": {"form": "k", "antithetic": False},
+    METHOD: {"form": "k", "antithetic": True},
+}
+CHUNK = 16  # draws in one program: few enough calls, and the queue of multi-device programs stays short
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Losses of one batch in nats per token, one a noise draw, by estimator: {name: f64 [R]}."""
+
+    losses: dict[str, np.ndarray]
+
+    def variance(self, name: str) -> float:
+        """Of a single draw."""
+        return float(self.losses[name].var(ddof=1))
+
+    def gap(self) -> tuple[float, float]:
+        """Mean of METHOD less that of BASELINE, and the variance of that difference of means."""
+        a, b = self.losses[METHOD], self.losses[BASELINE]
+        return float(a.mean() - b.mean()), float(a.var(ddof=1) / a.size + b.var(ddof=1) / b.size)
+
+
+def scatter(arm: Arm, draws: int) -> Scatter:
+    """`draws` noise draws of every estimator on the first validation batch; every row through the head.
+
+    Raises ValueError for fewer than two draws: they have no variance.
+    """
+    if draws < 2:
+        raise ValueError(f"eval.draws = {draws} draws have no variance: set eval.draws=2 or more")
+    (tokens,) = eval_batches(arm.data.val, arm.c.train.batch, 1)
+    tokens_BxL, params = arm.place(tokens), arm.trained.params
+    assert isinstance(arm.objective, MDLM)
+    found = {}
+    for name, options in ESTIMATORS.items():
+        objective = dataclasses.replace(arm.objective, **options)
+        run = jax.jit(functools.partial(_losses, arm, objective))
+        keys_R = jax.random.split(jax.random.key(arm.c.seeds[0]), math.ceil(draws / CHUNK) * CHUNK)
+        parts = [np.asarray(run(params, tokens_BxL, keys_R[i : i + CHUNK])) for i in range(0, len(keys_R), CHUNK)]
+        found[name] = np.concatenate(parts).astype(np.float64)[:draws]
+    return Scatter(found)
+
+
+def _losses(arm: Arm, objective: MDLM, params: object, tokens_BxL: jax.Array, keys_R: jax.Array) -> jax.Array:
+    """Mean loss of the batch in nats per token under each key: f32 [R]."""
+
+    def one(key: jax.Array) -> jax.Array:
+        batch = objective.corrupt(key, tokens_BxL)
+        local = lambda p, b: psum(loss_sum(arm.model, objective, None, p, b), LOSS_AXES)
+        specs = (arm.program.layout.specs, batch_specs(batch))
+        return shard_map(local, arm.mesh, specs, P())(params, batch) / tokens_BxL.size
+
+    return jax.lax.map(one, keys_R)
+
+
+def z_score(scatters: list[Scatter]) -> float:
+    """Difference of the two estimators' means over all seeds, in standard errors: a bias would make it large."""
+    gaps = [s.gap() for s in scatters]
+    return sum(g for g, _ in gaps) / math.sqrt(sum(v for _, v in gaps))

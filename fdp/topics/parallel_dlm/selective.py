@@ -1,0 +1,205 @@
+"""Selective all-reduce across denoising steps: of every sum over tp, send only the rows that this step needs.
+
+Between two denoising steps few tokens change, and few positions are read. Each device keeps, for every row-parallel
+sum, the other devices' share of each row as of the last time that row was sent (`rest`). A row that is not sent adds
+its own fresh partial product to that stale rest. Which rows to send, all devices of a tp group must agree on:
+
+- rows whose token has just changed, and rows that will be read in this step (the noise is counter-based, so the
+  positions that this step reveals are known before the forward pass); in the last layer only the latter;
+- of the others, those with the largest score under a rule: "drift", how far the partial products have moved since the
+  row was last sent (Σ over devices, one float a row on the wire); "attention", the attention mass on changed rows;
+  "window", nearness to a changed row.
+
+Rows are chosen among all sequences of a device, in a static number. With every row sent this is the exact sum, bit for
+bit. Sampling only: gradients through stale sums would be biased.
+
+Legend: B sequences and L positions of this device, D width, A rows sent, V vocabulary (local over tp).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fdp.collectives import psum, vary
+from fdp.models.layers import Embedding, RMSNorm
+from fdp.models.transformer import Block, Transformer
+from fdp.parallel.compressed import int8_psum
+
+Array = jax.Array
+Cache = list[Any]
+RULES = ("drift", "attention", "window")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the sums over tp are made while sampling.
+
+    kind: "exact" (everything, every step), "rows" (a share `rows` of the inner layers' rows by `rule`; 1.0 is exact),
+    "stale" (nothing between refreshes) or "channels" (every `refresh`-th channel in turn, the rest stale).
+    `refresh`: every how many steps everything is sent; 0 = only in the first. `skip`: rows not sent keep their whole
+    old sum, which is what a feature cache that skips tokens computes. `lean`: the last layer sends only rows that are
+    read. `int8`: what is sent, is quantised. Raises ValueError for unknown words, a share outside [0, 1] or channels
+    without turns.
+    """
+
+    name: str
+    kind: str = "rows"
+    rule: str = "drift"
+    rows: float = 1.0
+    refresh: int = 0
+    skip: bool = False
+    lean: bool = True
+    int8: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("exact", "rows", "stale", "channels") or self.rule not in RULES:
+            raise ValueError(f"policy {self.name!r}: kind {self.kind!r} or rule {self.rule!r} is unknown")
+        if not 0 <= self.rows <= 1:
+            raise ValueError(f"policy {self.name!r}: rows = {self.rows} is not a share of the rows, in [0, 1]")
+        if self.refresh < 0 or (self.kind == "channels" and self.refresh < 1):
+            raise ValueError(f"policy {self.name!r}: refresh = {self.refresh} steps; set refresh=2 or more")
+
+    def full(self, step: Array) -> Array:
+        """Whether `step` sends everything: bool []. Channels take turns instead of refreshing."""
+        first = (step == 0) | (self.kind == "exact")
+        return first | (step % self.refresh == 0) if self.refresh and self.kind != "channels" else first
+
+    def refreshes(self, steps: int) -> int:
+        """How many of `steps` send everything."""
+        if self.kind == "exact":
+            return steps
+        return math.ceil(steps / self.refresh) if self.refresh and self.kind != "channels" else 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all devices of a tp group know of a denoising step: rows changed and rows to be read, bool, its number."""
+
+    changed_BxL: Array
+    read_BxL: Array
+    number: Array
+
+
+class SelectiveSum(nn.Module):
+    """Replaces the sum over tp (`fdp.models.layers.Reduction`), with its state in the collection "cache".
+
+    `capacity`: rows sent; `step` None sends all. Rows of `forced_BxL` come first; there must be at most `capacity`.
+    """
+
+    policy: Policy
+    capacity: int
+    step: Step | None
+    forced_BxL: Array | None
+
+    @nn.compact
+    def __call__(self, partial_BxLxD: Array, site: str, weigh: Any = None) -> Array:
+        partial_BxLxD = vary(partial_BxLxD, "tp")
+        rest = self.variable("cache", f"{site}_rest", jnp.zeros_like, partial_BxLxD)
+        own = self.variable("cache", f"{site}_own", jnp.zeros_like, partial_BxLxD)
+        mass = self.variable("cache", "mass", lambda: jnp.zeros_like(partial_BxLxD[..., 0]))
+        if self.step is None:
+            total = self._sum(partial_BxLxD)
+            rest.value, own.value = total - partial_BxLxD, partial_BxLxD
+            return total
+        stale_BxLxD = (own.value if self.policy.skip else partial_BxLxD) + rest.value
+        if self.policy.kind == "channels":
+            return self._channels(partial_BxLxD, rest)
+        if self.capacity == 0:
+            return stale_BxLxD
+        score_BxL = self._score(partial_BxLxD - own.value, site, weigh, mass)
+        score_BxL = jnp.where(self.forced_BxL, jnp.inf, score_BxL)
+        _, rows_A = jax.lax.top_k(score_BxL.reshape(-1), self.capacity)
+        flat = lambda x: x.reshape(-1, x.shape[-1])
+        sent_AxD = flat(partial_BxLxD)[rows_A]
+        total_AxD = self._sum(sent_AxD)
+        put = lambda x, new: flat(x).at[rows_A].set(new).reshape(x.shape)
+        rest.value, own.value = put(rest.value, total_AxD - sent_AxD), put(own.value, sent_AxD)
+        return put(stale_BxLxD, total_AxD)
+
+    def _sum(self, partial: Array) -> Array:
+        return vary(int8_psum(partial, "tp") if self.policy.int8 else psum(partial, "tp"), "tp")
+
+    def _score(self, moved_BxLxD: Array, site: str, weigh: Any, mass: Any) -> Array:
+        """Who else needs sending, f32 [B, L], equal on every device of the tp group."""
+        assert self.step is not None
+        changed_BxL = self.step.changed_BxL.astype(jnp.float32)
+        if site == "embedding":  # exact: only changed rows move
+            return changed_BxL
+        if self.policy.rule == "drift":
+            return psum((moved_BxLxD**2).sum(-1), "tp")
+        if self.policy.rule == "window":
+            position_L = jnp.arange(changed_BxL.shape[1])
+            distance_LxL = jnp.abs(position_L[:, None] - position_L)
+            return -jnp.where(self.step.changed_BxL[:, None, :], distance_LxL, distance_LxL.size).min(-1) * 1.0
+        if weigh is not None:  # once a layer, before its FFN: both sublayers send the same rows
+            mass.value = vary(psum(weigh(changed_BxL), "tp"), "tp")
+        return jax.lax.stop_gradient(mass.value)
+
+    def _channels(self, partial_BxLxD: Array, rest: Any) -> Array:
+        """Partial synchronisation (as in CAAT-Net, there trained): the channels whose turn it is, the rest stale."""
+        assert self.step is not None
+        ways, D = self.policy.refresh, partial_BxLxD.shape[-1]
+        if D % ways:
+            raise ValueError(f"width {D} is not divisible by refresh = {ways} groups of channels")
+        turn = self.step.number % ways
+        group = lambda x: x.reshape(*x.shape[:-1], ways, D // ways)
+        sent = jax.lax.dynamic_index_in_dim(group(partial_BxLxD), turn, -2, keepdims=False)
+        total = self._sum(sent)
+        put = lambda x, new: jax.lax.dynamic_update_index_in_dim(group(x), new, turn, x.ndim - 1).reshape(x.shape)
+        rest.value = put(rest.value, total - sent)
+        return put(partial_BxLxD + rest.value, total)
+
+
+def capacities(policy: Policy, layers: int, rows: int, per_step: int, length: int) -> list[int]:
+    """Rows that each site sends between refreshes: the embedding, then every layer. `rows` = B·L of a device.
+
+    Raises ValueError where the share cannot hold the rows that must be sent: those changed and those read.
+    """
+    if policy.kind == "stale":
+        return [0] * (layers + 1)
+    read = rows // length * per_step
+    if policy.kind != "rows":
+        return [rows] * (layers + 1)
+    inner = round(policy.rows * rows)
+    if inner < min(2 * read, rows):
+        raise ValueError(
+            f"policy {policy.name!r}: rows·B·L = {policy.rows}·{rows} = {inner} rows cannot hold the changed and read "
+            f"rows, 2·{read}: set rows={min(2 * read / rows, 1):.3f} or more"
+        )
+    return [read] + [inner] * (layers - 1) + [read if policy.lean else inner]
+
+
+def forward(
+    model: Transformer, params: Any, z_BxL: Array, cache: Cache | None, policy: Policy, per_step: int, step: Step | None
+) -> tuple[Array, Cache]:
+    """Final normed activations [B, L, D] and the new cache; `step` None sends everything (and fills a first cache).
+
+    Layers are unrolled, not scanned: the last one sends other rows than the rest.
+    """
+    m, dtype = model.m, jnp.dtype(model.m.dtype)
+    sizes = capacities(policy, m.layers, z_BxL.size, per_step, z_BxL.shape[1])
+    new: Cache = []
+
+    def run(i: int, make: Any, params: Any, *inputs: Any) -> Any:
+        forced = None
+        if step is not None:
+            last = policy.lean and i == m.layers
+            # The embedding and every layer but the last carry what later layers read of the changed rows.
+            forced = step.changed_BxL if i == 0 else step.read_BxL if last else step.changed_BxL | step.read_BxL
+        state = {} if cache is None else {"cache": cache[i]}
+        layer = make(SelectiveSum(policy, sizes[i], step, forced))
+        out, mutated = layer.apply({"params": params} | state, *inputs, mutable=["cache"])
+        new.append(mutated["cache"])
+        return out
+
+    embedding = lambda reduction: Embedding(m.vocab, m.width, dtype, False, reduction)
+    block = lambda reduction: Block(m, model.attention, model.block, reduction)
+    x_BxLxD = vary(run(0, embedding, params["embed"], z_BxL), "tp")
+    for i in range(m.layers):
+        layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
+        x_BxLxD, _ = run(i + 1, block, layer, x_BxLxD, None)
+    return RMSNorm().apply({"params": params["norm"]}, x_BxLxD), new
