@@ -147,7 +147,7 @@ def _one_task(task: Task, found: dict[str, pareto.Outcome], nll: Mapping[Any, li
         Row.judged(
             f"{label}: selective sums keep what is sampled from", "KL(exact ‖ selective), rows read", mine.kl_read,
             "nats", "value <= 1e-3", "measured",
-            note=f"policy '{mine.policy}' at {mine.share:.3f} of the bytes; top-1 agrees in {np.mean(mine.agree_read):.4f}",
+            note=f"policy '{mine.policy}' at {mine.share:.3f} of the bytes; top-1 {np.mean(mine.agree_read):.4f}",
         ),
         Row.judged(
             f"{label}: … and the likelihood of samples", "|ln(NLL / NLL of exact)|, means over seeds",
@@ -168,7 +168,7 @@ def _one_task(task: Task, found: dict[str, pareto.Outcome], nll: Mapping[Any, li
             Row.judged(
                 f"{label}: … also on masked rows that are not read", "KL(exact ‖ selective), all masked rows",
                 every.kl_masked, "nats", "value <= 1e-3", "measured",
-                note=f"policy '{every.policy}' at {every.share:.3f} of the bytes: for orders that look at every masked row",
+                note=f"policy '{every.policy}' at {every.share:.3f} of the bytes, for orders that see all rows",
             )
         )  # fmt: skip
     return rows

@@ -87,20 +87,22 @@ class Step:
 class SelectiveSum(nn.Module):
     """Replaces the sum over tp (`fdp.models.layers.Reduction`), with its state in the collection "cache".
 
-    `capacity`: rows sent; `step` None sends all. Rows of `forced_BxL` come first; there must be at most `capacity`.
+    `capacity`: rows sent; `step` None sends all. Rows of `forced_BxL` come first; there must be at most `capacity`, and
+    where there are as many (`spare` False), no other row is looked at.
     """
 
     policy: Policy
     capacity: int
     step: Step | None
     forced_BxL: Array | None
+    spare: bool
 
     @nn.compact
     def __call__(self, partial_BxLxD: Array, site: str, weigh: Any = None) -> Array:
         partial_BxLxD = vary(partial_BxLxD, "tp")
         rest = self.variable("cache", f"{site}_rest", jnp.zeros_like, partial_BxLxD)
         own = self.variable("cache", f"{site}_own", jnp.zeros_like, partial_BxLxD)
-        mass = self.variable("cache", "mass", lambda: jnp.zeros_like(partial_BxLxD[..., 0]))
+        mass = self.variable("cache", "mass", lambda: jnp.zeros_like(partial_BxLxD[..., 0], jnp.float32))
         if self.step is None:
             total = self._sum(partial_BxLxD)
             rest.value, own.value = total - partial_BxLxD, partial_BxLxD
@@ -110,7 +112,9 @@ class SelectiveSum(nn.Module):
             return self._channels(partial_BxLxD, rest)
         if self.capacity == 0:
             return stale_BxLxD
-        score_BxL = self._score(partial_BxLxD - own.value, site, weigh, mass)
+        score_BxL: Any = jnp.float32(0)
+        if self.spare:
+            score_BxL = self._score(partial_BxLxD - own.value, weigh, mass)
         score_BxL = jnp.where(self.forced_BxL, jnp.inf, score_BxL)
         _, rows_A = jax.lax.top_k(score_BxL.reshape(-1), self.capacity)
         flat = lambda x: x.reshape(-1, x.shape[-1])
@@ -123,21 +127,19 @@ class SelectiveSum(nn.Module):
     def _sum(self, partial: Array) -> Array:
         return vary(int8_psum(partial, "tp") if self.policy.int8 else psum(partial, "tp"), "tp")
 
-    def _score(self, moved_BxLxD: Array, site: str, weigh: Any, mass: Any) -> Array:
+    def _score(self, moved_BxLxD: Array, weigh: Any, mass: Any) -> Array:
         """Who else needs sending, f32 [B, L], equal on every device of the tp group."""
         assert self.step is not None
         changed_BxL = self.step.changed_BxL.astype(jnp.float32)
-        if site == "embedding":  # exact: only changed rows move
-            return changed_BxL
         if self.policy.rule == "drift":
-            return psum((moved_BxLxD**2).sum(-1), "tp")
+            return psum((moved_BxLxD.astype(jnp.float32) ** 2).sum(-1), "tp")
         if self.policy.rule == "window":
             position_L = jnp.arange(changed_BxL.shape[1])
             distance_LxL = jnp.abs(position_L[:, None] - position_L)
             return -jnp.where(self.step.changed_BxL[:, None, :], distance_LxL, distance_LxL.size).min(-1) * 1.0
         if weigh is not None:  # once a layer, before its FFN: both sublayers send the same rows
-            mass.value = vary(psum(weigh(changed_BxL), "tp"), "tp")
-        return jax.lax.stop_gradient(mass.value)
+            mass.value = vary(psum(weigh(changed_BxL).astype(jnp.float32), "tp"), "tp")
+        return mass.value
 
     def _channels(self, partial_BxLxD: Array, rest: Any) -> Array:
         """Partial synchronisation (as in CAAT-Net, there trained): the channels whose turn it is, the rest stale."""
@@ -191,7 +193,8 @@ def forward(
             # The embedding and every layer but the last carry what later layers read of the changed rows.
             forced = step.changed_BxL if i == 0 else step.read_BxL if last else step.changed_BxL | step.read_BxL
         state = {} if cache is None else {"cache": cache[i]}
-        layer = make(SelectiveSum(policy, sizes[i], step, forced))
+        spare = i > 0 and not (policy.lean and i == m.layers)
+        layer = make(SelectiveSum(policy, sizes[i], step, forced, spare))
         out, mutated = layer.apply({"params": params} | state, *inputs, mutable=["cache"])
         new.append(mutated["cache"])
         return out

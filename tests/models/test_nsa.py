@@ -1,0 +1,291 @@
+"""Native sparse attention against token-by-token loops in f64, and its shards against one device.
+
+Legend: B sequences, L positions, D width, H query heads, K key/value heads, C head_dim.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from fdp.collectives import psum, shard_map
+from fdp.mesh import AXES, make_mesh
+from fdp.models import nsa
+from fdp.models.nsa import Budget, NativeSparseAttention, select, selected_attention, selection_scores
+
+B, L, D, H, K, C = 2, 32, 16, 8, 4, 8
+BUDGET = Budget(compress_block=8, stride=4, select_block=8, selected=3, initial=1, local=1, window=6)
+
+
+def module(budget=BUDGET, heads=H, kv_heads=K, qk_norm=True, sequence_parallel=False):
+    return NativeSparseAttention(D, heads, kv_heads, C, budget, 100.0, qk_norm, jnp.float32, sequence_parallel)
+
+
+@functools.cache
+def setup(**kwargs):
+    """Module, its parameters (boxed) and an input. Weights of gates and phi are enlarged so that they matter."""
+    m = module(**kwargs)
+    x = np.random.default_rng(0).normal(size=(B, L, D)).astype(np.float32)
+    params = jax.jit(m.init)(jax.random.key(0), x)
+    grow = {"w_gate": 2.0, "position": 30.0, "w_q": 2.0}
+    params = jax.tree_util.tree_map_with_path(lambda p, a: a * grow.get(leaf_name(p), 1.0), params)
+    return m, params, x
+
+
+def leaf_name(path):
+    return [p.key for p in path if hasattr(p, "key")][-1]
+
+
+# One device ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("compress", "stride", "block"), [(32, 16, 64), (8, 4, 8), (16, 4, 8), (8, 8, 8), (4, 4, 12)])
+def test_scores_weigh_compression_blocks_by_their_overlap_and_sum_the_group(compress, stride, block):
+    budget = Budget(compress, stride, block, selected=3)
+    length = 4 * block if 4 * block >= compress else 8 * block
+    blocks = (length - compress) // stride + 1
+    p = np.random.default_rng(0).random((2, 3, 2, 5, blocks))
+    expected = np.zeros((2, 3, 5, length // block))
+    for i in range(blocks):
+        tokens = set(range(i * stride, i * stride + compress))
+        for j in range(length // block):
+            shared = len(tokens & set(range(j * block, (j + 1) * block)))
+            expected[..., j] += p[..., i].sum(2) * shared / stride
+    got = selection_scores(jnp.asarray(p, jnp.float32), budget)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.fast
+def test_selection_holds_forced_blocks_then_the_best_visible_ones():
+    budget = Budget(4, 4, 4, selected=4, initial=1, local=2)
+    scores = np.tile(np.array([0.0, 5, 1, 3, 4, 2, 0, 9], np.float32), (1, 1, 32, 1))
+    chosen = np.asarray(jax.jit(lambda s: select(s, budget))(scores))[0, 0]
+    for t in range(32):
+        own = t // 4
+        visible = set(range(own + 1))
+        forced = {0, own, own - 1} & visible
+        best = sorted(visible - forced, key=lambda j: -scores[0, 0, 0, j])[: 4 - len(forced)]
+        assert set(np.flatnonzero(chosen[t])) == forced | set(best), t
+    ties = np.asarray(select(jnp.zeros((1, 1, 32, 8)), budget))[0, 0]
+    assert set(np.flatnonzero(ties[31])) == {0, 1, 6, 7}  # equal scores: the earlier block
+
+
+@pytest.mark.fast
+def test_with_all_blocks_selected_the_branch_is_full_causal_attention():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(B, L, heads, C)).astype(np.float32) for heads in (H, K, K))
+    scores = jnp.asarray(rng.random((B, K, L, 4)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def branch(blocks, q, k, v):
+        return selected_attention(q, k, v, select(scores, Budget(8, 4, 8, selected=blocks, local=1)))
+
+    full = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(branch(4, q, k, v), full, atol=1e-5)
+    some = branch(2, q, k, v)
+    np.testing.assert_allclose(some[:, :16], full[:, :16], atol=1e-5)  # two blocks are all there are
+    assert np.abs(some[:, 16:] - full[:, 16:]).max() > 0.1
+
+
+def rotate(x, positions, base=100.0):
+    """Rotary embedding of [..., C] vectors at the given positions, one a row."""
+    angle = positions[:, None] * base ** (-np.arange(0, C, 2) / C)
+    a, b = x[..., : C // 2], x[..., C // 2 :]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+
+
+def attend(q, k, v):
+    """One query against a set of keys, f64: weights and output."""
+    s = k @ q / C**0.5
+    p = np.exp(s - s.max())
+    p /= p.sum()
+    return p, p @ v
+
+
+def norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def by_hand(params, x, b):
+    """The module as loops over heads and tokens, from the paper's equations 5 to 12."""
+    w = jax.tree.map(lambda a: np.asarray(a, float), nn.unbox(params)["params"])
+    phi, out = w["compression"], np.zeros((B, L, D))
+    gelu = lambda z: z / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    starts = np.arange(0, L - b.compress_block + 1, b.stride)
+    for n, group in np.ndindex(B, K):
+        kv = np.einsum("ld,nsdc->nslc", x[n], w["w_kv"][:, :, :, group])
+        flat = [[kv[0, s, i : i + b.compress_block] + phi["position"][s, group] for i in starts] for s in range(2)]
+        hidden = [[gelu(np.einsum("mc,mcd->d", y, phi["w_in"][s, group])) for y in flat[s]] for s in range(2)]
+        k_cmp, v_cmp = (np.array(hidden[s]) @ phi["w_out"][s, group] for s in range(2))
+        k_cmp = rotate(norm(k_cmp, w["k_norm_compressed"]["scale"]), starts + b.compress_block - 1)
+        k_slc = rotate(norm(kv[1, 0], w["k_norm_selected"]["scale"]), np.arange(L))
+        k_win = rotate(norm(kv[2, 0], w["k_norm_window"]["scale"]), np.arange(L))
+        heads = range(group * H // K, (group + 1) * H // K)
+        q = {h: rotate(norm(x[n] @ w["w_q"][:, h], w["q_norm"]["scale"]), np.arange(L)) for h in heads}
+        for t in range(L):
+            past = np.flatnonzero(starts + b.compress_block - 1 <= t)
+            score, o_cmp = np.zeros(L // b.select_block), {}
+            for h in heads:
+                p, o_cmp[h] = attend(q[h][t], k_cmp[past], v_cmp[past]) if len(past) else ([], np.zeros(C))
+                for i, weight in zip(past, p, strict=True):
+                    for token in range(starts[i], starts[i] + b.compress_block):
+                        score[token // b.select_block] += weight
+            own = t // b.select_block
+            forced = {*range(b.initial), *range(own - b.local + 1, own + 1)} & set(range(own + 1))
+            rest = sorted(set(range(own + 1)) - forced, key=lambda j: (-score[j], j))
+            blocks = forced | set(rest[: b.selected - len(forced)])
+            read = [s for s in range(t + 1) if s // b.select_block in blocks]
+            near = range(max(0, t - b.window + 1), t + 1)
+            for h in heads:
+                o_slc, o_win = (attend(q[h][t], k[list(s)], v[list(s)])[1]
+                                for k, v, s in ((k_slc, kv[1, 1], read), (k_win, kv[2, 1], near)))  # fmt: skip
+                g = 1 / (1 + np.exp(-x[n, t] @ w["w_gate"][:, h]))
+                out[n, t] += (g[0] * o_cmp[h] + g[1] * o_slc + g[2] * o_win) @ w["w_o"][h]
+    return out
+
+
+@pytest.mark.parametrize(
+    "budget", [BUDGET, Budget(12, 4, 8, selected=2, initial=0, local=2, window=3)], ids=["8", "12"]
+)
+def test_module_equals_loops_over_tokens(budget):
+    m, params, x = setup(budget=budget)
+    got = jax.jit(m.apply)(params, x)
+    np.testing.assert_allclose(got, by_hand(params, x, budget), atol=2e-5)
+
+
+def test_no_output_depends_on_a_later_token_and_every_branch_on_earlier_ones():
+    m, params, x = setup()
+    f = jax.jit(m.apply)
+    base = np.asarray(f(params, x))
+    for t in (0, 7, 8, 15, 19, 31):
+        moved = x.copy()
+        moved[:, t] += 3.0
+        change = np.abs(np.asarray(f(params, moved)) - base).max((0, 2))
+        assert change[:t].max(initial=0) == 0 and change[t] > 1e-3, t
+    # No branch is dead: without its values the output is another.
+    w_kv = params["params"]["w_kv"].value
+    for branch in range(3):
+        without = {
+            "params": {**params["params"], "w_kv": params["params"]["w_kv"].replace_boxed(w_kv.at[branch, 1].set(0))}
+        }
+        assert np.abs(f(without, x) - base).max() > 1e-2, nsa.BRANCHES[branch]
+
+
+def test_gradients_are_finite_reach_phi_and_pass_by_the_choice_of_blocks():
+    m, params, x = setup()
+    grads = nn.unbox(jax.jit(jax.grad(lambda p: (m.apply(p, x) ** 2).sum()))(params))["params"]
+    norms = {k: float(jnp.linalg.norm(v)) for k, v in _flat(grads)}
+    assert np.isfinite(list(norms.values())).all()
+    assert min(norms.values()) > 1e-4, norms
+    assert (np.abs(grads["compression"]["position"]).max((2, 3)) > 1e-5).all()  # keys and values of every head
+
+    def selected_only(params):
+        """Output of the selection branch alone: the gates of the others are shut, their values zero."""
+        w_kv = params["params"]["w_kv"]
+        values = w_kv.value.at[jnp.array([0, 2]), 1].set(0)
+        phi = params["params"]["compression"]
+        phi = {**phi, "w_out": phi["w_out"].replace_boxed(phi["w_out"].value.at[1].set(0))}
+        return (
+            m.apply({"params": {**params["params"], "w_kv": w_kv.replace_boxed(values), "compression": phi}}, x) ** 2
+        ).sum()
+
+    alone = nn.unbox(jax.jit(jax.grad(selected_only))(params))["params"]
+    assert not np.asarray(alone["compression"]["position"][0]).any()  # keys of phi: only the choice reads them
+    assert np.abs(alone["w_kv"][1]).max() > 1e-3
+
+
+def _flat(tree):
+    return [("/".join(str(k.key) for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+@pytest.mark.fast
+def test_queries_before_the_first_compressed_block_get_zero_from_it():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, L, H, C), (B, 7, K, C), (B, 7, K, C)))
+    last = 7 + 4 * jnp.arange(7)
+    out, p = nsa.compressed_attention(q, k, v, last)
+    assert not out[:, :7].any() and (np.abs(out[:, 7:]).max((0, 2, 3)) > 0).all()
+    np.testing.assert_allclose(out[:, 7], np.repeat(v[:, 0], H // K, 1), atol=1e-6)  # one block in sight: its value
+    np.testing.assert_array_equal((np.asarray(p) > 0).sum(-1)[0, 0, 0], [sum(t >= last) for t in range(L)])
+    grad = jax.grad(lambda k: nsa.compressed_attention(q, k, v, last)[0].sum())(k)
+    assert np.isfinite(grad).all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Budget(compress_block=30), "compress_block 30 is not a multiple of stride 16.*set compress_block=16"),
+        (lambda: Budget(select_block=40), "select_block 40 is not a multiple of stride 16.*set select_block=32"),
+        (lambda: Budget(selected=2), r"selected 2 < initial \+ local = 1 \+ 2: set selected=3"),
+        (lambda: Budget(local=0), "local 0 ≥ 1"),
+        (lambda: Budget(window=0), "window 0 ≥ 1"),
+        (
+            lambda: Budget().check_length(100),
+            "100 tokens must be a multiple of select_block 64 .*set the length to 128",
+        ),
+        (lambda: Budget(compress_block=128).check_length(64), "at least compress_block 128: set the length to 128"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Shards --------------------------------------------------------------------------------------------------------------
+
+
+def sharded(tp, sequence_parallel, qk_norm):
+    """Function of global parameters, input and target: ((loss, output), gradients) of the module over dp and tp."""
+    m = module(sequence_parallel=sequence_parallel, qk_norm=qk_norm)
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "dp": 2, "tp": tp})
+    x_spec = P("dp", "tp" if sequence_parallel else None)
+
+    def loss(params, x, target):
+        y = m.apply(params, x)
+        return psum(((y - target) ** 2).sum(), ("dp", "tp") if sequence_parallel else "dp"), y
+
+    def step(params, x, target):
+        return jax.value_and_grad(loss, has_aux=True)(params, x, target)
+
+    def run(params, x, target):
+        specs = nn.get_partition_spec(params)
+        values = nn.unbox(params)
+        f = shard_map(step, mesh, (specs, x_spec, x_spec), ((P(), x_spec), specs))
+        return jax.jit(f)(values, x, target)
+
+    return run
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel", "qk_norm"), [(2, False, True), (4, True, False)])
+def test_heads_over_tp_equal_one_device(tp, sequence_parallel, qk_norm):
+    m, params, x = setup(qk_norm=qk_norm)
+    target = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+
+    def loss(params):
+        y = m.apply(params, x)
+        return ((y - target) ** 2).sum(), y
+
+    (want_loss, want), want_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(nn.unbox(params))
+    (got_loss, got), grads = sharded(tp, sequence_parallel, qk_norm)(params, x, target)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(got_loss, want_loss, rtol=1e-5)
+    for (name, a), (_, b) in zip(_flat(grads), _flat(want_grads), strict=True):
+        scale = np.abs(b).max()
+        assert scale > 1e-4, name
+        np.testing.assert_allclose(a / scale, b / scale, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.fast
+def test_a_split_sequence_is_refused():
+    m, params, x = setup()
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "cp": 2})
+    values = nn.unbox(params)
+    f = shard_map(lambda x: m.apply(values, x), mesh, P(None, "cp"), P(None, "cp"))
+    with pytest.raises(ValueError, match=r"cp = 2: set mesh\.cp=1"):
+        jax.eval_shape(f, x)
