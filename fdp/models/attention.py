@@ -119,14 +119,15 @@ class Attention(nn.Module):
         q_BxLxHxC = turn(q_BxLxHxC, positions_BxL, self.rope_base)
         new = {"k": turn(k_BxLxKxC, positions_BxL, self.rope_base), "v": v_BxLxKxC}
         put = jax.vmap(lambda cache_SxKxC, rows_LxKxC, at_L: cache_SxKxC.at[at_L].set(rows_LxKxC))
+        cache: dict[str, Array] = {}
         for name, rows_BxLxKxC in new.items():
-            cache_BxSxKxC = vary_like(self.get_variable(CACHE, name), rows_BxLxKxC)
-            self.put_variable(CACHE, name, put(cache_BxSxKxC, rows_BxLxKxC, positions_BxL))
-        k_BxSxKxC, v_BxSxKxC = (self.get_variable(CACHE, name) for name in ("k", "v"))
+            old_BxSxKxC = vary_like(self.get_variable(CACHE, name), rows_BxLxKxC)
+            cache[name] = put(old_BxSxKxC, rows_BxLxKxC, positions_BxL)
+            self.put_variable(CACHE, name, cache[name])
         if self.kind == "bidirectional":
-            return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, None
-        seen_BxLxS = jnp.arange(k_BxSxKxC.shape[1]) <= positions_BxL[..., None]
-        return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, seen_BxLxS[:, None]
+            return q_BxLxHxC, cache["k"], cache["v"], None
+        seen_BxLxS = jnp.arange(cache["k"].shape[1]) <= positions_BxL[..., None]
+        return q_BxLxHxC, cache["k"], cache["v"], seen_BxLxS[:, None]
 
     def _check_cache(self) -> None:
         """Raises ValueError where a cache would be wrong or is not there yet."""

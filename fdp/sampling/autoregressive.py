@@ -1,14 +1,18 @@
-"""Autoregressive sampling by full recomputation: one forward pass of the whole static-length prefix per token.
+"""Autoregressive sampling: one forward pass of the whole static-length prefix per token, or of one row with a cache.
 
-The reference that a cached sampler must reproduce id for id. Shapes: B samples, L positions, V vocabulary (tp: V/tp).
+The recomputing sampler is the reference that the cached one reproduces id for id. Shapes: B samples, L positions,
+V vocabulary (tp: V/tp).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fdp.collectives import vary_like
+from fdp.models.attention import CACHE
+from fdp.models.transformer import Transformer, empty_cache
 from fdp.parallel.tensor import suppress
 from fdp.sampling.noise import categorical, position_keys
 
@@ -32,8 +36,54 @@ def sample(
 
     def body(i: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
         inputs_BxL = jnp.roll(tokens_BxL, 1, axis=1).at[:, 0].set(bos)
-        keys = position_keys(key, sample_ids_B, 0, i[None])[:, 0]
-        token_B = categorical(keys, suppress(logits_at(inputs_BxL, i), n_ids), temperature)
+        token_B = _draw(logits_at(inputs_BxL, i), key, sample_ids_B, i, temperature, n_ids)
         return tokens_BxL.at[:, i].set(token_B)
 
     return jax.lax.fori_loop(0, length, body, start), {"nfe": jnp.int32(length)}
+
+
+def sample_cached(
+    model: Transformer,
+    params: Any,
+    key: jax.Array,
+    sample_ids_B: jax.Array,
+    length: int,
+    bos: int,
+    temperature: float = 1.0,
+    *,
+    n_ids: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `sample` for a causal `model`, with one row a token against the key/value cache; "nfe" counts rows.
+
+    Raises ValueError for a model that is not causal and under cp > 1.
+    """
+    if model.attention != "causal":
+        raise ValueError(
+            f"a cache filled from left to right needs a causal model, not attention={model.attention!r}: later tokens "
+            "would change the keys of earlier ones"
+        )
+    batch = sample_ids_B.shape[0]
+    noise_B = vary_like(jnp.zeros(batch), sample_ids_B)
+
+    def body(i: jax.Array, carry: tuple) -> tuple:
+        tokens_BxL, last_B, cache = carry
+        hidden_Bx1xD, kept = model.apply(
+            {"params": params, CACHE: cache}, last_B[:, None], noise_B, jnp.full((batch, 1), i),
+            mutable=[CACHE], method="hidden",
+        )  # fmt: skip
+        logits_BxV: Any = model.apply({"params": params}, hidden_Bx1xD[:, 0], method="logits")
+        token_B = _draw(logits_BxV, key, sample_ids_B, i, temperature, n_ids)
+        return tokens_BxL.at[:, i].set(token_B), token_B, kept[CACHE]
+
+    first_B = vary_like(jnp.full(batch, bos, jnp.int32), sample_ids_B)
+    tokens_BxL = vary_like(jnp.zeros((batch, length), jnp.int32), sample_ids_B)
+    carry = (tokens_BxL, first_B, empty_cache(model.m, batch, length))
+    return jax.lax.fori_loop(0, length, body, carry)[0], {"nfe": jnp.int32(length)}
+
+
+def _draw(
+    logits_BxV: jax.Array, key: jax.Array, sample_ids_B: jax.Array, i: jax.Array, temperature: float, n_ids: int
+) -> jax.Array:
+    """Token i of every sample: int32 [B]."""
+    keys = position_keys(key, sample_ids_B, 0, i[None])[:, 0]
+    return categorical(keys, suppress(logits_BxV, n_ids), temperature)
