@@ -45,7 +45,7 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
     c.train.steps = 800
-    c.eval.update(policies=(), sequences=64, draws=128)
+    c.eval.update(policies=(), sequences=32, draws=128)
     c.seeds = (0, 1, 2, 3, 4)
 
 

@@ -13,6 +13,8 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from fdp.mesh import expand
+
 Axes = str | Sequence[str]
 
 
@@ -100,7 +102,7 @@ def shard_map(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -
 
     def strip(specs: Any) -> Any:
         return jax.tree.map(
-            lambda s: PartitionSpec(*map(entry, s)), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+            lambda s: PartitionSpec(*map(entry, expand(mesh, s))), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
         )
 
     return jax.shard_map(f, mesh=mesh, in_specs=strip(in_specs), out_specs=strip(out_specs), check_vma=True)

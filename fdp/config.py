@@ -11,12 +11,13 @@ import ml_collections
 VARIANTS = ("cpu", "tiny", "full", "h100", "pod")
 
 # Keys that may differ between two starts in one workdir: none of them changes what is computed.
-FREE_KEYS = ("mesh", "checkpoint", "log", "hardware", "train.zero")
+FREE_KEYS = ("mesh", "context", "checkpoint", "log", "hardware", "train.zero")
 
 # Sizes and divisors.
 POSITIVE = (
     "model.layers", "model.width", "model.heads", "model.kv_heads", "model.head_dim", "model.ffn", "model.vocab",
-    "objective.block", "data.seq_len", "train.batch", "train.microbatches", "train.steps", "eval.batches", "eval.sequences", "eval.draws",
+    "objective.block", "context.head_split", "context.stripe", "data.seq_len", "train.batch", "train.microbatches",
+    "train.steps", "eval.batches", "eval.sequences", "eval.draws",
     "checkpoint.keep", "log.every", "plan.batch", "plan.seq_len", "plan.steps",
     "plan.searches", "plan.counted",
 )  # fmt: skip
@@ -49,6 +50,14 @@ def base() -> ml_collections.ConfigDict:
     m.dtype = "float32"  # compute dtype; parameters and logits are always float32
     m.remat = "none"  # none | dots | full: what the backward pass recomputes
     m.sequence_parallel = False  # between blocks, shard the sequence over tp (Megatron SP)
+
+    m.window = 0  # attention to keys less than this many positions away; 0 = no limit
+
+    x = c.context = ml_collections.ConfigDict()  # how attention communicates over cp; none of it changes the result
+    x.plan = "all_gather"  # all_gather | ring | ulysses | usp | batch
+    x.head_split = 1  # usp, batch: devices that share out heads (or sequences), the others form a ring; ulysses: cp
+    x.layout = "contiguous"  # contiguous | zigzag | striped: which positions a device holds
+    x.stripe = 1  # striped: positions in a block
 
     o = c.objective = ml_collections.ConfigDict()
     o.name = "mdlm"  # autoregressive | mdlm | sedd_absorbing | sedd_uniform | block_diffusion
@@ -213,6 +222,8 @@ def _check_choices(c: ml_collections.ConfigDict) -> None:
         ),
         "objective.form": (c.objective.form, ("t", "k")),
         "data.tokenizer": (c.data.tokenizer, ("byte", "bpe")),
+        "context.plan": (c.context.plan, ("all_gather", "ring", "ulysses", "usp", "batch")),
+        "context.layout": (c.context.layout, ("contiguous", "zigzag", "striped")),
         "train.nan": (c.train.nan, ("stop", "skip")),
         "plan.precision": (c.plan.precision, ("bf16", "fp8", "fp4")),
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 # Outermost first: tp, the most talkative axis, gets neighbouring devices. Nested shard_maps abort when their axes are
 # out of this order, so it is fixed.
@@ -66,7 +66,22 @@ def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None =
     return Mesh(np.array(available[:total]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def factor(mesh: Mesh, axis: str) -> Mesh:
+def parts(mesh: AnyMesh, axis: str) -> tuple[str, ...]:
+    """Names of `mesh` that make up the logical `axis`: itself, or its binary sub-axes, outermost first."""
+    return tuple(n for n in mesh.shape if n == axis or n.rstrip("0123456789") == axis)
+
+
+def expand(mesh: AnyMesh, spec: PartitionSpec) -> PartitionSpec:
+    """`spec` with every logical axis spelled as the names of `mesh`: on a factored mesh "cp" reads ("cp0", "cp1", …)."""
+
+    def entry(e: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        names = tuple(n for a in ((e,) if isinstance(e, str) else e or ()) for n in parts(mesh, a))
+        return names[0] if isinstance(e, str) and len(names) == 1 else names or None
+
+    return PartitionSpec(*map(entry, spec))
+
+
+def factor(mesh: AnyMesh, axis: str) -> AnyMesh:
     """The same devices with `axis` (degree 2^n) split into n binary sub-axes `axis0` (outermost) … `axis{n-1}`.
 
     One compiled program can then run layers at different degrees of that axis. Raises ValueError if the degree is not
@@ -81,4 +96,7 @@ def factor(mesh: Mesh, axis: str) -> Mesh:
     for name, size in mesh.shape.items():
         names += [f"{axis}{i}" for i in range(n)] if name == axis and n else [name]
         shape += [2] * n if name == axis and n else [size]
-    return Mesh(mesh.devices.reshape(shape), tuple(names), axis_types=(AxisType.Auto,) * len(names))
+    types = (AxisType.Auto,) * len(names)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(tuple(shape), tuple(names), axis_types=types)
+    return Mesh(mesh.devices.reshape(shape), tuple(names), axis_types=types)

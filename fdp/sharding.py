@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tabulate import tabulate
 
 from fdp.collectives import all_gather, vary
-from fdp.mesh import AXES, DATA_AXES, AnyMesh
+from fdp.mesh import AXES, DATA_AXES, AnyMesh, expand
 
 P = PartitionSpec
 LAYERS = "layers"  # the stacked part of the parameter tree: leaves are [n_layers, …]
@@ -88,7 +88,9 @@ def layer_gather(specs: Any, zero: int) -> Callable[[Any], Any] | None:
 
 def shardings(mesh: AnyMesh, specs: Any) -> Any:
     """NamedShardings of a tree of PartitionSpecs."""
-    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, expand(mesh, s)), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )
 
 
 def bytes_per_device(shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh, itemsize: int = 4) -> int:

@@ -14,9 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fdp import sharding
 from fdp.collectives import psum, shard_map, vary, vary_like
-from fdp.mesh import BATCH_AXES, AnyMesh
+from fdp.config import UserError
+from fdp.kernels_pallas.masks import Mask
+from fdp.mesh import BATCH_AXES, AnyMesh, expand, factor
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
+from fdp.parallel import context, layouts
+from fdp.parallel.context import CommPlan
 from fdp.state import Layout, TrainState, learning_rate
 
 P = PartitionSpec
@@ -30,7 +34,7 @@ def batch_specs(batch: Any) -> Any:
 
 def tokens_sharding(mesh: AnyMesh) -> NamedSharding:
     """How the loop places a batch of tokens [B, L]."""
-    return NamedSharding(mesh, P(BATCH_AXES, "cp"))
+    return NamedSharding(mesh, expand(mesh, P(BATCH_AXES, "cp")))
 
 
 def select_rows(hidden_BxLxD: jax.Array, rows: dict[str, jax.Array], capacity: int) -> tuple[jax.Array, Any]:
@@ -64,10 +68,27 @@ def head_capacity(c: ml_collections.ConfigDict, objective: Objective, batch: int
     return objective.capacity(batch, c.data.seq_len, shards, c.mesh.cp)
 
 
+def check_context(c: ml_collections.ConfigDict, model: Transformer) -> None:
+    """Raises UserError, with equation, values and fix, for a context plan that this model and batch cannot run."""
+    m, mesh = c.model, c.mesh
+    if model.attention == "block_diffusion" or (mesh.cp == 1 and not m.window):
+        return
+    sizes = {"seq_len": c.data.seq_len, "cp": mesh.cp, "heads": m.heads // mesh.tp, "kv_heads": m.kv_heads // mesh.tp}
+    batch = c.train.batch // (mesh.dp * mesh.ep * c.train.microbatches)
+    plan = model.plan if mesh.cp > 1 else CommPlan("all_gather")
+    try:
+        context.check(plan, Mask(model.attention, m.window), **sizes, batch=batch)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 class Program:
     """The pure functions of one arm on one mesh: `train_step`, `eval_step`, `grads`."""
 
     def __init__(self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: AnyMesh):
+        check_context(c, model)
+        if 1 < model.plan.head_split < c.mesh.cp:
+            mesh = factor(mesh, "cp")  # some sub-axes split heads or sequences, the others make a ring
         self.c, self.objective, self.mesh = c, objective, mesh
         self.layout = Layout(c, model, mesh)
         gather = sharding.layer_gather(self.layout.stored, c.train.zero)
@@ -86,8 +107,14 @@ class Program:
         return shard_map(f, self.mesh, in_specs, out_specs)
 
     def corrupt(self, tokens_BxL: jax.Array, key: jax.Array) -> Any:
-        """The objective's batch, drawn on global arrays: equal on every mesh for equal keys."""
+        """The objective's batch, drawn on global arrays: equal on every mesh for equal keys.
+
+        In the order of the plan's sequence layout; targets were shifted before, so a neighbour there need not be the
+        next token.
+        """
         batch = self.objective.corrupt(key, tokens_BxL)
+        order = lambda x: layouts.permute(x, self.model.plan.layout, self.c.mesh.cp) if x.ndim > 1 else x
+        batch = jax.tree.map(order, batch)
         return jax.lax.with_sharding_constraint(batch, sharding.shardings(self.mesh, batch_specs(batch)))
 
     def grads(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
@@ -142,7 +169,7 @@ class Program:
     def eval_step(self, params: Any, tokens_BxL: jax.Array, index: jax.Array) -> jax.Array:
         """Mean loss in nats per token of validation batch `index`, under noise that never changes."""
         key = jax.random.fold_in(jax.random.key(1_000_003), index)
-        batch = self.objective.corrupt(key, tokens_BxL)
+        batch = self.corrupt(tokens_BxL, key)
 
         def local(stored: Any, b: Any) -> jax.Array:
             p = sharding.materialise(stored, self.layout.stored, self.c.train.zero)

@@ -13,7 +13,11 @@ import jax
 import ml_collections
 from jax.sharding import PartitionSpec
 
+from fdp.cost import context
+from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, DATA_AXES
+from fdp.parallel.context_plan import CommPlan
+from fdp.parallel.layouts import SequenceLayout
 
 Traffic = dict[tuple[str, tuple[str, ...]], float]
 
@@ -33,7 +37,11 @@ class _Ledger:
         n = prod(self.degrees[a] for a in live)
         if live and times:
             wire = times * payload * (2 * (n - 1) / n if op == REDUCE else n - 1)
-            self.total[op, live] = self.total.get((op, live), 0.0) + wire
+            self.put(op, live, wire)
+
+    def put(self, op: str, axes: tuple[str, ...], wire: float) -> None:
+        """wire: bytes that the device sends, whatever the algorithm."""
+        self.total[op, axes] = self.total.get((op, axes), 0.0) + wire
 
 
 def traffic(c: ml_collections.ConfigDict, shapes: Any, stored: Any, head_rows: int) -> Traffic:
@@ -75,9 +83,30 @@ def _activations(ledger: _Ledger, c: ml_collections.ConfigDict, head_rows: int) 
         _norm_scales(ledger, c, sequence_parallel=False)
     ledger.add(REDUCE, ("tp",), 4 * head_rows, micro)  # maximum of the logits
     ledger.add(REDUCE, ("tp",), 8 * head_rows, micro)  # sum of exponentials and target logit
-    kv = 2 * tokens * (m.kv_heads // mesh.tp) * m.head_dim * item
-    ledger.add(GATHER, ("cp",), kv, m.layers * micro + again)
-    ledger.add(SCATTER, ("cp",), kv, m.layers * micro)
+    _context(ledger, c, item, m.layers * micro, again)
+
+
+def _context(ledger: _Ledger, c: ml_collections.ConfigDict, item: int, times: int, again: int) -> None:
+    """Attention over cp: `times` layers and microbatches, of which `again` run their forward pass twice."""
+    m, x, mesh = c.model, c.context, c.mesh
+    if mesh.cp == 1:
+        return
+    split = mesh.cp if x.plan == "ulysses" else x.head_split
+    layout = SequenceLayout(x.layout, x.stripe if x.layout == "striped" else 1)
+    plan = CommPlan(x.plan, split, layout=layout)
+    batch = c.train.batch // (mesh.dp * mesh.ep * c.train.microbatches)
+    doubled = 2 if c.objective.name == "block_diffusion" else 1
+    shape = context.AttentionShape(
+        batch, doubled * c.data.seq_len, m.heads // mesh.tp, m.kv_heads // mesh.tp, m.head_dim, mesh.cp, item
+    )
+    mask = Mask("causal" if c.objective.name == "autoregressive" else "bidirectional", m.window)
+    for op, wire in context.forward_bytes(plan, shape, mask).items():
+        ledger.put(op, ("cp",), wire * (times + again))
+    for op, wire in context.backward_bytes(plan, shape, mask).items():
+        ledger.put(op, ("cp",), wire * times)
+    if plan != CommPlan("all_gather") or m.window:
+        for op, wire in context.label_bytes(shape, mask).items():
+            ledger.put(op, ("cp",), wire * c.train.microbatches)
 
 
 def _norm_scales(ledger: _Ledger, c: ml_collections.ConfigDict, sequence_parallel: bool) -> None:

@@ -1,4 +1,4 @@
-"""Grouped-query attention: heads over tp, sequence over cp (keys and values all-gathered).
+"""Grouped-query attention: heads over tp, sequence over cp by any plan of `fdp.parallel.context`.
 
 With the collection "kv" mutable, a whole pass leaves its rotated keys and its values there; a pass over a few rows
 (`positions`) then writes those rows' own into it and attends to all of it. Without that collection nothing is kept and
@@ -8,6 +8,7 @@ Legend: B sequences, L local positions (rows of a pass), S all positions, D widt
 C head_dim.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,11 +17,20 @@ import jax.numpy as jnp
 
 from fdp.collectives import all_gather, index, size, vary_like
 from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
+from fdp.kernels_pallas.masks import Mask
 from fdp.objectives.block_diffusion import block_diffusion_mask
+from fdp.parallel import context, layouts
+from fdp.parallel.context import CommPlan
 
 Array = jax.Array
-Mask = Array | str | None  # bool [1 or B, 1, L, S]; "causal" for L = S; None = all keys
+Seen = Array | str | None  # bool [1 or B, 1, L, S]; "causal" for L = S; None = all keys
 CACHE = "kv"  # collection of rotated keys and values: {"k", "v"} of [B, S, K, C] a layer
+PROBE = "probe"  # collection of rotated queries and keys: {"q", "k"}, for studies of what is attended to
+GATHER = CommPlan("all_gather")
+
+# In place of softmax attention: (rotated q_BxLxHxC, rotated k_BxLxKxC, v_BxLxKxC, position_L, choice) → [B, L, H, C],
+# on this device's rows; `choice` is what the caller gave for this layer, such as the number of a plan.
+Mixer = Callable[[Array, Array, Array, Array, Any], Array]
 
 
 def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) -> Array | None:
@@ -33,7 +43,7 @@ def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) ->
     return None
 
 
-def attend(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, mask: Mask) -> Array:
+def attend(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, mask: Seen) -> Array:
     """Softmax attention of rotated queries and keys: [B, L, H, C]."""
     if isinstance(mask, str):
         return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, is_causal=True)
@@ -53,10 +63,13 @@ class Attention(nn.Module):
     qk_norm: bool
     dtype: Any
     sequence_parallel: bool
+    window: int = 0
     reduction: Reduction | None = None
+    plan: CommPlan = GATHER
+    mixer: Mixer | None = None
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array, positions_BxL: Array | None = None) -> Array:
+    def __call__(self, x_BxLxD: Array, positions_BxL: Array | None = None, choice: Any = None) -> Array:
         D, C = self.width, self.head_dim
         H, K = self.heads // size("tp"), self.kv_heads // size("tp")
         column = partitioned(normal(D**-0.5), None, "tp", None)
@@ -71,6 +84,10 @@ class Attention(nn.Module):
         v_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[1])
         if self.qk_norm:
             q_BxLxHxC, k_BxLxKxC = RMSNorm(name="q_norm")(q_BxLxHxC), RMSNorm(name="k_norm")(k_BxLxKxC)
+        if positions_BxL is None and (self.mixer is not None or self.window or self._communicates()):
+            out_BxLxHxC = self._mix(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, choice)
+            partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
+            return leave_tp(partial_BxLxD, self.sequence_parallel, self.reduction, "attention")
         if positions_BxL is None:
             q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask = self._whole(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC)
         else:
@@ -85,7 +102,28 @@ class Attention(nn.Module):
 
         return leave_tp(partial_BxLxD, self.sequence_parallel, self.reduction, "attention", weigh)
 
-    def _whole(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array) -> tuple[Array, Array, Array, Mask]:
+    def _communicates(self) -> bool:
+        """Whether the plan is another than to gather contiguous keys, which needs no more than this file."""
+        return size("cp") > 1 and self.plan != GATHER
+
+    def _mix(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, choice: Any) -> Array:
+        """Attention by the plan, or the mixer: [B, L, H, C]. Raises ValueError for block diffusion."""
+        if self.kind == "block_diffusion":
+            raise ValueError(
+                "block diffusion reads [noisy ‖ clean] with a mask of its own: set context.plan=all_gather, "
+                "context.layout=contiguous and model.window=0"
+            )
+        position_L = layouts.positions(self.plan.layout, q_BxLxHxC.shape[1])
+        q_BxLxHxC = rotary(q_BxLxHxC, position_L, self.rope_base)
+        k_BxLxKxC = rotary(k_BxLxKxC, position_L, self.rope_base)
+        self.sow(PROBE, "q", q_BxLxHxC)
+        self.sow(PROBE, "k", k_BxLxKxC)
+        if self.mixer is not None:
+            return self.mixer(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, position_L, choice)
+        mask = Mask(self.kind, self.window)
+        return context.attend(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, mask, self.plan, position_L)
+
+    def _whole(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array) -> tuple[Array, Array, Array, Seen]:
         """Rotated queries, rotated keys and values of all positions, and what may be seen; fills a mutable cache."""
         L = q_BxLxHxC.shape[1]
         S = L * size("cp")
@@ -106,7 +144,7 @@ class Attention(nn.Module):
 
     def _rows(
         self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, positions_BxL: Array
-    ) -> tuple[Array, Array, Array, Mask]:
+    ) -> tuple[Array, Array, Array, Seen]:
         """As `_whole` for rows at `positions_BxL`: their keys and values replace those in the cache."""
         self._check_cache()
         if not (self.has_variable(CACHE, "k") and self.is_mutable_collection(CACHE)):

@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec
 
 from fdp.collectives import all_gather, size, vary
 from fdp.mesh import BATCH_AXES
-from fdp.models.attention import CACHE, Attention
+from fdp.models.attention import CACHE, GATHER, PROBE, Attention, Mixer
 from fdp.models.layers import Embedding, Head, Modulation, NoiseEmbedding, Reduction, RMSNorm, SwiGLU
+from fdp.parallel.context import CommPlan
+from fdp.parallel.layouts import SequenceLayout
 
 Array = jax.Array
 
@@ -37,18 +39,20 @@ class Block(nn.Module):
     attention: str
     block: int
     reduction: Reduction | None = None
+    plan: CommPlan = GATHER
+    mixer: Mixer | None = None
 
     @nn.compact
     def __call__(
-        self, x_BxLxD: Array, noise_BxE: Array | None, positions_BxL: Array | None = None
+        self, x_BxLxD: Array, noise_BxE: Array | None, positions_BxL: Array | None = None, choice: Any = None
     ) -> tuple[Array, None]:
         m, dtype = self.m, jnp.dtype(self.m.dtype)
         attention = Attention(
             m.width, m.heads, m.kv_heads, m.head_dim, self.attention, self.block, m.rope_base, m.qk_norm, dtype,
-            m.sequence_parallel, self.reduction, name="attention",
+            m.sequence_parallel, m.window, self.reduction, self.plan, self.mixer, name="attention",
         )  # fmt: skip
         mlp = SwiGLU(m.width, m.ffn, dtype, m.sequence_parallel, self.reduction, name="mlp")
-        sublayers: Any = {"attention": lambda h: attention(h, positions_BxL), "mlp": mlp}
+        sublayers: Any = {"attention": lambda h: attention(h, positions_BxL, choice), "mlp": mlp}
         for name, layer in sublayers.items():
             h_BxLxD = RMSNorm(name=f"{name}_norm")(x_BxLxD)
             if noise_BxE is None:
@@ -65,13 +69,16 @@ class Transformer(nn.Module):
 
     Attributes: `m`, the frozen `model` section of the config; `attention`, which keys a query sees (causal,
     bidirectional, block_diffusion); `block`, tokens per block of block diffusion;
-    `gather`, for ZeRO-3, maps the stored parameters of one layer to the whole ones inside the rematerialised scan.
+    `gather`, for ZeRO-3, maps the stored parameters of one layer to the whole ones inside the rematerialised scan;
+    `plan`, how attention communicates over cp; `mixer` replaces attention's inner product (`attention.Mixer`).
     """
 
     m: ml_collections.FrozenConfigDict
     attention: str = "bidirectional"
     block: int = 0
     gather: Callable[[Any], Any] | None = None
+    plan: CommPlan = GATHER
+    mixer: Mixer | None = None
 
     def setup(self) -> None:
         m = self.m
@@ -88,23 +95,24 @@ class Transformer(nn.Module):
             block = nn.remat(block, policy=REMAT[m.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, CACHE: 0},
+            variable_axes={"params": 0, CACHE: 0, PROBE: 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=m.layers // size("pp"),
             metadata_params={nn.PARTITION_NAME: "pp"},
-        )(m, self.attention, self.block)
+        )(m, self.attention, self.block, None, self.plan, self.mixer)
 
-    def hidden(self, ids_BxL: Array, noise_B: Array, positions_BxL: Array | None = None) -> Array:
+    def hidden(self, ids_BxL: Array, noise_B: Array, positions_BxL: Array | None = None, choice_N: Any = None) -> Array:
         """Final normed activations [B, L, D]; noise_B (any scale) is read only with time conditioning.
 
         With the collection "kv" mutable, a whole pass fills the key/value cache. `positions_BxL` (int32, global) makes
         this a pass over a few rows: they update the cache at their positions and attend to all of it, causally where
-        the model is causal. Raises ValueError without a cache, for cp > 1, and for block diffusion.
+        the model is causal. `choice_N`, a pytree that leads with the layers, goes to the mixer. Raises ValueError
+        without a cache, for cp > 1, and for block diffusion.
         """
         noise_BxE = self.noise_embedding(noise_B) if self.m.time_conditioning else None
         x_BxLxD = vary(self.embed(ids_BxL), "pp")  # the stacked layers are typed varying over pp
-        x_BxLxD, _ = self.layers(x_BxLxD, noise_BxE, positions_BxL)
+        x_BxLxD, _ = self.layers(x_BxLxD, noise_BxE, positions_BxL, choice_N)
         x_BxLxD = self.norm(x_BxLxD)
         # Not `enter_tp`: without SP the rows are marked varying in the head, after the caller has selected some.
         return all_gather(x_BxLxD, "tp", dim=1) if self.m.sequence_parallel else x_BxLxD
@@ -136,4 +144,7 @@ def cache_specs() -> Any:
 
 def from_config(c: ml_collections.ConfigDict, attention: str, block: int = 0) -> Transformer:
     """The model that config `c` describes, seeing what `attention` allows (the objective decides)."""
-    return Transformer(ml_collections.FrozenConfigDict(c.model), attention, block)
+    x = c.context
+    layout = SequenceLayout(x.layout, x.stripe if x.layout == "striped" else 1)
+    plan = CommPlan(x.plan, c.mesh.cp if x.plan == "ulysses" else x.head_split, layout=layout)
+    return Transformer(ml_collections.FrozenConfigDict(c.model), attention, block, plan=plan)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from fdp.arm import Arm
+from fdp.cost import inference
 from fdp.data.batches import batch
 from fdp.data.synthetic import MarkovChain
 from fdp.report import Row
-from fdp.topics.parallel_dlm import checks, estimators, pareto
+from fdp.topics.parallel_dlm import checks, estimators, pareto, switching_region, switching_run
 
 Task = tuple[str, int]  # arm and denoising steps
 
@@ -172,3 +173,40 @@ def _one_task(task: Task, found: dict[str, pareto.Outcome], nll: Mapping[Any, li
             )
         )  # fmt: skip
     return rows
+
+
+def switching(
+    found: switching_region.Region, best: Any, runs: tuple[switching_run.Execution, switching_run.Execution]
+) -> list[Row]:
+    """Gain over the best fixed degrees: of the typical job, and of the best one; ids of the switch that was run."""
+    fixed, switched = runs
+    choice = found.choices[best]
+    where = f"{found.requests[best[1]]} requests of {found.lengths[best[0]]}, {found.reuse_steps[best[2]]} reuse steps"
+    matmul, network = inference.matmul_error("h100"), inference.network_error("h100", small=False)
+    model = (
+        f"8B shape on 8 × H100, no overlap of compute and network; held-out error of the parts: matmuls median "
+        f"{matmul[0]:.1%}, collectives {network[0]:.1%} (p90 {matmul[1]:.1%}, {network[1]:.1%}); intervals propagate it"
+    )
+    plan = lambda p: f"dp{p.refresh.dp}·tp{p.refresh.tp} → dp{p.reuse.dp}·tp{p.reuse.tp}"
+    return [
+        Row.judged(
+            "a degree for each phase beats the best fixed degree", "speed-up of the median job of the grid",
+            float(np.nanmedian(found.speedup)), "", "value >= 1.1", "simulated",
+            note=f"{np.isfinite(found.speedup).sum()} jobs: {found.requests} requests × {found.reuse_steps} reuse "
+            f"steps per refresh × {found.lengths} tokens; ≥ 1.1 in {found.share():.1%} of them; {model}",
+        ),
+        Row.judged(
+            "… in the best job of the grid", "speed-up, switching included", float(found.speedup[best]), "",
+            "value >= 1.1", "simulated", ci=(float(found.low[best]), float(found.high[best])),
+            note=f"{where}: {plan(choice.best)} {1e3 * choice.best.seconds:.1f} ms a period, of which "
+            f"{1e3 * choice.best.switch_seconds:.1f} switching, against fixed {plan(choice.fixed)} "
+            f"{1e3 * choice.fixed.seconds:.1f} ms",
+        ),
+        Row.judged(
+            "switching changes no sample", "ids that differ from the fixed degree's",
+            int((fixed.ids != switched.ids).sum()), "", "== 0", "measured",
+            note=f"{switched.ids.size} tokens, refresh on dp4·tp2, reuse on dp1·tp8; {switched.moves} moves of the "
+            f"cache at {switched.counted_bytes:,.0f} bytes a device (formula {switched.formula_bytes:,.0f}); "
+            f"programs compiled {max(switched.compilations.values())} time(s)",
+        ),
+    ]  # fmt: skip

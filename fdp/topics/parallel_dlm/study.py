@@ -12,11 +12,14 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.config import digest
+from fdp.cost.inference import LLADA_8B, Degrees
 from fdp.loop import evaluate
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.sample import draw
-from fdp.topics.parallel_dlm import checks, estimators, figures, pareto, rows
+from fdp.sampling.cached import BlockDecoder
+from fdp.topics.parallel_dlm import checks, estimators, figures, pareto, rows, switching_region, switching_run
+from fdp.topics.parallel_dlm.switching import Job
 
 ORACLE_VARIANTS = ("cpu", "tiny", "full")
 
@@ -61,7 +64,8 @@ def study(run: Run) -> Report:
     if jax.device_count() >= checks.DEVICES:
         found += rows.ids_on_the_wire(mdlm[0], run.config.eval.samples)
         found += _selective(run, tasks, raw, plots)
-        found += _switching(run, raw, plots)
+        if all(n % checks.DEVICES == 0 for n in (run.config.model.heads, run.config.model.kv_heads)):
+            found += _switching(run, raw, plots)
     likelihood, raw["val_loss"] = _likelihood_row(mdlm, ar)
     found.append(likelihood)
     samples = {name: draw(run.arms[name][0], run.config.eval.samples) for name in ("mdlm", "ar")}
@@ -75,8 +79,9 @@ def _selective(run: Run, tasks: dict[str, list[Arm]], raw: dict[str, Any], plots
     """Every policy on both tasks at N = L and N = L/4 steps."""
     outcomes: dict[rows.Task, list[pareto.Outcome]] = {}
     nll: dict[Any, list[float]] = {}
-    sequences = run.config.eval.sequences
     for name, arms_ in tasks.items():
+        # The oracle's model is small, and its exact likelihood deserves little noise.
+        sequences = run.config.eval.sequences * (8 if name == "markov" else 1)
         for per_step in (1, 4):
             task = (name, arms_[0].c.data.seq_len // per_step)
             outcomes[task] = []
@@ -99,7 +104,28 @@ def _selective(run: Run, tasks: dict[str, list[Arm]], raw: dict[str, Any], plots
 
 
 def _switching(run: Run, raw: dict[str, Any], plots: list[str | Path]) -> list[Row]:
-    return []
+    """The simulated gain of a degree for each phase on an H100 node, and the switch for real on this machine."""
+    found = switching_region.region(LLADA_8B)
+    best = np.unravel_index(np.nanargmax(found.speedup), found.speedup.shape)
+    length, requests, reuse = found.lengths[best[0]], found.requests[best[1]], found.reuse_steps[best[2]]
+    folder = run.workdir / "plots"
+    job = Job(LLADA_8B, requests, length, reuse)
+    plots.append(switching_region.heat_map(folder / "switching.png", found, "8B on 8 × H100: gain of switching tp"))
+    plots.append(switching_region.step_times(folder / "switching_steps.png", job, f"{requests} requests of {length}"))
+    raw["switching"] = {"speedup": found.speedup, "low": found.low, "high": found.high, "lengths": found.lengths,
+                        "requests": found.requests, "reuse_steps": found.reuse_steps}  # fmt: skip
+    return rows.switching(found, best, switched_samples(run.arms["mdlm"][0]))
+
+
+def switched_samples(arm: Arm) -> tuple[switching_run.Execution, switching_run.Execution]:
+    """Eight sequences with fixed degrees dp1·tp8, and with dp4·tp2 in refresh steps and dp1·tp8 in reuse steps."""
+    length = arm.c.data.seq_len
+    decoder = BlockDecoder(arm.model, arm.objective.n_ids, block=length // 4)
+    run = lambda refresh: switching_run.execute(
+        decoder, jax.device_get(arm.trained.params), jax.random.key(arm.c.seeds[0]), checks.DEVICES, length, refresh,
+        Degrees(tp=8, dp=1),
+    )  # fmt: skip
+    return run(Degrees(tp=8, dp=1)), run(Degrees(tp=2, dp=4))
 
 
 def _likelihood_row(mdlm: list[Arm], ar: list[Arm]) -> tuple[Row, dict[str, list[float]]]:
