@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from fdp import objectives
 from fdp.cost import flops
 from fdp.data.batches import TextData, load_text
+from fdp.data.recall import recall_data
 from fdp.data.synthetic import markov_data
 from fdp.models import transformer
 from fdp.state import TrainState
@@ -17,10 +18,12 @@ from fdp.step import Program, tokens_sharding
 
 
 def load_data(c: ml_collections.ConfigDict) -> TextData:
-    """Corpus, tokenizer and the two window sets of config `c`; `data.source=markov` needs no corpus."""
+    """Corpus, tokenizer and the two window sets of config `c`; synthetic sources need no corpus."""
     d = c.data
     if d.source == "markov":
         return markov_data(d.seq_len)
+    if d.source == "mqar":
+        return recall_data(d.seq_len)
     return load_text(d.source, d.tokenizer, d.vocab, d.seq_len, d.val_fraction, d.split_seed)
 
 

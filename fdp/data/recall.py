@@ -8,9 +8,13 @@ column is never scored, so nothing wraps around. A task that cannot be built rai
 Legend: B sequences, L positions, P pairs (or tokens of a segment, needle or value), Q query slots, V vocabulary.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+
+from fdp.data.batches import TextData, Windows
+from fdp.data.tokenizer import Tokenizer
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -290,3 +294,19 @@ def _last_scored(batch: int, length: int, answers: int) -> np.ndarray:
 
 def _needle(key: str, value: str) -> bytes:
     return f"The code of {key} is {value}. ".encode()
+
+
+def recall_data(seq_len: int, train: int = 8192, val: int = 256) -> TextData:
+    """MQAR sequences in place of a corpus, one a window, seq_len/16 pairs each: `data.source=mqar`."""
+    task = AssociativeRecall(seq_len, pairs=max(seq_len // 16, 1), vocab=max(64, seq_len // 8 + 1))
+    token_bytes = [f"{i} ".encode() for i in range(task.vocab - 1)]
+    tokenizer = Tokenizer(token_bytes, lambda texts: [np.array(t.split(), np.int32) for t in texts], repr(task))
+    parts = {"train": task.sample(0, 0, train)[0], "val": task.sample(1, 0, val)[0]}
+    return TextData(
+        name=f"associative recall of {task.pairs} pairs",
+        sha256=hashlib.sha256(parts["train"].tobytes() + parts["val"].tobytes()).hexdigest(),
+        licence="made here",
+        tokenizer=tokenizer,
+        train=Windows(parts["train"].reshape(-1), seq_len, "training sequences"),
+        val=Windows(parts["val"].reshape(-1), seq_len, "validation sequences"),
+    )

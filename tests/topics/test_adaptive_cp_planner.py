@@ -1,0 +1,637 @@
+"""Adaptive context plans: prices against brute force and fdp.cost.context, optimality, hysteresis, simulation.
+
+Legend: L layers, J lists, W blocks, D devices, N draws.
+"""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fdp.cost import context as cost
+from fdp.cost import network
+from fdp.cost.context import EXCHANGE, GATHER, PERMUTE, AttentionShape
+from fdp.kernels_pallas.masks import Mask
+from fdp.parallel.context import CommPlan
+from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
+from fdp.topics.adaptive_cp import baselines, figures, planner, simulate, synthetic, timing
+from fdp.topics.adaptive_cp.planner import ModelPlan
+from fdp.topics.adaptive_cp.price import (
+    BLOCKS,
+    Counts,
+    Price,
+    Refused,
+    dense_traffic,
+    gather_bytes,
+    owners,
+    price,
+    work,
+)
+from fdp.topics.adaptive_cp.problem import Masks, Problem, candidates
+from fdp.topics.adaptive_cp.schedule import Scheduler, decode, encode
+from fdp.topics.adaptive_cp.timing import Link, Machine
+
+pytestmark = pytest.mark.fast
+
+W, BLOCK = 16, 8
+STRIPED = SequenceLayout("striped", BLOCK)
+SHAPE = AttentionShape(4, W * BLOCK, 8, 4, 16, cp=4)
+SLOW, FAST = Machine(1e12, Link(1e9, 1e-6)), Machine(1e10, Link(1e12, 1e-9))
+
+
+def random_masks(L: int, density: float, seed: int = 0, J: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    dense = rng.random((L, J, W, W)) < density
+    return (dense & np.tri(W, dtype=bool)) | np.eye(W, dtype=bool)
+
+
+def mixed(machine: Machine = SLOW, **fields) -> Problem:
+    """Layers that want different plans: the diagonal, a window, scattered blocks, everything."""
+    apart = np.arange(W)[:, None] - np.arange(W)
+    window, diagonal = (apart >= 0) & (apart < 3), apart == 0
+    masks = np.stack([diagonal, window, random_masks(1, 0.2, 5)[0, 0], apart >= 0])
+    return Problem(Masks(masks), SHAPE, machine, **fields)
+
+
+# Counts, bytes, work -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
+def test_counts_equal_the_need_matrix(layout: SequenceLayout) -> None:
+    mask = random_masks(1, 0.3)[0]
+    counts = Counts.of(mask, owners(layout, W, BLOCK, 4), 4)
+    want = cost.needs(mask[0], layout, 4, BLOCK)
+    pairs_DxO, needed_DxO = (x[0] for x in counts.grouped(1))
+    np.testing.assert_array_equal(pairs_DxO, want.work)
+    for d, o in itertools.product(range(4), range(4)):
+        assert needed_DxO[d, o] == round(want.units[d, (d - o) % 4] * W / 4)
+    assert counts.capacity == needed_DxO[:, 1:].max() > 0
+
+
+def test_groups_by_brute_force() -> None:
+    mask_JxWxW = random_masks(1, 0.15, seed=3, J=2)[0]
+    owner = owners(STRIPED, W, BLOCK, 4)
+    pairs, needed = Counts.of(mask_JxWxW, owner, 4).grouped(2)
+    for j, g, o in itertools.product(range(2), range(2), range(2)):
+        rows, columns = owner // 2 == g, owner // 2 == (g - o) % 2
+        part = mask_JxWxW[j][rows][:, columns]
+        assert pairs[j, g, o] == part.sum() and needed[j, g, o] == part.any(0).sum()
+
+
+def test_owners_refuse_divided_blocks() -> None:
+    with pytest.raises(Refused, match="divides blocks of 8"):
+        owners(SequenceLayout("striped", 4), W, BLOCK, 4)
+    with pytest.raises(Refused, match="12 blocks of 8 are not divisible by 2·cp = 8"):
+        owners(ZIGZAG, 12, BLOCK, 4)
+    assert owners(SequenceLayout("striped", 16), 8, 8, 2).tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("plan", cost.plans(4), ids=lambda p: f"{p.kind}{p.head_split}")
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_bytes_and_steps_of_dense_plans_are_those_of_cost_context(plan: CommPlan, kv_heads: int) -> None:
+    shape = replace(SHAPE, kv_heads=kv_heads)
+    counts = Counts.of(random_masks(1, 0.3)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    found = price(counts, plan, shape, BLOCK, SLOW)
+    causal = Mask("causal")
+    want = [sum(f(plan, shape, causal).values()) for f in (cost.forward_bytes, cost.backward_bytes)]
+    assert found.bytes == tuple(want) and found.steps == cost.steps(plan, 4)
+
+
+@pytest.mark.parametrize(("kind", "u"), [("ring", 1), ("usp", 2)])
+def test_bytes_of_hops_are_those_of_cost_context(kind: str, u: int) -> None:
+    plan = CommPlan(kind, u, hops=(1,))
+    window = Mask("causal", window=4)
+    shape = replace(SHAPE, cp=8 if u == 2 else 4)
+    want = cost.forward_bytes(plan, shape, window), cost.backward_bytes(plan, shape, window)
+    assert dense_traffic(plan, shape) == want
+    none = dense_traffic(replace(plan, hops=()), shape)
+    assert none[0].get(PERMUTE, 0) == none[1].get(PERMUTE, 0) == 0
+
+
+def test_bytes_of_a_gather_by_hand() -> None:
+    # 3 peers, 2 blocks of 8 positions; 4 key heads of 16, k and v, bf16, 4 sequences; 4 lists of ids.
+    kv = 3 * 2 * 8 * (2 * 4 * 16 * 2 * 4)
+    assert gather_bytes(CommPlan(BLOCKS, capacity=2), SHAPE, BLOCK, 4) == (3 * 2 * 4 * 4 * 4, kv, 2 * kv)
+    counts = Counts.of(random_masks(1, 0.02, J=4)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    assert counts.capacity <= 2
+    found = price(counts, CommPlan(BLOCKS, capacity=2), SHAPE, BLOCK, SLOW)
+    assert found.bytes == (3 * 2 * 4 * 4 * 4 + kv, 2 * kv) and found.steps == (2, 1) and found.memory == 3 * kv
+
+
+@pytest.mark.parametrize("J", [1, 4])
+def test_work_by_brute_force(J: int) -> None:
+    mask_JxWxW, owner = random_masks(1, 0.3, 1, J)[0], owners(ZIGZAG, W, BLOCK, 4)
+    counts = Counts.of(mask_JxWxW, owner, 4)
+    pair = 2 * 2 * BLOCK**2 * SHAPE.head_dim  # one head of one sequence
+    for plan in (CommPlan("ring"), CommPlan("usp", 2), CommPlan("ulysses", 4), CommPlan("batch", 2)):
+        u, got = plan.head_split, work(counts, replace(plan, layout=ZIGZAG), SHAPE, BLOCK)
+        want = np.zeros_like(got)
+        for b, h, q, k in itertools.product(range(4), range(8), range(W), range(W)):
+            if mask_JxWxW[h // (8 // J), q, k]:
+                group = owner[q] // u
+                member = b // (4 // u) if plan.kind == "batch" else h // (8 // u)
+                want[group * u + member, (group - owner[k] // u) % (4 // u)] += pair
+        np.testing.assert_allclose(got, want)
+
+
+def test_every_plan_of_a_layer_computes_the_same() -> None:
+    problem = mixed()
+    for layer, layout in itertools.product(range(problem.layers), problem.places):
+        counts = problem.counts(layer, layout)
+        sums = {round(work(counts, p, SHAPE, BLOCK).sum()) for p in candidates(problem, layer, layout)}
+        assert len(sums) == 1
+
+
+# Time ----------------------------------------------------------------------------------------------------------------
+
+
+def test_times_by_hand() -> None:
+    forward = np.array([[4.0, 1.0, 2.0], [1.0, 3.0, 1.0]])[..., None]  # two devices, three offsets
+    back, kv, gradient = 2 * forward, np.array([2.5]), np.array([5.0])
+    f, b = timing.lock_step(forward, back, kv, gradient)
+    assert (f[0], b[0]) == (4 + 3 + 2, 8 + 6 + max(4, 5) + 5)
+    f, b = timing.lock_step(forward[:, :1], back[:, :1], kv, gradient)
+    assert (f[0], b[0]) == (4, 8)
+    f, b = timing.gathered(forward, back, np.array([2.0]), np.array([7.0]))
+    assert (f[0], b[0]) == (max(4 + 3, 2 + 4), max(6 + 8, 8 + 7))
+    f, b = timing.fetched((2,), forward, back, kv, gradient)
+    assert (f[0], b[0]) == (max(4 + 2, 2.5 + 1), max(8 + 4 + 5, 2.5 + 2 + 5))
+    f, b = timing.fetched((1, 2), forward, back, kv, gradient)
+    # Device 0: blocks at 0, 4, 5; device 1: own 1, then 2.5 … 5.5, then 5.5 (arrived 5) … 6.5. Backward the link
+    # carries keys until 5, then gradients as blocks are done: 10 and 14, 15 and 20 for device 0.
+    assert (f[0], b[0]) == (7, max(15 + 5, max(8 + 5, 10) + 5))
+    f, b = timing.fetched((), forward, back, kv, gradient)
+    assert (f[0], b[0]) == (4, 8)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(
+    ("plan", "latencies"),
+    [(CommPlan("ring"), 3 + 6), (CommPlan("ring", hops=(1, 3)), 2 + 4), (CommPlan("ring", hops=(1, 2, 3)), 9),
+     (CommPlan("usp", 2), 4 + 1 + 2), (CommPlan("ulysses", 4), 4), (CommPlan("batch", 2, hops=()), 4),
+     (CommPlan("all_gather"), 2), (CommPlan(BLOCKS, capacity=4), 3)],
+    ids=lambda x: getattr(x, "kind", None),
+)  # fmt: skip
+def test_without_compute_time_is_bytes_and_latencies(plan: CommPlan, latencies: int, kv_heads: int) -> None:
+    seen = np.eye(W, dtype=bool) if plan.hops is not None else np.tri(W, dtype=bool)
+    counts = Counts.of(seen[None], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    found = price(counts, plan, replace(SHAPE, kv_heads=kv_heads), BLOCK, Machine(1e30, Link(1e9, 1e-6)))
+    assert found.seconds == pytest.approx(latencies * 1e-6 + found.wire / 1e9)
+
+
+def test_a_full_set_of_hops_is_a_ring() -> None:
+    counts = Counts.of(np.tri(W, dtype=bool)[None], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    hops, ring = (price(counts, CommPlan("ring", hops=h), SHAPE, BLOCK, SLOW).seconds for h in ((1, 2, 3), None))
+    assert hops == ring
+
+
+def test_exchanges_of_a_split_are_exposed() -> None:
+    counts = Counts.of(random_masks(1, 1.0)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    found = price(counts, CommPlan("ulysses", 4), SHAPE, BLOCK, SLOW)
+    assert found.exposed == pytest.approx(4e-6 + found.wire / 1e9)  # two exchanges each way
+    assert found.seconds == pytest.approx(found.exposed + found.compute_N[0]) and found.imbalance == 1
+    assert SLOW.send(EXCHANGE, 0.0, 4).tolist() == SLOW.send(EXCHANGE, 1.0, 1).tolist() == [0.0]
+
+
+def test_a_hidden_ring_costs_its_compute() -> None:
+    counts = Counts.of(np.ones((1, W, W), bool), owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    found = price(counts, CommPlan("ring"), SHAPE, BLOCK, FAST)
+    last = FAST.send(PERMUTE, 2 * SHAPE.unit, 4)[0]  # the last hop of gradients has nothing left to hide behind
+    assert found.exposed == pytest.approx(last, rel=1e-4)
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+def brute(problem: Problem, layouts: tuple[SequenceLayout, ...]) -> float:
+    """Least total of the objective over layouts and every combination of kinds."""
+    totals = []
+    for layout in layouts:
+        values = []
+        for layer in range(problem.layers):
+            found = [problem.price(layer, p) for p in candidates(problem, layer, layout)]
+            values.append([problem.value(f)[0] for f in found if isinstance(f, Price)])
+        totals += [sum(c) for c in itertools.product(*values)]
+    return min(totals)
+
+
+@pytest.mark.parametrize("objective", ["seconds", "bytes"])
+@pytest.mark.parametrize("machine", [SLOW, FAST], ids=["slow", "fast"])
+def test_plan_equals_brute_force(objective: str, machine: Machine) -> None:
+    problem = mixed(machine, objective=objective)
+    problem = replace(problem, masks=Masks(problem.masks.masks_LxJxWxW[1:]))
+    found = planner.plan(problem)
+    value = found.seconds if objective == "seconds" else found.bytes
+    assert value == pytest.approx(brute(problem, tuple(problem.places)), rel=1e-12)
+    assert len({p.layout for p in found.plans}) == 1
+    for layer, choice in enumerate(found.choices):
+        tried = set(candidates(problem, layer, choice.plan.layout))
+        assert {choice.plan, *choice.lost} == tried and choice.plan not in choice.lost and all(choice.lost.values())
+
+
+@pytest.mark.parametrize("objective", ["seconds", "bytes"])
+def test_moving_plan_equals_brute_force(objective: str) -> None:
+    problem = mixed(objective=objective, layouts=(CONTIGUOUS, STRIPED))
+    index = 0 if objective == "seconds" else 1
+    best = {}
+    for layer, layout in itertools.product(range(4), problem.places):
+        runs = [problem.price(layer, p) for p in candidates(problem, layer, layout)]
+        best[layer, layout] = min(problem.value(f)[0] for f in runs if isinstance(f, Price))
+    totals = []
+    for path in itertools.product(problem.places, repeat=4):
+        moves = [planner.move(problem, a, b) for a, b in itertools.pairwise(path)]
+        moved = sum((float(m[1][0]), m[0])[index] for m in moves)
+        totals.append(moved + sum(best[at] for at in enumerate(path)))
+    found, still = planner.plan_moving(problem), planner.plan(problem)
+    value = lambda f: (f.seconds, f.bytes)[index]
+    assert value(found) == pytest.approx(min(totals), rel=1e-12) and value(found) <= value(still)
+
+
+def test_tokens_move_when_it_pays() -> None:
+    # One head: nothing to split. The first layer needs no hop contiguously, and balance keeps the second striped.
+    here = np.arange(W) // 4 == np.arange(W)[:, None] // 4
+    masks, shape = Masks(np.stack([here, np.tri(W, dtype=bool)])), AttentionShape(1, W * BLOCK, 1, 1, 16, cp=4)
+    problem = Problem(masks, shape, SLOW, balance=1.3, objective="bytes", layouts=(CONTIGUOUS, STRIPED))
+    found, still = planner.plan_moving(problem), planner.plan(problem)
+    assert [p.layout for p in found.plans] == [CONTIGUOUS, STRIPED] and {p.layout for p in still.plans} == {STRIPED}
+    wire, seconds_N = planner.move(problem, CONTIGUOUS, STRIPED)
+    assert wire == 2 * 3 * 1 * BLOCK * 16 * 2 and seconds_N[0] == pytest.approx(2e-6 + wire / 1e9)
+    assert planner.move(problem, STRIPED, STRIPED)[0] == 0
+    assert found.moved == wire and found.bytes == wire + sum(c.price.wire for c in found.choices) < still.bytes
+    assert found.seconds == pytest.approx(seconds_N[0] + sum(c.price.seconds for c in found.choices))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("objective", ["seconds", "bytes"])
+def test_adaptive_is_never_worse_than_uniform(seed: int, objective: str) -> None:
+    densities = np.random.default_rng(seed).random(5) ** 3
+    masks = np.concatenate([random_masks(1, d, seed + i, J=4) for i, d in enumerate(densities)])
+    problem = Problem(Masks(masks), SHAPE, SLOW, grid=2, objective=objective)
+    found = planner.plan(problem)
+    for other in simulate.uniform_plans(problem):
+        assert planner.model_value(problem, found)[0] <= planner.model_value(problem, other)[0]
+    best = baselines.uniform_any(problem)
+    dense, sparse = baselines.uniform_dense(problem), baselines.uniform_sparse(problem)
+    values = [planner.model_value(problem, f) for f in (dense, sparse) if isinstance(f, ModelPlan)]
+    assert planner.model_value(problem, best) == min(values)
+
+
+def test_capacity_is_on_the_grid_and_exact() -> None:
+    problem = mixed(grid=3)
+    need = problem.counts(2, CONTIGUOUS).capacity
+    got = [p.capacity for p in candidates(problem, 2, CONTIGUOUS) if p.kind == BLOCKS]
+    assert min(got) == min(-(-need // 3) * 3, W // 4) and got[-1] == W // 4  # as the dense layer needs
+    assert CommPlan(BLOCKS, capacity=W // 4) in candidates(problem, 0, CONTIGUOUS)
+    short = CommPlan(BLOCKS, capacity=need - 1)
+    assert "more than capacity" in str(problem.price(2, short))
+    assert isinstance(problem.price(2, CommPlan(BLOCKS, capacity=need)), Price)
+
+
+def test_hops_are_those_needed() -> None:
+    problem = mixed()
+    plans = candidates(problem, 1, CONTIGUOUS)  # window of three blocks, four a device
+    assert CommPlan("ring", hops=(1,)) in plans and CommPlan("ring", hops=(), layout=ZIGZAG) in candidates(
+        problem, 0, ZIGZAG
+    )
+    assert "miss needed offsets [1]" in str(problem.price(1, CommPlan("ring", hops=(2,))))
+    assert not any(p.kind == "ring" and p.hops for p in candidates(problem, 3, CONTIGUOUS))
+    apart = np.arange(W)[:, None] - np.arange(W)
+    wide = replace(problem, masks=Masks(((apart >= 0) & (apart < 6))[None]))  # reaches two devices back, not three
+    assert CommPlan("ring", hops=(1, 2)) in candidates(wide, 0, CONTIGUOUS)
+
+
+@pytest.mark.parametrize("objective", ["seconds", "bytes"])
+@pytest.mark.parametrize("balance", [1.05, 1.1, 1.3])
+def test_balance_limits_the_model_by_brute_force(balance: float, objective: str) -> None:
+    # One head, two sequences: a batch split halves what is uneven and costs bytes.
+    shape = replace(SHAPE, heads=1, kv_heads=1, batch=2)
+    masks = Masks(mixed().masks.masks_LxJxWxW[1:])
+    problem = Problem(masks, shape, SLOW, balance=balance, objective=objective, layouts=(CONTIGUOUS, ZIGZAG))
+    least = np.inf
+    for layout in problem.places:
+        options = [problem.priced(i, candidates(problem, i, layout)) for i in range(3)]
+        for combination in itertools.product(*([f for f in o.values() if isinstance(f, Price)] for o in options)):
+            busy = np.array([f.compute_N[0] for f in combination])
+            mean = busy / [f.imbalance for f in combination]
+            if busy.sum() <= balance * mean.sum() * (1 + 1e-9):
+                least = min(least, sum(problem.value(f)[0] for f in combination))
+    found = planner.plan(problem)
+    assert planner.model_value(problem, found)[0] == pytest.approx(least, rel=1e-12)
+    assert found.imbalance <= balance * (1 + 1e-8)
+    for other in simulate.uniform_plans(problem):
+        assert other.imbalance <= balance * (1 + 1e-8) and least <= planner.model_value(problem, other)[0] * (1 + 1e-12)
+
+
+def test_a_limit_is_one_of_the_sum_of_layers() -> None:
+    # Layers 0 and 1: only the last device has more than its diagonal, 4, 4, 4, 10 blocks. Layer 2: all 136.
+    uneven = np.eye(W, dtype=bool)
+    uneven[12:, 12:] = np.tri(4, dtype=bool)
+    masks = Masks(np.stack([uneven, uneven, np.tri(W, dtype=bool)]))
+    problem = Problem(masks, SHAPE, SLOW, objective="bytes", layouts=(CONTIGUOUS,))
+    free, even = planner.plan(problem), planner.plan(replace(problem, balance=1.15))
+    assert free.imbalance == pytest.approx((10 + 10 + 34) / 45) and free.bytes == free.choices[2].price.wire
+    # A pair of devices that exchanges heads or sequences, but no keys, computes 8, 8, 14, 14 halves.
+    assert even.imbalance == pytest.approx((10 + 7 + 34) / 45) and even.bytes == (3 + 4.5) * SHAPE.unit
+    pair = next(choice for choice in even.choices[:2] if choice.plan.head_split == 2)
+    assert pair.plan.hops == () and pair.price.imbalance == pytest.approx(14 / 11)
+    assert pair.lost[CommPlan("ring", hops=())] == f"{-3 * SHAPE.unit:+.3g} bytes, max/mean FLOPs 1.82"
+
+
+def test_limits() -> None:
+    contiguous = mixed(FAST, balance=1.05, layouts=(CONTIGUOUS,))
+    reason = planner.uniform(replace(contiguous, masks=Masks(np.tri(W, dtype=bool)[None])), CommPlan("ring"))
+    assert reason == "max/mean FLOPs 1.71 exceeds 1.05"  # 13+14+15+16 blocks over 34
+    lone = replace(contiguous, shape=replace(SHAPE, heads=1, kv_heads=1, batch=1))
+    with pytest.raises(ValueError, match=r"contiguous: max/mean FLOPs are at least 1\.\d\d, more than 1.05"):
+        planner.plan(lone)
+    small = mixed(FAST, memory=8 * SHAPE.unit)
+    assert all(choice.price.memory <= 8 * SHAPE.unit for choice in planner.plan(small).choices)
+    assert "holds" in str(replace(small, memory=SHAPE.unit).price(3, CommPlan("all_gather")))
+    for call in (planner.plan, planner.plan_moving):
+        with pytest.raises(ValueError, match=r"layer 1 can run nothing: .*holds"):
+            call(replace(small, memory=1.0))
+    with pytest.raises(ValueError, match="no uniform plan can run"):
+        baselines.uniform_any(replace(small, memory=1.0))
+
+
+def test_imbalance_of_a_model_weighs_layers_by_work() -> None:
+    found = planner.uniform(mixed(), CommPlan("ring"))
+    assert isinstance(found, ModelPlan)
+    works = [work(mixed().counts(i, CONTIGUOUS), CommPlan("ring"), SHAPE, BLOCK).sum(1) for i in range(4)]
+    assert found.imbalance == pytest.approx(sum(w.max() for w in works) / sum(w.mean() for w in works))
+    assert found.steps == 4 * (3 + 4) and found.bytes == sum(c.price.wire for c in found.choices)
+
+
+# Baselines -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
+def test_need_only_padded_gather_all_gather_in_order(layout: SequenceLayout) -> None:
+    problem = replace(mixed(), masks=Masks(random_masks(2, 0.1, J=4)))
+    need, padded = (baselines.need_only_bytes(problem, layout, p) for p in (False, True))
+    gathers = [CommPlan(BLOCKS, capacity=problem.counts(i, layout).capacity, layout=layout) for i in range(2)]
+    kv = sum(sum(gather_bytes(g, SHAPE, BLOCK, 4)[1:]) for g in gathers)
+    assert 0 < need < padded < kv <= 2 * (4 - 1) * SHAPE.unit * 3
+    whole = replace(problem, masks=Masks(np.ones((2, W, W), bool)))
+    everything = 2 * 3 * SHAPE.unit * 3
+    assert baselines.need_only_bytes(whole, layout) == baselines.need_only_bytes(whole, layout, True) == everything
+
+
+def test_need_only_by_hand() -> None:
+    mask = np.eye(W, dtype=bool)
+    mask[[4, 5, 8], 0] = True  # devices 1 and 2 need block 0 of device 0
+    problem = Problem(Masks(mask[None]), SHAPE, SLOW)
+    block = SHAPE.unit / 4 * 3  # and its gradient, twice as wide
+    assert baselines.need_only_bytes(problem, CONTIGUOUS) == block * 2 / 4
+    assert baselines.need_only_bytes(problem, CONTIGUOUS, padded=True) == block * 2  # offsets 1 and 2
+
+
+def test_baseline_rows() -> None:
+    problem = mixed()
+    rows = {row.name: row for row in baselines.baselines(problem)}
+    assert rows["ring, dense attention"].bytes == rows["ring"].bytes == rows["striped ring (as MTraining)"].bytes
+    assert rows["ring, dense attention"].bytes == 4 * 3 * SHAPE.unit * (1 + 1 + 2)
+    assert rows["ring, dense attention"].seconds > rows["ring"].seconds
+    assert rows["ring, dense attention"].imbalance == pytest.approx(1.0, abs=0.1)
+    bars = [rows[f"best uniform {kind}"].seconds for kind in ("dense", "sparse")]
+    assert rows["adaptive"].seconds <= min(bars)
+    assert rows["adaptive, moving tokens"].seconds <= rows["adaptive"].seconds
+    assert rows["need only (as MagiAttention, bound)"].seconds is None
+    narrow = replace(problem, layouts=(CONTIGUOUS,))
+    row = next(r for r in baselines.baselines(narrow) if r.name == "striped ring (as MTraining)")
+    assert np.isnan(row.bytes) and "layout" in row.what
+
+
+def test_names() -> None:
+    assert baselines.describe(CommPlan("usp", 2, hops=(1, 3), layout=ZIGZAG)) == "usp u=2 hops 1,3 zigzag"
+    assert baselines.describe(CommPlan(BLOCKS, capacity=3)) == "gather c=3 contiguous"
+    found = planner.uniform(mixed(), CommPlan("ring"))
+    assert isinstance(found, ModelPlan) and baselines.summary(found) == "4× ring contiguous"
+
+
+# Plans as integers, hysteresis ---------------------------------------------------------------------------------------
+
+BRANCHES = (CommPlan("ring"), CommPlan("ulysses", 4), CommPlan("ring", hops=()), CommPlan(BLOCKS, capacity=2))
+
+
+def test_plans_as_integers() -> None:
+    plans = (BRANCHES[3], BRANCHES[0], BRANCHES[3])
+    plan_L = encode(plans, BRANCHES)
+    assert plan_L.dtype == np.int32 and plan_L.tolist() == [3, 0, 3] and decode(plan_L, BRANCHES, 3) == plans
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [([0, 1], "not int64 .2."), ([0, 1, 4], r"\(2, 4\)"), ([0, -1, 1], r"\(1, -1\)"), ([0.0, 1.0, 2.0], "float64"),
+     ([[0, 1, 2]], "one integer for each of 3")],
+)  # fmt: skip
+def test_bad_integers(plan: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(np.array(plan), BRANCHES, 3)
+
+
+def test_bad_branches() -> None:
+    for branches, message in [
+        ((), "at least one"),
+        ((BRANCHES[0], BRANCHES[0]), "all different"),
+        ((BRANCHES[0], CommPlan("ring", layout=ZIGZAG)), "one layout"),
+        (BRANCHES[2:], "some branch must send all keys"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Scheduler(branches)
+    with pytest.raises(ValueError, match="layer 1: CommPlan"):
+        encode((BRANCHES[0], CommPlan("all_gather")), BRANCHES)
+    with pytest.raises(ValueError, match="gain = 1"):
+        Scheduler(BRANCHES, gain=1.0)
+    with pytest.raises(ValueError, match="windows = 0"):
+        Scheduler(BRANCHES, windows=0)
+
+
+def problem_of(*masks: np.ndarray) -> Problem:
+    return Problem(Masks(np.stack(masks)), SHAPE, SLOW, objective="bytes")
+
+
+FULL, OWN = np.tri(W, dtype=bool), np.eye(W, dtype=bool)
+
+
+def test_scheduler_waits_for_consecutive_wins() -> None:
+    s = Scheduler(BRANCHES, gain=0.05, windows=3)
+    assert s.observe(problem_of(FULL, FULL)).tolist() == [1, 1]
+    assert s.observe(problem_of(OWN, FULL)).tolist() == [1, 1] and s.streak == 1
+    assert s.observe(problem_of(FULL, FULL)).tolist() == [1, 1] and s.streak == 0
+    for streak in (1, 2):
+        assert s.observe(problem_of(OWN, FULL)).tolist() == [1, 1] and s.streak == streak
+    resumed = replace(s)
+    for one in (s, resumed):
+        assert one.observe(problem_of(OWN, FULL)).tolist() == [2, 1] and one.streak == 0
+
+
+def test_scheduler_ignores_small_gains() -> None:
+    # Ulysses to no hops in one of two layers saves exactly half of the bytes.
+    for gain, switches in [(0.5, False), (0.499, True)]:
+        s = Scheduler(BRANCHES, gain=gain, windows=1)
+        s.observe(problem_of(FULL, FULL))
+        assert (s.observe(problem_of(OWN, FULL)).tolist() == [2, 1]) is switches
+
+
+def test_scheduler_leaves_an_inexact_plan_at_once() -> None:
+    s = Scheduler(BRANCHES, windows=5)
+    assert s.observe(problem_of(OWN, OWN)).tolist() == [2, 2]
+    assert s.observe(problem_of(FULL, OWN)).tolist() == [1, 2] and s.streak == 0
+
+
+def test_scheduler_refuses() -> None:
+    s = Scheduler(BRANCHES)
+    s.observe(problem_of(OWN, OWN))
+    with pytest.raises(ValueError, match="each of 3 layers"):
+        s.observe(problem_of(OWN, OWN, OWN))
+    with pytest.raises(ValueError, match="layer 0 can run nothing: ring: holds"):
+        Scheduler(BRANCHES[:2]).observe(replace(problem_of(FULL), memory=1.0))
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_masks_and_problems() -> None:
+    for bad in (np.ones((2, W, W)), np.ones((W, W), bool), np.ones((1, W, W + 1), bool), np.ones((0, W, W), bool)):
+        with pytest.raises(ValueError, match="must be bool"):
+            Masks(bad)
+    hole = np.stack([OWN, OWN])
+    hole[1, 3, 3] = False
+    with pytest.raises(ValueError, match="layer 1, list 0: query block 3"):
+        Masks(hole)
+    masks = Masks(OWN[None])
+    for fields, message in [
+        ({"shape": replace(SHAPE, seq_len=100)}, "sequence 100, 16 blocks"),
+        ({"shape": replace(SHAPE, cp=1)}, "cp ≥ 2"),
+        ({"shape": replace(SHAPE, cp=3)}, "cp = 3"),
+        ({"masks": Masks(np.stack([OWN] * 3)[None])}, "3 lists a layer"),
+        ({"objective": "joules"}, "objective 'joules'"),
+        ({"grid": 0}, "grid 0"),
+        ({"balance": 0.5}, "balance 0.5"),
+        ({"memory": 0}, "memory 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Problem(**{"masks": masks, "shape": SHAPE, "machine": SLOW, **fields})
+    with pytest.raises(ValueError, match="divides blocks"):
+        planner.plan(Problem(masks, SHAPE, SLOW, layouts=(SequenceLayout("striped", 4),)))
+    with pytest.raises(ValueError, match="bandwidth = 0"):
+        Link(0, 0)
+    with pytest.raises(ValueError, match="flops"):
+        Machine(0.0, Link(1, 0))
+
+
+def test_refused_plans_say_why() -> None:
+    problem = mixed()
+    for plan, message in [
+        (CommPlan("ring", 2), "splits no heads"),
+        (CommPlan("usp", 3), "not divisible by head_split = 3"),
+        (CommPlan(BLOCKS, 2, capacity=4), "gather of blocks splits no heads"),
+        (CommPlan("ring", capacity=1), "capacity = 1"),
+    ]:
+        assert message in str(problem.price(0, plan))
+    assert "layer 1: hops () miss" in str(planner.uniform(problem, CommPlan("ring", hops=())))
+
+
+# Simulation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", synthetic.PATTERNS)
+def test_patterns(kind: str) -> None:
+    mask = synthetic.pattern(kind, 64, 0.25, seed=1, cluster=8)
+    assert not np.triu(mask, 1).any() and mask.diagonal().all()
+    assert mask.sum() / np.tri(64).sum() == pytest.approx(0.25, abs=0.03)
+    assert synthetic.pattern(kind, 8, 1.0).sum() == 36
+
+
+def test_layers_have_the_mean_and_the_spread() -> None:
+    visible = np.tri(128).sum()
+    density = synthetic.layers(6, 128, 0.2, spread=8).sum((1, 2)) / visible
+    assert density.mean() == pytest.approx(0.2, abs=0.02) and density.max() / density.min() == pytest.approx(8, rel=0.2)
+    cut = synthetic.layers(6, 128, 0.7, spread=16).sum((1, 2)) / visible
+    assert cut.mean() == pytest.approx(0.7, abs=0.02) and cut.max() == 1
+    assert (synthetic.layers(3, 16, 1.0) == np.tri(16, dtype=bool)).all()
+    for call in (lambda: synthetic.layers(2, 8, 0.5, spread=0.5), lambda: synthetic.layers(2, 8, 1.5),
+                 lambda: synthetic.pattern("diagonal", 8, 0.5), lambda: synthetic.pattern("window", 8, 0.0),
+                 lambda: synthetic.magnify(OWN, 0)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"spread|density|pattern|factor"):
+            call()
+
+
+def test_magnified_masks_need_the_same_share() -> None:
+    masks = random_masks(1, 0.2)
+    big = synthetic.magnify(masks, 3)
+    assert big.shape == (1, 1, 48, 48) and big.mean() == masks.mean() and (big[0, 0, ::3, 1::3] == masks[0, 0]).all()
+    small, large = (Problem(Masks(m), replace(SHAPE, seq_len=480), SLOW) for m in (masks, big))
+    for layout in (CONTIGUOUS, ZIGZAG):
+        assert baselines.need_only_bytes(small, layout) == pytest.approx(baselines.need_only_bytes(large, layout))
+
+
+def test_fitted_network_speaks_of_operands() -> None:
+    near = simulate.Fitted(simulate.NVLINK)
+    assert near.seconds(GATHER, 7e6, 8, 1)[0] == network.collective_time("all_gather", 8e6, 8, 8, "h100")
+    assert near.seconds(PERMUTE, 7e6, 4, 2)[0] == network.collective_time("point_to_point", 7e6, 4, 4, "h100")
+    far = simulate.Fitted(simulate.CONGESTED)
+    assert far.seconds(EXCHANGE, 7e6, 8, 1)[0] == network.collective_time("all_to_all", 8e6, 8, 1, "h100")
+    half = simulate.Fitted(simulate.Fabric("two nodes", 4, congested=True))  # a ring over every second device
+    assert half.seconds(GATHER, 3e6, 4, 2)[0] == network.collective_time("all_gather", 4e6, 4, 2, "h100")
+    free = simulate.Fitted(simulate.INFINIBAND)
+    assert (
+        near.seconds(EXCHANGE, 7e6, 8, 1)[0]
+        < free.seconds(EXCHANGE, 7e6, 8, 1)[0]
+        < far.seconds(EXCHANGE, 7e6, 8, 1)[0]
+    )
+    drawn = simulate.Fitted(simulate.NVLINK, draws=400, seed=1).seconds(GATHER, 7e6, 8, 1)
+    error = np.quantile(np.abs(drawn / drawn[0] - 1), 0.9)
+    assert drawn.shape == (400,) and error == pytest.approx(simulate.network_error("h100", False, False)[1], rel=0.3)
+
+
+def test_prediction_and_region() -> None:
+    found = simulate.region(
+        fabrics=(simulate.NVLINK, simulate.INFINIBAND),
+        densities=(0.03, 1.0),
+        lengths=(2**17,),
+        layers=4,
+        blocks=128,
+        draws=40,
+    )
+    ratio, low, high = (found.field(name)[..., 0] for name in ("ratio", "low", "high"))
+    assert (ratio <= 1).all() and (low <= high).all()
+    assert ratio[1, 0] < 0.9 < ratio[0, 0]  # slow links and sparse layers
+    assert ratio[:, 1] == pytest.approx(1.0)  # nothing to adapt to
+    assert found.share(1) == found.share(1, threshold=ratio[1, 0]) == 0.5 and found.share(0) == 0
+    assert found.share(1, sure=True) <= found.share(1)
+    text = simulate.evidence(simulate.INFINIBAND)
+    assert "90 % quantile 18%" in text and "no block-sparse kernel was timed" in text
+
+
+def test_rest_of_the_step_is_shared_by_all_plans() -> None:
+    model = simulate.GQA_8B
+    masks = Masks(synthetic.layers(2, 64, 0.1))
+    problem = simulate.problem(model, masks, 2**17, 8, simulate.machine(simulate.INFINIBAND))
+    seen = simulate.predict(model, problem)
+    rest = simulate.rest_seconds(model, 2**17, 8)
+    assert seen.adaptive == pytest.approx(rest + 16 * planner.plan(problem).seconds)
+    assert seen.uniform == pytest.approx(rest + 16 * baselines.uniform_any(problem).seconds)
+    assert seen.low == seen.high == pytest.approx(seen.ratio)  # without draws
+    flops = 6 * 32 * model.layer_parameters * 2**17 / 8
+    assert flops / 989e12 < rest < 5 * flops / 989e12
+
+
+def test_figures(tmp_path: Path) -> None:
+    problem = mixed()
+    rows = baselines.baselines(problem)
+    region = simulate.region(
+        fabrics=(simulate.NVLINK,), densities=(0.1,), lengths=(2**17,), layers=2, blocks=32, draws=5
+    )
+    paths = [
+        figures.density_map(tmp_path / "d.png", np.array([[0.1, 0.2], [0.5, 1.0]]), [0, 10], "d"),
+        figures.plan_picture(tmp_path / "p.png", planner.plan(problem), "p"),
+        figures.bytes_chart(tmp_path / "b.png", rows, "b"),
+        figures.region_map(tmp_path / "r.png", region, "r"),
+    ]
+    assert all(path.stat().st_size > 5000 for path in paths)
+    with pytest.raises(ValueError, match="no best uniform"):
+        figures.bytes_chart(tmp_path / "b.png", rows[:2], "b")
