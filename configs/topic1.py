@@ -62,7 +62,7 @@ def _h100(c: ml_collections.ConfigDict) -> None:
     c.mesh.update(dp=1, tp=1)
     llama_like(c.model, layers=24, width=2048, heads=16, kv_heads=16, vocab=32_768)
     c.data.seq_len = 2048
-    c.train.update(batch=192, microbatches=4)  # fills the card: 66 of 80 GiB by the compiler
+    c.train.update(batch=288, microbatches=4)  # fills the card
     c.hardware.topology = "h100:1"
 
 

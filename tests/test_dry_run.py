@@ -90,10 +90,10 @@ def test_the_time_line_prices_an_h100_with_interval_energy_and_evidence(monkeypa
     assert "simulated: fitted on" in got["text"] and "held-out error median" in got["text"]
     assert " was in the fit" not in got["text"] and "bfloat16 rates" not in got["text"]
     joules, rate = map(float, re.search(r"energy (\S+) J a step, (\S+) tokens/J", got["text"]).groups())
-    assert joules * rate == pytest.approx(64 * 2048, rel=0.01)
+    assert joules * rate == pytest.approx(288 * 2048, rel=0.01)
     watts = 1e3 * joules / got["time"]
     assert 70 + 150 < watts < 700 + 250  # one chip between idle and its cap, and its share of the host
-    double = time_line("h100", monkeypatch, capsys, **{"train.batch": 128, "train.microbatches": 8})
+    double = time_line("h100", monkeypatch, capsys, **{"train.batch": 576, "train.microbatches": 8})
     assert 1.8 < double["time"] / got["time"] < 2.05  # twice the microbatches, the optimizer once
     assert "priced at bfloat16 rates" in time_line("h100", monkeypatch, capsys, **{"model.dtype": "float32"})["text"]
 

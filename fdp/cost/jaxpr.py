@@ -103,7 +103,7 @@ class _Walk(Generic[T]):
                 yield from self._cond(eqn, at)
             elif kind == "while":
                 self._while(eqn, at)
-            else:
+            elif not _estimate(eqn):
                 here = at.inside(eqn, _repeats(eqn))
                 for inner in _inner(eqn):
                     yield from self.walk(inner, here)
@@ -129,6 +129,12 @@ class _Walk(Generic[T]):
                     f"{here.path} holds what is counted, but its trip count is data: use lax.scan or a fori_loop with "
                     f"constant bounds, or read the compiled program with hlo.collectives(…, trip_counts=…)"
                 )
+
+
+def _estimate(eqn: Any) -> int:
+    """FLOPs that a Pallas kernel states itself, 0 where it states none: its loops may follow its data."""
+    estimate = eqn.params.get("cost_estimate") if eqn.primitive.name == "pallas_call" else None
+    return int(estimate.flops) if estimate is not None else 0
 
 
 def _repeats(eqn: Any) -> int:
@@ -209,6 +215,8 @@ def _hlo_type(dtype: np.dtype) -> str:
 def _matmul_flops(eqn: Any) -> int:
     """FLOPs of one execution of a dot, ragged dot or convolution equation; 0 for anything else."""
     kind = eqn.primitive.name
+    if kind == "pallas_call":
+        return _estimate(eqn)
     if kind == "dot_general":
         contract, batch = eqn.params["dimension_numbers"]
         return _contraction_flops(eqn, (*contract[1], *batch[1]))

@@ -11,6 +11,8 @@ import jax
 import ml_collections
 from jax.sharding import PartitionSpec
 
+from fdp.models.attention import LONG
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -50,7 +52,8 @@ def estimate(c: ml_collections.ConfigDict, shapes: Any, specs: Any, stored: Any,
 def activations(c: ml_collections.ConfigDict, head_rows: int) -> int:
     """Bytes of activations at the start of the backward pass, which is their peak (Korthikanti et al. 2022, §4).
 
-    Attention probabilities are counted: the XLA attention materialises them.
+    Attention probabilities are counted where attention materialises them: in short sequences and under masks that
+    more than causality shapes; long ones go block by block.
     """
     m, mesh = c.model, c.mesh
     item = 2 if m.dtype == "bfloat16" else 4
@@ -61,7 +64,9 @@ def activations(c: ml_collections.ConfigDict, head_rows: int) -> int:
     between = hidden // mesh.tp if m.sequence_parallel else hidden
     heads, kv = m.heads // mesh.tp, m.kv_heads // mesh.tp
     projections = tokens * m.head_dim * (2 * heads + kv) * item + 2 * tokens * mesh.cp * kv * m.head_dim * item
-    scores = heads * tokens * length * (4 + item)  # float32 logits and the probabilities
+    planned = c.context.plan != "all_gather" or c.context.layout != "contiguous"
+    blockwise = planned if mesh.cp > 1 else doubled == 1 and length >= LONG
+    scores = 0 if blockwise else heads * tokens * length * (4 + item)  # float32 logits and the probabilities
     ffn = 4 * tokens * (m.ffn // mesh.tp) * item  # gate, up, silu(gate), product
     layer = 2 * between + 2 * hidden + projections + scores + ffn
     products = 2 * between + projections + ffn // 2

@@ -170,10 +170,11 @@ def _over_blocks(step: Callable[..., Any], carry: Any, block: int, k: Array, v: 
     ys = []
     if whole:
         cut = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * block, block, 2)
-        label = lambda x, i: None if x is None else jax.lax.dynamic_slice_in_dim(x, i * block, block, -1)
+        label = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * block, block, -1)
 
         def body(carry: Any, i: Array) -> tuple[Any, Any]:
-            part = labels._replace(k_position=label(labels.k_position, i), k_segment=label(labels.k_segment, i))
+            segment = None if labels.k_segment is None else label(labels.k_segment, i)
+            part = labels._replace(k_position=label(labels.k_position, i), k_segment=segment)
             return step(carry, cut(k, i), cut(v, i), part)
 
         carry, y = jax.lax.scan(body, carry, jnp.arange(n))

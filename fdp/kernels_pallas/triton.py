@@ -36,7 +36,8 @@ def _spec(x, n_heads, columns, count, tile):
     return pl.BlockSpec((None, count, x.shape[2], columns or x.shape[3]), index)
 
 
-def _call(kernel, spec: Spec, walk: Walk, grid, in_specs, out_specs, out_shape, operands):
+def _call(kernel, spec: Spec, walk: Walk, grid, in_specs, out_specs, out_shape, operands, flops: int):
+    moved = sum(x.size * x.dtype.itemsize for x in operands)
     warps = 4 if operands[0].shape[3] <= 64 else 8
     whole = [pl.BlockSpec(x.shape, lambda i, z, n=x.ndim: (0,) * n) for x in walk]
     return pl.pallas_call(
@@ -46,6 +47,7 @@ def _call(kernel, spec: Spec, walk: Walk, grid, in_specs, out_specs, out_shape, 
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=STAGES),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=flops // 512, bytes_accessed=moved),
         interpret=spec.interpret,
     )(*walk, *operands)
 
@@ -89,6 +91,7 @@ def forward(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk) -> tuple[Array, Arr
         [_own(q, Z), _own(lse_shape, Z)],
         [result(q.shape, spec.dtype(q), q), lse_shape],
         (q, k, v, q_tags, k_tags),
+        4 * Z * I * stride.most * X * k.shape[2] * C,
     )  # fmt: skip
 
 
@@ -116,6 +119,7 @@ def query_gradient(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, del
         _own(q, Z),
         result(q.shape, spec.dtype(q), q),
         (q, k, v, q_tags, k_tags, do, lse, delta),
+        6 * Z * I * stride.most * X * k.shape[2] * C,
     )  # fmt: skip
 
 
@@ -147,4 +151,5 @@ def key_gradients(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, delt
         [_own(k, Z, C), _own(v, Z, C)],
         [result(k.shape, spec.dtype(k), k), result(v.shape, spec.dtype(v), v)],
         (q, k, v, q_tags, k_tags, do, lse, delta),
+        8 * Z * J * stride.most * Y * q.shape[2] * C,
     )  # fmt: skip

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import all_gather, index, size, vary_like
-from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
+from fdp.kernels_pallas import flash
 from fdp.kernels_pallas.masks import Mask
+from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
 from fdp.objectives.block_diffusion import block_diffusion_mask
 from fdp.parallel import context, layouts
 from fdp.parallel.context import CommPlan
@@ -27,6 +28,7 @@ Seen = Array | str | None  # bool [1 or B, 1, L, S]; "causal" for L = S; None = 
 CACHE = "kv"  # collection of rotated keys and values: {"k", "v"} of [B, S, K, C] a layer
 PROBE = "probe"  # collection of rotated queries and keys: {"q", "k"}, for studies of what is attended to
 GATHER = CommPlan("all_gather")
+LONG = 1024  # queries from which on scores are not kept whole; below, XLA's own attention is as fast
 
 # In place of softmax attention: (rotated q_BxLxHxC, rotated k_BxLxKxC, v_BxLxKxC, position_L, choice) → [B, L, H, C],
 # on this device's rows; `choice` is what the caller gave for this layer, such as the number of a plan.
@@ -44,7 +46,12 @@ def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) ->
 
 
 def attend(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, mask: Seen) -> Array:
-    """Softmax attention of rotated queries and keys: [B, L, H, C]."""
+    """Softmax attention of rotated queries and keys: [B, L, H, C].
+
+    Where no more than causality hides keys, long sequences go to the kernel of the platform: scores are never whole.
+    """
+    if not isinstance(mask, Array) and q_BxLxHxC.shape[1] >= LONG:
+        return flash.attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, Mask("bidirectional" if mask is None else mask))
     if isinstance(mask, str):
         return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, is_causal=True)
     return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=mask)

@@ -86,14 +86,14 @@ def _forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Ar
         return state
 
     def turn(carry: Any, offset: Array) -> tuple[Any, None]:
-        kv, state = carry
+        kv, out, lse = carry
         ahead = ring.shift(kv)  # under way while this block is computed
-        return (ahead, merge_lse(*state, *block(kv, offset))), None
+        return (ahead, *merge_lse(out, lse, *block(kv, offset))), None
 
     B, L, H, _ = q.shape
     nothing = vary_like(jnp.zeros(q.shape, jnp.float32), q), vary_like(jnp.full((B, H, L), -jnp.inf), q)
-    (kv, state), _ = lax.scan(turn, (kv, nothing), jnp.arange(n - 1))
-    return merge_lse(*state, *block(kv, n - 1))
+    (kv, out, lse), _ = lax.scan(turn, (kv, *nothing), jnp.arange(n - 1))
+    return merge_lse(out, lse, *block(kv, n - 1))
 
 
 def _ring_forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Any]:

@@ -49,7 +49,7 @@ def test_profile_equals_probabilities_done_by_hand() -> None:
     assert found.mass_NxWxW.shape == (2, S // BLOCK, S // BLOCK)
     np.testing.assert_allclose(found.mass_NxWxW.sum(-1), 1, rtol=1e-5)
     assert not np.triu(found.mass_NxWxW, 1).any()
-    assert ((0 < found.density_N) & (found.density_N <= 1)).all()
+    assert ((found.density_N > 0) & (found.density_N <= 1)).all()
     uniform = types.SimpleNamespace(**vars(arm))
     flat = jax.tree_util.tree_map_with_path(lambda k, p: 0 * p if "w_q" in str(k) else p, arm.trained.params)
     even = profile(uniform, flat, tokens(), BLOCK, 0.9)  # no queries: every visible key gets the same weight

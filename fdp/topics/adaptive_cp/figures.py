@@ -25,7 +25,7 @@ def density_map(path: Path, density_LxT: np.ndarray, steps: Sequence[int], title
 
     density_LxT = np.asarray(density_LxT, float)
     L, T = density_LxT.shape
-    fig, axes = figure(width=max(4.0, 1.2 + 0.45 * T), height=max(2.2, 1.0 + 0.3 * L))
+    fig, axes = figure(width=max(5.4, 1.2 + 0.45 * T), height=max(3.0, 1.0 + 0.3 * L))
     norm = LogNorm(density_LxT.min(), max(density_LxT.max(), 1.001 * density_LxT.min()))
     image = axes.imshow(density_LxT, cmap="viridis", norm=norm, aspect="auto")
     if L * T <= 200:

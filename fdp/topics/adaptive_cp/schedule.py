@@ -92,5 +92,5 @@ class Scheduler:
             if not isinstance(found, Price):
                 return None
             choices.append(Choice(plan, found))
-        found = ModelPlan(tuple(choices))
-        return found if found.imbalance <= problem.balance * (1 + ROUNDING) else None
+        model = ModelPlan(tuple(choices))
+        return model if model.imbalance <= problem.balance * (1 + ROUNDING) else None

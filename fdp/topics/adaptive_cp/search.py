@@ -35,8 +35,8 @@ def best_path(
     ValueError when some layer can run nothing, or no path keeps to `problem.balance`.
     """
     runs = [[_runs(priced) for priced in layer] for layer in options]
-    for layer, found in enumerate(runs):
-        if not any(found):
+    for layer, places in enumerate(runs):
+        if not any(places):
             reasons = sorted({f"{p.kind}: {why}" for priced in options[layer] for p, why in priced.items()})
             raise ValueError(f"layer {layer} can run nothing: {'; '.join(reasons)}")
     limited = problem.balance < float("inf")

@@ -29,7 +29,7 @@ from fdp.topics.adaptive_cp.profile import Profile, block_ids, block_masks, prof
 BLOCKS = 32  # of a sequence: four for each of eight devices
 CP = 8
 TAU = 0.95
-COVERAGES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
+COVERAGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 GAP = 0.005  # relative loss that sparsity may cost
 FAR = 2**17  # positions of the simulated sequence
 BALANCE = 1.1
@@ -77,7 +77,7 @@ def study(run: Run) -> Report:
         ]  # fmt: skip
         plots.append(
             figures.density_map(run.workdir / "plots" / f"density_{name}.png", measured[0].density_NxT,
-                                measured[0].steps, f"{name}: share of causal blocks for {TAU:.0%} of the mass")
+                                measured[0].steps, f"{name}: blocks for {TAU:.0%} of the mass")
         )  # fmt: skip
         found += _density_rows(name, measured) + _plan_rows(run, name, measured, raw, plots)
     if jax.device_count() >= checks.DEVICES:
