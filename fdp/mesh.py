@@ -72,7 +72,7 @@ def parts(mesh: AnyMesh, axis: str) -> tuple[str, ...]:
 
 
 def expand(mesh: AnyMesh, spec: PartitionSpec) -> PartitionSpec:
-    """`spec` with every logical axis spelled as the names of `mesh`: on a factored mesh "cp" reads ("cp0", "cp1", …)."""
+    """`spec` with every logical axis spelled as the names of `mesh`: factored, "cp" reads ("cp0", "cp1", …)."""
 
     def entry(e: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         names = tuple(n for a in ((e,) if isinstance(e, str) else e or ()) for n in parts(mesh, a))
