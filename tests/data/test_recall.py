@@ -5,7 +5,15 @@ import re
 import numpy as np
 import pytest
 
-from fdp.data.recall import AssociativeRecall, ByteNeedle, InductionHeads, WordNeedle, accuracy, exact_match
+from fdp.data.recall import (
+    AssociativeRecall,
+    ByteNeedle,
+    InductionHeads,
+    WordNeedle,
+    accuracy,
+    exact_match,
+    recall_data,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -175,3 +183,13 @@ def test_impossible_tasks_name_the_equation_and_a_fix_that_works(task, wrong, me
         fixed = task(**{**wrong, field: int(value)})
         tokens, mask = fixed.sample(0, 0, 2)
         assert tokens.shape == (2, fixed.length) and mask.any()
+
+
+def test_recall_as_a_corpus_holds_whole_sequences() -> None:
+    data = recall_data(64, train=16, val=8)
+    task = AssociativeRecall(64, pairs=4, vocab=64)
+    np.testing.assert_array_equal(data.train[3], task.sample(0, 0, 16)[0][3])
+    np.testing.assert_array_equal(data.val[7], task.sample(1, 0, 8)[0][7])
+    assert data.tokenizer.n_data == task.vocab
+    assert data.train.take(range(16)).max() < data.tokenizer.n_data
+    assert data.sha256 != recall_data(32, train=16, val=8).sha256

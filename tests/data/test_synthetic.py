@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from fdp.data.synthetic import EnumerableJoint, MarkovChain
+from fdp.data.synthetic import EnumerableJoint, MarkovChain, markov_data
 from fdp.objectives.mdlm import nelbo_exact
 
 pytestmark = pytest.mark.fast
@@ -67,3 +67,16 @@ def test_joint_is_normalised_and_its_denoiser_is_its_conditional():
     np.testing.assert_allclose(np.exp(joint.denoiser(z))[0, 0], marginal / marginal.sum(), rtol=1e-5)
     np.testing.assert_array_equal(np.exp(joint.denoiser(z))[0, 1], [0, 1, 0])
     np.testing.assert_array_equal(joint.sample(0, 1, 5), joint.sample(0, 1, 5))
+
+
+def test_chain_as_a_corpus_holds_whole_sequences_and_says_its_floor() -> None:
+    chain = MarkovChain()
+    data = markov_data(16, train=64, val=32)
+    np.testing.assert_array_equal(data.train[5], chain.sample(0, 0, 64, 16)[5])
+    np.testing.assert_array_equal(data.val[31], chain.sample(1, 0, 32, 16)[31])
+    assert (len(data.train), len(data.val)) == (64, 32)
+    assert data.tokenizer.n_data == 27 and data.tokenizer.mask_id == 27
+    assert f"{chain.nll_floor(16):.4f}" in data.name
+    assert data.tokenizer.decode([0, 25, 27]) == "az▁"
+    assert list(data.tokenizer.encode("abz")) == [0, 1, 25]
+    assert markov_data(16, train=64, val=32).sha256 == data.sha256 != markov_data(8, train=64, val=32).sha256

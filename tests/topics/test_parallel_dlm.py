@@ -248,6 +248,12 @@ def test_compiled_program_sends_what_the_count_says() -> None:
 
 
 @pytest.mark.fast
+def test_sequence_parallelism_sends_the_same_bytes() -> None:
+    # Half an all-reduce after the embedding, a whole one around each sublayer, half of one before the head.
+    assert pareto.sequence_parallel_share(an_arm()) == pytest.approx(1)
+
+
+@pytest.mark.fast
 def test_a_policy_that_cannot_hold_what_must_be_sent_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rows·B·L = 0.1·512 = 51 rows cannot hold .* 2·32: set rows=0.125"):
         capacities(Policy("few", rows=0.1), 4, 512, 4, 64)

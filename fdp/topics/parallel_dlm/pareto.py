@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from fdp import sharding
 from fdp.arm import Arm
-from fdp.collectives import psum, shard_map, vary_like
+from fdp.collectives import psum, shard_map, vary, vary_like
 from fdp.cost import jaxpr
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.parallel.tensor import suppress, vocab_argmax, vocab_logsumexp
@@ -110,6 +110,23 @@ def share_of_bytes(arm: Arm, policy: Policy, per_step: int, sequences: int = 8) 
     full, first = policy.refreshes(steps), sent(policy, 1)
     later = sent(policy, 2) - first if full < steps else 0.0
     return (full * first + (steps - full) * later) / (steps * sent(Policy(EXACT, "exact"), 1))
+
+
+def sequence_parallel_share(arm: Arm, sequences: int = 8) -> float:
+    """Bytes of the exact forward pass with sequence parallelism, as a share of the all-reduces; the same count."""
+    layout, length, mesh_shape = arm.program.layout, arm.c.data.seq_len, node(arm.c)
+    mesh = AbstractMesh(tuple(mesh_shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sent = []
+    for parallel in (True, False):
+        changes = {"dtype": "bfloat16", "sequence_parallel": parallel}
+        model = arm.model.clone(m=ml_collections.FrozenConfigDict(arm.model.m.to_dict() | changes))
+        run = lambda p, z, m=model: m.apply({"params": p}, z, jnp.zeros(sequences), method="hidden")
+        out = P(BATCH_AXES, None, "tp")
+        program = shard_map(lambda p, z, f=run: vary(f(p, z), "tp"), mesh, (layout.specs, P(BATCH_AXES)), out)
+        ids = jax.ShapeDtypeStruct((sequences, length), jnp.int32)
+        found = jaxpr.collectives(jax.make_jaxpr(program)(layout.shapes, ids), mesh_shape)
+        sent.append(sum(x.wire_bytes * x.count for x in found))
+    return sent[0] / sent[1]
 
 
 def _compare(z_BxL: jax.Array, read_BxL: jax.Array, n_ids: int, exact: jax.Array, approximate: jax.Array) -> jax.Array:

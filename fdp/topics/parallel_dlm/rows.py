@@ -122,15 +122,21 @@ def unigram_entropy(ids: np.ndarray) -> float:
     return float(-(counts * np.log(counts)).sum())
 
 
-def selective(outcomes: Mapping[Task, list[pareto.Outcome]], nll: Mapping[Any, list[float]]) -> list[Row]:
-    """Bytes, KL, NLL of the headline policies, and K-refresh at no fewer bytes."""
+def selective(
+    outcomes: Mapping[Task, list[pareto.Outcome]], nll: Mapping[Any, list[float]], sequence_parallel: float
+) -> list[Row]:
+    """Bytes, KL, NLL of the headline policies, and K-refresh at no fewer bytes.
+
+    `sequence_parallel`: bytes of TP with sequence parallelism, as a share of its all-reduces.
+    """
     heads = {task: next(o for o in found if o.policy == pareto.HEADLINE) for task, found in outcomes.items()}
     share = max(o.share for o in heads.values())
     rows = [
         Row.judged(
             "selective sums send at most 35 % of Megatron-TP's forward bytes", "share of the exact bytes, largest",
             share, "", "value <= 0.35", "counted",
-            note="jaxpr of the bfloat16 program at tp = 8, selection scalars and the first, full step included: "
+            note=f"jaxpr of the bfloat16 program at tp = 8, selection scalars and the first, full step included; exact "
+            f"TP with sequence parallelism: {sequence_parallel:.3f}; "
             + "; ".join(f"{name}, N={n}: {o.share:.3f}" for (name, n), o in heads.items()),
         )
     ]  # fmt: skip

@@ -100,7 +100,7 @@ def _selective(run: Run, tasks: dict[str, list[Arm]], raw: dict[str, Any], plots
         for (name, steps), many in outcomes.items() for o in many
     ]  # fmt: skip
     plots.append(figures.pareto(run.workdir, outcomes))
-    return rows.selective(outcomes, nll)
+    return rows.selective(outcomes, nll, pareto.sequence_parallel_share(run.arms["mdlm"][0]))
 
 
 def _switching(run: Run, raw: dict[str, Any], plots: list[str | Path]) -> list[Row]:
