@@ -57,7 +57,7 @@ def compare(plan: CommPlan) -> Comparison:
     order = layouts.permutation(plan.layout, S, DEVICES)
 
     def layers(plan: CommPlan, position: Any) -> Any:
-        one = lambda _, qkv: (None, attend(*qkv, CAUSAL, plan, position))
+        one = lambda _, qkv: (None, attend(qkv[0], qkv[1], qkv[2], CAUSAL, plan, position))
         return lambda *qkv: jax.lax.scan(one, None, qkv)[1]
 
     whole, pull = jax.vjp(layers(CommPlan(), jnp.arange(S)), q, k, v)
@@ -76,7 +76,7 @@ def compare(plan: CommPlan) -> Comparison:
         for a, b in zip(compiled(*arguments), expected, strict=True)
     ]
     counted: dict[str, float] = {}
-    for found in hlo.collectives(compiled.as_text(), dict(mesh.shape)):
+    for found in hlo.collectives(str(compiled.as_text()), dict(mesh.shape)):
         counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
     shape = cost.AttentionShape(B, S, H, K, C, DEVICES, 4)
     formula = {op: 2 * wire for op, wire in cost.forward_bytes(plan, shape, CAUSAL).items()}
@@ -115,7 +115,7 @@ def switch_plans(arm: Arm, tokens_BxS: np.ndarray) -> Switching:
     batch = jax.tree.map(lambda x: layouts.permute(x, layouts.ZIGZAG, DEVICES) if x.ndim > 1 else x, plain)
     specs = jax.tree.map(lambda s: expand(mesh, s), batch_specs(batch), is_leaf=lambda s: isinstance(s, P))
     whole = jax.tree.map(lambda _: P(), params)
-    program = jax.jit(shard_map(local, mesh, (whole, specs, P()), (P(), whole)))
+    program: Any = jax.jit(shard_map(local, mesh, (whole, specs, P()), (P(), whole)))
     layers = arm.c.model.layers
     arrays = [np.full(layers, i, np.int32) for i in range(len(plans))] + [
         np.arange(layers, dtype=np.int32) % len(plans)

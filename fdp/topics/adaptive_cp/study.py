@@ -140,7 +140,8 @@ def loss_of(arm: Arm, params: Any, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarr
     @jax.jit
     def run(params: Any, tokens: jax.Array, ids: Any) -> jax.Array:
         batch = arm.objective.corrupt(jax.random.key(0), tokens)
-        return loss_sum(checks.Numbered(model, ids), arm.objective, None, params, batch) / tokens.size
+        numbered: Any = checks.Numbered(model, ids)
+        return loss_sum(numbered, arm.objective, None, params, batch) / tokens.size
 
     return float(run(params, jnp.asarray(tokens_BxS), ids))
 

@@ -150,7 +150,7 @@ def step_costs(arm: Arm) -> tuple[tuple[float, int], tuple[float, int]]:
     try:
         for rows in (capacity, None):
             program.capacity = rows
-            compiled = jax.jit(lambda p, b: program.grads(p, b)).lower(params, placed).compile()
+            compiled: Any = jax.jit(lambda p, b: program.grads(p, b)).lower(params, placed).compile()
             sent = sum(counted_bytes(compiled, program.mesh).values())
             found.append((sent, int(compiled.memory_analysis().temp_size_in_bytes)))
     finally:

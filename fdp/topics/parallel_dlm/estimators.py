@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from fdp.objectives.mdlm import MDLM
 from fdp.step import LOSS_AXES, P, batch_specs, loss_sum
 
 BASELINE, METHOD = "iid t", "antithetic exact k"
-ESTIMATORS = {
+ESTIMATORS: dict[str, dict[str, Any]] = {
     BASELINE: {"form": "t", "antithetic": False},
     "antithetic t": {"form": "t", "antithetic": True},
     "iid exact k": {"form": "k", "antithetic": False},

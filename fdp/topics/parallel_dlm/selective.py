@@ -113,6 +113,7 @@ class SelectiveSum(nn.Module):
         if self.capacity == 0:
             return stale_BxLxD
         score_BxL: Any = jnp.float32(0)
+        assert self.forced_BxL is not None  # it comes with the step
         if self.spare:
             score_BxL = self._score(partial_BxLxD - own.value, weigh, mass)
         score_BxL = jnp.where(self.forced_BxL, jnp.inf, score_BxL)
@@ -205,4 +206,5 @@ def forward(
     for i in range(m.layers):
         layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
         x_BxLxD, _ = run(i + 1, block, layer, x_BxLxD, None)
-    return RMSNorm().apply({"params": params["norm"]}, x_BxLxD), new
+    normed: Any = RMSNorm().apply({"params": params["norm"]}, x_BxLxD)
+    return normed, new

@@ -56,7 +56,7 @@ def study(run: Run) -> Report:
     else:
         found.append(rows.too_few_devices())
     found += rows.head(mdlm[0])
-    tasks = {name: run.arms[name] for name in ("mdlm", "markov") if name in run.arms}
+    tasks: dict[str, list[Arm]] = {name: run.arms[name] for name in ("mdlm", "markov") if name in run.arms}
     for name, arms_ in tasks.items():
         scatters = [estimators.scatter(arm, run.config.eval.draws) for arm in arms_]
         raw[f"variance {name}"] = [{n: s.variance(n) for n in estimators.ESTIMATORS} for s in scatters]
