@@ -210,7 +210,10 @@ def poison(arm: Arm, step: int) -> None:
             return batch | {"rows": batch["rows"] | {"weights": batch["rows"]["weights"] * factor}}
 
         program.corrupt = corrupt  # type: ignore[method-assign]
-        return healthy_step(state, tokens_BxL)
+        try:
+            return healthy_step(state, tokens_BxL)
+        finally:
+            program.corrupt = healthy_corrupt  # type: ignore[method-assign]
 
     program.train_step = train_step  # type: ignore[method-assign]
 
