@@ -64,12 +64,14 @@ def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
 def pareto(workdir: Path, outcomes: Mapping[tuple[str, int], list[Outcome]]) -> str:
     """KL on the rows read against the share of bytes sent, one panel a task. Returns the path in the workdir."""
     fig, panels = figure(columns=len(outcomes), width=3.6, height=4.0)
-    kinds = sorted({o.policy.split(",")[0].split(" ")[0] for found in outcomes.values() for o in found})
+    # "drift 0.4" and "drift 0.25" are one line, "drift, int8" another.
+    kind_of = lambda o: "drift, int8" if "drift, int8" in o.policy else o.policy.split(",")[0].split(" ")[0]
+    kinds = sorted({kind_of(o) for found in outcomes.values() for o in found})
     for axes, ((name, steps), found) in zip(np.atleast_1d(panels), outcomes.items(), strict=True):
         for i, kind in enumerate(kinds):
-            mine = sorted((o for o in found if o.policy.split(",")[0].split(" ")[0] == kind), key=lambda o: o.share)
+            mine = sorted((o for o in found if kind_of(o) == kind), key=lambda o: o.share)
             kl = [max(float(np.mean(o.kl_read)), 1e-7) for o in mine]
-            axes.plot([o.share for o in mine], kl, marker="osD^v*X"[i % 7], linestyle=":", label=kind, linewidth=0.8)
+            axes.plot([o.share for o in mine], kl, marker="osD^v*XPh"[i % 9], linestyle=":", label=kind, linewidth=0.8)
         axes.axhline(1e-3, color="#444444", linestyle="--", linewidth=0.8)
         axes.axvline(0.35, color="#444444", linestyle="--", linewidth=0.8)
         axes.set(
