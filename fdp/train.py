@@ -1,5 +1,6 @@
 """The command: python -m fdp.train --config=configs/topic1.py[:variant] [--workdir=…] [--dry_run] [--config.key=…]"""
 
+import logging
 import math
 import os
 import re
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument(s): {' '.join(argv[1:])}")
     config = CONFIG.value
+    # JAX reports, at level info, each accelerator that is not there; absl's handler would print it.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
         fdp_config.validate(config)
         needed = math.prod(config.mesh.values())
