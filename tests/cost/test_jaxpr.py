@@ -226,6 +226,22 @@ def test_flops_inside_shard_map_are_local_and_outside_need_no_mesh():
         jaxpr.dot_flops(closed, SHAPE)
 
 
+def test_flops_of_a_pallas_kernel_are_those_it_states():
+    from jax.experimental import pallas as pl
+
+    def kernel(n_ref, x_ref, o_ref):  # as many products as the data say: nothing to count from outside
+        o_ref[...] = lax.fori_loop(0, n_ref[0], lambda i, x: x @ x_ref[...], x_ref[...])
+
+    def f(n, x):
+        estimate = pl.CostEstimate(flops=12345, transcendentals=0, bytes_accessed=0)
+        shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+        y = pl.pallas_call(kernel, grid=(4,), out_shape=shape, cost_estimate=estimate)(n, x)
+        return y @ x
+
+    made = jax.make_jaxpr(f)(jnp.ones(1, jnp.int32), jnp.ones((8, 8)))
+    assert jaxpr.dot_flops(made) == 12345 + 2 * 8**3
+
+
 def test_flops_of_a_pallas_kernel_multiply_by_its_grid():
     from jax.experimental import pallas as pl
 
