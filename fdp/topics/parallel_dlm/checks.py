@@ -197,7 +197,7 @@ def sampling_bytes(tp: int) -> SamplingBytes:
     return SamplingBytes(tp, *sent)
 
 
-def ids_by_degree(arm: Arm, count: int, degrees: tuple[int, ...] = (1, 2, 4, 8)) -> dict[int, np.ndarray]:
+def ids_by_degree(arm: Arm, count: int, degrees: tuple[int, ...]) -> dict[int, np.ndarray]:
     """Samples int32 [count, L] of the same parameters and seed, drawn with each tp degree that the model allows."""
     c = arm.c
     fits = [t for t in degrees if not any(n % t for n in (c.model.heads, c.model.kv_heads, c.model.ffn, c.model.vocab))]

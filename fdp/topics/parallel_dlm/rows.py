@@ -88,11 +88,11 @@ def variance(name: str, scatters: list[estimators.Scatter]) -> list[Row]:
     ]  # fmt: skip
 
 
-def ids_on_the_wire(arm: Arm, count: int) -> list[Row]:
+def ids_on_the_wire(arm: Arm, count: int, degrees: tuple[int, ...]) -> list[Row]:
     """Bytes of distributed Gumbel-max with confidence against gathered logits; ids by tp degree."""
-    costs = [checks.sampling_bytes(tp) for tp in (2, 4, 8)]
+    costs = [checks.sampling_bytes(tp) for tp in degrees[1:]]
     worst = min(costs, key=lambda x: x.gather / x.scalars)
-    drawn = checks.ids_by_degree(arm, count)
+    drawn = checks.ids_by_degree(arm, count, degrees)
     first = next(iter(drawn.values()))
     different = sum(int((ids != first).sum()) for ids in drawn.values())
     return [

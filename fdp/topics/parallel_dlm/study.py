@@ -62,7 +62,8 @@ def study(run: Run) -> Report:
         raw[f"variance {name}"] = [{n: s.variance(n) for n in estimators.ESTIMATORS} for s in scatters]
         found += rows.variance(name, scatters)
     if jax.device_count() >= checks.DEVICES:
-        found += rows.ids_on_the_wire(mdlm[0], run.config.eval.samples)
+        degrees = (1, 8) if run.config.variant == "tiny" else (1, 2, 4, 8)
+        found += rows.ids_on_the_wire(mdlm[0], run.config.eval.samples, degrees)
         found += _selective(run, tasks, raw, plots)
         if all(n % checks.DEVICES == 0 for n in (run.config.model.heads, run.config.model.kv_heads)):
             found += _switching(run, raw, plots)
@@ -82,7 +83,7 @@ def _selective(run: Run, tasks: dict[str, list[Arm]], raw: dict[str, Any], plots
     for name, arms_ in tasks.items():
         # The oracle's model is small, and its exact likelihood deserves little noise.
         sequences = run.config.eval.sequences * (8 if name == "markov" else 1)
-        for per_step in (1, 4):
+        for per_step in (4,) if run.config.variant == "tiny" else (1, 4):
             task = (name, arms_[0].c.data.seq_len // per_step)
             outcomes[task] = []
             for policy in pareto.chosen(tuple(run.config.eval.policies)):
