@@ -89,7 +89,7 @@ def study(run: Run) -> Report:
     region = simulate.region(draws=100)
     plots.append(figures.region_map(run.workdir / "plots" / "region.png", region, "Step time, adaptive / best uniform"))
     found.append(_region_row(region))
-    inside = [Path(plot).relative_to(run.workdir) for plot in plots]
+    inside: list[str | Path] = [Path(plot).relative_to(run.workdir) for plot in plots]
     return Report(run.config.topic, run.config.variant, digest(run.config), found, inside, raw)
 
 
