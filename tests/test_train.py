@@ -146,7 +146,7 @@ def test_the_command_trains_every_arm_and_leaves_its_report(reference: tuple[Pat
     workdir, outcome = reference
     assert outcome.code == 0, outcome.err
     assert "8 virtual CPU devices" in outcome.out
-    assert "pp·dp·ep·cp·tp = 1·4·1·1·2 = 8" in outcome.out
+    assert "pp·dp·ep·cp·tp = 1·2·1·1·4 = 8" in outcome.out
     found = json.loads((workdir / "report.json").read_text())
     report.validate(found, workdir)
     assert {r["evidence"] for r in found["rows"]} >= {"measured", "counted"}

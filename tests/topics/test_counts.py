@@ -105,13 +105,13 @@ def with_formula(p, got: Comparison) -> Comparison:
     + [(op, a) for op in (closed.GATHER, closed.SCATTER) for a in ("dp", "cp", "tp")],
 )
 def test_a_term_of_the_formula_that_is_off_by_four_bytes_is_noticed(op: str, axis: str, six, monkeypatch) -> None:
-    add = closed._Ledger.add
+    put = closed._Ledger.put
 
-    def off(self, kind, axes, payload, times=1):
-        add(self, kind, axes, payload + 4 * (kind == op and axis in axes), times)
+    def off(self, kind, axes, wire):
+        put(self, kind, axes, wire + 4 * (kind == op and axis in axes))
 
     assert not any(with_formula(*pair).mismatches() for pair in six)
-    monkeypatch.setattr(closed._Ledger, "add", off)
+    monkeypatch.setattr(closed._Ledger, "put", off)
     assert any(with_formula(*pair).mismatches() for pair in six)
 
 

@@ -33,14 +33,19 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDi
     ar.objective.name = "autoregressive"
     found = {"mdlm": config.copy_and_resolve_references(), "ar": ar}
     if config.variant in ORACLE_VARIANTS:
-        markov = config.copy_and_resolve_references()
-        markov.data.update(source="markov", seq_len=32)
-        markov.model.update(
-            layers=2, width=64, heads=8, kv_heads=8, head_dim=8, ffn=176, vocab=32, qk_norm=False, dtype="float32"
-        )
-        markov.train.batch = 64
-        found["markov"] = markov
+        found["markov"] = oracle_arm(config)
     return found
+
+
+def oracle_arm(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A small masked diffusion LM of the Markov chain, whose likelihood is known."""
+    markov = config.copy_and_resolve_references()
+    markov.data.update(source="markov", seq_len=32)
+    markov.model.update(
+        layers=2, width=64, heads=8, kv_heads=8, head_dim=8, ffn=176, vocab=32, qk_norm=False, dtype="float32"
+    )
+    markov.train.batch = 64
+    return markov
 
 
 def study(run: Run) -> Report:
