@@ -268,10 +268,10 @@ def _attend(mask: Mask, task: _Task, kv: Array, source_RxT: Array, entries_RxIxL
     A, T, Y = kv.shape[:3]
     before = lambda x: jnp.pad(x, ((0, 0), (Y, 0)))  # of the block of zeros
     used = task.slots_RxIxL < len(task.id_W)
-    listed = jnp.where(used, entries_RxIxL, 0), used.sum(-1, dtype=jnp.int32)
+    listed, counts = jnp.where(used, entries_RxIxL, 0), used.sum(-1, dtype=jnp.int32)
     if len(used) > 1:  # what all sequences and heads share stays one list
-        source_RxT, *listed = (_spread(x, A) for x in (source_RxT, *listed))
-    lists = block_lists(*(x[:, None] for x in listed), 1 + T)
+        source_RxT, listed, counts = (_spread(x, A) for x in (source_RxT, listed, counts))
+    lists = block_lists(listed[:, None], counts[:, None], 1 + T)
     k_position = before((task.id_W[source_RxT][..., None] * Y + jnp.arange(Y)).reshape(-1, T * Y))
     q_segment = k_segment = None
     if task.segment_AxS is not None:

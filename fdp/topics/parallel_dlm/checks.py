@@ -34,6 +34,8 @@ MESHES: dict[str, dict[str, int]] = {
     "dp2·cp2·tp2, SP, ZeRO-3": {"dp": 2, "cp": 2, "tp": 2},
 }
 DEVICES = 8
+# The programs of `compare_meshes` run once, so compiling is all they cost. Collectives do not depend on this level.
+COMPILE_FAST = {"xla_backend_optimization_level": 0}
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,26 @@ def _program(c: ml_collections.ConfigDict, objective: Objective, mesh: AnyMesh) 
     return Program(c, transformer.from_config(c, objective.attention, objective.block), objective, mesh)
 
 
-def _loss_and_grads(program: Program, tokens_BxL: np.ndarray) -> tuple[float, Any, Any]:
-    """(loss, gradients, compiled loss-and-gradient program) at initialisation on the program's mesh."""
-    mesh = program.mesh
-    state = program.init(0)
-    batch = jax.jit(program.corrupt)(jax.device_put(tokens_BxL, tokens_sharding(mesh)), jax.random.key(0))
-    compiled = jax.jit(program.grads).lower(state.params, batch).compile()
-    loss, grads = compiled(state.params, batch)
+def _loss_and_grads(program: Program, params: Any, batch: Any) -> tuple[float, Any, Any]:
+    """(loss, gradients, compiled loss-and-gradient program) of host arrays on the program's mesh."""
+    params = jax.device_put(params, sharding.shardings(program.mesh, program.layout.stored))
+    batch = jax.device_put(batch, sharding.shardings(program.mesh, batch_specs(batch)))
+    compiled = jax.jit(program.grads, compiler_options=COMPILE_FAST).lower(params, batch).compile()
+    loss, grads = compiled(params, batch)
     return float(loss), jax.device_get(grads), compiled
 
 
 def compare_meshes(c: ml_collections.ConfigDict, objective: Objective) -> list[Comparison]:
-    """Loss, gradients and bytes of the small model on every mesh of MESHES against one device."""
+    """Loss, gradients and bytes of the small model on every mesh of MESHES against one device.
+
+    The same parameters and noise everywhere; that every mesh would also draw them equal is for the tests to show.
+    """
     c = small(c)
     tokens_BxL = np.random.default_rng(0).integers(0, objective.n_ids, (c.train.batch, c.data.seq_len), np.int32)
-    loss, grads, _ = _loss_and_grads(_program(c, objective, make_mesh(c.mesh, jax.devices()[:1])), tokens_BxL)
+    alone = _program(c, objective, make_mesh(c.mesh, jax.devices()[:1]))
+    params = jax.device_get(alone.init(0).params)
+    batch = jax.device_get(jax.jit(objective.corrupt)(jax.random.key(0), tokens_BxL))
+    loss, grads, _ = _loss_and_grads(alone, params, batch)
     norm = _norm(grads)
     out = []
     for name, degrees in MESHES.items():
@@ -88,7 +95,7 @@ def compare_meshes(c: ml_collections.ConfigDict, objective: Objective) -> list[C
         if "ZeRO-3" in name:
             d.train.zero, d.model.sequence_parallel, d.model.remat = 3, True, "full"
         program = _program(d, objective, make_mesh(d.mesh))
-        other, other_grads, compiled = _loss_and_grads(program, tokens_BxL)
+        other, other_grads, compiled = _loss_and_grads(program, params, batch)
         difference = _norm(jax.tree.map(np.subtract, other_grads, grads))
         out.append(
             Comparison(
@@ -110,52 +117,52 @@ def counted_bytes(compiled: Any, mesh: AnyMesh) -> dict[tuple[str, tuple[str, ..
 
 
 @dataclass(frozen=True)
-class HeadSaving:
-    """Head FLOPs of one step with and without the masked-rows head, and the relative change of the loss."""
+class StepCost:
+    """Loss and gradients of one batch: the loss, matmul FLOPs (jaxpr), wire bytes a device, temporary bytes."""
 
+    loss: float
+    flops: int
+    sent: float
+    temporary: int
+
+
+@dataclass(frozen=True)
+class HeadSaving:
+    """The step with the head on the masked rows and on every row, and the head's FLOPs in each."""
+
+    masked: StepCost
+    whole: StepCost
     flops: int
     full_flops: int
-    loss_error: float
+
+    @property
+    def loss_error(self) -> float:
+        """Relative change of the loss."""
+        return abs(self.masked.loss - self.whole.loss) / abs(self.whole.loss)
 
 
 def head_saving(program: Program, tokens_BxL: np.ndarray) -> HeadSaving:
-    """Count the head's matmul FLOPs in the jaxpr with rows selected and with all rows; evaluate both losses."""
+    """Compile, count and run loss and gradients at initialisation with rows selected and with all rows."""
     params = program.init(0).params
     tokens = jax.device_put(tokens_BxL, tokens_sharding(program.mesh))
     batch = jax.jit(program.corrupt)(tokens, jax.random.key(0))
-    capacity = program.capacity
-    losses, counts = [], []
+    capacity, steps = program.capacity, []
     try:
         for rows in (capacity, None):
             program.capacity = rows
-            counts.append(jaxpr.dot_flops(jax.make_jaxpr(program.grads)(params, batch)))
-            losses.append(float(jax.jit(lambda p, b: program.grads(p, b)[0])(params, batch)))
+            traced = jax.jit(lambda p, b: program.grads(p, b)).trace(params, batch)
+            compiled: Any = traced.lower().compile()
+            sent = sum(counted_bytes(compiled, program.mesh).values())
+            temporary = int(compiled.memory_analysis().temp_size_in_bytes)
+            loss = float(compiled(params, batch)[0])
+            steps.append(StepCost(loss, jaxpr.dot_flops(traced.jaxpr), sent, temporary))
     finally:
         program.capacity = capacity
+    masked, whole = steps
     c = program.c
     full_rows = c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp)
     local_full = 3 * 2 * full_rows * c.model.width * c.model.vocab // c.mesh.tp
-    body = counts[1] - local_full
-    return HeadSaving(counts[0] - body, local_full, abs(losses[0] - losses[1]) / abs(losses[1]))
-
-
-def step_costs(arm: Arm) -> tuple[tuple[float, int], tuple[float, int]]:
-    """(wire bytes, temporary memory) a device of loss and gradients: head on the masked rows, and on every row."""
-    program, found = arm.program, []
-    capacity = program.capacity
-    params, tokens = arm.abstract_step_arguments()[0].params, arm.abstract_step_arguments()[1]
-    batch = jax.eval_shape(program.objective.corrupt, jax.random.key(0), tokens)
-    specs = sharding.shardings(program.mesh, batch_specs(batch))
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, specs)
-    try:
-        for rows in (capacity, None):
-            program.capacity = rows
-            compiled: Any = jax.jit(lambda p, b: program.grads(p, b)).lower(params, placed).compile()
-            sent = sum(counted_bytes(compiled, program.mesh).values())
-            found.append((sent, int(compiled.memory_analysis().temp_size_in_bytes)))
-    finally:
-        program.capacity = capacity
-    return found[0], found[1]
+    return HeadSaving(masked, whole, masked.flops - (whole.flops - local_full), local_full)
 
 
 def likelihood(arm: Arm, ids_BxL: np.ndarray) -> float:

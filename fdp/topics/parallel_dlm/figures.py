@@ -95,11 +95,17 @@ def film_strip(workdir: Path, arm: Arm, frames: int = 6) -> str:
         axes.imshow(grid, cmap="viridis", vmin=0, vmax=length, aspect="auto", alpha=0.45)
         for i, token in enumerate(states_TxL[t]):
             if token != mask_id:
-                text = arm.data.tokenizer.decode([token]).replace("\n", "⏎").replace("$", r"\$")
+                text = printable(arm.data.tokenizer.decode([token]))
                 axes.text(i % columns, i // columns, text[:7], fontsize=4.5, ha="center", va="center")
         axes.set(title=f"step {t}", xticks=[], yticks=[])
         axes.grid(False)
     return str(save_plot(fig, workdir / "plots" / "film_strip.png").relative_to(workdir))
+
+
+def printable(text: str) -> str:
+    """The text as matplotlib can draw it: no control characters, no formulas."""
+    shown = "".join("⏎" if x == "\n" else x if x.isprintable() else "·" for x in text)
+    return shown.replace("$", r"\$")
 
 
 def trace(arm: Arm) -> np.ndarray:

@@ -26,6 +26,16 @@ def too_few_devices() -> Row:
     )  # fmt: skip
 
 
+def indivisible_heads(heads: int, kv_heads: int) -> Row:
+    """What a model whose heads cannot be shared by every device leaves open."""
+    return Row.untestable(
+        "a degree for each phase beats the best fixed degree; switching changes no sample", "speed-up, ids", "",
+        "value >= 1.1", "simulated",
+        f"heads % tp = {heads} % {checks.DEVICES} and kv_heads % tp = {kv_heads} % {checks.DEVICES} must both be 0: "
+        f"set model.heads and model.kv_heads to multiples of {checks.DEVICES}",
+    )  # fmt: skip
+
+
 def equality(comparisons: list[checks.Comparison]) -> list[Row]:
     """Loss, gradients and bytes of the small model on every mesh."""
     loss = max(c.loss_error for c in comparisons)
@@ -52,14 +62,13 @@ def equality(comparisons: list[checks.Comparison]) -> list[Row]:
 def head(arm: Arm) -> list[Row]:
     """FLOPs and loss of the masked-rows head; bytes and memory of the step beside them."""
     saving = checks.head_saving(arm.program, batch(arm.data.train, 0, arm.c.train.batch, 0))
-    masked, whole = checks.step_costs(arm)
     return [
         Row.judged(
             "the masked-rows head halves the head's FLOPs", "head FLOPs per device and step", saving.flops, "FLOP",
             "ratio <= 0.55", "counted", "t-form: head on every row", saving.full_flops,
             note="matmuls in the jaxpr of loss and gradients; exact-k masks, static capacity, no row dropped. The step "
-            f"sends {masked[0]:,.0f} bytes a device against {whole[0]:,.0f}; the compiled step's temporary memory "
-            f"is {masked[1]:,} bytes against {whole[1]:,}",
+            f"sends {saving.masked.sent:,.0f} bytes a device against {saving.whole.sent:,.0f}; the compiled step's "
+            f"temporary memory is {saving.masked.temporary:,} bytes against {saving.whole.temporary:,}",
         ),
         Row.judged(
             "… at equal loss", "relative change of the loss", saving.loss_error, "", "<= 1e-5", "measured",

@@ -72,6 +72,8 @@ def study(run: Run) -> Report:
         found += _selective(run, tasks, raw, plots)
         if all(n % checks.DEVICES == 0 for n in (run.config.model.heads, run.config.model.kv_heads)):
             found += _switching(run, raw, plots)
+        else:
+            found.append(rows.indivisible_heads(run.config.model.heads, run.config.model.kv_heads))
     likelihood, raw["val_loss"] = _likelihood_row(mdlm, ar)
     found.append(likelihood)
     samples = {name: draw(run.arms[name][0], run.config.eval.samples) for name in ("mdlm", "ar")}
