@@ -11,6 +11,7 @@ import pytest
 
 from fdp.cost import context as cost
 from fdp.cost.context import EXCHANGE, PERMUTE, AttentionShape
+from fdp.cost.context_gather import BlockGather
 from fdp.kernels_pallas.masks import Mask
 from fdp.parallel.context import CommPlan
 from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
@@ -22,7 +23,6 @@ from fdp.topics.adaptive_cp.price import (
     Price,
     Refused,
     dense_traffic,
-    gather_bytes,
     owners,
     price,
     work,
@@ -30,28 +30,9 @@ from fdp.topics.adaptive_cp.price import (
 from fdp.topics.adaptive_cp.problem import Masks, Problem, candidates
 from fdp.topics.adaptive_cp.schedule import Scheduler, decode, encode
 from fdp.topics.adaptive_cp.timing import Link, Machine
+from tests.topics.adaptive_cp_problems import BLOCK, FAST, SHAPE, SLOW, STRIPED, W, mixed, random_masks
 
 pytestmark = pytest.mark.fast
-
-W, BLOCK = 16, 8
-STRIPED = SequenceLayout("striped", BLOCK)
-SHAPE = AttentionShape(4, W * BLOCK, 8, 4, 16, cp=4)
-SLOW, FAST = Machine(1e12, Link(1e9, 1e-6)), Machine(1e10, Link(1e12, 1e-9))
-
-
-def random_masks(L: int, density: float, seed: int = 0, J: int = 1) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    dense = rng.random((L, J, W, W)) < density
-    return (dense & np.tri(W, dtype=bool)) | np.eye(W, dtype=bool)
-
-
-def mixed(machine: Machine = SLOW, **fields) -> Problem:
-    """Layers that want different plans: the diagonal, a window, scattered blocks, everything."""
-    apart = np.arange(W)[:, None] - np.arange(W)
-    window, diagonal = (apart >= 0) & (apart < 3), apart == 0
-    masks = np.stack([diagonal, window, random_masks(1, 0.2, 5)[0, 0], apart >= 0])
-    return Problem(Masks(masks), SHAPE, machine, **fields)
-
 
 # Counts, bytes, work -------------------------------------------------------------------------------------------------
 
@@ -109,13 +90,14 @@ def test_bytes_of_hops_are_those_of_cost_context(kind: str, u: int) -> None:
 
 
 def test_bytes_of_a_gather_by_hand() -> None:
-    # 3 peers, 2 blocks of 8 positions; 4 key heads of 16, k and v, bf16, 4 sequences; 4 lists of ids.
+    # 3 peers, 2 blocks of 8 positions; 4 key heads of 16, k and v, bf16, 4 sequences; 4 lists of ids; the count of
+    # blocks that did not fit, all-reduced over 4 devices.
     kv = 3 * 2 * 8 * (2 * 4 * 16 * 2 * 4)
-    assert gather_bytes(CommPlan(BLOCKS, capacity=2), SHAPE, BLOCK, 4) == (3 * 2 * 4 * 4 * 4, kv, 2 * kv)
     counts = Counts.of(random_masks(1, 0.02, J=4)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     assert counts.capacity <= 2
     found = price(counts, CommPlan(BLOCKS, capacity=2), SHAPE, BLOCK, SLOW)
-    assert found.bytes == (3 * 2 * 4 * 4 * 4 + kv, 2 * kv) and found.steps == (2, 1) and found.memory == 3 * kv
+    assert found.bytes == (3 * 2 * 4 * 4 + 2 * 3 / 4 * 4 + kv, kv) and found.steps == (3, 1)
+    assert found.memory == 2 * kv
 
 
 @pytest.mark.parametrize("J", [1, 4])
@@ -169,7 +151,7 @@ def test_times_by_hand() -> None:
     ("plan", "latencies"),
     [(CommPlan("ring"), 3 + 6), (CommPlan("ring", hops=(1, 3)), 2 + 4), (CommPlan("ring", hops=(1, 2, 3)), 9),
      (CommPlan("usp", 2), 4 + 1 + 2), (CommPlan("ulysses", 4), 4), (CommPlan("batch", 2, hops=()), 4),
-     (CommPlan("all_gather"), 2), (CommPlan(BLOCKS, capacity=4), 3)],
+     (CommPlan("all_gather"), 2), (CommPlan(BLOCKS, capacity=4), 4)],
     ids=lambda x: getattr(x, "kind", None),
 )  # fmt: skip
 def test_without_compute_time_is_bytes_and_latencies(plan: CommPlan, latencies: int, kv_heads: int) -> None:
@@ -370,10 +352,10 @@ def test_need_only_padded_gather_all_gather_in_order(layout: SequenceLayout) -> 
     problem = replace(mixed(), masks=Masks(random_masks(2, 0.1, J=4)))
     need, padded = (baselines.need_only_bytes(problem, layout, p) for p in (False, True))
     gathers = [CommPlan(BLOCKS, capacity=problem.counts(i, layout).capacity, layout=layout) for i in range(2)]
-    kv = sum(sum(gather_bytes(g, SHAPE, BLOCK, 4)[1:]) for g in gathers)
-    assert 0 < need < padded < kv <= 2 * (4 - 1) * SHAPE.unit * 3
+    kv = sum(2 * BlockGather(SHAPE, BLOCK, g.capacity).fetched for g in gathers)
+    assert 0 < need < padded < kv <= 2 * (4 - 1) * SHAPE.unit * 2
     whole = replace(problem, masks=Masks(np.ones((2, W, W), bool)))
-    everything = 2 * 3 * SHAPE.unit * 3
+    everything = 2 * 3 * SHAPE.unit * 2
     assert baselines.need_only_bytes(whole, layout) == baselines.need_only_bytes(whole, layout, True) == everything
 
 
@@ -381,7 +363,7 @@ def test_need_only_by_hand() -> None:
     mask = np.eye(W, dtype=bool)
     mask[[4, 5, 8], 0] = True  # devices 1 and 2 need block 0 of device 0
     problem = Problem(Masks(mask[None]), SHAPE, SLOW)
-    block = SHAPE.unit / 4 * 3  # and its gradient, twice as wide
+    block = SHAPE.unit / 4 * 2  # and its gradient
     assert baselines.need_only_bytes(problem, CONTIGUOUS) == block * 2 / 4
     assert baselines.need_only_bytes(problem, CONTIGUOUS, padded=True) == block * 2  # offsets 1 and 2
 

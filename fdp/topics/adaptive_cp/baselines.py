@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fdp.cost.context import ACCUMULATOR
 from fdp.parallel.context import CommPlan
 from fdp.parallel.layouts import ZIGZAG, SequenceLayout
 from fdp.topics.adaptive_cp import planner
@@ -70,15 +69,14 @@ def need_only_bytes(problem: Problem, layout: SequenceLayout, padded: bool = Fal
 
     A bound for plans that fetch keys, which static shapes cannot reach; a head split may send less than any of them.
     padded: one static size for each ring offset, the most that any device needs over it (one permute an offset), which
-    lies between this bound and the gather. Ids are not counted.
+    lies between this bound and the gather. Gradients in the type of the keys, as the gather's; ids are not counted.
     """
     blocks = 0.0
     for layer in range(problem.layers):
         remote_JxDxO = problem.counts(layer, layout).remote_JxDxO
         per_offset = remote_JxDxO.max((0, 1)) if padded else remote_JxDxO.mean((0, 1))
         blocks += float(per_offset.sum())
-    with_gradient = 1 + ACCUMULATOR / problem.shape.itemsize
-    return blocks * block_bytes(problem.shape, problem.block) * with_gradient
+    return 2 * blocks * block_bytes(problem.shape, problem.block)
 
 
 def baselines(problem: Problem) -> list[Baseline]:

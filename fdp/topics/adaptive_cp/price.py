@@ -4,9 +4,10 @@ Every plan computes exactly the blocks of the mask, whole, whatever it sends: sa
 communication. Bytes and dependent steps of the plans that send all keys are those of fdp.cost.context.
 
 The gather of blocks (kind `gather`, capacity c): a device asks every peer for the blocks that any of its queries needs,
-and each pair of devices exchanges c blocks, the most that any pair needs (rounded up to a grid by the planner). Forward
-an all-to-all of int32 ids and one of keys and values; backward one of their gradients in float32. What was gathered is
-kept for the backward pass, as by an all-gather.
+and each pair of devices exchanges c blocks, the most that any pair needs (rounded up to a grid by the planner). It is
+fdp.parallel.context_gather: forward an all-reduce of the overflow count, an all-to-all of int32 ids and one of keys and
+values; backward one of their gradients, in the type of the keys. What was gathered is kept for the backward pass, as by
+an all-gather.
 
 Time: fdp.topics.adaptive_cp.timing.
 
@@ -20,7 +21,8 @@ from functools import cached_property
 import numpy as np
 
 from fdp.cost import context as cost
-from fdp.cost.context import ACCUMULATOR, EXCHANGE, GATHER, LABEL, PERMUTE, SCATTER, AttentionShape
+from fdp.cost.context import ACCUMULATOR, EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
+from fdp.cost.context_gather import BlockGather
 from fdp.kernels_pallas.masks import Mask
 from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan
@@ -138,10 +140,13 @@ def price(counts: Counts, plan: CommPlan, shape: AttentionShape, block: int, mac
     forward_DxOxN = work_DxO[..., None] / np.atleast_1d(machine.flops)
     passes = forward_DxOxN, forward_DxOxN * BACKWARD / FORWARD
     if plan.kind == BLOCKS:
-        ids, kv, gradient = gather_bytes(plan, shape, block, len(counts.seen_JxDxW))
-        wire, steps = (ids + kv, gradient), (2, 1)
-        send = lambda nbytes: machine.send(EXCHANGE, nbytes, shape.cp)
-        forward, backward = timing.gathered(*passes, send(ids) + send(kv), send(gradient))
+        layer = BlockGather(shape, block, plan.capacity, len(counts.seen_JxDxW))
+        traffic = layer.forward_bytes(), layer.backward_bytes()
+        wire, steps = (sum(traffic[0].values()), sum(traffic[1].values())), (3, 1)
+        send = lambda nbytes, op=EXCHANGE: machine.send(op, nbytes, shape.cp)
+        ids, decision = traffic[0].get(EXCHANGE, 0.0) - layer.fetched, send(traffic[0][REDUCE], REDUCE)
+        there = decision + send(ids) + send(layer.fetched)
+        forward, backward = timing.gathered(*passes, there, send(layer.fetched))
     else:
         traffic, steps = dense_traffic(plan, shape), cost.steps(plan, shape.cp)
         wire = sum(traffic[0].values()), sum(traffic[1].values())
@@ -197,21 +202,13 @@ def block_bytes(shape: AttentionShape, block: int) -> float:
     return shape.unit * block / (shape.seq_len // shape.cp)
 
 
-def gather_bytes(plan: CommPlan, shape: AttentionShape, block: int, lists: int) -> tuple[float, float, float]:
-    """Wire bytes of a gather: of its ids (int32, of each list and sequence), of keys and values, of their gradients."""
-    exchanged = (shape.cp - 1) * plan.capacity
-    kv = exchanged * block_bytes(shape, block)
-    return float(exchanged * LABEL * lists * shape.batch), kv, kv * ACCUMULATOR / shape.itemsize
-
-
 def memory(plan: CommPlan, shape: AttentionShape, block: int) -> float:
     """Bytes that a plan holds at once in a layer, see `Price`; gathers hold theirs from forward to backward pass."""
-    with_gradient = 1 + ACCUMULATOR / shape.itemsize
     if plan.kind == BLOCKS:
-        return (shape.cp - 1) * plan.capacity * block_bytes(shape, block) * with_gradient
+        return 2 * BlockGather(shape, block, plan.capacity).fetched
     if plan.kind == "all_gather":
         return 2 * (shape.cp - 1) * shape.unit
-    rho = cost.repetition(plan, shape.kv_heads)
+    rho, with_gradient = cost.repetition(plan, shape.kv_heads), 1 + ACCUMULATOR / shape.itemsize
     ring = 2 * rho * shape.unit * with_gradient if plan.ring_degree(shape.cp) > 1 and plan.hops != () else 0.0
     # Queries, output, keys and values of the exchange, and the gradients of all.
     return ring + (2 * (shape.heads // shape.kv_heads + rho) * shape.unit if plan.head_split > 1 else 0.0)

@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 
 from fdp.cost import hardware, inference, network
-from fdp.cost.context import EXCHANGE, GATHER, PERMUTE, SCATTER, AttentionShape
+from fdp.cost.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
 from fdp.topics.adaptive_cp import baselines, planner, synthetic
 from fdp.topics.adaptive_cp.planner import ModelPlan
 from fdp.topics.adaptive_cp.problem import Masks, Problem, dense, sparse
 from fdp.topics.adaptive_cp.timing import Machine
 
 GQA_8B = inference.Shape(32, 4096, 32, 8, 128, 14336, 128_256)  # the shape of Llama 3 8B
-OPS = {GATHER: "all_gather", SCATTER: "reduce_scatter", EXCHANGE: "all_to_all", PERMUTE: "point_to_point"}
+OPS = {
+    GATHER: "all_gather", SCATTER: "reduce_scatter", EXCHANGE: "all_to_all", PERMUTE: "point_to_point",
+    REDUCE: "all_reduce",
+}  # fmt: skip
 ATTENTION_ERROR = 0.5  # 90 % quantile of |error| of attention, block-sparse kernels included: assumed, wide on purpose
 QUANTILE = 1.645  # standard deviations of the 90 % quantile of |error|
 
@@ -58,8 +61,8 @@ class Fitted:
         fit = network.coefficients(self.chip)
         if not self.fabric.congested:
             fit = replace(fit, congestion=0.0)
-        # fdp.cost.network speaks of whole operands, of which a device sends (n-1)/n.
-        operand = wire if op == PERMUTE else wire * ranks / (ranks - 1)
+        # fdp.cost.network speaks of whole operands, of which a device sends (n-1)/n, in an all-reduce twice.
+        operand = wire if op == PERMUTE else wire * ranks / (ranks - 1) / (2 if op == REDUCE else 1)
         nominal = float(network.collective_time(OPS[op], operand, ranks, local, self.chip, fit))
         small, crosses = operand < inference.SMALL, local < ranks
         sigma = math.log1p(network_error(self.chip, crosses, small)[1]) / QUANTILE
