@@ -1,4 +1,4 @@
-"""What the block gather of fdp.parallel.context_gather moves, in closed form, with and without overflow.
+"""What attention to lists of key blocks moves (fdp.parallel.context_gather, context_sparse), in closed form.
 
 All figures are wire bytes per device and attention layer, by collective, equal to `fdp.cost.jaxpr`. Unit: keys and
 values of one device, as in fdp.cost.context.
@@ -13,6 +13,8 @@ import numpy as np
 from fdp.cost import context
 from fdp.cost.context import EXCHANGE, GATHER, LABEL, REDUCE, SCATTER, AttentionShape, Traffic
 from fdp.kernels_pallas.masks import Mask
+from fdp.parallel.context_plan import GATHER as GATHER_PLAN
+from fdp.parallel.context_plan import CommPlan
 from fdp.parallel.layouts import SequenceLayout
 
 
@@ -79,6 +81,20 @@ class BlockGather:
         return overflow
 
 
+def listed_bytes(plan: CommPlan, gather: BlockGather, width: int, mask: Mask) -> tuple[Traffic, Traffic]:
+    """(forward, backward) of `context_sparse.attend_blocks` by any of its plans, labels included, without overflow.
+
+    `gather`: shape, block and lists; its capacity counts for a gather only. width: of a list.
+    """
+    if plan.kind == GATHER_PLAN:
+        return _sum(gather.forward_bytes(), gather.label_bytes(mask)), gather.backward_bytes()
+    shape, peers = gather.shape, gather.shape.cp - 1
+    lists = peers * LABEL * gather.blocks * width * gather.lists if plan.kind == "ulysses" else 0.0
+    labels = {GATHER: lists + peers * LABEL * shape.seq_len / shape.cp, REDUCE: 2 * peers / shape.cp * LABEL}
+    forward = _sum(context.forward_bytes(plan, shape, mask), gather.label_bytes(mask), labels)
+    return forward, context.backward_bytes(plan, shape, mask)
+
+
 def exact_capacity(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> int:
     """The least capacity without overflow: most blocks that any device needs of another one, over masks [W, W] or
     [K, W, W] of heads with their own lists. Raises ValueError when the layout divides blocks."""
@@ -86,6 +102,10 @@ def exact_capacity(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block:
     J = masks.shape[-1] // cp
     units = [context.needs(m, layout, cp, block).units * J for m in masks.reshape(-1, *masks.shape[-2:])]
     return int(max(np.round(u[~np.eye(cp, dtype=bool)]).max(initial=0) for u in units))
+
+
+def _sum(*parts: Traffic) -> Traffic:
+    return _live({op: sum(part.get(op, 0.0) for part in parts) for op in {op for part in parts for op in part}})
 
 
 def _live(traffic: Traffic) -> Traffic:

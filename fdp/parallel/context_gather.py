@@ -59,11 +59,11 @@ def gather_attend(
     sequence 0 … S-1 (a layout that divides blocks) give NaN everywhere. Raises ValueError for shapes, a block or a
     capacity that do not fit. Source of lists shared by a group of heads: Yuan et al. 2025 (NSA), section 3.4.
     """
-    J = _check(q_BxNxHxC, k_BxNxKxC, v_BxNxKxC, block_ids_bxkxIxL, capacity, block, q_position_N)
-    id_W, slot_W = _places(q_position_N, block)
+    J = check_shapes(q_BxNxHxC, k_BxNxKxC, v_BxNxKxC, block_ids_bxkxIxL, capacity, block, q_position_N)
+    id_W, slot_W = places(q_position_N, block)
     segment_BxS = all_gather(segment_BxN, "cp", dim=1) if mask.packed and segment_BxN is not None else None
     q, kv, ids_RxIxL, segment_AxS = _fold_heads(q_BxNxHxC, k_BxNxKxC, v_BxNxKxC, block_ids_bxkxIxL, segment_BxS)
-    slots_RxIxL, outside = _wanted(ids_RxIxL, slot_W)
+    slots_RxIxL, outside = wanted(ids_RxIxL, slot_W)
     request_RxDxE, index_RxW, missing = _requests(slots_RxIxL, J, capacity)
     overflow = psum(outside + missing, "cp")
     # A branch must not differentiate by a value that does not vary as its result does: the transpose would be a psum
@@ -122,7 +122,7 @@ def block_order(W: int, block: int, layout: SequenceLayout, cp: int) -> np.ndarr
 # Before any key moves: who needs what --------------------------------------------------------------------------------
 
 
-def _check(q: Array, k: Array, v: Array, ids: Array, capacity: int, block: int, position: Array) -> int:
+def check_shapes(q: Array, k: Array, v: Array, ids: Array, capacity: int, block: int, position: Array) -> int:
     """J, after the checks."""
     core.check_arrays(q, k, v)
     (B, N), K = q.shape[:2], k.shape[2]
@@ -150,7 +150,7 @@ def _check(q: Array, k: Array, v: Array, ids: Array, capacity: int, block: int, 
     return J
 
 
-def _places(position_N: Array, block: int) -> tuple[Array, Array]:
+def places(position_N: Array, block: int) -> tuple[Array, Array]:
     """(global id of the block in each slot, slot of each global id), int32 [W]; -1 where there is no whole block."""
     position_JxY = position_N.astype(jnp.int32).reshape(-1, block)
     id_J = position_JxY[:, 0] // block
@@ -182,7 +182,7 @@ def _unfold_heads(out_AxNxGxC: Array, shape: tuple[int, ...]) -> Array:
     return out_AxNxGxC.reshape(B, -1, *out_AxNxGxC.shape[1:]).swapaxes(1, 2).reshape(B, N, -1, C)
 
 
-def _wanted(ids_RxIxL: Array, slot_W: Array) -> tuple[Array, Array]:
+def wanted(ids_RxIxL: Array, slot_W: Array) -> tuple[Array, Array]:
     """(slots of the listed blocks, ascending and distinct, W where unused, [R, I, L]; number of impossible ids)."""
     W = len(slot_W)
     inside = (ids_RxIxL >= 0) & (ids_RxIxL < W)

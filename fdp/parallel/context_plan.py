@@ -17,16 +17,19 @@ from fdp.parallel.layouts import CONTIGUOUS, SequenceLayout
 ATTEND = ("ring", "ulysses", "usp", "all_gather", "batch")  # whole sequences: training, prefill
 DECODE = ("tree", "helix")  # few replicated queries against a sharded cache
 RINGS = ("ring", "usp", "batch")
+GATHER = "gather"  # of the key blocks that lists ask for
+LISTED = (GATHER, "ulysses", "all_gather")  # of those with lists of key blocks: fdp.parallel.context_sparse
 MASKS = ("bidirectional", "causal", "bidirectional window", "causal window", "packed")
 
 
 @dataclass(frozen=True)
 class CommPlan:
-    """kind: ring | ulysses | usp | all_gather | batch for whole sequences, tree | helix for decoding.
+    """kind: ring | ulysses | usp | all_gather | batch for whole sequences, gather for lists of key blocks, tree | helix
+    for decoding.
 
     head_split: u, devices that share out heads (ulysses: all of cp; usp) or sequences (batch); else 1.
     hops: ring offsets whose keys are fetched besides one's own, e.g. (1,) for a window; None = the whole ring.
-    capacity: key blocks a device may gather; 0, as no kind here gathers blocks.
+    capacity: of a gather, key blocks that a device can fetch from each other one; else 0.
     layout: where the positions of the sequence live.
     """
 
@@ -75,6 +78,8 @@ def check(plan: CommPlan, mask: Mask, *, seq_len: int, cp: int, heads: int, kv_h
 
     seq_len: global positions; heads, kv_heads: of one tp shard; batch: sequences on one device and microbatch.
     """
+    if plan.kind == GATHER:
+        raise ValueError("context plan 'gather' needs lists of key blocks: fdp.parallel.context_sparse.attend_blocks")
     if plan.kind not in (*ATTEND, *DECODE):
         raise ValueError(f"context plan {plan.kind!r} is unknown: {', '.join((*ATTEND, *DECODE))}")
     if reason := SUPPORT[mask_kind(mask), plan.kind, plan.layout.kind]:
