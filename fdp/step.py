@@ -48,10 +48,15 @@ def select_rows(hidden_BxLxD: jax.Array, rows: dict[str, jax.Array], capacity: i
     return take(hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])), jax.tree.map(take, flat)
 
 
-def loss_sum(model: Transformer, objective: Objective, capacity: int | None, params: Any, batch: Any) -> jax.Array:
-    """Σ of the weighted loss in nats over this device's tokens (inside shard_map or outside)."""
+def loss_sum(
+    model: Transformer, objective: Objective, capacity: int | None, params: Any, batch: Any, choice_N: Any = None
+) -> jax.Array:
+    """Σ of the weighted loss in nats over this device's tokens (inside shard_map or outside).
+
+    `choice_N`: what the model's mixer is given, see `Transformer.hidden`.
+    """
     variables = {"params": params}
-    hidden_BxLxD: Any = model.apply(variables, batch["inputs"], batch["noise"], method="hidden")
+    hidden_BxLxD: Any = model.apply(variables, batch["inputs"], batch["noise"], choice_N=choice_N, method="hidden")
     rows = batch["rows"]
     hidden_BxLxD = hidden_BxLxD[:, : rows["weights"].shape[1]]  # block diffusion: the noisy half
     if capacity is not None and capacity < rows["weights"].size:
@@ -83,13 +88,19 @@ def check_context(c: ml_collections.ConfigDict, model: Transformer) -> None:
 
 
 class Program:
-    """The pure functions of one arm on one mesh: `train_step`, `eval_step`, `grads`."""
+    """The pure functions of one arm on one mesh: `train_step`, `eval_step`, `grads`.
 
-    def __init__(self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: AnyMesh):
+    `choice`: PartitionSpecs of the data that the model's mixer is given besides its tensors, a pytree that leads with
+    the layers, such as plans of a layer and lists of key blocks; the functions then take that data as last argument.
+    """
+
+    def __init__(
+        self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: AnyMesh, choice: Any = None
+    ):
         check_context(c, model)
         if 1 < model.plan.head_split < c.mesh.cp:
             mesh = factor(mesh, "cp")  # some sub-axes split heads or sequences, the others make a ring
-        self.c, self.objective, self.mesh = c, objective, mesh
+        self.c, self.objective, self.mesh, self.choice = c, objective, mesh, choice
         self.layout = Layout(c, model, mesh)
         gather = sharding.layer_gather(self.layout.stored, c.train.zero)
         self.plain = model  # parameters are initialised whole, under jit with out_shardings
@@ -103,7 +114,7 @@ class Program:
         return self.layout.init(self.plain, seed, self.c.data.seq_len)
 
     def _shard_map(self, f: Callable[..., Any], batch: Any, out_specs: Any) -> Callable[..., Any]:
-        in_specs = (self.layout.stored, batch_specs(batch))
+        in_specs = (self.layout.stored, batch_specs(batch), self.choice)
         return shard_map(f, self.mesh, in_specs, out_specs)
 
     def corrupt(self, tokens_BxL: jax.Array, key: jax.Array) -> Any:
@@ -117,15 +128,15 @@ class Program:
         batch = jax.tree.map(order, batch)
         return jax.lax.with_sharding_constraint(batch, sharding.shardings(self.mesh, batch_specs(batch)))
 
-    def grads(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
+    def grads(self, params: Any, batch: Any, choice_N: Any = None) -> tuple[jax.Array, Any]:
         """(mean loss in nats per token, gradients in the stored layout) of one global batch."""
-        return self._shard_map(self._local_grads, batch, (P(), self.layout.stored))(params, batch)
+        return self._shard_map(self._local_grads, batch, (P(), self.layout.stored))(params, batch, choice_N)
 
-    def _local_grads(self, stored: Any, batch: Any) -> tuple[jax.Array, Any]:
+    def _local_grads(self, stored: Any, batch: Any, choice_N: Any) -> tuple[jax.Array, Any]:
         params, pull = jax.vjp(lambda p: sharding.materialise(p, self.layout.stored, self.c.train.zero), stored)
 
         def one(p: Any, microbatch: Any) -> tuple[jax.Array, Any]:
-            f = lambda q: loss_sum(self.model, self.objective, self.capacity, q, microbatch) / self.tokens
+            f = lambda q: loss_sum(self.model, self.objective, self.capacity, q, microbatch, choice_N) / self.tokens
             return jax.value_and_grad(f)(p)
 
         m = self.c.train.microbatches
@@ -148,9 +159,12 @@ class Program:
         local = c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches)
         return local if self.capacity is None else min(self.capacity, local)
 
-    def train_step(self, state: TrainState, tokens_BxL: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        self, state: TrainState, tokens_BxL: jax.Array, choice_N: Any = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step. A non-finite loss or gradient leaves parameters and moments as they were."""
-        loss, grads = self.grads(state.params, self.corrupt(tokens_BxL, jax.random.fold_in(state.key, state.step)))
+        batch = self.corrupt(tokens_BxL, jax.random.fold_in(state.key, state.step))
+        loss, grads = self.grads(state.params, batch, choice_N)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = self.layout.tx.update(grads, state.opt_state, state.params)
@@ -166,20 +180,20 @@ class Program:
         metrics = {"loss": loss, "grad_norm": norm, "lr": self.lr(state.step - 1), "skipped": state.skipped}
         return state, metrics
 
-    def eval_step(self, params: Any, tokens_BxL: jax.Array, index: jax.Array) -> jax.Array:
+    def eval_step(self, params: Any, tokens_BxL: jax.Array, index: jax.Array, choice_N: Any = None) -> jax.Array:
         """Mean loss in nats per token of validation batch `index`, under noise that never changes."""
         key = jax.random.fold_in(jax.random.key(1_000_003), index)
         batch = self.corrupt(tokens_BxL, key)
 
-        def local(stored: Any, b: Any) -> jax.Array:
+        def local(stored: Any, b: Any, choice_N: Any) -> jax.Array:
             p = sharding.materialise(stored, self.layout.stored, self.c.train.zero)
-            return psum(loss_sum(self.model, self.objective, None, p, b), LOSS_AXES) / tokens_BxL.size
+            return psum(loss_sum(self.model, self.objective, None, p, b, choice_N), LOSS_AXES) / tokens_BxL.size
 
-        return self._shard_map(local, batch, P())(params, batch)
+        return self._shard_map(local, batch, P())(params, batch, choice_N)
 
     def jit_train_step(self) -> Any:
         """The compiled train step; the state is donated."""
         s = self.layout.state_shardings()
-        return jax.jit(
-            self.train_step, donate_argnums=0, in_shardings=(s, tokens_sharding(self.mesh)), out_shardings=(s, None)
-        )
+        choice = () if self.choice is None else (sharding.shardings(self.mesh, self.choice),)
+        given = (s, tokens_sharding(self.mesh), *choice)
+        return jax.jit(self.train_step, donate_argnums=0, in_shardings=given, out_shardings=(s, None))

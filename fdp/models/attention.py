@@ -125,7 +125,7 @@ class Attention(nn.Module):
         k_BxLxKxC = rotary(k_BxLxKxC, position_L, self.rope_base)
         self.sow(PROBE, "q", q_BxLxHxC)
         self.sow(PROBE, "k", k_BxLxKxC)
-        if self.mixer is not None:
+        if self.mixer is not None and not self.is_initializing():  # parameters need no choice
             return self.mixer(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, position_L, choice)
         mask = Mask(self.kind, self.window)
         return context.attend(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, mask, self.plan, position_L)

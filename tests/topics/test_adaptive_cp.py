@@ -3,21 +3,26 @@
 Legend: S positions, W blocks, N layers.
 """
 
+import dataclasses
 import functools
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdp import config, objectives
+from configs.topic3 import get_config
+from fdp import config, loop, objectives
+from fdp.arm import Arm, load_data
+from fdp.data.batches import eval_batches
 from fdp.mesh import AXES, make_mesh
 from fdp.models import transformer
 from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan
 from fdp.step import Program
-from fdp.topics.adaptive_cp import checks, study
+from fdp.topics.adaptive_cp import checks, runtime, study
 from fdp.topics.adaptive_cp.mixers import sparse
 from fdp.topics.adaptive_cp.profile import block_ids, block_masks, plain, profile, spearman
 
@@ -116,6 +121,62 @@ def test_plan_arrays_share_one_program_and_equal_one_device() -> None:
     found = checks.switch_plans(an_arm(), tokens())
     assert found.compilations == 1 and found.arrays == 4
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
+
+
+def measured_masks() -> np.ndarray:
+    arm = an_arm()
+    return block_masks(profile(arm, arm.trained.params, tokens(), BLOCK, 0.9).mass_NxWxW, 0.5)
+
+
+def test_lists_as_data_equal_one_device_by_every_plan_and_by_the_fallback() -> None:
+    masks = measured_masks()
+    gathers = [p.capacity for p in checks.listed_plans(masks, BLOCK) if p.kind == "gather"]
+    assert gathers[0] > gathers[1] == 1  # the second one overflows
+    found = checks.switch_listed(an_arm(), tokens(), masks)
+    assert found.compilations == 1 and found.arrays == 5
+    assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
+    dense = study.loss_of(an_arm(), an_arm().trained.params, tokens(), None)
+    assert study.loss_of(an_arm(), an_arm().trained.params, tokens(), masks) != pytest.approx(dense, rel=1e-4)
+
+
+def test_a_program_of_one_plan_equals_one_device_and_sends_the_sum_of_its_layers_formulas() -> None:
+    found = checks.static_plan(an_arm(), tokens(), measured_masks())
+    assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
+    assert found.mismatches == 0 and min(found.formula.values()) > 0
+    off = {op: wire + 4 for op, wire in found.formula.items()}
+    assert dataclasses.replace(found, formula=off).mismatches == 2
+
+
+def test_training_goes_on_with_plans_as_data_and_leaves_the_arm_as_it_was(tmp_path: Path) -> None:
+    """With every block listed, sparse and dense training are the same, whatever plans run."""
+    c = get_config("tiny")
+    c.train.steps, c.checkpoint.every = 2, 2
+    arm = Arm("text", c, load_data(c), make_mesh(c.mesh))
+    loop.fit(arm, tmp_path)
+    before = jax.device_get(arm.trained.params)
+    (probe,) = eval_batches(arm.data.val, 1, 1)
+    found = runtime.adapt(arm, probe, study.BLOCKS, 1.0, windows=2, steps=1)
+    assert found.loss == pytest.approx(found.dense_loss, rel=1e-5)
+    assert [len(w.plans) for w in found.windows] == [2, 2] and found.steps == 2 and found.switches == 0
+    assert all(0.9 < share <= 1 for w in found.windows for share in w.share_N)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(arm.trained.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.fast
+def test_compiled_plans_hold_gathers_of_every_size_and_ulysses_where_heads_allow_it() -> None:
+    c = get_config("tiny")
+    kinds = lambda: [(p.kind, p.capacity) for p in runtime.branches(c, 64)]
+    assert kinds() == [*(("gather", n) for n in (1, 2, 4, 8)), ("ulysses", 0), ("all_gather", 0)]
+    c.model.heads = 4
+    assert kinds() == [*(("gather", n) for n in (1, 2, 4, 8)), ("all_gather", 0)]
+
+
+@pytest.mark.fast
+def test_blocks_that_the_devices_cannot_share_are_refused() -> None:
+    arm = types.SimpleNamespace(c=get_config("tiny"))
+    with pytest.raises(ValueError, match=r"data.seq_len = 128 must be a multiple of 24 blocks, .* 2·cp = 16"):
+        runtime.block_of(arm, 24)
 
 
 @pytest.mark.fast

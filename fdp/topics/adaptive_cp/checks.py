@@ -13,15 +13,19 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from fdp.arm import Arm
-from fdp.collectives import psum, shard_map
+from fdp.collectives import shard_map
 from fdp.cost import context as cost
 from fdp.cost import hlo
+from fdp.cost.context_gather import BlockGather, exact_capacity, listed_bytes
 from fdp.kernels_pallas.masks import Mask
-from fdp.mesh import AXES, expand, factor, make_mesh
-from fdp.parallel import layouts
+from fdp.mesh import AXES, factor, make_mesh
+from fdp.models.attention import Mixer
+from fdp.parallel import context_gather, layouts
 from fdp.parallel.context import CommPlan, attend
-from fdp.step import batch_specs, loss_sum
-from fdp.topics.adaptive_cp.mixers import switched
+from fdp.parallel.layouts import SequenceLayout
+from fdp.step import Program, loss_sum
+from fdp.topics.adaptive_cp.mixers import Planned, listed, sparse, switched
+from fdp.topics.adaptive_cp.profile import block_ids
 
 DEVICES = 8
 B, S, H, K, C = 8, 64, 8, 4, 8
@@ -100,41 +104,139 @@ class Switching:
 def switch_plans(arm: Arm, tokens_BxS: np.ndarray) -> Switching:
     """Loss and gradients of the trained model under several plan arrays in one program, against one device."""
     plans = tuple(CommPlan(kind, u, layout=layouts.ZIGZAG) for kind, u in (("ring", 1), ("usp", 2), ("ulysses", 8)))
-    mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"cp": DEVICES}), "cp")
-    params, objective = jax.device_get(arm.trained.params), arm.objective
-    plain = objective.corrupt(jax.random.key(0), jnp.asarray(tokens_BxS))
-    mean = lambda model, p, b: loss_sum(model, objective, None, p, b) / tokens_BxS.size
-    expected, slopes = jax.jit(jax.value_and_grad(lambda p: mean(arm.model, p, plain)))(params)
-    model = arm.model.clone(mixer=switched(plans), plan=plans[0])
+    program = program_over_cp(arm, len(tokens_BxS), switched(plans), layouts.ZIGZAG, P())
+    expected = _on_one_device(arm, tokens_BxS, arm.model)
+    return _switching(program, arm, tokens_BxS, _numbers(arm, len(plans)), expected)
 
-    def local(params: Any, batch: Any, numbers_N: jax.Array) -> Any:
-        numbered = Numbered(model, numbers_N)
-        loss, grads = jax.value_and_grad(lambda p: mean(numbered, p, batch))(params)
-        return psum(loss, "cp"), grads
 
-    batch = jax.tree.map(lambda x: layouts.permute(x, layouts.ZIGZAG, DEVICES) if x.ndim > 1 else x, plain)
-    specs = jax.tree.map(lambda s: expand(mesh, s), batch_specs(batch), is_leaf=lambda s: isinstance(s, P))
-    whole = jax.tree.map(lambda _: P(), params)
-    program: Any = jax.jit(shard_map(local, mesh, (whole, specs, P()), (P(), whole)))
+def switch_listed(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Switching:
+    """The same with attention to measured blocks: gathers that fit, gathers that overflow, Ulysses and all-gather."""
+    block, layout = tokens_BxS.shape[1] // masks_NxWxW.shape[-1], layouts.ZIGZAG
+    program = program_over_cp(arm, len(tokens_BxS), listed(listed_plans(masks_NxWxW, block), block), layout, CHOICE)
+    one: Any = arm.model.clone(mixer=sparse(block))
+    expected = _on_one_device(arm, tokens_BxS, one, jnp.asarray(block_ids(masks_NxWxW)))
+    ids = place_ids(masks_NxWxW, block, layout)
+    choices = [(numbers, ids) for numbers in _numbers(arm, len(listed_plans(masks_NxWxW, block)))]
+    return _switching(program, arm, tokens_BxS, choices, expected)
+
+
+@dataclass(frozen=True)
+class Static:
+    """A program compiled for one plan of every layer: relative errors against one device, and wire bytes over cp by op
+    (all-to-all, all-gather), counted in the HLO and by formula."""
+
+    loss_error: float
+    gradient_error: float
+    counted: dict[str, float]
+    formula: dict[str, float]
+
+    @property
+    def mismatches(self) -> int:
+        """Ops whose bytes differ."""
+        return sum(not math.isclose(self.counted.get(op, 0), wire, rel_tol=1e-12) for op, wire in self.formula.items())
+
+
+def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Static:
+    """The plans of `switch_listed` by turns, without the gather that overflows, as constants of the program."""
+    block, layout = tokens_BxS.shape[1] // masks_NxWxW.shape[-1], layouts.ZIGZAG
+    plans = tuple(p for p in listed_plans(masks_NxWxW, block) if p.kind != "gather" or p.capacity != 1)
+    numbers, ids = _numbers(arm, len(plans))[-1], place_ids(masks_NxWxW, block, layout)
+    program = program_over_cp(arm, len(tokens_BxS), listed(plans, block), layout, CHOICE[1], numbers)
+    one: Any = arm.model.clone(mixer=sparse(block))
+    expected = _on_one_device(arm, tokens_BxS, one, jnp.asarray(block_ids(masks_NxWxW)))
+    params, batch = _placed(program, arm, tokens_BxS)
+    compiled: Any = jax.jit(program.grads).lower(params, batch, ids).compile()
+    errors = _errors(compiled(params, batch, ids), expected)
+    counted: dict[str, float] = {}
+    for found in hlo.collectives(str(compiled.as_text()), dict(program.mesh.shape), {context_gather.SCOPE: 0}):
+        counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
+    formula = _static_bytes([plans[n] for n in numbers], shape_of(arm, *tokens_BxS.shape), block, ids.shape[-1])
+    return Static(*errors, counted, formula)
+
+
+def shape_of(arm: Arm, batch: int, seq_len: int) -> cost.AttentionShape:
+    """Attention of the arm's model over DEVICES of cp."""
+    m = arm.c.model
+    itemsize = jnp.dtype(m.dtype).itemsize
+    return cost.AttentionShape(batch, seq_len, m.heads, m.kv_heads, m.head_dim, DEVICES, itemsize)
+
+
+def _static_bytes(plans: list[CommPlan], shape: cost.AttentionShape, block: int, width: int) -> dict[str, float]:
+    """All-to-all and all-gather of all layers; what is the same in every layer (places, positions) is sent once."""
+    total = {cost.EXCHANGE: 0.0, cost.GATHER: 0.0}
+    places = BlockGather(shape, block, 0).label_bytes(CAUSAL)[cost.GATHER]
+    positions = cost.label_bytes(shape, CAUSAL)[cost.GATHER]
+    whole = [plan.kind != "gather" for plan in plans]
+    for plan in plans:
+        for part in listed_bytes(plan, BlockGather(shape, block, plan.capacity), width, CAUSAL):
+            total = {op: wire + part.get(op, 0.0) for op, wire in total.items()}
+    again = (len(plans) - 1) * places + max(sum(whole) - 1, 0) * positions
+    return total | {cost.GATHER: total[cost.GATHER] - again}
+
+
+CHOICE = (P(), P(None, None, None, "cp"))  # specs of plan numbers [N] and block ids [N, b, k, W, L]
+
+
+def listed_plans(masks_NxWxW: np.ndarray, block: int) -> tuple[CommPlan, ...]:
+    """A gather that fits every layer, one of a single block, Ulysses and all-gather, zig-zag over DEVICES."""
+    layout = layouts.ZIGZAG
+    fits = exact_capacity(masks_NxWxW, layout, DEVICES, block)
+    plans = [CommPlan("gather", capacity=c, layout=layout) for c in dict.fromkeys((fits, min(fits, 1)))]
+    return (*plans, CommPlan("ulysses", DEVICES, layout=layout), CommPlan("all_gather", layout=layout))
+
+
+def place_ids(masks_NxWxW: np.ndarray, block: int, layout: SequenceLayout, width: int | None = None) -> np.ndarray:
+    """Lists of all layers, shared by sequences and heads, in the order of the layout: int32 [N, 1, 1, W, width]."""
+    width = int(masks_NxWxW.sum(-1).max()) if width is None else width
+    return np.stack([context_gather.block_ids(m, block, layout, DEVICES, width) for m in masks_NxWxW])
+
+
+def program_over_cp(
+    arm: Arm, batch: int, mixer: Mixer, layout: SequenceLayout, choice: Any, numbers: Any = None
+) -> Program:
+    """The arm's loss and step with `mixer` for attention, on a mesh of cp = DEVICES alone, factored.
+
+    `numbers`: plans of the layers, as constants of the program.
+    """
+    c = arm.c.copy_and_resolve_references()
+    c.mesh.update(dict.fromkeys(AXES, 1) | {"cp": DEVICES})
+    c.train.update(batch=batch, microbatches=1, zero=0)
+    model = arm.model.clone(mixer=mixer, plan=CommPlan("all_gather", layout=layout))
+    if numbers is not None:
+        model = Planned.of(model, numbers)
+    return Program(c, model, arm.objective, factor(make_mesh(c.mesh), "cp"), choice)
+
+
+def _numbers(arm: Arm, plans: int) -> list[np.ndarray]:
+    """Every plan in all layers, and all of them by turns."""
     layers = arm.c.model.layers
-    arrays = [np.full(layers, i, np.int32) for i in range(len(plans))] + [
-        np.arange(layers, dtype=np.int32) % len(plans)
-    ]
-    errors = []
-    for numbers in arrays:
-        loss, grads = jax.block_until_ready(program(params, batch, numbers))
-        difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), grads, slopes)
-        norm = lambda tree: math.sqrt(sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree)))
-        errors.append((abs(float(loss) - float(expected)) / abs(float(expected)), norm(difference) / norm(slopes)))
-    return Switching(max(e[0] for e in errors), max(e[1] for e in errors), len(arrays), program._cache_size())
+    uniform = [np.full(layers, i, np.int32) for i in range(plans)]
+    return [*uniform, np.arange(layers, dtype=np.int32) % plans]
 
 
-class Numbered:
-    """The model with its plan array bound: `loss_sum` calls `apply` without one."""
+def _on_one_device(arm: Arm, tokens_BxS: np.ndarray, model: Any, choice_N: Any = None) -> tuple[Any, Any]:
+    """(mean loss, gradients) of the trained parameters."""
+    batch = arm.objective.corrupt(jax.random.key(0), jnp.asarray(tokens_BxS))
+    mean = lambda p: loss_sum(model, arm.objective, None, p, batch, choice_N) / tokens_BxS.size
+    return jax.device_get(jax.jit(jax.value_and_grad(mean))(jax.device_get(arm.trained.params)))
 
-    def __init__(self, model: Any, numbers_N: jax.Array):
-        self.model, self.numbers_N = model, numbers_N
 
-    def apply(self, variables: Any, *args: Any, method: str) -> Any:
-        more = {"choice_N": self.numbers_N} if method == "hidden" else {}
-        return self.model.apply(variables, *args, method=method, **more)
+def _switching(program: Program, arm: Arm, tokens_BxS: np.ndarray, choices: list, expected: Any) -> Switching:
+    params, batch = _placed(program, arm, tokens_BxS)
+    step: Any = jax.jit(program.grads)
+    errors = [_errors(jax.block_until_ready(step(params, batch, choice)), expected) for choice in choices]
+    return Switching(max(e[0] for e in errors), max(e[1] for e in errors), len(choices), step._cache_size())
+
+
+def _placed(program: Program, arm: Arm, tokens_BxS: np.ndarray) -> tuple[Any, Any]:
+    """(trained parameters, corrupted batch) on the program's mesh."""
+    batch = jax.jit(program.corrupt)(tokens_BxS, jax.random.key(0))
+    return jax.device_put(jax.device_get(arm.trained.params), program.layout.state_shardings().params), batch
+
+
+def _errors(found: Any, expected: Any) -> tuple[float, float]:
+    """Relative errors of (loss, gradients)."""
+    (loss, grads), (loss_1, grads_1) = jax.device_get(found), expected
+    norm = lambda tree: math.sqrt(sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree)))
+    difference = norm(jax.tree.map(np.subtract, grads, grads_1)) / norm(grads_1)
+    return abs(float(loss) - float(loss_1)) / abs(float(loss_1)), difference

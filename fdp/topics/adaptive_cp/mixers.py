@@ -5,14 +5,18 @@ head_dim.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fdp.collectives import vary
 from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention
 from fdp.kernels_pallas.masks import Mask
 from fdp.models.attention import Mixer
+from fdp.models.transformer import Block, Transformer
 from fdp.parallel.context import CommPlan, attend
+from fdp.parallel.context_sparse import attend_blocks
 
 Array = jax.Array
 CAUSAL = Mask("causal")
@@ -40,3 +44,50 @@ def switched(plans: Sequence[CommPlan]) -> Mixer:
         return jax.lax.switch(number, branches, q, k, v)
 
     return mix
+
+
+def listed(plans: Sequence[CommPlan], block: int) -> Mixer:
+    """As `switched`, attending to the blocks of the layer's lists, by plans of `fdp.parallel.context_sparse`.
+
+    `choice`: (the plan's number int32 [], ids int32 [b, k, I, L] of this device's query blocks). An int for a number is
+    a plan that is fixed when the program is built.
+    """
+
+    def mix(q: Array, k: Array, v: Array, position: Array, choice: tuple[Array | int, Array]) -> Array:
+        number, ids = choice
+        branches = [lambda q, k, v, ids, p=p: attend_blocks(q, k, v, ids, block, CAUSAL, p, position)[0] for p in plans]
+        return (
+            branches[number](q, k, v, ids)
+            if isinstance(number, int)
+            else jax.lax.switch(number, branches, q, k, v, ids)
+        )
+
+    return mix
+
+
+class Planned(Transformer):
+    """A Transformer with a `listed` mixer whose plans are constants of the program: `choice_N` is the lists alone.
+
+    Layers are not scanned but written out, each with the one plan that it runs.
+    """
+
+    numbers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: Transformer, numbers: Sequence[int]) -> "Planned":
+        """`model` with the plans of its layers fixed."""
+        fields = {
+            name: getattr(model, name) for name in Transformer.__dataclass_fields__ if name not in ("parent", "name")
+        }
+        return cls(**fields, numbers=tuple(int(n) for n in numbers))
+
+    def hidden(self, ids_BxL: Array, noise_B: Array, positions_BxL: Array | None = None, choice_N: Any = None) -> Array:
+        """As `Transformer.hidden`."""
+        if self.is_initializing():
+            return super().hidden(ids_BxL, noise_B)
+        block = Block(self.m, self.attention, self.block, None, self.plan, self.mixer, parent=None)
+        x_BxLxD = vary(self.embed(ids_BxL), "pp")
+        for layer, number in enumerate(self.numbers):
+            params, ids = jax.tree.map(lambda x, i=layer: x[i], (self.variables["params"]["layers"], choice_N))
+            x_BxLxD, _ = block.apply({"params": params}, x_BxLxD, None, None, (number, ids))
+        return self.norm(x_BxLxD)

@@ -21,13 +21,14 @@ from fdp.loop import evaluate
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.step import loss_sum
-from fdp.topics.adaptive_cp import baselines, checks, figures, planner, simulate
+from fdp.topics.adaptive_cp import baselines, checks, figures, planner, runtime, simulate
 from fdp.topics.adaptive_cp.mixers import sparse
 from fdp.topics.adaptive_cp.problem import Masks, Problem
 from fdp.topics.adaptive_cp.profile import Profile, block_ids, block_masks, profile, spearman
 
 BLOCKS = 32  # of a sequence: four for each of eight devices
 CP = 8
+WINDOWS = 4  # of training with sparse attention
 TAU = 0.95
 COVERAGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 GAP = 0.005  # relative loss that sparsity may cost
@@ -80,8 +81,14 @@ def study(run: Run) -> Report:
                                 measured[0].steps, f"{name}: blocks for {TAU:.0%} of the mass")
         )  # fmt: skip
         found += _density_rows(name, measured) + _plan_rows(run, name, measured, raw, plots)
+        if name == "text":
+            masks = measured[0].masks_NxWxW
+        if jax.device_count() >= checks.DEVICES:
+            adapted = [adapt(arm, m) for arm, m in zip(arms_, measured, strict=True)]
+            raw[f"{name} windows"] = [[window.plain() for window in a.windows] for a in adapted]
+            found += _adapted_rows(name, adapted)
     if jax.device_count() >= checks.DEVICES:
-        found += _exactness_rows(run)
+        found += _exactness_rows(run, masks)
     else:
         found.append(
             Row.untestable("every plan equals one device", "errors", "", "<= 1e-4", "measured", "needs 8 devices")
@@ -141,10 +148,16 @@ def loss_of(arm: Arm, params: Any, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarr
     @jax.jit
     def run(params: Any, tokens: jax.Array, ids: Any) -> jax.Array:
         batch = arm.objective.corrupt(jax.random.key(0), tokens)
-        numbered: Any = checks.Numbered(model, ids)
-        return loss_sum(numbered, arm.objective, None, params, batch) / tokens.size
+        return loss_sum(model, arm.objective, None, params, batch, ids) / tokens.size
 
     return float(run(params, jnp.asarray(tokens_BxS), ids))
+
+
+def adapt(arm: Arm, m: Measured) -> runtime.Adapted:
+    """Train on with the coverage that was found, for a sixth of the steps in WINDOWS windows."""
+    (tokens,) = eval_batches(arm.data.val, arm.c.eval.sequences, 1)
+    steps = max(1, arm.c.train.steps // (6 * WINDOWS))
+    return runtime.adapt(arm, tokens, BLOCKS, m.coverage, WINDOWS, steps)
 
 
 # Rows ----------------------------------------------------------------------------------------------------------------
@@ -219,10 +232,10 @@ def _plan_rows(
     ]  # fmt: skip
 
 
-def _exactness_rows(run: Run) -> list[Row]:
-    """Exact plans against one device, and plans as data in one compiled program."""
-    plans = checks.PLANS[::5] if run.config.variant == "tiny" else checks.PLANS
-    found = [checks.compare(plan) for plan in plans]
+def _exactness_rows(run: Run, masks_NxWxW: np.ndarray) -> list[Row]:
+    """Exact plans against one device, and plans and lists as data in one compiled program."""
+    tiny = run.config.variant == "tiny"
+    found = [checks.compare(plan) for plan in (checks.PLANS[::5] if tiny else checks.PLANS)]
     arm = run.arms["text"][0]
     (tokens,) = eval_batches(arm.data.val, 2, 1)
     rows = [
@@ -242,17 +255,58 @@ def _exactness_rows(run: Run) -> list[Row]:
     ]  # fmt: skip
     if arm.c.model.heads % checks.DEVICES:
         return rows
-    switch = checks.switch_plans(arm, tokens)
+    switches = [("listed blocks", checks.switch_listed(arm, tokens, masks_NxWxW))]
+    if not tiny:
+        switches.append(("all keys", checks.switch_plans(arm, tokens)))
+    fixed = checks.static_plan(arm, tokens, masks_NxWxW)
+    arrays = "; ".join(f"{what}: {s.arrays} plan arrays" for what, s in switches)
     return [
         *rows,
         Row.judged(
-            "a changed plan compiles nothing again", "programs compiled", switch.compilations, "", "== 1", "counted",
-            note=f"{switch.arrays} plan arrays of the trained model (ring, usp, ulysses by layer) through one step",
+            "a changed plan compiles nothing again", "programs compiled", max(s.compilations for _, s in switches), "",
+            "== 1", "counted", note=f"loss and gradients of the trained model, one program each: {arrays}",
         ),
         Row.judged(
             "… and gives one device's loss and gradients", "largest relative error",
-            max(switch.loss_error, switch.gradient_error), "", "<= 1e-4", "measured",
-            note=f"loss {switch.loss_error:.1e}, gradients {switch.gradient_error:.1e}",
+            max(max(s.loss_error, s.gradient_error) for _, s in switches), "", "<= 1e-4", "measured",
+            note="listed blocks: gather that fits, gather of one block that overflows into its exact fallback, "
+            "Ulysses, all-gather, and all of them by layer; all keys: ring, USP, Ulysses",
+        ),
+        Row.judged(
+            "a program compiled for one plan agrees", "largest relative error",
+            max(fixed.loss_error, fixed.gradient_error), "", "<= 1e-4", "measured",
+            note="gather, Ulysses and all-gather by layer as constants of the program, against one device",
+        ),
+        Row.judged(
+            "… and sends what its layers' formulas add up to", "ops that differ", fixed.mismatches, "", "== 0",
+            "counted", note=f"HLO, bytes a device: {_bytes_text(fixed.counted)}",
+        ),
+    ]  # fmt: skip
+
+
+def _bytes_text(traffic: dict[str, float]) -> str:
+    return ", ".join(f"{op} {wire:,.0f}" for op, wire in traffic.items() if op != "all-reduce")
+
+
+def _adapted_rows(name: str, found: list[runtime.Adapted]) -> list[Row]:
+    """Training that goes on with measured masks and plans of its own for every layer."""
+    first = found[0]
+    last = first.windows[-1]
+    mean = lambda key: [float(np.mean([getattr(w, key) for w in f.windows])) for f in found]
+    plans = ", ".join(baselines.describe(plan) for plan in last.plans)
+    return [
+        Row.judged(
+            f"{name}: training on with a plan for every layer costs little", "relative change of the validation loss",
+            [f.loss / f.dense_loss - 1 for f in found], "", "value <= 0.005", "measured",
+            note=f"{len(first.windows)} windows, {first.steps} steps after the trained state, against the same steps "
+            f"with dense attention; masks measured and plans chosen anew in each window; last window keeps "
+            f"{' '.join(f'{s:.2f}' for s in last.share_N)} of the causal blocks and runs {plans}; plans changed "
+            f"{', '.join(str(f.switches) for f in found)} time(s)",
+        ),
+        Row.judged(
+            f"{name}: … and sends less than one plan for all", "bytes of attention a step and device", mean("bytes"),
+            "bytes", "ratio <= 0.7", "counted", "best uniform plan with lists", mean("uniform"),
+            note="the run's own shape, mean over windows, planned for bytes",
         ),
     ]  # fmt: skip
 
