@@ -17,6 +17,16 @@ import jax
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiling is most of what these tests cost, so the tiers that CI runs do it without LLVM's optimizations.
+
+    Studies (slow) run long enough to want them, and what is compiled for other hardware (aot) is judged with them.
+    """
+    if config.option.markexpr in ("not slow and not aot", "fast"):
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start
+
+
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices() -> None:
     """Too few devices fail, never skip."""

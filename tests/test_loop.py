@@ -305,8 +305,12 @@ def test_a_signal_in_the_last_step_finishes_the_arm_but_not_the_run(
 
 
 def test_a_second_signal_interrupts_at_once() -> None:
-    with StopSignal() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
+    try:
+        with StopSignal() as stop:
             signal.raise_signal(signal.SIGINT)
+            assert stop.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
