@@ -74,7 +74,7 @@ def compare(plan: CommPlan) -> Comparison:
     spec = P(None, None, "cp")
     program = jax.jit(shard_map(local, mesh, (spec,) * 4, (spec,) * 4))
     arguments = [x[:, :, order] for x in (q, k, v, dout)]
-    compiled = program.lower(*arguments).compile()
+    compiled = program.lower(*arguments).compile(hlo.QUICK)
     errors = [
         float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
         for a, b in zip(compiled(*arguments), expected, strict=True)
@@ -145,7 +145,7 @@ def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> St
     one: Any = arm.model.clone(mixer=sparse(block))
     expected = _on_one_device(arm, tokens_BxS, one, jnp.asarray(block_ids(masks_NxWxW)))
     params, batch = _placed(program, arm, tokens_BxS)
-    compiled: Any = jax.jit(program.grads).lower(params, batch, ids).compile()
+    compiled: Any = jax.jit(program.grads).lower(params, batch, ids).compile(hlo.QUICK)
     errors = _errors(compiled(params, batch, ids), expected)
     counted: dict[str, float] = {}
     for found in hlo.collectives(str(compiled.as_text()), dict(program.mesh.shape), {context_gather.SCOPE: 0}):
@@ -223,7 +223,7 @@ def _on_one_device(arm: Arm, tokens_BxS: np.ndarray, model: Any, choice_N: Any =
 
 def _switching(program: Program, arm: Arm, tokens_BxS: np.ndarray, choices: list, expected: Any) -> Switching:
     params, batch = _placed(program, arm, tokens_BxS)
-    step: Any = jax.jit(program.grads)
+    step: Any = jax.jit(program.grads, compiler_options=hlo.QUICK)
     errors = [_errors(jax.block_until_ready(step(params, batch, choice)), expected) for choice in choices]
     return Switching(max(e[0] for e in errors), max(e[1] for e in errors), len(choices), step._cache_size())
 

@@ -5,6 +5,7 @@ head_dim.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ Array = jax.Array
 CAUSAL = Mask("causal")
 
 
+@lru_cache  # equal mixers, so that equal models compile once
 def sparse(block: int) -> Mixer:
     """Attention to the blocks of the layer's list, `choice` int32 [W, A], on one device: the reference."""
 

@@ -4,6 +4,7 @@ Legend: B sequences, S positions, W blocks of a sequence, H query heads, N layer
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from fdp.arm import Arm
 from fdp.kernels_pallas.blockwise import attention_lse
 from fdp.kernels_pallas.masks import Mask
 from fdp.models.attention import PROBE
+from fdp.models.transformer import Transformer
+from fdp.objectives.base import Objective
+from fdp.parallel import context_gather
 from fdp.parallel import sparsity_density as density
 
 Array = jax.Array
@@ -40,13 +44,21 @@ def profile(arm: Arm, params: Any, tokens_BxS: np.ndarray, block: int, tau: floa
 
     Raises ValueError where `block` does not divide the sequence.
     """
-    model = arm.model.clone(mixer=plain)
-    S = tokens_BxS.shape[1]
-    position = jnp.arange(S)
+    one: Any = _probe(arm.model, arm.objective, block, tau)  # type: ignore[arg-type]
+    parts = [jax.device_get(one(params, tokens_BxS[i : i + 1])) for i in range(len(tokens_BxS))]
+    return Profile(np.mean([p[0] for p in parts], 0), np.mean([p[1] for p in parts], 0), tau)
+
+
+@lru_cache(maxsize=8)  # compiled once for all checkpoints and windows
+def _probe(model: Transformer, objective: Objective, block: int, tau: float) -> Any:
+    """(params, tokens [1, S]) → (mass [N, W, W], density [N])."""
+    model = model.clone(mixer=plain)
 
     @jax.jit
     def one(params: Any, tokens_1xS: Array) -> tuple[Array, Array]:
-        batch = arm.objective.corrupt(jax.random.key(0), tokens_1xS)
+        S = tokens_1xS.shape[1]
+        position = jnp.arange(S)
+        batch = objective.corrupt(jax.random.key(0), tokens_1xS)
         args = ({"params": params}, batch["inputs"], batch["noise"])
         _, seen = model.apply(*args, method="hidden", mutable=[PROBE])
         found = seen[PROBE]["layers"]["attention"]
@@ -60,8 +72,7 @@ def profile(arm: Arm, params: Any, tokens_BxS: np.ndarray, block: int, tau: floa
 
         return jax.lax.map(lambda qk: layer(*qk), (found["q"][0], found["k"][0]))
 
-    parts = [jax.device_get(one(params, tokens_BxS[i : i + 1])) for i in range(len(tokens_BxS))]
-    return Profile(np.mean([p[0] for p in parts], 0), np.mean([p[1] for p in parts], 0), tau)
+    return one
 
 
 def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
@@ -83,14 +94,10 @@ def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
     return (masks | np.eye(W, dtype=bool)) & past_WxW
 
 
-def block_ids(masks_NxWxW: np.ndarray) -> np.ndarray:
-    """The masks as lists of ascending key blocks, -1 unused: int32 [N, W, A], A the longest list of any layer."""
-    width = int(masks_NxWxW.sum(-1).max())
-    ids = np.full((*masks_NxWxW.shape[:2], width), -1, np.int32)
-    for n, w in np.ndindex(*masks_NxWxW.shape[:2]):
-        found = np.flatnonzero(masks_NxWxW[n, w])
-        ids[n, w, : len(found)] = found
-    return ids
+def block_ids(masks_NxWxW: np.ndarray, width: int | None = None) -> np.ndarray:
+    """The masks as lists of ascending key blocks, -1 unused: int32 [N, W, width]; None = the longest of any layer."""
+    width = int(masks_NxWxW.sum(-1).max()) if width is None else width
+    return np.stack([context_gather.block_ids(mask, 1, width=width)[0, 0] for mask in masks_NxWxW])
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -29,6 +29,7 @@ OPS = {
     REDUCE: "all_reduce",
 }  # fmt: skip
 ATTENTION_ERROR = 0.5  # 90 % quantile of |error| of attention, block-sparse kernels included: assumed, wide on purpose
+LENGTHS = (2**17, 2**18, 2**19, 2**20)  # positions of simulated sequences
 QUANTILE = 1.645  # standard deviations of the 90 % quantile of |error|
 
 
@@ -176,7 +177,7 @@ def region(
     model: inference.Shape = GQA_8B,
     fabrics: tuple[Fabric, ...] = (NVLINK, INFINIBAND, CONGESTED),
     densities: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0),
-    lengths: tuple[int, ...] = (2**17, 2**18, 2**19, 2**20),
+    lengths: tuple[int, ...] = LENGTHS,
     cp: int = 8,
     layers: int = 8,
     blocks: int = 512,

@@ -5,6 +5,7 @@ Legend: B sequences, S positions, W blocks of a sequence, N layers, T checkpoint
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fdp.checkpoint import Checkpoints
 from fdp.config import digest
 from fdp.data.batches import eval_batches
 from fdp.loop import evaluate
+from fdp.models.transformer import Transformer
+from fdp.objectives.base import Objective
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.step import loss_sum
@@ -83,7 +86,7 @@ def study(run: Run) -> Report:
         found += _density_rows(name, measured) + _plan_rows(run, name, measured, raw, plots)
         if name == "text":
             masks = measured[0].masks_NxWxW
-        if jax.device_count() >= checks.DEVICES:
+        if jax.device_count() >= checks.DEVICES and (name == "text" or run.config.variant != "tiny"):
             adapted = [adapt(arm, m) for arm, m in zip(arms_, measured, strict=True)]
             raw[f"{name} windows"] = [[window.plain() for window in a.windows] for a in adapted]
             found += _adapted_rows(name, adapted)
@@ -93,7 +96,8 @@ def study(run: Run) -> Report:
         found.append(
             Row.untestable("every plan equals one device", "errors", "", "<= 1e-4", "measured", "needs 8 devices")
         )
-    region = simulate.region(draws=100)
+    tiny = run.config.variant == "tiny"
+    region = simulate.region(draws=100, lengths=simulate.LENGTHS[::3] if tiny else simulate.LENGTHS)
     plots.append(figures.region_map(run.workdir / "plots" / "region.png", region, "Step time, adaptive / best uniform"))
     found.append(_region_row(region))
     inside: list[str | Path] = [Path(plot).relative_to(run.workdir) for plot in plots]
@@ -143,14 +147,21 @@ def loss_of(arm: Arm, params: Any, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarr
     """Mean loss in nats per token on one device, with the layers' block masks or with dense attention."""
     block = tokens_BxS.shape[1] // BLOCKS
     model: Any = arm.model if masks_NxWxW is None else arm.model.clone(mixer=sparse(block))
-    ids = None if masks_NxWxW is None else block_ids(masks_NxWxW)
+    ids = None if masks_NxWxW is None else block_ids(masks_NxWxW, BLOCKS)
+    run = _loss(model, arm.objective)  # type: ignore[arg-type]
+    return float(run(params, jnp.asarray(tokens_BxS), ids))
+
+
+@lru_cache(maxsize=8)  # compiled once for all masks
+def _loss(model: Transformer, objective: Objective) -> Any:
+    """(params, tokens [B, S], lists of key blocks) → mean loss."""
 
     @jax.jit
     def run(params: Any, tokens: jax.Array, ids: Any) -> jax.Array:
-        batch = arm.objective.corrupt(jax.random.key(0), tokens)
-        return loss_sum(model, arm.objective, None, params, batch, ids) / tokens.size
+        batch = objective.corrupt(jax.random.key(0), tokens)
+        return loss_sum(model, objective, None, params, batch, ids) / tokens.size
 
-    return float(run(params, jnp.asarray(tokens_BxS), ids))
+    return run
 
 
 def adapt(arm: Arm, m: Measured) -> runtime.Adapted:

@@ -34,8 +34,6 @@ MESHES: dict[str, dict[str, int]] = {
     "dp2·cp2·tp2, SP, ZeRO-3": {"dp": 2, "cp": 2, "tp": 2},
 }
 DEVICES = 8
-# The programs of `compare_meshes` run once, so compiling is all they cost. Collectives do not depend on this level.
-COMPILE_FAST = {"xla_backend_optimization_level": 0}
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def _loss_and_grads(program: Program, params: Any, batch: Any) -> tuple[float, A
     """(loss, gradients, compiled loss-and-gradient program) of host arrays on the program's mesh."""
     params = jax.device_put(params, sharding.shardings(program.mesh, program.layout.stored))
     batch = jax.device_put(batch, sharding.shardings(program.mesh, batch_specs(batch)))
-    compiled = jax.jit(program.grads, compiler_options=COMPILE_FAST).lower(params, batch).compile()
+    compiled = jax.jit(program.grads, compiler_options=hlo.QUICK).lower(params, batch).compile()
     loss, grads = compiled(params, batch)
     return float(loss), jax.device_get(grads), compiled
 

@@ -26,12 +26,6 @@ from fdp.step import Program, tokens_sharding
 
 OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
 SPECIAL_IDS = 2  # end-of-text and mask, behind the ids of the data
-# Only the generation of machine code, which costs most here, is cut: it comes after the passes over collectives, and
-# changes planned memory by about 0.1 %.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
 
 
 @dataclass(frozen=True)
@@ -189,12 +183,12 @@ def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
     p = program(c)
     state, batch, tokens = _arguments(p)
     traced = jax.jit(p.grads).trace(state.params, batch)
-    compiled = traced.lower().compile(QUICK)
+    compiled = traced.lower().compile(hlo.QUICK)
     summary = hlo.summary(hlo.collectives(compiled.as_text(), dict(p.mesh.shape)))
     shards = c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches
     sizes: tuple[int, int] | tuple[None, None] = (None, None)
     if memory:
-        planned = aot.memory(p.jit_train_step().lower(state, tokens).compile(QUICK))
+        planned = aot.memory(p.jit_train_step().lower(state, tokens).compile(hlo.QUICK))
         sizes = (_estimate(p), planned.peak)
     return Comparison(
         dict(closed.traffic(c, p.layout.shapes, p.layout.stored, p.head_rows())),
