@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from fdp import objectives
 from fdp.cost import flops
 from fdp.data.batches import TextData, load_text
-from fdp.data.recall import recall_data
+from fdp.data.recall import RECALL, recall_data
 from fdp.data.synthetic import markov_data
 from fdp.models import transformer
 from fdp.state import TrainState
@@ -22,8 +22,8 @@ def load_data(c: ml_collections.ConfigDict) -> TextData:
     d = c.data
     if d.source == "markov":
         return markov_data(d.seq_len)
-    if d.source == "mqar":
-        return recall_data(d.seq_len)
+    if d.source in RECALL:
+        return recall_data(d.source, d.seq_len)
     return load_text(d.source, d.tokenizer, d.vocab, d.seq_len, d.val_fraction, d.split_seed)
 
 

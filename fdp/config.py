@@ -68,7 +68,7 @@ def base() -> ml_collections.ConfigDict:
     o.masked_head = True  # run the head on rows that carry loss only
 
     d = c.data = ml_collections.ConfigDict()
-    d.source = "bible"  # bible | stdlib | markov | mqar | hf:<name> | path of a file or folder
+    d.source = "bible"  # bible | stdlib | markov | mqar | needle | induction | hf:<name> | path
     d.tokenizer = "bpe"  # byte | bpe
     d.vocab = 1024  # token ids incl. end-of-text and mask (bpe)
     d.seq_len = 64  # L, tokens

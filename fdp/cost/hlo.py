@@ -20,7 +20,7 @@ from tabulate import tabulate
 # Chooses the executed branch of a conditional: {name or scope in its op_name: index}, or (op_name, branches) -> index.
 # For programs that are compiled to be counted or to run once: only the generation of machine code, which costs most, is
 # cut. It comes after the passes over collectives, and changes planned memory by about 0.1 %.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 Branches = Mapping[str, int] | Callable[[str, int], int]
 

@@ -10,6 +10,7 @@ Legend: B sequences, L positions, P pairs (or tokens of a segment, needle or val
 
 import hashlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +18,25 @@ from fdp.data.batches import TextData, Windows
 from fdp.data.tokenizer import Tokenizer
 
 Batch = tuple[np.ndarray, np.ndarray]
+
+
+class Task(Protocol):
+    """What the tasks below have in common."""
+
+    @property
+    def vocab(self) -> int:
+        """Number of ids."""
+        ...
+
+    @property
+    def chance(self) -> float:
+        """Accuracy without memory."""
+        ...
+
+    def sample(self, seed: int, step: int, batch: int) -> Batch:
+        """Tokens int32 [B, L] and answer mask f32 [B, L] of batch number `step`."""
+        ...
+
 
 GAP_POWER = 0.01  # slot s of the query section is drawn with weight s^(0.01 - 1), as in the paper's released generator
 
@@ -296,14 +316,29 @@ def _needle(key: str, value: str) -> bytes:
     return f"The code of {key} is {value}. ".encode()
 
 
-def recall_data(seq_len: int, train: int = 8192, val: int = 256) -> TextData:
-    """MQAR sequences in place of a corpus, one a window, seq_len/16 pairs each: `data.source=mqar`."""
-    task = AssociativeRecall(seq_len, pairs=max(seq_len // 16, 1), vocab=max(64, seq_len // 8 + 1))
+RECALL = ("mqar", "needle", "induction")  # data.source
+
+
+def task_of(source: str, seq_len: int) -> Task:
+    """The recall task that `data.source` names at this length: seq_len/16 pairs, a needle, a segment of seq_len/8."""
+    vocab = max(64, seq_len // 8 + 1)
+    if source == "mqar":
+        return AssociativeRecall(seq_len, pairs=max(seq_len // 16, 1), vocab=vocab)
+    if source == "needle":
+        return WordNeedle(seq_len, vocab)
+    if source == "induction":
+        return InductionHeads(seq_len, segment=max(seq_len // 8, 2), vocab=vocab)
+    raise ValueError(f"recall task {source!r} is unknown: {', '.join(RECALL)}")
+
+
+def recall_data(source: str, seq_len: int, train: int = 8192, val: int = 256) -> TextData:
+    """Sequences of a recall task in place of a corpus, one a window."""
+    task = task_of(source, seq_len)
     token_bytes = [f"{i} ".encode() for i in range(task.vocab - 1)]
     tokenizer = Tokenizer(token_bytes, lambda texts: [np.array(t.split(), np.int32) for t in texts], repr(task))
     parts = {"train": task.sample(0, 0, train)[0], "val": task.sample(1, 0, val)[0]}
     return TextData(
-        name=f"associative recall of {task.pairs} pairs",
+        name=repr(task),
         sha256=hashlib.sha256(parts["train"].tobytes() + parts["val"].tobytes()).hexdigest(),
         licence="made here",
         tokenizer=tokenizer,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fdp.data.recall import (
+    RECALL,
     AssociativeRecall,
     ByteNeedle,
     InductionHeads,
@@ -13,6 +14,7 @@ from fdp.data.recall import (
     accuracy,
     exact_match,
     recall_data,
+    task_of,
 )
 
 pytestmark = pytest.mark.fast
@@ -185,11 +187,17 @@ def test_impossible_tasks_name_the_equation_and_a_fix_that_works(task, wrong, me
         assert tokens.shape == (2, fixed.length) and mask.any()
 
 
-def test_recall_as_a_corpus_holds_whole_sequences() -> None:
-    data = recall_data(64, train=16, val=8)
-    task = AssociativeRecall(64, pairs=4, vocab=64)
+@pytest.mark.parametrize("source", RECALL)
+def test_recall_as_a_corpus_holds_whole_sequences(source: str) -> None:
+    data = recall_data(source, 64, train=16, val=8)
+    task = task_of(source, 64)
     np.testing.assert_array_equal(data.train[3], task.sample(0, 0, 16)[0][3])
     np.testing.assert_array_equal(data.val[7], task.sample(1, 0, 8)[0][7])
-    assert data.tokenizer.n_data == task.vocab
+    assert data.tokenizer.n_data == task.vocab == 64 and data.name == repr(task)
     assert data.train.take(range(16)).max() < data.tokenizer.n_data
-    assert data.sha256 != recall_data(32, train=16, val=8).sha256
+    assert data.sha256 != recall_data(source, 32, train=16, val=8).sha256
+
+
+def test_an_unknown_recall_task_is_refused() -> None:
+    with pytest.raises(ValueError, match="recall task 'copy' is unknown: mqar, needle, induction"):
+        task_of("copy", 64)

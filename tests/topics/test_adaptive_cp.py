@@ -22,7 +22,7 @@ from fdp.models import transformer
 from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan
 from fdp.step import Program
-from fdp.topics.adaptive_cp import checks, runtime, study
+from fdp.topics.adaptive_cp import checks, measured, runtime
 from fdp.topics.adaptive_cp.mixers import sparse
 from fdp.topics.adaptive_cp.profile import block_ids, block_masks, plain, profile, spearman
 
@@ -87,12 +87,12 @@ def test_masks_hold_the_coverage_and_nothing_of_the_future() -> None:
 
 def test_all_blocks_are_dense_attention_and_fewer_are_not() -> None:
     arm = an_arm()
-    W = study.BLOCKS
+    W = measured.BLOCKS
     everything = np.broadcast_to(np.tri(W, dtype=bool), (2, W, W))
-    dense = study.loss_of(arm, arm.trained.params, tokens(), None)
-    assert study.loss_of(arm, arm.trained.params, tokens(), everything) == pytest.approx(dense, rel=1e-6)
+    dense = measured.loss_of(arm, arm.trained.params, tokens(), None)
+    assert measured.loss_of(arm, arm.trained.params, tokens(), everything) == pytest.approx(dense, rel=1e-6)
     own = np.broadcast_to(np.eye(W, dtype=bool), (2, W, W))
-    assert study.loss_of(arm, arm.trained.params, tokens(), own) != pytest.approx(dense, rel=1e-4)
+    assert measured.loss_of(arm, arm.trained.params, tokens(), own) != pytest.approx(dense, rel=1e-4)
 
 
 def test_sparse_mixer_sees_just_the_listed_blocks() -> None:
@@ -135,8 +135,8 @@ def test_lists_as_data_equal_one_device_by_every_plan_and_by_the_fallback() -> N
     found = checks.switch_listed(an_arm(), tokens(), masks)
     assert found.compilations == 1 and found.arrays == 5
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
-    dense = study.loss_of(an_arm(), an_arm().trained.params, tokens(), None)
-    assert study.loss_of(an_arm(), an_arm().trained.params, tokens(), masks) != pytest.approx(dense, rel=1e-4)
+    dense = measured.loss_of(an_arm(), an_arm().trained.params, tokens(), None)
+    assert measured.loss_of(an_arm(), an_arm().trained.params, tokens(), masks) != pytest.approx(dense, rel=1e-4)
 
 
 def test_a_program_of_one_plan_equals_one_device_and_sends_the_sum_of_its_layers_formulas() -> None:
@@ -155,7 +155,7 @@ def test_training_goes_on_with_plans_as_data_and_leaves_the_arm_as_it_was(tmp_pa
     loop.fit(arm, tmp_path)
     before = jax.device_get(arm.trained.params)
     (probe,) = eval_batches(arm.data.val, 1, 1)
-    found = runtime.adapt(arm, probe, study.BLOCKS, 1.0, windows=2, steps=1)
+    found = runtime.adapt(arm, probe, measured.BLOCKS, 1.0, windows=2, steps=1)
     assert found.loss == pytest.approx(found.dense_loss, rel=1e-5)
     assert [len(w.plans) for w in found.windows] == [2, 2] and found.steps == 2 and found.switches == 0
     assert all(0.9 < share <= 1 for w in found.windows for share in w.share_N)

@@ -12,9 +12,9 @@ import pytest
 from fdp.cost import inference, network
 from fdp.cost.context import EXCHANGE, GATHER, PERMUTE
 from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG
-from fdp.topics.adaptive_cp import baselines, figures, planner, simulate, synthetic
+from fdp.topics.adaptive_cp import baselines, figures, planner, rows, simulate, synthetic
 from fdp.topics.adaptive_cp.problem import Masks, Problem
-from tests.topics.adaptive_cp_problems import SHAPE, SLOW, mixed, random_masks
+from tests.topics.adaptive_cp_problems import SHAPE, SLOW, W, mixed, random_masks
 
 pytestmark = pytest.mark.fast
 
@@ -119,3 +119,18 @@ def test_figures(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 5000 for path in paths)
     with pytest.raises(ValueError, match="no best uniform"):
         figures.bytes_chart(tmp_path / "b.png", rows[:2], "b")
+
+
+def test_need_tables_by_hand(tmp_path: Path) -> None:
+    causal, own = np.tri(W, dtype=bool), np.eye(W, dtype=bool)
+    units, table = rows.needs(Problem(Masks(np.stack([causal, own])), SHAPE, SLOW))
+    np.testing.assert_array_equal(units[1], np.eye(4))
+    lines = {(line["layer"], line["layout"]): line for line in table}
+    assert len(lines) == 2 * 3
+    # Contiguous: device d needs everything of the d before it.
+    assert lines[0, "contiguous"]["units"] == (0 + 1 + 2 + 3) / 4 and lines[0, "contiguous"]["most of a pair"] == 1
+    assert lines[0, "zigzag"]["max/mean work"] == 1 < lines[0, "contiguous"]["max/mean work"]
+    assert lines[1, "zigzag"]["units"] == 0
+    at = lines[0, "contiguous"]["bytes"]
+    assert at[2**18] == 2 * at[2**17] == 1.5 * replace(SHAPE, seq_len=2**18).unit
+    assert figures.need_map(tmp_path / "needs.png", units, "needs").stat().st_size > 5000

@@ -1,4 +1,5 @@
-"""The pictures of topic 3: densities while a model trains, the plan of every layer, bytes of all methods, region map.
+"""The pictures of topic 3: densities while a model trains, what devices need of one another, the plan of every layer,
+bytes of all methods, region map.
 
 Legend: L layers, T training steps at which masks were measured.
 """
@@ -38,6 +39,23 @@ def density_map(path: Path, density_LxT: np.ndarray, steps: Sequence[int], title
     axes.grid(False)
     axes.set(xlabel="training step", ylabel="layer", title=title)
     fig.colorbar(image, ax=axes, label="share of visible key blocks kept")
+    return save_plot(fig, path)
+
+
+def need_map(path: Path, units_LxDxD: np.ndarray, title: str) -> Path:
+    """Share of each device's keys that each other one needs, one panel a layer. Returns the path."""
+    units_LxDxD = np.asarray(units_LxDxD)
+    fig, panels = figure(columns=len(units_LxDxD), width=2.0, height=2.6)
+    image: Any = None
+    for layer, (axes, units_DxD) in enumerate(zip(np.atleast_1d(panels), units_LxDxD, strict=True)):
+        image = axes.imshow(units_DxD, cmap="viridis", vmin=0, vmax=1)
+        remote = (units_DxD.sum() - np.trace(units_DxD)) / len(units_DxD)
+        axes.set(xlabel="keys of device")
+        axes.set_title(f"layer {layer}: {remote:.1f} units in", fontsize=8)
+        axes.grid(False)
+    np.atleast_1d(panels)[0].set_ylabel("queries of device")
+    fig.colorbar(image, ax=panels, label="share needed")
+    fig.suptitle(title, fontsize=10)
     return save_plot(fig, path)
 
 
