@@ -27,7 +27,7 @@ def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
 
 
 def _cpu(c: ml_collections.ConfigDict) -> None:
-    c.model.update(layers=4, width=64, heads=8, kv_heads=8, head_dim=8, ffn=176, vocab=512, qk_norm=True)
+    c.model.update(layers=4, width=64, heads=8, kv_heads=2, head_dim=8, ffn=176, vocab=512, qk_norm=True)
     c.data.update(vocab=512, seq_len=256)
     c.train.update(steps=600, batch=8, lr=3e-3)
     c.eval.update(every=0, batches=4, samples=2, sequences=8)
@@ -45,7 +45,7 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
 
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
-    c.train.steps = 1000
+    c.train.steps = 800
     c.seeds = (0, 1, 2)
 
 
