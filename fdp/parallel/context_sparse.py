@@ -60,6 +60,35 @@ def attend_blocks(
     return jnp.where((id_W >= 0).all(), out, jnp.nan), psum(outside, "cp")
 
 
+def topk_ids(q_BxNxHxC: Array, k_BxNxKxC: Array, block: int, width: int, q_position_N: Array) -> Array:
+    """Lists made from the input: of each local query block the `width` key blocks, none ahead, whose mean key fits its
+    mean queries best, own and first block always among them → ids int32 [B, K, I, width], -1 unused, as `attend_blocks`
+    takes them.
+
+    The G queries of a key head share a list, by the sum of their softmax weights. `sparsity.block_topk` for a sequence
+    in any layout: what is sent is a mean key of each block, 1/(2·block) of an all-gather of keys and values. Selection
+    is not differentiated. Source: MInference, Jiang et al. 2024, arXiv 2407.02490, Alg. 3. Raises ValueError for a
+    block that does not divide the local positions, or a width outside 2 … W.
+    """
+    (B, N, H, C), K = q_BxNxHxC.shape, k_BxNxKxC.shape[2]
+    if block < 1 or N % block:
+        raise ValueError(f"N = {N} positions of a device are not divisible by block = {block}: use a divisor of {N}")
+    id_W, _ = context_gather.places(q_position_N, block)
+    if not 2 <= width <= len(id_W):
+        raise ValueError(f"width = {width} is not in 2 … {len(id_W)} blocks: own and first block are always listed")
+    q_BxIxKxGxC = lax.stop_gradient(q_BxNxHxC).reshape(B, N // block, block, K, H // K, C).mean(2)
+    k_BxJxKxC = lax.stop_gradient(k_BxNxKxC).reshape(B, N // block, block, K, C).mean(2)
+    k_BxWxKxC = all_gather(k_BxJxKxC, "cp", dim=1)
+    row_Ix1 = (q_position_N[::block] // block)[:, None]
+    logits = jnp.einsum("bikgc,bwkc->bkgiw", q_BxIxKxGxC, k_BxWxKxC).astype(jnp.float32) / C**0.5
+    logp_BxKxGxIxW = jax.nn.log_softmax(jnp.where(id_W <= row_Ix1, logits, -jnp.inf), -1)
+    # log Σ_G p orders as Σ_G p does, and keeps blocks apart whose probability underflows.
+    score_BxKxIxW = jax.nn.logsumexp(logp_BxKxGxIxW, 2)
+    score_BxKxIxW = jnp.where((id_W == 0) | (id_W == row_Ix1), jnp.finfo(jnp.float32).max, score_BxKxIxW)
+    best, slot_BxKxIxL = lax.top_k(score_BxKxIxW, width)
+    return jnp.where(jnp.isneginf(best), -1, id_W[slot_BxKxIxL]).astype(jnp.int32)
+
+
 def check_listed(plan: CommPlan, *, cp: int, heads: int, kv_heads: int) -> None:
     """Raises ValueError, with equation, values and fix, for a plan that cannot attend to lists of blocks."""
     if plan.kind not in LISTED or plan.hops is not None:

@@ -17,10 +17,10 @@ from fdp.cost.context import AttentionShape
 from fdp.cost.context_gather import BlockGather, exact_capacity, listed_bytes
 from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, factor, make_mesh
-from fdp.parallel import layouts
+from fdp.parallel import layouts, sparsity
 from fdp.parallel.context_gather import block_ids
 from fdp.parallel.context_plan import CommPlan, check
-from fdp.parallel.context_sparse import attend_blocks
+from fdp.parallel.context_sparse import attend_blocks, topk_ids
 from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 
 pytestmark = pytest.mark.fast
@@ -170,3 +170,31 @@ def test_heads_that_cannot_be_shared_out_are_refused() -> None:
 def test_a_gather_without_lists_is_refused() -> None:
     with pytest.raises(ValueError, match="'gather' needs lists of key blocks"):
         check(CommPlan("gather", capacity=2), CAUSAL, seq_len=64, cp=8, heads=8, kv_heads=4, batch=2)
+
+
+@pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
+def test_lists_from_the_input_are_those_of_block_topk(layout: SequenceLayout) -> None:
+    q, k = data()[:2]
+    width, order = 5, layouts.permutation(layout, S, 8)
+    mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"cp": 8}), "cp")
+    f = lambda q, k: topk_ids(q, k, Y, width, layouts.positions(layout, S // 8))
+    spec = P(None, "cp")
+    ids = np.asarray(jax.jit(shard_map(f, mesh, (spec, spec), P(None, None, "cp")))(q[:, order], k[:, order]))
+    want = np.asarray(sparsity.block_topk(jnp.asarray(q), jnp.asarray(k), Y, width, grouped=True).ids_BxJxNxA)
+    rows = order[::Y] // Y
+    np.testing.assert_array_equal(np.sort(ids, -1), np.sort(want[:, :, rows], -1))
+    found = jaxpr.collectives(jax.make_jaxpr(shard_map(f, mesh, (spec, spec), P(None, None, "cp")))(q, k), mesh.shape)
+    sent = sum(one.wire_bytes * one.count for one in found)
+    shape = AttentionShape(B, S, H, K, C, 8, 4)
+    assert sent == 7 * shape.unit / (2 * Y) + 7 * 4 * W / 8  # mean keys, and which blocks a device holds
+
+
+def test_selection_is_not_differentiated_and_bad_lists_are_refused() -> None:
+    q, k = map(jnp.asarray, data()[:2])
+    ids = topk_ids(q, k, Y, 4, jnp.arange(S))
+    slopes = jax.grad(lambda q: (topk_ids(q, k, Y, 4, jnp.arange(S)) * 0.0 + q.sum()).sum())(q)
+    assert ids.shape == (B, K, W, 4) and np.ptp(slopes) == 0
+    with pytest.raises(ValueError, match="N = 64 positions of a device are not divisible by block = 3"):
+        topk_ids(q, k, 3, 4, jnp.arange(S))
+    with pytest.raises(ValueError, match=r"width = 1 is not in 2 … 32 blocks"):
+        topk_ids(q, k, Y, 1, jnp.arange(S))

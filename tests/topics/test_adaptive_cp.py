@@ -139,6 +139,19 @@ def test_lists_as_data_equal_one_device_by_every_plan_and_by_the_fallback() -> N
     assert measured.loss_of(an_arm(), an_arm().trained.params, tokens(), masks) != pytest.approx(dense, rel=1e-4)
 
 
+def test_lists_from_each_input_equal_one_device_by_every_plan() -> None:
+    found = checks.switch_indexed(an_arm(), tokens(), S // BLOCK, 4)
+    assert found.compilations == 1 and found.arrays == 4
+    assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
+
+
+def test_all_blocks_chosen_by_the_input_are_dense_attention() -> None:
+    arm = an_arm()
+    dense = measured.loss_of(arm, arm.trained.params, tokens(), None)
+    assert measured.indexed_loss(arm, arm.trained.params, tokens(), measured.BLOCKS) == pytest.approx(dense, rel=1e-6)
+    assert measured.indexed_loss(arm, arm.trained.params, tokens(), 2) != pytest.approx(dense, rel=1e-4)
+
+
 def test_a_program_of_one_plan_equals_one_device_and_sends_the_sum_of_its_layers_formulas() -> None:
     found = checks.static_plan(an_arm(), tokens(), measured_masks())
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-4

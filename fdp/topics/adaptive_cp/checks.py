@@ -24,7 +24,7 @@ from fdp.parallel import context_gather, layouts
 from fdp.parallel.context import CommPlan, attend
 from fdp.parallel.layouts import SequenceLayout
 from fdp.step import Program, loss_sum
-from fdp.topics.adaptive_cp.mixers import Planned, listed, sparse, switched
+from fdp.topics.adaptive_cp.mixers import Planned, indexed, listed, sparse, switched
 from fdp.topics.adaptive_cp.profile import block_ids
 
 DEVICES = 8
@@ -118,6 +118,17 @@ def switch_listed(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> 
     ids = place_ids(masks_NxWxW, block, layout)
     choices = [(numbers, ids) for numbers in _numbers(arm, len(listed_plans(masks_NxWxW, block)))]
     return _switching(program, arm, tokens_BxS, choices, expected)
+
+
+def switch_indexed(arm: Arm, tokens_BxS: np.ndarray, blocks: int, width: int) -> Switching:
+    """The same with lists made from each input: gathers of half of a device's blocks, Ulysses and all-gather."""
+    block, layout, layers = tokens_BxS.shape[1] // blocks, layouts.ZIGZAG, arm.c.model.layers
+    kinds = (("gather", 1, max(blocks // DEVICES // 2, 1)), ("ulysses", DEVICES, 0), ("all_gather", 1, 0))
+    plans = tuple(CommPlan(kind, u, capacity=c, layout=layout) for kind, u, c in kinds)
+    program = program_over_cp(arm, len(tokens_BxS), indexed(plans, block, width), layout, P())
+    one: Any = arm.model.clone(mixer=indexed(plans[2:], block, width))
+    expected = _on_one_device(arm, tokens_BxS, one, jnp.zeros(layers, jnp.int32))
+    return _switching(program, arm, tokens_BxS, _numbers(arm, len(plans)), expected)
 
 
 @dataclass(frozen=True)

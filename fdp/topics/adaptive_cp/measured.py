@@ -19,13 +19,15 @@ from fdp.data.batches import eval_batches
 from fdp.data.recall import RECALL, accuracy, task_of
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
+from fdp.parallel.context_plan import CommPlan
 from fdp.step import loss_sum
-from fdp.topics.adaptive_cp.mixers import sparse
+from fdp.topics.adaptive_cp.mixers import indexed, sparse
 from fdp.topics.adaptive_cp.profile import Profile, block_ids, block_masks, profile
 
 BLOCKS = 32  # of a sequence: four for each of eight devices
 TAU = 0.95
 COVERAGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
+WIDTHS = (2, 4, 8, 16, BLOCKS)
 GAP = 0.005  # relative loss that sparsity may cost
 CHOOSE, JUDGE, ANSWERS = 2, 3, 64  # seeds of fresh recall sequences (0 and 1 are those of the data), and how many
 
@@ -42,6 +44,8 @@ class Measured:
     dense_loss: float
     sparse_loss: float
     answers: tuple[float, float] | None
+    width: int  # of lists made from each input, and the loss with them
+    indexed_loss: float
 
     @property
     def share(self) -> np.ndarray:
@@ -54,6 +58,7 @@ class Measured:
         return {
             "density": self.density_NxT, "steps": self.steps, "mask share": self.share, "coverage": self.coverage,
             "dense loss": self.dense_loss, "sparse loss": self.sparse_loss, "answers": self.answers,
+            "width": self.width, "indexed loss": self.indexed_loss,
         }  # fmt: skip
 
 
@@ -92,10 +97,15 @@ def measure(arm: Arm, workdir: Path) -> Measured:
         close = loss_of(arm, params, choose, masks) <= (1 + GAP / 2) * dense  # half, so that others meet the whole
         if close and (not recall or answers_of(arm, params, CHOOSE, masks) >= right - GAP / 2):
             break
+    for width in WIDTHS:
+        if indexed_loss(arm, params, choose, width) <= (1 + GAP / 2) * dense:
+            break
     losses = loss_of(arm, params, judge, None), loss_of(arm, params, judge, masks)
     both = lambda: (answers_of(arm, params, JUDGE, None), answers_of(arm, params, JUDGE, masks))
     answers = both() if recall else None
-    return Measured(np.stack(densities, 1), steps, masks, coverage, *losses, answers)
+    return Measured(
+        np.stack(densities, 1), steps, masks, coverage, *losses, answers, width, indexed_loss(arm, params, judge, width)
+    )
 
 
 def loss_of(arm: Arm, params: Any, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray | None) -> float:
@@ -103,6 +113,13 @@ def loss_of(arm: Arm, params: Any, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarr
     model, ids = _model(arm, masks_NxWxW)
     run = _loss(model, arm.objective)  # type: ignore[arg-type]
     return float(run(params, jnp.asarray(tokens_BxS), ids))
+
+
+def indexed_loss(arm: Arm, params: Any, tokens_BxS: np.ndarray, width: int) -> float:
+    """As `loss_of` with the `width` key blocks that each input chooses (`context_sparse.topk_ids`)."""
+    mixer = indexed((CommPlan("all_gather"),), tokens_BxS.shape[1] // BLOCKS, width)
+    run = _loss(arm.model.clone(mixer=mixer), arm.objective)  # type: ignore[arg-type]
+    return float(run(params, jnp.asarray(tokens_BxS), jnp.zeros(arm.c.model.layers, jnp.int32)))
 
 
 def answers_of(arm: Arm, params: Any, seed: int, masks_NxWxW: np.ndarray | None) -> float:

@@ -17,7 +17,7 @@ from fdp.kernels_pallas.masks import Mask
 from fdp.models.attention import Mixer
 from fdp.models.transformer import Block, Transformer
 from fdp.parallel.context import CommPlan, attend
-from fdp.parallel.context_sparse import attend_blocks
+from fdp.parallel.context_sparse import attend_blocks, topk_ids
 
 Array = jax.Array
 CAUSAL = Mask("causal")
@@ -63,6 +63,18 @@ def listed(plans: Sequence[CommPlan], block: int) -> Mixer:
             if isinstance(number, int)
             else jax.lax.switch(number, branches, q, k, v, ids)
         )
+
+    return mix
+
+
+@lru_cache  # as `sparse`
+def indexed(plans: tuple[CommPlan, ...], block: int, width: int) -> Mixer:
+    """As `listed` with lists of `width` blocks made from each input (`context_sparse.topk_ids`), for every sequence and
+    key head; `choice`: the plan's number."""
+    inner = listed(plans, block)
+
+    def mix(q: Array, k: Array, v: Array, position: Array, number: Array) -> Array:
+        return inner(q, k, v, position, (number, topk_ids(q, k, block, width, position)))
 
     return mix
 

@@ -16,7 +16,7 @@ from fdp.parallel.layouts import ZIGZAG
 from fdp.report import Row
 from fdp.topics.adaptive_cp import baselines, checks, planner, runtime, simulate
 from fdp.topics.adaptive_cp.baselines import Baseline
-from fdp.topics.adaptive_cp.measured import ANSWERS, Measured
+from fdp.topics.adaptive_cp.measured import ANSWERS, BLOCKS, WIDTHS, Measured
 from fdp.topics.adaptive_cp.planner import ModelPlan
 from fdp.topics.adaptive_cp.problem import Masks, Problem
 from fdp.topics.adaptive_cp.profile import spearman
@@ -86,6 +86,14 @@ def masks(name: str, measured: list[Measured], seq_len: int) -> list[Row]:
             f"{', '.join(str(m.coverage) for m in measured)}; nats/token dense "
             f"{np.mean([m.dense_loss for m in measured]):.4f}",
         ),
+        Row.judged(
+            f"{name}: lists made from each input cost little", "relative change of the loss",
+            [m.indexed_loss / m.dense_loss - 1 for m in measured], "", "value <= 0.005", "measured",
+            note="pooled keys against pooled queries, own and first block always; lists of "
+            f"{', '.join(str(m.width) for m in measured)} of {BLOCKS} blocks for each query block, sequence and key "
+            "head: the shortest of "
+            f"{', '.join(map(str, WIDTHS))} that are within half of that on other sequences",
+        ),
     ]  # fmt: skip
     if answers := [m.answers for m in measured if m.answers is not None]:
         chance = task_of(name, seq_len).chance
@@ -154,6 +162,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
     switches = [("listed blocks", checks.switch_listed(arm, tokens, masks_NxWxW))]
     if not tiny:
         switches.append(("all keys", checks.switch_plans(arm, tokens)))
+        switches.append(("blocks chosen by each input", checks.switch_indexed(arm, tokens, BLOCKS, 8)))
     fixed = checks.static_plan(arm, tokens, masks_NxWxW)
     arrays = "; ".join(f"{what}: {s.arrays} plan arrays" for what, s in switches)
     return [
@@ -166,7 +175,8 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
             "… and gives one device's loss and gradients", "largest relative error",
             max(max(s.loss_error, s.gradient_error) for _, s in switches), "", "<= 1e-4", "measured",
             note="listed blocks: gather that fits, gather of one block that overflows into its exact fallback, "
-            "Ulysses, all-gather, and all of them by layer; all keys: ring, USP, Ulysses",
+            "Ulysses, all-gather, and all of them by layer; all keys: ring, USP, Ulysses; lists of 8 blocks made from "
+            "each input: gather, Ulysses, all-gather",
         ),
         Row.judged(
             "a program compiled for one plan agrees", "largest relative error",
