@@ -17,6 +17,7 @@ from fdp.kernels_pallas import core, flash, tiles
 from fdp.kernels_pallas.masks import Mask
 
 Array = jax.Array
+SHARED_BYTES = 190 * 2**10  # of key blocks in a GPU's shared memory (227 KiB on an H100, with queries and results)
 SCALAR_BYTES = 2**19  # of block lists in a TPU's scalar memory (1 MiB, shared with everything else)
 
 
@@ -115,6 +116,7 @@ def block_sparse_attention(
         width, G = C, H // K
     else:
         _check_blocks(backend, lists, block_q, block_k)
+        _check_shared(backend, block_k, 2 * tiles.power_of_two(C, 16) * k_BxMxKxC.dtype.itemsize)
         # Heads that do not exist fill a row tile: Triton wants powers of two, of 16 rows at least.
         width, G = tiles.power_of_two(C, 16), tiles.power_of_two(H // K, tiles.ceil_div(16, block_q))
     q, k, v = (tiles.pad_dim(x, 3, width) for x in (q_BxNxHxC, k_BxMxKxC, v_BxMxKxC))
@@ -166,6 +168,17 @@ def _check_blocks(backend: str, lists: BlockLists, block_q: int, block_k: int) -
         raise ValueError(
             f"block lists of 4 · {held // 4} = {held} bytes exceed the {SCALAR_BYTES} of a TPU's scalar memory: "
             "use larger blocks, a smaller capacity, lists shared by heads, or scan over the batch"
+        )
+
+
+def _check_shared(backend: str, block_k: int, position: int) -> None:
+    """Raises ValueError for key blocks that do not fit a GPU's shared memory; position: bytes of a key and a value."""
+    held = tiles.GPU_STAGES * block_k * position
+    if backend == "gpu" and held > SHARED_BYTES:
+        fits = tiles.power_of_two(SHARED_BYTES // (tiles.GPU_STAGES * position) + 1) // 2
+        raise ValueError(
+            f"block_k = {block_k} on the GPU: {tiles.GPU_STAGES} stages · {block_k} keys and values of {position} bytes "
+            f"= {held} bytes exceed the {SHARED_BYTES} of shared memory: set block_k={fits}"
         )
 
 

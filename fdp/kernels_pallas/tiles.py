@@ -18,6 +18,7 @@ from jax import lax
 from fdp.kernels_pallas.masks import Mask, allowed
 
 Array = jax.Array
+GPU_STAGES = 2  # of loads in flight; more does not fit shared memory in f32
 State = tuple[Array, Array, Array]  # running maximum [X, 1], sum [X, 1] and output [X, C] of the softmax, f32
 
 

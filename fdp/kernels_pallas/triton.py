@@ -13,7 +13,6 @@ from fdp.kernels_pallas import tiles
 from fdp.kernels_pallas.tiles import Spec, Walk, lead, result, split_index, walk_length, walk_tile
 
 Array = jax.Array
-STAGES = 2  # of loads in flight; more does not fit shared memory in f32
 
 
 def _own(x, n_heads: int, columns: int = 0) -> pl.BlockSpec:
@@ -46,7 +45,7 @@ def _call(kernel, spec: Spec, walk: Walk, grid, in_specs, out_specs, out_shape, 
         in_specs=[*whole, *in_specs],
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=STAGES),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=tiles.GPU_STAGES),
         cost_estimate=pl.CostEstimate(flops=flops, transcendentals=flops // 512, bytes_accessed=moved),
         interpret=spec.interpret,
     )(*walk, *operands)

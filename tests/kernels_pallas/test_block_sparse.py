@@ -139,13 +139,16 @@ def test_work_on_xla_follows_the_capacity_not_the_keys():
         ({"block_k": 0}, "block_k = 0 must be at least 1"),
         ({"lists": random_lists(3, 1)}, "lead with 3, but B = 2: use 1 or 2"),
         ({"backend": "gpu", "block_k": 15}, "block_k = 15 on the GPU: choose powers of two"),
+        ({"backend": "gpu", "shared": 2000}, r"2 stages · 16 keys .* = 4096 bytes exceed the 2000 .* set block_k=4"),
         ({"backend": "tpu", "block_k": 15}, "block_k = 15 on the TPU: choose a multiple of 8"),
         ({"backend": "tpu", "limit": 200}, r"block lists of 4 · 160 = 640 bytes exceed the 200"),
         ({"mask": Mask(packed=True)}, "pass the segment ids"),
     ],
 )
 def test_bad_input_says_what_to_change(change, message, monkeypatch):
+    change = dict(change)
     monkeypatch.setattr(block_sparse, "SCALAR_BYTES", change.pop("limit", 2**19))
+    monkeypatch.setattr(block_sparse, "SHARED_BYTES", change.pop("shared", 2**17))
     q, k, v = inputs(N=N, M=M)[:3]
     arguments = {"lists": random_lists(2, 2), "block_q": BLOCK_Q, "block_k": BLOCK_K} | change
     with pytest.raises(ValueError, match=message):

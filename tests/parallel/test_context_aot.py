@@ -1,4 +1,5 @@
-"""The ring, compiled ahead of time for absent TPUs and GPUs: its permutes overlap with attention in the schedule."""
+"""Compiled ahead of time for absent TPUs and GPUs: the ring's permutes overlap with attention in the schedule, and
+attention to listed blocks compiles at 128K positions."""
 
 import re
 
@@ -9,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fdp.collectives import shard_map
 from fdp.cost import aot
 from fdp.kernels_pallas.masks import Mask
-from fdp.mesh import AXES, make_mesh
+from fdp.mesh import AXES, expand, factor, make_mesh
 from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan, attend
+from fdp.parallel.context_sparse import attend_blocks
 
 WORK = re.compile(r" (fusion|while|custom-call|dot|convolution|call|conditional)\(")
 
@@ -64,3 +66,38 @@ def test_ring_permutes_overlap_with_attention(topology: str) -> None:
     total, found = overlapped(aot.compile(lowered).as_text())
     assert total >= 2, "the program has no asynchronous permutes"
     assert found >= total / 2, f"only {found} of {total} permutes have work between start and done"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("kind", ["gather", "ulysses", "all_gather"])
+@pytest.mark.parametrize("topology", ["v5p:2x2x2", "h100:8"])
+def test_attention_to_listed_blocks_compiles_at_128k(topology: str, kind: str) -> None:
+    """Eight devices, 128K positions, 8192 of them on each list; grouped queries, bfloat16.
+
+    Blocks of 512 keep the lists within a TPU's scalar memory, blocks of 128 the keys within a GPU's shared memory.
+    """
+    devices = aot.topology_devices(topology)
+    mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"cp": len(devices)}, devices), "cp")
+    length, block = 2**17, 512 if topology.startswith("v5p") else 128
+    width, capacity = 8192 // block, 4096 // block if kind == "gather" else 0
+    plan = CommPlan(kind, 8 if kind == "ulysses" else 1, capacity=capacity, layout=layouts.ZIGZAG)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
+        position = layouts.positions(plan.layout, q.shape[1])
+        return attend_blocks(q, k, v, ids, block, Mask("causal"), plan, position)[0]
+
+    spec, lists = PartitionSpec(None, "cp"), PartitionSpec(None, None, "cp")
+    run = shard_map(local, mesh, (spec, spec, spec, lists), spec)
+    array = lambda shape, dtype, s: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, expand(mesh, s)))
+    q, k = (array((1, length, heads, 128), "bfloat16", spec) for heads in (32, 8))
+    ids = array((1, 1, length // block, width), "int32", lists)
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> tuple:
+        out, pull = jax.vjp(lambda q, k, v: run(q, k, v, ids), q, k, v)
+        return pull(out)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(both).lower(q, k, k, ids)
+    compiled = aot.compile(lowered)
+    assert ("all-gather" if kind == "all_gather" else "all-to-all") in compiled.as_text()
+    assert aot.memory(compiled).peak < 2**33  # of 80 GiB and more: nothing is of the size of scores
