@@ -177,8 +177,8 @@ def _check_shared(backend: str, block_k: int, position: int) -> None:
     if backend == "gpu" and held > SHARED_BYTES:
         fits = tiles.power_of_two(SHARED_BYTES // (tiles.GPU_STAGES * position) + 1) // 2
         raise ValueError(
-            f"block_k = {block_k} on the GPU: {tiles.GPU_STAGES} stages · {block_k} keys and values of {position} bytes "
-            f"= {held} bytes exceed the {SHARED_BYTES} of shared memory: set block_k={fits}"
+            f"block_k = {block_k} on the GPU: {tiles.GPU_STAGES} stages · {block_k} keys and values of {position} "
+            f"bytes = {held} bytes exceed the {SHARED_BYTES} of shared memory: set block_k={fits}"
         )
 
 
