@@ -1,10 +1,14 @@
 """Native Sparse Attention (Yuan et al. 2025, arXiv 2502.11089): compressed, selected and near tokens, gated and summed.
 
-Heads are split over tp; the sequence is whole on every device of a tensor group. Each branch has its own keys and
-values (section 3.2) and its own softmax; outputs are weighted by sigmoid gates and added, never merged by logsumexp.
+Heads are split over tp, contiguous parts of the sequence over cp. Each branch has its own keys and values (section 3.2)
+and its own softmax; outputs are weighted by sigmoid gates and added, never merged by logsumexp.
 
-Legend: B sequences, L positions, D width, H query heads, K key/value heads, G = H/K, C head_dim, M compression block,
-I compression blocks, J selection blocks. Inside shard_map H and K are this device's shares over tp.
+Over cp a device compresses the blocks that begin in its part, for which it is sent the first tokens of the next one,
+and all-gathers compressed keys and values; those of the other two branches are all-gathered whole.
+
+Legend: B sequences, L positions (local over cp; S of all devices), D width, H query heads, K key/value heads, G = H/K,
+C head_dim, M compression block, I compression blocks, J selection blocks. Inside shard_map H and K are this device's
+shares over tp.
 """
 
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import size
+from fdp.collectives import all_gather, bound, index, size, vary
 from fdp.kernels_pallas.masks import Mask, allowed
 from fdp.models.layers import RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
 
@@ -82,13 +86,13 @@ def selection_scores(p_BxKxGxLxI: Array, budget: Budget) -> Array:
     return jnp.stack(shifted).sum(0).reshape(*p_BxKxLxI.shape[:3], -1, together).sum(-1)
 
 
-def select(scores_BxKxLxJ: Array, budget: Budget) -> Array:
+def select(scores_BxKxLxJ: Array, budget: Budget, position_L: Array) -> Array:
     """Which blocks every query reads: the forced ones and the best others up to `selected`, bool [B, K, L, J].
 
     Only blocks that begin at or before the query; ties go to the earlier block. Not differentiable, by design.
     """
-    L, J = scores_BxKxLxJ.shape[-2:]
-    own_Lx1, block_J = (jnp.arange(L) // budget.select_block)[:, None], jnp.arange(J)
+    J = scores_BxKxLxJ.shape[-1]
+    own_Lx1, block_J = (position_L // budget.select_block)[:, None], jnp.arange(J)
     forced_LxJ = (block_J < budget.initial) | (block_J > own_Lx1 - budget.local)
     ranked = jnp.where(forced_LxJ, jnp.inf, jax.lax.stop_gradient(scores_BxKxLxJ))
     ranked = jnp.where(block_J <= own_Lx1, ranked, -jnp.inf)
@@ -98,7 +102,9 @@ def select(scores_BxKxLxJ: Array, budget: Budget) -> Array:
     return chosen_BxKxLxJ & (block_J <= own_Lx1)
 
 
-def compressed_attention(q_BxLxHxC: Array, k_BxIxKxC: Array, v_BxIxKxC: Array, last_I: Array) -> tuple[Array, Array]:
+def compressed_attention(
+    q_BxLxHxC: Array, k_BxIxKxC: Array, v_BxIxKxC: Array, last_I: Array, position_L: Array
+) -> tuple[Array, Array]:
     """Attention to compression blocks that are wholly past: output [B, L, H, C] and probabilities f32 [B, K, G, L, I].
 
     `last_I`: position of every block's last token. A query before the end of the first block gets output 0.
@@ -106,25 +112,36 @@ def compressed_attention(q_BxLxHxC: Array, k_BxIxKxC: Array, v_BxIxKxC: Array, l
     B, L, H, C = q_BxLxHxC.shape
     q_BxLxKxGxC = q_BxLxHxC.reshape(B, L, k_BxIxKxC.shape[2], -1, C)
     logits = jnp.einsum("blkgc,bikc->bkgli", q_BxLxKxGxC, k_BxIxKxC, preferred_element_type=jnp.float32) * C**-0.5
-    seen_LxI = last_I <= jnp.arange(L)[:, None]
+    seen_LxI = last_I <= position_L[:, None]
     # A finite floor keeps rows without any key free of NaN, in the gradient too; their weights are zeroed after.
     p_BxKxGxLxI = jax.nn.softmax(jnp.where(seen_LxI, logits, -1e30), axis=-1) * seen_LxI
     out_BxLxKxGxC = jnp.einsum("bkgli,bikc->blkgc", p_BxKxGxLxI.astype(v_BxIxKxC.dtype), v_BxIxKxC)
     return out_BxLxKxGxC.reshape(B, L, H, C), p_BxKxGxLxI
 
 
-def selected_attention(q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, chosen_BxKxLxJ: Array) -> Array:
+def selected_attention(
+    q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, chosen_BxKxLxJ: Array, position_L: Array
+) -> Array:
     """Causal attention to the tokens of the chosen blocks: [B, L, H, C]."""
-    L, G = q_BxLxHxC.shape[1], q_BxLxHxC.shape[2] // k_BxLxKxC.shape[2]
-    seen_BxKxLxL = jnp.repeat(chosen_BxKxLxJ, L // chosen_BxKxLxJ.shape[-1], axis=-1) & jnp.tri(L, dtype=bool)
-    return jax.nn.dot_product_attention(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, mask=jnp.repeat(seen_BxKxLxL, G, axis=1))
+    S, G = k_BxSxKxC.shape[1], q_BxLxHxC.shape[2] // k_BxSxKxC.shape[2]
+    past_LxS = jnp.arange(S) <= position_L[:, None]
+    seen_BxKxLxS = jnp.repeat(chosen_BxKxLxJ, S // chosen_BxKxLxJ.shape[-1], axis=-1) & past_LxS
+    return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=jnp.repeat(seen_BxKxLxS, G, axis=1))
 
 
-def window_attention(q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, window: int) -> Array:
+def window_attention(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, window: int, position_L: Array) -> Array:
     """Causal attention to the last `window` tokens: [B, L, H, C]."""
-    position_L = jnp.arange(q_BxLxHxC.shape[1])
-    seen_LxL = allowed(Mask("causal", window=window), position_L, position_L)
-    return jax.nn.dot_product_attention(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, mask=seen_LxL[None, None])
+    seen_LxS = allowed(Mask("causal", window=window), position_L, jnp.arange(k_BxSxKxC.shape[1]))
+    return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=seen_LxS[None, None])
+
+
+def with_halo(kv_2xBxLxKxC: Array, tokens: int) -> Array:
+    """Followed by the first `tokens` of the next device of cp, or by zeros: [2, B, L + tokens, K, C]."""
+    if size("cp") == 1 or not tokens:
+        return kv_2xBxLxKxC
+    first = vary(kv_2xBxLxKxC[:, :, :tokens], "cp")
+    halo = jax.lax.ppermute(first, bound("cp"), [(i + 1, i) for i in range(size("cp") - 1)])
+    return jnp.concatenate([kv_2xBxLxKxC, halo], 2)
 
 
 class Compression(nn.Module):
@@ -156,8 +173,9 @@ class NativeSparseAttention(nn.Module):
     """Causal grouped-query attention to a budget of tokens, in place of `Attention`: [B, L, D] → [B, L, D].
 
     Rotary positions as in `Attention`; a compressed key is rotated to the position of its last token, when it comes in
-    sight. Gates are sigmoid(x W), one a head and branch (the paper leaves their network open). The sequence must be
-    whole: ValueError when cp is bound, or for a length that `Budget.check_length` refuses.
+    sight. Gates are sigmoid(x W), one a head and branch (the paper leaves their network open). Over cp the layout is
+    contiguous. ValueError for a length that `Budget.check_length` refuses, and for parts of the sequence that are not
+    whole strides or shorter than what a compression block reaches into the next one.
     """
 
     width: int
@@ -172,10 +190,6 @@ class NativeSparseAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxLxD: Array) -> Array:
-        if size("cp") > 1:
-            raise ValueError(
-                f"native sparse attention needs the whole sequence on a device, but cp = {size('cp')}: set mesh.cp=1"
-            )
         D, C = self.width, self.head_dim
         H, K = self.heads // size("tp"), self.kv_heads // size("tp")
         column = partitioned(normal(D**-0.5), None, "tp", None)
@@ -187,7 +201,7 @@ class NativeSparseAttention(nn.Module):
         w_o = self.param("w_o", row, (H, C, D)).astype(self.dtype)
 
         x_BxLxD = enter_tp(x_BxLxD, self.sequence_parallel)
-        self.budget.check_length(x_BxLxD.shape[1])
+        self._check_parts(x_BxLxD.shape[1])
         q_BxLxHxC = jnp.einsum("bld,dhc->blhc", x_BxLxD, w_q)
         kv_3x2xBxLxKxC = jnp.einsum("bld,nsdkc->nsblkc", x_BxLxD, w_kv)
         gate_BxLxHx3 = jax.nn.sigmoid(jnp.einsum("bld,dhn->blhn", x_BxLxD, w_gate))
@@ -195,11 +209,24 @@ class NativeSparseAttention(nn.Module):
         out_BxLxHxC = sum(gate_BxLxHx3[..., n, None] * out for n, out in enumerate(outputs))
         return leave_tp(jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o), self.sequence_parallel)
 
+    def _check_parts(self, length: int) -> None:
+        b, cp = self.budget, size("cp")
+        b.check_length(length * cp)
+        reach = b.compress_block - b.stride
+        if cp > 1 and (length % b.stride or length < reach):
+            raise ValueError(
+                f"S/cp = {length * cp}/{cp} = {length} tokens of a device must be a multiple of stride {b.stride} and "
+                f"at least compress_block - stride = {reach}: lower mesh.cp or the stride"
+            )
+
     def _attend(self, q_BxLxHxC: Array, kv_3x2xBxLxKxC: Array) -> tuple[Array, Array, Array]:
         """Outputs of the three branches, in the order of BRANCHES."""
         b, L = self.budget, q_BxLxHxC.shape[1]
+        S = L * size("cp")
         compress = Compression(self.kv_heads, self.head_dim, b, self.dtype, name="compression")
-        k_BxIxKxC, v_BxIxKxC = compress(kv_3x2xBxLxKxC[0])
+        blocks = (S - b.compress_block) // b.stride + 1
+        compressed_2xBxIxKxC = compress(with_halo(kv_3x2xBxLxKxC[0], b.compress_block - b.stride))
+        k_BxIxKxC, v_BxIxKxC = all_gather(compressed_2xBxIxKxC, "cp", dim=2)[:, :, :blocks]
         (k_selected, v_selected), (k_window, v_window) = kv_3x2xBxLxKxC[1], kv_3x2xBxLxKxC[2]
         if self.qk_norm:
             q_BxLxHxC = RMSNorm(name="q_norm")(q_BxLxHxC)
@@ -207,12 +234,15 @@ class NativeSparseAttention(nn.Module):
                 RMSNorm(name=f"k_norm_{name}")(k)
                 for name, k in zip(BRANCHES, (k_BxIxKxC, k_selected, k_window), strict=True)
             )
-        position_L = jnp.arange(L)
-        last_I = b.compress_block - 1 + b.stride * jnp.arange(k_BxIxKxC.shape[1])
+        position_L = index("cp") * L + jnp.arange(L)
+        last_I = b.compress_block - 1 + b.stride * jnp.arange(blocks)
         q_BxLxHxC = rotary(q_BxLxHxC, position_L, self.rope_base)
         k_BxIxKxC = rotary(k_BxIxKxC, last_I, self.rope_base)
         k_selected, k_window = (rotary(k, position_L, self.rope_base) for k in (k_selected, k_window))
-        compressed, p_BxKxGxLxI = compressed_attention(q_BxLxHxC, k_BxIxKxC, v_BxIxKxC, last_I)
-        chosen_BxKxLxJ = select(selection_scores(p_BxKxGxLxI, b), b)
-        selected = selected_attention(q_BxLxHxC, k_selected, v_selected, chosen_BxKxLxJ)
-        return compressed, selected, window_attention(q_BxLxHxC, k_window, v_window, b.window)
+        k_selected, v_selected, k_window, v_window = all_gather(
+            jnp.stack([k_selected, v_selected, k_window, v_window]), "cp", dim=2
+        )
+        compressed, p_BxKxGxLxI = compressed_attention(q_BxLxHxC, k_BxIxKxC, v_BxIxKxC, last_I, position_L)
+        chosen_BxKxLxJ = select(selection_scores(p_BxKxGxLxI, b), b, position_L)
+        selected = selected_attention(q_BxLxHxC, k_selected, v_selected, chosen_BxKxLxJ, position_L)
+        return compressed, selected, window_attention(q_BxLxHxC, k_window, v_window, b.window, position_L)

@@ -64,14 +64,14 @@ def test_scores_weigh_compression_blocks_by_their_overlap_and_sum_the_group(comp
 def test_selection_holds_forced_blocks_then_the_best_visible_ones():
     budget = Budget(4, 4, 4, selected=4, initial=1, local=2)
     scores = np.tile(np.array([0.0, 5, 1, 3, 4, 2, 0, 9], np.float32), (1, 1, 32, 1))
-    chosen = np.asarray(jax.jit(lambda s: select(s, budget))(scores))[0, 0]
+    chosen = np.asarray(jax.jit(lambda s: select(s, budget, jnp.arange(32)))(scores))[0, 0]
     for t in range(32):
         own = t // 4
         visible = set(range(own + 1))
         forced = {0, own, own - 1} & visible
         best = sorted(visible - forced, key=lambda j: -scores[0, 0, 0, j])[: 4 - len(forced)]
         assert set(np.flatnonzero(chosen[t])) == forced | set(best), t
-    ties = np.asarray(select(jnp.zeros((1, 1, 32, 8)), budget))[0, 0]
+    ties = np.asarray(select(jnp.zeros((1, 1, 32, 8)), budget, jnp.arange(32)))[0, 0]
     assert set(np.flatnonzero(ties[31])) == {0, 1, 6, 7}  # equal scores: the earlier block
 
 
@@ -83,7 +83,8 @@ def test_with_all_blocks_selected_the_branch_is_full_causal_attention():
 
     @functools.partial(jax.jit, static_argnums=0)
     def branch(blocks, q, k, v):
-        return selected_attention(q, k, v, select(scores, Budget(8, 4, 8, selected=blocks, local=1)))
+        chosen = select(scores, Budget(8, 4, 8, selected=blocks, local=1), jnp.arange(L))
+        return selected_attention(q, k, v, chosen, jnp.arange(L))
 
     full = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     np.testing.assert_allclose(branch(4, q, k, v), full, atol=1e-5)
@@ -208,11 +209,11 @@ def test_queries_before_the_first_compressed_block_get_zero_from_it():
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, L, H, C), (B, 7, K, C), (B, 7, K, C)))
     last = 7 + 4 * jnp.arange(7)
-    out, p = nsa.compressed_attention(q, k, v, last)
+    out, p = nsa.compressed_attention(q, k, v, last, jnp.arange(L))
     assert not out[:, :7].any() and (np.abs(out[:, 7:]).max((0, 2, 3)) > 0).all()
     np.testing.assert_allclose(out[:, 7], np.repeat(v[:, 0], H // K, 1), atol=1e-6)  # one block in sight: its value
     np.testing.assert_array_equal((np.asarray(p) > 0).sum(-1)[0, 0, 0], [sum(t >= last) for t in range(L)])
-    grad = jax.grad(lambda k: nsa.compressed_attention(q, k, v, last)[0].sum())(k)
+    grad = jax.grad(lambda k: nsa.compressed_attention(q, k, v, last, jnp.arange(L))[0].sum())(k)
     assert np.isfinite(grad).all()
 
 
@@ -240,15 +241,15 @@ def test_sizes_that_do_not_fit_are_refused(make, message):
 # Shards --------------------------------------------------------------------------------------------------------------
 
 
-def sharded(tp, sequence_parallel, qk_norm):
-    """Function of global parameters, input and target: ((loss, output), gradients) of the module over dp and tp."""
+def sharded(degrees, sequence_parallel=False, qk_norm=True):
+    """Function of global parameters, input and target: ((loss, output), gradients) of the module over dp, cp and tp."""
     m = module(sequence_parallel=sequence_parallel, qk_norm=qk_norm)
-    mesh = make_mesh({**dict.fromkeys(AXES, 1), "dp": 2, "tp": tp})
-    x_spec = P("dp", "tp" if sequence_parallel else None)
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | degrees)
+    x_spec = P("dp", ("cp", "tp") if sequence_parallel else "cp")
 
     def loss(params, x, target):
         y = m.apply(params, x)
-        return psum(((y - target) ** 2).sum(), ("dp", "tp") if sequence_parallel else "dp"), y
+        return psum(((y - target) ** 2).sum(), ("dp", "cp", "tp") if sequence_parallel else ("dp", "cp")), y
 
     def step(params, x, target):
         return jax.value_and_grad(loss, has_aux=True)(params, x, target)
@@ -262,8 +263,17 @@ def sharded(tp, sequence_parallel, qk_norm):
     return run
 
 
-@pytest.mark.parametrize(("tp", "sequence_parallel", "qk_norm"), [(2, False, True), (4, True, False)])
-def test_heads_over_tp_equal_one_device(tp, sequence_parallel, qk_norm):
+@pytest.mark.parametrize(
+    ("degrees", "sequence_parallel", "qk_norm"),
+    [
+        ({"dp": 2, "tp": 2}, False, True),
+        ({"dp": 2, "tp": 4}, True, False),
+        ({"cp": 8}, False, True),  # four tokens a device: a compression block reaches over the whole next one
+        ({"dp": 2, "cp": 2, "tp": 2}, True, True),
+    ],
+    ids=lambda x: "·".join(f"{a}{n}" for a, n in x.items()) if isinstance(x, dict) else "",
+)
+def test_every_mesh_equals_one_device(degrees, sequence_parallel, qk_norm):
     m, params, x = setup(qk_norm=qk_norm)
     target = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
 
@@ -272,7 +282,7 @@ def test_heads_over_tp_equal_one_device(tp, sequence_parallel, qk_norm):
         return ((y - target) ** 2).sum(), y
 
     (want_loss, want), want_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(nn.unbox(params))
-    (got_loss, got), grads = sharded(tp, sequence_parallel, qk_norm)(params, x, target)
+    (got_loss, got), grads = sharded(degrees, sequence_parallel, qk_norm)(params, x, target)
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(got_loss, want_loss, rtol=1e-5)
     for (name, a), (_, b) in zip(_flat(grads), _flat(want_grads), strict=True):
@@ -282,10 +292,11 @@ def test_heads_over_tp_equal_one_device(tp, sequence_parallel, qk_norm):
 
 
 @pytest.mark.fast
-def test_a_split_sequence_is_refused():
-    m, params, x = setup()
-    mesh = make_mesh({**dict.fromkeys(AXES, 1), "cp": 2})
+def test_parts_of_the_sequence_that_a_compression_block_does_not_fit_are_refused():
+    budget = Budget(compress_block=16, stride=4, select_block=8, selected=3, window=6)
+    m, params, x = setup(budget=budget)
+    mesh = make_mesh({**dict.fromkeys(AXES, 1), "cp": 4})
     values = nn.unbox(params)
     f = shard_map(lambda x: m.apply(values, x), mesh, P(None, "cp"), P(None, "cp"))
-    with pytest.raises(ValueError, match=r"cp = 2: set mesh\.cp=1"):
+    with pytest.raises(ValueError, match=r"S/cp = 32/4 = 8 tokens .*at least compress_block - stride = 12: lower"):
         jax.eval_shape(f, x)
