@@ -155,9 +155,9 @@ def test_all_blocks_chosen_by_the_input_are_dense_attention() -> None:
 def test_a_program_of_one_plan_equals_one_device_and_sends_the_sum_of_its_layers_formulas() -> None:
     found = checks.static_plan(an_arm(), tokens(), measured_masks())
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
-    assert found.mismatches == 0 and min(found.formula.values()) > 0
+    assert found.mismatches == 0 and min(found.formula[op] for op in ("all-to-all", "all-gather")) > 0
     off = {op: wire + 4 for op, wire in found.formula.items()}
-    assert dataclasses.replace(found, formula=off).mismatches == 2
+    assert dataclasses.replace(found, formula=off).mismatches == 3
 
 
 def test_training_goes_on_with_plans_as_data_and_leaves_the_arm_as_it_was(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def switch_indexed(arm: Arm, tokens_BxS: np.ndarray, blocks: int, width: int) ->
 @dataclass(frozen=True)
 class Static:
     """A program compiled for one plan of every layer: relative errors against one device, and wire bytes over cp by op
-    (all-to-all, all-gather), counted in the HLO and by formula."""
+    (all-to-all, all-gather, reduce-scatter), counted in the HLO and by formula."""
 
     loss_error: float
     gradient_error: float
@@ -173,8 +173,9 @@ def shape_of(arm: Arm, batch: int, seq_len: int) -> cost.AttentionShape:
 
 
 def _static_bytes(plans: list[CommPlan], shape: cost.AttentionShape, block: int, width: int) -> dict[str, float]:
-    """All-to-all and all-gather of all layers; what is the same in every layer (places, positions) is sent once."""
-    total = {cost.EXCHANGE: 0.0, cost.GATHER: 0.0}
+    """Of all layers; what is the same in every layer (places, positions) is sent once. Reductions are left out: those
+    of overflow counts are merged with others."""
+    total = {cost.EXCHANGE: 0.0, cost.GATHER: 0.0, cost.SCATTER: 0.0}
     places = BlockGather(shape, block, 0).label_bytes(CAUSAL)[cost.GATHER]
     positions = cost.label_bytes(shape, CAUSAL)[cost.GATHER]
     whole = [plan.kind != "gather" for plan in plans]
