@@ -125,10 +125,12 @@ def switch_indexed(arm: Arm, tokens_BxS: np.ndarray, blocks: int, width: int) ->
     block, layout, layers = tokens_BxS.shape[1] // blocks, layouts.ZIGZAG, arm.c.model.layers
     kinds = (("gather", 1, max(blocks // DEVICES // 2, 1)), ("ulysses", DEVICES, 0), ("all_gather", 1, 0))
     plans = tuple(CommPlan(kind, u, capacity=c, layout=layout) for kind, u, c in kinds)
-    program = program_over_cp(arm, len(tokens_BxS), indexed(plans, block, width), layout, P())
+    program = program_over_cp(arm, len(tokens_BxS), indexed(plans, block, width), layout, (P(), P()))
     one: Any = arm.model.clone(mixer=indexed(plans[2:], block, width))
-    expected = _on_one_device(arm, tokens_BxS, one, jnp.zeros(layers, jnp.int32))
-    return _switching(program, arm, tokens_BxS, _numbers(arm, len(plans)), expected)
+    kept = np.full(layers, width, np.int32)
+    expected = _on_one_device(arm, tokens_BxS, one, (jnp.zeros(layers, jnp.int32), jnp.asarray(kept)))
+    choices = [(numbers, kept) for numbers in _numbers(arm, len(plans))]
+    return _switching(program, arm, tokens_BxS, choices, expected)
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,10 @@ def loss_of(arm: Arm, params: Any, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarr
 
 def indexed_loss(arm: Arm, params: Any, tokens_BxS: np.ndarray, width: int) -> float:
     """As `loss_of` with the `width` key blocks that each input chooses (`context_sparse.topk_ids`)."""
-    mixer = indexed((CommPlan("all_gather"),), tokens_BxS.shape[1] // BLOCKS, width)
+    mixer = indexed((CommPlan("all_gather"),), tokens_BxS.shape[1] // BLOCKS, BLOCKS)  # one program for all widths
     run = _loss(arm.model.clone(mixer=mixer), arm.objective)  # type: ignore[arg-type]
-    return float(run(params, jnp.asarray(tokens_BxS), jnp.zeros(arm.c.model.layers, jnp.int32)))
+    zeros = jnp.zeros(arm.c.model.layers, jnp.int32)
+    return float(run(params, jnp.asarray(tokens_BxS), (zeros, zeros + width)))
 
 
 def answers_of(arm: Arm, params: Any, seed: int, masks_NxWxW: np.ndarray | None) -> float:

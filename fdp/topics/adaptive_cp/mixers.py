@@ -69,12 +69,14 @@ def listed(plans: Sequence[CommPlan], block: int) -> Mixer:
 
 @lru_cache  # as `sparse`
 def indexed(plans: tuple[CommPlan, ...], block: int, width: int) -> Mixer:
-    """As `listed` with lists of `width` blocks made from each input (`context_sparse.topk_ids`), for every sequence and
-    key head; `choice`: the plan's number."""
+    """As `listed` with lists of at most `width` blocks made from each input (`context_sparse.topk_ids`), for every
+    sequence and key head; `choice`: (the plan's number, how many of the best blocks are listed), int32 [] both."""
     inner = listed(plans, block)
 
-    def mix(q: Array, k: Array, v: Array, position: Array, number: Array) -> Array:
-        return inner(q, k, v, position, (number, topk_ids(q, k, block, width, position)))
+    def mix(q: Array, k: Array, v: Array, position: Array, choice: tuple[Array, Array]) -> Array:
+        number, kept = choice
+        ids = topk_ids(q, k, block, width, position)
+        return inner(q, k, v, position, (number, jnp.where(jnp.arange(width) < kept, ids, -1)))
 
     return mix
 

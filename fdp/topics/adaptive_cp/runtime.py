@@ -60,11 +60,10 @@ class Adapted:
 
 
 def branches(c: Any, blocks: int) -> tuple[CommPlan, ...]:
-    """What the step compiles: gathers of 1, 2, 4, … blocks a pair of devices, all blocks, Ulysses where heads allow it,
-    and all-gather."""
+    """What the step compiles: gathers of 1, 2, 4, … blocks a pair of devices, less than a device holds, Ulysses where
+    heads allow it, and all-gather."""
     held = blocks // checks.DEVICES
-    sizes = sorted({min(2**i, held) for i in range(held.bit_length() + 1)})
-    plans = [CommPlan("gather", capacity=size, layout=LAYOUT) for size in sizes]
+    plans = [CommPlan("gather", capacity=2**i, layout=LAYOUT) for i in range((held - 1).bit_length())]
     if c.model.heads % checks.DEVICES == 0:
         plans.append(CommPlan("ulysses", checks.DEVICES, layout=LAYOUT))
     return (*plans, CommPlan("all_gather", layout=LAYOUT))

@@ -149,7 +149,7 @@ def head_saving(program: Program, tokens_BxL: np.ndarray) -> HeadSaving:
         for rows in (capacity, None):
             program.capacity = rows
             traced = jax.jit(lambda p, b: program.grads(p, b)).trace(params, batch)
-            compiled: Any = traced.lower().compile()
+            compiled: Any = traced.lower().compile(hlo.QUICK)
             sent = sum(counted_bytes(compiled, program.mesh).values())
             temporary = int(compiled.memory_analysis().temp_size_in_bytes)
             loss = float(compiled(params, batch)[0])

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdp import sharding
 from fdp.collectives import shard_map
-from fdp.cost import inference, jaxpr
+from fdp.cost import hlo, inference, jaxpr
 from fdp.cost.inference import Degrees
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models.transformer import cache_specs
@@ -112,7 +112,9 @@ class _Phases:
         self.cache = {n: NamedSharding(getattr(meshes, n), P(None, "dp", None, "tp", None)) for n in self.state}
         cache, scalar, outs = cache_specs(), P(), (STATE, cache_specs())
         build = lambda name, f, specs: jax.jit(
-            shard_map(f, getattr(meshes, name), specs, outs), out_shardings=(self.state[name], self.cache[name])
+            shard_map(f, getattr(meshes, name), specs, outs),
+            out_shardings=(self.state[name], self.cache[name]),
+            compiler_options=hlo.QUICK,  # a few steps of one job
         )
         self.refresh = build("refresh", decoder.refresh, (specs, scalar, STATE, STATE, scalar, scalar))
         self.reuse = build("reuse", decoder.reuse, (specs, cache, scalar, STATE, STATE, scalar, scalar))
