@@ -46,15 +46,14 @@ def attend_blocks(
         return gather_attend(*tensors, capacity, block, mask, q_position_N, segment_BxN)
     context_gather.check_shapes(*tensors, blocks, block, q_position_N)
     id_W, slot_W = context_gather.places(q_position_N, block)
+    slots_bxkxIxL, outside = _slots(block_ids_bxkxIxL, slot_W)
     position_S = all_gather(q_position_N, "cp", dim=0)
     segment_BxS = all_gather(segment_BxN, "cp", dim=1) if mask.packed and segment_BxN is not None else None
     if plan.kind == "all_gather":
         kv = all_gather(jnp.stack([k_BxNxKxC, v_BxNxKxC]), "cp", dim=2)
-        slots_bxkxIxL, outside = _slots(block_ids_bxkxIxL, slot_W)
         labels = q_position_N, position_S, segment_BxN if mask.packed else None, segment_BxS
         out = _listed(q_BxNxHxC, kv, slots_bxkxIxL, block, mask, labels)
     else:
-        slots_bxkxIxL, outside = _slots(block_ids_bxkxIxL, slot_W)
         labels = position_S, position_S, segment_BxS, segment_BxS
         out = _by_heads(q_BxNxHxC, jnp.stack([k_BxNxKxC, v_BxNxKxC]), slots_bxkxIxL, block, mask, labels)
     return jnp.where((id_W >= 0).all(), out, jnp.nan), psum(outside, "cp")
