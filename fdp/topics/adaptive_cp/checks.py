@@ -152,7 +152,8 @@ class Static:
 def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Static:
     """The plans of `switch_listed` by turns, without the gather that overflows, as constants of the program."""
     block, layout = tokens_BxS.shape[1] // masks_NxWxW.shape[-1], layouts.ZIGZAG
-    plans = tuple(p for p in listed_plans(masks_NxWxW, block) if p.kind != "gather" or p.capacity != 1)
+    every = listed_plans(masks_NxWxW, block)
+    plans = (every[0], *every[-2:])
     numbers, ids = _numbers(arm, len(plans))[-1], place_ids(masks_NxWxW, block, layout)
     program = program_over_cp(arm, len(tokens_BxS), listed(plans, block), layout, CHOICE[1], numbers)
     one: Any = arm.model.clone(mixer=sparse(block))

@@ -24,6 +24,12 @@ from fdp.topics.adaptive_cp.profile import spearman
 CP = 8
 FAR = 2**17  # positions of the simulated sequence
 BALANCE = 1.1
+LISTED, ALL, CHOSEN = "listed blocks", "all keys", "8 blocks chosen by each input"
+BRANCHES = {  # of the programs of `checks`
+    LISTED: "gather that fits, gather of at most one block with its exact fallback, Ulysses, all-gather",
+    ALL: "ring, USP, Ulysses",
+    CHOSEN: "gather with its exact fallback, Ulysses, all-gather",
+}
 
 
 def density(name: str, measured: list[Measured]) -> list[Row]:
@@ -159,10 +165,10 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
     ]  # fmt: skip
     if arm.c.model.heads % checks.DEVICES:
         return rows
-    switches = [("listed blocks", checks.switch_listed(arm, tokens, masks_NxWxW))]
+    switches = [(LISTED, checks.switch_listed(arm, tokens, masks_NxWxW))]
     if not tiny:
-        switches.append(("all keys", checks.switch_plans(arm, tokens)))
-        switches.append(("blocks chosen by each input", checks.switch_indexed(arm, tokens, BLOCKS, 8)))
+        switches.append((ALL, checks.switch_plans(arm, tokens)))
+        switches.append((CHOSEN, checks.switch_indexed(arm, tokens, BLOCKS, 8)))
     fixed = checks.static_plan(arm, tokens, masks_NxWxW)
     arrays = "; ".join(f"{what}: {s.arrays} plan arrays" for what, s in switches)
     return [
@@ -174,9 +180,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
         Row.judged(
             "… and gives one device's loss and gradients", "largest relative error",
             max(max(s.loss_error, s.gradient_error) for _, s in switches), "", "<= 1e-4", "measured",
-            note="listed blocks: gather that fits, gather of one block that overflows into its exact fallback, "
-            "Ulysses, all-gather, and all of them by layer; all keys: ring, USP, Ulysses; lists of 8 blocks made from "
-            "each input: gather, Ulysses, all-gather",
+            note="; ".join(f"{what}: {BRANCHES[what]}, and all of them by layer" for what, _ in switches),
         ),
         Row.judged(
             "a program compiled for one plan agrees", "largest relative error",
