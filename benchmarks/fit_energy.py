@@ -1,14 +1,16 @@
-"""Fits `fdp/cost/coefficients/energy.json` to measured power and scores the fit on kernels and chips it has not seen.
+"""Fits `fdp/cost/coefficients/energy.json` to measured power and scores the fit on kernels and
+chips it has not seen.
 
     python -m benchmarks.fit_energy DATA                   # rewrites the json, prints the errors; seconds
     python -m benchmarks.fit_energy DATA --out=fit.json
 
-DATA holds moe/gpu_moe_power.csv.gz and moe/h200_gemm_power.csv.gz (power of the chip's own meter while one kernel
-repeats) and planning/power/mlperf_v4.0_smc_h100_power_runs.csv (wall power of nodes of 8 H100, immersion cooled).
-Two traps decide which kernels are fitted. The meter averages over longer than a short kernel's burst, and shows the
-power of whatever ran before: kernels under 1 ms are left out, and their error is reported. Most long kernels draw
-the cap, which says only that the model must reach it; the predicted power is capped before it is compared.
-The work of MLPerf runs is not logged. Only LoRA on 1 and 8 nodes can be computed from its model.
+DATA holds moe/gpu_moe_power.csv.gz and moe/h200_gemm_power.csv.gz (power of the chip's own meter
+while one kernel repeats) and planning/power/mlperf_v4.0_smc_h100_power_runs.csv (wall power of
+nodes of 8 H100, immersion cooled). Two traps decide which kernels are fitted. The meter averages
+over longer than a short kernel's burst, and shows the power of whatever ran before: kernels under 1
+ms are left out, and their error is reported. Most long kernels draw the cap, which says only that
+the model must reach it; the predicted power is capped before it is compared. The work of MLPerf
+runs is not logged. Only LoRA on 1 and 8 nodes can be computed from its model.
 
 Legend: K kernels, C coefficients.
 """
@@ -30,19 +32,23 @@ from fdp.cost import energy, hardware
 from fdp.cost.energy import Coefficients
 
 FITTED = ("busy", "flops_16", "flops_8", "hbm")
-# Shares of the cap at the full rate. Above 1 the chip throttles before it is there, as H200 does from 30 % MFU.
-LOW_C, HIGH_C, START_C = np.array([(0.0, 0.9, 0.4), (0.1, 3.0, 1.0), (0.1, 3.0, 1.0), (0.05, 1.5, 0.4)]).T
+# Shares of the cap at the full rate. Above 1 the chip throttles before it is there, as H200 does
+# from 30 % MFU.
+LOW_C, HIGH_C, START_C = np.array(
+    [(0.0, 0.9, 0.4), (0.1, 3.0, 1.0), (0.1, 3.0, 1.0), (0.05, 1.5, 0.4)]
+).T
 SHORTEST = 1e-3
 TOKENS = 1024  # smaller batches have stale power samples (README of the data)
 BYTES = {"bfloat16": 2, "fp8": 1, "fp8_block": 1}
-# Not measured here: NVLink about 10 pJ/byte (NVIDIA states 1.3 pJ/bit for its chip-to-chip link); an adapter and its
-# optics about 40 W at 50 GB/s.
+# Not measured here: NVLink about 10 pJ/byte (NVIDIA states 1.3 pJ/bit for its chip-to-chip link);
+# an adapter and its optics about 40 W at 50 GB/s.
 LINKS = {"scale_up_joules": 1e-11, "scale_out_joules": 8e-10}
 IDLE_SHARE = 0.1  # 70 W of 700
 GENERATION = {"h200": "h200", "h100": "h200", "h100_96gb_500w": "h200"}
 GENERATION |= dict.fromkeys(("b200", "b300", "gb200", "gb300"), "b200")
 SEQ, LAYERS, WIDTH, KV, FFN, VOCAB = 8192, 80, 8192, 1024, 28672, 32000  # Llama-2 70B
-# Samples to convergence at batch 8 in MLPerf's reference points for LoRA v4.0: 3,456-4,992 over 24 runs, mean 3,984.
+# Samples to convergence at batch 8 in MLPerf's reference points for LoRA v4.0: 3,456-4,992 over 24
+# runs, mean 3,984.
 SAMPLES = (3456, 3984, 4992)
 
 
@@ -69,7 +75,12 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def kernel(
-    r: dict[str, str], chip: str, dtype: str, shape: tuple[int, ...], tokens: int, work: tuple[float, float]
+    r: dict[str, str],
+    chip: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    tokens: int,
+    work: tuple[float, float],
 ) -> Kernel:
     """A kernel of (FLOPs, HBM bytes) of `work`."""
     seconds, found = 1e-3 * float(r["latency"]), hardware.chip(chip)
@@ -77,7 +88,9 @@ def kernel(
     flop_use = work[0] / seconds / energy.peak_rate(chip, precision)
     hbm_use = work[1] / seconds / found.hbm_bandwidth
     limit = float(r["power_limit"])
-    return Kernel(chip, shape, tokens, precision, flop_use, hbm_use, seconds, float(r["power"]), limit)
+    return Kernel(
+        chip, shape, tokens, precision, flop_use, hbm_use, seconds, float(r["power"]), limit
+    )
 
 
 def gemm_kernels(data: Path) -> list[Kernel]:
@@ -91,23 +104,38 @@ def gemm_kernels(data: Path) -> list[Kernel]:
 
 
 def moe_kernels(data: Path) -> list[Kernel]:
-    """Expert layers (gate, up, down) of balanced routing on H200 and B200: weights, inputs, hidden and outputs once."""
+    """Expert layers (gate, up, down) of balanced routing on H200 and B200: weights, inputs, hidden
+    and outputs once.
+    """
     out = []
     for r in read(data / "moe/gpu_moe_power.csv.gz"):
         if r["distribution"] == "balanced":
-            tokens, width, k, experts = (int(r[x]) for x in ("num_tokens", "hidden_size", "topk", "num_experts"))
+            tokens, width, k, experts = (
+                int(r[x]) for x in ("num_tokens", "hidden_size", "topk", "num_experts")
+            )
             ep, ffn = int(r["moe_ep_size"]), int(r["inter_size"]) // int(r["moe_tp_size"])
             item, rows = BYTES[r["moe_dtype"]], tokens * k / ep
             weights = item * 3 * min(experts / ep, rows) * width * ffn
             nbytes = weights + rows * (item * (width + ffn) + 2 * (2 * ffn + width))
             shape = (width, int(r["inter_size"]), k, experts)
-            out.append(kernel(r, r["gpu"].lower(), r["moe_dtype"], shape, tokens, (6 * rows * width * ffn, nbytes)))
+            out.append(
+                kernel(
+                    r,
+                    r["gpu"].lower(),
+                    r["moe_dtype"],
+                    shape,
+                    tokens,
+                    (6 * rows * width * ffn, nbytes),
+                )
+            )
     return out
 
 
 def predict(made: Coefficients, kernels: list[Kernel]) -> np.ndarray:
     """Watts [K], kernels of one chip."""
-    use = {p: np.array([k.flop_use if k.flops == p else 0.0 for k in kernels]) for p in ("bf16", "fp8")}
+    use = {
+        p: np.array([k.flop_use if k.flops == p else 0.0 for k in kernels]) for p in ("bf16", "fp8")
+    }
     return energy.kernel_power(kernels[0].chip, use, np.array([k.hbm_use for k in kernels]), made)
 
 
@@ -123,14 +151,20 @@ def fit(kernels: list[Kernel]) -> Coefficients:
 
     def residuals(value_C: np.ndarray) -> np.ndarray:
         made = Coefficients(*value_C, **LINKS)
-        return np.concatenate([np.log(predict(made, g) / w) for g, w in zip(groups, watts, strict=True)])
+        return np.concatenate(
+            [np.log(predict(made, g) / w) for g, w in zip(groups, watts, strict=True)]
+        )
 
-    solution = least_squares(residuals, START_C, bounds=(LOW_C, HIGH_C), loss="soft_l1", f_scale=0.1)
+    solution = least_squares(
+        residuals, START_C, bounds=(LOW_C, HIGH_C), loss="soft_l1", f_scale=0.1
+    )
     return Coefficients(*(float(f"{v:.4g}") for v in solution.x), **LINKS)
 
 
 def score(scored: list[tuple[Coefficients, list[Kernel]]]) -> dict[str, dict[str, float]]:
-    """Median and p90 absolute percentage error of the power, over all kernels and over those below the cap."""
+    """Median and p90 absolute percentage error of the power, over all kernels and over those below
+    the cap.
+    """
     ape, free = [], []
     for made, kernels in scored:
         for group in by_chip(kernels):
@@ -146,10 +180,16 @@ def summary(ape_K: np.ndarray) -> dict[str, float]:
     if not len(ape_K):
         return {"kernels": 0}
     median, p90 = np.percentile(ape_K, (50, 90))
-    return {"median_pct": round(float(median), 1), "p90_pct": round(float(p90), 1), "kernels": len(ape_K)}
+    return {
+        "median_pct": round(float(median), 1),
+        "p90_pct": round(float(p90), 1),
+        "kernels": len(ape_K),
+    }
 
 
-def held_out(kernels: list[Kernel], key: Callable[[Kernel], Any]) -> list[tuple[Coefficients, list[Kernel]]]:
+def held_out(
+    kernels: list[Kernel], key: Callable[[Kernel], Any]
+) -> list[tuple[Coefficients, list[Kernel]]]:
     """Every value of `key` with a fit on the others."""
     out = []
     for value in sorted({key(k) for k in kernels}):
@@ -159,11 +199,19 @@ def held_out(kernels: list[Kernel], key: Callable[[Kernel], Any]) -> list[tuple[
 
 
 def aggregates(data: Path) -> dict[str, dict[str, float]]:
-    """Means over the runs of each (benchmark, nodes): seconds, and watts of a node (mean, p01, p50, p99)."""
+    """Means over the runs of each (benchmark, nodes): seconds, and watts of a node (mean, p01, p50,
+    p99).
+    """
     runs: dict[str, list[dict[str, str]]] = {}
     for r in read(data / "planning/power/mlperf_v4.0_smc_h100_power_runs.csv"):
         runs.setdefault(f"{r['benchmark']} {r['nodes']}", []).append(r)
-    columns = {"seconds": "duration_s", "mean": "mean_node_W", "p01": "p01_W", "p50": "p50_W", "p99": "p99_W"}
+    columns = {
+        "seconds": "duration_s",
+        "mean": "mean_node_W",
+        "p01": "p01_W",
+        "p50": "p50_W",
+        "p99": "p99_W",
+    }
     return {
         name: {new: float(np.mean([float(r[old]) for r in rows])) for new, old in columns.items()}
         for name, rows in sorted(runs.items())
@@ -177,19 +225,21 @@ def host(found: dict[str, dict[str, float]]) -> float:
 
 
 def lora_flops(samples: int) -> tuple[float, float]:
-    """(fp8, bf16) FLOPs of LoRA: linears forward and input gradients (4/6), causal attention forward and backward."""
+    """(fp8, bf16) FLOPs of LoRA: linears forward and input gradients (4/6), causal attention
+    forward and backward.
+    """
     layer = 2 * WIDTH * WIDTH + 2 * WIDTH * KV + 3 * WIDTH * FFN
     linears = 4 * SEQ * (LAYERS * layer + VOCAB * WIDTH)
     return samples * linears, samples * 3 * 2 * SEQ**2 * WIDTH * LAYERS
 
 
 def lora(found: dict[str, dict[str, float]], made: Coefficients) -> dict[str, Any]:
-    """Predicted and measured node power of LoRA while it trains, with the host power of the other aggregates.
+    """Predicted and measured node power of LoRA while it trains, with the host power of the other
+    aggregates.
 
-    Training seconds are those outside evaluations, (mean − p01)/(p50 − p01) of the run. One node is taken to compute
-    all the time; what 8 nodes need beyond its chip-seconds is exposed communication. HBM bytes are not known and
-    left out: one node is at the cap without them.
-    """
+    Training seconds are those outside evaluations, (mean − p01)/(p50 − p01) of the run. One node is
+    taken to compute all the time; what 8 nodes need beyond its chip-seconds is exposed
+    communication. HBM bytes are not known and left out: one node is at the cap without them."""
     others = host({name: a for name, a in found.items() if "lora" not in name})
     train = {}
     for nodes in (1, 8):
@@ -201,8 +251,12 @@ def lora(found: dict[str, dict[str, float]], made: Coefficients) -> dict[str, An
         for samples in SAMPLES:
             fp8, bf16 = (f / (8 * nodes) for f in lora_flops(samples))
             work = {"fp8": fp8, "bf16": bf16}
-            activity = energy.Activity("h100", 8 * nodes, nodes, train[nodes], train[1] / nodes, work)
-            watts.append(round(float(energy.step_energy(activity, 8 * others, made).mean_power_per_node)))
+            activity = energy.Activity(
+                "h100", 8 * nodes, nodes, train[nodes], train[1] / nodes, work
+            )
+            watts.append(
+                round(float(energy.step_energy(activity, 8 * others, made).mean_power_per_node))
+            )
         measured = found[f"llama2_70b_lora {nodes}"]["p50"]
         out[f"{nodes} nodes"] = {
             "measured_p50_W": round(measured),
@@ -213,7 +267,9 @@ def lora(found: dict[str, dict[str, float]], made: Coefficients) -> dict[str, An
 
 
 def idle_left_out(found: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Signed error in per cent of the idle node power of each aggregate, with the host power of the others."""
+    """Signed error in per cent of the idle node power of each aggregate, with the host power of the
+    others.
+    """
     idle, _ = energy.idle_and_peak("h100")
     out = {}
     for name, a in found.items():
@@ -224,9 +280,15 @@ def idle_left_out(found: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def ceiling(found: dict[str, dict[str, float]], host_per_chip: float) -> dict[str, float]:
-    """p99 node power over host + 8 caps, of runs on one node: a bound, since their utilisation is not known."""
+    """p99 node power over host + 8 caps, of runs on one node: a bound, since their utilisation is
+    not known.
+    """
     _, peak = energy.idle_and_peak("h100")
-    ratios = {name: a["p99"] / (8 * (host_per_chip + peak)) for name, a in found.items() if name.endswith(" 1")}
+    ratios = {
+        name: a["p99"] / (8 * (host_per_chip + peak))
+        for name, a in found.items()
+        if name.endswith(" 1")
+    }
     return {name: round(ratio, 3) for name, ratio in ratios.items()}
 
 
@@ -237,27 +299,33 @@ def document(data: Path) -> dict[str, Any]:
     made = {"default": fit(long)} | {group[0].chip: fit(group) for group in by_chip(long)}
     short = [k for k in moe if k.tokens >= TOKENS and k.seconds < SHORTEST]
     return {
-        "about": "shares of a chip's peak power at the full rate of each term; joules per byte of links; host watts",
+        "about": "shares of a chip's peak power at the full rate of each term; joules per byte of "
+        "links; host watts",
         "made_by": "python -m benchmarks.fit_energy DATA",
         "date": datetime.date.today().isoformat(),
         "coefficients": {n: {f: getattr(c, f) for f in FITTED} for n, c in made.items()},
-        "bounds": {f: [float(lo), float(hi)] for f, lo, hi in zip(FITTED, LOW_C, HIGH_C, strict=True)},
+        "bounds": {
+            f: [float(lo), float(hi)] for f, lo, hi in zip(FITTED, LOW_C, HIGH_C, strict=True)
+        },
         "same_generation": GENERATION,
         "links_joules_per_byte": LINKS,
         "host_watts_per_chip": round(host(found), 1),
         "idle_share": IDLE_SHARE,
         "evidence": {
             "h200, b200": "fitted on their own meter",
-            "same_generation": "the shares of the measured chip times the chip's own cap and peaks, an assumption",
+            "same_generation": "the shares of the measured chip times the chip's own cap and "
+            "peaks, an assumption",
             "default": "pooled; every other chip, an assumption",
             "links_joules_per_byte": "assumed, nothing measured",
             "idle_share": "assumed where idle power is not published",
-            "host_watts_per_chip": "8 idle aggregates of one H100 server, immersion cooled: fans are not in it",
+            "host_watts_per_chip": "8 idle aggregates of one H100 server, immersion cooled: fans "
+            "are not in it",
         },
         "sources": {
             "kernels fitted": f"{len(long)} of {len(moe)} balanced in moe/gpu_moe_power.csv.gz, "
             "tokens ≥ 1024 and ≥ 1 ms (ai-dynamo/aiconfigurator, Apache-2.0)",
-            "kernels scored": f"{len(gemm)} in moe/h200_gemm_power.csv.gz (ai-dynamo/aiconfigurator, Apache-2.0)",
+            "kernels scored": f"{len(gemm)} in moe/h200_gemm_power.csv.gz "
+            "(ai-dynamo/aiconfigurator, Apache-2.0)",
             "nodes": "140 runs in planning/power/mlperf_v4.0_smc_h100_power_runs.csv "
             "(mlcommons/training_results_v4.0, Apache-2.0)",
         },
@@ -268,16 +336,24 @@ def document(data: Path) -> dict[str, Any]:
     }
 
 
-def kernel_errors(long: list[Kernel], short: list[Kernel], gemm: list[Kernel], made: dict[str, Coefficients]) -> dict:
-    """Errors of kernel power in sample, by held-out shape and chip, and on what was never fitted."""
+def kernel_errors(
+    long: list[Kernel], short: list[Kernel], gemm: list[Kernel], made: dict[str, Coefficients]
+) -> dict:
+    """Errors of kernel power in sample, by held-out shape and chip, and on what was never
+    fitted.
+    """
     groups, brief = by_chip(long), [k for k in gemm if k.seconds < 2e-4]
     return {
         "in_sample": {g[0].chip: score([(made[g[0].chip], g)]) for g in groups},
         "held_out_shape": {g[0].chip: score(held_out(g, lambda k: k.shape)) for g in groups},
         "held_out_chip": {g[0].chip: score([(c, g)]) for c, g in held_out(long, lambda k: k.chip)},
-        "dense_gemm_from_0.2_ms_never_fitted": score([(made["h200"], [k for k in gemm if k.seconds >= 2e-4])]),
+        "dense_gemm_from_0.2_ms_never_fitted": score(
+            [(made["h200"], [k for k in gemm if k.seconds >= 2e-4])]
+        ),
         "dense_gemm_shorter_never_fitted": score([(made["h200"], brief)]),
-        "expert_layers_under_1_ms_never_fitted": {g[0].chip: score([(made[g[0].chip], g)]) for g in by_chip(short)},
+        "expert_layers_under_1_ms_never_fitted": {
+            g[0].chip: score([(made[g[0].chip], g)]) for g in by_chip(short)
+        },
     }
 
 
@@ -287,19 +363,30 @@ def node_errors(found: dict[str, dict[str, float]], made: Coefficients) -> dict[
         "idle_node_left_out_pct": idle_left_out(found),
         "lora_left_out": lora(found, made),
         "p99_over_ceiling": ceiling(found, host(found)),
-        "not_validated": "power of bert, dlrm, resnet, ssd and unet3d under load: their utilisation is not logged",
+        "not_validated": "power of bert, dlrm, resnet, ssd and unet3d under load: their "
+        "utilisation is not logged",
     }
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(energy.__file__).parent / "coefficients" / "energy.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(energy.__file__).parent / "coefficients" / "energy.json"
+    )
     flags = parser.parse_args()
     made = document(flags.data)
     flags.out.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    print(json.dumps({"coefficients": made["coefficients"], "errors": made["errors"]}, indent=1, ensure_ascii=False))
+    print(
+        json.dumps(
+            {"coefficients": made["coefficients"], "errors": made["errors"]},
+            indent=1,
+            ensure_ascii=False,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Fits `fdp/cost/coefficients/network.json` to measured collectives and scores the fit on classes it has not seen.
+"""Fits `fdp/cost/coefficients/network.json` to measured collectives and scores the fit on classes
+it has not seen.
 
     python -m benchmarks.fit_network DATA                  # rewrites the json, prints the errors; ~1-2 min
     python -m benchmarks.fit_network DATA --out=fit.json
 
-DATA holds planning/comm/collectives.csv.gz, planning/ultrascale_playbook_sweeps.csv, moe/nccl_intranode.csv.gz and
-moe/deepep_normal_h100_1node.csv.gz. A class is one (chip, op, ranks, ranks per node) of one source; every class has
-equal weight in a fit, however many points it has. Errors are absolute percentage errors of the time, over points.
-Left out: pairwise-NVLink machines and the A40, which are not the chips of the hardware table, and the L40S of the NCCL
-file, a virtual machine whose traffic bounces through the host.
+DATA holds planning/comm/collectives.csv.gz, planning/ultrascale_playbook_sweeps.csv,
+moe/nccl_intranode.csv.gz and moe/deepep_normal_h100_1node.csv.gz. A class is one (chip, op, ranks,
+ranks per node) of one source; every class has equal weight in a fit, however many points it has.
+Errors are absolute percentage errors of the time, over points. Left out: pairwise-NVLink machines
+and the A40, which are not the chips of the hardware table, and the L40S of the NCCL file, a virtual
+machine whose traffic bounces through the host.
 
 Legend: P points, C coefficients.
 """
@@ -30,23 +32,30 @@ from fdp.cost import network
 from fdp.cost.network import Coefficients
 
 FIELDS = tuple(f.name for f in dataclasses.fields(Coefficients))
-# (low, high, start): seconds ≥ 0, shares in (0, 1]. Past these bounds a fit is better on its data and wrong elsewhere.
+# (low, high, start): seconds ≥ 0, shares in (0, 1]. Past these bounds a fit is better on its data
+# and wrong elsewhere.
 BOUNDS = {
     **dict.fromkeys(("launch", "ramp"), (0.0, 100e-6, 5e-6)),
     "launch_out": (0.0, 30e-6, 5e-6),
     "hop": (0.0, 5e-6, 1e-6),
-    "hop_out": (1e-6, 10e-6, 4e-6),  # the wire and two adapters take 1 µs, NCCL's proxy threads a few more
+    "hop_out": (
+        1e-6,
+        10e-6,
+        4e-6,
+    ),  # the wire and two adapters take 1 µs, NCCL's proxy threads a few more
     **dict.fromkeys(("all_reduce", "all_gather", "all_to_all", "point_to_point"), (0.02, 1.0, 0.7)),
     "short": (0.02, 1.0, 0.3),
     "scale_out": (0.02, 1.0, 0.5),
     "congestion": (0.0, 1.0, 0.1),
 }
-# Seconds that the host of a source adds to every call. Vidur times a framework's calls, not the library's: up to
-# 60 µs at sizes where NCCL's own benchmark shows 7. Fitted beside the coefficients and not shipped.
+# Seconds that the host of a source adds to every call. Vidur times a framework's calls, not the
+# library's: up to 60 µs at sizes where NCCL's own benchmark shows 7. Fitted beside the coefficients
+# and not shipped.
 HARNESS = (0.0, 100e-6, 20e-6)
 SMALL = 2**20
 THIN = 40
-PRIOR = 0.05  # pull of every coefficient to its start, in units of its range: decides only what no class shows
+# pull of every coefficient to its start, in units of its range: decides only what no class shows
+PRIOR = 0.05
 OPS = {"send_recv": "point_to_point", "alltoall": "all_to_all"}
 SOURCES = {"vidur a100_dgx": "a100", "vidur h100_dgx": "h100", "vtrain a100 nvlink node": "a100"}
 SOURCES |= {"vtrain v100 nvlink node": "v100"}
@@ -111,7 +120,16 @@ def measured(data: Path) -> list[Class]:
         if r["source"] in SOURCES:
             op, seconds = OPS.get(r["op"], r["op"]), 1e-6 * float(r["time_us"])
             shape = int(r["ranks"]), int(r["ranks_per_node"])
-            rows.append((r["source"].split()[0], SOURCES[r["source"]], op, *shape, float(r["bytes"]), seconds))
+            rows.append(
+                (
+                    r["source"].split()[0],
+                    SOURCES[r["source"]],
+                    op,
+                    *shape,
+                    float(r["bytes"]),
+                    seconds,
+                )
+            )
     for r in read(data / "moe/nccl_intranode.csv.gz"):
         if r["gpu"] != "L40S":
             op, n = OPS.get(r["op_name"], r["op_name"]), int(r["num_gpus"])
@@ -126,20 +144,25 @@ def measured(data: Path) -> list[Class]:
 
 
 def deepep(data: Path) -> list[Class]:
-    """Expert dispatch (1 byte per element) and combine (2) inside 8 H100, on the most SMs; never fitted.
+    """Expert dispatch (1 byte per element) and combine (2) inside 8 H100, on the most SMs; never
+    fitted.
 
-    A token goes once to every rank that holds one of its experts, so that bytes are tokens × expected distinct ranks.
-    """
+    A token goes once to every rank that holds one of its experts, so that bytes are tokens ×
+    expected distinct ranks."""
     rows: list[Any] = []
     for r in read(data / "moe/deepep_normal_h100_1node.csv.gz"):
         if int(r["num_token"]) >= 512:
             experts, k = int(r["num_experts"]), int(r["num_topk"])
-            missed = np.prod([1 - experts / 8 / (experts - i) for i in range(k)])  # a rank holds none of the k
+            missed = np.prod(
+                [1 - experts / 8 / (experts - i) for i in range(k)]
+            )  # a rank holds none of the k
             elements = int(r["num_token"]) * int(r["hidden_size"]) * 8 * (1 - missed)
             for way, width in (("dispatch", 1), ("combine", 2)):
                 if int(r[f"{way}_sms"]) == 24:
                     seconds = 1e-6 * (float(r[f"{way}_transmit_us"]) + float(r[f"{way}_notify_us"]))
-                    rows.append((f"deepep {way}", "h100", "all_to_all", 8, 8, elements * width, seconds))
+                    rows.append(
+                        (f"deepep {way}", "h100", "all_to_all", 8, 8, elements * width, seconds)
+                    )
     return classes(rows)
 
 
@@ -150,7 +173,9 @@ def predict(c: Coefficients, one: Class, harness: float = 0.0) -> np.ndarray:
 
 
 def fit(found: list[Class], prior: Coefficients = START) -> Fit:
-    """Bounded least squares of log(predicted/measured); coefficients that no class shows stay at `prior`."""
+    """Bounded least squares of log(predicted/measured); coefficients that no class shows stay at
+    `prior`.
+    """
     low_C, high_C = np.array([*(BOUNDS[f][:2] for f in FIELDS), HARNESS[:2]]).T
     prior_C = (np.array([*dataclasses.astuple(prior), HARNESS[2]]) - low_C) / (high_C - low_C)
     thinned = [thin(one) for one in found]
@@ -158,7 +183,10 @@ def fit(found: list[Class], prior: Coefficients = START) -> Fit:
     def residuals(unit_C: np.ndarray) -> np.ndarray:
         value_C = low_C + unit_C * (high_C - low_C)
         c = Coefficients(*value_C[:-1])
-        logs = (np.log(predict(c, one, value_C[-1]) / one.seconds_P) / len(one.seconds_P) ** 0.5 for one in thinned)
+        logs = (
+            np.log(predict(c, one, value_C[-1]) / one.seconds_P) / len(one.seconds_P) ** 0.5
+            for one in thinned
+        )
         return np.concatenate([PRIOR * (unit_C - prior_C), *logs])
 
     solution = least_squares(residuals, np.clip(prior_C, 1e-3, 1 - 1e-3), bounds=(0, 1))
@@ -167,20 +195,28 @@ def fit(found: list[Class], prior: Coefficients = START) -> Fit:
 
 
 def score(scored: Iterable[tuple[Fit, Class]]) -> dict[str, Any]:
-    """Median and p90 absolute percentage error and the count of points, by place and size of the message."""
+    """Median and p90 absolute percentage error and the count of points, by place and size of the
+    message.
+    """
     ape: dict[str, list[float]] = {}
     for made, one in scored:
         error_P = 100 * np.abs(predict(made.coefficients, one, made.harness) / one.seconds_P - 1)
         place = "in a node" if one.local >= one.ranks else "across nodes"
         for error, nbytes in zip(error_P, one.nbytes_P, strict=True):
-            ape.setdefault(f"{place}, {'below' if nbytes < SMALL else 'from'} 1 MiB", []).append(error)
+            ape.setdefault(f"{place}, {'below' if nbytes < SMALL else 'from'} 1 MiB", []).append(
+                error
+            )
     return {group: summary(ape[group]) for group in sorted(ape)}
 
 
 def summary(errors: list[float]) -> dict[str, float]:
     """Median, p90 and count of errors in per cent."""
     median, p90 = np.percentile(errors, (50, 90))
-    return {"median_pct": round(float(median), 1), "p90_pct": round(float(p90), 1), "points": len(errors)}
+    return {
+        "median_pct": round(float(median), 1),
+        "p90_pct": round(float(p90), 1),
+        "points": len(errors),
+    }
 
 
 def held_out(found: list[Class], key: Callable[[Class], Any]) -> list[tuple[Fit, Class]]:
@@ -193,24 +229,33 @@ def held_out(found: list[Class], key: Callable[[Class], Any]) -> list[tuple[Fit,
 
 
 def one_bandwidth(n: Any, local: Any, scale_up: Any, scale_out: Any) -> Any:
-    """The ablation: a group over several nodes has one bandwidth, however many of its ranks share a node."""
+    """The ablation: a group over several nodes has one bandwidth, however many of its ranks share a
+    node.
+    """
     return np.where(local >= n, scale_up, np.minimum(scale_up, 8 * scale_out))
 
 
 def nic_rule(found: list[Class]) -> dict[str, Any]:
-    """Held-out classes over several nodes, fitted and predicted with the NIC-sharing rule and without it.
+    """Held-out classes over several nodes, fitted and predicted with the NIC-sharing rule and
+    without it.
 
-    Only the A100 cluster has groups with 1, 2, 4 and 8 ranks of a node; the mean over its classes decides.
-    """
+    Only the A100 cluster has groups with 1, 2, 4 and 8 ranks of a node; the mean over its classes
+    decides."""
     own = [one for one in found if one.chip == "a100"]
     out: dict[str, Any] = {}
     for name, law in (("with", network.group_bandwidth), ("without", one_bandwidth)):
         with mock.patch.object(network, "group_bandwidth", law):
-            pairs = held_out(own, lambda one: (one.ranks, one.local) if one.local < one.ranks else (0, 0))
+            pairs = held_out(
+                own, lambda one: (one.ranks, one.local) if one.local < one.ranks else (0, 0)
+            )
             pairs = [(made, one) for made, one in pairs if one.local < one.ranks]
             classes = per_class(pairs)
             mean = round(float(np.mean(list(classes.values()))), 1)
-            out[name] = {"mean_over_classes_pct": mean, "median_by_class_pct": classes, "points": score(pairs)}
+            out[name] = {
+                "mean_over_classes_pct": mean,
+                "median_by_class_pct": classes,
+                "points": score(pairs),
+            }
     return out
 
 
@@ -225,12 +270,16 @@ def per_class(scored: list[tuple[Fit, Class]]) -> dict[str, float]:
 
 
 def validate(found: list[Class], dispatch: list[Class], made: dict[str, Fit]) -> dict[str, Any]:
-    """Errors in sample, on held-out classes, on held-out chips, of the NIC rule, and on expert dispatch."""
+    """Errors in sample, on held-out classes, on held-out chips, of the NIC rule, and on expert
+    dispatch.
+    """
     own = {chip: [one for one in found if one.chip == chip] for chip in made if chip != "default"}
     pooled = held_out([one for one in found if one.chip in POOLED], lambda one: one.chip)
     return {
         "in_sample": {chip: score((made[chip], one) for one in ones) for chip, ones in own.items()},
-        "held_out_class": {c: score(held_out(ones, lambda one: (one.ranks, one.local))) for c, ones in own.items()},
+        "held_out_class": {
+            c: score(held_out(ones, lambda one: (one.ranks, one.local))) for c, ones in own.items()
+        },
         "held_out_chip": {chip: score(p for p in pooled if p[1].chip == chip) for chip in POOLED},
         "nic_rule_a100_held_out_class": nic_rule(found),
         "expert_dispatch_never_fitted": score((made["h100"], one) for one in dispatch),
@@ -251,16 +300,19 @@ def document(data: Path) -> dict[str, Any]:
     made = fits(found)
     shipped = {name: dataclasses.asdict(one.coefficients) for name, one in made.items()}
     return {
-        "about": "alpha-beta coefficients of collectives: seconds, and shares of the peaks of fdp.cost.hardware",
+        "about": "alpha-beta coefficients of collectives: seconds, and shares of the peaks of "
+        "fdp.cost.hardware",
         "made_by": "python -m benchmarks.fit_network DATA",
         "date": datetime.date.today().isoformat(),
         "evidence": {
             "default": f"measured, pooled over {', '.join(POOLED)}; used for GPUs without data",
             "torus": "assumed, nothing measured: JAX scaling book",
             "h100": "scale_out and congestion: one congested cluster; replace them for another",
-            "a100": "scale_out: one cluster, 2 nodes; congestion: the pool's; point_to_point, hop_out at their bounds",
+            "a100": "scale_out: one cluster, 2 nodes; congestion: the pool's; point_to_point, "
+            "hop_out at their bounds",
             "h200": "in the node only; across nodes as the pool",
-            "v100": "all-reduce in a cube mesh whose bandwidth depends on which ranks take part; the rest as the pool",
+            "v100": "all-reduce in a cube mesh whose bandwidth depends on which ranks take part; "
+            "the rest as the pool",
         },
         "bounds": {name: list(bound[:2]) for name, bound in BOUNDS.items()},
         "coefficients": shipped | {"torus": dataclasses.asdict(TORUS)},
@@ -279,9 +331,13 @@ def sources(found: list[Class], source: str) -> dict[str, Any]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(network.__file__).parent / "coefficients" / "network.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(network.__file__).parent / "coefficients" / "network.json"
+    )
     flags = parser.parse_args()
     made = document(flags.data)
     flags.out.write_text(json.dumps(made, indent=1) + "\n", "utf-8")

@@ -1,9 +1,10 @@
-"""Fit the shipped step-time and memory model and write its coefficients with provenance and held-out errors.
+"""Fit the shipped step-time and memory model and write its coefficients with provenance and
+held-out errors.
 
     python -m benchmarks.fit_step_time PATH/TO/planning      # holds measured_configs.csv
 
-The spread of the intervals comes from hold-outs of whole models (software that was seen) and whole clusters (not seen).
-"""
+The spread of the intervals comes from hold-outs of whole models (software that was seen) and whole
+clusters (not seen)."""
 
 import datetime
 import sys
@@ -39,7 +40,9 @@ def held_out(fitter: fit.Fitter, labels: np.ndarray, least: int) -> tuple[np.nda
 def describe(error: np.ndarray, weight: np.ndarray) -> dict[str, float]:
     """Rows, median and 90 % quantile of |log error|, rows weighing as in the fit."""
     kept = np.isfinite(error)
-    middle, high = (fit.weighted_quantile(error[kept], weight[kept], share) for share in (0.5, fit.INTERVAL))
+    middle, high = (
+        fit.weighted_quantile(error[kept], weight[kept], share) for share in (0.5, fit.INTERVAL)
+    )
     return {"rows": float(kept.sum()), "median": middle, "p90": high}
 
 
@@ -55,7 +58,8 @@ def main(folder: Path) -> None:
     by_model, memory = held_out(fitter, names, 20)
     by_cluster, memory_elsewhere = held_out(fitter, data.groups["cluster"].astype(str), 30)
     model = fitter.fit(np.ones(len(names), bool), steps=400)
-    # Stalls are a regime of their own with its own end of the interval; they must not widen everybody's.
+    # Stalls are a regime of their own with its own end of the interval; they must not widen
+    # everybody's.
     calm = ~np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)
     mixed = data.x["moe_layers"] > 0
     parts = {
@@ -70,12 +74,16 @@ def main(folder: Path) -> None:
     spread = {"memory": most, "seen": parts["models"]["p90"] / 1.645, "unseen": parts["clusters"]["p90"] / 1.645,
               "experts": parts["mixtures of experts"]["p90"] / 1.645, "ensemble": 1.0, "quantile": 1.645}  # fmt: skip
     provenance = {
-        "sources": "vTrain, BLOOM chronicles, Ultra-Scale Playbook, llm-foundry, Megatron-Bridge, Automodel, DGX Cloud "
-        "benchmarking, MLPerf Training v3.1-v4.1, torchtitan, DLPerf, Korthikanti et al. 2022; see the topic's README",
+        "sources": "vTrain, BLOOM chronicles, Ultra-Scale Playbook, llm-foundry, Megatron-Bridge, "
+                   "Automodel, DGX Cloud "
+        "benchmarking, MLPerf Training v3.1-v4.1, torchtitan, DLPerf, Korthikanti et al. 2022; see "
+        "the topic's README",
         "fitted": datetime.date.today().isoformat(), "rows": len(names),
         "held out, |log error|": parts,
     }  # fmt: skip
-    TARGET.write_text(hybrid.to_json(fit.replace(model, spread=spread, provenance=provenance)), encoding="utf8")
+    TARGET.write_text(
+        hybrid.to_json(fit.replace(model, spread=spread, provenance=provenance)), encoding="utf8"
+    )
     print(f"{TARGET}: {len(names)} rows; held out: {parts}")
 
 

@@ -1,13 +1,14 @@
-"""What fdp costs on one device: its train step against `plain_transformer`, in one process, step by step in turn.
+"""What fdp costs on one device: its train step against `plain_transformer`, in one process, step by
+step in turn.
 
     python -m benchmarks.step                          # ~5 M parameters, < 90 s on 2 idle cores
     python -m benchmarks.step --layers=2 --width=64    # small: the fixed cost of a call shows
     python -m benchmarks.step --startup                # also: process start to first step, cold and warm cache
 
-Both sides hold their own copy of the same parameters and see the same tokens. A pair is one step of each, in random
-order, so that a neighbour's load hits both; the ratio is the median over pairs, its interval a bootstrap of pairs.
-Exit status 1: the whole interval lies above LIMIT. 0: it does not, which with few steps may mean undecided.
-"""
+Both sides hold their own copy of the same parameters and see the same tokens. A pair is one step of
+each, in random order, so that a neighbour's load hits both; the ratio is the median over pairs, its
+interval a bootstrap of pairs. Exit status 1: the whole interval lies above LIMIT. 0: it does not,
+which with few steps may mean undecided."""
 
 import argparse
 import contextlib
@@ -40,14 +41,33 @@ from fdp.step import Program, tokens_sharding
 
 LIMIT = 1.05  # fdp may cost at most 5 % more step time
 BOS = 0
-SIZE = {"layers": 6, "width": 256, "heads": 8, "kv_heads": 4, "ffn": 688, "vocab": 1024, "seq_len": 128, "batch": 8}
-STARTUP_SIZE = SIZE | {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 512, "seq_len": 32}
+SIZE = {
+    "layers": 6,
+    "width": 256,
+    "heads": 8,
+    "kv_heads": 4,
+    "ffn": 688,
+    "vocab": 1024,
+    "seq_len": 128,
+    "batch": 8,
+}
+STARTUP_SIZE = SIZE | {
+    "layers": 2,
+    "width": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "ffn": 128,
+    "vocab": 512,
+    "seq_len": 32,
+}
 STAGES = ("imports", "init", "compile", "first step")
 
 
 @dataclasses.dataclass
 class Side:
-    """One contender: `jitted` makes a fresh jitted step (state, tokens) → (state, anything with a loss)."""
+    """One contender: `jitted` makes a fresh jitted step (state, tokens) → (state, anything with a
+    loss).
+    """
 
     jitted: Callable[[], Any]
     state: Any
@@ -71,7 +91,9 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Sizes, compile seconds per side, step seconds [pairs] per side, the ratio fdp/plain and its 95 % interval."""
+    """Sizes, compile seconds per side, step seconds [pairs] per side, the ratio fdp/plain and its
+    95 % interval.
+    """
 
     parameters: int
     compile_s: dict[str, float]
@@ -99,21 +121,29 @@ class Result:
             ("step, fastest (ms)", *fastest, ""),
             ("trace + compile (s)", *compiles, ratio["compile"]),
         ]
-        return tabulate(rows, headers=("", *sides, "fdp / plain"), disable_numparse=True, stralign="right")
+        return tabulate(
+            rows, headers=("", *sides, "fdp / plain"), disable_numparse=True, stralign="right"
+        )
 
 
 def benchmark_config(size: dict[str, int]) -> ml_collections.ConfigDict:
-    """The config of one device and `size` (keys of SIZE); next-token prediction, because it draws no noise."""
+    """The config of one device and `size` (keys of SIZE); next-token prediction, because it draws
+    no noise.
+    """
     c = fdp_config.base()
     c.objective.name = "autoregressive"
-    c.model.update({k: v for k, v in size.items() if k in c.model}, head_dim=size["width"] // size["heads"])
+    c.model.update(
+        {k: v for k, v in size.items() if k in c.model}, head_dim=size["width"] // size["heads"]
+    )
     c.data.seq_len, c.train.batch = size["seq_len"], size["batch"]
     fdp_config.validate(c)
     return c
 
 
 def fdp_side(c: ml_collections.ConfigDict, tokens_BxL: np.ndarray) -> Side:
-    """fdp's train step on a mesh of one device. Every embedding row is a token: the plain side masks no logits."""
+    """fdp's train step on a mesh of one device. Every embedding row is a token: the plain side
+    masks no logits.
+    """
     objective = Autoregressive(c.model.vocab, BOS)
     model = transformer.from_config(c, objective.attention)
     mesh = make_mesh(c.mesh)
@@ -140,14 +170,18 @@ def plain_side(c: ml_collections.ConfigDict, tokens_BxL: np.ndarray, params: Any
 
 def build(c: ml_collections.ConfigDict) -> dict[str, Side]:
     """Both sides with equal parameters and tokens."""
-    tokens_BxL = np.random.default_rng(0).integers(0, c.model.vocab, (c.train.batch, c.data.seq_len), np.int32)
+    tokens_BxL = np.random.default_rng(0).integers(
+        0, c.model.vocab, (c.train.batch, c.data.seq_len), np.int32
+    )
     fdp = fdp_side(c, tokens_BxL)
     return {"fdp": fdp, "plain": plain_side(c, tokens_BxL, fdp.state.params)}
 
 
 @contextlib.contextmanager
 def no_compilation_cache() -> Iterator[None]:
-    """Compile for real: JAX decides once per process whether the cache is used, hence the resets."""
+    """Compile for real: JAX decides once per process whether the cache is used, hence the
+    resets.
+    """
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
@@ -158,8 +192,12 @@ def no_compilation_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def paired_ratio(fdp_N: np.ndarray, plain_N: np.ndarray, level: float = 0.95) -> tuple[float, tuple[float, float]]:
-    """Median of fdp/plain over pairs and its bootstrap interval (10 000 resamples of pairs): robust to load spikes."""
+def paired_ratio(
+    fdp_N: np.ndarray, plain_N: np.ndarray, level: float = 0.95
+) -> tuple[float, tuple[float, float]]:
+    """Median of fdp/plain over pairs and its bootstrap interval (10 000 resamples of pairs): robust
+    to load spikes.
+    """
     ratio_N = np.asarray(fdp_N) / np.asarray(plain_N)
     draws_RxN = np.random.default_rng(0).integers(0, ratio_N.size, (10_000, ratio_N.size))
     lo, hi = np.quantile(np.median(ratio_N[draws_RxN], axis=1), ((1 - level) / 2, (1 + level) / 2))
@@ -188,11 +226,15 @@ def measure(c: ml_collections.ConfigDict, pairs: int, warmup: int = 3, compiles:
             raise RuntimeError(f"not the same computation: first losses {losses}")
     step_s = {name: np.array(s) for name, s in seconds.items()}
     ratio, ci = paired_ratio(step_s["fdp"], step_s["plain"])
-    return Result(parameters, {name: side.compile_s for name, side in sides.items()}, step_s, ratio, ci)
+    return Result(
+        parameters, {name: side.compile_s for name, side in sides.items()}, step_s, ratio, ci
+    )
 
 
 def first_step() -> dict[str, float]:
-    """Be a fresh training process up to its first step: the clock (s since the epoch) at the end of each stage."""
+    """Be a fresh training process up to its first step: the clock (s since the epoch) at the end of
+    each stage.
+    """
     import fdp.run  # noqa: F401  # what `fdp.train` imports: loop, checkpoints, reports
 
     ends = [time.time()]
@@ -207,7 +249,9 @@ def first_step() -> dict[str, float]:
 
 
 def startup_once(cache: Path) -> dict[str, float]:
-    """Seconds per stage of a new process that keeps compiled programs in `cache`, as `fdp.train` does."""
+    """Seconds per stage of a new process that keeps compiled programs in `cache`, as `fdp.train`
+    does.
+    """
     env = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -216,14 +260,20 @@ def startup_once(cache: Path) -> dict[str, float]:
     code = "import json; from benchmarks.step import first_step; print(json.dumps(first_step()))"
     start = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=Path(__file__).parent.parent, check=True, stdout=subprocess.PIPE
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=Path(__file__).parent.parent,
+        check=True,
+        stdout=subprocess.PIPE,
     )
     ends = json.loads(done.stdout.splitlines()[-1])
     return dict(zip(STAGES, np.diff([start, *(ends[s] for s in STAGES)]).tolist(), strict=True))
 
 
 def startup(repeats: int) -> dict[str, dict[str, float]]:
-    """Cold (empty cache) and warm (the same cache again): seconds per stage of the fastest of `repeats` processes."""
+    """Cold (empty cache) and warm (the same cache again): seconds per stage of the fastest of
+    `repeats` processes.
+    """
     runs: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
@@ -240,10 +290,16 @@ def startup_table(runs: dict[str, dict[str, float]]) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line: sizes and repeats."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--steps", type=int, default=60, help="pairs of steps (default 60)")
-    parser.add_argument("--startup", action="store_true", help="also time process start to first step")
-    parser.add_argument("--repeats", type=int, default=2, help="processes per state of the cache, with --startup")
+    parser.add_argument(
+        "--startup", action="store_true", help="also time process start to first step"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="processes per state of the cache, with --startup"
+    )
     for key, value in SIZE.items():
         parser.add_argument(f"--{key}", type=int, default=value, help=f"default {value}")
     return parser.parse_args(argv)
@@ -255,12 +311,14 @@ def main(argv: list[str] | None = None) -> int:
     c = benchmark_config({key: getattr(args, key) for key in SIZE})
     device = jax.devices()[0]
     print(
-        f"device    1 of {jax.device_count()} × {device.device_kind} ({device.platform}), {os.cpu_count()} host cores"
+        f"device    1 of {jax.device_count()} × {device.device_kind} ({device.platform}), "
+        f"{os.cpu_count()} host cores"
     )
     print(f"versions  {', '.join(f'{k} {v}' for k, v in versions().items())}")
     result = measure(c, args.steps)
     print(
-        f"model     {result.parameters:,} parameters, batch {args.batch} × {args.seq_len} tokens, {args.steps} pairs\n"
+        f"model     {result.parameters:,} parameters, batch {args.batch} × {args.seq_len} tokens, "
+        f"{args.steps} pairs\n"
     )
     print(result.table())
     print(f"\nat most {LIMIT} times the plain step: {result.verdict}")

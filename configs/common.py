@@ -12,7 +12,18 @@ def start(topic: str, variant: str) -> ml_collections.ConfigDict:
     return c
 
 
-def llama_like(m: ml_collections.ConfigDict, layers: int, width: int, heads: int, kv_heads: int, vocab: int) -> None:
-    """Fill the model section with the usual proportions: head_dim = width/heads, SwiGLU of 8/3·width rounded to 128."""
-    m.update(layers=layers, width=width, heads=heads, kv_heads=kv_heads, head_dim=width // heads, vocab=vocab)
+def llama_like(
+    m: ml_collections.ConfigDict, layers: int, width: int, heads: int, kv_heads: int, vocab: int
+) -> None:
+    """Fill the model section with the usual proportions: head_dim = width/heads, SwiGLU of
+    8/3·width rounded to 128.
+    """
+    m.update(
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width // heads,
+        vocab=vocab,
+    )
     m.ffn = -(-8 * width // 3 // 128) * 128

@@ -1,9 +1,11 @@
-"""Topic 1: what a diffusion LM lets tensor and data parallelism leave out, in training and in sampling.
+"""Topic 1: what a diffusion LM lets tensor and data parallelism leave out, in training and in
+sampling.
 
-Claims: sums over tp at ≤ 35 % of the bytes keep what is sampled from (KL ≤ 1e-3 nats, N = L and L/4 steps); antithetic
-exact-k losses scatter ≥ 5 times less than iid t, with half the head; sampling sends ids and scalars, and the same ids
-for every tp; a tp degree for each denoising phase beats the best fixed one. Sharded equals unsharded; MDLM against AR
-at equal budget (a small MDLM is expected to be behind).
+Claims: sums over tp at ≤ 35 % of the bytes keep what is sampled from (KL ≤ 1e-3 nats, N = L and L/4
+steps); antithetic exact-k losses scatter ≥ 5 times less than iid t, with half the head; sampling
+sends ids and scalars, and the same ids for every tp; a tp degree for each denoising phase beats the
+best fixed one. Sharded equals unsharded; MDLM against AR at equal budget (a small MDLM is expected
+to be behind).
 
     python -m fdp.train --config=configs/topic1.py            # ≤ 10 min on 2 cores, 8 virtual devices
     python -m fdp.train --config=configs/topic1.py:tiny       # ≤ 60 s
@@ -27,12 +29,21 @@ def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
 
 
 def _cpu(c: ml_collections.ConfigDict) -> None:
-    # MDLM's training loss at step 600 in a trial: 5.28 so, 5.57 without the norm at 3e-3 (5.28 without it at 1e-3).
+    # MDLM's training loss at step 600 in a trial: 5.28 so, 5.57 without the norm at 3e-3 (5.28
+    # without it at 1e-3).
     c.model.qk_norm = True
     c.train.update(steps=400, batch=32, lr=2e-3)
     c.eval.update(every=200, draws=64, sequences=16)
     c.checkpoint.every = 200
-    c.eval.policies = ("exact", "exact, read rows only", "stale, K=3", "int8", "attention", "drift 0.4", "drift, int8")
+    c.eval.policies = (
+        "exact",
+        "exact, read rows only",
+        "stale, K=3",
+        "int8",
+        "attention",
+        "drift 0.4",
+        "drift, int8",
+    )
 
 
 def _tiny(c: ml_collections.ConfigDict) -> None:

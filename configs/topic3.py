@@ -1,8 +1,10 @@
-"""Topic 3: adaptive context parallelism with dynamic sparse attention: a plan of its own for every layer.
+"""Topic 3: adaptive context parallelism with dynamic sparse attention: a plan of its own for every
+layer.
 
-Claims: every plan equals attention on one device and sends what its closed formula says; on masks measured in trained
-models the adaptive plan sends at most 0.7 of the best uniform plan's bytes at a loss within 0.5 % of dense attention;
-it is at least 10 % faster at 128K over 8 devices on InfiniBand; layers differ at least fourfold in density, stably.
+Claims: every plan equals attention on one device and sends what its closed formula says; on masks
+measured in trained models the adaptive plan sends at most 0.7 of the best uniform plan's bytes at a
+loss within 0.5 % of dense attention; it is at least 10 % faster at 128K over 8 devices on
+InfiniBand; layers differ at least fourfold in density, stably.
 
     python -m fdp.train --config=configs/topic3.py            # ≤ 10 min on 2 cores, 8 virtual devices
     python -m fdp.train --config=configs/topic3.py:tiny       # ≤ 60 s
@@ -27,7 +29,9 @@ def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
 
 
 def _cpu(c: ml_collections.ConfigDict) -> None:
-    c.model.update(layers=4, width=64, heads=8, kv_heads=2, head_dim=8, ffn=176, vocab=512, qk_norm=True)
+    c.model.update(
+        layers=4, width=64, heads=8, kv_heads=2, head_dim=8, ffn=176, vocab=512, qk_norm=True
+    )
     c.data.update(vocab=512, seq_len=256)
     c.train.update(steps=600, batch=8, lr=3e-3)
     c.eval.update(every=0, batches=4, samples=2, sequences=8)

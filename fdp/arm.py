@@ -1,4 +1,6 @@
-"""An arm: one trained variant of a study, built from its config. Data, objective, model and programs in one place."""
+"""An arm: one trained variant of a study, built from its config. Data, objective, model and
+programs in one place.
+"""
 
 from typing import Any
 
@@ -34,12 +36,14 @@ class Arm:
         tokenizer = data.tokenizer
         if tokenizer.vocab_size > c.model.vocab:
             raise ValueError(
-                f"model.vocab = {c.model.vocab} embedding rows cannot hold {tokenizer.vocab_size} token ids "
+                f"model.vocab = {c.model.vocab} embedding rows cannot hold {tokenizer.vocab_size} "
+                "token ids "
                 f"(mask included): set model.vocab={-(-tokenizer.vocab_size // 8) * 8}"
             )
         self.name, self.c, self.data, self.mesh = name, c, data, mesh
         self.objective = objectives.from_config(c, tokenizer.n_data, tokenizer.eos_id)
-        # The same architecture for every objective; only the attention mask follows from what the objective may see.
+        # The same architecture for every objective; only the attention mask follows from what the
+        # objective may see.
         self.model = transformer.from_config(c, self.objective.attention, self.objective.block)
         self.program = Program(c, self.model, self.objective, mesh)
         self.state: TrainState | None = None
@@ -84,7 +88,9 @@ class Arm:
     def train_function(self) -> Any:
         """The train step compiled for this mesh, once: (state, tokens_BxL) → (state, metrics)."""
         if self._train is None:
-            self._train = self.program.jit_train_step().lower(*self.abstract_step_arguments()).compile()
+            self._train = (
+                self.program.jit_train_step().lower(*self.abstract_step_arguments()).compile()
+            )
         return self._train
 
     def eval_function(self) -> Any:

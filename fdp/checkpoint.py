@@ -1,4 +1,6 @@
-"""Checkpoints (Orbax): asynchronous, atomic, restored onto any mesh; and the tie between a workdir and its config."""
+"""Checkpoints (Orbax): asynchronous, atomic, restored onto any mesh; and the tie between a workdir
+and its config.
+"""
 
 import contextlib
 import errno
@@ -41,8 +43,9 @@ def _not_an_orbax_task(record: logging.LogRecord) -> bool:
 # Orbax narrates every save and repeats, five tracebacks long, each error that it also raises.
 logging.getLogger("absl").addFilter(_not_from_orbax)
 
-# After a failed save TensorStore reports every other array of it to Orbax's event loop, which is closed by then: a
-# traceback each, from callbacks that have no caller, and one more for every task whose error nobody reads.
+# After a failed save TensorStore reports every other array of it to Orbax's event loop, which is
+# closed by then: a traceback each, from callbacks that have no caller, and one more for every task
+# whose error nobody reads.
 logging.getLogger("asyncio").addFilter(_not_an_orbax_task)
 _unraisablehook = sys.unraisablehook
 
@@ -57,7 +60,9 @@ sys.unraisablehook = _without_closed_loops
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message names the path, the reason and a fix."""
+    """A checkpoint could not be written or read; the message names the path, the reason and a
+    fix.
+    """
 
 
 def _root_cause(error: BaseException) -> BaseException:
@@ -83,7 +88,9 @@ def _os_code(error: BaseException) -> int | None:
 
 def _write_error(what: str, path: Path, error: BaseException) -> CheckpointError:
     code = _os_code(error)
-    reason = f"{os.strerror(code)} ({errno.errorcode.get(code, code)})" if code else _first_line(error)
+    reason = (
+        f"{os.strerror(code)} ({errno.errorcode.get(code, code)})" if code else _first_line(error)
+    )
     fix = "choose another --workdir"
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         fix = "free space there, lower checkpoint.keep, or choose another --workdir; earlier checkpoints are intact"
@@ -100,7 +107,9 @@ def _ignore(*_: Any) -> None:
 
 @contextlib.contextmanager
 def _without_stray_tracebacks() -> Iterator[None]:
-    """Keep Orbax's abandoned coroutines from printing hundreds of lines after an error that we report in one."""
+    """Keep Orbax's abandoned coroutines from printing hundreds of lines after an error that we
+    report in one.
+    """
     hooks, log = (sys.unraisablehook, sys.excepthook), logging.getLogger("asyncio")
     disabled, log.disabled = log.disabled, True
     sys.unraisablehook = sys.excepthook = _ignore
@@ -115,18 +124,26 @@ def _without_stray_tracebacks() -> Iterator[None]:
 
 
 def topology(state: Any) -> dict[str, Any]:
-    """What wrote a checkpoint: mesh degrees of the first mesh-sharded leaf, device count and kind, JAX version."""
-    meshes = (x.sharding.mesh for x in jax.tree.leaves(state) if isinstance(x.sharding, NamedSharding))
+    """What wrote a checkpoint: mesh degrees of the first mesh-sharded leaf, device count and kind,
+    JAX version.
+    """
+    meshes = (
+        x.sharding.mesh for x in jax.tree.leaves(state) if isinstance(x.sharding, NamedSharding)
+    )
     mesh = next(meshes, None)
     devices = {"count": jax.device_count(), "kind": jax.devices()[0].device_kind}
-    return {"mesh": dict(mesh.shape) if mesh is not None else {}, "devices": devices, "jax": jax.__version__}
+    return {
+        "mesh": dict(mesh.shape) if mesh is not None else {},
+        "devices": devices,
+        "jax": jax.__version__,
+    }
 
 
 class Checkpoints:
     """The checkpoints of one arm and seed: directory/<step>, the newest `keep` of them.
 
-    A state is a pytree of jax.Arrays (bf16, integers and typed PRNG keys included). On disk it has no mesh: restoring
-    reads, on every process, only the shards that the target shardings ask for.
+    A state is a pytree of jax.Arrays (bf16, integers and typed PRNG keys included). On disk it has
+    no mesh: restoring reads, on every process, only the shards that the target shardings ask for.
     """
 
     def __init__(self, directory: Path, keep: int = 3):
@@ -136,7 +153,9 @@ class Checkpoints:
         self._damaged: set[int] = set()  # steps that a restore could not read
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._unfinished = sorted(p.name for p in self.directory.iterdir() if _UNFINISHED in p.name)
+            self._unfinished = sorted(
+                p.name for p in self.directory.iterdir() if _UNFINISHED in p.name
+            )
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
@@ -148,18 +167,21 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Start writing `state` as step `step` and return once it is safe to donate its buffers.
 
-        `meta` is JSON; the topology is added to it. Waits for the previous save, and raises CheckpointError if that
-        one failed, if this one cannot start, or if the step is already complete.
-        """
+        `meta` is JSON; the topology is added to it. Waits for the previous save, and raises
+        CheckpointError if that one failed, if this one cannot start, or if the step is already
+        complete."""
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave(json.loads(json.dumps({"topology": topology(state)} | dict(meta)))),
+            meta=ocp.args.JsonSave(
+                json.loads(json.dumps({"topology": topology(state)} | dict(meta)))
+            ),
         )
         self.wait()
         self._set_damaged_aside()
         if step in self._manager.all_steps():
             raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} exists and is complete: a step is written once. "
+                f"checkpoint {self.directory / str(step)} exists and is complete: a step is "
+                "written once. "
                 "Fix: resume from it or choose another --workdir"
             )
         self._pending = step
@@ -174,7 +196,9 @@ class Checkpoints:
         self._pending = None
 
     def close(self) -> None:
-        """Finish the last save and stop the writer threads. Raises CheckpointError if that save failed."""
+        """Finish the last save and stop the writer threads. Raises CheckpointError if that save
+        failed.
+        """
         try:
             self.wait()
         finally:
@@ -182,7 +206,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
-        """Turn a failure of the pending save into a CheckpointError and remove what it left on the disk."""
+        """Turn a failure of the pending save into a CheckpointError and remove what it left on the
+        disk.
+        """
         try:
             yield
         except Exception as error:
@@ -195,7 +221,9 @@ class Checkpoints:
             raise _write_error("saving checkpoint", path, error) from error
 
     def _set_damaged_aside(self) -> None:
-        """Rename unreadable steps to damaged-<step>, so that they can be saved again and looked at."""
+        """Rename unreadable steps to damaged-<step>, so that they can be saved again and looked
+        at.
+        """
         if not self._damaged:
             return
         if self._is_first_process():
@@ -205,7 +233,9 @@ class Checkpoints:
                 try:
                     os.replace(self.directory / str(step), target)
                 except OSError as error:
-                    raise _write_error("setting aside damaged checkpoint", self.directory / str(step), error) from error
+                    raise _write_error(
+                        "setting aside damaged checkpoint", self.directory / str(step), error
+                    ) from error
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("fdp damaged checkpoints set aside")
         self._manager.reload()
@@ -216,20 +246,25 @@ class Checkpoints:
         return max(set(self._manager.all_steps()) - self._damaged, default=None)
 
     def history(self, abstract_state: Any) -> Iterator[tuple[int, Any]]:
-        """(step, state) of every checkpoint that is kept, oldest first: how something came about during training."""
+        """(step, state) of every checkpoint that is kept, oldest first: how something came about
+        during training.
+        """
         for step in sorted(set(self._manager.all_steps()) - self._damaged):
             yield step, self._read(step, abstract_state)[0]
 
     def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, meta) of the newest readable checkpoint, or None where there is none.
 
-        `abstract_state`: ShapeDtypeStructs with the shardings of the target mesh. An unreadable checkpoint is named in
-        a warning and the previous one is tried. Raises CheckpointError when there are checkpoints and none is readable.
-        """
+        `abstract_state`: ShapeDtypeStructs with the shardings of the target mesh. An unreadable
+        checkpoint is named in a warning and the previous one is tried. Raises CheckpointError when
+        there are checkpoints and none is readable."""
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps and self._unfinished:
             names = ", ".join(self._unfinished)
-            warnings.warn(f"{self.directory} holds only an unfinished save ({names}): starting afresh", stacklevel=2)
+            warnings.warn(
+                f"{self.directory} holds only an unfinished save ({names}): starting afresh",
+                stacklevel=2,
+            )
         reasons = []
         for step in steps:
             try:
@@ -242,27 +277,34 @@ class Checkpoints:
                 continue
             if reasons:
                 warnings.warn(
-                    f"fell back to the checkpoint of step {step} in {self.directory}; unreadable, and set aside as "
+                    f"fell back to the checkpoint of step {step} in {self.directory}; unreadable, "
+                    "and set aside as "
                     f"damaged-<step> by the next save: {'; '.join(reasons)}",
                     stacklevel=2,
                 )
             return step, state, meta
         if reasons:
             raise CheckpointError(
-                f"none of the {len(reasons)} checkpoints in {self.directory} is readable: {'; '.join(reasons)}. "
-                "Fix: restore the directory from a copy, check that the model config is the one that wrote it, or "
+                f"none of the {len(reasons)} checkpoints in {self.directory} is readable: "
+                f"{'; '.join(reasons)}. "
+                "Fix: restore the directory from a copy, check that the model config is the one "
+                "that wrote it, or "
                 "start afresh with another --workdir"
             )
         return None
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+        )
         with _without_stray_tracebacks():
             found = self._manager.restore(step, args=args)
         return found.state, found.meta
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]) -> list[str]:
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]
+) -> list[str]:
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
@@ -278,18 +320,21 @@ def bind_workdir(
     allow_other: bool = False,
     free: tuple[str, ...] = ("mesh", "checkpoint", "log", "train.zero"),
 ) -> None:
-    """Create `workdir` and write config.json, or check that the one there belongs to the same experiment.
+    """Create `workdir` and write config.json, or check that the one there belongs to the same
+    experiment.
 
-    Keys under a dotted prefix in `free` may differ: a run may resume on another mesh. Raises ValueError naming the
-    other keys that differ, unless `allow_other`; CheckpointError when the directory cannot be written.
-    """
+    Keys under a dotted prefix in `free` may differ: a run may resume on another mesh. Raises
+    ValueError naming the other keys that differ, unless `allow_other`; CheckpointError when the
+    directory cannot be written."""
     path = Path(workdir) / "config.json"
     flat = json.loads(json.dumps(flatten(config)))
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         if path.exists() and not allow_other:
             _check_same(path, flat, free)
-        write_atomic(path, json.dumps({"config_hash": config_hash, "config": flat}, indent=1) + "\n")
+        write_atomic(
+            path, json.dumps({"config_hash": config_hash, "config": flat}, indent=1) + "\n"
+        )
     except OSError as error:
         raise _write_error("writing", path, error) from error
 
@@ -302,4 +347,6 @@ def _check_same(path: Path, config: Mapping[str, Any], free: tuple[str, ...]) ->
         raise ValueError(f"{path} is not a config file of fdp ({error}): {fix}") from error
     differences = _differences(old, config, free)
     if differences:
-        raise ValueError(f"{path.parent} was made by another config: {'; '.join(differences)}. Fix: {fix}")
+        raise ValueError(
+            f"{path.parent} was made by another config: {'; '.join(differences)}. Fix: {fix}"
+        )

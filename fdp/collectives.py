@@ -1,10 +1,11 @@
 """Collectives by logical axis name; the identity where the axis is not bound.
 
-A module written with these functions is at once the single-device reference (outside `shard_map` nothing is bound, so
-every collective is the identity and `size` is 1) and the sharded program (inside `shard_map` it sees its shard).
+A module written with these functions is at once the single-device reference (outside `shard_map`
+nothing is bound, so every collective is the identity and `size` is 1) and the sharded program
+(inside `shard_map` it sees its shard).
 
-An axis may be factored into binary sub-axes (`mesh.factor`): "cp" then means all of cp0, cp1, … that are bound.
-"""
+An axis may be factored into binary sub-axes (`mesh.factor`): "cp" then means all of cp0, cp1, …
+that are bound."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +20,11 @@ Axes = str | Sequence[str]
 
 
 def bound(axes: Axes) -> tuple[str, ...]:
-    """Mesh axis names of degree > 1 bound here (inside shard_map) that make up the logical `axes`, outermost first.
+    """Mesh axis names of degree > 1 bound here (inside shard_map) that make up the logical `axes`,
+    outermost first.
 
-    An axis of degree 1 is as good as unbound: a collective over it would compute nothing and still keep the compiler
-    from fusing across it.
-    """
+    An axis of degree 1 is as good as unbound: a collective over it would compute nothing and still
+    keep the compiler from fusing across it."""
     wanted = (axes,) if isinstance(axes, str) else tuple(axes)
     mesh = jax.sharding.get_abstract_mesh()
     names = (n for n in mesh.manual_axes if mesh.shape[n] > 1)
@@ -46,7 +47,9 @@ def index(axes: Axes) -> jax.Array | int:
 
 
 def vary(tree: Any, axes: Axes) -> Any:
-    """Mark every leaf as varying over `axes` (idempotent). Its transpose is the psum of the cotangent."""
+    """Mark every leaf as varying over `axes` (idempotent). Its transpose is the psum of the
+    cotangent.
+    """
     names = bound(axes)
 
     def one(x: jax.Array) -> jax.Array:
@@ -57,7 +60,9 @@ def vary(tree: Any, axes: Axes) -> Any:
 
 
 def vary_like(x: jax.Array, reference: jax.Array) -> jax.Array:
-    """Mark `x` as varying over every axis over which `reference` varies (for scan carries that start as constants)."""
+    """Mark `x` as varying over every axis over which `reference` varies (for scan carries that
+    start as constants).
+    """
     return vary(x, tuple(jax.typeof(reference).mat.varying)) if in_shard_map() else x
 
 
@@ -79,22 +84,29 @@ def pmax(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """Concatenate the shards along `dim`. The result is typed varying: the transpose is a reduce-scatter."""
+    """Concatenate the shards along `dim`. The result is typed varying: the transpose is a
+    reduce-scatter.
+    """
     names = bound(axes)
     return lax.all_gather(vary(x, axes), names, axis=dim, tiled=True) if names else x
 
 
 def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """Sum over `axes` and keep this device's slice of `dim` (its length must be divisible by the degree)."""
+    """Sum over `axes` and keep this device's slice of `dim` (its length must be divisible by the
+    degree).
+    """
     names = bound(axes)
     return lax.psum_scatter(vary(x, axes), names, scatter_dimension=dim, tiled=True) if names else x
 
 
-def shard_map(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` over all axes with varying-axis types checked, axes of degree 1 taken out of the specs.
+def shard_map(
+    f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`jax.shard_map` over all axes with varying-axis types checked, axes of degree 1 taken out of
+    the specs.
 
-    A value whose spec names an axis counts as varying along it, even at degree 1; see `bound` for why that matters.
-    """
+    A value whose spec names an axis counts as varying along it, even at degree 1; see `bound` for
+    why that matters."""
 
     def entry(e: Any) -> Any:
         names = tuple(n for n in ((e,) if isinstance(e, str) else e or ()) if mesh.shape[n] > 1)
@@ -102,7 +114,11 @@ def shard_map(f: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -
 
     def strip(specs: Any) -> Any:
         return jax.tree.map(
-            lambda s: PartitionSpec(*map(entry, expand(mesh, s))), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+            lambda s: PartitionSpec(*map(entry, expand(mesh, s))),
+            specs,
+            is_leaf=lambda s: isinstance(s, PartitionSpec),
         )
 
-    return jax.shard_map(f, mesh=mesh, in_specs=strip(in_specs), out_specs=strip(out_specs), check_vma=True)
+    return jax.shard_map(
+        f, mesh=mesh, in_specs=strip(in_specs), out_specs=strip(out_specs), check_vma=True
+    )

@@ -1,4 +1,6 @@
-"""`--dry_run`: compile every arm's train step for hardware that need not be here, run nothing, print what it needs."""
+"""`--dry_run`: compile every arm's train step for hardware that need not be here, run nothing,
+print what it needs.
+"""
 
 import math
 from dataclasses import dataclass
@@ -46,19 +48,27 @@ class Target:
 
 
 def target_of(c: ml_collections.ConfigDict) -> Target:
-    """The mesh of hardware.topology, of virtual CPU devices where that is empty, or an abstract one."""
+    """The mesh of hardware.topology, of virtual CPU devices where that is empty, or an abstract
+    one.
+    """
     topology, needed = c.hardware.topology, math.prod(c.mesh.values())
     if not topology:
         use_virtual_devices(needed)
-        return Target(make_mesh(c.mesh), None, "compiled for the virtual CPU devices of this machine")
+        return Target(
+            make_mesh(c.mesh), None, "compiled for the virtual CPU devices of this machine"
+        )
     name = topology.partition(":")[0]
     try:
         if aot.available(name):
             devices = aot.topology_devices(topology)
-            return Target(make_mesh(c.mesh, devices), chip(name), f"compiled ahead of time for {topology}")
+            return Target(
+                make_mesh(c.mesh, devices), chip(name), f"compiled ahead of time for {topology}"
+            )
     except ValueError as error:
         raise UserError(f"hardware.topology: {error}") from error
-    mesh = AbstractMesh(tuple(c.mesh[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    mesh = AbstractMesh(
+        tuple(c.mesh[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
     note = f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, nothing compiled"
     return Target(mesh, chip(name), note)
 
@@ -67,10 +77,13 @@ def _program(c: ml_collections.ConfigDict, mesh: Any) -> Program:
     ids = c.data.vocab if c.data.tokenizer == "bpe" else 258
     if ids > c.model.vocab:
         raise UserError(
-            f"data.vocab = {ids} token ids exceed model.vocab = {c.model.vocab} rows: set model.vocab={ids}"
+            f"data.vocab = {ids} token ids exceed model.vocab = {c.model.vocab} rows: set "
+            f"model.vocab={ids}"
         )
     objective = objectives.from_config(c, ids - 1, ids - 2)
-    return Program(c, transformer.from_config(c, objective.attention, objective.block), objective, mesh)
+    return Program(
+        c, transformer.from_config(c, objective.attention, objective.block), objective, mesh
+    )
 
 
 def _arguments(p: Program) -> tuple[Any, jax.ShapeDtypeStruct]:
@@ -81,7 +94,9 @@ def _arguments(p: Program) -> tuple[Any, jax.ShapeDtypeStruct]:
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
-    """Print, for every arm: memory, bytes per axis and FLOPs per device, analytic and by the compiler, and the fit."""
+    """Print, for every arm: memory, bytes per axis and FLOPs per device, analytic and by the
+    compiler, and the fit.
+    """
     target = target_of(config)
     print(f"target    {config.hardware.topology or 'this machine'}: {target.note}")
     print(f"mesh      {degrees_equation(config.mesh)}, ZeRO-{config.train.zero}")
@@ -112,7 +127,11 @@ def describe(p: Program, target: Target) -> str:
     parts = [_memory_table(estimate, planned), _fit(estimate, planned, overflow, target.chip)]
     if "DOES NOT FIT" in parts[1]:
         parts.append(_largest(p, state, overflow))
-    parts += [_bytes_table(p, rows, compiled), _flops_line(p, rows, state), _time_line(p, rows, state, target.chip)]
+    parts += [
+        _bytes_table(p, rows, compiled),
+        _flops_line(p, rows, state),
+        _time_line(p, rows, state, target.chip),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -122,16 +141,34 @@ def _gib(n: float) -> str:
 
 def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
     rows = [
-        ("parameters", _gib(e.parameters), "" if planned is None else f"{_gib(planned.argument)} (with optimizer)"),
+        (
+            "parameters",
+            _gib(e.parameters),
+            "" if planned is None else f"{_gib(planned.argument)} (with optimizer)",
+        ),
         ("optimizer", _gib(e.optimizer), ""),
-        ("gathered parameters, gradients", _gib(e.gathered), "" if planned is None else f"{_gib(planned.temp)} (with"),
-        ("activations", _gib(e.activations), "" if planned is None else "activations: temporaries)"),
-        ("total / peak", _gib(e.total()), "not compiled" if planned is None else _gib(planned.peak)),
+        (
+            "gathered parameters, gradients",
+            _gib(e.gathered),
+            "" if planned is None else f"{_gib(planned.temp)} (with",
+        ),
+        (
+            "activations",
+            _gib(e.activations),
+            "" if planned is None else "activations: temporaries)",
+        ),
+        (
+            "total / peak",
+            _gib(e.total()),
+            "not compiled" if planned is None else _gib(planned.peak),
+        ),
     ]
     return tabulate(rows, headers=("GiB per device", "analytic", "compiler"), disable_numparse=True)
 
 
-def _fit(e: analytic.Memory, planned: aot.Memory | None, overflow: aot.HbmError | None, c: Chip | None) -> str:
+def _fit(
+    e: analytic.Memory, planned: aot.Memory | None, overflow: aot.HbmError | None, c: Chip | None
+) -> str:
     if overflow is not None:
         used, limit = _gib(overflow.used_bytes), _gib(overflow.limit_bytes)
         return f"fit       DOES NOT FIT: {used} GiB (compiler) of {limit} GiB HBM"
@@ -139,16 +176,25 @@ def _fit(e: analytic.Memory, planned: aot.Memory | None, overflow: aot.HbmError 
         return "fit       unknown: set hardware.topology to a chip"
     peak, by = (planned.peak, "compiler") if planned is not None else (e.total(), "analytic")
     verdict = "fits" if peak <= c.hbm_bytes else "DOES NOT FIT"
-    return f"fit       {verdict}: {_gib(peak)} GiB ({by}) of {_gib(c.hbm_bytes)} GiB HBM on {c.name}"
+    return (
+        f"fit       {verdict}: {_gib(peak)} GiB ({by}) of {_gib(c.hbm_bytes)} GiB HBM on {c.name}"
+    )
 
 
 def _largest(p: Program, state: Any, overflow: aot.HbmError | None) -> str:
-    """The largest buffers, from the compiler where it lists them, else the largest arrays of the program."""
-    buffers = [(b.bytes, f"{b.shape} {b.op_name}") for b in overflow.buffers[:8]] if overflow else []
+    """The largest buffers, from the compiler where it lists them, else the largest arrays of the
+    program.
+    """
+    buffers = (
+        [(b.bytes, f"{b.shape} {b.op_name}") for b in overflow.buffers[:8]] if overflow else []
+    )
     source = "largest buffers" if buffers else "largest arrays of the program, before fusion"
     buffers = buffers or jaxpr.largest_arrays(_jaxpr(p, state), 8)
     lines = [f"{source}, GiB per device:"] + [f"  {_gib(size)} {text}" for size, text in buffers]
-    lines.append("raise mesh.tp, mesh.cp or train.zero, set model.remat=full, or lower train.batch per device")
+    lines.append(
+        "raise mesh.tp, mesh.cp or train.zero, set model.remat=full, or lower train.batch per "
+        "device"
+    )
     return "\n".join(lines)
 
 
@@ -167,17 +213,25 @@ def _bytes_table(p: Program, rows: int, compiled: Any) -> str:
         counted = {key: wire for key, (_, _, wire) in summary.items()}
     keys = sorted(formula.keys() | counted.keys(), key=lambda k: (k[1], k[0]))
     table = [
-        (f"{op} over {'·'.join(axes)}", f"{formula.get((op, axes), 0) / 2**20:,.3f}",
-         f"{counted.get((op, axes), 0) / 2**20:,.3f}" if compiled is not None else "")
+        (
+            f"{op} over {'·'.join(axes)}",
+            f"{formula.get((op, axes), 0) / 2**20:,.3f}",
+            f"{counted.get((op, axes), 0) / 2**20:,.3f}" if compiled is not None else "",
+        )
         for op, axes in keys
-    ]  # fmt: skip
-    heads = ("MiB sent per device and step (bytes per axis)", "loss and gradients, formula", "whole step, compiled HLO")
+    ]
+    heads = (
+        "MiB sent per device and step (bytes per axis)",
+        "loss and gradients, formula",
+        "whole step, compiled HLO",
+    )
     if not table:
         return "bytes     no axis has a degree above 1"
     text = tabulate(table, headers=heads, disable_numparse=True)
     if compiled is not None and p.c.model.dtype == "bfloat16":
         text += (
-            "\n  (the formula counts float32 parameter gathers; a compiler may cast to bfloat16 first and send half, "
+            "\n  (the formula counts float32 parameter gathers; a compiler may cast to bfloat16 "
+            "first and send half, "
             "and run a reduce-scatter as an all-reduce and a slice, which sends twice)"
         )
     return text
@@ -188,24 +242,32 @@ def _flops_line(p: Program, rows: int, state: Any) -> str:
     total = flops.train_step(p.c, rows * shards)
     counted = jaxpr.dot_flops(_jaxpr(p, state))
     return (
-        f"FLOPs     {total / math.prod(p.c.mesh.values()):.4g} per device and step ({flops.CONVENTION}); "
+        f"FLOPs     {total / math.prod(p.c.mesh.values()):.4g} per device and step "
+        f"({flops.CONVENTION}); "
         f"{counted:.4g} in the program, recomputation included"
     )
 
 
 def _time_line(p: Program, rows: int, state: Any, target: Chip | None) -> str:
-    """Step time, MFU, bottleneck and energy by the shipped cost model, and what that model rests on."""
+    """Step time, MFU, bottleneck and energy by the shipped cost model, and what that model rests
+    on.
+    """
     if target is None:
         return ""
-    model, job = hybrid.shipped(), workload.of_config(p.c, target, p.objective.attention == "causal")
+    model, job = (
+        hybrid.shipped(),
+        workload.of_config(p.c, target, p.objective.attention == "causal"),
+    )
     x = workload.columns([job])
     found = hybrid.predict(model, x)
     time, chips = float(found.time[0]), job.plan.chips
     shards = p.c.mesh.dp * p.c.mesh.ep * p.c.mesh.cp * p.c.train.microbatches
     mfu = flops.train_step(p.c, rows * shards) / chips / target.peak_bf16_flops / time
     return (
-        f"time      predicted {_ms(time)} ms a step (90 % interval {_ms(found.low[0])}-{_ms(found.high[0])}), "
-        f"MFU {100 * mfu:.2g} %; bottleneck {found.bottleneck()[0]}; {_energy(p, rows, state, job, x, found)} "
+        f"time      predicted {_ms(time)} ms a step (90 % interval "
+        f"{_ms(found.low[0])}-{_ms(found.high[0])}), "
+        f"MFU {100 * mfu:.2g} %; bottleneck {found.bottleneck()[0]}; "
+        f"{_energy(p, rows, state, job, x, found)} "
         f"({_evidence(model, p.c, target)})"
     )
 
@@ -214,12 +276,17 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
-def _energy(p: Program, rows: int, state: Any, job: Job, x: workload.Columns, found: hybrid.Prediction) -> str:
+def _energy(
+    p: Program, rows: int, state: Any, job: Job, x: workload.Columns, found: hybrid.Prediction
+) -> str:
     """Joules of all chips and hosts in a step, and tokens per joule."""
     c, chips = job.chip, job.plan.chips
     if c.peak_power is None:
         return f"energy: not known for {c.name}, whose power is not published"
-    time, terms = float(found.time[0]), {name: float(value[0]) for name, value in found.terms.items()}
+    time, terms = (
+        float(found.time[0]),
+        {name: float(value[0]) for name, value in found.terms.items()},
+    )
     busy = time * (terms["compute"] + terms["optimizer"]) / sum(terms.values())
     near, far = 0.0, 0.0
     for (_, axes), sent in closed.traffic(p.c, p.layout.shapes, p.layout.stored, rows).items():
@@ -227,24 +294,40 @@ def _energy(p: Program, rows: int, state: Any, job: Job, x: workload.Columns, fo
         near, far = near + sent * inside, far + sent * (not inside)
     per_node = min(chips, c.domain, 4 if c.scale_out_bandwidth is None else 8)
     activity = energy.Activity(
-        c.name, chips, -(-chips // per_node), time, busy, {"bf16": jaxpr.dot_flops(_jaxpr(p, state))},
-        _hbm_bytes(job, x), near, far,
-    )  # fmt: skip
+        c.name,
+        chips,
+        -(-chips // per_node),
+        time,
+        busy,
+        {"bf16": jaxpr.dot_flops(_jaxpr(p, state))},
+        _hbm_bytes(job, x),
+        near,
+        far,
+    )
     spent = energy.step_energy(activity)
     return f"energy {spent.joules:.3g} J a step, {spent.tokens_per_joule(p.tokens):.3g} tokens/J"
 
 
 def _hbm_bytes(job: Job, x: workload.Columns) -> float:
-    """HBM bytes of a device in a step: activations by the fitted bytes an element, weights, gradients, optimizer."""
+    """HBM bytes of a device in a step: activations by the fitted bytes an element, weights,
+    gradients, optimizer.
+    """
     a, p = job.architecture, job.plan
-    k = {name: float(v) for name, v in hybrid.bounded(hybrid.shipped().time, step_time.BOUNDS).items()}
+    k = {
+        name: float(v)
+        for name, v in hybrid.bounded(hybrid.shipped().time, step_time.BOUNDS).items()
+    }
     tokens = job.batch * job.seq / (p.dp * p.cp)
     repeated = a.width * k["bytes_width"] / (p.tp if p.sequence_parallel else 1)
-    streams = tokens * a.layers * (repeated + (a.heads * a.head_dim + a.ffn) / p.tp * k["bytes_hidden"])
+    streams = (
+        tokens * a.layers * (repeated + (a.heads * a.head_dim + a.ffn) / p.tp * k["bytes_hidden"])
+    )
     plain, experts, embedding = step_time.local_parameters(x)
     held = float(plain[0] + experts[0] + embedding[0])
     passes = 4 if p.recompute == "full" else 3
-    return passes * (streams + 2 * held * job.microbatches) + 30 * held / (p.shards if p.zero else 1)
+    return passes * (streams + 2 * held * job.microbatches) + 30 * held / (
+        p.shards if p.zero else 1
+    )
 
 
 def _evidence(model: hybrid.Model, c: ml_collections.ConfigDict, target: Chip) -> str:

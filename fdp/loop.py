@@ -1,4 +1,6 @@
-"""The training loop of one arm. Fixed order: evaluate → save → next batch → step → log (metrics one step late)."""
+"""The training loop of one arm. Fixed order: evaluate → save → next batch → step → log (metrics one
+step late).
+"""
 
 import math
 import signal
@@ -28,7 +30,9 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a flag that the loop reads between steps; a second one interrupts."""
+    """Turns the first SIGTERM or SIGINT into a flag that the loop reads between steps; a second one
+    interrupts.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -50,7 +54,9 @@ class StopSignal:
 
 
 class _Log:
-    """Fetches the metrics of a step after the next one has been dispatched, so the device never waits for the host."""
+    """Fetches the metrics of a step after the next one has been dispatched, so the device never
+    waits for the host.
+    """
 
     def __init__(self, arm: Arm, writer: MetricsWriter, progress: Progress, skipped: int):
         self.arm, self.writer, self.progress = arm, writer, progress
@@ -67,7 +73,9 @@ class _Log:
         self.pending = (step, metrics)
 
     def flush(self) -> None:
-        """Read the pending metrics; raises FloatingPointError on a non-finite loss under train.nan=stop."""
+        """Read the pending metrics; raises FloatingPointError on a non-finite loss under
+        train.nan=stop.
+        """
         if self.pending is None:
             return
         step, metrics = self.pending
@@ -79,29 +87,43 @@ class _Log:
         every = self.arm.c.log.every
         if (step + 1) % every == 0 or step + 1 == self.arm.c.train.steps:
             now, (then, last) = time.perf_counter(), self.window
-            speed = throughput(self.tokens, (now - then) / max(step - last, 1), self.flops, self.peak)
+            speed = throughput(
+                self.tokens, (now - then) / max(step - last, 1), self.flops, self.peak
+            )
             self.writer.write(step + 1, values | speed)
             self.window = (now, step)
 
     def _non_finite(self, step: int, values: dict[str, float]) -> None:
         self.skipped = int(values["skipped"])
-        row = {"loss": values["loss"], "grad_norm": values["grad_norm"], "skipped": values["skipped"]}
+        row = {
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "skipped": values["skipped"],
+        }
         self.writer.write(step + 1, row)
         if self.arm.c.train.nan == "stop":
             raise FloatingPointError(
-                f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; the parameters were "
-                f"left as they were. Lower train.lr ({self.arm.c.train.lr}), raise train.warmup, or set "
+                f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; "
+                "the parameters were "
+                f"left as they were. Lower train.lr ({self.arm.c.train.lr}), raise train.warmup, "
+                "or set "
                 "train.nan=skip to drop such steps"
             )
 
 
 def evaluate(arm: Arm, state: TrainState) -> float:
-    """Mean validation loss in nats per token over the first eval.batches batches, under fixed noise."""
+    """Mean validation loss in nats per token over the first eval.batches batches, under fixed
+    noise.
+    """
     step = arm.eval_function()
     losses = []
-    for i, tokens_BxL in enumerate(eval_batches(arm.data.val, arm.c.train.batch, arm.c.eval.batches)):
+    for i, tokens_BxL in enumerate(
+        eval_batches(arm.data.val, arm.c.train.batch, arm.c.eval.batches)
+    ):
         losses.append(step(state.params, arm.place(tokens_BxL), np.int32(i)))
-        jax.block_until_ready(losses[-1])  # bounds the queue of multi-device programs on virtual devices
+        jax.block_until_ready(
+            losses[-1]
+        )  # bounds the queue of multi-device programs on virtual devices
     return float(np.mean([float(x) for x in losses]))
 
 
@@ -123,15 +145,18 @@ def _meta(arm: Arm) -> dict[str, Any]:
 
 
 def fit(arm: Arm, workdir: Path) -> TrainState:
-    """Train `arm` to train.steps, resuming from the workdir; returns the final state (also stored as arm.state).
+    """Train `arm` to train.steps, resuming from the workdir; returns the final state (also stored
+    as arm.state).
 
-    Raises Stopped after a signal, FloatingPointError on a non-finite loss, CheckpointError when saving fails.
-    """
+    Raises Stopped after a signal, FloatingPointError on a non-finite loss, CheckpointError when
+    saving fails."""
     c = arm.c
     started = time.perf_counter()
     checkpoints = Checkpoints(workdir / "checkpoints" / arm.label, keep=c.checkpoint.keep)
     writer = MetricsWriter(workdir, arm.name, c.seeds[0])
-    with StopSignal() as stop:  # from here on: compiling can take minutes, and a signal then must not kill
+    with (
+        StopSignal() as stop
+    ):  # from here on: compiling can take minutes, and a signal then must not kill
         try:
             start, state = restore_or_init(arm, checkpoints)
             writer.resume(start)
@@ -150,7 +175,9 @@ def fit(arm: Arm, workdir: Path) -> TrainState:
 
 
 def _catch_up(arm: Arm, state: TrainState, start: int, writer: MetricsWriter) -> None:
-    """Evaluate at `start` where that was due: a signal saves the state of any step, before its evaluation."""
+    """Evaluate at `start` where that was due: a signal saves the state of any step, before its
+    evaluation.
+    """
     every, me = arm.c.eval.every, (arm.name, arm.c.seeds[0], start)
     if start and every and start % every == 0:
         rows = read_metrics(writer.workdir)
@@ -176,7 +203,8 @@ def _run(
     with Prefetcher(draw, arm.place, start) as batches, progress:
         for step in range(start, total):
             if due(step, c.eval.every) or due(step, c.checkpoint.every):
-                log.flush()  # a checkpoint of step t promises the rows up to t; both wait for the device anyway
+                # a checkpoint of step t promises the rows up to t; both wait for the device anyway
+                log.flush()
             if due(step, c.eval.every):
                 writer.write(step, {"val_loss": evaluate(arm, state)})
             if due(step, c.checkpoint.every):
@@ -196,5 +224,7 @@ def _run(
         val_loss = evaluate(arm, state)
         writer.write(total, {"val_loss": val_loss})
         checkpoints.save(total, state, _meta(arm))  # last: a run found complete has all its rows
-        progress.note(f"validation loss {val_loss:.4f} nats/token ({val_loss / math.log(2):.3f} bits)")
+        progress.note(
+            f"validation loss {val_loss:.4f} nats/token ({val_loss / math.log(2):.3f} bits)"
+        )
     return state

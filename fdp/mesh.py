@@ -1,4 +1,6 @@
-"""The five-axis device mesh: pp, dp, ep, cp, tp. All five always exist, with degree 1 when unused."""
+"""The five-axis device mesh: pp, dp, ep, cp, tp. All five always exist, with degree 1 when
+unused.
+"""
 
 import math
 import os
@@ -8,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-# Outermost first: tp, the most talkative axis, gets neighbouring devices. Nested shard_maps abort when their axes are
-# out of this order, so it is fixed.
+# Outermost first: tp, the most talkative axis, gets neighbouring devices. Nested shard_maps abort
+# when their axes are out of this order, so it is fixed.
 AXES = ("pp", "dp", "ep", "cp", "tp")
 BATCH_AXES = ("dp", "ep")  # expert parallelism lives inside the data dimension
 DATA_AXES = ("dp", "ep", "cp")  # along these, tokens differ and parameters are equal
@@ -18,7 +20,8 @@ AnyMesh = Mesh | AbstractMesh  # programs are built, and lowered, without device
 
 
 def use_virtual_devices(n: int) -> None:
-    """Make `n` virtual CPU devices; a no-op when a real accelerator has enough. Call before the first JAX computation.
+    """Make `n` virtual CPU devices; a no-op when a real accelerator has enough. Call before the
+    first JAX computation.
 
     Raises RuntimeError if the CPU backend already exists with fewer devices.
     """
@@ -34,7 +37,9 @@ def use_virtual_devices(n: int) -> None:
 
 
 def is_virtual(devices: Sequence[jax.Device]) -> bool:
-    """Whether several of `devices` share one CPU: their wall time is then no evidence of parallel speed."""
+    """Whether several of `devices` share one CPU: their wall time is then no evidence of parallel
+    speed.
+    """
     return len(devices) > 1 and devices[0].platform == "cpu"
 
 
@@ -51,28 +56,41 @@ def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None =
     """
     for axis in AXES:
         if degrees[axis] < 1:
-            raise ValueError(f"mesh.{axis}={degrees[axis]} must be at least 1: {degrees_equation(degrees)}")
+            raise ValueError(
+                f"mesh.{axis}={degrees[axis]} must be at least 1: {degrees_equation(degrees)}"
+            )
     total = math.prod(degrees[a] for a in AXES)
     available = list(jax.devices() if devices is None else devices)
     if total > len(available) or (devices is not None and total != len(available)):
         raise ValueError(
             f"{degrees_equation(degrees)} devices are needed but {len(available)} "
-            f"{available[0].platform} device(s) are there: change a mesh.* degree so that the product fits"
-            + ("" if available[0].platform == "cpu" else ", or set JAX_PLATFORMS=cpu to use virtual devices")
+            f"{available[0].platform} device(s) are there: change a mesh.* degree so that the "
+            "product fits"
+            + (
+                ""
+                if available[0].platform == "cpu"
+                else ", or set JAX_PLATFORMS=cpu to use virtual devices"
+            )
         )
     shape = tuple(degrees[a] for a in AXES)
     if devices is None and total == len(available) and available[0].platform != "cpu":
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Mesh(np.array(available[:total]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        np.array(available[:total]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
 
 
 def parts(mesh: AnyMesh, axis: str) -> tuple[str, ...]:
-    """Names of `mesh` that make up the logical `axis`: itself, or its binary sub-axes, outermost first."""
+    """Names of `mesh` that make up the logical `axis`: itself, or its binary sub-axes, outermost
+    first.
+    """
     return tuple(n for n in mesh.shape if n == axis or n.rstrip("0123456789") == axis)
 
 
 def expand(mesh: AnyMesh, spec: PartitionSpec) -> PartitionSpec:
-    """`spec` with every logical axis spelled as the names of `mesh`: factored, "cp" reads ("cp0", "cp1", …)."""
+    """`spec` with every logical axis spelled as the names of `mesh`: factored, "cp" reads ("cp0",
+    "cp1", …).
+    """
 
     def entry(e: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         names = tuple(n for a in ((e,) if isinstance(e, str) else e or ()) for n in parts(mesh, a))
@@ -82,15 +100,18 @@ def expand(mesh: AnyMesh, spec: PartitionSpec) -> PartitionSpec:
 
 
 def factor(mesh: AnyMesh, axis: str) -> AnyMesh:
-    """The same devices with `axis` (degree 2^n) split into n binary sub-axes `axis0` (outermost) … `axis{n-1}`.
+    """The same devices with `axis` (degree 2^n) split into n binary sub-axes `axis0` (outermost) …
+    `axis{n-1}`.
 
-    One compiled program can then run layers at different degrees of that axis. Raises ValueError if the degree is not
-    a power of two.
-    """
+    One compiled program can then run layers at different degrees of that axis. Raises ValueError if
+    the degree is not a power of two."""
     degree = mesh.shape[axis]
     n = degree.bit_length() - 1
     if degree != 1 << n:
-        raise ValueError(f"mesh.{axis}={degree} is not a power of two: only powers of two split into binary sub-axes")
+        raise ValueError(
+            f"mesh.{axis}={degree} is not a power of two: only powers of two split into binary "
+            "sub-axes"
+        )
     names: list[str] = []
     shape: list[int] = []
     for name, size in mesh.shape.items():

@@ -15,7 +15,8 @@ _TAGS = ("arm", "seed", "step")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` as a whole: a reader, or a start after kill -9, sees the old file or the new one.
+    """Replace `path` as a whole: a reader, or a start after kill -9, sees the old file or the new
+    one.
 
     Raises OSError as the system reports it.
     """
@@ -31,7 +32,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def _plain(value: Any) -> int | float | str:
-    """A number as valid JSON, which knows neither NaN nor infinities: those become "nan", "inf" and "-inf"."""
+    """A number as valid JSON, which knows neither NaN nor infinities: those become "nan", "inf" and
+    "-inf".
+    """
     if isinstance(value, int):
         return value
     number = float(value)
@@ -45,12 +48,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}): delete that line") from error
+            raise ValueError(
+                f"{path} line {number} is not JSON ({error}): delete that line"
+            ) from error
     return rows
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Rows of workdir/metrics.jsonl in the order of writing, non-finite numbers as floats; [] where there is none.
+    """Rows of workdir/metrics.jsonl in the order of writing, non-finite numbers as floats; [] where
+    there is none.
 
     Raises ValueError naming the line when a line other than a half-written last one is not JSON.
     """
@@ -61,7 +67,8 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends the metrics of one arm and seed to workdir/metrics.jsonl and workdir/tensorboard/<arm>-s<seed>.
+    """Appends the metrics of one arm and seed to workdir/metrics.jsonl and
+    workdir/tensorboard/<arm>-s<seed>.
 
     Several writers may share a workdir within one process.
     """
@@ -83,13 +90,19 @@ class MetricsWriter:
                 os.truncate(self.path, end)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one row; `metrics` are scalars, non-finite ones are kept. Raises ValueError on a reserved name."""
+        """Append one row; `metrics` are scalars, non-finite ones are kept. Raises ValueError on a
+        reserved name.
+        """
         for name in _TAGS:
             if name in metrics:
-                raise ValueError(f"metric name {name!r} is reserved for the tags of a row: rename the metric")
+                raise ValueError(
+                    f"metric name {name!r} is reserved for the tags of a row: rename the metric"
+                )
         values = {name: _plain(value) for name, value in metrics.items()}
         row = {"arm": self.arm, "seed": self.seed, "step": int(step)} | values
-        with open(self.path, "ab", buffering=0) as file:  # opened per row: resume() may have replaced the file
+        with open(
+            self.path, "ab", buffering=0
+        ) as file:  # opened per row: resume() may have replaced the file
             file.write((json.dumps(row) + "\n").encode())
         events = self._event_writer()
         for name, value in values.items():
@@ -97,18 +110,24 @@ class MetricsWriter:
 
     def _event_writer(self) -> Any:
         if self._events is None:
-            from tensorboardX import SummaryWriter  # imported at the first row: it pulls in protobuf
+            from tensorboardX import (
+                SummaryWriter,
+            )  # imported at the first row: it pulls in protobuf
 
             folder = self.workdir / "tensorboard" / f"{self.arm}-s{self.seed}"
             self._events = SummaryWriter(str(folder), purge_step=self._purge_step)
         return self._events
 
     def resume(self, step: int) -> None:
-        """Forget what this arm and seed wrote after `step`, the step of the checkpoint being resumed."""
+        """Forget what this arm and seed wrote after `step`, the step of the checkpoint being
+        resumed.
+        """
         if not self.path.exists():
             return
         rows = _lines(self.path)
-        kept = [r for r in rows if (r["arm"], r["seed"]) != (self.arm, self.seed) or r["step"] <= step]
+        kept = [
+            r for r in rows if (r["arm"], r["seed"]) != (self.arm, self.seed) or r["step"] <= step
+        ]
         if len(kept) < len(rows):
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._purge_step = step + 1
@@ -121,7 +140,8 @@ class MetricsWriter:
 
 
 class Progress:
-    """One progress line with loss, steps per second and time left; on a non-terminal, a plain line every 10 %.
+    """One progress line with loss, steps per second and time left; on a non-terminal, a plain line
+    every 10 %.
 
     The clock starts at the first update, so that compilation does not count as training time.
     """
@@ -142,7 +162,13 @@ class Progress:
         self._bar: Any = None
         if self.stream.isatty():
             self._bar = tqdm(
-                total=total, initial=start, desc=desc, unit="step", file=self.stream, dynamic_ncols=True, leave=True
+                total=total,
+                initial=start,
+                desc=desc,
+                unit="step",
+                file=self.stream,
+                dynamic_ncols=True,
+                leave=True,
             )
 
     def update(self, step: int, **metrics: float) -> None:
@@ -192,10 +218,11 @@ class Progress:
 def throughput(
     tokens_per_step: int, seconds: float, flops_per_step: float, peak_flops: float | None
 ) -> dict[str, float]:
-    """tokens_per_s of a step that took `seconds`, and mfu = FLOP/s over the peak of all devices where that is known.
+    """tokens_per_s of a step that took `seconds`, and mfu = FLOP/s over the peak of all devices
+    where that is known.
 
-    `peak_flops` is None for a device without a published peak: a utilisation is then not reported, never made up.
-    """
+    `peak_flops` is None for a device without a published peak: a utilisation is then not reported,
+    never made up."""
     if seconds <= 0:
         raise ValueError(f"seconds per step = {seconds} must be positive")
     speed = {"tokens_per_s": tokens_per_step / seconds}

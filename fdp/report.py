@@ -1,4 +1,6 @@
-"""The Report of a study: claims with numbers, verdicts that follow from the numbers, and how each number came to be."""
+"""The Report of a study: claims with numbers, verdicts that follow from the numbers, and how each
+number came to be.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -23,13 +25,27 @@ from fdp.metrics import write_atomic
 
 VERDICTS = ("holds", "fails", "not testable here")
 EVIDENCE = {
-    "measured": "run on the devices named above; wall time on virtual CPU devices is never evidence of parallel speed",
+    "measured": "run on the devices named above; wall time on virtual CPU devices is never "
+    "evidence of parallel speed",
     "counted": "exact, from the jaxpr or the compiled program, or from counted rounds or tokens",
-    "compiled": "from a program compiled ahead of time for real TPU or GPU topologies; never a timing",
+    "compiled": "from a program compiled ahead of time for real TPU or GPU topologies; never a "
+    "timing",
     "simulated": "from the cost model, with its calibration data and validation error in the note",
 }
-ROW_KEYS = ("claim", "metric", "value", "unit", "baseline", "baseline_value", "ratio", "ci", "threshold", "verdict",
-            "evidence", "note")  # fmt: skip
+ROW_KEYS = (
+    "claim",
+    "metric",
+    "value",
+    "unit",
+    "baseline",
+    "baseline_value",
+    "ratio",
+    "ci",
+    "threshold",
+    "verdict",
+    "evidence",
+    "note",
+)
 REPORT_KEYS = ("topic", "variant", "config_hash", "versions", "devices", "rows", "plots")
 
 _THRESHOLD = re.compile(r"\s*(value|ratio)?\s*(<=|>=|==)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
@@ -40,20 +56,24 @@ def _parse(threshold: str) -> tuple[str | None, str, float]:
     match = _THRESHOLD.fullmatch(threshold)
     if match is None:
         raise ValueError(
-            f"threshold {threshold!r}: write '<= x', '>= x' or '== x', optionally after 'value' or 'ratio'"
+            f"threshold {threshold!r}: write '<= x', '>= x' or '== x', optionally after 'value' or "
+            "'ratio'"
         )
     return match.group(1), match.group(2), float(match.group(3))
 
 
 def judge(number: float, threshold: str) -> str:
-    """ "holds" or "fails": the point estimate decides (`straddles` tells whether its interval agrees).
+    """ "holds" or "fails": the point estimate decides (`straddles` tells whether its interval
+    agrees).
 
-    `threshold` is "<= x", ">= x" or "== x" (equal to 1 part in 10⁹), optionally after "value" or "ratio". Raises
-    ValueError on another text and on a number that is not finite.
-    """
+    `threshold` is "<= x", ">= x" or "== x" (equal to 1 part in 10⁹), optionally after "value" or
+    "ratio". Raises ValueError on another text and on a number that is not finite."""
     _, operator, limit = _parse(threshold)
     if not math.isfinite(number):
-        raise ValueError(f"{number} cannot be judged by {threshold!r}: report how many runs diverged as a row instead")
+        raise ValueError(
+            f"{number} cannot be judged by {threshold!r}: report how many runs diverged as a row "
+            "instead"
+        )
     if operator == "==":
         holds = math.isclose(number, limit, rel_tol=1e-9)
     else:
@@ -67,12 +87,16 @@ def straddles(ci: tuple[float, float], threshold: str) -> bool:
 
 
 def bootstrap_ci(
-    values: Sequence[float], baseline: Sequence[float] | None = None, seed: int = 0, level: float = 0.95
+    values: Sequence[float],
+    baseline: Sequence[float] | None = None,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> tuple[float, float] | None:
-    """Percentile bootstrap interval (10 000 resamples) of the mean over seeds, or None below two seeds.
+    """Percentile bootstrap interval (10 000 resamples) of the mean over seeds, or None below two
+    seeds.
 
-    With `baseline`, values of the same seeds in the same order: of the paired ratio mean(values) / mean(baseline).
-    """
+    With `baseline`, values of the same seeds in the same order: of the paired ratio mean(values) /
+    mean(baseline)."""
     x_N = np.asarray(values, float)
     if x_N.size < 2:
         return None
@@ -81,7 +105,10 @@ def bootstrap_ci(
     if baseline is not None:
         y_N = np.asarray(baseline, float)
         if y_N.shape != x_N.shape:
-            raise ValueError(f"a paired ratio needs one baseline per seed: {x_N.size} values, {y_N.size} baselines")
+            raise ValueError(
+                f"a paired ratio needs one baseline per seed: {x_N.size} values, {y_N.size} "
+                "baselines"
+            )
         means_B = means_B / y_N[draws_BxN].mean(1)
     lo, hi = np.quantile(means_B, ((1 - level) / 2, (1 + level) / 2))
     return float(lo), float(hi)
@@ -95,9 +122,9 @@ def _seeds(values: float | Sequence[float]) -> list[float]:
 class Row:
     """One claim with the number that decides it. Make rows with `Row.judged` or `Row.untestable`.
 
-    `threshold` speaks of the ratio where there is one, else of the value; "value <= x" or "ratio <= x" says which.
-    `ci` is the 95 % interval of that same number. Raises ValueError where the verdict is not what the number says.
-    """
+    `threshold` speaks of the ratio where there is one, else of the value; "value <= x" or "ratio <=
+    x" says which. `ci` is the 95 % interval of that same number. Raises ValueError where the
+    verdict is not what the number says."""
 
     claim: str
     metric: str
@@ -130,7 +157,8 @@ class Row:
         ci: tuple[float, float] | None = None,
         note: str = "",
     ) -> "Row":
-        """A row from one value or one value per seed; means, ratio, interval and verdict follow from them.
+        """A row from one value or one value per seed; means, ratio, interval and verdict follow
+        from them.
 
         Pass `ratio` or `ci` where they were computed otherwise (an interval over prompts, say).
         """
@@ -139,7 +167,12 @@ class Row:
         value, baseline_value = float(np.mean(xs)), None if ys is None else float(np.mean(ys))
         if ratio is None and baseline_value:
             ratio = value / baseline_value
-            if ci is None and ys is not None and len(ys) == len(xs) and _subject(threshold, ratio) == "ratio":
+            if (
+                ci is None
+                and ys is not None
+                and len(ys) == len(xs)
+                and _subject(threshold, ratio) == "ratio"
+            ):
                 ci = bootstrap_ci(xs, ys)
         of_ratio = ratio is not None and _subject(threshold, ratio) == "ratio"
         if ci is None and not of_ratio:
@@ -148,12 +181,40 @@ class Row:
             straddle = f"the interval [{_number(ci[0])}, {_number(ci[1])}] straddles the threshold"
             note = f"{note}; {straddle}" if note else straddle
         verdict = judge(ratio if ratio is not None and of_ratio else value, threshold)
-        return cls(claim, metric, value, unit, baseline, baseline_value, ratio, ci, threshold, verdict, evidence, note)
+        return cls(
+            claim,
+            metric,
+            value,
+            unit,
+            baseline,
+            baseline_value,
+            ratio,
+            ci,
+            threshold,
+            verdict,
+            evidence,
+            note,
+        )
 
     @classmethod
-    def untestable(cls, claim: str, metric: str, unit: str, threshold: str, evidence: str, note: str) -> "Row":
+    def untestable(
+        cls, claim: str, metric: str, unit: str, threshold: str, evidence: str, note: str
+    ) -> "Row":
         """A claim that this machine cannot decide; `note` says why and what it would take."""
-        return cls(claim, metric, None, unit, "", None, None, None, threshold, "not testable here", evidence, note)
+        return cls(
+            claim,
+            metric,
+            None,
+            unit,
+            "",
+            None,
+            None,
+            None,
+            threshold,
+            "not testable here",
+            evidence,
+            note,
+        )
 
 
 def _subject(threshold: str, ratio: float | None) -> str:
@@ -177,13 +238,22 @@ def _check_row(row: Mapping[str, Any], where: str) -> None:
         _require(bool(row[key]), where, key, "empty")
     ci = row["ci"]
     _require(ci is None or len(ci) == 2, where, "ci", f"{ci!r} is not [low, high]")
-    for key, numbers in {"value": [row["value"]], "baseline_value": [row["baseline_value"]], "ratio": [row["ratio"]],
-                         "ci": ci or []}.items():  # fmt: skip
+    for key, numbers in {
+        "value": [row["value"]],
+        "baseline_value": [row["baseline_value"]],
+        "ratio": [row["ratio"]],
+        "ci": ci or [],
+    }.items():
         for value in numbers:
             finite = value is None or (isinstance(value, int | float) and math.isfinite(value))
             _require(finite, where, key, f"{value!r} is not a finite number or null")
     _require(ci is None or ci[0] <= ci[1], where, "ci", f"{ci!r} has low > high")
-    _require(row["evidence"] in EVIDENCE, where, "evidence", f"{row['evidence']!r} is none of {tuple(EVIDENCE)}")
+    _require(
+        row["evidence"] in EVIDENCE,
+        where,
+        "evidence",
+        f"{row['evidence']!r} is none of {tuple(EVIDENCE)}",
+    )
     _check_verdict(row, where)
 
 
@@ -195,13 +265,28 @@ def _check_verdict(row: Mapping[str, Any], where: str) -> None:
     except ValueError as error:
         raise ValueError(f"{where}, key 'threshold': {error}") from error
     if verdict == "not testable here":
-        _require(bool(row["note"]), where, "note", "an untestable claim must say why and what it would take")
+        _require(
+            bool(row["note"]),
+            where,
+            "note",
+            "an untestable claim must say why and what it would take",
+        )
         return
     number = row[subject]
     _require(row["value"] is not None, where, "value", f"a verdict {verdict!r} needs a number")
-    _require(number is not None, where, subject, f"threshold {row['threshold']!r} speaks of a {subject} that is null")
+    _require(
+        number is not None,
+        where,
+        subject,
+        f"threshold {row['threshold']!r} speaks of a {subject} that is null",
+    )
     said = judge(number, row["threshold"])
-    _require(verdict == said, where, "verdict", f"{verdict!r}, but {number} {said} at {row['threshold']!r}")
+    _require(
+        verdict == said,
+        where,
+        "verdict",
+        f"{verdict!r}, but {number} {said} at {row['threshold']!r}",
+    )
 
 
 def versions() -> dict[str, str]:
@@ -247,14 +332,24 @@ def _cells(row: Row) -> list[str]:
             ratio += interval
         else:
             result += interval
-    return [row.claim, f"{row.metric}: {result}", baseline, ratio, row.threshold, row.verdict, row.evidence]
+    return [
+        row.claim,
+        f"{row.metric}: {result}",
+        baseline,
+        ratio,
+        row.threshold,
+        row.verdict,
+        row.evidence,
+    ]
 
 
 _HEAD = ["claim", "result", "baseline", "ratio", "threshold", "verdict", "evidence"]
 
 
 def _fit(widths: list[int], floors: list[int], total: int) -> list[int]:
-    """Column widths with two spaces between them that fit `total`: the widest gives way first, headers last."""
+    """Column widths with two spaces between them that fit `total`: the widest gives way first,
+    headers last.
+    """
     widths = list(widths)
     while sum(widths) + 2 * (len(widths) - 1) > total and max(widths) > 6:
         widest = max(range(len(widths)), key=lambda i: (widths[i] > floors[i], widths[i]))
@@ -264,7 +359,9 @@ def _fit(widths: list[int], floors: list[int], total: int) -> list[int]:
 
 @dataclass
 class Report:
-    """What a study found. `plots` are paths inside the workdir; `raw` holds per-seed numbers (arrays allowed)."""
+    """What a study found. `plots` are paths inside the workdir; `raw` holds per-seed numbers
+    (arrays allowed).
+    """
 
     topic: str
     variant: str
@@ -277,7 +374,10 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
-        rows = [dataclasses.asdict(row) | {"ci": None if row.ci is None else list(row.ci)} for row in self.rows]
+        rows = [
+            dataclasses.asdict(row) | {"ci": None if row.ci is None else list(row.ci)}
+            for row in self.rows
+        ]
         return {
             "topic": self.topic,
             "variant": self.variant,
@@ -291,15 +391,28 @@ class Report:
     def markdown(self) -> str:
         """The report as Markdown, with the kinds of evidence explained and the plots embedded."""
         cell = lambda text: text.replace("|", "\\|").replace("\n", " ")
-        table = [_HEAD, ["---"] * len(_HEAD), *([cell(c) for c in _cells(row)] for row in self.rows)]
+        table = [
+            _HEAD,
+            ["---"] * len(_HEAD),
+            *([cell(c) for c in _cells(row)] for row in self.rows),
+        ]
         made_by = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"# {self.topic}: report of variant `{self.variant}`", ""]
         lines += [f"Config `{self.config_hash}` on {self.devices}; {made_by}.", ""]
         lines += [f"| {' | '.join(row)} |" for row in table]
         notes = [f"- {row.claim}: {row.note}" for row in self.rows if row.note]
         lines += ["", "## Notes", "", *notes] if notes else []
-        lines += ["", "## Evidence", "", *(f"- **{kind}**: {text}." for kind, text in EVIDENCE.items())]
-        lines += ["", "Square brackets are 95 % intervals; the point estimate decides a verdict.", ""]
+        lines += [
+            "",
+            "## Evidence",
+            "",
+            *(f"- **{kind}**: {text}." for kind, text in EVIDENCE.items()),
+        ]
+        lines += [
+            "",
+            "Square brackets are 95 % intervals; the point estimate decides a verdict.",
+            "",
+        ]
         lines += [f"![{Path(plot).stem}]({Path(plot).as_posix()})\n" for plot in self.plots]
         return "\n".join(lines)
 
@@ -308,25 +421,43 @@ class Report:
         width = width or shutil.get_terminal_size((120, 24)).columns
         table = [_cells(row) for row in self.rows]
         floors = [len(head) + 2 for head in _HEAD]  # tabulate pads a header by two
-        natural = [max([floor, *(len(cells[i]) for cells in table)]) for i, floor in enumerate(floors)]
+        natural = [
+            max([floor, *(len(cells[i]) for cells in table)]) for i, floor in enumerate(floors)
+        ]
         widths = _fit(natural, floors, width)
         heads = [w - 2 for w in widths]
-        text = tabulate(table, _HEAD, "simple", disable_numparse=True, maxcolwidths=widths, maxheadercolwidths=heads)
+        text = tabulate(
+            table,
+            _HEAD,
+            "simple",
+            disable_numparse=True,
+            maxcolwidths=widths,
+            maxheadercolwidths=heads,
+        )
         title = f"{self.topic} ({self.variant}) on {self.devices}"
         notes = [
-            textwrap.fill(f"note: {r.claim}: {r.note}", width, subsequent_indent="  ") for r in self.rows if r.note
+            textwrap.fill(f"note: {r.claim}: {r.note}", width, subsequent_indent="  ")
+            for r in self.rows
+            if r.note
         ]
         return "\n".join([*textwrap.wrap(title, width), "", text, *(["", *notes] if notes else [])])
 
     def write(self, workdir: Path, raw: Mapping[str, Any] | None = None) -> None:
-        """Write raw.json (`raw`, else self.raw), then check the report and write report.json and report.md.
+        """Write raw.json (`raw`, else self.raw), then check the report and write report.json and
+        report.md.
 
-        Raises ValueError as `validate` does: raw numbers are on disk by then, so nothing measured is lost.
-        """
+        Raises ValueError as `validate` does: raw numbers are on disk by then, so nothing measured
+        is lost."""
         workdir = Path(workdir)
         root = workdir.absolute()
-        self.plots = [p.relative_to(root) if (p := root / plot).is_relative_to(root) else p for plot in self.plots]
-        write_atomic(workdir / "raw.json", json.dumps(_plain(self.raw if raw is None else raw), indent=1) + "\n")
+        self.plots = [
+            p.relative_to(root) if (p := root / plot).is_relative_to(root) else p
+            for plot in self.plots
+        ]
+        write_atomic(
+            workdir / "raw.json",
+            json.dumps(_plain(self.raw if raw is None else raw), indent=1) + "\n",
+        )
         report = self.to_json()
         validate(report, workdir)
         write_atomic(workdir / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -334,7 +465,9 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """JSON of nested containers, arrays and numbers; non-finite numbers become "nan", "inf" and "-inf"."""
+    """JSON of nested containers, arrays and numbers; non-finite numbers become "nan", "inf" and
+    "-inf".
+    """
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -356,22 +489,40 @@ def validate(report: Mapping[str, Any], workdir: Path | None = None) -> None:
     for i, row in enumerate(report["rows"]):
         _check_row(row, f"row {i} ({row.get('claim', 'no claim')!r})")
     for plot in report["plots"]:
-        _require(not Path(plot).is_absolute() and ".." not in Path(plot).parts, "report", "plots",
-                 f"{plot} is not a path inside the workdir")  # fmt: skip
-        _require(workdir is None or (Path(workdir) / plot).is_file(), "report", "plots", f"file {plot} is missing")
+        _require(
+            not Path(plot).is_absolute() and ".." not in Path(plot).parts,
+            "report",
+            "plots",
+            f"{plot} is not a path inside the workdir",
+        )
+        _require(
+            workdir is None or (Path(workdir) / plot).is_file(),
+            "report",
+            "plots",
+            f"file {plot} is missing",
+        )
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLE: dict[Any, Any] = {
-    "figure.dpi": 150, "figure.constrained_layout.use": True, "font.size": 9, "axes.titlesize": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e5e5e5",
-    "axes.axisbelow": True, "lines.linewidth": 1.5,
-}  # fmt: skip
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.5,
+}
 
 
 def figure(columns: int = 1, width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
-    """(Figure, Axes or array of Axes) in the house style, width in inches a column, without any global state."""
+    """(Figure, Axes or array of Axes) in the house style, width in inches a column, without any
+    global state.
+    """
     import matplotlib  # imported on use: it costs half a second at start-up
     from cycler import cycler
     from matplotlib.figure import Figure
@@ -401,12 +552,16 @@ def plot_curves(
     title: str,
     hlines: Mapping[str, float] | None = None,
 ) -> Path:
-    """One line per label of `series` {label: (x, y)} and a dashed level per label of `hlines`; returns the path."""
+    """One line per label of `series` {label: (x, y)} and a dashed level per label of `hlines`;
+    returns the path.
+    """
     fig, axes = figure()
     for label, (x, y) in series.items():
         axes.plot(x, y, label=label, marker="o" if len(x) <= 20 else None, markersize=3)
     for i, (label, level) in enumerate((hlines or {}).items()):
-        axes.axhline(level, label=label, linestyle="--", linewidth=1, color=("#444444", "#999999")[i % 2])
+        axes.axhline(
+            level, label=label, linestyle="--", linewidth=1, color=("#444444", "#999999")[i % 2]
+        )
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if series or hlines:
         axes.legend(fontsize=8)

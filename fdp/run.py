@@ -19,7 +19,9 @@ from fdp.mesh import degrees_equation, is_virtual, make_mesh
 
 @dataclasses.dataclass
 class Run:
-    """What a study sees: the config, the mesh, the workdir and the trained arms, `arms[name][i]` for seed i."""
+    """What a study sees: the config, the mesh, the workdir and the trained arms, `arms[name][i]`
+    for seed i.
+    """
 
     config: ml_collections.ConfigDict
     mesh: Mesh
@@ -47,7 +49,9 @@ def banner(arm: Arm) -> str:
     c, mesh, data = arm.c, arm.mesh, arm.data
     devices = list(mesh.devices.flat)
     kind = (
-        "virtual CPU devices (their wall time says nothing about parallel speed)" if is_virtual(devices) else "devices"
+        "virtual CPU devices (their wall time says nothing about parallel speed)"
+        if is_virtual(devices)
+        else "devices"
     )
     count = sum(x.size for x in jax.tree.leaves(arm.program.layout.shapes))
     per_device = c.train.batch // (c.mesh.dp * c.mesh.ep * c.train.microbatches)
@@ -56,7 +60,8 @@ def banner(arm: Arm) -> str:
             f"devices   {len(devices)} {kind}, {devices[0].device_kind}",
             f"mesh      {degrees_equation(c.mesh)}, ZeRO-{c.train.zero}",
             f"model     {count:,} parameters, {c.model.dtype} compute",
-            f"batch     {c.train.batch} sequences = dp·ep {c.mesh.dp * c.mesh.ep} × microbatches {c.train.microbatches}"
+            f"batch     {c.train.batch} sequences = dp·ep {c.mesh.dp * c.mesh.ep} × microbatches "
+            f"{c.train.microbatches}"
             f" × {per_device}, of {c.data.seq_len} tokens",
             f"corpus    {data.name} (sha256 {data.sha256[:12]}, {data.licence}), "
             f"{len(data.train):,} train and {len(data.val):,} validation windows",
@@ -64,7 +69,9 @@ def banner(arm: Arm) -> str:
     )
 
 
-def build_arms(config: ml_collections.ConfigDict, study: ModuleType, mesh: Mesh) -> dict[str, list[Arm]]:
+def build_arms(
+    config: ml_collections.ConfigDict, study: ModuleType, mesh: Mesh
+) -> dict[str, list[Arm]]:
     """Every arm of the study for every seed, built but not trained."""
     arms: dict[str, list[Arm]] = {}
     for name, c in study.arms(config).items():
@@ -73,15 +80,22 @@ def build_arms(config: ml_collections.ConfigDict, study: ModuleType, mesh: Mesh)
             one = c.copy_and_resolve_references()
             one.seeds = (seed,)
             # An arm may ask for a mesh of its own, such as the one that a planner found for it.
-            arm = Arm(name, one, load_data(one), mesh if one.mesh == config.mesh else make_mesh(one.mesh))
-            for windows in (arm.data.train, arm.data.val):  # too small a split shows now, not after training
+            arm = Arm(
+                name, one, load_data(one), mesh if one.mesh == config.mesh else make_mesh(one.mesh)
+            )
+            for windows in (
+                arm.data.train,
+                arm.data.val,
+            ):  # too small a split shows now, not after training
                 next(eval_batches(windows, one.train.batch, 1))
             arms.setdefault(name, []).append(arm)
     return arms
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
-    """Train, study, report. Raises UserError for what the user can fix; exits 0 after a signal, state saved."""
+    """Train, study, report. Raises UserError for what the user can fix; exits 0 after a signal,
+    state saved.
+    """
     use_compilation_cache()
     study = study_of(config.topic)
     digest = fdp_config.digest(config)
@@ -90,7 +104,11 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
         arms = build_arms(config, study, mesh)
         # After everything that can refuse a config: a mistake must not tie the workdir to itself.
         bind_workdir(
-            workdir, fdp_config.flatten(config), digest, config.checkpoint.allow_config_change, fdp_config.FREE_KEYS
+            workdir,
+            fdp_config.flatten(config),
+            digest,
+            config.checkpoint.allow_config_change,
+            fdp_config.FREE_KEYS,
         )
     except (ValueError, OSError, CheckpointError) as error:
         raise fdp_config.UserError(str(error)) from error
@@ -100,7 +118,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
             if i == 0:
                 print(banner(arm))
                 (workdir / "sharding.txt").write_text(
-                    sharding.report(arm.program.layout.shapes, arm.program.layout.stored, mesh) + "\n"
+                    sharding.report(arm.program.layout.shapes, arm.program.layout.stored, mesh)
+                    + "\n"
                 )
             loop.fit(arm, workdir)
     except loop.Stopped as stopped:
@@ -109,8 +128,13 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
     except CheckpointError as error:
         raise fdp_config.UserError(str(error)) from error
     except FloatingPointError as error:
-        raise fdp_config.UserError(f"{error}\nThe last checkpoint is intact in {workdir}/checkpoints") from error
+        raise fdp_config.UserError(
+            f"{error}\nThe last checkpoint is intact in {workdir}/checkpoints"
+        ) from error
     report = study.study(Run(config, mesh, workdir, arms))
     report.write(workdir)
     print(report.terminal())
-    print(f"\nreport    {workdir / 'report.md'}\nplots     {', '.join(str(workdir / p) for p in report.plots)}")
+    print(
+        f"\nreport    {workdir / 'report.md'}\nplots     "
+        f"{', '.join(str(workdir / p) for p in report.plots)}"
+    )

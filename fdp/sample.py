@@ -23,19 +23,28 @@ P = PartitionSpec
 
 
 def generation_mesh(mesh: Mesh) -> Mesh:
-    """The same devices with dp·ep·cp folded into dp: samples are short and independent, so cp has nothing to split."""
-    shape = (mesh.shape["pp"], mesh.size // (mesh.shape["pp"] * mesh.shape["tp"]), 1, 1, mesh.shape["tp"])
+    """The same devices with dp·ep·cp folded into dp: samples are short and independent, so cp has
+    nothing to split.
+    """
+    shape = (
+        mesh.shape["pp"],
+        mesh.size // (mesh.shape["pp"] * mesh.shape["tp"]),
+        1,
+        1,
+        mesh.shape["tp"],
+    )
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
 
 
 def draw(arm: Arm, count: int, mesh: Mesh | None = None) -> np.ndarray:
-    """`count` sequences int32 [B, L] from arm.state at temperature 1: equal ids on every mesh for equal seeds.
+    """`count` sequences int32 [B, L] from arm.state at temperature 1: equal ids on every mesh for
+    equal seeds.
 
     `mesh`: where to draw, by default the arm's.
 
-    First-hitting for masked objectives (no factorisation error; block by block for block diffusion), left to right for
-    autoregressive ones, as many analytic steps as positions for uniform noise.
-    """
+    First-hitting for masked objectives (no factorisation error; block by block for block
+    diffusion), left to right for autoregressive ones, as many analytic steps as positions for
+    uniform noise."""
     mesh = generation_mesh(mesh or arm.mesh)
     specs = arm.program.layout.specs
     params = jax.device_put(arm.trained.params, sharding.shardings(mesh, specs))
@@ -52,19 +61,29 @@ def _method(arm: Arm) -> Any:
     key = jax.random.key(arm.c.seeds[0])
 
     def logits_at(params: Any, ids_BxL: jax.Array, i: jax.Array) -> Any:
-        hidden_BxLxD: Any = model.apply({"params": params}, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
+        hidden_BxLxD: Any = model.apply(
+            {"params": params}, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden"
+        )
         return model.apply({"params": params}, hidden_BxLxD[:, i], method="logits")
 
     if objective.attention == "causal":
         return lambda params, ids: autoregressive.sample(
-            lambda z, i: logits_at(params, z, i), key, ids, length, objective.bos, n_ids=objective.n_ids
+            lambda z, i: logits_at(params, z, i),
+            key,
+            ids,
+            length,
+            objective.bos,
+            n_ids=objective.n_ids,
         )[0]
 
     def denoise(params: Any) -> Any:
         if objective.attention != "block_diffusion":
             return lambda z, noise_B: model.apply({"params": params}, z, noise_B)
-        # The clean half is the state itself: a block sees only earlier blocks of it, which are already revealed.
-        whole: Any = lambda z, noise_B: model.apply({"params": params}, jnp.concatenate([z, z], 1), noise_B)
+        # The clean half is the state itself: a block sees only earlier blocks of it, which are
+        # already revealed.
+        whole: Any = lambda z, noise_B: model.apply(
+            {"params": params}, jnp.concatenate([z, z], 1), noise_B
+        )
         return lambda z, noise_B: whole(z, noise_B)[:, :length]
 
     options: dict[str, Any] = {"n_ids": objective.n_ids}

@@ -16,7 +16,8 @@ from fdp.models.transformer import Transformer
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 count of calls; key: of all noise; params: float32 masters; opt_state: optax; skipped: int32 steps.
+    """step: int32 count of calls; key: of all noise; params: float32 masters; opt_state: optax;
+    skipped: int32 steps.
 
     The key is data, not a constant of the program: every seed runs the same compiled step.
     """
@@ -32,7 +33,9 @@ def learning_rate(c: ml_collections.ConfigDict) -> optax.Schedule:
     """Linear warm-up to train.lr, then cosine to a tenth of it at train.steps."""
     t = c.train
     warmup = min(t.warmup, max(t.steps - 1, 0))
-    return optax.warmup_cosine_decay_schedule(0.0, t.lr, warmup, max(t.steps, warmup + 1), t.lr / 10)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, t.lr, warmup, max(t.steps, warmup + 1), t.lr / 10
+    )
 
 
 def optimizer(c: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -41,10 +44,12 @@ def optimizer(c: ml_collections.ConfigDict) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(t.clip),
         optax.adamw(
-            learning_rate(c), b2=t.beta2, weight_decay=t.weight_decay,
+            learning_rate(c),
+            b2=t.beta2,
+            weight_decay=t.weight_decay,
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 2, params),
         ),
-    )  # fmt: skip
+    )
 
 
 class Layout:
@@ -60,10 +65,18 @@ class Layout:
         """PartitionSpecs of a TrainState: optimizer moments lie where their parameters lie."""
         opt_shapes = jax.eval_shape(self.tx.init, self.shapes)
         opt = optax.tree_map_params(
-            self.tx, lambda _, spec: spec, opt_shapes, self.stored, transform_non_params=lambda _: PartitionSpec()
+            self.tx,
+            lambda _, spec: spec,
+            opt_shapes,
+            self.stored,
+            transform_non_params=lambda _: PartitionSpec(),
         )
         return TrainState(
-            step=PartitionSpec(), key=PartitionSpec(), params=self.stored, opt_state=opt, skipped=PartitionSpec()
+            step=PartitionSpec(),
+            key=PartitionSpec(),
+            params=self.stored,
+            opt_state=opt,
+            skipped=PartitionSpec(),
         )
 
     def state_shardings(self) -> TrainState:
@@ -71,15 +84,21 @@ class Layout:
         return sharding.shardings(self.mesh, self.state_specs())
 
     def abstract_state(self) -> TrainState:
-        """ShapeDtypeStructs with shardings: the target of a restore and the argument of an ahead-of-time compile."""
+        """ShapeDtypeStructs with shardings: the target of a restore and the argument of an
+        ahead-of-time compile.
+        """
         state = jax.eval_shape(lambda params: self._build(params, jax.random.key(0)), self.shapes)
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.state_shardings()
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state,
+            self.state_shardings(),
         )
 
     def _build(self, params: Any, key: jax.Array) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(step=zero, key=key, params=params, opt_state=self.tx.init(params), skipped=zero)
+        return TrainState(
+            step=zero, key=key, params=params, opt_state=self.tx.init(params), skipped=zero
+        )
 
     def init(self, model: Transformer, seed: int, seq_len: int) -> TrainState:
         """A fresh state, created in place on the mesh: the same values on every mesh."""

@@ -1,4 +1,5 @@
-"""The train step and the evaluation step: one shard_map over all five axes, then the optimizer on global arrays.
+"""The train step and the evaluation step: one shard_map over all five axes, then the optimizer on
+global arrays.
 
 Legend: B global batch, L positions, R rows that carry loss, D width, V vocabulary.
 """
@@ -37,11 +38,13 @@ def tokens_sharding(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, expand(mesh, P(BATCH_AXES, "cp")))
 
 
-def select_rows(hidden_BxLxD: jax.Array, rows: dict[str, jax.Array], capacity: int) -> tuple[jax.Array, Any]:
+def select_rows(
+    hidden_BxLxD: jax.Array, rows: dict[str, jax.Array], capacity: int
+) -> tuple[jax.Array, Any]:
     """Gather the ≤ capacity positions whose weight is not 0: [B, L, D] → [capacity, D], rows alike.
 
-    Unused places carry weight 0. The capacity is an exact bound (objective.capacity), so nothing is dropped.
-    """
+    Unused places carry weight 0. The capacity is an exact bound (objective.capacity), so nothing is
+    dropped."""
     flat = jax.tree.map(lambda x: x.reshape(-1), rows)
     (places,) = jnp.nonzero(flat["weights"] > 0, size=capacity, fill_value=flat["weights"].size)
     take = lambda x: jnp.take(x, places, axis=0, mode="fill", fill_value=0)
@@ -49,14 +52,21 @@ def select_rows(hidden_BxLxD: jax.Array, rows: dict[str, jax.Array], capacity: i
 
 
 def loss_sum(
-    model: Transformer, objective: Objective, capacity: int | None, params: Any, batch: Any, choice_N: Any = None
+    model: Transformer,
+    objective: Objective,
+    capacity: int | None,
+    params: Any,
+    batch: Any,
+    choice_N: Any = None,
 ) -> jax.Array:
     """Σ of the weighted loss in nats over this device's tokens (inside shard_map or outside).
 
     `choice_N`: what the model's mixer is given, see `Transformer.hidden`.
     """
     variables = {"params": params}
-    hidden_BxLxD: Any = model.apply(variables, batch["inputs"], batch["noise"], choice_N=choice_N, method="hidden")
+    hidden_BxLxD: Any = model.apply(
+        variables, batch["inputs"], batch["noise"], choice_N=choice_N, method="hidden"
+    )
     rows = batch["rows"]
     hidden_BxLxD = hidden_BxLxD[:, : rows["weights"].shape[1]]  # block diffusion: the noisy half
     if capacity is not None and capacity < rows["weights"].size:
@@ -65,8 +75,12 @@ def loss_sum(
     return objective.loss(logits, rows).sum()
 
 
-def head_capacity(c: ml_collections.ConfigDict, objective: Objective, batch: int, microbatches: int) -> int | None:
-    """Rows per device and microbatch that can carry loss, or None when the head must see every row."""
+def head_capacity(
+    c: ml_collections.ConfigDict, objective: Objective, batch: int, microbatches: int
+) -> int | None:
+    """Rows per device and microbatch that can carry loss, or None when the head must see every
+    row.
+    """
     if not (c.objective.masked_head and objective.sparse_rows):
         return None
     shards = c.mesh.dp * c.mesh.ep * microbatches
@@ -74,11 +88,18 @@ def head_capacity(c: ml_collections.ConfigDict, objective: Objective, batch: int
 
 
 def check_context(c: ml_collections.ConfigDict, model: Transformer) -> None:
-    """Raises UserError, with equation, values and fix, for a context plan that this model and batch cannot run."""
+    """Raises UserError, with equation, values and fix, for a context plan that this model and batch
+    cannot run.
+    """
     m, mesh = c.model, c.mesh
     if model.attention == "block_diffusion" or (mesh.cp == 1 and not m.window):
         return
-    sizes = {"seq_len": c.data.seq_len, "cp": mesh.cp, "heads": m.heads // mesh.tp, "kv_heads": m.kv_heads // mesh.tp}
+    sizes = {
+        "seq_len": c.data.seq_len,
+        "cp": mesh.cp,
+        "heads": m.heads // mesh.tp,
+        "kv_heads": m.kv_heads // mesh.tp,
+    }
     batch = c.train.batch // (mesh.dp * mesh.ep * c.train.microbatches)
     plan = model.plan if mesh.cp > 1 else CommPlan("all_gather")
     try:
@@ -90,16 +111,23 @@ def check_context(c: ml_collections.ConfigDict, model: Transformer) -> None:
 class Program:
     """The pure functions of one arm on one mesh: `train_step`, `eval_step`, `grads`.
 
-    `choice`: PartitionSpecs of the data that the model's mixer is given besides its tensors, a pytree that leads with
-    the layers, such as plans of a layer and lists of key blocks; the functions then take that data as last argument.
-    """
+    `choice`: PartitionSpecs of the data that the model's mixer is given besides its tensors, a
+    pytree that leads with the layers, such as plans of a layer and lists of key blocks; the
+    functions then take that data as last argument."""
 
     def __init__(
-        self, c: ml_collections.ConfigDict, model: Transformer, objective: Objective, mesh: AnyMesh, choice: Any = None
+        self,
+        c: ml_collections.ConfigDict,
+        model: Transformer,
+        objective: Objective,
+        mesh: AnyMesh,
+        choice: Any = None,
     ):
         check_context(c, model)
         if 1 < model.plan.head_split < c.mesh.cp:
-            mesh = factor(mesh, "cp")  # some sub-axes split heads or sequences, the others make a ring
+            mesh = factor(
+                mesh, "cp"
+            )  # some sub-axes split heads or sequences, the others make a ring
         self.c, self.objective, self.mesh, self.choice = c, objective, mesh, choice
         self.layout = Layout(c, model, mesh)
         gather = sharding.layer_gather(self.layout.stored, c.train.zero)
@@ -110,7 +138,9 @@ class Program:
         self.lr = learning_rate(c)
 
     def init(self, seed: int) -> TrainState:
-        """A fresh state, created in place on the mesh: the same values on every mesh and for every ZeRO stage."""
+        """A fresh state, created in place on the mesh: the same values on every mesh and for every
+        ZeRO stage.
+        """
         return self.layout.init(self.plain, seed, self.c.data.seq_len)
 
     def _shard_map(self, f: Callable[..., Any], batch: Any, out_specs: Any) -> Callable[..., Any]:
@@ -120,23 +150,33 @@ class Program:
     def corrupt(self, tokens_BxL: jax.Array, key: jax.Array) -> Any:
         """The objective's batch, drawn on global arrays: equal on every mesh for equal keys.
 
-        In the order of the plan's sequence layout; targets were shifted before, so a neighbour there need not be the
-        next token.
-        """
+        In the order of the plan's sequence layout; targets were shifted before, so a neighbour
+        there need not be the next token."""
         batch = self.objective.corrupt(key, tokens_BxL)
-        order = lambda x: layouts.permute(x, self.model.plan.layout, self.c.mesh.cp) if x.ndim > 1 else x
+        order = lambda x: (
+            layouts.permute(x, self.model.plan.layout, self.c.mesh.cp) if x.ndim > 1 else x
+        )
         batch = jax.tree.map(order, batch)
-        return jax.lax.with_sharding_constraint(batch, sharding.shardings(self.mesh, batch_specs(batch)))
+        return jax.lax.with_sharding_constraint(
+            batch, sharding.shardings(self.mesh, batch_specs(batch))
+        )
 
     def grads(self, params: Any, batch: Any, choice_N: Any = None) -> tuple[jax.Array, Any]:
         """(mean loss in nats per token, gradients in the stored layout) of one global batch."""
-        return self._shard_map(self._local_grads, batch, (P(), self.layout.stored))(params, batch, choice_N)
+        return self._shard_map(self._local_grads, batch, (P(), self.layout.stored))(
+            params, batch, choice_N
+        )
 
     def _local_grads(self, stored: Any, batch: Any, choice_N: Any) -> tuple[jax.Array, Any]:
-        params, pull = jax.vjp(lambda p: sharding.materialise(p, self.layout.stored, self.c.train.zero), stored)
+        params, pull = jax.vjp(
+            lambda p: sharding.materialise(p, self.layout.stored, self.c.train.zero), stored
+        )
 
         def one(p: Any, microbatch: Any) -> tuple[jax.Array, Any]:
-            f = lambda q: loss_sum(self.model, self.objective, self.capacity, q, microbatch, choice_N) / self.tokens
+            f = lambda q: (
+                loss_sum(self.model, self.objective, self.capacity, q, microbatch, choice_N)
+                / self.tokens
+            )
             return jax.value_and_grad(f)(p)
 
         m = self.c.train.microbatches
@@ -156,13 +196,19 @@ class Program:
     def head_rows(self) -> int:
         """Rows per device and microbatch on which the head runs."""
         c = self.c
-        local = c.train.batch * c.data.seq_len // (c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches)
+        local = (
+            c.train.batch
+            * c.data.seq_len
+            // (c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches)
+        )
         return local if self.capacity is None else min(self.capacity, local)
 
     def train_step(
         self, state: TrainState, tokens_BxL: jax.Array, choice_N: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step. A non-finite loss or gradient leaves parameters and moments as they were."""
+        """One optimizer step. A non-finite loss or gradient leaves parameters and moments as they
+        were.
+        """
         batch = self.corrupt(tokens_BxL, jax.random.fold_in(state.key, state.step))
         loss, grads = self.grads(state.params, batch, choice_N)
         norm = optax.tree.norm(grads)
@@ -177,17 +223,29 @@ class Program:
             opt_state=jax.tree.map(keep, opt_state, state.opt_state),
             skipped=state.skipped + (~finite).astype(jnp.int32),
         )
-        metrics = {"loss": loss, "grad_norm": norm, "lr": self.lr(state.step - 1), "skipped": state.skipped}
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": self.lr(state.step - 1),
+            "skipped": state.skipped,
+        }
         return state, metrics
 
-    def eval_step(self, params: Any, tokens_BxL: jax.Array, index: jax.Array, choice_N: Any = None) -> jax.Array:
-        """Mean loss in nats per token of validation batch `index`, under noise that never changes."""
+    def eval_step(
+        self, params: Any, tokens_BxL: jax.Array, index: jax.Array, choice_N: Any = None
+    ) -> jax.Array:
+        """Mean loss in nats per token of validation batch `index`, under noise that never
+        changes.
+        """
         key = jax.random.fold_in(jax.random.key(1_000_003), index)
         batch = self.corrupt(tokens_BxL, key)
 
         def local(stored: Any, b: Any, choice_N: Any) -> jax.Array:
             p = sharding.materialise(stored, self.layout.stored, self.c.train.zero)
-            return psum(loss_sum(self.model, self.objective, None, p, b, choice_N), LOSS_AXES) / tokens_BxL.size
+            return (
+                psum(loss_sum(self.model, self.objective, None, p, b, choice_N), LOSS_AXES)
+                / tokens_BxL.size
+            )
 
         return self._shard_map(local, batch, P())(params, batch, choice_N)
 
@@ -196,4 +254,6 @@ class Program:
         s = self.layout.state_shardings()
         choice = () if self.choice is None else (sharding.shardings(self.mesh, self.choice),)
         given = (s, tokens_sharding(self.mesh), *choice)
-        return jax.jit(self.train_step, donate_argnums=0, in_shardings=given, out_shardings=(s, None))
+        return jax.jit(
+            self.train_step, donate_argnums=0, in_shardings=given, out_shardings=(s, None)
+        )

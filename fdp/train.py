@@ -1,4 +1,6 @@
-"""The command: python -m fdp.train --config=configs/topic1.py[:variant] [--workdir=…] [--dry_run] [--config.key=…]"""
+"""The command: python -m fdp.train --config=configs/topic1.py[:variant] [--workdir=…] [--dry_run]
+[--config.key=…]
+"""
 
 import logging
 import math
@@ -11,7 +13,8 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-# Before jax is imported: queued multi-device programs starve XLA's CPU thread pool otherwise (jax < 0.12).
+# Before jax is imported: queued multi-device programs starve XLA's CPU thread pool otherwise (jax <
+# 0.12).
 os.environ.setdefault("NPROC", "64")
 
 from fdp import config as fdp_config
@@ -19,8 +22,12 @@ from fdp import config as fdp_config
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/topicN.py[:variant]; override with --config.key=value"
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "results and checkpoints; default runs/<config>-<variant>")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile for the target hardware and print what it needs; run nothing")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "results and checkpoints; default runs/<config>-<variant>"
+)
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "compile for the target hardware and print what it needs; run nothing"
+)
 
 
 def default_workdir() -> Path:
@@ -30,7 +37,9 @@ def default_workdir() -> Path:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser with every mistake in one `error:` line; a bug inside a config file keeps its traceback."""
+    """absl's parser with every mistake in one `error:` line; a bug inside a config file keeps its
+    traceback.
+    """
     flags.FLAGS.set_default("verbosity", -1)  # warnings: libraries narrate at absl's default
     try:
         rest = flags.FLAGS(argv)
@@ -48,7 +57,9 @@ def parse_flags(argv: list[str]) -> list[str]:
             raise
         message = " ".join(str(error.args[0]).split())
         try:
-            fdp_config.check_keys(m[1] for m in (re.match(r"--?(?:no)?config\.([\w.]+)", arg) for arg in argv) if m)
+            fdp_config.check_keys(
+                m[1] for m in (re.match(r"--?(?:no)?config\.([\w.]+)", arg) for arg in argv) if m
+            )
         except fdp_config.UserError as better:
             message = str(better)
     print(f"error: {message}", file=sys.stderr)
@@ -72,10 +83,16 @@ def main(argv: list[str]) -> None:
             return
         from fdp.mesh import use_virtual_devices
 
-        use_virtual_devices(max(needed, 8))  # a study may compare meshes although training uses one device
+        use_virtual_devices(
+            max(needed, 8)
+        )  # a study may compare meshes although training uses one device
         from fdp.run import run
 
-        run(config, Path(WORKDIR.value) if WORKDIR.value else default_workdir(), " ".join(sys.argv[1:]))
+        run(
+            config,
+            Path(WORKDIR.value) if WORKDIR.value else default_workdir(),
+            " ".join(sys.argv[1:]),
+        )
     except fdp_config.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,8 +1,7 @@
 """One process, eight virtual CPU devices, one compilation cache for the whole suite.
 
-The environment must be complete before jax is imported: NPROC >= 2 x devices keeps XLA's CPU thread pool from
-starving when several multi-device programs are queued (jax < 0.12).
-"""
+The environment must be complete before jax is imported: NPROC >= 2 x devices keeps XLA's CPU thread
+pool from starving when several multi-device programs are queued (jax < 0.12)."""
 
 import os
 from pathlib import Path
@@ -18,10 +17,11 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiling is most of what these tests cost, so the tiers that CI runs do it without LLVM's optimizations.
+    """Compiling is most of what these tests cost, so the tiers that CI runs do it without LLVM's
+    optimizations.
 
-    Studies (slow) run long enough to want them, and what is compiled for other hardware (aot) is judged with them.
-    """
+    Studies (slow) run long enough to want them, and what is compiled for other hardware (aot) is
+    judged with them."""
     if config.option.markexpr in ("not slow and not aot", "fast"):
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start

@@ -1,4 +1,6 @@
-"""The yardstick computes what fdp computes, and the benchmark's verdict follows from its numbers."""
+"""The yardstick computes what fdp computes, and the benchmark's verdict follows from its
+numbers.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,16 @@ from fdp.step import Program
 
 pytestmark = pytest.mark.fast
 
-TINY = {"layers": 3, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": 64, "seq_len": 16, "batch": 4}
+TINY = {
+    "layers": 3,
+    "width": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "ffn": 48,
+    "vocab": 64,
+    "seq_len": 16,
+    "batch": 4,
+}
 
 
 def test_plain_transformer_has_fdps_loss_and_gradients() -> None:
@@ -28,7 +39,9 @@ def test_plain_transformer_has_fdps_loss_and_gradients() -> None:
     loss, grads = jax.device_get(value_and_grad(params, tokens_BxL, step.BOS, c.model.rope_base))
     assert loss == pytest.approx(want_loss, rel=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(want)
-    for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want), strict=True):
+    for (path, got), expected in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want), strict=True
+    ):
         error = np.abs(got - expected).max() / np.abs(expected).max()
         assert error <= 1e-5, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
 
@@ -56,7 +69,9 @@ def test_measure_returns_every_figure_and_restores_the_cache_switch() -> None:
 
 
 @pytest.mark.parametrize(("factor", "verdict", "status"), [(1.02, "holds", 0), (1.10, "fails", 1)])
-def test_verdict_follows_the_ratio_under_a_neighbours_load(monkeypatch, factor, verdict, status) -> None:
+def test_verdict_follows_the_ratio_under_a_neighbours_load(
+    monkeypatch, factor, verdict, status
+) -> None:
     rng = np.random.default_rng(0)
     load = 1 + rng.exponential(2.0, 60)  # shared by a pair
     fdp, plain = (f * load * rng.normal(1, 0.01, 60) for f in (factor, 1.0))
@@ -71,7 +86,9 @@ def test_verdict_follows_the_ratio_under_a_neighbours_load(monkeypatch, factor, 
 
 def test_an_interval_across_the_limit_is_undecided_and_no_failure() -> None:
     times = {"fdp": np.array([1.0, 1.2]), "plain": np.ones(2)}
-    result = step.Result(1, {"fdp": 1.0, "plain": 1.0}, times, *step.paired_ratio(times["fdp"], times["plain"]))
+    result = step.Result(
+        1, {"fdp": 1.0, "plain": 1.0}, times, *step.paired_ratio(times["fdp"], times["plain"])
+    )
     assert result.verdict.startswith("undecided")
 
 

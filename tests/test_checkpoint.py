@@ -1,4 +1,6 @@
-"""Checkpoints restore bit-exactly on any mesh, survive damage, kill -9 and a full disk, and name what went wrong."""
+"""Checkpoints restore bit-exactly on any mesh, survive damage, kill -9 and a full disk, and name
+what went wrong.
+"""
 
 import json
 import os
@@ -38,7 +40,9 @@ def mesh_of(**degrees):
 
 
 def build(seed):
-    """Leaves of every kind: fp32 matrix, bf16, int, uint8, a typed key, optax's named tuples and masked nodes."""
+    """Leaves of every kind: fp32 matrix, bf16, int, uint8, a typed key, optax's named tuples and
+    masked nodes.
+    """
     key = jax.random.key(seed)
     params = {
         "w_DxF": jax.random.normal(key, (16, 32)),
@@ -46,7 +50,9 @@ def build(seed):
         "table_E": jnp.arange(8, dtype=jnp.uint8),
     }
     trained = {k: params[k] for k in ("w_DxF", "b_F")}
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask={"w_DxF": True, "b_F": False}))
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-3, mask={"w_DxF": True, "b_F": False})
+    )
     _, opt_state = tx.update(trained, tx.init(trained), trained)
     return State(jnp.int32(seed), params, opt_state, jax.random.split(key, 2))
 
@@ -54,7 +60,8 @@ def build(seed):
 def shardings(mesh, spec):
     """`spec` for the matrices, everything else replicated."""
     return jax.tree.map(
-        lambda x: NamedSharding(mesh, spec if x.shape == (16, 32) else PartitionSpec()), jax.eval_shape(build, 0)
+        lambda x: NamedSharding(mesh, spec if x.shape == (16, 32) else PartitionSpec()),
+        jax.eval_shape(build, 0),
     )
 
 
@@ -71,13 +78,17 @@ def abstract(mesh, spec):
 
 
 def bits(x):
-    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
+    return np.asarray(
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    ).tobytes()
 
 
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        assert (x.dtype, x.shape, bits(x)) == (y.dtype, y.shape, bits(y)), jax.tree_util.keystr(path)
+        assert (x.dtype, x.shape, bits(x)) == (y.dtype, y.shape, bits(y)), jax.tree_util.keystr(
+            path
+        )
 
 
 @pytest.fixture
@@ -141,7 +152,9 @@ def test_nothing_saved_restores_to_none_and_keep_bounds_the_steps(checkpoints):
 def test_donating_the_state_right_after_save_does_not_change_the_checkpoint(checkpoints):
     saved = {"x": jax.random.normal(jax.random.key(0), (512, 512))}
     expected = np.array(saved["x"])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved
+    )
     checkpoints.save(1, saved, {})
     overwritten = jax.jit(lambda s: {"x": s["x"] * 0 - 1}, donate_argnums=0)(saved)
     jax.block_until_ready(overwritten)
@@ -160,7 +173,9 @@ def test_truncated_checkpoint_falls_back_and_its_step_can_be_saved_again(tmp_pat
     (tmp_path / "2" / "meta" / "metadata").unlink()
 
     opened = Checkpoints(tmp_path)
-    with pytest.warns(UserWarning, match=r"fell back to the checkpoint of step 1 .*step 3: .*; step 2: "):
+    with pytest.warns(
+        UserWarning, match=r"fell back to the checkpoint of step 1 .*step 3: .*; step 2: "
+    ):
         step, state, _ = opened.restore(abstract(mesh, ROWS))
     assert step == opened.latest_step() == 1
     assert_same(state, build(1))
@@ -203,7 +218,9 @@ def test_no_readable_checkpoint_is_an_error_and_never_a_fresh_start(checkpoints)
     checkpoints.wait()
     for step in ("1", "2"):
         damage(checkpoints.directory / step)
-    with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .*step 2: .*step 1: .*Fix: "):
+    with pytest.raises(
+        CheckpointError, match=r"none of the 2 checkpoints .*step 2: .*step 1: .*Fix: "
+    ):
         checkpoints.restore(abstract(mesh, PartitionSpec()))
 
 
@@ -218,7 +235,9 @@ def test_another_model_is_refused(checkpoints):
 
 @pytest.mark.fast
 def test_full_disk_is_reported_and_earlier_checkpoints_survive(checkpoints, capfd):
-    """A file size limit stands for the full disk: the write fails in the same place, with EFBIG for ENOSPC."""
+    """A file size limit stands for the full disk: the write fails in the same place, with EFBIG for
+    ENOSPC.
+    """
     small = {"x": jnp.arange(4.0)}
     big = {"x": jax.random.normal(jax.random.key(0), (400, 400))}
     checkpoints.save(1, small, {})
@@ -228,7 +247,8 @@ def test_full_disk_is_reported_and_earlier_checkpoints_survive(checkpoints, capf
     try:
         checkpoints.save(2, big, {})
         with pytest.raises(
-            CheckpointError, match=r"saving checkpoint .*/ck/2 failed: File too large .*Fix: free space"
+            CheckpointError,
+            match=r"saving checkpoint .*/ck/2 failed: File too large .*Fix: free space",
         ):
             checkpoints.save(3, small, {})
     finally:
@@ -244,9 +264,13 @@ def test_full_disk_is_reported_and_earlier_checkpoints_survive(checkpoints, capf
 @pytest.mark.fast
 def test_a_file_in_the_way_names_path_reason_and_fix(tmp_path):
     (tmp_path / "run").write_text("not a folder")
-    for make in (lambda: Checkpoints(tmp_path / "run" / "ck"), lambda: bind_workdir(tmp_path / "run", {}, "h")):
+    for make in (
+        lambda: Checkpoints(tmp_path / "run" / "ck"),
+        lambda: bind_workdir(tmp_path / "run", {}, "h"),
+    ):
         with pytest.raises(
-            CheckpointError, match=r"run.* failed: (Not a directory|File exists).*Fix: a file is in the"
+            CheckpointError,
+            match=r"run.* failed: (Not a directory|File exists).*Fix: a file is in the",
         ):
             make()
 
@@ -273,12 +297,18 @@ def test_kill_9_during_a_save_keeps_the_earlier_step(tmp_path):
         checkpoints.save(2, {{"x": big}}, {{}})
         checkpoints.wait()
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert any(p.name.startswith("2.") for p in tmp_path.iterdir())
     opened = Checkpoints(tmp_path)
     assert opened.latest_step() == 1
-    target = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh_of(), PartitionSpec()))}
+    target = {
+        "x": jax.ShapeDtypeStruct(
+            (8,), jnp.float32, sharding=NamedSharding(mesh_of(), PartitionSpec())
+        )
+    }
     np.testing.assert_array_equal(opened.restore(target)[1]["x"], np.arange(8.0))
     opened.save(2, {"x": jnp.zeros(8)}, {})
     opened.close()
@@ -296,7 +326,11 @@ def test_an_unfinished_first_save_is_mentioned(tmp_path):
 
 @pytest.mark.fast
 def test_workdir_belongs_to_one_config(tmp_path):
-    config = {"mesh": {"dp": 8, "tp": 1}, "train": {"lr": 3e-3, "zero": 0, "zeroth": 1}, "seeds": (0, 1)}
+    config = {
+        "mesh": {"dp": 8, "tp": 1},
+        "train": {"lr": 3e-3, "zero": 0, "zeroth": 1},
+        "seeds": (0, 1),
+    }
     bind_workdir(tmp_path / "run", config, "aaa")
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["config_hash"] == "aaa"

@@ -1,4 +1,6 @@
-"""Every bad config is refused with the equation, the values in it and a fix; the digest and the flags stay put."""
+"""Every bad config is refused with the equation, the values in it and a fix; the digest and the
+flags stay put.
+"""
 
 import sys
 
@@ -42,7 +44,8 @@ INDIVISIBLE = {
     ),
     "query heads over key/value heads": (
         {"model.kv_heads": 3},
-        "query heads 4 is not divisible by model.kv_heads = 3: set model.kv_heads to a divisor of model.heads",
+        "query heads 4 is not divisible by model.kv_heads = 3: set model.kv_heads to a divisor of "
+        "model.heads",
     ),
     "rotary pairs": (
         {"model.head_dim": 7},
@@ -58,11 +61,13 @@ INDIVISIBLE = {
     ),
     "sequence over cp·tp under sequence parallelism": (
         {"mesh.cp": 2, "mesh.tp": 4, "model.sequence_parallel": True, "data.seq_len": 36},
-        "sequence length 36 is not divisible by mesh.cp·mesh.tp (sequence_parallel) = 8: set data.seq_len=40",
+        "sequence length 36 is not divisible by mesh.cp·mesh.tp (sequence_parallel) = 8: set "
+        "data.seq_len=40",
     ),
     "batch over dp·ep·microbatches": (
         {"mesh.dp": 2, "mesh.ep": 2, "train.microbatches": 2, "train.batch": 12},
-        "global batch 12 is not divisible by dp·ep·microbatches = 2·2·2 = 8: set train.batch=16 or another mesh.dp",
+        "global batch 12 is not divisible by dp·ep·microbatches = 2·2·2 = 8: set train.batch=16 or "
+        "another mesh.dp",
     ),
     "sequence over blocks": (
         {"objective.name": "block_diffusion", "objective.block": 5},
@@ -72,12 +77,24 @@ INDIVISIBLE = {
 
 OUTSIDE = {
     "degree of 0": ({"mesh.cp": 0}, "mesh.cp=0 must be at least 1"),
-    "no schedule for pp": ({"mesh.pp": 2}, "mesh.pp=2: this model has no pipeline schedule; set mesh.pp=1"),
+    "no schedule for pp": (
+        {"mesh.pp": 2},
+        "mesh.pp=2: this model has no pipeline schedule; set mesh.pp=1",
+    ),
     "variant": ({"variant": "ful"}, "variant='ful' is unknown: did you mean 'full'?"),
-    "dtype": ({"model.dtype": "bfloat61"}, "model.dtype='bfloat61' is unknown: did you mean 'bfloat16'?"),
+    "dtype": (
+        {"model.dtype": "bfloat61"},
+        "model.dtype='bfloat61' is unknown: did you mean 'bfloat16'?",
+    ),
     "remat": ({"model.remat": "dot"}, "model.remat='dot' is unknown: did you mean 'dots'?"),
-    "objective": ({"objective.name": "mldm"}, "objective.name='mldm' is unknown: did you mean 'mdlm'?"),
-    "tokenizer": ({"data.tokenizer": "wordpiece"}, "data.tokenizer='wordpiece' is unknown: known: bpe, byte"),
+    "objective": (
+        {"objective.name": "mldm"},
+        "objective.name='mldm' is unknown: did you mean 'mdlm'?",
+    ),
+    "tokenizer": (
+        {"data.tokenizer": "wordpiece"},
+        "data.tokenizer='wordpiece' is unknown: known: bpe, byte",
+    ),
     "NaN policy": ({"train.nan": "skp"}, "train.nan='skp' is unknown: did you mean 'skip'?"),
     "ZeRO stage": (
         {"train.zero": 2},
@@ -114,7 +131,8 @@ def test_a_size_of_zero_is_refused(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case, (_, message) in INDIVISIBLE.items() if "=" in message.partition(": set ")[2]]
+    "case",
+    [case for case, (_, message) in INDIVISIBLE.items() if "=" in message.partition(": set ")[2]],
 )
 def test_the_fix_of_a_message_is_a_fix(case: str) -> None:
     overrides, message = INDIVISIBLE[case]
@@ -136,7 +154,9 @@ def test_degrees_that_do_not_multiply_to_the_devices_are_refused_with_their_prod
         "pp·dp·ep·cp·tp = 1·3·1·1·4 = 12 devices are needed but 8 cpu device(s) are there: "
         "change a mesh.* degree so that the product fits"
     )
-    with pytest.raises(ValueError, match=r"mesh\.ep=0 must be at least 1: pp·dp·ep·cp·tp = 1·1·0·1·1 = 0"):
+    with pytest.raises(
+        ValueError, match=r"mesh\.ep=0 must be at least 1: pp·dp·ep·cp·tp = 1·1·0·1·1 = 0"
+    ):
         make_mesh(degrees(ep=0))
 
 
@@ -155,7 +175,9 @@ def test_a_misspelt_key_in_a_config_file_is_refused_with_the_closest_one() -> No
         config.base().model.update(headz=3)
 
 
-def command_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def command_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
     """What `python -m fdp.train` prints for `arguments` that it refuses."""
     argv = ["fdp.train", *arguments]
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
@@ -203,8 +225,12 @@ def test_the_command_refuses_a_bad_argument_in_one_line(
 def test_an_unknown_key_without_a_close_one_lists_the_known_keys(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = command_error(monkeypatch, capsys, "--config=configs/topic1.py:tiny", "--config.xyzzy=3")
-    assert message.startswith("error: unknown config key 'xyzzy': known: checkpoint.allow_config_change, ")
+    message = command_error(
+        monkeypatch, capsys, "--config=configs/topic1.py:tiny", "--config.xyzzy=3"
+    )
+    assert message.startswith(
+        "error: unknown config key 'xyzzy': known: checkpoint.allow_config_change, "
+    )
     assert "train.steps" in message
     assert message.count("\n") == 1
 
@@ -218,9 +244,13 @@ def test_a_config_file_that_is_not_there_is_named(
     assert message.count("\n") == 1
 
 
-def test_a_bug_inside_a_config_file_keeps_its_traceback(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_inside_a_config_file_keeps_its_traceback(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "broken.py"
-    path.write_text("from fdp import config\ndef get_config():\n    c = config.base()\n    c.train.stepz = 3\n")
+    path.write_text(
+        "from fdp import config\ndef get_config():\n    c = config.base()\n    c.train.stepz = 3\n"
+    )
     argv = ["fdp.train", f"--config={path}"]
     monkeypatch.setattr(sys, "argv", argv)
     try:
@@ -231,15 +261,22 @@ def test_a_bug_inside_a_config_file_keeps_its_traceback(tmp_path, monkeypatch: p
 
 
 def test_an_unknown_topic_is_refused_with_the_closest_folder() -> None:
-    with pytest.raises(UserError, match=r"^unknown topic 'paralel_dlm': did you mean 'parallel_dlm'\?$"):
+    with pytest.raises(
+        UserError, match=r"^unknown topic 'paralel_dlm': did you mean 'parallel_dlm'\?$"
+    ):
         run.study_of("paralel_dlm")
 
 
 # A second value for every free key: none of them changes what is computed.
 FREE = {
-    "mesh.dp": 2, "mesh.tp": 4, "checkpoint.every": 7, "checkpoint.allow_config_change": True, "log.every": 3,
-    "hardware.topology": "v5p:4x4x8", "train.zero": 3,
-}  # fmt: skip
+    "mesh.dp": 2,
+    "mesh.tp": 4,
+    "checkpoint.every": 7,
+    "checkpoint.allow_config_change": True,
+    "log.every": 3,
+    "hardware.topology": "v5p:4x4x8",
+    "train.zero": 3,
+}
 
 
 @pytest.mark.parametrize("key", FREE)
@@ -274,4 +311,8 @@ def test_every_free_key_exists_and_a_longer_name_is_not_free() -> None:
 
 
 def test_the_command_line_is_frozen() -> None:
-    assert {f.name for f in flags.FLAGS.flags_by_module_dict()["fdp.train"]} == {"config", "workdir", "dry_run"}
+    assert {f.name for f in flags.FLAGS.flags_by_module_dict()["fdp.train"]} == {
+        "config",
+        "workdir",
+        "dry_run",
+    }

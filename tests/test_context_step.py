@@ -1,4 +1,6 @@
-"""Training under every context plan equals one device: loss, gradients, and bytes by the closed formula."""
+"""Training under every context plan equals one device: loss, gradients, and bytes by the closed
+formula.
+"""
 
 import jax
 import numpy as np
@@ -12,17 +14,31 @@ from fdp.models import transformer
 from fdp.objectives import from_config
 from fdp.step import Program, tokens_sharding
 
-BASE = {"model.layers": 2, "model.width": 32, "model.heads": 8, "model.kv_heads": 4, "model.head_dim": 8,
-        "model.ffn": 64, "model.vocab": 64, "data.seq_len": 32, "train.batch": 8}  # fmt: skip
+BASE = {
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 8,
+    "model.kv_heads": 4,
+    "model.head_dim": 8,
+    "model.ffn": 64,
+    "model.vocab": 64,
+    "data.seq_len": 32,
+    "train.batch": 8,
+}
 CASES = {
     "ring, zig-zag": {"mesh.cp": 4, "context.plan": "ring", "context.layout": "zigzag"},
     "ulysses": {"mesh.cp": 4, "context.plan": "ulysses"},
-    "usp, striped": {"mesh.cp": 8, "context.plan": "usp", "context.head_split": 2, "context.layout": "striped",
-                     "context.stripe": 2},
+    "usp, striped": {
+        "mesh.cp": 8,
+        "context.plan": "usp",
+        "context.head_split": 2,
+        "context.layout": "striped",
+        "context.stripe": 2,
+    },
     "batch": {"mesh.cp": 4, "context.plan": "batch", "context.head_split": 2},
     "all-gather, zig-zag": {"mesh.cp": 4, "context.layout": "zigzag"},
     "usp on dp2·cp2·tp2": {"mesh.dp": 2, "mesh.cp": 2, "mesh.tp": 2, "context.plan": "ring"},
-}  # fmt: skip
+}
 
 
 def program(objective: str, **overrides: object) -> Program:
@@ -43,14 +59,18 @@ def outcome(p: Program) -> tuple:
 
 @pytest.fixture(scope="module")
 def reference() -> dict:
-    return {(name, w): outcome(program(name, **{"model.window": w}))[:2] for name, w in
-            (("autoregressive", 0), ("mdlm", 0), ("autoregressive", 9))}  # fmt: skip
+    return {
+        (name, w): outcome(program(name, **{"model.window": w}))[:2]
+        for name, w in (("autoregressive", 0), ("mdlm", 0), ("autoregressive", 9))
+    }
 
 
 def by_axis(compiled, mesh) -> dict:
     """Wire bytes by (op, logical axes): cp0·cp1·… and any part of it count as cp."""
     found: dict = {}
-    for (op, axes), (_, _, wire) in hlo.summary(hlo.collectives(compiled.as_text(), dict(mesh.shape))).items():
+    for (op, axes), (_, _, wire) in hlo.summary(
+        hlo.collectives(compiled.as_text(), dict(mesh.shape))
+    ).items():
         key = op, tuple(dict.fromkeys(a.rstrip("0123456789") for a in axes))
         found[key] = found.get(key, 0.0) + wire
     return found
@@ -91,9 +111,18 @@ def test_a_window_trains_as_one_device(case: str, reference: dict) -> None:
             {"mesh.cp": 8, "data.seq_len": 24, "context.layout": "zigzag"},
             r"24 is not divisible by 2·cp = 16 \(zig-zag\)",
         ),
-        ({"mesh.cp": 8, "mesh.tp": 1, "model.heads": 4, "context.plan": "ulysses"}, r"heads = 4 .* head_split = 8"),
-        ({"mesh.cp": 4, "model.window": 64, "context.plan": "ring"}, r"window = 64 > sequence length 32"),
-        ({"mesh.cp": 4, "context.plan": "usp", "context.head_split": 3}, r"cp = 4 is not divisible by head_split = 3"),
+        (
+            {"mesh.cp": 8, "mesh.tp": 1, "model.heads": 4, "context.plan": "ulysses"},
+            r"heads = 4 .* head_split = 8",
+        ),
+        (
+            {"mesh.cp": 4, "model.window": 64, "context.plan": "ring"},
+            r"window = 64 > sequence length 32",
+        ),
+        (
+            {"mesh.cp": 4, "context.plan": "usp", "context.head_split": 3},
+            r"cp = 4 is not divisible by head_split = 3",
+        ),
         (
             {"mesh.cp": 4, "context.plan": "batch", "context.head_split": 4, "train.batch": 2},
             r"not divisible by head_split",
@@ -107,7 +136,9 @@ def test_plans_that_cannot_run_are_refused_before_training(wrong: dict, message:
 
 @pytest.mark.fast
 def test_unknown_words_are_refused_with_the_closest() -> None:
-    with pytest.raises(config.UserError, match=r"context.plan='rings' is unknown: did you mean 'ring'"):
+    with pytest.raises(
+        config.UserError, match=r"context.plan='rings' is unknown: did you mean 'ring'"
+    ):
         program("mdlm", **{"context.plan": "rings"})
     with pytest.raises(config.UserError, match=r"block_diffusion doubles"):
         program("block_diffusion", **{"mesh.cp": 2})

@@ -1,4 +1,6 @@
-"""`--dry_run`: what it prints without a compiler at hand, and, in the ahead-of-time tier, what real compilers find."""
+"""`--dry_run`: what it prints without a compiler at hand, and, in the ahead-of-time tier, what real
+compilers find.
+"""
 
 import os
 import re
@@ -27,14 +29,20 @@ def command(*arguments: str) -> str:
     """stdout of the real command, which must succeed."""
     env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
     run = subprocess.run(
-        [sys.executable, "-m", "fdp.train", *arguments, "--dry_run"], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "fdp.train", *arguments, "--dry_run"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
 
 @pytest.mark.fast
-def test_without_a_compiler_the_program_is_counted_and_the_note_says_so(monkeypatch, capsys) -> None:
+def test_without_a_compiler_the_program_is_counted_and_the_note_says_so(
+    monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(aot, "available", lambda platform: False)
     dry_run.dry_run(config("topic1", "pod"))
     out = capsys.readouterr().out
@@ -44,7 +52,9 @@ def test_without_a_compiler_the_program_is_counted_and_the_note_says_so(monkeypa
 
 
 @pytest.mark.fast
-def test_a_program_larger_than_the_chip_does_not_fit_by_the_analytic_count(monkeypatch, capsys) -> None:
+def test_a_program_larger_than_the_chip_does_not_fit_by_the_analytic_count(
+    monkeypatch, capsys
+) -> None:
     monkeypatch.setattr(aot, "available", lambda platform: False)
     c = config("topic1", "pod")
     c.model.width, c.model.ffn, c.train.zero = 16384, 65536, 0
@@ -78,24 +88,38 @@ def time_line(variant: str, monkeypatch, capsys, **overrides) -> dict[str, float
     c.update_from_flattened_dict(overrides)
     dry_run.dry_run(c)
     text = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("time "))
-    m = re.search(r"predicted (\S+) ms a step \(90 % interval (\S+)-(\S+)\), MFU (\S+) %; bottleneck (\w.*?);", text)
+    m = re.search(
+        r"predicted (\S+) ms a step \(90 % interval (\S+)-(\S+)\), MFU (\S+) %; bottleneck (\w.*?);",
+        text,
+    )
     assert m, text
-    return dict(zip(("time", "low", "high", "mfu"), map(float, m.groups()[:4]), strict=True)) | {"text": text}
+    return dict(zip(("time", "low", "high", "mfu"), map(float, m.groups()[:4]), strict=True)) | {
+        "text": text
+    }
 
 
 @pytest.mark.fast
-def test_the_time_line_prices_an_h100_with_interval_energy_and_evidence(monkeypatch, capsys) -> None:
+def test_the_time_line_prices_an_h100_with_interval_energy_and_evidence(
+    monkeypatch, capsys
+) -> None:
     got = time_line("h100", monkeypatch, capsys)
     assert 0 < got["low"] < got["time"] < got["high"] and 1 < got["mfu"] < 100
     assert "simulated: fitted on" in got["text"] and "held-out error median" in got["text"]
     assert " was in the fit" not in got["text"] and "bfloat16 rates" not in got["text"]
-    joules, rate = map(float, re.search(r"energy (\S+) J a step, (\S+) tokens/J", got["text"]).groups())
+    joules, rate = map(
+        float, re.search(r"energy (\S+) J a step, (\S+) tokens/J", got["text"]).groups()
+    )
     assert joules * rate == pytest.approx(288 * 2048, rel=0.01)
     watts = 1e3 * joules / got["time"]
-    assert 70 + 150 < watts < 700 + 250  # one chip between idle and its cap, and its share of the host
+    assert (
+        70 + 150 < watts < 700 + 250
+    )  # one chip between idle and its cap, and its share of the host
     double = time_line("h100", monkeypatch, capsys, **{"train.batch": 576, "train.microbatches": 8})
     assert 1.8 < double["time"] / got["time"] < 2.05  # twice the microbatches, the optimizer once
-    assert "priced at bfloat16 rates" in time_line("h100", monkeypatch, capsys, **{"model.dtype": "float32"})["text"]
+    assert (
+        "priced at bfloat16 rates"
+        in time_line("h100", monkeypatch, capsys, **{"model.dtype": "float32"})["text"]
+    )
 
 
 @pytest.mark.fast
@@ -128,22 +152,31 @@ def test_a_config_becomes_the_job_that_is_priced() -> None:
 def test_every_config_compiles_for_its_hardware_and_fits(name: str, variant: str) -> None:
     out = command(f"--config=configs/{name}.py:{variant}")
     assert "compiled ahead of time" in out and "fits" in out and "DOES NOT FIT" not in out
-    # The compiler's count agrees with the formula where nothing is cast on the way: as many MiB scattered, or twice as
-    # many all-reduced, up to its merging of scalars.
+    # The compiler's count agrees with the formula where nothing is cast on the way: as many MiB
+    # scattered, or twice as many all-reduced, up to its merging of scalars.
     rows = re.findall(r"^(\S+) over ([tc]p)\s+([\d,.]+)\s+([\d,.]+)$", out, re.M)
     moved = {(op, axis): [float(n.replace(",", "")) for n in both] for op, axis, *both in rows}
     for (op, axis), (formula, counted) in moved.items():
         if op == "reduce-scatter" and formula != counted:
             more = moved["all-reduce", axis][1] - moved["all-reduce", axis][0]
-            assert counted + more / 2 == pytest.approx(formula, rel=1e-4), (name, variant, axis, moved)
+            assert counted + more / 2 == pytest.approx(formula, rel=1e-4), (
+                name,
+                variant,
+                axis,
+                moved,
+            )
 
 
 @pytest.mark.aot
 def test_a_program_that_overflows_hbm_says_so() -> None:
     out = command(
-        "--config=configs/topic1.py:h100", "--config.hardware.topology=v5e:2x2", "--config.mesh.dp=4",
-        "--config.model.layers=4", "--config.train.microbatches=1", "--config.train.batch=256",
+        "--config=configs/topic1.py:h100",
+        "--config.hardware.topology=v5e:2x2",
+        "--config.mesh.dp=4",
+        "--config.model.layers=4",
+        "--config.train.microbatches=1",
+        "--config.train.batch=256",
         "--config.model.remat=none",
-    )  # fmt: skip
+    )
     assert re.search(r"DOES NOT FIT: \d+\.\d+ GiB \(compiler\) of \d+\.\d+ GiB HBM", out), out
     assert "largest" in out

@@ -1,4 +1,6 @@
-"""The loop resumes bit by bit, on any mesh; keeps the device busy; and leaves usable state behind NaN and signals."""
+"""The loop resumes bit by bit, on any mesh; keeps the device busy; and leaves usable state behind
+NaN and signals.
+"""
 
 import math
 import random
@@ -28,14 +30,30 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TextData:
     """A small random text as bytes, in windows of 16."""
     folder = tmp_path_factory.mktemp("text")
     draw = random.Random(0)
-    words = ["in", "the", "beginning", "was", "a", "word", "and", "it", "went", "on", "until", "stones", "spoke"]
+    words = [
+        "in",
+        "the",
+        "beginning",
+        "was",
+        "a",
+        "word",
+        "and",
+        "it",
+        "went",
+        "on",
+        "until",
+        "stones",
+        "spoke",
+    ]
     text = "\n\n".join(" ".join(draw.choices(words, k=60)) for _ in range(60))
     (folder / "corpus.txt").write_text(text)
     return load_text(str(folder / "corpus.txt"), "byte", 0, 16, 0.1, 0, folder)
 
 
 def arm_of(data: TextData, **overrides: Any) -> Arm:
-    """A one-layer arm on two devices; every step is logged, every third evaluated, every fourth saved."""
+    """A one-layer arm on two devices; every step is logged, every third evaluated, every fourth
+    saved.
+    """
     c = config.base()
     c.model.update(layers=1, width=32, heads=4, kv_heads=4, head_dim=8, ffn=32, vocab=264)
     c.mesh.dp = 2
@@ -50,7 +68,10 @@ def arm_of(data: TextData, **overrides: Any) -> Arm:
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
     """Metric rows in the order of writing, without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in read_metrics(workdir)]
+    return [
+        {k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")}
+        for row in read_metrics(workdir)
+    ]
 
 
 def losses(workdir: Path) -> list[float]:
@@ -79,14 +100,18 @@ def assert_bitwise_equal(a: Any, b: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data: TextData, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict], Any]:
+def uninterrupted(
+    data: TextData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[dict], Any]:
     """(rows, parameters) of a run from start to end."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     state = fit(arm_of(data), workdir)
     return rows(workdir), jax.device_get(state.params)
 
 
-def test_a_run_logs_every_step_once_and_evaluates_when_due(uninterrupted: tuple[list[dict], Any]) -> None:
+def test_a_run_logs_every_step_once_and_evaluates_when_due(
+    uninterrupted: tuple[list[dict], Any],
+) -> None:
     found, _ = uninterrupted
     assert [r["step"] for r in found if "loss" in r] == list(range(1, STEPS + 1))
     assert [r["step"] for r in found if "val_loss" in r] == [3, 6, 9, 12]
@@ -117,7 +142,11 @@ def test_a_resumed_run_writes_the_rows_of_the_uninterrupted_one(
 def test_a_run_resumes_on_other_meshes_and_zero_stages(data: TextData, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fit(arm_of(data, mesh__dp=8), whole)
-    stages = [({"mesh__dp": 8}, 4), ({"mesh__dp": 2, "mesh__tp": 4, "train__zero": 3}, 8), ({"mesh__dp": 1}, None)]
+    stages = [
+        ({"mesh__dp": 8}, 4),
+        ({"mesh__dp": 2, "mesh__tp": 4, "train__zero": 3}, 8),
+        ({"mesh__dp": 1}, None),
+    ]
     done = 0
     for options, until in stages:
         arm = arm_of(data, **options)
@@ -137,7 +166,8 @@ def test_a_finished_run_computes_nothing_again(data: TextData, tmp_path: Path) -
     state = fit(arm_of(data), tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     again = arm_of(data)
-    again.train_function = lambda: pytest.fail("compiled a finished run")  # type: ignore[method-assign]
+    # type: ignore[method-assign]
+    again.train_function = lambda: pytest.fail("compiled a finished run")
     assert_bitwise_equal(fit(again, tmp_path).params, state.params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -160,10 +190,17 @@ def test_evaluate_save_step_log_and_metrics_are_fetched_one_step_late(
     data: TextData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    fetch, wait, save, evaluate = jax.device_get, jax.block_until_ready, Checkpoints.save, loop.evaluate
+    fetch, wait, save, evaluate = (
+        jax.device_get,
+        jax.block_until_ready,
+        Checkpoints.save,
+        loop.evaluate,
+    )
 
     def recorded_save(self: Checkpoints, step: int, *rest: Any) -> None:
-        assert losses(tmp_path) and rows(tmp_path)[-1]["step"] == step, "a checkpoint without the rows up to it"
+        assert losses(tmp_path) and rows(tmp_path)[-1]["step"] == step, (
+            "a checkpoint without the rows up to it"
+        )
         events.append(f"save {step}")
         save(self, step, *rest)
 
@@ -185,16 +222,27 @@ def test_evaluate_save_step_log_and_metrics_are_fetched_one_step_late(
     monkeypatch.setattr(jax, "device_get", recorded_fetch)
     monkeypatch.setattr(jax, "block_until_ready", lambda x: (events.append("wait"), wait(x))[1])
     fit(arm, tmp_path)
-    # Step t is fetched after step t+1 was dispatched, except before an evaluation or a save, which wait anyway.
+    # Step t is fetched after step t+1 was dispatched, except before an evaluation or a save, which
+    # wait anyway.
     assert events == [
-        "step 1", "wait",
-        "step 2", "fetch",
-        "step 3", "fetch",
-        "fetch", "evaluate", "step 4",
-        "fetch", "save 4", "step 5",
-        "step 6", "fetch",
-        "fetch", "evaluate", "save 6",
-    ]  # fmt: skip
+        "step 1",
+        "wait",
+        "step 2",
+        "fetch",
+        "step 3",
+        "fetch",
+        "fetch",
+        "evaluate",
+        "step 4",
+        "fetch",
+        "save 4",
+        "step 5",
+        "step 6",
+        "fetch",
+        "fetch",
+        "evaluate",
+        "save 6",
+    ]
 
 
 def poison(arm: Arm, step: int) -> None:
@@ -218,14 +266,18 @@ def poison(arm: Arm, step: int) -> None:
     program.train_step = train_step  # type: ignore[method-assign]
 
 
-def test_a_nan_loss_stops_with_step_loss_and_fix_and_the_checkpoint_survives(data: TextData, tmp_path: Path) -> None:
+def test_a_nan_loss_stops_with_step_loss_and_fix_and_the_checkpoint_survives(
+    data: TextData, tmp_path: Path
+) -> None:
     every_row = {"objective__masked_head": False}  # the masked head drops rows whose weight is NaN
     arm = arm_of(data, **every_row)
     poison(arm, 6)
     with pytest.raises(FloatingPointError) as error:
         fit(arm, tmp_path / "poisoned")
     text = str(error.value)
-    assert text.startswith("step 7: loss = nan, gradient norm = nan; the parameters were left as they were.")
+    assert text.startswith(
+        "step 7: loss = nan, gradient norm = nan; the parameters were left as they were."
+    )
     assert "Lower train.lr (0.003)" in text
     assert "train.nan=skip" in text
     assert rows(tmp_path / "poisoned")[-1]["step"] == 7
@@ -234,7 +286,11 @@ def test_a_nan_loss_stops_with_step_loss_and_fix_and_the_checkpoint_survives(dat
     with pytest.MonkeyPatch.context() as patch:
         resumed: list[int] = []
         restore = loop.restore_or_init
-        patch.setattr(loop, "restore_or_init", lambda *a: (lambda r: (resumed.append(r[0]), r)[1])(restore(*a)))
+        patch.setattr(
+            loop,
+            "restore_or_init",
+            lambda *a: (lambda r: (resumed.append(r[0]), r)[1])(restore(*a)),
+        )
         state = fit(arm_of(data, **every_row), tmp_path / "poisoned")
     assert resumed == [4]
     clean = fit(arm_of(data, **every_row), tmp_path / "clean")
@@ -242,7 +298,9 @@ def test_a_nan_loss_stops_with_step_loss_and_fix_and_the_checkpoint_survives(dat
     assert rows(tmp_path / "poisoned") == rows(tmp_path / "clean")
 
 
-def test_a_nan_loss_is_skipped_counted_and_not_counted_again_after_a_resume(data: TextData, tmp_path: Path) -> None:
+def test_a_nan_loss_is_skipped_counted_and_not_counted_again_after_a_resume(
+    data: TextData, tmp_path: Path
+) -> None:
     options = {"objective__masked_head": False, "train__nan": "skip"}
     arm = arm_of(data, **options)
     poison(arm, 6)
@@ -250,8 +308,12 @@ def test_a_nan_loss_is_skipped_counted_and_not_counted_again_after_a_resume(data
     assert int(state.skipped) == 1
     assert int(state.step) == STEPS
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
-    assert {r["step"] for r in rows(tmp_path / "whole") if not math.isfinite(r.get("loss", 0))} == {7}
-    assert [r["skipped"] for r in rows(tmp_path / "whole") if r["step"] == STEPS and "skipped" in r] == [1]
+    assert {r["step"] for r in rows(tmp_path / "whole") if not math.isfinite(r.get("loss", 0))} == {
+        7
+    }
+    assert [
+        r["skipped"] for r in rows(tmp_path / "whole") if r["step"] == STEPS and "skipped" in r
+    ] == [1]
     for stop in (9, None):
         arm = arm_of(data, **options)
         poison(arm, 6)
@@ -261,7 +323,9 @@ def test_a_nan_loss_is_skipped_counted_and_not_counted_again_after_a_resume(data
             interrupt(arm, stop)
             with pytest.raises(Stopped):
                 fit(arm, tmp_path / "parts")
-    assert str(rows(tmp_path / "parts")) == str(rows(tmp_path / "whole"))  # as text, because NaN differs from itself
+    assert str(rows(tmp_path / "parts")) == str(
+        rows(tmp_path / "whole")
+    )  # as text, because NaN differs from itself
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -286,7 +350,8 @@ def test_a_signal_inside_a_step_saves_that_step_and_restores_the_handlers(
 def test_a_signal_while_compiling_stops_after_one_step(data: TextData, tmp_path: Path) -> None:
     arm = arm_of(data)
     compiled = arm.train_function()
-    arm.train_function = lambda: (signal.raise_signal(signal.SIGTERM), compiled)[1]  # type: ignore[method-assign]
+    # type: ignore[method-assign]
+    arm.train_function = lambda: (signal.raise_signal(signal.SIGTERM), compiled)[1]
     with pytest.raises(Stopped) as stopped:
         fit(arm, tmp_path)
     assert stopped.value.step == 1
@@ -305,7 +370,9 @@ def test_a_signal_in_the_last_step_finishes_the_arm_but_not_the_run(
 
 
 def test_a_second_signal_interrupts_at_once() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background starts without it
     try:
         with StopSignal() as stop:
             signal.raise_signal(signal.SIGINT)

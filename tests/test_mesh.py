@@ -1,4 +1,6 @@
-"""Five axes, always: their order and types, factored axes, virtual devices, and what lies on which device."""
+"""Five axes, always: their order and types, factored axes, virtual devices, and what lies on which
+device.
+"""
 
 import math
 import re
@@ -67,8 +69,12 @@ def test_factoring_an_axis_keeps_devices_and_their_order(degree: int) -> None:
     assert list(split.devices.flat) == list(mesh.devices.flat)
 
 
-def collect(mesh: Mesh, spec: PartitionSpec, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(sum over cp, index along cp, degree of cp) as each device sees them, stacked along the first dim."""
+def collect(
+    mesh: Mesh, spec: PartitionSpec, x: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(sum over cp, index along cp, degree of cp) as each device sees them, stacked along the first
+    dim.
+    """
 
     def local(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         i = jnp.full((1,), index("cp"), jnp.int32)
@@ -90,7 +96,9 @@ def test_a_logical_axis_means_all_of_its_factors() -> None:
 
 
 def test_only_powers_of_two_can_be_factored() -> None:
-    with pytest.raises(ValueError, match=r"^mesh\.cp=6 is not a power of two: only powers of two split into binary"):
+    with pytest.raises(
+        ValueError, match=r"^mesh\.cp=6 is not a power of two: only powers of two split into binary"
+    ):
         factor(mesh_of(cp=6), "cp")
 
 
@@ -133,9 +141,14 @@ def test_parameters_are_initialised_equal_up_to_rounding_on_every_mesh() -> None
     for name, options in MESHES.items():
         layout, model = layout_of(**options)
         params = layout.init(model, 0, 16).params
-        # The random bits are equal; on jax 0.12 the rounding of a float depends on how XLA vectorised its shard.
-        jax.tree.map(partial(np.testing.assert_array_max_ulp, maxulp=2), jax.device_get(params), want)
-        for leaf, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(layout.state_shardings().params), strict=True):
+        # The random bits are equal; on jax 0.12 the rounding of a float depends on how XLA
+        # vectorised its shard.
+        jax.tree.map(
+            partial(np.testing.assert_array_max_ulp, maxulp=2), jax.device_get(params), want
+        )
+        for leaf, wanted in zip(
+            jax.tree.leaves(params), jax.tree.leaves(layout.state_shardings().params), strict=True
+        ):
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
 
 
@@ -143,7 +156,12 @@ def stored_bytes(layout: Layout) -> int:
     """Bytes of parameters that really lie on device 0 after initialisation."""
     model = layout_of()[1]
     params = layout.init(model, 0, 16).params
-    return sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device.id == 0)
+    return sum(
+        s.data.nbytes
+        for x in jax.tree.leaves(params)
+        for s in x.addressable_shards
+        if s.device.id == 0
+    )
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -154,7 +172,11 @@ def test_the_report_names_every_parameter_with_the_bytes_that_lie_on_a_device(na
     total = int(rows.pop("total")[1].replace(",", ""))
     leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
     assert rows.keys() == {"/".join(str(k.key) for k in path) for path, _ in leaves}
-    assert sum(int(cells[3].replace(",", "")) for cells in rows.values()) == total == stored_bytes(layout)
+    assert (
+        sum(int(cells[3].replace(",", "")) for cells in rows.values())
+        == total
+        == stored_bytes(layout)
+    )
 
 
 @pytest.mark.parametrize("zero", [1, 3])

@@ -1,4 +1,6 @@
-"""Metric rows survive kill -9 and resume; the progress line is short off a terminal; utilisation is never made up."""
+"""Metric rows survive kill -9 and resume; the progress line is short off a terminal; utilisation is
+never made up.
+"""
 
 import io
 import json
@@ -17,7 +19,14 @@ def test_rows_are_tagged_valid_json_and_non_finite_numbers_survive(tmp_path):
     writer.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert row == {"arm": "tp", "seed": 3, "step": 10, "loss": "nan", "grad_norm": "inf", "skipped": 2}
+    assert row == {
+        "arm": "tp",
+        "seed": 3,
+        "step": 10,
+        "loss": "nan",
+        "grad_norm": "inf",
+        "skipped": 2,
+    }
     (read,) = read_metrics(tmp_path)
     assert math.isnan(read["loss"])
     assert read["grad_norm"] == math.inf
@@ -35,7 +44,11 @@ def test_resume_drops_only_later_rows_of_this_arm_and_seed(tmp_path):
     writer.write(30, {"loss": 7.0})
     writer.close()
     rows = read_metrics(tmp_path)
-    assert [(r["step"], r["loss"]) for r in rows if (r["arm"], r["seed"]) == ("a", 0)] == [(10, 1), (20, 2), (30, 7)]
+    assert [(r["step"], r["loss"]) for r in rows if (r["arm"], r["seed"]) == ("a", 0)] == [
+        (10, 1),
+        (20, 2),
+        (30, 7),
+    ]
     assert len(rows) == 9
 
 
@@ -87,7 +100,9 @@ def test_progress_off_a_terminal_prints_every_tenth_with_speed_and_time_left():
             progress.update(step, loss=2.0)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "tp-s0: first step after 1.0 s"
-    assert [line.split()[2] for line in lines[1:]] == [f"{s}/1000," for s in (600, 700, 800, 900, 1000)]
+    assert [line.split()[2] for line in lines[1:]] == [
+        f"{s}/1000," for s in (600, 700, 800, 900, 1000)
+    ]
     assert "loss 2.0000" in lines[1]
     assert "step/s" in lines[1]
     assert "left" in lines[1]

@@ -1,7 +1,8 @@
-"""Every notebook is stored with clean outputs, runs from top to bottom in this interpreter, and asserts what it claims.
+"""Every notebook is stored with clean outputs, runs from top to bottom in this interpreter, and
+asserts what it claims.
 
-Refresh stored outputs with `jupyter nbconvert --to notebook --execute --inplace notebooks/<name>.ipynb`.
-"""
+Refresh stored outputs with `jupyter nbconvert --to notebook --execute --inplace
+notebooks/<name>.ipynb`."""
 
 import ast
 import json
@@ -37,25 +38,35 @@ def code_cells(nb: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 
 def top_level_asserts(cell: nbformat.NotebookNode) -> list[ast.Assert]:
-    """Asserts that run whenever the cell runs to its end: not inside a function, a branch or a loop."""
+    """Asserts that run whenever the cell runs to its end: not inside a function, a branch or a
+    loop.
+    """
     return [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assert)]
 
 
 def execute(nb: nbformat.NotebookNode, folder: Path, scratch: Path) -> None:
-    """Run every cell in `folder` with this interpreter; raises CellExecutionError with the cell's traceback.
+    """Run every cell in `folder` with this interpreter; raises CellExecutionError with the cell's
+    traceback.
 
-    The kernel is described in `scratch`, so no kernel needs to be installed. It does not inherit the number of devices:
-    a notebook asks for its own.
-    """
+    The kernel is described in `scratch`, so no kernel needs to be installed. It does not inherit
+    the number of devices: a notebook asks for its own."""
     spec = scratch / "kernels" / "fdp-tests"
     spec.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "tests", "language": "python"}))
+    (spec / "kernel.json").write_text(
+        json.dumps({"argv": argv, "display_name": "tests", "language": "python"})
+    )
     specs = KernelSpecManager(kernel_dirs=[str(spec.parent)], ensure_native_kernel=False)
     manager = AsyncKernelManager(kernel_name=spec.name, kernel_spec_manager=specs)
-    env = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "MPLBACKEND")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "MPLBACKEND")
+    }
     env["IPYTHONDIR"] = str(scratch)  # no start-up files of the user
-    client = NotebookClient(nb, km=manager, timeout=TIMEOUT, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        nb, km=manager, timeout=TIMEOUT, resources={"metadata": {"path": str(folder)}}
+    )
     client.execute(env=env)
 
 
@@ -70,22 +81,34 @@ def test_there_are_notebooks() -> None:
 def test_stored_outputs_are_complete_and_clean(path: Path) -> None:
     nb = read(path)
     nbformat.validate(nb)
-    assert path.stat().st_size < MAX_BYTES, f"{path.name} has {path.stat().st_size} bytes: lower the plots' dpi"
+    assert path.stat().st_size < MAX_BYTES, (
+        f"{path.name} has {path.stat().st_size} bytes: lower the plots' dpi"
+    )
     counts = [cell.execution_count for cell in code_cells(nb)]
-    assert counts == list(range(1, len(counts) + 1)), f"{path.name} was not stored after one run from top to bottom"
+    assert counts == list(range(1, len(counts) + 1)), (
+        f"{path.name} was not stored after one run from top to bottom"
+    )
     outputs = [output for cell in code_cells(nb) for output in cell.outputs]
     assert outputs, f"{path.name} is stored without outputs"
     complaints = [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert not complaints, f"{path.name} stores errors or warnings: {complaints}"
-    found = MACHINE_PATH.search(re.sub(r'"image/png": "[^"]*"', "", path.read_text(encoding="utf8")))
+    found = MACHINE_PATH.search(
+        re.sub(r'"image/png": "[^"]*"', "", path.read_text(encoding="utf8"))
+    )
     assert found is None, f"{path.name} holds a path of somebody's machine: {found.group()}"
 
 
 @pytest.mark.fast
 @each_notebook
 def test_first_cell_makes_the_devices(path: Path) -> None:
-    calls = [node for node in ast.walk(ast.parse(code_cells(read(path))[0].source)) if isinstance(node, ast.Call)]
-    assert "use_virtual_devices" in {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    calls = [
+        node
+        for node in ast.walk(ast.parse(code_cells(read(path))[0].source))
+        if isinstance(node, ast.Call)
+    ]
+    assert "use_virtual_devices" in {
+        call.func.id for call in calls if isinstance(call.func, ast.Name)
+    }
 
 
 @each_notebook
@@ -100,7 +123,11 @@ def test_notebook_runs_and_its_asserts_hold(path: Path, tmp_path: Path) -> None:
     assert not errors
     conditions = [ast.unparse(a.test) for cell in cells for a in top_level_asserts(cell)]
     assert conditions, f"{path.name} asserts nothing"
-    missing = [w for w in MUST_ASSERT.get(path.stem, ()) if not any(re.search(rf"\b{w}\b", c) for c in conditions)]
+    missing = [
+        w
+        for w in MUST_ASSERT.get(path.stem, ())
+        if not any(re.search(rf"\b{w}\b", c) for c in conditions)
+    ]
     assert not missing, f"{path.name} no longer asserts anything about {missing}"
 
 
@@ -108,7 +135,10 @@ def test_notebook_runs_and_its_asserts_hold(path: Path, tmp_path: Path) -> None:
 def test_notebook_starts_from_the_root_too(path: Path, tmp_path: Path) -> None:
     nb = read(path)
     first = nb.cells.index(code_cells(nb)[0])
-    nb.cells = [*nb.cells[: first + 1], nbformat.v4.new_code_cell("import jax\nassert jax.device_count() == 8")]
+    nb.cells = [
+        *nb.cells[: first + 1],
+        nbformat.v4.new_code_cell("import jax\nassert jax.device_count() == 8"),
+    ]
     execute(nb, ROOT, tmp_path)
     assert nb.cells[-1].execution_count == 2
 

@@ -1,4 +1,6 @@
-"""A verdict follows from its number, a broken report is named by row and key, and the table fits the terminal."""
+"""A verdict follows from its number, a broken report is named by row and key, and the table fits
+the terminal.
+"""
 
 import json
 
@@ -6,24 +8,59 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdp.report import EVIDENCE, Report, Row, bootstrap_ci, devices, judge, plot_curves, straddles, validate, versions
+from fdp.report import (
+    EVIDENCE,
+    Report,
+    Row,
+    bootstrap_ci,
+    devices,
+    judge,
+    plot_curves,
+    straddles,
+    validate,
+    versions,
+)
 
 pytestmark = pytest.mark.fast
 
 
 def rows():
     return [
-        Row.judged("TP halves the bytes | a step", "bytes per step", 1_234_567, "B", "<= 0.55", "counted",
-                   baseline="Megatron all-reduce in both directions", baseline_values=2_469_134),
-        Row.judged("The loss is equal", "validation loss", [3.1, 3.2, 3.4], "nats/token", "value <= 3.25", "measured",
-                   baseline="autoregressive", baseline_values=[3.0, 3.1, 3.2]),
-        Row.untestable("It is faster on TPU", "step time", "ms", "<= 0.9", "measured", "needs a TPU v5p slice"),
-    ]  # fmt: skip
+        Row.judged(
+            "TP halves the bytes | a step",
+            "bytes per step",
+            1_234_567,
+            "B",
+            "<= 0.55",
+            "counted",
+            baseline="Megatron all-reduce in both directions",
+            baseline_values=2_469_134,
+        ),
+        Row.judged(
+            "The loss is equal",
+            "validation loss",
+            [3.1, 3.2, 3.4],
+            "nats/token",
+            "value <= 3.25",
+            "measured",
+            baseline="autoregressive",
+            baseline_values=[3.0, 3.1, 3.2],
+        ),
+        Row.untestable(
+            "It is faster on TPU", "step time", "ms", "<= 0.9", "measured", "needs a TPU v5p slice"
+        ),
+    ]
 
 
 def report(**changes):
     return Report(
-        **{"topic": "parallel_dlm", "variant": "tiny", "config_hash": "0123456789ab", "rows": rows()} | changes
+        **{
+            "topic": "parallel_dlm",
+            "variant": "tiny",
+            "config_hash": "0123456789ab",
+            "rows": rows(),
+        }
+        | changes
     )
 
 
@@ -66,7 +103,9 @@ def test_rows_compute_means_ratios_intervals_and_verdicts():
 
 
 def test_a_verdict_cannot_be_passed_by_hand():
-    with pytest.raises(ValueError, match=r"row 'c', key 'verdict': 'holds', but 2.0 fails at '<= 1'"):
+    with pytest.raises(
+        ValueError, match=r"row 'c', key 'verdict': 'holds', but 2.0 fails at '<= 1'"
+    ):
         Row("c", "m", 2.0, "s", "", None, None, None, "<= 1", "holds", "measured", "")
 
 
@@ -91,16 +130,37 @@ def test_bootstrap_covers_the_truth_and_pairing_narrows_the_ratio():
 
 
 def test_written_files_validate_and_raw_numbers_lie_beside(tmp_path):
-    plot = plot_curves(tmp_path / "plots" / "loss.png", {"tp": ([0, 1], [3, 2])}, "step", "loss", "Loss", {"AR": 2.5})
+    plot = plot_curves(
+        tmp_path / "plots" / "loss.png",
+        {"tp": ([0, 1], [3, 2])},
+        "step",
+        "loss",
+        "Loss",
+        {"AR": 2.5},
+    )
     raw = {"loss": {"tp": np.array([3.1, np.inf]), "ar": jnp.float32(2.0)}}
     report(plots=[plot], raw=raw).write(tmp_path)
     assert plot.read_bytes()[:4] == b"\x89PNG"
     content = json.loads((tmp_path / "report.json").read_text())
     validate(content, tmp_path)
     assert content["plots"] == ["plots/loss.png"]
-    assert list(content["rows"][0]) == ["claim", "metric", "value", "unit", "baseline", "baseline_value", "ratio", "ci",
-                                        "threshold", "verdict", "evidence", "note"]  # fmt: skip
-    assert json.loads((tmp_path / "raw.json").read_text()) == {"loss": {"tp": [3.1, "inf"], "ar": 2.0}}
+    assert list(content["rows"][0]) == [
+        "claim",
+        "metric",
+        "value",
+        "unit",
+        "baseline",
+        "baseline_value",
+        "ratio",
+        "ci",
+        "threshold",
+        "verdict",
+        "evidence",
+        "note",
+    ]
+    assert json.loads((tmp_path / "raw.json").read_text()) == {
+        "loss": {"tp": [3.1, "inf"], "ar": 2.0}
+    }
     text = (tmp_path / "report.md").read_text()
     assert "![loss](plots/loss.png)" in text
     assert "8 virtual CPU devices" in text
@@ -108,7 +168,12 @@ def test_written_files_validate_and_raw_numbers_lie_beside(tmp_path):
     assert "1,234,567 B" in text
     for kind in EVIDENCE:
         assert f"- **{kind}**: " in text
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["plots", "raw.json", "report.json", "report.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "plots",
+        "raw.json",
+        "report.json",
+        "report.md",
+    ]
 
 
 @pytest.mark.parametrize(

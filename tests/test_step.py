@@ -1,4 +1,6 @@
-"""Sharded equals unsharded: loss, gradients and one optimizer step, every axis alone and mixed, every storage mode."""
+"""Sharded equals unsharded: loss, gradients and one optimizer step, every axis alone and mixed,
+every storage mode.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,8 @@ from fdp.topics.parallel_dlm.checks import counted_bytes
 
 pytestmark = pytest.mark.fast
 
-# mesh degrees; overrides of the config. Each is compared with one device under the same objective and model.
+# mesh degrees; overrides of the config. Each is compared with one device under the same objective
+# and model.
 CASES = {
     "dp8": ({"dp": 8}, {}),
     "tp4": ({"tp": 4}, {}),
@@ -35,12 +38,19 @@ CASES = {
         {"dp": 2, "tp": 2},
         {"train.microbatches": 2, "train.zero": 3, "model.remat": "dots"},
     ),
-    "dp2·cp2·tp2·SP·remat": ({"dp": 2, "cp": 2, "tp": 2}, {"model.sequence_parallel": True, "model.remat": "full"}),
+    "dp2·cp2·tp2·SP·remat": (
+        {"dp": 2, "cp": 2, "tp": 2},
+        {"model.sequence_parallel": True, "model.remat": "full"},
+    ),
 }
 MODELS = {
     "mdlm": {"objective.name": "mdlm"},
     "ar": {"objective.name": "autoregressive"},
-    "mdlm·qk_norm·noise": {"objective.name": "mdlm", "model.qk_norm": True, "model.time_conditioning": True},
+    "mdlm·qk_norm·noise": {
+        "objective.name": "mdlm",
+        "model.qk_norm": True,
+        "model.time_conditioning": True,
+    },
 }
 MORE = {
     "sedd_absorbing": {"objective.name": "sedd_absorbing"},
@@ -81,7 +91,13 @@ def outcome(c: ml_collections.ConfigDict) -> dict:
     for _ in range(2):
         state, metrics = step(state, x)
         losses.append(float(metrics["loss"]))
-    return {"init": start, "loss": loss, "grads": grads, "params": jax.device_get(state.params), "losses": losses}
+    return {
+        "init": start,
+        "loss": loss,
+        "grads": grads,
+        "params": jax.device_get(state.params),
+        "losses": losses,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +106,14 @@ def reference() -> dict:
 
 
 def assert_trees_close(a, b, tolerance: float, what: str) -> None:
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         scale = max(np.abs(y).max(), 1e-6)
         error = np.abs(x - y).max() / scale
-        assert error <= tolerance, f"{what} {jax.tree_util.keystr(path)}: relative error {error:.2e}"
+        assert error <= tolerance, (
+            f"{what} {jax.tree_util.keystr(path)}: relative error {error:.2e}"
+        )
 
 
 def check(model: str, overrides: dict, case: str, reference: dict) -> None:
@@ -109,7 +129,9 @@ def check(model: str, overrides: dict, case: str, reference: dict) -> None:
 
 # The first model runs on every mesh, the others where their extra code meets every axis at once.
 MIXED = ("dp2·cp2·tp2", "dp2·cp2·tp2·SP·ZeRO-3·remat", "dp2·tp2·microbatches")
-PAIRS = [("mdlm", case) for case in CASES] + [(m, case) for m in MODELS if m != "mdlm" for case in MIXED]
+PAIRS = [("mdlm", case) for case in CASES] + [
+    (m, case) for m in MODELS if m != "mdlm" for case in MIXED
+]
 
 
 @pytest.mark.parametrize(("model", "case"), PAIRS)
@@ -130,12 +152,16 @@ def test_bytes_equal_the_closed_formula(model: str, case: str) -> None:
     p = program(c)
     state = p.layout.abstract_state()
     batch = jax.eval_shape(
-        p.corrupt, jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32), jax.random.key(0)
+        p.corrupt,
+        jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32),
+        jax.random.key(0),
     )
     compiled = jax.jit(p.grads).lower(state.params, batch).compile()
     want = closed.traffic(c, p.layout.shapes, p.layout.stored, p.head_rows())
     assert counted_bytes(compiled, p.mesh) == pytest.approx(dict(want))
-    logical = hlo.summary(jaxpr.collectives(jax.make_jaxpr(p.grads)(state.params, batch), dict(p.mesh.shape)))
+    logical = hlo.summary(
+        jaxpr.collectives(jax.make_jaxpr(p.grads)(state.params, batch), dict(p.mesh.shape))
+    )
     assert {k: wire for k, (_, _, wire) in logical.items() if wire} == pytest.approx(dict(want))
 
 
@@ -144,7 +170,9 @@ def test_flops_equal_the_jaxpr(model: str) -> None:
     c = tiny(**(MODELS | MORE)[model])
     p = program(c)
     batch = jax.eval_shape(
-        p.corrupt, jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32), jax.random.key(0)
+        p.corrupt,
+        jax.ShapeDtypeStruct((c.train.batch, c.data.seq_len), jnp.int32),
+        jax.random.key(0),
     )
     counted = jaxpr.dot_flops(jax.make_jaxpr(p.grads)(p.layout.abstract_state().params, batch))
     assert counted == flops.train_step(c, p.head_rows())
@@ -169,9 +197,13 @@ def test_non_finite_step_leaves_the_state_untouched_and_is_counted() -> None:
     c = tiny(**{"mesh.dp": 2})
     p = program(c)
     state = p.init(0)
-    poisoned = state.replace(params={**state.params, "norm": {"scale": state.params["norm"]["scale"] * jnp.nan}})
+    poisoned = state.replace(
+        params={**state.params, "norm": {"scale": state.params["norm"]["scale"] * jnp.nan}}
+    )
     before = jax.device_get(poisoned.params)
-    after, metrics = p.jit_train_step()(poisoned, jax.device_put(tokens(c), tokens_sharding(p.mesh)))
+    after, metrics = p.jit_train_step()(
+        poisoned, jax.device_put(tokens(c), tokens_sharding(p.mesh))
+    )
     assert int(metrics["skipped"]) == 1 and not np.isfinite(metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before)
     assert int(after.step) == 1

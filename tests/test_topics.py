@@ -1,4 +1,5 @@
-"""The contract of topics: what every folder of fdp/topics and every configs/topic*.py must have, and who imports whom.
+"""The contract of topics: what every folder of fdp/topics and every configs/topic*.py must have,
+and who imports whom.
 
 Folders and configs are discovered: topic 16 is tested as soon as its files are there.
 """
@@ -22,10 +23,17 @@ from fdp import config, report
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("topic*.py"))
-TOPICS = sorted(p.name for p in (ROOT / "fdp" / "topics").iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
-SOURCES = sorted(p for d in ("fdp", "configs", "tests", "benchmarks", "launch") for p in (ROOT / d).rglob("*.py"))
+TOPICS = sorted(
+    p.name
+    for p in (ROOT / "fdp" / "topics").iterdir()
+    if p.is_dir() and not p.name.startswith(("_", "."))
+)
+SOURCES = sorted(
+    p for d in ("fdp", "configs", "tests", "benchmarks", "launch") for p in (ROOT / d).rglob("*.py")
+)
 
-# Section of a topic's README → what one of its headings says; the seed idea may also open the text in bold.
+# Section of a topic's README → what one of its headings says; the seed idea may also open the text
+# in bold.
 SECTIONS = {
     "question or seed idea": r"^(#+ .*(question|idea)|\*\*(question|seed idea))",
     "prior work": r"^#+ .*prior work",
@@ -52,7 +60,8 @@ def study_module(topic: str):
     return importlib.import_module(f"fdp.topics.{topic}.study")
 
 
-# Configs and folders --------------------------------------------------------------------------------------------------
+# Configs and folders
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
@@ -91,9 +100,17 @@ def test_default_variant_is_cpu_and_unknown_ones_are_refused(name: str) -> None:
 def test_config_docstring_names_claims_commands_and_a_variation(name: str) -> None:
     text = importlib.import_module(f"configs.{name}").__doc__ or ""
     command = f"python -m fdp.train --config=configs/{name}.py"
-    for needed in ("Claim", f"{command} ", f"{command}:tiny", f"{command}:pod --dry_run", "--config."):
+    for needed in (
+        "Claim",
+        f"{command} ",
+        f"{command}:tiny",
+        f"{command}:pod --dry_run",
+        "--config.",
+    ):
         assert needed in text, f"the docstring of configs/{name}.py lacks {needed!r}"
-    assert re.search(r"\d+ (s|min)\b", text), f"the docstring of configs/{name}.py names no expected run time"
+    assert re.search(r"\d+ (s|min)\b", text), (
+        f"the docstring of configs/{name}.py names no expected run time"
+    )
 
 
 @pytest.mark.fast
@@ -111,25 +128,44 @@ def test_topic_readme_has_every_section(topic: str) -> None:
     path = ROOT / "fdp" / "topics" / topic / "README.md"
     assert path.is_file(), f"{topic} has no README.md"
     text = path.read_text(encoding="utf8")
-    missing = [name for name, pattern in SECTIONS.items() if not re.search(pattern, text, re.M | re.I)]
+    missing = [
+        name for name, pattern in SECTIONS.items() if not re.search(pattern, text, re.M | re.I)
+    ]
     assert not missing, f"fdp/topics/{topic}/README.md lacks {missing}"
     measured = re.split(SECTIONS["measured"], text, maxsplit=1, flags=re.M | re.I)[-1]
     measured = re.split(SECTIONS["limits"], measured, maxsplit=1, flags=re.M | re.I)[0]
-    assert re.search(r"^\|[ :|-]+\|$", measured, re.M), f"fdp/topics/{topic}/README.md has no measured table"
-    commands = {f"python -m fdp.train --config=configs/{name}.py" for name in CONFIGS if topic_of(name) == topic}
-    assert all(command in text for command in commands), f"fdp/topics/{topic}/README.md lacks {commands}"
+    assert re.search(r"^\|[ :|-]+\|$", measured, re.M), (
+        f"fdp/topics/{topic}/README.md has no measured table"
+    )
+    commands = {
+        f"python -m fdp.train --config=configs/{name}.py"
+        for name in CONFIGS
+        if topic_of(name) == topic
+    }
+    assert all(command in text for command in commands), (
+        f"fdp/topics/{topic}/README.md lacks {commands}"
+    )
 
 
-# The command ----------------------------------------------------------------------------------------------------------
+# The command
+# -------------------------------------------------------------------------------------------------
 
 
-def train(*arguments: str, hide: tuple[str, ...] = (), timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    """`python -m fdp.train …` at the root, where the modules of `hide` are as good as not installed."""
+def train(
+    *arguments: str, hide: tuple[str, ...] = (), timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
+    """`python -m fdp.train …` at the root, where the modules of `hide` are as good as not
+    installed.
+    """
     hidden = "".join(f"sys.modules[{name!r}] = None; " for name in hide)
     start = f"import sys, runpy; {hidden}runpy.run_module('fdp.train', run_name='__main__', alter_sys=True)"
-    env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}  # the command asks for its own
+    env = {
+        k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"
+    }  # the command asks for its own
     command = [sys.executable, "-c", start, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, timeout=timeout, capture_output=True, text=True, check=False
+    )
 
 
 def relative_to_root(path: Path) -> Path:
@@ -138,7 +174,9 @@ def relative_to_root(path: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, str]:
     """(config name, workdir, stdout) of one finished run of its `tiny` variant."""
     name, workdir = request.param, tmp_path_factory.mktemp(request.param)
     done = train(f"--config=configs/{name}.py:tiny", f"--workdir={relative_to_root(workdir)}")
@@ -151,7 +189,11 @@ def test_tiny_run_reports_legal_rows(tiny: tuple[str, Path, str]) -> None:
     found = json.loads((workdir / "report.json").read_text(encoding="utf8"))
     report.validate(found, workdir)
     c = get_config(name, "tiny")
-    assert (found["topic"], found["variant"], found["config_hash"]) == (c.topic, "tiny", config.digest(c))
+    assert (found["topic"], found["variant"], found["config_hash"]) == (
+        c.topic,
+        "tiny",
+        config.digest(c),
+    )
     text = (workdir / "report.md").read_text(encoding="utf8")
     for row in found["rows"]:
         assert row["verdict"] in report.VERDICTS
@@ -183,7 +225,11 @@ def test_tiny_run_leaves_what_a_run_must_leave(tiny: tuple[str, Path, str]) -> N
 @pytest.mark.parametrize("variant", ["pod", "h100"])
 @each_config
 def test_dry_run_without_compilers_is_abstract(name: str, variant: str) -> None:
-    done = train(f"--config=configs/{name}.py:{variant}", "--dry_run", hide=("libtpu", "jax_plugins.xla_cuda13"))
+    done = train(
+        f"--config=configs/{name}.py:{variant}",
+        "--dry_run",
+        hide=("libtpu", "jax_plugins.xla_cuda13"),
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     for word in ("parameters", "optimizer", "activations", "bytes", "FLOPs"):
         assert word in done.stdout, f"--dry_run of {name}:{variant} does not print {word}"
@@ -192,19 +238,28 @@ def test_dry_run_without_compilers_is_abstract(name: str, variant: str) -> None:
         assert f"arm {arm}" in done.stdout
 
 
-# Imports run one way --------------------------------------------------------------------------------------------------
+# Imports run one way
+# --------------------------------------------------------------------------------------------------
 
-MAY_IMPORT_TOPICS = ("fdp/train.py", "fdp/run.py", "fdp/dry_run.py")  # and only by a name made at run time
+MAY_IMPORT_TOPICS = (
+    "fdp/train.py",
+    "fdp/run.py",
+    "fdp/dry_run.py",
+)  # and only by a name made at run time
 BOTTOM = ("fdp.kernels_pallas", "fdp.collectives", "fdp.mesh")
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
-    """Dotted names of everything that a module in `package` imports, wherever the statement stands."""
+    """Dotted names of everything that a module in `package` imports, wherever the statement
+    stands.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            parents = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             base = ".".join([*parents, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
@@ -223,7 +278,11 @@ def offences(source: str, path: str) -> list[str]:
         return [name for name in found if inside(name, "fdp.topics") and not inside(name, own)]
     wrong = [name for name in found if inside(name, "fdp.topics")]
     if path not in MAY_IMPORT_TOPICS:
-        texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        texts = (
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        )
         wrong += [text for text in texts if re.match(r"fdp\.topics\b", text)]
     if any(inside(path.removesuffix(".py").replace("/", "."), module) for module in BOTTOM):
         wrong += [name for name in found if not any(inside(name, module) for module in BOTTOM)]
@@ -271,7 +330,8 @@ def test_a_right_import_is_let_through(source: str, path: str) -> None:
     assert not offences(source, path)
 
 
-# Size and substance of files ------------------------------------------------------------------------------------------
+# Size and substance of files
+# ------------------------------------------------------------------------------------------
 
 
 def relative(path: Path) -> str:
@@ -289,8 +349,13 @@ def test_no_function_exceeds_100_lines() -> None:
     too_long = {}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 100:
-                too_long[f"{relative(path)}:{node.lineno} {node.name}"] = node.end_lineno - node.lineno + 1
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.end_lineno - node.lineno >= 100
+            ):
+                too_long[f"{relative(path)}:{node.lineno} {node.name}"] = (
+                    node.end_lineno - node.lineno + 1
+                )
     assert not too_long
 
 
@@ -298,7 +363,11 @@ def asserts_something(source: str) -> bool:
     """Whether a test file holds an assert statement, a pytest.raises or an assert_… call."""
     for node in ast.walk(ast.parse(source)):
         name = getattr(node, "attr", getattr(node, "id", ""))
-        if isinstance(node, ast.Assert) or name.startswith("assert_") or name in ("raises", "warns"):
+        if (
+            isinstance(node, ast.Assert)
+            or name.startswith("assert_")
+            or name in ("raises", "warns")
+        ):
             return True
     return False
 

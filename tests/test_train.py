@@ -1,8 +1,9 @@
-"""The real command, as a process of its own: what it leaves, and that no kill, signal or full disk loses what it saved.
+"""The real command, as a process of its own: what it leaves, and that no kill, signal or full disk
+loses what it saved.
 
-One small experiment is run four ways: from start to end (`reference`), killed, stopped and starved of disk again and
-again until it is through (`history`), and from damaged or foreign working directories.
-"""
+One small experiment is run four ways: from start to end (`reference`), killed, stopped and starved
+of disk again and again until it is through (`history`), and from damaged or foreign working
+directories."""
 
 import contextlib
 import json
@@ -40,7 +41,21 @@ PATIENCE = 300.0  # seconds for one process on a crowded machine
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same few thousand bytes of text at every call."""
     draw = random.Random(0)
-    words = ["in", "the", "beginning", "was", "a", "word", "and", "it", "went", "on", "until", "stones", "spoke"]
+    words = [
+        "in",
+        "the",
+        "beginning",
+        "was",
+        "a",
+        "word",
+        "and",
+        "it",
+        "went",
+        "on",
+        "until",
+        "stones",
+        "spoke",
+    ]
     path = tmp_path_factory.mktemp("text") / "corpus.txt"
     path.write_text("\n\n".join(" ".join(draw.choices(words, k=60)) for _ in range(100)))
     return path
@@ -49,23 +64,41 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(corpus: Path, workdir: Path, *more: str) -> list[str]:
     """A short experiment with many saves; later flags win."""
     small = {
-        "data.source": corpus, "data.tokenizer": "byte", "data.seq_len": 16, "data.val_fraction": 0.1,
-        "model.vocab": 264, "model.layers": 1, "model.width": 32, "model.head_dim": 8, "train.batch": 8,
-        "train.steps": STEPS, "eval.every": 9, "eval.batches": 2, "eval.samples": 1,
-        "checkpoint.every": 4, "log.every": 1,
-    }  # fmt: skip
+        "data.source": corpus,
+        "data.tokenizer": "byte",
+        "data.seq_len": 16,
+        "data.val_fraction": 0.1,
+        "model.vocab": 264,
+        "model.layers": 1,
+        "model.width": 32,
+        "model.head_dim": 8,
+        "train.batch": 8,
+        "train.steps": STEPS,
+        "eval.every": 9,
+        "eval.batches": 2,
+        "eval.samples": 1,
+        "checkpoint.every": 4,
+        "log.every": 1,
+    }
     return [
-        "--config=configs/topic1.py:tiny", f"--workdir={workdir}",
-        *(f"--config.{key}={value}" for key, value in small.items()), *more,
-    ]  # fmt: skip
+        "--config=configs/topic1.py:tiny",
+        f"--workdir={workdir}",
+        *(f"--config.{key}={value}" for key, value in small.items()),
+        *more,
+    ]
 
 
 def environment() -> dict[str, str]:
     """That of a user's shell: the command has to ask for its eight devices itself."""
-    return {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "NPROC", "XLA_FLAGS")}
+    return {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("JAX_NUM_CPU_DEVICES", "NPROC", "XLA_FLAGS")
+    }
 
 
-# Runs the interpreter with the arguments that follow; no file may grow beyond 16 KiB: metrics fit, checkpoints do not.
+# Runs the interpreter with the arguments that follow; no file may grow beyond 16 KiB: metrics fit,
+# checkpoints do not.
 ON_A_FULL_DISK = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
@@ -87,9 +120,13 @@ class Outcome:
 def started(arguments: list[str], launcher: list[str] | None = None) -> Iterator[subprocess.Popen]:
     """`python -m fdp.train` with `arguments`, killed if the test leaves it running."""
     process = subprocess.Popen(
-        [sys.executable, *(launcher or []), "-m", "fdp.train", *arguments], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, *(launcher or []), "-m", "fdp.train", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         yield process
     finally:
@@ -112,14 +149,19 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
     """Poll until `happened` or fail: the process ended first, or the patience did."""
     deadline = time.monotonic() + PATIENCE
     while not happened():
-        assert process.poll() is None, f"the command ended first:\n{process.communicate()[1][-2000:]}"
+        assert process.poll() is None, (
+            f"the command ended first:\n{process.communicate()[1][-2000:]}"
+        )
         assert time.monotonic() < deadline, "the command did not get there"
         time.sleep(0.002)
 
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
     """Metric rows without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in read_metrics(workdir)]
+    return [
+        {k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")}
+        for row in read_metrics(workdir)
+    ]
 
 
 def newest_row(workdir: Path, arm: str) -> int:
@@ -142,7 +184,9 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return workdir, train(flags(corpus, workdir))
 
 
-def test_the_command_trains_every_arm_and_leaves_its_report(reference: tuple[Path, Outcome]) -> None:
+def test_the_command_trains_every_arm_and_leaves_its_report(
+    reference: tuple[Path, Outcome],
+) -> None:
     workdir, outcome = reference
     assert outcome.code == 0, outcome.err
     assert "8 virtual CPU devices" in outcome.out
@@ -152,7 +196,9 @@ def test_the_command_trains_every_arm_and_leaves_its_report(reference: tuple[Pat
     assert {r["evidence"] for r in found["rows"]} >= {"measured", "counted"}
     assert (workdir / "report.md").read_text().count("|") > 50
     for name in ("loss", "bytes"):
-        assert matplotlib.image.imread(workdir / "plots" / f"{name}.png").std() > 0, f"{name}.png is blank"
+        assert matplotlib.image.imread(workdir / "plots" / f"{name}.png").std() > 0, (
+            f"{name}.png is blank"
+        )
     samples = (workdir / "samples.txt").read_text()
     assert all(f"[{arm}] " in samples for arm in ARMS)
     stored = json.loads((workdir / "config.json").read_text())
@@ -160,7 +206,9 @@ def test_the_command_trains_every_arm_and_leaves_its_report(reference: tuple[Pat
     assert stored["config_hash"] == found["config_hash"]
 
 
-def test_the_command_logs_every_step_and_keeps_the_newest_checkpoints(reference: tuple[Path, Outcome]) -> None:
+def test_the_command_logs_every_step_and_keeps_the_newest_checkpoints(
+    reference: tuple[Path, Outcome],
+) -> None:
     workdir, _ = reference
     for arm in ARMS:
         mine = [row for row in rows(workdir) if row["arm"] == arm]
@@ -180,7 +228,9 @@ def kill_after_a_save(arguments: list[str], workdir: Path) -> Outcome:
 
 
 def kill_in_a_save(arguments: list[str], workdir: Path) -> Outcome:
-    """kill -9 while a checkpoint is half-written: the process is frozen first, to be sure that it is."""
+    """kill -9 while a checkpoint is half-written: the process is frozen first, to be sure that it
+    is.
+    """
     unfinished = lambda: list((workdir / "checkpoints").glob("*/*.orbax-checkpoint-tmp*"))
     with started(arguments) as process:
         while True:
@@ -204,15 +254,21 @@ def stop_in_the_second_arm(arguments: list[str], workdir: Path) -> Outcome:
 
 @dataclass
 class Stage:
-    """One start of the interrupted run: its outcome and the checkpoints of the first arm after it."""
+    """One start of the interrupted run: its outcome and the checkpoints of the first arm after
+    it.
+    """
 
     outcome: Outcome
     saved: list[int]
 
 
 @pytest.fixture(scope="module")
-def history(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Stage]]:
-    """kill -9, kill -9 in a save, full disk, SIGTERM, and at last the resume command that the latter printed."""
+def history(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Stage]]:
+    """kill -9, kill -9 in a save, full disk, SIGTERM, and at last the resume command that the
+    latter printed.
+    """
     workdir = tmp_path_factory.mktemp("history") / "run"
     arguments = flags(corpus, workdir)
     stages: dict[str, Stage] = {}
@@ -230,7 +286,9 @@ def history(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return workdir, stages
 
 
-def test_a_killed_run_resumes_from_its_newest_checkpoint(history: tuple[Path, dict[str, Stage]]) -> None:
+def test_a_killed_run_resumes_from_its_newest_checkpoint(
+    history: tuple[Path, dict[str, Stage]],
+) -> None:
     _, stages = history
     assert stages["killed"].outcome.code == -signal.SIGKILL
     before, after = stages["killed"].saved, stages["killed in a save"].saved
@@ -239,7 +297,9 @@ def test_a_killed_run_resumes_from_its_newest_checkpoint(history: tuple[Path, di
     assert f"mdlm-s0: resumed at step {after[-1]} of {STEPS}" in stages["full disk"].outcome.out
 
 
-def test_a_full_disk_is_one_clear_line_and_costs_no_checkpoint(history: tuple[Path, dict[str, Stage]]) -> None:
+def test_a_full_disk_is_one_clear_line_and_costs_no_checkpoint(
+    history: tuple[Path, dict[str, Stage]],
+) -> None:
     workdir, stages = history
     full = stages["full disk"]
     assert full.outcome.code == 1
@@ -252,7 +312,9 @@ def test_a_full_disk_is_one_clear_line_and_costs_no_checkpoint(history: tuple[Pa
     assert f"resumed at step {before[-1]} of {STEPS}" in stages["stopped"].outcome.out
 
 
-def test_sigterm_saves_exits_0_and_prints_the_command_that_resumes(history: tuple[Path, dict[str, Stage]]) -> None:
+def test_sigterm_saves_exits_0_and_prints_the_command_that_resumes(
+    history: tuple[Path, dict[str, Stage]],
+) -> None:
     workdir, stages = history
     stopped = stages["stopped"].outcome
     assert stopped.code == 0, stopped.err
@@ -326,16 +388,20 @@ def test_the_workdir_of_another_config_is_refused_unless_allowed(
 def test_a_bad_corpus_is_one_error_line(tmp_path: Path) -> None:
     workdir, text = tmp_path / "run", tmp_path / "text.txt"
     assert refused(flags(tmp_path / "absent.txt", workdir)) == (
-        f"error: data.source='{tmp_path / 'absent.txt'}': no such file or folder ({tmp_path / 'absent.txt'}); "
+        f"error: data.source='{tmp_path / 'absent.txt'}': no such file or folder "
+        f"({tmp_path / 'absent.txt'}); "
         "sources are bible, stdlib, hf:<name> and paths of text"
     )
     text.write_text(" \n")
     assert refused(flags(text, workdir)) == (
-        f"error: data.source='{text}' holds no text: give files of UTF-8 text with something in them"
+        f"error: data.source='{text}' holds no text: give files of UTF-8 text with something in "
+        "them"
     )
     text.write_text("\n\n".join("abcdefghij"))
     message = refused(flags(text, workdir, "--config.data.seq_len=4096"))
-    assert message.startswith("error: sequence length 4096 is longer than the training split of the corpus (")
+    assert message.startswith(
+        "error: sequence length 4096 is longer than the training split of the corpus ("
+    )
     assert "set data.seq_len=16 or use a larger corpus" in message
     text.write_text("\n\n".join(["a long first paragraph " * 40, "a short second one"]))
     message = refused(flags(text, workdir, "--config.data.seq_len=8"))
@@ -347,13 +413,19 @@ def test_an_unknown_key_is_one_error_line_and_help_shows_three_flags() -> None:
     assert refused(["--config=configs/topic1.py:tiny", "--config.train.stepz=3"]) == (
         "error: unknown config key 'train.stepz': did you mean 'train.steps'?"
     )
-    assert refused([]) == "error: flag --config=None: Flag --config must have a value other than None."
+    assert (
+        refused([]) == "error: flag --config=None: Flag --config must have a value other than None."
+    )
     shown = train(["--help"])
     own = shown.out.split("/train.py:\n")[1].split("\n\n")[0]
     assert re.findall(r"^  --(\S+):", own, re.MULTILINE) == ["config", "[no]dry_run", "workdir"]
 
 
-MESHES = {"dp8": {"dp": 8}, "dp2·tp4": {"dp": 2, "tp": 4}, "dp2·tp2·cp2": {"dp": 2, "tp": 2, "cp": 2}}
+MESHES = {
+    "dp8": {"dp": 8},
+    "dp2·tp4": {"dp": 2, "tp": 4},
+    "dp2·tp2·cp2": {"dp": 2, "tp": 2, "cp": 2},
+}
 
 
 def test_the_first_20_losses_agree_on_every_mesh(corpus: Path, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Devices that are not there: compile for TPU slices and H100 nodes on any machine, and read what the compiler found.
+"""Devices that are not there: compile for TPU slices and H100 nodes on any machine, and read what
+the compiler found.
 
-The compilers come with pip packages (`pip install 'fdp[aot]'`); no accelerator, driver or CUDA library is needed. What
-is compiled can be inspected (text, memory, overflow of HBM) but not run, and without a device nothing is autotuned:
-the result is evidence of what compiles, fits and overlaps, never a timing.
+The compilers come with pip packages (`pip install 'fdp[aot]'`); no accelerator, driver or CUDA
+library is needed. What is compiled can be inspected (text, memory, overflow of HBM) but not run,
+and without a device nothing is autotuned: the result is evidence of what compiles, fits and
+overlaps, never a timing.
 
     prepare_environment()                                  # before jax is imported
     mesh = make_mesh(degrees, topology_devices("v5p:4x4x4"))
@@ -27,8 +29,8 @@ _TPU = {"v4": "2x2x1", "v5e": "16x16", "v5p": "4x4x4", "v6e": "16x16", "tpu7x": 
 _GPU = {"h100": "2x8"}
 _PACKAGES = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
 
-# An H100 SXM as XLA:GPU describes it (fields of its GpuTargetConfigProto); figures from NVIDIA's H100 data sheet and
-# the CUDA programming guide's table for compute capability 9.0.
+# An H100 SXM as XLA:GPU describes it (fields of its GpuTargetConfigProto); figures from NVIDIA's
+# H100 data sheet and the CUDA programming guide's table for compute capability 9.0.
 _H100_TARGET = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -47,7 +49,8 @@ dnn_version_info { major: 9 minor: 12 }
 
 
 def prepare_environment() -> None:
-    """Set, where unset, the environment variables that let the compilers load without hardware. Call before jax.
+    """Set, where unset, the environment variables that let the compilers load without hardware.
+    Call before jax.
 
     No accelerator is touched: arrays of this process live on the CPU.
     """
@@ -55,16 +58,20 @@ def prepare_environment() -> None:
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server which TPU this is
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compiling processes at once
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any valid values: they only silence warnings about a missing TPU
+        # any valid values: they only silence warnings about a missing TPU
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin would refuse to load without the CUDA libraries
+        # the plugin would refuse to load without the CUDA libraries
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
 def available(platform: str) -> bool:
-    """Whether the compiler for "tpu", "cuda", a chip ("v5p", "h100") or a topology ("v5p:4x4x4") is installed."""
+    """Whether the compiler for "tpu", "cuda", a chip ("v5p", "h100") or a topology ("v5p:4x4x4") is
+    installed.
+    """
     name = platform.partition(":")[0]
     name = "tpu" if name in _TPU else "cuda" if name in _GPU else name
     if name not in _PACKAGES:
@@ -78,10 +85,9 @@ def available(platform: str) -> bool:
 def topology_devices(platform_topology: str) -> "list[jax.Device]":
     """Devices of an absent machine, to build a Mesh from and compile for.
 
-    "v5p:4x4x4", "v5e:16x16", "v6e:16x16": TPU chips as a torus (v4 and tpu7x have two devices a chip);
-    "h100:8", "h100:2x8": GPUs of one node, or nodes x GPUs. Raises ValueError for an unknown name or shape and
-    ImportError when the compiler is not installed.
-    """
+    "v5p:4x4x4", "v5e:16x16", "v6e:16x16": TPU chips as a torus (v4 and tpu7x have two devices a
+    chip); "h100:8", "h100:2x8": GPUs of one node, or nodes x GPUs. Raises ValueError for an unknown
+    name or shape and ImportError when the compiler is not installed."""
     name, _, shape = platform_topology.partition(":")
     if name not in (*_TPU, *_GPU):
         raise ValueError(_unknown(name, [*_TPU, *_GPU]))
@@ -90,13 +96,19 @@ def topology_devices(platform_topology: str) -> "list[jax.Device]":
         raise ValueError(f"topology {platform_topology!r} is not of the form {example!r}")
     if not available(name):
         package = _PACKAGES["tpu" if name in _TPU else "cuda"]
-        raise ImportError(f"compiling for {name} needs the package {package}: pip install 'fdp[aot]'")
+        raise ImportError(
+            f"compiling for {name} needs the package {package}: pip install 'fdp[aot]'"
+        )
     prepare_environment()
     from jax.experimental import topologies
 
     if name in _GPU:  # XLA counts slices x nodes x GPUs
         nodes, gpus = (["1", *shape.split("x")])[-2:]
-        kwargs = {"platform": "cuda", "target_config": _H100_TARGET, "topology": f"1x{nodes}x{gpus}"}
+        kwargs = {
+            "platform": "cuda",
+            "target_config": _H100_TARGET,
+            "topology": f"1x{nodes}x{gpus}",
+        }
     else:
         kwargs = {"platform": "tpu", "topology_name": platform_topology}
     try:
@@ -104,14 +116,17 @@ def topology_devices(platform_topology: str) -> "list[jax.Device]":
     except RuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
-        raise ValueError(f"no such topology {platform_topology!r}, try {example!r}: {error}") from error
+        raise ValueError(
+            f"no such topology {platform_topology!r}, try {example!r}: {error}"
+        ) from error
 
 
 def compile(lowered: Any, compiler_options: dict[str, Any] | None = None) -> Any:
-    """`lowered.compile()` kept out of the persistent compilation cache, which cannot read back what has no device.
+    """`lowered.compile()` kept out of the persistent compilation cache, which cannot read back what
+    has no device.
 
-    compiler_options: XLA flags of the platform, as Python values: {"xla_tpu_enable_latency_hiding_scheduler": True}.
-    """
+    compiler_options: XLA flags of the platform, as Python values:
+    {"xla_tpu_enable_latency_hiding_scheduler": True}."""
     import jax
 
     threshold = "jax_persistent_cache_min_compile_time_secs"  # below it nothing is stored
@@ -141,11 +156,17 @@ class Memory:
 
 
 def memory(compiled: Any) -> Memory:
-    """Memory per device of `jax.stages.Compiled`. Raises ValueError if the backend gives no analysis."""
+    """Memory per device of `jax.stages.Compiled`. Raises ValueError if the backend gives no
+    analysis.
+    """
     stats = compiled.memory_analysis()
     if stats is None:
         raise ValueError("the backend gives no memory analysis of this program")
-    argument, output, alias = stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.alias_size_in_bytes
+    argument, output, alias = (
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+    )
     temp, peak = stats.temp_size_in_bytes, stats.peak_memory_in_bytes
     if _platform(compiled) == "cpu":  # its peak leaves temporaries out
         peak = argument + output - alias + temp
@@ -183,7 +204,9 @@ def hbm_error(exc: BaseException) -> HbmError | None:
     Figures are the compiler's, rounded to 0.01 of their unit.
     """
     text = str(exc)
-    if not re.search(r"RESOURCE_EXHAUSTED|CompileTimeHbmOom|Ran out of memory in memory space hbm", text):
+    if not re.search(
+        r"RESOURCE_EXHAUSTED|CompileTimeHbmOom|Ran out of memory in memory space hbm", text
+    ):
         return None
     size = r"(\d[\d.]*[KMGT]?)B?"
     m = re.search(rf"required\b[^()]*\({size}\) exceeds available HBM \({size}\)", text)
@@ -196,7 +219,9 @@ def hbm_error(exc: BaseException) -> HbmError | None:
         name = re.search(r'op_name="([^"]*)"', entry)
         held = re.match(rf"Size: {size}", entry)
         if held:
-            buffers.append(Buffer(_bytes(held[1]), shape[1] if shape else "", name[1] if name else ""))
+            buffers.append(
+                Buffer(_bytes(held[1]), shape[1] if shape else "", name[1] if name else "")
+            )
     buffers.sort(key=lambda b: -b.bytes)
     return HbmError(_bytes(m[1]), _bytes(m[2]), tuple(buffers))
 

@@ -1,7 +1,7 @@
 """Shapes of published models and the parameters they have, to price training them.
 
-Legend: D width, H query heads, K key/value heads, C head_dim, F FFN hidden, E experts, V vocabulary.
-"""
+Legend: D width, H query heads, K key/value heads, C head_dim, F FFN hidden, E experts, V
+vocabulary."""
 
 import dataclasses
 import difflib
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Architecture:
-    """One decoder-style model. `experts` = 0 is dense; `moe_every` = 2 makes every second layer an MoE layer.
+    """One decoder-style model. `experts` = 0 is dense; `moe_every` = 2 makes every second layer an
+    MoE layer.
 
-    Multi-head latent attention (DeepSeek) is given by its two ranks and the rotary part of a head; `head_dim` is then
-    that of queries and keys and `value_dim` that of values.
-    """
+    Multi-head latent attention (DeepSeek) is given by its two ranks and the rotary part of a head;
+    `head_dim` is then that of queries and keys and `value_dim` that of values."""
 
     name: str
     layers: int
@@ -41,13 +41,19 @@ class Architecture:
     def __post_init__(self) -> None:
         for key in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab"):
             if not getattr(self, key) >= 1:
-                raise ValueError(f"architecture {self.name!r}: {key}={getattr(self, key)} must be at least 1")
+                raise ValueError(
+                    f"architecture {self.name!r}: {key}={getattr(self, key)} must be at least 1"
+                )
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"architecture {self.name!r}: {self.heads} heads are not divisible by {self.kv_heads} kv_heads"
+                f"architecture {self.name!r}: {self.heads} heads are not divisible by "
+                f"{self.kv_heads} kv_heads"
             )
         if self.experts and not 1 <= self.topk <= self.experts:
-            raise ValueError(f"architecture {self.name!r}: topk={self.topk} is not within 1..experts={self.experts}")
+            raise ValueError(
+                f"architecture {self.name!r}: topk={self.topk} is not within "
+                f"1..experts={self.experts}"
+            )
 
     @property
     def moe_layers(self) -> int:
@@ -78,10 +84,17 @@ class Architecture:
         return self.projections * self.width * self.moe_ffn
 
     def parameters(self) -> int:
-        """All weights: matrices, one scale a norm (two norms a layer, one at the end), router, embedding and head."""
+        """All weights: matrices, one scale a norm (two norms a layer, one at the end), router,
+        embedding and head.
+        """
         attention, moe = sum(self.attention_parameters()), self.moe_layers
-        layers = self.layers * (attention + 2 * self.width) + (self.layers - moe) * self.ffn_parameters()
-        layers += moe * ((self.experts + self.shared_experts) * self.expert_parameters() + self.width * self.experts)
+        layers = (
+            self.layers * (attention + 2 * self.width) + (self.layers - moe) * self.ffn_parameters()
+        )
+        layers += moe * (
+            (self.experts + self.shared_experts) * self.expert_parameters()
+            + self.width * self.experts
+        )
         return layers + (1 if self.tied else 2) * self.vocab * self.width + self.width
 
     def active_parameters(self) -> int:
@@ -90,12 +103,20 @@ class Architecture:
         return self.parameters() - self.moe_layers * idle * self.expert_parameters()
 
     def forward_flops(self, seq: int) -> float:
-        """Matmul FLOPs of one token's forward pass in a sequence of `seq`; a causal mask halves the scores."""
+        """Matmul FLOPs of one token's forward pass in a sequence of `seq`; a causal mask halves the
+        scores.
+        """
         attention, moe = sum(self.attention_parameters()), self.moe_layers
         ffn = (self.layers - moe) * self.ffn_parameters()
-        ffn += moe * ((self.topk + self.shared_experts) * self.expert_parameters() + self.width * self.experts)
+        ffn += moe * (
+            (self.topk + self.shared_experts) * self.expert_parameters() + self.width * self.experts
+        )
         scores = (
-            2 * seq * self.heads * (self.head_dim + (self.value_dim or self.head_dim)) * (0.5 if self.causal else 1)
+            2
+            * seq
+            * self.heads
+            * (self.head_dim + (self.value_dim or self.head_dim))
+            * (0.5 if self.causal else 1)
         )
         return 2 * (self.layers * attention + ffn + self.vocab * self.width) + self.layers * scores
 
@@ -103,7 +124,8 @@ class Architecture:
 def _dense(
     name: str, layers: int, width: int, heads: int, kv: int, ffn: int, vocab: int, **more: object
 ) -> Architecture:
-    return Architecture(name, layers, width, heads, kv, width // heads, ffn, vocab, **more)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    return Architecture(name, layers, width, heads, kv, width // heads, ffn, vocab, **more)
 
 
 def _mpt(name: str, layers: int, width: int, heads: int) -> Architecture:
@@ -125,13 +147,15 @@ def _moe(
     **more: object,
 ) -> Architecture:
     return Architecture(
-        name, layers, width, heads, kv, head_dim, ffn, vocab, True, experts, topk, moe_ffn, **more  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        name, layers, width, heads, kv, head_dim, ffn, vocab, True, experts, topk, moe_ffn, **more
     )  # fmt: skip
 
 
 _MLA = {"kv_rank": 512, "rope_dim": 64, "value_dim": 128, "q_rank": 1536, "shared_experts": 1}
 
-# From the models' public configuration files (and nanotron's scaling benchmark for the ultrascale ones).
+# From the models' public configuration files (and nanotron's scaling benchmark for the ultrascale
+# ones).
 ARCHITECTURES = {
     a.name: a
     for a in (
@@ -177,7 +201,9 @@ def architecture(name: str) -> Architecture:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     close = difflib.get_close_matches(name.lower(), ARCHITECTURES, n=1, cutoff=0.0)[0]
-    raise ValueError(f"unknown model {name!r}: did you mean {close!r}? Known: {', '.join(ARCHITECTURES)}")
+    raise ValueError(
+        f"unknown model {name!r}: did you mean {close!r}? Known: {', '.join(ARCHITECTURES)}"
+    )
 
 
 def of_model(m: object, causal: bool = False, name: str = "this model") -> Architecture:

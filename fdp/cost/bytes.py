@@ -1,9 +1,9 @@
-"""Closed formulas for the bytes that the loss and its gradients move, per device and train step, by (op, mesh axes).
+"""Closed formulas for the bytes that the loss and its gradients move, per device and train step, by
+(op, mesh axes).
 
-Wire bytes sent by ring algorithms, as in fdp.cost.hlo: all-reduce 2(n-1)/n of its payload, all-gather and
-reduce-scatter (n-1) shards. The optimizer (a few scalars of the global norm) and the drawing of noise are not included.
-Tests hold these formulas equal to the compiled program.
-"""
+Wire bytes sent by ring algorithms, as in fdp.cost.hlo: all-reduce 2(n-1)/n of its payload,
+all-gather and reduce-scatter (n-1) shards. The optimizer (a few scalars of the global norm) and the
+drawing of noise are not included. Tests hold these formulas equal to the compiled program."""
 
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -32,7 +32,9 @@ class _Ledger:
         self.total: Traffic = {}
 
     def add(self, op: str, axes: Iterable[str], payload: float, times: int = 1) -> None:
-        """payload: bytes of the whole operand for all-reduce, of one shard for all-gather and reduce-scatter."""
+        """payload: bytes of the whole operand for all-reduce, of one shard for all-gather and
+        reduce-scatter.
+        """
         live = tuple(a for a in AXES if a in axes and self.degrees[a] > 1)
         n = prod(self.degrees[a] for a in live)
         if live and times:
@@ -47,9 +49,9 @@ class _Ledger:
 def traffic(c: ml_collections.ConfigDict, shapes: Any, stored: Any, head_rows: int) -> Traffic:
     """Wire bytes per device of one loss-and-gradient evaluation.
 
-    `shapes`, `stored`: parameter shapes and stored specs (fdp.state.Layout); `head_rows`: rows per device and
-    microbatch that reach the head. Sources: Shoeybi et al. 2019, Korthikanti et al. 2022, Rajbhandari et al. 2020.
-    """
+    `shapes`, `stored`: parameter shapes and stored specs (fdp.state.Layout); `head_rows`: rows per
+    device and microbatch that reach the head. Sources: Shoeybi et al. 2019, Korthikanti et al.
+    2022, Rajbhandari et al. 2020."""
     ledger = _Ledger(c.mesh)
     _activations(ledger, c, head_rows)
     _parameters(ledger, c, shapes, stored)
@@ -64,20 +66,26 @@ def _activations(ledger: _Ledger, c: ml_collections.ConfigDict, head_rows: int) 
     doubled = 2 if c.objective.name == "block_diffusion" else 1
     tokens = t.batch // (mesh.dp * mesh.ep * micro) * (doubled * c.data.seq_len // mesh.cp)
     hidden = tokens * m.width * item
-    # Rematerialised blocks run their forward collectives again, except the last one, whose result nobody reads
-    # unless a gate multiplies it.
+    # Rematerialised blocks run their forward collectives again, except the last one, whose result
+    # nobody reads unless a gate multiplies it.
     again = m.layers * micro if m.remat != "none" else 0
     outputs_again = again * (2 if m.time_conditioning else 1)
     sublayers = 2 * m.layers * micro
     if m.sequence_parallel:
         shard = hidden / mesh.tp
-        ledger.add(SCATTER, ("tp",), shard, micro + sublayers + outputs_again)  # embedding, sublayer outputs
-        ledger.add(GATHER, ("tp",), shard, micro + sublayers + 2 * again)  # sublayer inputs, head input
+        ledger.add(
+            SCATTER, ("tp",), shard, micro + sublayers + outputs_again
+        )  # embedding, sublayer outputs
+        ledger.add(
+            GATHER, ("tp",), shard, micro + sublayers + 2 * again
+        )  # sublayer inputs, head input
         ledger.add(GATHER, ("tp",), shard, micro + sublayers)  # transposes of the scatters
         ledger.add(SCATTER, ("tp",), shard, micro + sublayers)  # transposes of the gathers
         _norm_scales(ledger, c, sequence_parallel=True)
     else:
-        ledger.add(REDUCE, ("tp",), hidden, micro + sublayers + outputs_again)  # embedding, sublayer outputs
+        ledger.add(
+            REDUCE, ("tp",), hidden, micro + sublayers + outputs_again
+        )  # embedding, sublayer outputs
         ledger.add(REDUCE, ("tp",), hidden, sublayers)  # gradients of sublayer inputs
         ledger.add(REDUCE, ("tp",), head_rows * m.width * item, micro)  # gradient of the head input
         _norm_scales(ledger, c, sequence_parallel=False)
@@ -86,8 +94,12 @@ def _activations(ledger: _Ledger, c: ml_collections.ConfigDict, head_rows: int) 
     _context(ledger, c, item, m.layers * micro, again)
 
 
-def _context(ledger: _Ledger, c: ml_collections.ConfigDict, item: int, times: int, again: int) -> None:
-    """Attention over cp: `times` layers and microbatches, of which `again` run their forward pass twice."""
+def _context(
+    ledger: _Ledger, c: ml_collections.ConfigDict, item: int, times: int, again: int
+) -> None:
+    """Attention over cp: `times` layers and microbatches, of which `again` run their forward pass
+    twice.
+    """
     m, x, mesh = c.model, c.context, c.mesh
     if mesh.cp == 1:
         return
@@ -97,7 +109,13 @@ def _context(ledger: _Ledger, c: ml_collections.ConfigDict, item: int, times: in
     batch = c.train.batch // (mesh.dp * mesh.ep * c.train.microbatches)
     doubled = 2 if c.objective.name == "block_diffusion" else 1
     shape = context.AttentionShape(
-        batch, doubled * c.data.seq_len, m.heads // mesh.tp, m.kv_heads // mesh.tp, m.head_dim, mesh.cp, item
+        batch,
+        doubled * c.data.seq_len,
+        m.heads // mesh.tp,
+        m.kv_heads // mesh.tp,
+        m.head_dim,
+        mesh.cp,
+        item,
     )
     mask = Mask("causal" if c.objective.name == "autoregressive" else "bidirectional", m.window)
     for op, wire in context.forward_bytes(plan, shape, mask).items():

@@ -1,13 +1,14 @@
-"""What a context-parallel plan costs: bytes, dependent steps, balance, in closed form; needed keys of any block mask.
+"""What a context-parallel plan costs: bytes, dependent steps, balance, in closed form; needed keys
+of any block mask.
 
     python -m fdp.cost.context --seq 131072 --heads 32 --kv_heads 8 --head_dim 128 --cp 8 --mask causal [--window 4096]
 
-All figures are per device, attention layer and microbatch; heads are those of one tp shard. Wire bytes follow
-fdp.cost.hlo, and tests hold them equal to the compiled program. Unit: keys and values of one device, 2·B·N·K·C·bytes.
+All figures are per device, attention layer and microbatch; heads are those of one tp shard. Wire
+bytes follow fdp.cost.hlo, and tests hold them equal to the compiled program. Unit: keys and values
+of one device, 2·B·N·K·C·bytes.
 
-Legend: B sequences on a device, S positions, N = S/cp, H query heads, K key/value heads, C head_dim, u head_split,
-r = cp/u ring members; needs: W blocks of the sequence.
-"""
+Legend: B sequences on a device, S positions, N = S/cp, H query heads, K key/value heads, C
+head_dim, u head_split, r = cp/u ring members; needs: W blocks of the sequence."""
 
 import argparse
 from collections.abc import Sequence
@@ -25,14 +26,15 @@ Traffic = dict[str, float]  # HLO op → wire bytes sent per device
 
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 EXCHANGE, PERMUTE = "all-to-all", "collective-permute"
-ACCUMULATOR = 4  # bytes: gradients of keys travel round the ring, and partial results to their merge, in float32
+# bytes: gradients of keys travel round the ring, and partial results to their merge, in float32
+ACCUMULATOR = 4
 LABEL = 4  # bytes: positions and segment ids are int32
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """One attention layer on one device: `batch` local sequences, `seq_len` global positions, heads of one tp shard,
-    `itemsize` bytes of an activation."""
+    """One attention layer on one device: `batch` local sequences, `seq_len` global positions, heads
+    of one tp shard, `itemsize` bytes of an activation."""
 
     batch: int
     seq_len: int
@@ -45,11 +47,18 @@ class AttentionShape:
     @property
     def unit(self) -> float:
         """Bytes of one device's keys and values."""
-        return 2 * self.batch * self.seq_len // self.cp * self.kv_heads * self.head_dim * self.itemsize
+        return (
+            2 * self.batch * self.seq_len // self.cp * self.kv_heads * self.head_dim * self.itemsize
+        )
 
     def check(self, plan: CommPlan, mask: Mask) -> None:
         """Raises ValueError for a plan that this layer cannot run."""
-        sizes = {"seq_len": self.seq_len, "cp": self.cp, "heads": self.heads, "kv_heads": self.kv_heads}
+        sizes = {
+            "seq_len": self.seq_len,
+            "cp": self.cp,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+        }
         check(plan, mask, **sizes, batch=self.batch)
 
 
@@ -66,9 +75,8 @@ def repetition(plan: CommPlan, kv_heads: int) -> int:
 def forward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic:
     """Wire bytes of `fdp.parallel.context.attend`, forward, by collective, without `label_bytes`.
 
-    Ring (r-1)·rho units; all-gather cp-1; head split (u-1)/u·(G+rho), batch split (u-1)/u·(G+1), with G = H/K. Raises
-    ValueError for a refused plan.
-    """
+    Ring (r-1)·rho units; all-gather cp-1; head split (u-1)/u·(G+rho), batch split (u-1)/u·(G+1),
+    with G = H/K. Raises ValueError for a refused plan."""
     shape.check(plan, mask)
     rho = repetition(plan, shape.kv_heads)
     out = {GATHER: (shape.cp - 1) * shape.unit if plan.kind == "all_gather" else 0.0}
@@ -78,19 +86,28 @@ def forward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic:
 
 
 def label_bytes(shape: AttentionShape, mask: Mask) -> Traffic:
-    """Wire bytes of the gather of positions and segment ids, int32, that every plan makes if the mask reads them.
+    """Wire bytes of the gather of positions and segment ids, int32, that every plan makes if the
+    mask reads them.
 
-    Labels are the same in all layers: a differentiated scan over layers makes it once, any other loop each time.
-    """
+    Labels are the same in all layers: a differentiated scan over layers makes it once, any other
+    loop each time."""
     n = shape.seq_len // shape.cp
-    return _live({GATHER: (shape.cp - 1) * LABEL * n * (int(orders(mask)) + (shape.batch if mask.packed else 0))})
+    return _live(
+        {
+            GATHER: (shape.cp - 1)
+            * LABEL
+            * n
+            * (int(orders(mask)) + (shape.batch if mask.packed else 0))
+        }
+    )
 
 
 def backward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic:
-    """Wire bytes that the gradient adds to `forward_bytes` (without rematerialisation), by collective.
+    """Wire bytes that the gradient adds to `forward_bytes` (without rematerialisation), by
+    collective.
 
-    A ring sends keys once more and their gradients in float32; gathers and exchanges are transposed.
-    """
+    A ring sends keys once more and their gradients in float32; gathers and exchanges are
+    transposed."""
     shape.check(plan, mask)
     rho = repetition(plan, shape.kv_heads)
     unit_and_gradient = shape.unit * (1 + ACCUMULATOR / shape.itemsize)
@@ -101,13 +118,17 @@ def backward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic
 
 
 def _exchanged(plan: CommPlan, shape: AttentionShape) -> float:
-    """Queries, keys, values and outputs through the all-to-alls of a head or batch split, one direction of the pass."""
+    """Queries, keys, values and outputs through the all-to-alls of a head or batch split, one
+    direction of the pass.
+    """
     u, group = plan.head_split, shape.heads // shape.kv_heads
     return (u - 1) / u * (group + repetition(plan, shape.kv_heads)) * shape.unit
 
 
 def decode_bytes(kind: str, batch: int, tokens: int, heads: int, head_dim: int, cp: int) -> Traffic:
-    """Wire bytes of one `fdp.parallel.context.decode` merge of float32 partial results, by collective."""
+    """Wire bytes of one `fdp.parallel.context.decode` merge of float32 partial results, by
+    collective.
+    """
     rows = ACCUMULATOR * batch * tokens * heads
     if kind == "helix":
         return _live({EXCHANGE: (cp - 1) / cp * rows * (head_dim + 1)})
@@ -119,7 +140,9 @@ def _live(traffic: Traffic) -> Traffic:
 
 
 def steps(plan: CommPlan, cp: int) -> tuple[int, int]:
-    """Collectives that wait for one another, (forward, backward); the gather of positions hides behind any of them."""
+    """Collectives that wait for one another, (forward, backward); the gather of positions hides
+    behind any of them.
+    """
     if plan.kind == "all_gather":
         return 1, 1
     exchanges = 2 if plan.head_split > 1 else 0
@@ -129,14 +152,19 @@ def steps(plan: CommPlan, cp: int) -> tuple[int, int]:
     return exchanges + hops, exchanges + (hops + 1 if hops else 0)
 
 
-def balance(mask: Mask, layout: SequenceLayout, seq_len: int, cp: int, head_split: int = 1) -> float:
-    """Work of the busiest device over the mean, counting the query-key pairs that the mask allows: 1 is perfect.
+def balance(
+    mask: Mask, layout: SequenceLayout, seq_len: int, cp: int, head_split: int = 1
+) -> float:
+    """Work of the busiest device over the mean, counting the query-key pairs that the mask allows:
+    1 is perfect.
 
-    head_split devices (neighbours) share out the heads or sequences of all their positions, so they work equally long.
-    Raises ValueError for a packed mask: its pairs depend on the documents, see `needs`.
-    """
+    head_split devices (neighbours) share out the heads or sequences of all their positions, so they
+    work equally long. Raises ValueError for a packed mask: its pairs depend on the documents, see
+    `needs`."""
     if mask.packed:
-        raise ValueError("the balance of a packed mask depends on its documents: use needs(block_mask, …)")
+        raise ValueError(
+            "the balance of a packed mask depends on its documents: use needs(block_mask, …)"
+        )
     position = layouts.permutation(layout, seq_len, cp).astype(np.int64)
     reach = mask.window - 1 if mask.window else seq_len
     before = np.minimum(position, reach)
@@ -145,16 +173,17 @@ def balance(mask: Mask, layout: SequenceLayout, seq_len: int, cp: int, head_spli
     return float(work.max() / work.mean())
 
 
-# Needed keys of any block mask ---------------------------------------------------------------------------------------
+# Needed keys of any block mask
+# ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an exact plan needs for one block mask and layout, before static shapes make it send more.
+    """What an exact plan needs for one block mask and layout, before static shapes make it send
+    more.
 
-    units[d, s]: keys of device s that device d needs, as a share of what s holds; work[d, o]: allowed block pairs of
-    device d with the keys of the device o places before it.
-    """
+    units[d, s]: keys of device s that device d needs, as a share of what s holds; work[d, o]:
+    allowed block pairs of device d with the keys of the device o places before it."""
 
     units: np.ndarray
     work: np.ndarray
@@ -166,29 +195,40 @@ class Needs:
 
     @property
     def worker_imbalance(self) -> float:
-        """Work of the busiest device over the mean: the time lost if devices wait once, at the end."""
+        """Work of the busiest device over the mean: the time lost if devices wait once, at the
+        end.
+        """
         work = self.work.sum(1)
         return float(work.max() / work.mean())
 
     @property
     def step_imbalance(self) -> float:
-        """Σ over ring steps of the busiest device's work, over that of the mean: devices wait at every hop."""
+        """Σ over ring steps of the busiest device's work, over that of the mean: devices wait at
+        every hop.
+        """
         return float(self.work.max(0).sum() / self.work.mean(0).sum())
 
 
 def block_mask(mask: Mask, seq_len: int, block: int) -> np.ndarray:
-    """Pairs of blocks in which the mask allows any pair of positions: bool [W, W], W = seq_len/block."""
+    """Pairs of blocks in which the mask allows any pair of positions: bool [W, W], W =
+    seq_len/block.
+    """
     if mask.packed or seq_len % block:
-        raise ValueError(f"needs a mask without documents and whole blocks: {mask}, {seq_len} / {block}")
+        raise ValueError(
+            f"needs a mask without documents and whole blocks: {mask}, {seq_len} / {block}"
+        )
     blocks = np.arange(seq_len // block)
-    apart = blocks[:, None] - blocks[None, :]  # in whole blocks; inside them ±(block-1) positions more
+    apart = (
+        blocks[:, None] - blocks[None, :]
+    )  # in whole blocks; inside them ±(block-1) positions more
     least, most = apart * block - (block - 1), apart * block + (block - 1)
     reach = mask.window - 1 if mask.window else seq_len
     return (most >= (0 if mask.kind == "causal" else -reach)) & (least <= reach)
 
 
 def needs(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> Needs:
-    """Needed keys and work of a block mask (rows are query blocks) under a layout of blocks of `block` positions.
+    """Needed keys and work of a block mask (rows are query blocks) under a layout of blocks of
+    `block` positions.
 
     Raises ValueError when a block would be divided between devices.
     """
@@ -196,16 +236,22 @@ def needs(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> 
     device_S = np.repeat(np.arange(cp), W * block // cp)
     owners = device_S[layouts.inverse(layouts.permutation(layout, W * block, cp))].reshape(W, block)
     if (owners != owners[:, :1]).any():
-        raise ValueError(f"{layout} divides blocks of {block} between devices: use a multiple, or striped({block})")
+        raise ValueError(
+            f"{layout} divides blocks of {block} between devices: use a multiple, or "
+            f"striped({block})"
+        )
     held_by = (owners[:, :1] == np.arange(cp)).astype(np.int64)  # [W, cp]
-    seen_by = held_by.T @ mask_WxW.astype(np.int64)  # [cp, W] pairs of each device with each key block
+    seen_by = held_by.T @ mask_WxW.astype(
+        np.int64
+    )  # [cp, W] pairs of each device with each key block
     pairs = seen_by @ held_by  # [cp, cp]
     units = (seen_by > 0).astype(np.int64) @ held_by * (cp / W)
     devices = np.arange(cp)
     return Needs(units, pairs[devices[:, None], (devices[:, None] - devices[None, :]) % cp])
 
 
-# The command ---------------------------------------------------------------------------------------------------------
+# The command
+# -------------------------------------------------------------------------------------------------
 
 
 def plans(cp: int) -> list[CommPlan]:
@@ -217,22 +263,43 @@ def plans(cp: int) -> list[CommPlan]:
 
 
 def table(shape: AttentionShape, mask: Mask, stripe: int) -> str:
-    """Bytes, steps and balance of every plan and layout for the terminal; refused ones with the reason."""
+    """Bytes, steps and balance of every plan and layout for the terminal; refused ones with the
+    reason.
+    """
     rows: list[tuple[str, ...]] = []
     refused: dict[str, list[str]] = {}
-    for layout in (SequenceLayout("contiguous"), SequenceLayout("zigzag"), SequenceLayout("striped", stripe)):
+    for layout in (
+        SequenceLayout("contiguous"),
+        SequenceLayout("zigzag"),
+        SequenceLayout("striped", stripe),
+    ):
         for plan in (replace(p, layout=layout) for p in plans(shape.cp)):
             try:
                 shape.check(plan, mask)
             except ValueError as error:
-                refused.setdefault(str(error), []).append(f"{plan.kind} u={plan.head_split} {layout.kind}")
+                refused.setdefault(str(error), []).append(
+                    f"{plan.kind} u={plan.head_split} {layout.kind}"
+                )
                 continue
             rows.append(_row(_with_hops(plan, mask, shape), mask, shape))
     if not rows:
         raise ValueError("; ".join(refused))
-    headers = ("plan", "layout", "hops", "fwd units", "fwd MB", "bwd MB", "steps fwd+bwd", "max/mean FLOPs")
-    text = tabulate(rows, headers, colalign=("left", "left", "left", *("right",) * 5), disable_numparse=True)
-    return text + "".join(f"\nrefused ({', '.join(names)}): {error}" for error, names in refused.items())
+    headers = (
+        "plan",
+        "layout",
+        "hops",
+        "fwd units",
+        "fwd MB",
+        "bwd MB",
+        "steps fwd+bwd",
+        "max/mean FLOPs",
+    )
+    text = tabulate(
+        rows, headers, colalign=("left", "left", "left", *("right",) * 5), disable_numparse=True
+    )
+    return text + "".join(
+        f"\nrefused ({', '.join(names)}): {error}" for error, names in refused.items()
+    )
 
 
 def _with_hops(plan: CommPlan, mask: Mask, shape: AttentionShape) -> CommPlan:
@@ -244,14 +311,25 @@ def _with_hops(plan: CommPlan, mask: Mask, shape: AttentionShape) -> CommPlan:
 
 
 def _row(plan: CommPlan, mask: Mask, shape: AttentionShape) -> tuple[str, ...]:
-    forward, backward = (sum(f(plan, shape, mask).values()) for f in (forward_bytes, backward_bytes))
+    forward, backward = (
+        sum(f(plan, shape, mask).values()) for f in (forward_bytes, backward_bytes)
+    )
     name = f"{plan.kind} u={plan.head_split}" if plan.head_split > 1 else plan.kind
     hops = "all" if plan.hops is None else ",".join(map(str, plan.hops)) or "none"
     even = balance(mask, plan.layout, shape.seq_len, shape.cp, plan.head_split)
     before, after = steps(plan, shape.cp)
     mega = lambda wire: f"{wire / 1e6:,.1f}"
     units = f"{forward / shape.unit:.3f}"
-    return name, plan.layout.kind, hops, units, mega(forward), mega(backward), f"{before}+{after}", f"{even:.2f}"
+    return (
+        name,
+        plan.layout.kind,
+        hops,
+        units,
+        mega(forward),
+        mega(backward),
+        f"{before}+{after}",
+        f"{even:.2f}",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -262,7 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mask", choices=("causal", "bidirectional"), default="causal")
     parser.add_argument("--window", type=int, default=0, help="positions; 0 = no limit")
     parser.add_argument("--batch", type=int, default=1, help="sequences on a device")
-    parser.add_argument("--itemsize", type=int, default=2, help="bytes of an activation: 2 bfloat16, 4 float32")
+    parser.add_argument(
+        "--itemsize", type=int, default=2, help="bytes of an activation: 2 bfloat16, 4 float32"
+    )
     parser.add_argument("--stripe", type=int, default=64, help="block of the striped layout")
     a = parser.parse_args(argv)
     try:

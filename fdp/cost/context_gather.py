@@ -1,7 +1,8 @@
-"""What attention to lists of key blocks moves (fdp.parallel.context_gather, context_sparse), in closed form.
+"""What attention to lists of key blocks moves (fdp.parallel.context_gather, context_sparse), in
+closed form.
 
-All figures are wire bytes per device and attention layer, by collective, equal to `fdp.cost.jaxpr`. Unit: keys and
-values of one device, as in fdp.cost.context.
+All figures are wire bytes per device and attention layer, by collective, equal to `fdp.cost.jaxpr`.
+Unit: keys and values of one device, as in fdp.cost.context.
 
 Legend: cp devices, N = S/cp positions of a device, J = N/block its blocks, W = cp·J.
 """
@@ -20,8 +21,9 @@ from fdp.parallel.layouts import SequenceLayout
 
 @dataclass(frozen=True)
 class BlockGather:
-    """A layer's gather: blocks of `block` positions, `capacity` blocks between each pair of devices, `lists` of a query
-    block on a device: 1, times the sequences and times the key heads that have their own.
+    """A layer's gather: blocks of `block` positions, `capacity` blocks between each pair of
+    devices, `lists` of a query block on a device: 1, times the sequences and times the key heads
+    that have their own.
 
     Raises ValueError for sizes that do not fit the shape.
     """
@@ -35,12 +37,18 @@ class BlockGather:
         n, B, K = self.shape.seq_len // self.shape.cp, self.shape.batch, self.shape.kv_heads
         if self.shape.seq_len % self.shape.cp or self.block < 1 or n % self.block:
             raise ValueError(
-                f"S/cp = {self.shape.seq_len}/{self.shape.cp} is no multiple of block = {self.block}: use a divisor"
+                f"S/cp = {self.shape.seq_len}/{self.shape.cp} is no multiple of block = "
+                f"{self.block}: use a divisor"
             )
         if not 0 <= self.capacity <= n // self.block:
-            raise ValueError(f"capacity = {self.capacity} is not in 0 … S/cp/block = {n // self.block}")
+            raise ValueError(
+                f"capacity = {self.capacity} is not in 0 … S/cp/block = {n // self.block}"
+            )
         if self.lists not in (1, B, K, B * K):
-            raise ValueError(f"lists = {self.lists} is not 1, batch = {B}, kv_heads = {K} or their product {B * K}")
+            raise ValueError(
+                f"lists = {self.lists} is not 1, batch = {B}, kv_heads = {K} or their product "
+                f"{B * K}"
+            )
 
     @property
     def blocks(self) -> int:
@@ -53,7 +61,9 @@ class BlockGather:
         return (self.shape.cp - 1) * self.capacity * self.shape.unit / self.blocks
 
     def forward_bytes(self, overflow: bool = False) -> Traffic:
-        """Requests int32 and blocks; with overflow all keys instead. Both: the all-reduce of one int32 that decides."""
+        """Requests int32 and blocks; with overflow all keys instead. Both: the all-reduce of one
+        int32 that decides.
+        """
         peers = self.shape.cp - 1
         out = {REDUCE: 2 * peers / self.shape.cp * LABEL}
         if self._overflows(overflow):
@@ -63,26 +73,35 @@ class BlockGather:
         return _live(out)
 
     def backward_bytes(self, overflow: bool = False) -> Traffic:
-        """What the gradient adds: the blocks' gradients, in the type of the keys; with overflow the keys once more and
-        the reduce-scatter of their gradients. Nothing is asked for or decided again."""
+        """What the gradient adds: the blocks' gradients, in the type of the keys; with overflow the
+        keys once more and the reduce-scatter of their gradients. Nothing is asked for or decided
+        again."""
         if self._overflows(overflow):
             dense = (self.shape.cp - 1) * self.shape.unit
             return _live({GATHER: dense, SCATTER: dense})
         return _live({EXCHANGE: self.fetched})
 
     def label_bytes(self, mask: Mask) -> Traffic:
-        """Both branches: the gather of the ids of the blocks that each device holds, and of segments, int32."""
+        """Both branches: the gather of the ids of the blocks that each device holds, and of
+        segments, int32.
+        """
         segments = self.shape.batch * self.shape.seq_len // self.shape.cp if mask.packed else 0
         return _live({GATHER: (self.shape.cp - 1) * LABEL * (self.blocks + segments)})
 
     def _overflows(self, overflow: bool) -> bool:
         if overflow and self.capacity == self.blocks:
-            raise ValueError(f"capacity = {self.capacity} = S/cp/block holds all blocks of a device: nothing overflows")
+            raise ValueError(
+                f"capacity = {self.capacity} = S/cp/block holds all blocks of a device: nothing "
+                "overflows"
+            )
         return overflow
 
 
-def listed_bytes(plan: CommPlan, gather: BlockGather, width: int, mask: Mask) -> tuple[Traffic, Traffic]:
-    """(forward, backward) of `context_sparse.attend_blocks` by any of its plans, labels included, without overflow.
+def listed_bytes(
+    plan: CommPlan, gather: BlockGather, width: int, mask: Mask
+) -> tuple[Traffic, Traffic]:
+    """(forward, backward) of `context_sparse.attend_blocks` by any of its plans, labels included,
+    without overflow.
 
     `gather`: shape, block and lists; its capacity counts for a gather only. width: of a list.
     """
@@ -90,22 +109,33 @@ def listed_bytes(plan: CommPlan, gather: BlockGather, width: int, mask: Mask) ->
         return _sum(gather.forward_bytes(), gather.label_bytes(mask)), gather.backward_bytes()
     shape, peers = gather.shape, gather.shape.cp - 1
     lists = peers * LABEL * gather.blocks * width * gather.lists if plan.kind == "ulysses" else 0.0
-    labels = {GATHER: lists + peers * LABEL * shape.seq_len / shape.cp, REDUCE: 2 * peers / shape.cp * LABEL}
+    labels = {
+        GATHER: lists + peers * LABEL * shape.seq_len / shape.cp,
+        REDUCE: 2 * peers / shape.cp * LABEL,
+    }
     forward = _sum(context.forward_bytes(plan, shape, mask), gather.label_bytes(mask), labels)
     return forward, context.backward_bytes(plan, shape, mask)
 
 
 def exact_capacity(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> int:
-    """The least capacity without overflow: most blocks that any device needs of another one, over masks [W, W] or
-    [K, W, W] of heads with their own lists. Raises ValueError when the layout divides blocks."""
+    """The least capacity without overflow: most blocks that any device needs of another one, over
+    masks [W, W] or [K, W, W] of heads with their own lists. Raises ValueError when the layout
+    divides blocks."""
     masks = np.asarray(mask_WxW)
     J = masks.shape[-1] // cp
-    units = [context.needs(m, layout, cp, block).units * J for m in masks.reshape(-1, *masks.shape[-2:])]
+    units = [
+        context.needs(m, layout, cp, block).units * J for m in masks.reshape(-1, *masks.shape[-2:])
+    ]
     return int(max(np.round(u[~np.eye(cp, dtype=bool)]).max(initial=0) for u in units))
 
 
 def _sum(*parts: Traffic) -> Traffic:
-    return _live({op: sum(part.get(op, 0.0) for part in parts) for op in {op for part in parts for op in part}})
+    return _live(
+        {
+            op: sum(part.get(op, 0.0) for part in parts)
+            for op in {op for part in parts for op in part}
+        }
+    )
 
 
 def _live(traffic: Traffic) -> Traffic:

@@ -1,8 +1,8 @@
 """FLOPs of the models, to the unit.
 
-Convention, printed with every MFU: matrix products only, 2·m·n·k each; attention over all S keys (a causal mask is not
-discounted); the head on the rows it really runs on; backward = every product twice; recomputation not counted.
-"""
+Convention, printed with every MFU: matrix products only, 2·m·n·k each; attention over all S keys (a
+causal mask is not discounted); the head on the rows it really runs on; backward = every product
+twice; recomputation not counted."""
 
 import ml_collections
 
@@ -39,8 +39,8 @@ def forward(c: ml_collections.ConfigDict, batch: int, head_rows: int) -> int:
 def train_step(c: ml_collections.ConfigDict, head_rows: int) -> int:
     """FLOPs of one train step on the whole mesh.
 
-    Three times the forward, except the noise embedding: its input is data, so one of its backward products is absent.
-    """
+    Three times the forward, except the noise embedding: its input is data, so one of its backward
+    products is absent."""
     embedding = c.train.batch * noise_forward(c.model)[0]
     return 3 * forward(c, c.train.batch, head_rows) - embedding
 
@@ -51,14 +51,19 @@ def parameters(m: ml_collections.ConfigDict, features: int = 64) -> int:
     layer = 2 * D * C * (H + K) + 3 * D * m.ffn + 2 * D + (2 * C if m.qk_norm else 0)
     if m.time_conditioning:
         layer += 2 * features * 3 * D
-    return m.layers * layer + 2 * m.vocab * D + D + (features * features if m.time_conditioning else 0)
+    return (
+        m.layers * layer + 2 * m.vocab * D + D + (features * features if m.time_conditioning else 0)
+    )
 
 
-def dit_parameters(layers: int, width: int, patch: int, channels: int = 4, classes: int = 1000) -> int:
-    """Trained parameters of DiT with learned variances (Peebles & Xie 2023, arXiv 2212.09748), biases included.
+def dit_parameters(
+    layers: int, width: int, patch: int, channels: int = 4, classes: int = 1000
+) -> int:
+    """Trained parameters of DiT with learned variances (Peebles & Xie 2023, arXiv 2212.09748),
+    biases included.
 
-    A block holds attention, an FFN of 4·width and six adaptive modulations; positions are fixed sines.
-    """
+    A block holds attention, an FFN of 4·width and six adaptive modulations; positions are fixed
+    sines."""
     D, pixels = width, patch * patch * channels
     block = 4 * D * D + 4 * D + 8 * D * D + 5 * D + 6 * D * D + 6 * D
     embeddings = pixels * D + D + (256 * D + D + D * D + D) + (classes + 1) * D
@@ -67,7 +72,9 @@ def dit_parameters(layers: int, width: int, patch: int, channels: int = 4, class
 
 
 def dit_forward(layers: int, width: int, patch: int, side: int = 32, channels: int = 4) -> int:
-    """Matmul FLOPs of one forward pass on a latent of side·side: twice the multiply-adds that DiT's authors report."""
+    """Matmul FLOPs of one forward pass on a latent of side·side: twice the multiply-adds that DiT's
+    authors report.
+    """
     tokens, D, pixels = (side // patch) ** 2, width, patch * patch * channels
     block = tokens * 12 * D * D + 2 * tokens * tokens * D + 6 * D * D
     ends = tokens * pixels * D + 256 * D + D * D + 2 * D * D + tokens * 2 * pixels * D
@@ -75,10 +82,11 @@ def dit_forward(layers: int, width: int, patch: int, side: int = 32, channels: i
 
 
 def ttt_linear_forward(width: int, heads: int, chunk: int) -> int:
-    """Matmul FLOPs of one token in a TTT-Linear layer in its dual form (Sun et al. 2024, arXiv 2407.04620, §2.5).
+    """Matmul FLOPs of one token in a TTT-Linear layer in its dual form (Sun et al. 2024, arXiv
+    2407.04620, §2.5).
 
-    Four projections of the width; then per head of size C, with one gradient step a chunk: K·W, Q·W and the update of W
-    (C² each), and inside the chunk the scores Q·Kᵀ and their product with the gradients (chunk·C each).
-    """
+    Four projections of the width; then per head of size C, with one gradient step a chunk: K·W, Q·W
+    and the update of W (C² each), and inside the chunk the scores Q·Kᵀ and their product with the
+    gradients (chunk·C each)."""
     size = width // heads
     return 2 * (4 * width * width + heads * (3 * size * size + 2 * chunk * size))

@@ -1,8 +1,10 @@
-"""Memory per device of a training job from its plan alone: states by ZeRO stage, activations in flight, logits, rest.
+"""Memory per device of a training job from its plan alone: states by ZeRO stage, activations in
+flight, logits, rest.
 
-The parts follow Korthikanti et al. 2022 (arXiv 2205.05198, §4, with attention scores not kept where attention is fused)
-and Rajbhandari et al. 2020 (ZeRO); what no formula holds (allocator, communication buffers, context) is a fitted
-constant and factor. fdp.cost.memory prices this code base's own programs exactly; this file prices anybody's.
+The parts follow Korthikanti et al. 2022 (arXiv 2205.05198, §4, with attention scores not kept where
+attention is fused) and Rajbhandari et al. 2020 (ZeRO); what no formula holds (allocator,
+communication buffers, context) is a fitted constant and factor. fdp.cost.memory prices this code
+base's own programs exactly; this file prices anybody's.
 
 Legend: T tokens of a microbatch on a device, D width; arrays (N,), bytes.
 """
@@ -29,7 +31,9 @@ BOUNDS = {
 
 
 def state_bytes(x: Mapping[str, Array], gradient: Array) -> Array:
-    """Parameters, gradients and optimizer: 2 + g + 12 bytes a parameter, split by ZeRO stage over dp·cp."""
+    """Parameters, gradients and optimizer: 2 + g + 12 bytes a parameter, split by ZeRO stage over
+    dp·cp.
+    """
     plain, experts, embedding = local_parameters(x)
     g = jnp.where(x["fp16"] > 0, 2.0, gradient)
     z, ranks = x["zero"], x["shards"]
@@ -41,7 +45,9 @@ def state_bytes(x: Mapping[str, Array], gradient: Array) -> Array:
         return optimizer + gradients + jnp.where(z >= 3, 2 / shards, 2.0)
 
     mixed = experts * x["pp"] / jnp.maximum(x["moe_layers"], 1.0)
-    gathered = jnp.where(z >= 3, 2 * 2 * (plain * x["pp"] / x["layers"] + mixed) + 2 * embedding, 0.0)
+    gathered = jnp.where(
+        z >= 3, 2 * 2 * (plain * x["pp"] / x["layers"] + mixed) + 2 * embedding, 0.0
+    )
     trained = (plain + embedding) * per_parameter(ranks) + experts * per_parameter(expert_ranks)
     return jnp.where(x["lora"] > 0, 2 * (plain + embedding + experts), trained) + gathered
 
@@ -53,14 +59,23 @@ def layer_bytes(x: Mapping[str, Array], k: Mapping[str, Array]) -> tuple[Array, 
     attention = x["heads"] * (x["head_dim"] + x["value_dim"]) / t + 2 * kv_width(x)
     share = x["moe_layers"] / x["layers"]
     ffn = (1 - share) * x["ffn"] + share * (x["topk"] + x["shared"]) * x["moe_ffn"]
-    kept = T * (k["kept_width"] * x["width"] / split + k["kept_hidden"] * (attention + x["projections"] * ffn / t) / 2)
-    scores = jnp.where((x["modern"] > 0) | (x["selective"] > 0), 0.0, k["kept_score"] * T * x["seq"] * x["heads"] / t)
+    kept = T * (
+        k["kept_width"] * x["width"] / split
+        + k["kept_hidden"] * (attention + x["projections"] * ffn / t) / 2
+    )
+    scores = jnp.where(
+        (x["modern"] > 0) | (x["selective"] > 0),
+        0.0,
+        k["kept_score"] * T * x["seq"] * x["heads"] / t,
+    )
     routed = 2 * share * T / t * x["topk"] * x["width"]  # the copies that went to experts
     return kept + scores + routed, 2 * T * x["width"] / split
 
 
 def memory(x: Mapping[str, Array], k: Mapping[str, Array]) -> Array:
-    """Peak bytes per device, the larger of the first stage (most microbatches in flight) and the last (logits)."""
+    """Peak bytes per device, the larger of the first stage (most microbatches in flight) and the
+    last (logits).
+    """
     p, m = x["pp"], x["microbatches"]
     layers = jnp.ceil(x["layers"] / p - 1e-6)
     kept, inputs = layer_bytes(x, k)

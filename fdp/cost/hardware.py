@@ -1,12 +1,14 @@
-"""Peak figures of accelerators and clusters of them: dense matmul rates, memory, links, power, as plain data.
+"""Peak figures of accelerators and clusters of them: dense matmul rates, memory, links, power, as
+plain data.
 
-Peaks are the maker's, not what a program reaches. Sources: A100, H100, H200, B200, GB200 and L40S as in the system
-files of aiconfigurator-core (Apache-2.0), which follow NVIDIA's data sheets; V100, B300 and GB300 from NVIDIA's data
-sheets; TPU as in the JAX scaling book (jax-ml.github.io/scaling-book/tpus), where an ICI figure is one way per link.
-The H100 of 96 GB is the HBM2e part capped at 500 W of torchtitan's published runs. Peak power is the maker's TDP; TPU
-v4 is the largest chip power in Jouppi et al. 2023 (arXiv 2304.01433). Idle power of a GPU is what its own meter shows
-with a context and no work (60-75 W on A100 and H100). None: not published. Sparse rates are not used.
-"""
+Peaks are the maker's, not what a program reaches. Sources: A100, H100, H200, B200, GB200 and L40S
+as in the system files of aiconfigurator-core (Apache-2.0), which follow NVIDIA's data sheets; V100,
+B300 and GB300 from NVIDIA's data sheets; TPU as in the JAX scaling book
+(jax-ml.github.io/scaling-book/tpus), where an ICI figure is one way per link. The H100 of 96 GB is
+the HBM2e part capped at 500 W of torchtitan's published runs. Peak power is the maker's TDP; TPU v4
+is the largest chip power in Jouppi et al. 2023 (arXiv 2304.01433). Idle power of a GPU is what its
+own meter shows with a context and no work (60-75 W on A100 and H100). None: not published. Sparse
+rates are not used."""
 
 import difflib
 import math
@@ -20,7 +22,9 @@ GIGA = 10**9
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator. FLOP/s (int8: OP/s), bytes/s, bytes, W; None where it has none or the figure is unknown."""
+    """One accelerator. FLOP/s (int8: OP/s), bytes/s, bytes, W; None where it has none or the figure
+    is unknown.
+    """
 
     name: str
     peak_bf16_flops: float  # float16 on V100, which has no bfloat16
@@ -28,7 +32,9 @@ class Chip:
     peak_int8_ops: float | None
     hbm_bytes: int
     hbm_bandwidth: float
-    scale_up_bandwidth: float  # one way per link: NVLink or PCIe port of a GPU, one ICI link of a TPU
+    scale_up_bandwidth: (
+        float  # one way per link: NVLink or PCIe port of a GPU, one ICI link of a TPU
+    )
     scale_up_links: int  # 1 for a switched network, else the links of the torus (2D: 4, 3D: 6)
     scale_out_bandwidth: float | None  # one way per chip, between nodes
     domain: int  # chips that one scale-up network joins: an NVLink domain, a TPU pod
@@ -57,12 +63,31 @@ def _gpu(
 
 
 def _tpu(
-    name: str, bf16: int, int8: int, hbm: int, hbm_tb: float, link: int, links: int, pod: int, watts: int | None = None
+    name: str,
+    bf16: int,
+    int8: int,
+    hbm: int,
+    hbm_tb: float,
+    link: int,
+    links: int,
+    pod: int,
+    watts: int | None = None,
 ) -> Chip:
     """Units as for `_gpu`; `link` GB/s one way per ICI link, `pod` chips on one torus."""
     hbm_bandwidth = round(hbm_tb * 1000) * GIGA
     return Chip(
-        name, bf16 * TERA, None, int8 * TERA, hbm * GIB, hbm_bandwidth, link * GIGA, links, None, pod, None, watts
+        name,
+        bf16 * TERA,
+        None,
+        int8 * TERA,
+        hbm * GIB,
+        hbm_bandwidth,
+        link * GIGA,
+        links,
+        None,
+        pod,
+        None,
+        watts,
     )
 
 
@@ -90,8 +115,8 @@ CHIPS = {
 
 ALIASES = {"a100_80gb": "a100", "h100_80gb": "h100", "v100_32gb": "v100", "trillium": "v6e"}
 
-# jax.Device.device_kind → chip, whole strings only: "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB" and MIG slices have
-# other peaks than their namesakes, and a wrong peak gives a wrong MFU.
+# jax.Device.device_kind → chip, whole strings only: "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB" and
+# MIG slices have other peaks than their namesakes, and a wrong peak gives a wrong MFU.
 DEVICE_KINDS = {
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
@@ -109,7 +134,9 @@ DEVICE_KINDS = {
 
 
 def chip(name: str) -> Chip:
-    """The chip called `name` in `CHIPS` or `ALIASES`. Raises ValueError with the closest known name."""
+    """The chip called `name` in `CHIPS` or `ALIASES`. Raises ValueError with the closest known
+    name.
+    """
     name = ALIASES.get(name, name)
     if name in CHIPS:
         return CHIPS[name]
@@ -119,12 +146,16 @@ def chip(name: str) -> Chip:
 
 @dataclass(frozen=True)
 class Nodes:
-    """`count` equal nodes of `chips` accelerators each; `host_power` W is what a node draws beside its chips."""
+    """`count` equal nodes of `chips` accelerators each; `host_power` W is what a node draws beside
+    its chips.
+    """
 
     chip: Chip
     count: int
     chips: int = 8
-    host_power: float = 1800.0  # CPUs, fans, NICs of an 8-GPU server: 2.2-2.6 kW at low load less eight idle GPUs
+    host_power: float = (
+        1800.0  # CPUs, fans, NICs of an 8-GPU server: 2.2-2.6 kW at low load less eight idle GPUs
+    )
 
 
 @dataclass(frozen=True)
@@ -136,8 +167,13 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if not self.groups or any(g.count < 1 or g.chips < 1 for g in self.groups):
-            counts = " + ".join(f"{g.count}×{g.chips} {g.chip.name}" for g in self.groups) or "no group"
-            raise ValueError(f"cluster {self.name!r} has no nodes: {counts}; every group needs ≥ 1 node of ≥ 1 chip")
+            counts = (
+                " + ".join(f"{g.count}×{g.chips} {g.chip.name}" for g in self.groups) or "no group"
+            )
+            raise ValueError(
+                f"cluster {self.name!r} has no nodes: {counts}; every group needs ≥ 1 node of ≥ 1 "
+                "chip"
+            )
 
     @property
     def size(self) -> int:
@@ -151,10 +187,11 @@ class Cluster:
 
 
 def cluster(text: str) -> Cluster:
-    """`h100:32x8` (32 nodes of 8 chips), `gb200:4x72`, `v5p:4x4x8` (one torus), mixed as `h100:4x8+a100:4x8`.
+    """`h100:32x8` (32 nodes of 8 chips), `gb200:4x72`, `v5p:4x4x8` (one torus), mixed as
+    `h100:4x8+a100:4x8`.
 
-    A single number is one node of as many chips. Raises ValueError for an unknown chip, a malformed or an empty group.
-    """
+    A single number is one node of as many chips. Raises ValueError for an unknown chip, a malformed
+    or an empty group."""
     return Cluster(text, tuple(_nodes(part, text) for part in text.split("+")))
 
 
@@ -164,7 +201,8 @@ def _nodes(part: str, text: str) -> Nodes:
     sides = shape.split("x")
     if not all(side.isdigit() for side in sides):
         raise ValueError(
-            f"cluster {text!r}: {part!r} is not chip:AxB with whole numbers, such as h100:32x8 or v5p:4x4x8"
+            f"cluster {text!r}: {part!r} is not chip:AxB with whole numbers, such as h100:32x8 or "
+            "v5p:4x4x8"
         )
     numbers = [int(side) for side in sides]
     if found.scale_out_bandwidth is None:  # a torus of hosts of four chips
@@ -172,12 +210,16 @@ def _nodes(part: str, text: str) -> Nodes:
         per_host = math.gcd(4, size) if size else 4
         return Nodes(found, size // per_host if per_host else 0, per_host, 450.0)
     if len(numbers) > 2:
-        raise ValueError(f"cluster {text!r}: {part!r} has {len(numbers)} sides; write nodes x chips, h100:32x8")
+        raise ValueError(
+            f"cluster {text!r}: {part!r} has {len(numbers)} sides; write nodes x chips, h100:32x8"
+        )
     count, per_node = (1, *numbers)[-2:]
     return Nodes(found, count, per_node, 1800.0 * per_node / 8)
 
 
 def detect(device: Any) -> Chip | None:
-    """The chip of a `jax.Device` by its device_kind, None when it is not in the table: then no MFU can be given."""
+    """The chip of a `jax.Device` by its device_kind, None when it is not in the table: then no MFU
+    can be given.
+    """
     name = DEVICE_KINDS.get(device.device_kind)
     return CHIPS[name] if name else None

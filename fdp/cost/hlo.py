@@ -1,10 +1,11 @@
-"""The byte oracle: which collectives a compiled program runs, over which mesh axes, how often and with how many bytes.
+"""The byte oracle: which collectives a compiled program runs, over which mesh axes, how often and
+with how many bytes.
 
-Input is `compiled.as_text()` of any XLA backend. Loop trip counts are multiplied in, `-start`/`-done` pairs count once.
-XLA:CPU runs bfloat16 collectives in float32, so byte counts of CPU programs hold for float32 and wider types only: use
-`fdp.cost.jaxpr` for logical bytes, and programs compiled ahead of time for TPU or GPU (`fdp.cost.aot`) for real ones.
-Remote copies inside a Pallas kernel are not XLA collectives and do not appear.
-"""
+Input is `compiled.as_text()` of any XLA backend. Loop trip counts are multiplied in,
+`-start`/`-done` pairs count once. XLA:CPU runs bfloat16 collectives in float32, so byte counts of
+CPU programs hold for float32 and wider types only: use `fdp.cost.jaxpr` for logical bytes, and
+programs compiled ahead of time for TPU or GPU (`fdp.cost.aot`) for real ones. Remote copies inside
+a Pallas kernel are not XLA collectives and do not appear."""
 
 import math
 import re
@@ -17,10 +18,14 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-# Chooses the executed branch of a conditional: {name or scope in its op_name: index}, or (op_name, branches) -> index.
-# For programs that are compiled to be counted or to run once: only the generation of machine code, which costs most, is
-# cut. It comes after the passes over collectives, and changes planned memory by about 0.1 %.
-QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Chooses the executed branch of a conditional: {name or scope in its op_name: index}, or (op_name,
+# branches) -> index. For programs that are compiled to be counted or to run once: only the
+# generation of machine code, which costs most, is cut. It comes after the passes over collectives,
+# and changes planned memory by about 0.1 %.
+QUICK: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 Branches = Mapping[str, int] | Callable[[str, int], int]
 
@@ -40,11 +45,11 @@ MAX_TRIPS = 1_000_000
 class Collective:
     """One collective instruction of the program, seen from one device.
 
-    payload_bytes: bytes of the unsharded array of ONE execution: the operand of all-reduce, reduce-scatter, all-to-all,
-    permute and broadcast, the result of all-gather (so all-gather and its transpose, reduce-scatter, have the same
-    payload). ragged-all-to-all: its whole operand buffer, an upper bound, as the sizes sent are data.
-    wire_bytes: bytes this device SENDS in ONE execution by the ring algorithm, see `wire_bytes`.
-    """
+    payload_bytes: bytes of the unsharded array of ONE execution: the operand of all-reduce,
+    reduce-scatter, all-to-all, permute and broadcast, the result of all-gather (so all-gather and
+    its transpose, reduce-scatter, have the same payload). ragged-all-to-all: its whole operand
+    buffer, an upper bound, as the sizes sent are data. wire_bytes: bytes this device SENDS in ONE
+    execution by the ring algorithm, see `wire_bytes`."""
 
     op: str  # one of OPS
     axes: tuple[str, ...]  # mesh axes that vary inside a group, in mesh order
@@ -54,12 +59,15 @@ class Collective:
     count: int  # executions in one run of the program, loop trip counts multiplied in
     dtype: str  # HLO spelling: f32, bf16, s8, …; "bf16+f32" for a fused collective of several
     computation: str  # where it stands: HLO computation name, or scope path of a jaxpr
-    is_async: bool  # split into start and done, so that it may overlap with what stands between them
+    is_async: (
+        bool  # split into start and done, so that it may overlap with what stands between them
+    )
 
 
 def wire_bytes(op: str, group_size: int, payload_bytes: int) -> float:
-    """Bytes sent per device by a ring over `group_size` = k devices: all-reduce 2(k-1)/k·n, all-gather, reduce-scatter
-    and all-to-all (k-1)/k·n, permute and broadcast n, where n = `payload_bytes` as defined in `Collective`."""
+    """Bytes sent per device by a ring over `group_size` = k devices: all-reduce 2(k-1)/k·n,
+    all-gather, reduce-scatter and all-to-all (k-1)/k·n, permute and broadcast n, where n =
+    `payload_bytes` as defined in `Collective`."""
     if op in ("collective-permute", "collective-broadcast"):
         return float(payload_bytes)
     passes = 2 if op == "all-reduce" else 1
@@ -67,7 +75,9 @@ def wire_bytes(op: str, group_size: int, payload_bytes: int) -> float:
 
 
 def type_bits(dtype: str) -> int:
-    """Bits of one element of an HLO element type (f32, bf16, f8e4m3fn, s4, pred, …). Raises ValueError if unknown."""
+    """Bits of one element of an HLO element type (f32, bf16, f8e4m3fn, s4, pred, …). Raises
+    ValueError if unknown.
+    """
     if dtype in ("pred", "token", "opaque"):
         return 8 if dtype == "pred" else 0
     if not (m := re.match(r"(?:bf|[sufc])(\d+)", dtype)):
@@ -81,31 +91,42 @@ def collectives(
     branches: Branches | None = None,
     trip_counts: Mapping[str, int] | None = None,
 ) -> list[Collective]:
-    """Every collective of the program `text`: mesh axes, bytes, executions. Groups of one device are left out.
+    """Every collective of the program `text`: mesh axes, bytes, executions. Groups of one device
+    are left out.
 
-    mesh_shape: axis → degree in mesh order, as `dict(mesh.shape)`; a device id is a position in the flattened mesh.
-    branches: which branch of a `conditional` is executed; needed only where the branches' collectives differ.
-    trip_counts: `while` instruction name → iterations, for loops whose bound is data.
-    Raises ValueError for a mesh that does not fit the program, an unknown trip count or an unchosen branch.
-    """
+    mesh_shape: axis → degree in mesh order, as `dict(mesh.shape)`; a device id is a position in the
+    flattened mesh. branches: which branch of a `conditional` is executed; needed only where the
+    branches' collectives differ. trip_counts: `while` instruction name → iterations, for loops
+    whose bound is data. Raises ValueError for a mesh that does not fit the program, an unknown trip
+    count or an unchosen branch."""
     total = math.prod(mesh_shape.values())
     m = re.search(r"^HloModule .*?\bnum_partitions=(\d+)", text, re.M)
     if m and int(m[1]) != total:
-        raise ValueError(f"the program has {m[1]} partitions but the mesh {dict(mesh_shape)} has {total} devices")
+        raise ValueError(
+            f"the program has {m[1]} partitions but the mesh {dict(mesh_shape)} has {total} devices"
+        )
     return _Audit(_Module(text), dict(mesh_shape), branches, dict(trip_counts or {})).run()
 
 
-def summary(cols: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, int, float]]:
+def summary(
+    cols: Iterable[Collective],
+) -> dict[tuple[str, tuple[str, ...]], tuple[int, int, float]]:
     """(op, axes) → (executions, payload bytes, wire bytes), all executions added up, per device."""
     out: dict[tuple[str, tuple[str, ...]], tuple[int, int, float]] = {}
     for c in cols:
         n, payload, wire = out.get((c.op, c.axes), (0, 0, 0.0))
-        out[c.op, c.axes] = (n + c.count, payload + c.count * c.payload_bytes, wire + c.count * c.wire_bytes)
+        out[c.op, c.axes] = (
+            n + c.count,
+            payload + c.count * c.payload_bytes,
+            wire + c.count * c.wire_bytes,
+        )
     return out
 
 
 def bytes_per_axis(cols: Iterable[Collective]) -> dict[tuple[str, ...], float]:
-    """Axes → wire bytes sent per device, all executions added up. A collective over several axes is one entry."""
+    """Axes → wire bytes sent per device, all executions added up. A collective over several axes is
+    one entry.
+    """
     out: dict[tuple[str, ...], float] = defaultdict(float)
     for c in cols:
         out[c.axes] += c.count * c.wire_bytes
@@ -119,17 +140,22 @@ def table(cols: Sequence[Collective]) -> str:
         overlappable[c.op, c.axes] += c.count if c.is_async else 0
     rows = [
         (op, "·".join(axes), n, overlappable[op, axes], f"{payload:,}", f"{wire:,.0f}")
-        for (op, axes), (n, payload, wire) in sorted(summary(cols).items(), key=lambda kv: -kv[1][2])
+        for (op, axes), (n, payload, wire) in sorted(
+            summary(cols).items(), key=lambda kv: -kv[1][2]
+        )
     ]
     headers = ("op", "axes", "executions", "async", "payload bytes", "wire bytes sent")
-    return tabulate(rows, headers, colalign=("left", "left", *("right",) * 4), disable_numparse=True)
+    return tabulate(
+        rows, headers, colalign=("left", "left", *("right",) * 4), disable_numparse=True
+    )
 
 
 def choose_branch(branches: Branches | None, name: str, op_name: str, n: int) -> int | None:
-    """Index of the branch of `n` that `branches` selects for the conditional `name`, None where it says nothing.
+    """Index of the branch of `n` that `branches` selects for the conditional `name`, None where it
+    says nothing.
 
-    A mapping key is the instruction's name or one scope of its op_name ("cond" in "jit(f)/shard_map/cond").
-    """
+    A mapping key is the instruction's name or one scope of its op_name ("cond" in
+    "jit(f)/shard_map/cond")."""
     if branches is None:
         return None
     if callable(branches):
@@ -141,7 +167,9 @@ def choose_branch(branches: Branches | None, name: str, op_name: str, n: int) ->
             return None
         index = chosen[0]
     if not 0 <= index < n:
-        raise ValueError(f"branch {index} was chosen for conditional {name} ({op_name}), which has {n} branches")
+        raise ValueError(
+            f"branch {index} was chosen for conditional {name} ({op_name}), which has {n} branches"
+        )
     return index
 
 
@@ -149,24 +177,31 @@ def same_collectives(a: Iterable[Collective], b: Iterable[Collective]) -> bool:
     """Whether two branches communicate alike, wherever the instructions stand."""
 
     def key(cols: Iterable[Collective]) -> Counter[tuple[Any, ...]]:
-        return Counter((c.op, c.axes, c.group_size, c.payload_bytes, c.dtype, c.count) for c in cols)
+        return Counter(
+            (c.op, c.axes, c.group_size, c.payload_bytes, c.dtype, c.count) for c in cols
+        )
 
     return key(a) == key(b)
 
 
 def varying_axes(groups: Iterable[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """Axes along which the members of at least one group differ. `groups` hold positions in the flattened mesh."""
+    """Axes along which the members of at least one group differ. `groups` hold positions in the
+    flattened mesh.
+    """
     sizes = tuple(mesh_shape.values())
     moving = np.zeros(len(sizes), bool)
     for group in groups:
         if max(group) >= math.prod(sizes):
-            raise ValueError(f"the program names device {max(group)}, outside the mesh {dict(mesh_shape)}")
+            raise ValueError(
+                f"the program names device {max(group)}, outside the mesh {dict(mesh_shape)}"
+            )
         where = np.array(np.unravel_index(np.array(group), sizes))
         moving |= (where != where[:, :1]).any(axis=1)
     return tuple(a for a, moves in zip(mesh_shape, moving, strict=True) if moves)
 
 
-# Replica groups: one function per spelling ---------------------------------------------------------------------------
+# Replica groups: one function per spelling
+# ---------------------------------------------------------------------------
 
 
 def _ints(text: str) -> list[int]:
@@ -180,7 +215,9 @@ def _iota(dims: str, transpose: str | None) -> np.ndarray:
 
 
 def _named_mesh_groups(mesh: str, order: str, use: str) -> list[list[int]]:
-    """`'dp'=2,'tp'=4`, device order, `'tp':(2)2` → groups. A sub-axis `:(pre)size` splits its axis into three parts."""
+    """`'dp'=2,'tp'=4`, device order, `'tp':(2)2` → groups. A sub-axis `:(pre)size` splits its axis
+    into three parts.
+    """
     degrees = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(degrees.values()))
     if m := re.search(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", order):
@@ -188,7 +225,8 @@ def _named_mesh_groups(mesh: str, order: str, use: str) -> list[list[int]]:
     elif order:
         ids = np.array(_ints(order))
     wanted = [
-        (a, int(pre or 1), int(n or degrees[a])) for a, pre, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", use)
+        (a, int(pre or 1), int(n or degrees[a]))
+        for a, pre, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", use)
     ]
     dims: list[int] = []
     grouped: dict[tuple[str, int], int] = {}
@@ -201,20 +239,31 @@ def _named_mesh_groups(mesh: str, order: str, use: str) -> list[list[int]]:
         dims.append(degree // done)
     inner = [grouped[a, pre] for a, pre, _ in wanted]
     outer = [i for i in range(len(dims)) if i not in inner]
-    return ids.reshape(dims).transpose(outer + inner).reshape(-1, math.prod(dims[i] for i in inner)).tolist()
+    return (
+        ids.reshape(dims)
+        .transpose(outer + inner)
+        .reshape(-1, math.prod(dims[i] for i in inner))
+        .tolist()
+    )
 
 
 def replica_groups(attrs: str, total: int) -> list[list[int]]:
-    """Groups of device ids of an instruction's attributes, in any of XLA's spellings; pairs for a permute."""
+    """Groups of device ids of an instruction's attributes, in any of XLA's spellings; pairs for a
+    permute.
+    """
     if m := re.search(r"source_target_pairs=\{((?:\{\d+,\s*\d+\},?\s*)*)\}", attrs):
         return [_ints(pair) for pair in re.findall(r"\{([^}]*)\}", m[1])]
     if m := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attrs):
         return _iota(m[2], m[3]).reshape(_ints(m[1])[0], -1).tolist()
-    if m := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,?\s*device_ids=\((.*?)\)(?=\s*\{))?\s*\{([^}]*)\}", attrs):
+    if m := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:,?\s*device_ids=\((.*?)\)(?=\s*\{))?\s*\{([^}]*)\}",
+        attrs,
+    ):
         return _named_mesh_groups(m[1], m[2] or "", m[3])
     if m := re.search(r"replica_groups=\{((?:\{[\d,\s]*\},?\s*)*)\}", attrs):
         groups = [_ints(g) for g in re.findall(r"\{([^}]*)\}", m[1])]
-        # Without global ids a group lists replicas, and every partition of them takes part: {{0}} means everyone.
+        # Without global ids a group lists replicas, and every partition of them takes part: {{0}}
+        # means everyone.
         replicas_only = "channel_id=" in attrs and "use_global_device_ids=true" not in attrs
         if groups and not (groups == [[0]] and replicas_only and "to_apply=" in attrs):
             return groups
@@ -223,7 +272,8 @@ def replica_groups(attrs: str, total: int) -> list[list[int]]:
     return [list(range(total))]
 
 
-# The text, parsed ----------------------------------------------------------------------------------------------------
+# The text, parsed
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -245,25 +295,36 @@ class _Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Computations this instruction runs; a reducer (`to_apply` of a reduction) holds no collective, no harm."""
+        """Computations this instruction runs; a reducer (`to_apply` of a reduction) holds no
+        collective, no harm.
+        """
         names = [m for _, m in re.findall(r"\b(calls|to_apply)=%?([\w.\-]+)", self.attrs)]
         lists = re.findall(r"\bcalled_computations=\{([^}]*)\}", self.attrs)
-        return names + [n.strip().lstrip("%") for group in lists for n in group.split(",") if n.strip()]
+        return names + [
+            n.strip().lstrip("%") for group in lists for n in group.split(",") if n.strip()
+        ]
 
     @property
     def branches(self) -> list[tuple[str, str]]:
-        """(computation, operand) of every branch of a conditional in JAX's order: index 0 is False."""
+        """(computation, operand) of every branch of a conditional in JAX's order: index 0 is
+        False.
+        """
         if m := re.search(r"branch_computations=\{([^}]*)\}", self.attrs):
             names = [n.strip().lstrip("%") for n in m[1].split(",")]
             return list(zip(names, self.operands[1:], strict=True))
-        true, false = (re.search(rf"{which}_computation=%?([\w.\-]+)", self.attrs)[1] for which in ("true", "false"))  # type: ignore[index]
+        true, false = (
+            re.search(rf"{which}_computation=%?([\w.\-]+)", self.attrs)[1]
+            for which in ("true", "false")
+        )  # type: ignore[index]
         return [(false, self.operands[2]), (true, self.operands[1])]
 
     @property
     def collective(self) -> tuple[str, bool] | None:
         """(op, is_async), None for anything else and for the `-done` half."""
         op = self.opcode.removesuffix("-start")
-        if op == "send" and "_xla_send_recv_source_target_pairs" in self.attrs:  # a permute the compiler pipelined
+        if (
+            op == "send" and "_xla_send_recv_source_target_pairs" in self.attrs
+        ):  # a permute the compiler pipelined
             return "collective-permute", True
         # XLA:GPU keeps the start/done spelling for collectives it runs synchronously, and says so.
         is_async = op != self.opcode and not re.search(r'"is_sync":\s*true', self.attrs)
@@ -326,7 +387,9 @@ class _Module:
                 if parsed[1] or current not in self.roots:
                     self.roots[current] = parsed[0]
         if not self.entry:
-            raise ValueError("no ENTRY computation: expected the text of a compiled program, compiled.as_text()")
+            raise ValueError(
+                "no ENTRY computation: expected the text of a compiled program, compiled.as_text()"
+            )
 
     def parameter(self, computation: str, index: int) -> str:
         for i in self.computations[computation].values():
@@ -339,11 +402,14 @@ class _Module:
         for written, name in zip(instruction.args, instruction.operands, strict=True):
             known = self.computations[computation].get(name)
             if known is None and " " not in written:
-                raise ValueError(f"operand {name} of {instruction.name} is not defined in {computation}")
+                raise ValueError(
+                    f"operand {name} of {instruction.name} is not defined in {computation}"
+                )
             yield known.type if known else written.rsplit(" ", 1)[0]
 
 
-# Trip counts: constant propagation through the scalars of a loop -----------------------------------------------------
+# Trip counts: constant propagation through the scalars of a loop
+# -----------------------------------------------------
 
 Value = Any  # an int, a tuple of values, or None: not a known scalar
 
@@ -368,7 +434,15 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
     "EQ": lambda a, b: a == b,
     "NE": lambda a, b: a != b,
 }
-_SAME = ("copy", "convert", "bitcast", "optimization-barrier", "opt-barrier", "copy-start", "copy-done")
+_SAME = (
+    "copy",
+    "convert",
+    "bitcast",
+    "optimization-barrier",
+    "opt-barrier",
+    "copy-start",
+    "copy-done",
+)
 
 
 @dataclass
@@ -395,7 +469,15 @@ class _Evaluator:
         if i.opcode == "constant":
             literal = {"true": "1", "false": "0"}.get(i.args[0].strip(), i.args[0].strip())
             return int(literal) if re.fullmatch(r"-?\d+", literal) else None
-        if i.opcode in ("fusion", "call", "tuple", "get-tuple-element", "compare", *_SCALAR, *_SAME):
+        if i.opcode in (
+            "fusion",
+            "call",
+            "tuple",
+            "get-tuple-element",
+            "compare",
+            *_SCALAR,
+            *_SAME,
+        ):
             return self._apply(i, [self.value(o) for o in i.operands])
         return None
 
@@ -409,16 +491,20 @@ class _Evaluator:
         if i.opcode == "get-tuple-element":
             return values[0][int(re.search(r"index=(\d+)", i.attrs)[1])]  # type: ignore[index]
         if i.opcode == "compare":
-            return int(_COMPARE[re.search(r"direction=(\w+)", i.attrs)[1]](*values))  # type: ignore[index]
+            # type: ignore[index]
+            return int(_COMPARE[re.search(r"direction=(\w+)", i.attrs)[1]](*values))
         return values[0] if i.opcode in _SAME else _SCALAR[i.opcode](*values)
 
 
 def run(module: _Module, computation: str, params: Sequence[Value]) -> Value:
-    """Value of a computation's root, None where it is not a scalar known from `params` and constants."""
+    """Value of a computation's root, None where it is not a scalar known from `params` and
+    constants.
+    """
     return _Evaluator(module, computation, params).value(module.roots[computation].name)
 
 
-# The audit -----------------------------------------------------------------------------------------------------------
+# The audit
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -446,7 +532,9 @@ class _Audit:
                 return True
         return False
 
-    def walk(self, computation: str, count: int, params: Sequence[Value], is_async: bool) -> Iterator[Collective]:
+    def walk(
+        self, computation: str, count: int, params: Sequence[Value], is_async: bool
+    ) -> Iterator[Collective]:
         """Collectives of one computation executed `count` times with (partly) known parameters."""
         known = _Evaluator(self.module, computation, params)
         chains: set[str] = set()
@@ -461,10 +549,14 @@ class _Audit:
                 values = [known.value(o) for o in i.operands] if i.called else []
                 for c in i.called:
                     if self.communicates(c) and not self._continues(i, c, chains):
-                        later = is_async or i.opcode.endswith("-start") or self._chain(c) is not None
+                        later = (
+                            is_async or i.opcode.endswith("-start") or self._chain(c) is not None
+                        )
                         yield from self.walk(c, count, values, later)
 
-    def leaf(self, computation: str, i: _Instruction, count: int, is_async: bool) -> Iterator[Collective]:
+    def leaf(
+        self, computation: str, i: _Instruction, count: int, is_async: bool
+    ) -> Iterator[Collective]:
         op, split = i.collective  # type: ignore[misc]
         if op == "all-reduce" and computation.startswith("all-reduce-scatter"):
             op = "reduce-scatter"  # XLA:TPU writes a fused reduce-scatter as all-reduce and slice
@@ -476,12 +568,18 @@ class _Audit:
         if op == "collective-permute":
             size = math.prod(self.mesh_shape[a] for a in axes)
         types = list(self.module.operand_types(computation, i))
-        arrays = re.findall(r"\b([a-z]\w*)\[([^\]]*)\]", " ".join(types[:1] if op == "ragged-all-to-all" else types))
-        payload = sum((math.prod(_ints(dims)) * type_bits(dtype) + 7) // 8 for dtype, dims in arrays)
+        arrays = re.findall(
+            r"\b([a-z]\w*)\[([^\]]*)\]", " ".join(types[:1] if op == "ragged-all-to-all" else types)
+        )
+        payload = sum(
+            (math.prod(_ints(dims)) * type_bits(dtype) + 7) // 8 for dtype, dims in arrays
+        )
         payload *= size if op == "all-gather" else 1
         dtype = "+".join(sorted({d for d, _ in arrays}))
         wire = wire_bytes(op, size, payload)
-        yield Collective(op, axes, size, payload, wire, count, dtype, computation, split or is_async)
+        yield Collective(
+            op, axes, size, payload, wire, count, dtype, computation, split or is_async
+        )
 
     def loop(self, i: _Instruction) -> tuple[str, str]:
         """(condition, body) computations of a while instruction."""
@@ -512,12 +610,15 @@ class _Audit:
                 return n
             state = run(self.module, body, (state,))
         raise ValueError(
-            f"the trip count of loop {i.name} ({i.op_name}), which holds collectives, does not follow from constants: "
+            f"the trip count of loop {i.name} ({i.op_name}), which holds collectives, does not "
+            "follow from constants: "
             f"pass trip_counts={{'{i.name}': n}}"
         )
 
     def _invariant(self, body: str, state: Value) -> Value:
-        """The loop state with only what every iteration passes on unchanged, for the trip counts of inner loops."""
+        """The loop state with only what every iteration passes on unchanged, for the trip counts of
+        inner loops.
+        """
         root = self.module.roots[body]
         if not isinstance(state, tuple) or root.opcode != "tuple":
             return None
@@ -526,13 +627,22 @@ class _Audit:
 
         def passes(name: str, index: int) -> bool:
             i = instructions[name]
-            return i.opcode == "get-tuple-element" and i.operands[0] == carry and f"index={index}," in i.attrs + ","
+            return (
+                i.opcode == "get-tuple-element"
+                and i.operands[0] == carry
+                and f"index={index}," in i.attrs + ","
+            )
 
-        return tuple(v if passes(o, n) else None for n, (v, o) in enumerate(zip(state, root.operands, strict=True)))
+        return tuple(
+            v if passes(o, n) else None
+            for n, (v, o) in enumerate(zip(state, root.operands, strict=True))
+        )
 
     def conditional(self, i: _Instruction, count: int, known: _Evaluator) -> Iterator[Collective]:
         found = [
-            list(self.walk(c, count, (known.value(operand),), False)) if self.communicates(c) else []
+            list(self.walk(c, count, (known.value(operand),), False))
+            if self.communicates(c)
+            else []
             for c, operand in i.branches
         ]
         index = choose_branch(self.branches, i.name, i.op_name, len(found))
@@ -540,13 +650,16 @@ class _Audit:
             if not all(same_collectives(found[0], other) for other in found[1:]):
                 raise ValueError(
                     f"the branches of {i.name} ({i.op_name}) communicate differently: "
-                    f"pass branches={{'{i.name}': index}} with index in 0…{len(found) - 1} to count one of them"
+                    f"pass branches={{'{i.name}': index}} with index in 0…{len(found) - 1} to "
+                    "count one of them"
                 )
             index = 0
         yield from found[index]
 
     def _chain(self, computation: str) -> str | None:
-        """Identity of a collective that XLA:TPU spread over several fusions: start, steps beside matmuls, done."""
+        """Identity of a collective that XLA:TPU spread over several fusions: start, steps beside
+        matmuls, done.
+        """
         for i in self.module.computations[computation].values():
             if i.collective and (m := re.search(r'chain_id="?([\w.\-]+)', i.attrs)):
                 channel = re.search(r"channel_id=(\d+)", i.attrs)
@@ -554,7 +667,9 @@ class _Audit:
         return None
 
     def _continues(self, i: _Instruction, computation: str, chains: set[str]) -> bool:
-        """Whether this fusion only carries on a collective already counted in the same computation."""
+        """Whether this fusion only carries on a collective already counted in the same
+        computation.
+        """
         chain = self._chain(computation)
         if chain is None:
             return False

@@ -1,9 +1,10 @@
-"""Logical counts from the jaxpr: collectives with their exact dtypes, and matmul FLOPs, per device, without compiling.
+"""Logical counts from the jaxpr: collectives with their exact dtypes, and matmul FLOPs, per device,
+without compiling.
 
-The jaxpr says what the program asks for; the compiled program (`fdp.cost.hlo`) says what runs: XLA merges collectives
-of equal groups, removes dead ones and, on CPU, widens bfloat16. Where it does no more than merge, bytes are equal.
-Shapes inside shard_map are local, so everything here is per device. Use `jax.make_jaxpr(f)(*args)`.
-"""
+The jaxpr says what the program asks for; the compiled program (`fdp.cost.hlo`) says what runs: XLA
+merges collectives of equal groups, removes dead ones and, on CPU, widens bfloat16. Where it does no
+more than merge, bytes are equal. Shapes inside shard_map are local, so everything here is per
+device. Use `jax.make_jaxpr(f)(*args)`."""
 
 import math
 import re
@@ -18,8 +19,17 @@ from fdp.cost.hlo import Branches, Collective
 
 T = TypeVar("T")
 
-# Primitive → HLO op. pvary, pcast and preduced change only the type of a value and are not communication.
-_REDUCTIONS = ("psum", "psum_invariant", "pmax", "pmin", "unreduced_psum", "unreduced_pmax", "unreduced_pmin")
+# Primitive → HLO op. pvary, pcast and preduced change only the type of a value and are not
+# communication.
+_REDUCTIONS = (
+    "psum",
+    "psum_invariant",
+    "pmax",
+    "pmin",
+    "unreduced_psum",
+    "unreduced_pmax",
+    "unreduced_pmin",
+)
 _OPS = {
     **dict.fromkeys(_REDUCTIONS, "all-reduce"),
     **dict.fromkeys(("all_gather", "all_gather_invariant", "all_gather_reduced"), "all-gather"),
@@ -32,13 +42,15 @@ _OPS = {
 }
 
 
-def collectives(closed_jaxpr: Any, mesh_shape: Mapping[str, int], branches: Branches | None = None) -> list[Collective]:
-    """Every collective of the jaxpr, in the terms of `hlo.Collective`; groups of one device are left out.
+def collectives(
+    closed_jaxpr: Any, mesh_shape: Mapping[str, int], branches: Branches | None = None
+) -> list[Collective]:
+    """Every collective of the jaxpr, in the terms of `hlo.Collective`; groups of one device are
+    left out.
 
-    mesh_shape: axis → degree in mesh order. branches: which branch of a cond is executed, by a scope of its path, as in
-    `hlo.collectives`. Raises ValueError for an axis outside the mesh, an unchosen branch, or a collective in a loop
-    whose trip count is data.
-    """
+    mesh_shape: axis → degree in mesh order. branches: which branch of a cond is executed, by a
+    scope of its path, as in `hlo.collectives`. Raises ValueError for an axis outside the mesh, an
+    unchosen branch, or a collective in a loop whose trip count is data."""
 
     def visit(eqn: Any, at: _Place) -> list[Collective]:
         name = eqn.primitive.name.removesuffix("_start")
@@ -48,22 +60,29 @@ def collectives(closed_jaxpr: Any, mesh_shape: Mapping[str, int], branches: Bran
     return list(_Walk(visit, hlo.same_collectives, branches).walk(_open(closed_jaxpr), _Place()))
 
 
-def dot_flops(closed_jaxpr: Any, mesh_shape: Mapping[str, int] | None = None, branches: Branches | None = None) -> int:
-    """Multiply-add FLOPs (2·m·n·k, batch dimensions and loop trips multiplied in) of all matmuls and convolutions.
+def dot_flops(
+    closed_jaxpr: Any, mesh_shape: Mapping[str, int] | None = None, branches: Branches | None = None
+) -> int:
+    """Multiply-add FLOPs (2·m·n·k, batch dimensions and loop trips multiplied in) of all matmuls
+    and convolutions.
 
-    Per device for what stands inside shard_map. Outside it shapes are global and each device's share is the
-    partitioner's choice: with `mesh_shape` of more than one device a matmul there raises ValueError, without it the
-    global figure is counted. Ragged matmuls count every row once; convolutions count padding as multiplied.
-    """
+    Per device for what stands inside shard_map. Outside it shapes are global and each device's
+    share is the partitioner's choice: with `mesh_shape` of more than one device a matmul there
+    raises ValueError, without it the global figure is counted. Ragged matmuls count every row once;
+    convolutions count padding as multiplied."""
     sharded = mesh_shape is not None and math.prod(mesh_shape.values()) > 1
 
     def visit(eqn: Any, at: _Place) -> list[int]:
         flops = _matmul_flops(eqn)
         if flops and sharded and not at.local:
-            raise ValueError(f"{eqn.primitive.name} at {at.path or 'top level'} stands outside shard_map")
+            raise ValueError(
+                f"{eqn.primitive.name} at {at.path or 'top level'} stands outside shard_map"
+            )
         return [flops * at.count] if flops else []
 
-    return sum(_Walk(visit, lambda a, b: sum(a) == sum(b), branches).walk(_open(closed_jaxpr), _Place()))
+    return sum(
+        _Walk(visit, lambda a, b: sum(a) == sum(b), branches).walk(_open(closed_jaxpr), _Place())
+    )
 
 
 @dataclass(frozen=True)
@@ -81,13 +100,17 @@ class _Place:
 
 
 def _open(jaxpr: Any) -> Any:
-    """The Jaxpr of a ClosedJaxpr, or itself: some jax versions keep one and some the other as a parameter."""
+    """The Jaxpr of a ClosedJaxpr, or itself: some jax versions keep one and some the other as a
+    parameter.
+    """
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 @dataclass
 class _Walk(Generic[T]):
-    """Depth-first over all equations; `visit` turns one into results, `same` tells whether two branches agree."""
+    """Depth-first over all equations; `visit` turns one into results, `same` tells whether two
+    branches agree.
+    """
 
     visit: Callable[[Any, _Place], list[T]]
     same: Callable[[list[T], list[T]], bool]
@@ -115,8 +138,10 @@ class _Walk(Generic[T]):
         if index is None:
             if not all(self.same(found[0], other) for other in found[1:]):
                 raise ValueError(
-                    f"the branches of {here.path} differ in what is counted: pass branches={{'cond': index}}, or a "
-                    f"named_scope around it as the key, with index in 0…{len(found) - 1} to count one of them"
+                    f"the branches of {here.path} differ in what is counted: pass "
+                    f"branches={{'cond': index}}, or a "
+                    f"named_scope around it as the key, with index in 0…{len(found) - 1} to count "
+                    "one of them"
                 )
             index = 0
         return found[index]
@@ -126,19 +151,25 @@ class _Walk(Generic[T]):
         for part in ("cond_jaxpr", "body_jaxpr"):
             if list(self.walk(_open(eqn.params[part]), here)):
                 raise ValueError(
-                    f"{here.path} holds what is counted, but its trip count is data: use lax.scan or a fori_loop with "
-                    f"constant bounds, or read the compiled program with hlo.collectives(…, trip_counts=…)"
+                    f"{here.path} holds what is counted, but its trip count is data: use lax.scan "
+                    "or a fori_loop with "
+                    "constant bounds, or read the compiled program with hlo.collectives(…, "
+                    "trip_counts=…)"
                 )
 
 
 def _estimate(eqn: Any) -> int:
-    """FLOPs that a Pallas kernel states itself, 0 where it states none: its loops may follow its data."""
+    """FLOPs that a Pallas kernel states itself, 0 where it states none: its loops may follow its
+    data.
+    """
     estimate = eqn.params.get("cost_estimate") if eqn.primitive.name == "pallas_call" else None
     return int(estimate.flops) if estimate is not None else 0
 
 
 def _repeats(eqn: Any) -> int:
-    """How often one execution of `eqn` runs its inner jaxpr: scan length, or programs of a Pallas grid."""
+    """How often one execution of `eqn` runs its inner jaxpr: scan length, or programs of a Pallas
+    grid.
+    """
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
     if eqn.primitive.name == "pallas_call":
@@ -147,7 +178,9 @@ def _repeats(eqn: Any) -> int:
 
 
 def _inner(eqn: Any) -> Iterator[Any]:
-    """Jaxprs among an equation's parameters: jit, shard_map, remat, custom_vjp, custom_jvp, scan, pallas_call."""
+    """Jaxprs among an equation's parameters: jit, shard_map, remat, custom_vjp, custom_jvp, scan,
+    pallas_call.
+    """
     for param in eqn.params.values():
         for value in param if isinstance(param, tuple | list) else (param,):
             if hasattr(_open(value), "eqns"):
@@ -155,10 +188,11 @@ def _inner(eqn: Any) -> Iterator[Any]:
 
 
 def largest_arrays(closed_jaxpr: Any, n: int) -> list[tuple[int, str]]:
-    """The n largest arrays computed inside shard_map: (bytes per device, "float32[…] where"), one a shape and place.
+    """The n largest arrays computed inside shard_map: (bytes per device, "float32[…] where"), one a
+    shape and place.
 
-    Logical arrays, before the compiler fuses any away: where to look when a program does not fit, not what it holds.
-    """
+    Logical arrays, before the compiler fuses any away: where to look when a program does not fit,
+    not what it holds."""
     found: dict[str, int] = {}
 
     def collect(jaxpr: Any, at: _Place) -> None:
@@ -175,17 +209,27 @@ def largest_arrays(closed_jaxpr: Any, n: int) -> list[tuple[int, str]]:
     return [(size, text) for text, size in sorted(found.items(), key=lambda item: -item[1])[:n]]
 
 
-# Collectives ---------------------------------------------------------------------------------------------------------
+# Collectives
+# -------------------------------------------------------------------------------------------------
 
 
 def _collective(eqn: Any, op: str, at: _Place, mesh_shape: Mapping[str, int]) -> Collective | None:
     named = eqn.params.get("axes", eqn.params.get("axis_name"))
-    named = (named,) if isinstance(named, str) else tuple(a for a in named if isinstance(a, str))  # ints: vmap's own
+    named = (
+        (named,) if isinstance(named, str) else tuple(a for a in named if isinstance(a, str))
+    )  # ints: vmap's own
     if missing := [a for a in named if a not in mesh_shape]:
-        raise ValueError(f"{eqn.primitive.name} at {at.path} names axes {missing}, not of mesh {dict(mesh_shape)}")
+        raise ValueError(
+            f"{eqn.primitive.name} at {at.path} names axes {missing}, not of mesh "
+            f"{dict(mesh_shape)}"
+        )
     axes = tuple(a for a in mesh_shape if a in named and mesh_shape[a] > 1)
     if "perm" in eqn.params:
-        moved = hlo.varying_axes(eqn.params["perm"], {a: mesh_shape[a] for a in named}) if eqn.params["perm"] else ()
+        moved = (
+            hlo.varying_axes(eqn.params["perm"], {a: mesh_shape[a] for a in named})
+            if eqn.params["perm"]
+            else ()
+        )
         axes = tuple(a for a in axes if a in moved)
     if not axes:
         return None
@@ -196,11 +240,15 @@ def _collective(eqn: Any, op: str, at: _Place, mesh_shape: Mapping[str, int]) ->
     payload *= size if op == "all-gather" else 1
     dtype = "+".join(sorted({_hlo_type(v.aval.dtype) for v in operands}))
     split = eqn.primitive.name.endswith("_start")
-    return Collective(op, axes, size, payload, hlo.wire_bytes(op, size, payload), at.count, dtype, at.path, split)
+    return Collective(
+        op, axes, size, payload, hlo.wire_bytes(op, size, payload), at.count, dtype, at.path, split
+    )
 
 
 def _hlo_type(dtype: np.dtype) -> str:
-    """float32 → f32, bfloat16 → bf16, int8 → s8, uint4 → u4, float8_e4m3fn → f8e4m3fn, bool → pred."""
+    """float32 → f32, bfloat16 → bf16, int8 → s8, uint4 → u4, float8_e4m3fn → f8e4m3fn, bool →
+    pred.
+    """
     name = np.dtype(dtype).name
     if name == "bool":
         return "pred"
@@ -209,7 +257,8 @@ def _hlo_type(dtype: np.dtype) -> str:
     return (kinds[m[1]] + m[2]).replace("_", "") if m else name
 
 
-# FLOPs ---------------------------------------------------------------------------------------------------------------
+# FLOPs
+# -------------------------------------------------------------------------------------------------
 
 
 def _matmul_flops(eqn: Any) -> int:
@@ -232,6 +281,8 @@ def _matmul_flops(eqn: Any) -> int:
 
 
 def _contraction_flops(eqn: Any, shared: Sequence[int]) -> int:
-    """2 · (elements of the left operand) · (right dimensions that are neither contracted, batched nor grouped)."""
+    """2 · (elements of the left operand) · (right dimensions that are neither contracted, batched
+    nor grouped).
+    """
     left, right = (v.aval for v in eqn.invars[:2])
     return 2 * left.size * math.prod(n for d, n in enumerate(right.shape) if d not in shared)

@@ -1,7 +1,8 @@
-"""Memory per device of a train step, from its parts. `--dry_run` prints it beside the compiler's plan.
+"""Memory per device of a train step, from its parts. `--dry_run` prints it beside the compiler's
+plan.
 
-Legend: T tokens a device and microbatch holds, D width, F FFN hidden, H and K heads, C head_dim, S all positions.
-"""
+Legend: T tokens a device and microbatch holds, D width, F FFN hidden, H and K heads, C head_dim, S
+all positions."""
 
 from dataclasses import dataclass
 from math import prod
@@ -24,7 +25,9 @@ class Memory:
     activations: int  # saved for the backward pass, one live layer, the head
 
     def total(self) -> int:
-        """Everything at once, an upper bound on the peak up to what the compiler adds or fuses away."""
+        """Everything at once, an upper bound on the peak up to what the compiler adds or fuses
+        away.
+        """
         return self.parameters + self.optimizer + self.gathered + self.activations
 
 
@@ -36,8 +39,12 @@ def _local(shapes: Any, specs: Any, degrees: Any) -> int:
     )
 
 
-def estimate(c: ml_collections.ConfigDict, shapes: Any, specs: Any, stored: Any, head_rows: int) -> Memory:
-    """Memory of one train step; `specs` are the model's, `stored` those at rest, `head_rows` rows the head sees."""
+def estimate(
+    c: ml_collections.ConfigDict, shapes: Any, specs: Any, stored: Any, head_rows: int
+) -> Memory:
+    """Memory of one train step; `specs` are the model's, `stored` those at rest, `head_rows` rows
+    the head sees.
+    """
     held, used = _local(shapes, stored, c.mesh), _local(shapes, specs, c.mesh)
     layers = _local(shapes["layers"], specs["layers"], c.mesh)
     if c.train.zero == 0:
@@ -50,11 +57,11 @@ def estimate(c: ml_collections.ConfigDict, shapes: Any, specs: Any, stored: Any,
 
 
 def activations(c: ml_collections.ConfigDict, head_rows: int) -> int:
-    """Bytes of activations at the start of the backward pass, which is their peak (Korthikanti et al. 2022, §4).
+    """Bytes of activations at the start of the backward pass, which is their peak (Korthikanti et
+    al. 2022, §4).
 
-    Attention probabilities are counted where attention materialises them: in short sequences and under masks that
-    more than causality shapes; long ones go block by block.
-    """
+    Attention probabilities are counted where attention materialises them: in short sequences and
+    under masks that more than causality shapes; long ones go block by block."""
     m, mesh = c.model, c.mesh
     item = 2 if m.dtype == "bfloat16" else 4
     doubled = 2 if c.objective.name == "block_diffusion" else 1
@@ -63,14 +70,21 @@ def activations(c: ml_collections.ConfigDict, head_rows: int) -> int:
     hidden = tokens * m.width * item
     between = hidden // mesh.tp if m.sequence_parallel else hidden
     heads, kv = m.heads // mesh.tp, m.kv_heads // mesh.tp
-    projections = tokens * m.head_dim * (2 * heads + kv) * item + 2 * tokens * mesh.cp * kv * m.head_dim * item
+    projections = (
+        tokens * m.head_dim * (2 * heads + kv) * item
+        + 2 * tokens * mesh.cp * kv * m.head_dim * item
+    )
     planned = c.context.plan != "all_gather" or c.context.layout != "contiguous"
     blockwise = planned if mesh.cp > 1 else doubled == 1 and length >= LONG
-    scores = 0 if blockwise else heads * tokens * length * (4 + item)  # float32 logits and the probabilities
+    scores = (
+        0 if blockwise else heads * tokens * length * (4 + item)
+    )  # float32 logits and the probabilities
     ffn = 4 * tokens * (m.ffn // mesh.tp) * item  # gate, up, silu(gate), product
     layer = 2 * between + 2 * hidden + projections + scores + ffn
     products = 2 * between + projections + ffn // 2
     saved = {"none": layer, "dots": between + products, "full": between}[m.remat]
     live = 0 if m.remat == "none" else layer
-    head = head_rows * (m.width * item + 2 * 4 * m.vocab // mesh.tp)  # rows, logits and their gradient
+    head = head_rows * (
+        m.width * item + 2 * 4 * m.vocab // mesh.tp
+    )  # rows, logits and their gradient
     return m.layers // mesh.pp * saved + live + hidden + head

@@ -1,11 +1,12 @@
-"""Time of collectives: α–β formulas by algorithm, the NIC-sharing rule, and coefficients fitted on measurements.
+"""Time of collectives: α–β formulas by algorithm, the NIC-sharing rule, and coefficients fitted on
+measurements.
 
-Formulas take numbers, numpy or jax arrays, work elementwise, hold for real-valued degrees and are differentiable.
-They cost nothing for one rank. Symbols: n ranks; α seconds per step; β bytes/s per rank one way; `nbytes` the whole
-operand: the full array of an all-reduce, the gathered one of an all-gather, the unscattered one of a reduce-scatter,
-what one rank holds for an all-to-all, what is sent point to point. Fits, data and held-out errors:
-`coefficients/network.json`, rewritten by `python -m benchmarks.fit_network DATA`.
-"""
+Formulas take numbers, numpy or jax arrays, work elementwise, hold for real-valued degrees and are
+differentiable. They cost nothing for one rank. Symbols: n ranks; α seconds per step; β bytes/s per
+rank one way; `nbytes` the whole operand: the full array of an all-reduce, the gathered one of an
+all-gather, the unscattered one of a reduce-scatter, what one rank holds for an all-to-all, what is
+sent point to point. Fits, data and held-out errors: `coefficients/network.json`, rewritten by
+`python -m benchmarks.fit_network DATA`."""
 
 import dataclasses
 import difflib
@@ -21,7 +22,8 @@ import numpy as np
 from fdp.cost import hardware
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "point_to_point")
-SHARPNESS = 4.0  # of the soft minimum between the two protocols: within 16 % of the minimum, equal far from the tie
+# of the soft minimum between the two protocols: within 16 % of the minimum, equal far from the tie
+SHARPNESS = 4.0
 
 
 def _xp(*values: Any) -> Any:
@@ -29,21 +31,28 @@ def _xp(*values: Any) -> Any:
 
 
 def all_reduce(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
-    """Ring: 2(n−1)α + 2(n−1)/n·N/β seconds (Patarasuk & Yuan 2009; the bandwidth term is optimal)."""
+    """Ring: 2(n−1)α + 2(n−1)/n·N/β seconds (Patarasuk & Yuan 2009; the bandwidth term is
+    optimal).
+    """
     return 2 * (n - 1) * alpha + 2 * (n - 1) / n * nbytes / beta
 
 
 def all_reduce_tree(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
-    """Double binary tree: 2·log2(n)·α + 2N/β seconds (Sanders, Speck & Träff 2009), 0 for one rank."""
+    """Double binary tree: 2·log2(n)·α + 2N/β seconds (Sanders, Speck & Träff 2009), 0 for one
+    rank.
+    """
     xp = _xp(nbytes, n, alpha, beta)
     return 2 * xp.log2(n) * alpha + 2 * nbytes / beta * xp.minimum(n - 1, 1)
 
 
-def all_reduce_hierarchical(nbytes: Any, g: Any, k: Any, alphas: tuple[Any, Any], betas: tuple[Any, Any]) -> Any:
-    """Reduce-scatter among `g` ranks of a node, all-reduce of N/g among `k` nodes, all-gather in the node; seconds.
+def all_reduce_hierarchical(
+    nbytes: Any, g: Any, k: Any, alphas: tuple[Any, Any], betas: tuple[Any, Any]
+) -> Any:
+    """Reduce-scatter among `g` ranks of a node, all-reduce of N/g among `k` nodes, all-gather in
+    the node; seconds.
 
-    `alphas` and `betas` are (in the node, between nodes); between nodes every rank drives its own NIC.
-    """
+    `alphas` and `betas` are (in the node, between nodes); between nodes every rank drives its own
+    NIC."""
     inside = 2 * (g - 1) * alphas[0] + 2 * (g - 1) / g * nbytes / betas[0]
     return inside + all_reduce(nbytes / g, k, alphas[1], betas[1])
 
@@ -59,19 +68,21 @@ def all_gather_recursive(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
 
 
 def all_gather_torus(nbytes: Any, n: Any, alpha: Any, link: Any) -> Any:
-    """One axis of a torus with wrap-around, both directions at once: n/2·α + (n−1)/n·N/(2·link) seconds.
+    """One axis of a torus with wrap-around, both directions at once: n/2·α + (n−1)/n·N/(2·link)
+    seconds.
 
-    `link` is one way of one link. Reduce-scatter costs the same, all-reduce twice (JAX scaling book, "Sharding").
-    """
+    `link` is one way of one link. Reduce-scatter costs the same, all-reduce twice (JAX scaling
+    book, "Sharding")."""
     ends = _xp(nbytes, n, alpha, link).minimum(n - 1, 1)
     return n / 2 * alpha * ends + (n - 1) / n * nbytes / (2 * link)
 
 
 def all_to_all_torus(nbytes: Any, n: Any, alpha: Any, link: Any) -> Any:
-    """One axis of a torus: each rank sends N/n to every other, n/4 hops away on average, over 2 links.
+    """One axis of a torus: each rank sends N/n to every other, n/4 hops away on average, over 2
+    links.
 
-    n/2·α + n·N/(8·link) seconds, exact for even n: a quarter of the all-gather of the whole array of n·N bytes.
-    """
+    n/2·α + n·N/(8·link) seconds, exact for even n: a quarter of the all-gather of the whole array
+    of n·N bytes."""
     ends = _xp(nbytes, n, alpha, link).minimum(n - 1, 1)
     return ends * (n / 2 * alpha + n * nbytes / (8 * link))
 
@@ -94,9 +105,8 @@ def all_to_all(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
 def all_to_all_nodes(nbytes: Any, n: Any, local: Any, alpha: Any, betas: tuple[Any, Any]) -> Any:
     """All-to-all over nodes that hold `local` ranks each; seconds.
 
-    (local−1)/n of N stays in the node, (n−local)/n leaves it through each rank's own NIC; both move at once, so the
-    slower part counts. `betas`: bytes/s per rank (in the node, NIC).
-    """
+    (local−1)/n of N stays in the node, (n−local)/n leaves it through each rank's own NIC; both move
+    at once, so the slower part counts. `betas`: bytes/s per rank (in the node, NIC)."""
     xp = _xp(nbytes, n, local, alpha, *betas)
     local = xp.minimum(local, n)
     inside = (local - 1) / n * nbytes / betas[0]
@@ -109,7 +119,9 @@ def point_to_point(nbytes: Any, alpha: Any, beta: Any) -> Any:
 
 
 def local_ranks(degree: Any, inner: Any, per_node: Any) -> Any:
-    """Ranks of a group in one node, when the axes inside it have `inner` ranks: clip(per_node/inner, 1, degree)."""
+    """Ranks of a group in one node, when the axes inside it have `inner` ranks:
+    clip(per_node/inner, 1, degree).
+    """
     xp = _xp(degree, inner, per_node)
     return xp.maximum(1, xp.minimum(degree, per_node / inner))
 
@@ -117,9 +129,9 @@ def local_ranks(degree: Any, inner: Any, per_node: Any) -> Any:
 def group_bandwidth(n: Any, local: Any, scale_up: Any, scale_out: Any) -> Any:
     """Bytes/s per rank of a ring over `n` ranks with `local` of them in a node.
 
-    scale_up inside one node (local ≥ n), else min(scale_up, scale_out·local): a ring leaves a node once per lane, and
-    the node's NICs, one per chip, are shared by all groups that cross it, so a group owns those of its `local` ranks.
-    """
+    scale_up inside one node (local ≥ n), else min(scale_up, scale_out·local): a ring leaves a node
+    once per lane, and the node's NICs, one per chip, are shared by all groups that cross it, so a
+    group owns those of its `local` ranks."""
     xp = _xp(n, local, scale_up, scale_out)
     return xp.where(local >= n, scale_up, xp.minimum(scale_up, scale_out * local))
 
@@ -149,11 +161,14 @@ class Coefficients:
 @functools.cache
 def document() -> dict[str, Any]:
     """The shipped fits with their sources, counts, date and held-out errors."""
-    return json.loads((importlib.resources.files("fdp.cost") / "coefficients" / "network.json").read_text("utf-8"))
+    return json.loads(
+        (importlib.resources.files("fdp.cost") / "coefficients" / "network.json").read_text("utf-8")
+    )
 
 
 def coefficients(chip_name: str) -> Coefficients:
-    """Fit of a chip; "default" (pooled over all measured GPUs) or "torus" (assumed) for chips without data.
+    """Fit of a chip; "default" (pooled over all measured GPUs) or "torus" (assumed) for chips
+    without data.
 
     Raises ValueError for an unknown chip.
     """
@@ -164,32 +179,47 @@ def coefficients(chip_name: str) -> Coefficients:
 
 
 def _protocols(c: Coefficients, transfer: Any) -> Any:
-    """Soft minimum of the two protocols' seconds; `transfer(share)` is the time at that share of the bandwidth.
+    """Soft minimum of the two protocols' seconds; `transfer(share)` is the time at that share of
+    the bandwidth.
 
-    NCCL picks the faster of a low-latency protocol and one with full bandwidth that costs more to start: that choice,
-    not a latency alone, makes the bandwidth rise with the size of the message (Hu et al. 2025, arXiv 2507.04786).
-    """
-    low, high = transfer(c.short), c.ramp + transfer(1.0) + 1e-12  # a picosecond keeps 0/0 out for one rank
+    NCCL picks the faster of a low-latency protocol and one with full bandwidth that costs more to
+    start: that choice, not a latency alone, makes the bandwidth rise with the size of the message
+    (Hu et al. 2025, arXiv 2507.04786)."""
+    low, high = (
+        transfer(c.short),
+        c.ramp + transfer(1.0) + 1e-12,
+    )  # a picosecond keeps 0/0 out for one rank
     return low * (1 + (low / high) ** SHARPNESS) ** (-1 / SHARPNESS)
 
 
-def _gpu_time(op: str, nbytes: Any, n: Any, local: Any, chip: hardware.Chip, c: Coefficients) -> Any:
+def _gpu_time(
+    op: str, nbytes: Any, n: Any, local: Any, chip: hardware.Chip, c: Coefficients
+) -> Any:
     xp = _xp(nbytes, n, local)
     crosses = xp.where(local >= n, 0.0, 1.0)
     nodes = xp.maximum(n / xp.minimum(local, n), 2.0)
     up = chip.scale_up_bandwidth * c.efficiency(op)
-    out = (chip.scale_out_bandwidth or 0.0) * c.efficiency(op) * c.scale_out * (nodes / 2) ** -c.congestion
+    out = (
+        (chip.scale_out_bandwidth or 0.0)
+        * c.efficiency(op)
+        * c.scale_out
+        * (nodes / 2) ** -c.congestion
+    )
     alpha = c.hop + crosses * (c.hop_out - c.hop)
     beta = group_bandwidth(n, local, up, out)
     transfers = {
         "all_reduce": lambda share: all_reduce(nbytes, n, alpha, share * beta),
         "all_gather": lambda share: all_gather(nbytes, n, alpha, share * beta),
         "reduce_scatter": lambda share: reduce_scatter(nbytes, n, alpha, share * beta),
-        "all_to_all": lambda share: all_to_all_nodes(nbytes, n, local, alpha, (share * up, share * out)),
+        "all_to_all": lambda share: all_to_all_nodes(
+            nbytes, n, local, alpha, (share * up, share * out)
+        ),
     }
     start = c.launch + crosses * c.launch_out
     if op == "point_to_point":
-        one = xp.where(local >= n, n, 1)  # a send has its own rank's NIC, whoever else sits in the node
+        one = xp.where(
+            local >= n, n, 1
+        )  # a send has its own rank's NIC, whoever else sits in the node
         return start + point_to_point(nbytes, alpha, group_bandwidth(n, one, up, out))
     return start + _protocols(c, transfers[op])
 
@@ -208,19 +238,26 @@ def _refuse(op: str, name: str, value: Any, least: float) -> None:
     if isinstance(value, jax.core.Tracer):
         return  # an abstract value cannot be compared while it is traced
     if not np.all(np.isfinite(value)) or np.any(np.asarray(value) < least):
-        raise ValueError(f"{op}: {name} = {value}; time = latency + bytes/bandwidth needs a finite {name} ≥ {least:g}")
+        raise ValueError(
+            f"{op}: {name} = {value}; time = latency + bytes/bandwidth needs a finite {name} ≥ "
+            f"{least:g}"
+        )
 
 
-def collective_time(op: str, nbytes: Any, n: Any, local: Any, chip_name: str, fit: Coefficients | None = None) -> Any:
+def collective_time(
+    op: str, nbytes: Any, n: Any, local: Any, chip_name: str, fit: Coefficients | None = None
+) -> Any:
     """Seconds of one collective of `n` ranks, `local` of them in each node, on `chip_name`.
 
-    `op` is one of OPS; `nbytes` as in the head of this file. `fit` replaces the shipped coefficients, as for another
-    cluster. 0 for one rank. A group on a TPU is one axis of its torus. Raises ValueError for an unknown op or chip,
-    n < 1, local < 1 and bytes < 0; traced values are not checked.
-    """
+    `op` is one of OPS; `nbytes` as in the head of this file. `fit` replaces the shipped
+    coefficients, as for another cluster. 0 for one rank. A group on a TPU is one axis of its torus.
+    Raises ValueError for an unknown op or chip, n < 1, local < 1 and bytes < 0; traced values are
+    not checked."""
     if op not in OPS:
         close = difflib.get_close_matches(op, OPS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown collective {op!r}: did you mean {close!r}? Known: {', '.join(OPS)}")
+        raise ValueError(
+            f"unknown collective {op!r}: did you mean {close!r}? Known: {', '.join(OPS)}"
+        )
     for name, value, least in (("nbytes", nbytes, 0), ("n", n, 1), ("local", local, 1)):
         _refuse(op, name, value, least)
     chip, c = hardware.chip(chip_name), fit or coefficients(chip_name)

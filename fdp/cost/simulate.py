@@ -1,7 +1,8 @@
 """Discrete-event simulation: tasks with dependencies on serial resources (compute streams, links).
 
-A task of size n on a resource takes overhead + per_unit · n seconds. `simulate` runs every resource's queue in the
-order in which the tasks are given, in one of three modes; `dispatch` lets free machines choose among ready tasks.
+A task of size n on a resource takes overhead + per_unit · n seconds. `simulate` runs every
+resource's queue in the order in which the tasks are given, in one of three modes; `dispatch` lets
+free machines choose among ready tasks.
 
 Legend: N tasks, in the order given; a private list indexed by task carries the suffix.
 """
@@ -20,8 +21,8 @@ RULES = ("ready", "list", "priority")
 class Resource:
     """Runs one task at a time. overhead: seconds per task; per_unit: seconds per unit of size.
 
-    A link's tasks are messages: in the synchronous modes they belong to the round of the task that sends them.
-    """
+    A link's tasks are messages: in the synchronous modes they belong to the round of the task that
+    sends them."""
 
     name: str
     overhead: float = 0.0
@@ -34,11 +35,12 @@ class Resource:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Work of `size` units on `resource` (for `dispatch`: on a machine of that pool) once the tasks `after` have ended.
+    """Work of `size` units on `resource` (for `dispatch`: on a machine of that pool) once the tasks
+    `after` have ended.
 
-    allocates, frees: (device, bytes), taken when the task starts and given back when it ends. release: earliest start
-    in seconds. priority: the highest goes first where `dispatch` is asked for rule "priority".
-    """
+    allocates, frees: (device, bytes), taken when the task starts and given back when it ends.
+    release: earliest start in seconds. priority: the highest goes first where `dispatch` is asked
+    for rule "priority"."""
 
     id: Hashable
     resource: str
@@ -54,9 +56,8 @@ class Task:
 class Result:
     """Seconds and bytes of one simulation.
 
-    The tasks of the critical path follow each other without a gap, so wait + sum of their durations = makespan; wait
-    is the release time of the first of them, 0 where nothing is released late.
-    """
+    The tasks of the critical path follow each other without a gap, so wait + sum of their durations
+    = makespan; wait is the release time of the first of them, 0 where nothing is released late."""
 
     start: dict[Hashable, float]
     end: dict[Hashable, float]
@@ -64,7 +65,9 @@ class Result:
     makespan: float
     busy: dict[str, float]  # resource → sum of its durations
     idle: dict[str, float]  # makespan − busy
-    span: dict[str, float]  # last end − first start: bubble rates of the zero-bubble papers are (span − busy) / span
+    span: dict[
+        str, float
+    ]  # last end − first start: bubble rates of the zero-bubble papers are (span − busy) / span
     peak_bytes: dict[str, float]  # only devices on which some task allocates
     held_bytes: dict[str, float]  # per device at the end; 0 where all that was allocated was freed
     critical_path: list[Hashable]
@@ -79,24 +82,28 @@ def simulate(
 ) -> Result:
     """Every resource runs its tasks in the order in which they stand in `tasks`.
 
-    asynchronous: a task starts when its dependencies and the task before it on its resource have ended.
-    lock-step: as one SPMD program that scans over ticks with a collective permute in each. A task's round is one after
-    the latest of its dependencies and of the task before it on its resource (a link's task: the same round), and a
-    round starts when all tasks of the round before have ended.
-    neighbour: the same rounds, but a resource starts its round k when itself and `neighbours[resource]` have ended
-    round k − 1 (give links among the neighbours too); a resource without a task in a round still takes part in it, so
-    delays travel one neighbour a round. This is a permute that synchronises only the devices that exchange.
-    For the same tasks the makespans are ordered asynchronous ≤ neighbour ≤ lock-step: each mode adds constraints. In
-    every mode longer tasks never end earlier; an added task never shortens the asynchronous makespan, but can shorten
-    the other two, because it moves later tasks to other rounds.
+    asynchronous: a task starts when its dependencies and the task before it on its resource have
+    ended. lock-step: as one SPMD program that scans over ticks with a collective permute in each. A
+    task's round is one after the latest of its dependencies and of the task before it on its
+    resource (a link's task: the same round), and a round starts when all tasks of the round before
+    have ended. neighbour: the same rounds, but a resource starts its round k when itself and
+    `neighbours[resource]` have ended round k − 1 (give links among the neighbours too); a resource
+    without a task in a round still takes part in it, so delays travel one neighbour a round. This
+    is a permute that synchronises only the devices that exchange. For the same tasks the makespans
+    are ordered asynchronous ≤ neighbour ≤ lock-step: each mode adds constraints. In every mode
+    longer tasks never end earlier; an added task never shortens the asynchronous makespan, but can
+    shorten the other two, because it moves later tasks to other rounds.
 
-    Raises ValueError for a dependency cycle, a queue order that deadlocks (both name the tasks), an unknown or
-    repeated name, a negative or infinite number, a device that frees more than it holds, `neighbours` without its mode.
-    """
+    Raises ValueError for a dependency cycle, a queue order that deadlocks (both name the tasks), an
+    unknown or repeated name, a negative or infinite number, a device that frees more than it holds,
+    `neighbours` without its mode."""
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
     if (neighbours is not None) != (mode == "neighbour"):
-        raise ValueError(f"mode {mode!r} with neighbours={neighbours}: give neighbours with mode 'neighbour' only")
+        raise ValueError(
+            f"mode {mode!r} with neighbours={neighbours}: give neighbours with mode 'neighbour' "
+            "only"
+        )
     deps_N = _dependencies(tasks)
     index = _index_resources(resources)
     on_N = [_lookup(index, t.resource, t.id) for t in tasks]
@@ -106,39 +113,54 @@ def simulate(
         _raise_cycle(tasks, deps_N, preds_N)
     seconds_N = [resources[r].seconds(t.size) for r, t in zip(on_N, tasks, strict=True)]
     reach = _reach(mode, neighbours or {}, index)
-    rounds = [order] if mode == "asynchronous" else _rounds(order, preds_N, [resources[r].link for r in on_N])
+    rounds = (
+        [order]
+        if mode == "asynchronous"
+        else _rounds(order, preds_N, [resources[r].link for r in on_N])
+    )
     start_N, by_N = _play(rounds, tasks, preds_N, seconds_N, on_N, reach)
     played = [n for members in rounds for n in members]
     return _result(tasks, resources, on_N, seconds_N, start_N, by_N, played)
 
 
-def dispatch(tasks: Sequence[Task], pools: Mapping[str, Sequence[Resource]], rule: str = "ready") -> Result:
-    """Greedy, work-conserving: whenever a machine of a task's pool is free and a task is ready, one starts.
+def dispatch(
+    tasks: Sequence[Task], pools: Mapping[str, Sequence[Resource]], rule: str = "ready"
+) -> Result:
+    """Greedy, work-conserving: whenever a machine of a task's pool is free and a task is ready, one
+    starts.
 
-    rule: "ready" takes the task that has been ready longest, "list" the first in `tasks`, "priority" the highest
-    priority; ties go to the first in `tasks`, and to the first free machine of the pool. Makespans of greedy
-    schedules are not monotone: a machine more, shorter tasks or fewer dependencies can make them longer (Graham 1969,
-    SIAM J. Appl. Math. 17(2)). Raises ValueError as `simulate`, and for a pool without machines.
-    """
+    rule: "ready" takes the task that has been ready longest, "list" the first in `tasks`,
+    "priority" the highest priority; ties go to the first in `tasks`, and to the first free machine
+    of the pool. Makespans of greedy schedules are not monotone: a machine more, shorter tasks or
+    fewer dependencies can make them longer (Graham 1969, SIAM J. Appl. Math. 17(2)). Raises
+    ValueError as `simulate`, and for a pool without machines."""
     empty = [name for name, machines in pools.items() if not machines]
     if empty:
-        raise ValueError(f"pools without machines: {empty}: a task there would never run, give at least one Resource")
+        raise ValueError(
+            f"pools without machines: {empty}: a task there would never run, give at least one "
+            "Resource"
+        )
     index = {name: k for k, name in enumerate(pools)}
-    return _greedy(tasks, [_lookup(index, t.resource, t.id) for t in tasks], list(pools.values()), rule)
+    return _greedy(
+        tasks, [_lookup(index, t.resource, t.id) for t in tasks], list(pools.values()), rule
+    )
 
 
 def list_schedule(tasks: Sequence[Task], machines: Sequence[Resource]) -> Result:
-    """Graham's list scheduling: any machine may run any task (`task.resource` is not read), first ready in the list.
+    """Graham's list scheduling: any machine may run any task (`task.resource` is not read), first
+    ready in the list.
 
-    On M identical machines makespan ≤ work / M + (1 − 1/M) · critical path ≤ (2 − 1/M) · optimum (Graham 1969), where
-    the critical path is the longest chain of dependencies. Raises ValueError as `dispatch`.
-    """
+    On M identical machines makespan ≤ work / M + (1 − 1/M) · critical path ≤ (2 − 1/M) · optimum
+    (Graham 1969), where the critical path is the longest chain of dependencies. Raises ValueError
+    as `dispatch`."""
     if not machines:
         raise ValueError("list_schedule needs at least one machine")
     return _greedy(tasks, [0] * len(tasks), [machines], "list")
 
 
-def _greedy(tasks: Sequence[Task], pool_N: list[int], pools: Sequence[Sequence[Resource]], rule: str) -> Result:
+def _greedy(
+    tasks: Sequence[Task], pool_N: list[int], pools: Sequence[Sequence[Resource]], rule: str
+) -> Result:
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
     machines = [machine for pool in pools for machine in pool]
@@ -152,7 +174,9 @@ def _greedy(tasks: Sequence[Task], pool_N: list[int], pools: Sequence[Sequence[R
         "priority": lambda n, now: -tasks[n].priority,
     }
     firsts = [sum(len(pool) for pool in pools[:k]) for k in range(len(pools))]
-    free = [list(range(first, first + len(pool))) for first, pool in zip(firsts, pools, strict=True)]
+    free = [
+        list(range(first, first + len(pool))) for first, pool in zip(firsts, pools, strict=True)
+    ]
     return _events(tasks, deps_N, pool_N, machines, free, keys[rule])
 
 
@@ -164,13 +188,17 @@ def _events(
     free: list[list[int]],
     key: Callable[[int, float], float],
 ) -> Result:
-    """Event loop of `dispatch`: what is ready or ends at one time is taken in before any machine chooses."""
+    """Event loop of `dispatch`: what is ready or ends at one time is taken in before any machine
+    chooses.
+    """
     count = len(tasks)
     start_N, end_N, by_N, on_N = [0.0] * count, [0.0] * count, [-1] * count, [-1] * count
     after_N, missing_N = _successors(deps_N)
     enabler_N, last, order = [-1] * count, [-1] * len(machines), []
     queues: list[list[tuple[float, int]]] = [[] for _ in free]
-    events = [(tasks[n].release, 0, n) for n in range(count) if not missing_N[n]]  # kind 0: is ready, 1: has ended
+    events = [
+        (tasks[n].release, 0, n) for n in range(count) if not missing_N[n]
+    ]  # kind 0: is ready, 1: has ended
     heapq.heapify(events)
     while events:
         now, touched = events[0][0], set()
@@ -213,10 +241,15 @@ def _dependencies(tasks: Sequence[Task]) -> list[list[int]]:
             )
         for device, amount in (*t.allocates, *t.frees):
             if not 0 <= amount < math.inf:
-                raise ValueError(f"task {t.id!r}: {amount} bytes on {device!r}: bytes must be finite and ≥ 0")
+                raise ValueError(
+                    f"task {t.id!r}: {amount} bytes on {device!r}: bytes must be finite and ≥ 0"
+                )
         unknown = [d for d in t.after if d not in index]
         if unknown:
-            raise ValueError(f"task {t.id!r} depends on unknown task {unknown[0]!r}: add it or remove it from `after`")
+            raise ValueError(
+                f"task {t.id!r} depends on unknown task {unknown[0]!r}: add it or remove it from "
+                "`after`"
+            )
         deps_N.append([index[d] for d in t.after])
     return deps_N
 
@@ -225,7 +258,8 @@ def _index_resources(resources: Sequence[Resource]) -> dict[str, int]:
     for r in resources:
         if not (0 <= r.overhead < math.inf and 0 <= r.per_unit < math.inf):
             raise ValueError(
-                f"resource {r.name!r}: seconds = {r.overhead} + {r.per_unit} · size: both must be finite and ≥ 0"
+                f"resource {r.name!r}: seconds = {r.overhead} + {r.per_unit} · size: both must be "
+                "finite and ≥ 0"
             )
     index = {r.name: k for k, r in enumerate(resources)}
     if len(index) < len(resources):
@@ -236,12 +270,16 @@ def _index_resources(resources: Sequence[Resource]) -> dict[str, int]:
 
 def _lookup(index: Mapping[str, int], name: str, user: Hashable) -> int:
     if name not in index:
-        raise ValueError(f"{user!r} names unknown resource {name!r}: known are {', '.join(list(index)[:20])}")
+        raise ValueError(
+            f"{user!r} names unknown resource {name!r}: known are {', '.join(list(index)[:20])}"
+        )
     return index[name]
 
 
 def _with_queues(deps_N: list[list[int]], on_N: list[int]) -> list[list[int]]:
-    """Predecessors: the task before on the same resource, then the dependencies; these win ties of critical paths."""
+    """Predecessors: the task before on the same resource, then the dependencies; these win ties of
+    critical paths.
+    """
     last: dict[int, int] = {}
     preds_N = []
     for n, (deps, resource) in enumerate(zip(deps_N, on_N, strict=True)):
@@ -272,7 +310,9 @@ def _topological(preds_N: list[list[int]]) -> list[int]:
 
 
 def _raise_cycle(tasks: Sequence[Task], deps_N: list[list[int]], preds_N: list[list[int]]) -> None:
-    """Names one cycle of the dependencies or, where they have none, of dependencies and queues together."""
+    """Names one cycle of the dependencies or, where they have none, of dependencies and queues
+    together.
+    """
     in_deps = len(_topological(deps_N)) < len(tasks)
     graph_N = deps_N if in_deps else preds_N
     stuck = set(range(len(tasks))) - set(_topological(graph_N))
@@ -288,19 +328,29 @@ def _raise_cycle(tasks: Sequence[Task], deps_N: list[list[int]], preds_N: list[l
         raise ValueError("dependency cycle: " + " after ".join(repr(tasks[k].id) for k in cycle))
     waits = [
         f"{tasks[a].id!r} waits for {tasks[b].id!r} "
-        + ("(dependency)" if b in deps_N[a] else f"(before it in the queue of {tasks[a].resource!r})")
+        + (
+            "(dependency)"
+            if b in deps_N[a]
+            else f"(before it in the queue of {tasks[a].resource!r})"
+        )
         for a, b in itertools.pairwise(cycle)
     ]
-    raise ValueError(f"queue order deadlocks: {', '.join(waits)}: reorder these tasks, or use dispatch")
+    raise ValueError(
+        f"queue order deadlocks: {', '.join(waits)}: reorder these tasks, or use dispatch"
+    )
 
 
-def _reach(mode: str, neighbours: Mapping[str, Sequence[str]], index: Mapping[str, int]) -> list[list[int]] | None:
+def _reach(
+    mode: str, neighbours: Mapping[str, Sequence[str]], index: Mapping[str, int]
+) -> list[list[int]] | None:
     """Resources whose previous round each resource waits for; None: all of them."""
     if mode != "neighbour":
         return None
     reach = [[k] for k in range(len(index))]
     for name, others in neighbours.items():
-        reach[_lookup(index, name, "neighbours")] += [_lookup(index, o, "neighbours") for o in others]
+        reach[_lookup(index, name, "neighbours")] += [
+            _lookup(index, o, "neighbours") for o in others
+        ]
     return reach
 
 
@@ -328,7 +378,9 @@ def _play(
     """(start, the task whose end it waited for or −1) of every task."""
     start_N, end_N, by_N = [0.0] * len(tasks), [0.0] * len(tasks), [-1] * len(tasks)
     resources = range(max(on_N, default=-1) + 1 if reach is None else len(reach))
-    gate = done = [(0.0, -1) for _ in resources]  # (seconds, task): when a resource may start, when it has ended
+    gate = done = [
+        (0.0, -1) for _ in resources
+    ]  # (seconds, task): when a resource may start, when it has ended
     for members in rounds:
         done = list(gate)
         for n in members:
@@ -341,7 +393,11 @@ def _play(
             start_N[n], end_N[n], by_N[n] = begin, begin + seconds_N[n], by
             done[on_N[n]] = max(done[on_N[n]], (end_N[n], n))
         latest = max(done, default=(0.0, -1))
-        gate = [latest] * len(done) if reach is None else [max(done[k] for k in waits) for waits in reach]
+        gate = (
+            [latest] * len(done)
+            if reach is None
+            else [max(done[k] for k in waits) for waits in reach]
+        )
     return start_N, by_N
 
 
@@ -385,21 +441,28 @@ def _result(
 def _memory(
     tasks: Sequence[Task], start_N: list[float], end_N: list[float], order: list[int]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(peak, held at the end) bytes per device. What ends at a time frees before what starts then allocates."""
+    """(peak, held at the end) bytes per device. What ends at a time frees before what starts then
+    allocates.
+    """
     events: dict[str, list[tuple[float, bool, int, float]]] = {}
     for rank, n in enumerate(order):
         for device, amount in tasks[n].allocates:
             events.setdefault(device, []).append((start_N[n], True, 2 * rank, amount))
         for device, amount in tasks[n].frees:
-            # A task without duration frees in causal order among the starts, never before its own allocation.
-            events.setdefault(device, []).append((end_N[n], start_N[n] == end_N[n], 2 * rank + 1, -amount))
+            # A task without duration frees in causal order among the starts, never before its own
+            # allocation.
+            events.setdefault(device, []).append(
+                (end_N[n], start_N[n] == end_N[n], 2 * rank + 1, -amount)
+            )
     peak, held = {}, {}
     for device, changes in events.items():
         now, most = 0.0, 0.0
         for time, _, rank, amount in sorted(changes):
             if now + amount < -1e-9 * most:
                 task = tasks[order[rank // 2]].id
-                raise ValueError(f"{device!r} holds {now} bytes at {time} s, but task {task!r} frees {-amount}")
+                raise ValueError(
+                    f"{device!r} holds {now} bytes at {time} s, but task {task!r} frees {-amount}"
+                )
             now += amount
             most = max(most, now)
         peak[device], held[device] = most, now

@@ -25,8 +25,16 @@ DOCUMENTS_PER_CALL = 1024  # documents tokenised at once: bounds the memory of a
 class Windows:
     """Non-overlapping windows of one token stream; the tail that fills no window is left out."""
 
-    def __init__(self, tokens_T: np.ndarray, seq_len: int, what: str = "corpus", fix: str = "use a larger corpus"):
-        """`what` and `fix` name the stream and its remedy in errors: ValueError when it is shorter than one window."""
+    def __init__(
+        self,
+        tokens_T: np.ndarray,
+        seq_len: int,
+        what: str = "corpus",
+        fix: str = "use a larger corpus",
+    ):
+        """`what` and `fix` name the stream and its remedy in errors: ValueError when it is shorter
+        than one window.
+        """
         n_tokens = len(tokens_T)
         if seq_len < 1:
             raise ValueError(f"data.seq_len={seq_len} must be at least 1")
@@ -70,9 +78,8 @@ class TextData:
 def batch(windows: Windows, step: int, batch_size: int, seed: int) -> np.ndarray:
     """Training batch of `step`: int32 [B, L].
 
-    Steps read a sequence of permutations, one an epoch, so every window occurs once an epoch; a batch may reach into
-    the next one. Raises ValueError when an epoch is shorter than a batch.
-    """
+    Steps read a sequence of permutations, one an epoch, so every window occurs once an epoch; a
+    batch may reach into the next one. Raises ValueError when an epoch is shorter than a batch."""
     _check_batch(windows, batch_size)
     if step < 0:
         raise ValueError(f"step {step} must be at least 0")
@@ -81,7 +88,9 @@ def batch(windows: Windows, step: int, batch_size: int, seed: int) -> np.ndarray
 
 
 def eval_batches(windows: Windows, batch_size: int, max_batches: int) -> Iterator[np.ndarray]:
-    """The first `max_batches` full batches, or as many as there are, in order: int32 [B, L] each."""
+    """The first `max_batches` full batches, or as many as there are, in order: int32 [B, L]
+    each.
+    """
     _check_batch(windows, batch_size)
     if max_batches < 1:
         raise ValueError(f"eval.batches={max_batches} must be at least 1")
@@ -90,11 +99,11 @@ def eval_batches(windows: Windows, batch_size: int, max_batches: int) -> Iterato
 
 
 class Prefetcher:
-    """Computes `place(batch_fn(step))` for successive steps on one background thread, at most `depth` ahead.
+    """Computes `place(batch_fn(step))` for successive steps on one background thread, at most
+    `depth` ahead.
 
-    Use as a context manager and iterator. An error of a step is raised where that step is asked for, and ends it.
-    Leaving the context waits for the step in progress only.
-    """
+    Use as a context manager and iterator. An error of a step is raised where that step is asked
+    for, and ends it. Leaving the context waits for the step in progress only."""
 
     def __init__(
         self,
@@ -103,7 +112,9 @@ class Prefetcher:
         start: int = 0,
         depth: int = 2,
     ):
-        """`place` moves a batch to the devices, as jax.device_put does; `start` is the first step."""
+        """`place` moves a batch to the devices, as jax.device_put does; `start` is the first
+        step.
+        """
         if depth < 1:
             raise ValueError(f"prefetch depth {depth} must be at least 1")
         self._compute = lambda step: place(batch_fn(step))
@@ -126,7 +137,9 @@ class Prefetcher:
             raise RuntimeError("the prefetcher is not running: use it inside its `with` block")
         try:
             ready = self._ahead.popleft().result()
-        except StopIteration as error:  # raised from __next__ it would end the caller's loop without a word
+        except (
+            StopIteration
+        ) as error:  # raised from __next__ it would end the caller's loop without a word
             self.close()
             raise RuntimeError("the batch function raised StopIteration") from error
         except BaseException:
@@ -166,11 +179,12 @@ def load_text(
     seed: int,
     cache_dir: Path | str | None = None,
 ) -> TextData:
-    """Corpus → split by document → tokenizer trained on the training side → windows of `seq_len` tokens.
+    """Corpus → split by document → tokenizer trained on the training side → windows of `seq_len`
+    tokens.
 
-    `seed` is that of the split. Tokenizer and tokens are cached under `cache_dir` (None: default_cache_dir()).
-    Errors: those of load_corpus, split_documents, build_tokenizer and Windows.
-    """
+    `seed` is that of the split. Tokenizer and tokens are cached under `cache_dir` (None:
+    default_cache_dir()). Errors: those of load_corpus, split_documents, build_tokenizer and
+    Windows."""
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     corpus = load_corpus(source)
     train_docs, val_docs = split_documents(corpus, val_fraction, seed)
@@ -191,10 +205,13 @@ def load_text(
 
 @functools.lru_cache(maxsize=16)
 def _order(n: int, seed: int) -> Any:
-    """Endless shuffled index: order[i] is the window at position i, reshuffled every `n` positions."""
+    """Endless shuffled index: order[i] is the window at position i, reshuffled every `n`
+    positions.
+    """
     import grain  # here, because it imports jax, whose environment the caller may still have to set
 
-    # grain shuffles epoch e with seed + e: plain seeds 0 and 1 would read the same orders, one epoch apart.
+    # grain shuffles epoch e with seed + e: plain seeds 0 and 1 would read the same orders, one
+    # epoch apart.
     spread = int.from_bytes(hashlib.sha256(f"order {seed}".encode()).digest()[:4], "little")
     return grain.MapDataset.range(n).shuffle(seed=spread).repeat()
 
@@ -205,13 +222,17 @@ def _check_batch(windows: Windows, batch_size: int) -> None:
     if len(windows) < batch_size:
         fits = max(windows.n_tokens // batch_size, 1)
         raise ValueError(
-            f"a batch of {batch_size} sequences of {windows.seq_len} tokens is longer than the {windows.what} "
-            f"({windows.n_tokens:,} tokens, {len(windows)} sequences): set train.batch={len(windows)}, "
+            f"a batch of {batch_size} sequences of {windows.seq_len} tokens is longer than the "
+            f"{windows.what} "
+            f"({windows.n_tokens:,} tokens, {len(windows)} sequences): set "
+            f"train.batch={len(windows)}, "
             f"data.seq_len={2 ** (fits.bit_length() - 1)} or {windows.fix}"
         )
 
 
-def _cached_tokens(documents: Sequence[str], sha256: str, tokenizer: Tokenizer, folder: Path) -> np.ndarray:
+def _cached_tokens(
+    documents: Sequence[str], sha256: str, tokenizer: Tokenizer, folder: Path
+) -> np.ndarray:
     """Token stream of `documents`, int32 [T], mapped from its cache file after the first call."""
     key = hashlib.sha256(f"{sha256} {tokenizer.fingerprint}".encode()).hexdigest()[:16]
     path = folder / f"tokens-{key}.npy"
@@ -219,7 +240,9 @@ def _cached_tokens(documents: Sequence[str], sha256: str, tokenizer: Tokenizer, 
         try:
             tokens_T = np.load(path, mmap_mode="r", allow_pickle=False)
             if tokens_T.ndim != 1 or tokens_T.dtype != np.int32:
-                raise ValueError(f"expected int32 [T], found {tokens_T.dtype} {list(tokens_T.shape)}")
+                raise ValueError(
+                    f"expected int32 [T], found {tokens_T.dtype} {list(tokens_T.shape)}"
+                )
             return tokens_T
         except (ValueError, OSError, EOFError) as error:
             warnings.warn(f"rebuilding the unreadable token cache {path}: {error}", stacklevel=2)
@@ -229,7 +252,9 @@ def _cached_tokens(documents: Sequence[str], sha256: str, tokenizer: Tokenizer, 
 
 
 def _tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
-    """eos, document, eos, document, …, eos: every document has one before it (as BOS) and one after it."""
+    """eos, document, eos, document, …, eos: every document has one before it (as BOS) and one after
+    it.
+    """
     eos_1 = np.array([tokenizer.eos_id], dtype=np.int32)
     parts = [eos_1]
     for first in range(0, len(documents), DOCUMENTS_PER_CALL):

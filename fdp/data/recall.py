@@ -1,12 +1,14 @@
-"""Recall tasks: sequences in which the scored tokens can be predicted from their context alone, and only from it.
+"""Recall tasks: sequences in which the scored tokens can be predicted from their context alone, and
+only from it.
 
-A batch is a pure function of (seed, step): `task.sample(seed, step, batch)` returns the tokens, int32 [B, L], and the
-answer mask, f32 [B, L]: mask[b, i] = 1 where the prediction made AT position i, of token i + 1, is scored. An objective
-whose rows are aligned with their targets (`Autoregressive`) takes `np.roll(mask, 1, axis=1)` as weights; the last
-column is never scored, so nothing wraps around. A task that cannot be built raises ValueError: equation, values, fix.
+A batch is a pure function of (seed, step): `task.sample(seed, step, batch)` returns the tokens,
+int32 [B, L], and the answer mask, f32 [B, L]: mask[b, i] = 1 where the prediction made AT position
+i, of token i + 1, is scored. An objective whose rows are aligned with their targets
+(`Autoregressive`) takes `np.roll(mask, 1, axis=1)` as weights; the last column is never scored, so
+nothing wraps around. A task that cannot be built raises ValueError: equation, values, fix.
 
-Legend: B sequences, L positions, P pairs (or tokens of a segment, needle or value), Q query slots, V vocabulary.
-"""
+Legend: B sequences, L positions, P pairs (or tokens of a segment, needle or value), Q query slots,
+V vocabulary."""
 
 import hashlib
 from dataclasses import dataclass
@@ -38,18 +40,21 @@ class Task(Protocol):
         ...
 
 
-GAP_POWER = 0.01  # slot s of the query section is drawn with weight s^(0.01 - 1), as in the paper's released generator
+# slot s of the query section is drawn with weight s^(0.01 - 1), as in the paper's released
+# generator
+GAP_POWER = 0.01
 
 
 @dataclass(frozen=True)
 class AssociativeRecall:
-    """Multi-query associative recall (MQAR; Arora et al. 2023, arXiv 2312.04927): k1 v1 … kP vP, then every key again.
+    """Multi-query associative recall (MQAR; Arora et al. 2023, arXiv 2312.04927): k1 v1 … kP vP,
+    then every key again.
 
-    The query section consists of two-token slots: P of them hold (key, its value), in random order, the others filler;
-    the value after a repeated key is scored: P answers a sequence. Nearer slots are likelier, by the paper's power law.
-    Ids: 0 filler, then (vocab - 1) // 2 keys, then the values. Keys differ within a sequence; values may repeat.
-    Raises ValueError when length < 4·pairs or there are fewer keys than pairs.
-    """
+    The query section consists of two-token slots: P of them hold (key, its value), in random order,
+    the others filler; the value after a repeated key is scored: P answers a sequence. Nearer slots
+    are likelier, by the paper's power law. Ids: 0 filler, then (vocab - 1) // 2 keys, then the
+    values. Keys differ within a sequence; values may repeat. Raises ValueError when length <
+    4·pairs or there are fewer keys than pairs."""
 
     length: int = 64
     pairs: int = 8
@@ -59,13 +64,17 @@ class AssociativeRecall:
         _at_least_one(pairs=self.pairs)
         if self.length < 4 * self.pairs:
             raise ValueError(
-                f"length {self.length} < 4·pairs = 4·{self.pairs} = {4 * self.pairs} (2 tokens a pair, 2 a query): "
-                f"set length={4 * self.pairs}" + (f" or pairs={self.length // 4}" if self.length >= 4 else "")
+                f"length {self.length} < 4·pairs = 4·{self.pairs} = {4 * self.pairs} (2 tokens a "
+                "pair, 2 a query): "
+                f"set length={4 * self.pairs}"
+                + (f" or pairs={self.length // 4}" if self.length >= 4 else "")
             )
         if self.keys < self.pairs:
             raise ValueError(
-                f"vocab {self.vocab} gives (vocab - 1) // 2 = {self.keys} keys < pairs = {self.pairs}: "
-                f"set vocab={2 * self.pairs + 1}" + (f" or pairs={self.keys}" if self.keys > 0 else "")
+                f"vocab {self.vocab} gives (vocab - 1) // 2 = {self.keys} keys < pairs = "
+                f"{self.pairs}: "
+                f"set vocab={2 * self.pairs + 1}"
+                + (f" or pairs={self.keys}" if self.keys > 0 else "")
             )
 
     @property
@@ -94,23 +103,27 @@ class AssociativeRecall:
         return tokens_BxL, mask_BxL
 
     def _slots(self, rng: np.random.Generator, batch: int) -> np.ndarray:
-        """P different slots a sequence, int [B, P], drawn in random order without replacement by the power law."""
+        """P different slots a sequence, int [B, P], drawn in random order without replacement by
+        the power law.
+        """
         slots = (self.length - 2 * self.pairs) // 2
         log_weight_Q = (GAP_POWER - 1) * np.log(np.arange(1, slots + 1))
-        # Gumbel top-k is sampling without replacement; shuffled, so that a key's rank says nothing of its slot.
+        # Gumbel top-k is sampling without replacement; shuffled, so that a key's rank says nothing
+        # of its slot.
         order_BxQ = np.argsort(-(log_weight_Q + rng.gumbel(size=(batch, slots))), axis=1)
         return rng.permuted(order_BxQ[:, : self.pairs], axis=1)
 
 
 @dataclass(frozen=True)
 class InductionHeads:
-    """A random segment occurs twice in noise; its second copy is scored (Olsson et al. 2022, arXiv 2209.11895).
+    """A random segment occurs twice in noise; its second copy is scored (Olsson et al. 2022, arXiv
+    2209.11895).
 
-    The `segment` tokens are distinct and occur nowhere else, so that the previous occurrence of a token determines the
-    next one; both copies stand at random places, so that no fixed distance does. Scored: segment - 1 tokens a sequence.
-    Ids 0 … vocab - 1, all alike: each sequence divides them anew into those of its segment and those of its noise.
-    Raises ValueError when length < 2·segment, segment < 2, or no id is left for the noise.
-    """
+    The `segment` tokens are distinct and occur nowhere else, so that the previous occurrence of a
+    token determines the next one; both copies stand at random places, so that no fixed distance
+    does. Scored: segment - 1 tokens a sequence. Ids 0 … vocab - 1, all alike: each sequence divides
+    them anew into those of its segment and those of its noise. Raises ValueError when length <
+    2·segment, segment < 2, or no id is left for the noise."""
 
     length: int = 64
     segment: int = 8
@@ -118,16 +131,21 @@ class InductionHeads:
 
     def __post_init__(self) -> None:
         if self.segment < 2:
-            raise ValueError(f"segment {self.segment} scores segment - 1 < 1 tokens: set segment=2 or more")
+            raise ValueError(
+                f"segment {self.segment} scores segment - 1 < 1 tokens: set segment=2 or more"
+            )
         if self.length < 2 * self.segment:
             raise ValueError(
                 f"length {self.length} < 2·segment = 2·{self.segment} = {2 * self.segment}: "
-                f"set length={2 * self.segment}" + (f" or segment={self.length // 2}" if self.length >= 4 else "")
+                f"set length={2 * self.segment}"
+                + (f" or segment={self.length // 2}" if self.length >= 4 else "")
             )
         if self.vocab <= self.segment:
             raise ValueError(
-                f"vocab {self.vocab} < segment + 1 = {self.segment + 1} (the segment's ids and one of noise): "
-                f"set vocab={self.segment + 1}" + (f" or segment={self.vocab - 1}" if self.vocab > 2 else "")
+                f"vocab {self.vocab} < segment + 1 = {self.segment + 1} (the segment's ids and one "
+                "of noise): "
+                f"set vocab={self.segment + 1}"
+                + (f" or segment={self.vocab - 1}" if self.vocab > 2 else "")
             )
 
     @property
@@ -142,11 +160,14 @@ class InductionHeads:
         ids_BxV = _distinct(rng, batch, self.vocab, self.vocab)
         noise_BxL = P + rng.integers(0, self.vocab - P, (batch, self.length))
         tokens_BxL = np.take_along_axis(ids_BxV, noise_BxL, 1).astype(np.int32)
-        # Two sorted cuts of the free positions are the lengths of the noise before, between and after the copies.
+        # Two sorted cuts of the free positions are the lengths of the noise before, between and
+        # after the copies.
         cuts_Bx2 = np.sort(rng.integers(0, free + 1, (batch, 2)), axis=1)
         second_B = cuts_Bx2[:, 1] + P
         for start_B in (cuts_Bx2[:, 0], second_B):
-            np.put_along_axis(tokens_BxL, start_B[:, None] + np.arange(P), ids_BxV[:, :P].astype(np.int32), 1)
+            np.put_along_axis(
+                tokens_BxL, start_B[:, None] + np.arange(P), ids_BxV[:, :P].astype(np.int32), 1
+            )
         mask_BxL = np.zeros(tokens_BxL.shape, np.float32)
         np.put_along_axis(mask_BxL, second_B[:, None] + np.arange(P - 1), np.float32(1), 1)
         return tokens_BxL, mask_BxL
@@ -154,14 +175,14 @@ class InductionHeads:
 
 @dataclass(frozen=True)
 class WordNeedle:
-    """One needle in a haystack of words (the single-key task of RULER, Hsieh et al. 2024, arXiv 2404.06654).
+    """One needle in a haystack of words (the single-key task of RULER, Hsieh et al. 2024, arXiv
+    2404.06654).
 
-    Haystack words, with the needle (MARK, key, value …) at `depth`, then (MARK, key) again and the value, which is
-    scored: `value_words` answers a sequence. Depth 0 is the first place of the haystack, 1 the last; None draws one of
-    all places for every sequence.
-    Ids: 0 MARK; then a third of the other ids each for keys, values and hay (the remainder to hay).
-    Raises ValueError when the length holds less than one haystack word or vocab < 4.
-    """
+    Haystack words, with the needle (MARK, key, value …) at `depth`, then (MARK, key) again and the
+    value, which is scored: `value_words` answers a sequence. Depth 0 is the first place of the
+    haystack, 1 the last; None draws one of all places for every sequence. Ids: 0 MARK; then a third
+    of the other ids each for keys, values and hay (the remainder to hay). Raises ValueError when
+    the length holds less than one haystack word or vocab < 4."""
 
     length: int = 64
     vocab: int = 64
@@ -172,11 +193,15 @@ class WordNeedle:
         if self.hay < 1:
             need = 2 * (2 + self.value_words) + 1
             raise ValueError(
-                f"length {self.length} < 2·(2 + value_words) + 1 = 2·(2 + {self.value_words}) + 1 = {need} "
+                f"length {self.length} < 2·(2 + value_words) + 1 = 2·(2 + {self.value_words}) + 1 "
+                f"= {need} "
                 f"(needle, question and one word of hay): set length={need}"
             )
         if self.vocab < 4:
-            raise ValueError(f"vocab {self.vocab} < 4 = mark + one key + one value + one word of hay: set vocab=4")
+            raise ValueError(
+                f"vocab {self.vocab} < 4 = mark + one key + one value + one word of hay: set "
+                "vocab=4"
+            )
 
     @property
     def hay(self) -> int:
@@ -204,19 +229,26 @@ class WordNeedle:
         return np.stack(rows).astype(np.int32), _last_scored(batch, self.length, self.value_words)
 
 
-FILLER = (b"The grass is green. ", b"The sky is blue. ", b"The sun is warm. ", b"Here we go. ", b"There and back. ")
+FILLER = (
+    b"The grass is green. ",
+    b"The sky is blue. ",
+    b"The sun is warm. ",
+    b"Here we go. ",
+    b"There and back. ",
+)
 
 
 @dataclass(frozen=True)
 class ByteNeedle:
-    """One needle in a haystack of English sentences as bytes (the single-key task of RULER, arXiv 2404.06654).
+    """One needle in a haystack of English sentences as bytes (the single-key task of RULER, arXiv
+    2404.06654).
 
-    "… The code of KEY is VALUE. …" stands between two sentences of the haystack at `depth`; the text ends with
-    "The code of KEY is VALUE." and VALUE's digits are scored: `digits` answers a sequence. KEY is six random
-    lower-case letters. Depth 0 is before the first sentence, 1 after the last whole one; None draws one of all places.
-    Ids: the byte values, those of `fdp.data.tokenizer`'s byte tokenizer (its eos, 256, is not used): vocab 256.
-    Raises ValueError when the length does not hold the needle, the question and the longest filler sentence.
-    """
+    "… The code of KEY is VALUE. …" stands between two sentences of the haystack at `depth`; the
+    text ends with "The code of KEY is VALUE." and VALUE's digits are scored: `digits` answers a
+    sequence. KEY is six random lower-case letters. Depth 0 is before the first sentence, 1 after
+    the last whole one; None draws one of all places. Ids: the byte values, those of
+    `fdp.data.tokenizer`'s byte tokenizer (its eos, 256, is not used): vocab 256. Raises ValueError
+    when the length does not hold the needle, the question and the longest filler sentence."""
 
     length: int = 256
     digits: int = 4
@@ -230,13 +262,16 @@ class ByteNeedle:
         if self.hay < sentence:
             need = self.length - self.hay + sentence
             raise ValueError(
-                f"length {self.length} < needle {needle} + question with answer {needle - 1} + one sentence {sentence} "
+                f"length {self.length} < needle {needle} + question with answer {needle - 1} + one "
+                f"sentence {sentence} "
                 f"= {need} bytes: set length={need}"
             )
 
     @property
     def hay(self) -> int:
-        """Bytes of the haystack: what needle and question (a needle without its final space) leave."""
+        """Bytes of the haystack: what needle and question (a needle without its final space)
+        leave.
+        """
         return self.length - 2 * len(_needle("k" * 6, "0" * self.digits)) + 1
 
     def sample(self, seed: int, step: int, batch: int, depth: float | None = None) -> Batch:
@@ -253,12 +288,15 @@ class ByteNeedle:
             key = "".join(chr(c) for c in rng.integers(ord("a"), ord("z") + 1, 6))
             needle = _needle(key, "".join(str(d) for d in rng.integers(0, 10, self.digits)))
             rows.append(np.frombuffer(hay[:place] + needle + hay[place:] + needle[:-1], np.uint8))
-        mask_BxL = np.roll(_last_scored(batch, self.length, self.digits), -1, axis=1)  # a full stop follows the answer
+        mask_BxL = np.roll(
+            _last_scored(batch, self.length, self.digits), -1, axis=1
+        )  # a full stop follows the answer
         return np.stack(rows).astype(np.int32), mask_BxL
 
 
 def accuracy(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray) -> float:
-    """Share of scored tokens predicted right; predictions[b, i] is the guess, made at i, of tokens[b, i + 1].
+    """Share of scored tokens predicted right; predictions[b, i] is the guess, made at i, of
+    tokens[b, i + 1].
 
     Raises ValueError for shapes that differ, a scored last position or no scored position.
     """
@@ -267,17 +305,24 @@ def accuracy(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.n
 
 
 def exact_match(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray) -> float:
-    """Share of the sequences with scored tokens in which all of them are predicted right; arguments as `accuracy`."""
+    """Share of the sequences with scored tokens in which all of them are predicted right; arguments
+    as `accuracy`.
+    """
     right_BxL, scored_BxL = _judged(predictions_BxL, tokens_BxL, mask_BxL)
     return float((right_BxL | ~scored_BxL).all(1)[scored_BxL.any(1)].mean())
 
 
-def _judged(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _judged(
+    predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Which predictions are right and which are scored, bool [B, L - 1] each."""
     predictions_BxL, tokens_BxL, mask_BxL = map(np.asarray, (predictions_BxL, tokens_BxL, mask_BxL))
     shapes = [list(x.shape) for x in (predictions_BxL, tokens_BxL, mask_BxL)]
     if shapes[0] != shapes[1] or shapes[1] != shapes[2] or len(shapes[0]) != 2:
-        raise ValueError(f"predictions {shapes[0]}, tokens {shapes[1]} and mask {shapes[2]} must share a shape [B, L]")
+        raise ValueError(
+            f"predictions {shapes[0]}, tokens {shapes[1]} and mask {shapes[2]} must share a shape "
+            "[B, L]"
+        )
     if mask_BxL[:, -1].any():
         raise ValueError("the last position has no next token to score: set mask[:, -1] = 0")
     if not mask_BxL.any():
@@ -296,12 +341,18 @@ def _distinct(rng: np.random.Generator, batch: int, n: int, k: int) -> np.ndarra
     return np.argsort(rng.random((batch, n)), axis=1)[:, :k]
 
 
-def _places(rng: np.random.Generator, depth: float | None, batch: int, allowed: np.ndarray) -> np.ndarray:
-    """Where the needles go, int [B]: the allowed offset nearest to `depth` · the last one, or one drawn of all."""
+def _places(
+    rng: np.random.Generator, depth: float | None, batch: int, allowed: np.ndarray
+) -> np.ndarray:
+    """Where the needles go, int [B]: the allowed offset nearest to `depth` · the last one, or one
+    drawn of all.
+    """
     if depth is None:
         return rng.choice(allowed, batch)
     if not 0 <= depth <= 1:
-        raise ValueError(f"depth {depth} is not in [0, 1]: 0 is the start of the haystack, 1 its end")
+        raise ValueError(
+            f"depth {depth} is not in [0, 1]: 0 is the start of the haystack, 1 its end"
+        )
     return np.full(batch, allowed[np.argmin(np.abs(allowed - depth * allowed[-1]))])
 
 
@@ -320,7 +371,9 @@ RECALL = ("mqar", "needle", "induction")  # data.source
 
 
 def task_of(source: str, seq_len: int) -> Task:
-    """The recall task that `data.source` names at this length: seq_len/16 pairs, a needle, a segment of seq_len/8."""
+    """The recall task that `data.source` names at this length: seq_len/16 pairs, a needle, a
+    segment of seq_len/8.
+    """
     vocab = max(64, seq_len // 8 + 1)
     if source == "mqar":
         return AssociativeRecall(seq_len, pairs=max(seq_len // 16, 1), vocab=vocab)
@@ -335,7 +388,9 @@ def recall_data(source: str, seq_len: int, train: int = 8192, val: int = 256) ->
     """Sequences of a recall task in place of a corpus, one a window."""
     task = task_of(source, seq_len)
     token_bytes = [f"{i} ".encode() for i in range(task.vocab - 1)]
-    tokenizer = Tokenizer(token_bytes, lambda texts: [np.array(t.split(), np.int32) for t in texts], repr(task))
+    tokenizer = Tokenizer(
+        token_bytes, lambda texts: [np.array(t.split(), np.int32) for t in texts], repr(task)
+    )
     parts = {"train": task.sample(0, 0, train)[0], "val": task.sample(1, 0, val)[0]}
     return TextData(
         name=repr(task),

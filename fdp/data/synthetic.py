@@ -1,7 +1,8 @@
-"""Laws whose likelihood, entropy and posterior under any mask are known exactly: the oracles of every test.
+"""Laws whose likelihood, entropy and posterior under any mask are known exactly: the oracles of
+every test.
 
-Shapes: B sequences, L positions, n states (ids 0..n-1; id n is the mask token), P powers of the transition matrix.
-"""
+Shapes: B sequences, L positions, n states (ids 0..n-1; id n is the mask token), P powers of the
+transition matrix."""
 
 import hashlib
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ def _transitions(n: int, concentration: float, seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _log_powers(n: int, concentration: float, seed: int, length: int) -> np.ndarray:
-    """log T^0 .. log T^length, multiplied in f64 and floored at log 1e-300: f64 [length + 1, n, n]."""
+    """log T^0 .. log T^length, multiplied in f64 and floored at log 1e-300: f64 [length + 1, n,
+    n].
+    """
     powers = [np.eye(n)]
     for _ in range(length):
         powers.append(powers[-1] @ _transitions(n, concentration, seed))
@@ -33,7 +36,9 @@ def _log_powers(n: int, concentration: float, seed: int, length: int) -> np.ndar
 
 @dataclass(frozen=True)
 class MarkovChain:
-    """First-order chain T ~ Dirichlet(concentration)^n with a stationary start; a pure function of its three fields."""
+    """First-order chain T ~ Dirichlet(concentration)^n with a stationary start; a pure function of
+    its three fields.
+    """
 
     n: int = 27
     concentration: float = 0.15
@@ -65,7 +70,9 @@ class MarkovChain:
         return x_BxL
 
     def nll(self, x_BxL: np.ndarray) -> np.ndarray:
-        """-log p(x) of whole sequences in nats: int [B, L] → f64 [B]. Infinite for an impossible step."""
+        """-log p(x) of whole sequences in nats: int [B, L] → f64 [B]. Infinite for an impossible
+        step.
+        """
         x_BxL = np.asarray(x_BxL)
         with np.errstate(divide="ignore"):
             steps = np.log(self.transitions)[x_BxL[:, :-1], x_BxL[:, 1:]]
@@ -77,17 +84,19 @@ class MarkovChain:
         return float(-(self.stationary[:, None] * t * np.log(np.maximum(t, 1e-300))).sum())
 
     def nll_floor(self, length: int) -> float:
-        """Entropy of `length` tokens divided by `length`, in nats: no model's NLL or NELBO can be lower on average."""
+        """Entropy of `length` tokens divided by `length`, in nats: no model's NLL or NELBO can be
+        lower on average.
+        """
         start = float(-(self.stationary * np.log(self.stationary)).sum())
         return (start + (length - 1) * self.entropy_rate()) / length
 
     def denoiser(self, z_BxL: jax.Array) -> jax.Array:
-        """Exact log p(x_i | revealed tokens) for any mask pattern: int [B, L] with id n as mask → [B, L, n].
+        """Exact log p(x_i | revealed tokens) for any mask pattern: int [B, L] with id n as mask →
+        [B, L, n].
 
-        Masked i between revealed u, `a` to the left, and w, `c` to the right: ∝ (T^a)[u, v] (T^c)[v, w]; π_v without a
-        left neighbour, no factor without a right one. A revealed position is certain (0 and NEVER). f32, or f64 under
-        `jax.enable_x64`. Jittable.
-        """
+        Masked i between revealed u, `a` to the left, and w, `c` to the right: ∝ (T^a)[u, v]
+        (T^c)[v, w]; π_v without a left neighbour, no factor without a right one. A revealed
+        position is certain (0 and NEVER). f32, or f64 under `jax.enable_x64`. Jittable."""
         length = z_BxL.shape[1]
         log_powers = jnp.asarray(_log_powers(self.n, self.concentration, self.seed, length))
         here_L = jnp.arange(length)
@@ -99,7 +108,9 @@ class MarkovChain:
         # Ids that are not revealed are clipped: their factor is replaced just below.
         from_left = log_powers[here_L - left_BxL, jnp.minimum(u_BxL, self.n - 1)]
         to_right = log_powers[right_BxL - here_L, :, jnp.minimum(w_BxL, self.n - 1)]
-        logp = jnp.where((left_BxL >= 0)[..., None], from_left, jnp.log(jnp.asarray(self.stationary)))
+        logp = jnp.where(
+            (left_BxL >= 0)[..., None], from_left, jnp.log(jnp.asarray(self.stationary))
+        )
         logp += jnp.where((right_BxL < length)[..., None], to_right, 0.0)
         certain = jnp.where(jnp.arange(self.n) == z_BxL[..., None], 0.0, NEVER)
         return jnp.where(revealed_BxL[..., None], certain, jax.nn.log_softmax(logp, axis=-1))
@@ -107,7 +118,9 @@ class MarkovChain:
 
 @dataclass(frozen=True)
 class EnumerableJoint:
-    """A random joint law on n^length sequences, p ~ Dirichlet(concentration): small enough to enumerate everything."""
+    """A random joint law on n^length sequences, p ~ Dirichlet(concentration): small enough to
+    enumerate everything.
+    """
 
     n: int = 3
     length: int = 4
@@ -117,17 +130,23 @@ class EnumerableJoint:
     @cached_property
     def table(self) -> np.ndarray:
         """p(x): f64 [n] * length."""
-        flat = np.random.default_rng(self.seed).dirichlet(np.full(self.n**self.length, self.concentration))
+        flat = np.random.default_rng(self.seed).dirichlet(
+            np.full(self.n**self.length, self.concentration)
+        )
         return flat.reshape([self.n] * self.length)
 
     @cached_property
     def states(self) -> np.ndarray:
-        """Every state, masks (id n) included, in mixed-radix order: int32 [(n+1)^length, length]."""
+        """Every state, masks (id n) included, in mixed-radix order: int32 [(n+1)^length,
+        length].
+        """
         return np.indices([self.n + 1] * self.length).reshape(self.length, -1).T.astype(np.int32)
 
     @cached_property
     def conditionals(self) -> np.ndarray:
-        """p(x_i | z) for every state z of `states`; one-hot where revealed: f64 [(n+1)^length, length, n]."""
+        """p(x_i | z) for every state z of `states`; one-hot where revealed: f64 [(n+1)^length,
+        length, n].
+        """
         out = np.empty((len(self.states), self.length, self.n))
         for row, z in enumerate(self.states):
             kept = self.table[tuple(slice(None) if c == self.n else slice(c, c + 1) for c in z)]
@@ -142,7 +161,9 @@ class EnumerableJoint:
 
     def sample(self, seed: int, step: int, batch: int) -> np.ndarray:
         """Batch number `step`: int32 [B, length], a pure function of (seed, step)."""
-        flat = np.random.default_rng([seed, step]).choice(self.table.size, batch, p=self.table.reshape(-1))
+        flat = np.random.default_rng([seed, step]).choice(
+            self.table.size, batch, p=self.table.reshape(-1)
+        )
         return np.stack(np.unravel_index(flat, self.table.shape), 1).astype(np.int32)
 
     def nll(self, x_BxL: np.ndarray) -> np.ndarray:
@@ -150,22 +171,28 @@ class EnumerableJoint:
         return -np.log(self.table[tuple(np.asarray(x_BxL).T)])
 
     def denoiser(self, z_BxL: jax.Array) -> jax.Array:
-        """Exact log p(x_i | revealed tokens), as `MarkovChain.denoiser`: int [B, length] → [B, length, n]. Jittable."""
+        """Exact log p(x_i | revealed tokens), as `MarkovChain.denoiser`: int [B, length] → [B,
+        length, n]. Jittable.
+        """
         logp = np.where(self.conditionals > 0, np.log(np.maximum(self.conditionals, 1e-300)), NEVER)
         return jnp.asarray(logp)[self.index(z_BxL)]
 
 
-def markov_data(seq_len: int, train: int = 65_536, val: int = 2048, chain: MarkovChain | None = None) -> TextData:
-    """Independent sequences of a Markov chain in place of a corpus, one a window: ids 0..n-1 are its states.
+def markov_data(
+    seq_len: int, train: int = 65_536, val: int = 2048, chain: MarkovChain | None = None
+) -> TextData:
+    """Independent sequences of a Markov chain in place of a corpus, one a window: ids 0..n-1 are
+    its states.
 
-    `data.source=markov`. Every NLL is known exactly, so are the floor of the NELBO and the NLL of any sample.
-    """
+    `data.source=markov`. Every NLL is known exactly, so are the floor of the NELBO and the NLL of
+    any sample."""
     chain = chain or MarkovChain()
     letters = [bytes([ord("a") + i]) for i in range(chain.n - 1)]
     tokenizer = Tokenizer(letters, lambda texts: [_states(text) for text in texts], repr(chain))
     parts = {"train": chain.sample(0, 0, train, seq_len), "val": chain.sample(1, 0, val, seq_len)}
     return TextData(
-        name=f"Markov chain of {chain.n} states, exact entropy {chain.nll_floor(seq_len):.4f} nats/token",
+        name=f"Markov chain of {chain.n} states, exact entropy {chain.nll_floor(seq_len):.4f} "
+        "nats/token",
         sha256=hashlib.sha256(parts["train"].tobytes() + parts["val"].tobytes()).hexdigest(),
         licence="made here",
         tokenizer=tokenizer,

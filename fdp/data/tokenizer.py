@@ -1,8 +1,8 @@
 """Tokenizers whose ids suit both autoregressive and masked-diffusion models.
 
-Ids: text is 0 … eos_id-1; eos_id = n_data-1 ends and begins documents; mask_id = n_data is reserved. `encode` returns
-text ids only, so a corpus that spells out `<|endoftext|>` or the mask cannot forge either.
-"""
+Ids: text is 0 … eos_id-1; eos_id = n_data-1 ends and begins documents; mask_id = n_data is
+reserved. `encode` returns text ids only, so a corpus that spells out `<|endoftext|>` or the mask
+cannot forge either."""
 
 import hashlib
 import os
@@ -34,7 +34,9 @@ class Tokenizer:
         encode_batch: Callable[[Sequence[str]], list[np.ndarray]],
         fingerprint: str,
     ):
-        """`token_bytes` are those of the text ids; `fingerprint` identifies the map, for caches of its output."""
+        """`token_bytes` are those of the text ids; `fingerprint` identifies the map, for caches of
+        its output.
+        """
         self.n_data = len(token_bytes) + 1
         self.eos_id = self.n_data - 1
         self.mask_id = self.n_data
@@ -44,31 +46,37 @@ class Tokenizer:
         self._bytes = (*token_bytes, EOS_TEXT.encode(), MASK_TEXT.encode())
 
     def encode(self, text: str) -> np.ndarray:
-        """Text to int32 ids [n_tokens], without eos; decode(encode(text)) == text for all valid Unicode.
+        """Text to int32 ids [n_tokens], without eos; decode(encode(text)) == text for all valid
+        Unicode.
 
         Raises UnicodeEncodeError for a lone surrogate.
         """
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Ids to text; eos reads `<|endoftext|>`, the mask `▁`, bytes that are no UTF-8 the replacement character.
+        """Ids to text; eos reads `<|endoftext|>`, the mask `▁`, bytes that are no UTF-8 the
+        replacement character.
 
         Raises ValueError for an id outside [0, vocab_size).
         """
         flat = np.asarray(ids, dtype=np.int64).reshape(-1).tolist()
         wrong = [i for i in flat if not 0 <= i < self.vocab_size]
         if wrong:
-            raise ValueError(f"token id {wrong[0]} is outside [0, {self.vocab_size}): mask the padded logits first")
+            raise ValueError(
+                f"token id {wrong[0]} is outside [0, {self.vocab_size}): mask the padded logits "
+                "first"
+            )
         return b"".join(self._bytes[i] for i in flat).decode("utf-8", "replace")
 
 
-def build_tokenizer(kind: str, vocab: int, documents: Sequence[str], sha256: str, cache_dir: Path) -> Tokenizer:
+def build_tokenizer(
+    kind: str, vocab: int, documents: Sequence[str], sha256: str, cache_dir: Path
+) -> Tokenizer:
     """Byte tokenizer (257 data ids, `vocab` unused) or byte-level BPE trained on `documents`.
 
-    `vocab` counts every id, eos and mask included; documents too few for that many merges give a smaller one.
-    `sha256` identifies `documents` (text.documents_sha256) and with `vocab` and the library version keys the cache.
-    Raises ValueError for an unknown kind or a vocab below 258.
-    """
+    `vocab` counts every id, eos and mask included; documents too few for that many merges give a
+    smaller one. `sha256` identifies `documents` (text.documents_sha256) and with `vocab` and the
+    library version keys the cache. Raises ValueError for an unknown kind or a vocab below 258."""
     if kind == "byte":
         return Tokenizer([bytes([b]) for b in range(256)], _encode_bytes, "byte")
     if kind != "bpe":
@@ -84,18 +92,24 @@ def build_tokenizer(kind: str, vocab: int, documents: Sequence[str], sha256: str
         try:
             return _bpe_from_json(path.read_text(encoding="utf-8"), vocab)
         except Exception as error:  # the Rust parser raises bare Exception
-            warnings.warn(f"rebuilding the unreadable tokenizer cache {path}: {error}", stacklevel=2)
+            warnings.warn(
+                f"rebuilding the unreadable tokenizer cache {path}: {error}", stacklevel=2
+            )
     text = _train_bpe(documents, vocab)
     write_atomic(path, lambda file: file.write(text.encode()))
     return _bpe_from_json(text, vocab)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a cache file so that readers see all of it or nothing; a full or read-only disk only warns."""
+    """Write a cache file so that readers see all of it or nothing; a full or read-only disk only
+    warns.
+    """
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+        ) as file:
             scratch = file.name
             write(file)
             file.flush()
@@ -118,11 +132,15 @@ def _byte_level() -> pre_tokenizers.PreTokenizer:
 
 
 def _train_bpe(documents: Sequence[str], vocab: int) -> str:
-    """JSON of a byte-level BPE with at most `vocab` - 2 ids: eos and mask stay outside, out of reach of text."""
+    """JSON of a byte-level BPE with at most `vocab` - 2 ids: eos and mask stay outside, out of
+    reach of text.
+    """
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = _byte_level()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab - 2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(documents, trainer)
     return bpe.to_str()
@@ -134,7 +152,9 @@ def _bpe_from_json(text: str, vocab: int) -> Tokenizer:
     if sorted(ids.values()) != list(range(len(ids))) or not 256 <= len(ids) <= vocab - 2:
         raise ValueError(f"{len(ids)} tokens are not a vocabulary of at most {vocab - 2}")
     byte_of = _byte_of_char()
-    token_bytes = [bytes(byte_of[char] for char in token) for token in sorted(ids, key=ids.__getitem__)]
+    token_bytes = [
+        bytes(byte_of[char] for char in token) for token in sorted(ids, key=ids.__getitem__)
+    ]
     if set(byte_of) - set(ids):
         raise ValueError("some single bytes have no token")
 
@@ -143,7 +163,8 @@ def _bpe_from_json(text: str, vocab: int) -> Tokenizer:
             encodings = bpe.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             for text in texts:
-                text.encode()  # a lone surrogate: UnicodeEncodeError says where, the Rust error does not
+                # a lone surrogate: UnicodeEncodeError says where, the Rust error does not
+                text.encode()
             raise
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
@@ -153,8 +174,8 @@ def _bpe_from_json(text: str, vocab: int) -> Tokenizer:
 def _byte_of_char() -> dict[str, int]:
     """The byte behind each of the 256 printable characters of byte-level BPE (GPT-2's table).
 
-    Printable Latin-1 characters stand for themselves, the other bytes in order for the characters from U+0100 on.
-    """
+    Printable Latin-1 characters stand for themselves, the other bytes in order for the characters
+    from U+0100 on."""
     itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [b for b in range(256) if b not in itself]
     return {chr(b): b for b in itself} | {chr(0x100 + i): b for i, b in enumerate(others)}

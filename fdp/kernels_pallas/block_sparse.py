@@ -1,11 +1,13 @@
-"""Block-sparse attention, forward and backward: each block of queries sees the key blocks on its list, and no other.
+"""Block-sparse attention, forward and backward: each block of queries sees the key blocks on its
+list, and no other.
 
-The lists are data (top-k selection, vertical-slash patterns, …), the same for the G query heads of a key head, as
-hardware wants it and NSA has it. Work is proportional to the capacity (XLA) or the length (kernels) of the lists.
+The lists are data (top-k selection, vertical-slash patterns, …), the same for the G query heads of
+a key head, as hardware wants it and NSA has it. Work is proportional to the capacity (XLA) or the
+length (kernels) of the lists.
 
-Legend: B batch, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim; I query blocks of X queries,
-J key blocks of Y keys, S capacity of a query block's list, T capacity of a key block's list.
-"""
+Legend: B batch, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim; I query
+blocks of X queries, J key blocks of Y keys, S capacity of a query block's list, T capacity of a key
+block's list."""
 
 from functools import partial
 from typing import NamedTuple
@@ -17,17 +19,20 @@ from fdp.kernels_pallas import core, flash, tiles
 from fdp.kernels_pallas.masks import Mask
 
 Array = jax.Array
-SHARED_BYTES = 190 * 2**10  # of key blocks in a GPU's shared memory (227 KiB on an H100, with queries and results)
+SHARED_BYTES = (
+    190 * 2**10
+)  # of key blocks in a GPU's shared memory (227 KiB on an H100, with queries and results)
 SCALAR_BYTES = 2**19  # of block lists in a TPU's scalar memory (1 MiB, shared with everything else)
 
 
 class BlockLists(NamedTuple):
-    """Which blocks meet, from both sides. Leading sizes b = 1 or B and k = 1 or K: shared by sequences or heads.
+    """Which blocks meet, from both sides. Leading sizes b = 1 or B and k = 1 or K: shared by
+    sequences or heads.
 
-    k_ids int32 [b, k, I, S], k_counts [b, k, I]: the key blocks of each query block; q_ids [b, k, J, T],
-    q_counts [b, k, J]: the transpose, which the gradients of keys need. Past the counts, ids are 0.
-    overflow int32 []: pairs that did not fit the transpose; unless 0, the kernels return NaN gradients of keys.
-    """
+    k_ids int32 [b, k, I, S], k_counts [b, k, I]: the key blocks of each query block; q_ids [b, k,
+    J, T], q_counts [b, k, J]: the transpose, which the gradients of keys need. Past the counts, ids
+    are 0. overflow int32 []: pairs that did not fit the transpose; unless 0, the kernels return NaN
+    gradients of keys."""
 
     k_ids: Array
     k_counts: Array
@@ -36,14 +41,20 @@ class BlockLists(NamedTuple):
     overflow: Array
 
 
-def block_lists(k_ids: Array, k_counts: Array, n_key_blocks: int, capacity: int | None = None) -> BlockLists:
-    """Lists of both sides from those of the query blocks: int [b, k, I, S] distinct ids, [b, k, I] lengths.
+def block_lists(
+    k_ids: Array, k_counts: Array, n_key_blocks: int, capacity: int | None = None
+) -> BlockLists:
+    """Lists of both sides from those of the query blocks: int [b, k, I, S] distinct ids, [b, k, I]
+    lengths.
 
-    capacity T: room for the query blocks that share one key block; None = I, which always suffices. Jittable. Ids past
-    the counts are ignored; ids outside 0 … J-1 are dropped and counted as overflow. Raises ValueError for bad shapes.
-    """
+    capacity T: room for the query blocks that share one key block; None = I, which always suffices.
+    Jittable. Ids past the counts are ignored; ids outside 0 … J-1 are dropped and counted as
+    overflow. Raises ValueError for bad shapes."""
     if k_ids.ndim != 4 or k_counts.shape != k_ids.shape[:3] or not k_ids.size:
-        raise ValueError(f"k_ids {k_ids.shape} and k_counts {k_counts.shape} must be [b, k, I, S] and [b, k, I], S ≥ 1")
+        raise ValueError(
+            f"k_ids {k_ids.shape} and k_counts {k_counts.shape} must be [b, k, I, S] and [b, k, "
+            "I], S ≥ 1"
+        )
     b, k, I, S = k_ids.shape
     T = I if capacity is None else capacity
     if T < 1 or n_key_blocks < 1:
@@ -53,7 +64,9 @@ def block_lists(k_ids: Array, k_counts: Array, n_key_blocks: int, capacity: int 
     inside = used & (k_ids >= 0) & (k_ids < n_key_blocks)
     # Bring the usable ids to the front, so that a count describes them.
     order = jnp.argsort(~inside, axis=-1, stable=True)
-    ids = jnp.where(jnp.take_along_axis(inside, order, -1), jnp.take_along_axis(k_ids, order, -1), 0).astype(jnp.int32)
+    ids = jnp.where(
+        jnp.take_along_axis(inside, order, -1), jnp.take_along_axis(k_ids, order, -1), 0
+    ).astype(jnp.int32)
     counts = inside.sum(-1, dtype=jnp.int32)
     flat = ids.reshape(b * k, I, S), counts.reshape(b * k, I)
     q_ids, q_counts, dropped = jax.vmap(partial(_transposed, J=n_key_blocks, T=T))(*flat)
@@ -63,7 +76,9 @@ def block_lists(k_ids: Array, k_counts: Array, n_key_blocks: int, capacity: int 
 
 
 def _transposed(ids_IxS: Array, counts_I: Array, J: int, T: int) -> tuple[Array, Array, Array]:
-    """(ids [J, T], counts [J], pairs dropped): sort the pairs by key block, then place each at its rank there."""
+    """(ids [J, T], counts [J], pairs dropped): sort the pairs by key block, then place each at its
+    rank there.
+    """
     I, S = ids_IxS.shape
     keys = jnp.where(jnp.arange(S) < counts_I[:, None], ids_IxS, J).reshape(-1)
     order = jnp.argsort(keys, stable=True)  # query blocks stay ascending inside a key block
@@ -100,12 +115,12 @@ def block_sparse_attention(
 ) -> tuple[Array, Array]:
     """`flash_attention` over the listed blocks only → (out [B, N, H, C], lse f32 [B, H, N]).
 
-    Query block i is queries i·block_q … and sees key block j (keys j·block_k …) if j is on its list, and of it the
-    tokens that `mask` allows; positions and segments as in `flash_attention`. A row whose list is empty or masked has
-    out = 0, lse = -inf and zero gradients. On the GPU both block sizes are powers of two and block_k ≥ 16.
-    Raises ValueError for shapes, sizes and lists that do not fit. Source: Yuan et al. 2025 (NSA), section 3.4, for
-    lists shared by a group of heads.
-    """
+    Query block i is queries i·block_q … and sees key block j (keys j·block_k …) if j is on its
+    list, and of it the tokens that `mask` allows; positions and segments as in `flash_attention`. A
+    row whose list is empty or masked has out = 0, lse = -inf and zero gradients. On the GPU both
+    block sizes are powers of two and block_k ≥ 16. Raises ValueError for shapes, sizes and lists
+    that do not fit. Source: Yuan et al. 2025 (NSA), section 3.4, for lists shared by a group of
+    heads."""
     core.check_arrays(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC)
     (B, N, H, C), (M, K) = q_BxNxHxC.shape, k_BxMxKxC.shape[1:3]
     _check_lists(lists, (B, K), N, M, block_q, block_k)
@@ -118,14 +133,20 @@ def block_sparse_attention(
         _check_blocks(backend, lists, block_q, block_k)
         _check_shared(backend, block_k, 2 * tiles.power_of_two(C, 16) * k_BxMxKxC.dtype.itemsize)
         # Heads that do not exist fill a row tile: Triton wants powers of two, of 16 rows at least.
-        width, G = tiles.power_of_two(C, 16), tiles.power_of_two(H // K, tiles.ceil_div(16, block_q))
+        width, G = (
+            tiles.power_of_two(C, 16),
+            tiles.power_of_two(H // K, tiles.ceil_div(16, block_q)),
+        )
     q, k, v = (tiles.pad_dim(x, 3, width) for x in (q_BxNxHxC, k_BxMxKxC, v_BxMxKxC))
     q = tiles.pad_dim(q.reshape(B, N, K, H // K, width), 3, G).reshape(B, N, K * G, width)
     X, split = _row_tile(backend, block_q * G, q.dtype)
     spec = tiles.Spec(mask, C**-0.5, M, backend, interpret, split)
     # Whole blocks first, so that the last one too is `split` row tiles.
     blocks = tiles.fold_queries(q, K, block_q * G)
-    q, k, v = blocks.reshape(B * K, -1, X, width), *(tiles.tile_keys(x, block_k, backend) for x in (k, v))
+    q, k, v = (
+        blocks.reshape(B * K, -1, X, width),
+        *(tiles.tile_keys(x, block_k, backend) for x in (k, v)),
+    )
     q_tiles, k_tiles = _block_tags(q_tags, G, block_q, X, B), tiles.tile_tags(k_tags, 1, block_k, B)
     rows, keys = _by_head(lists, B, K)
     if backend == "xla":
@@ -141,49 +162,63 @@ def block_sparse_attention(
     return unfold(o_ZxIxXxC)[..., :C], unfold(lse_ZxIx1xX.swapaxes(2, 3))[..., 0].swapaxes(1, 2)
 
 
-def _check_lists(lists: BlockLists, lead: tuple[int, int], N: int, M: int, block_q: int, block_k: int) -> None:
+def _check_lists(
+    lists: BlockLists, lead: tuple[int, int], N: int, M: int, block_q: int, block_k: int
+) -> None:
     if block_q < 1 or block_k < 1:
         raise ValueError(f"block_q = {block_q} and block_k = {block_k} must be at least 1")
     I, J = tiles.ceil_div(N, block_q), tiles.ceil_div(M, block_k)
     if lists.k_ids.shape[2] != I or lists.q_ids.shape[2] != J:
         raise ValueError(
-            f"lists hold {lists.k_ids.shape[2]} query blocks and {lists.q_ids.shape[2]} key blocks, but "
-            f"⌈N/block_q⌉ = ⌈{N}/{block_q}⌉ = {I} and ⌈M/block_k⌉ = ⌈{M}/{block_k}⌉ = {J}: build them for these sizes"
+            f"lists hold {lists.k_ids.shape[2]} query blocks and {lists.q_ids.shape[2]} key "
+            "blocks, but "
+            f"⌈N/block_q⌉ = ⌈{N}/{block_q}⌉ = {I} and ⌈M/block_k⌉ = ⌈{M}/{block_k}⌉ = {J}: build "
+            "them for these sizes"
         )
     for size, whole, name in zip(lists.k_ids.shape, lead, ("B", "K"), strict=False):
         if size not in (1, whole):
-            raise ValueError(f"lists {lists.k_ids.shape} lead with {size}, but {name} = {whole}: use 1 or {whole}")
+            raise ValueError(
+                f"lists {lists.k_ids.shape} lead with {size}, but {name} = {whole}: use 1 or "
+                f"{whole}"
+            )
 
 
 def _check_blocks(backend: str, lists: BlockLists, block_q: int, block_k: int) -> None:
     powers = all(n == tiles.power_of_two(n) for n in (block_q, block_k))
     if backend == "gpu" and not (powers and block_k >= 16):
         raise ValueError(
-            f"block_q = {block_q} and block_k = {block_k} on the GPU: choose powers of two, block_k at least 16"
+            f"block_q = {block_q} and block_k = {block_k} on the GPU: choose powers of two, "
+            "block_k at least 16"
         )
     if backend == "tpu" and block_k % 8:
         raise ValueError(f"block_k = {block_k} on the TPU: choose a multiple of 8")
     held = 4 * max(lists.k_ids.size, lists.q_ids.size)
     if backend == "tpu" and held > SCALAR_BYTES:
         raise ValueError(
-            f"block lists of 4 · {held // 4} = {held} bytes exceed the {SCALAR_BYTES} of a TPU's scalar memory: "
+            f"block lists of 4 · {held // 4} = {held} bytes exceed the {SCALAR_BYTES} of a TPU's "
+            "scalar memory: "
             "use larger blocks, a smaller capacity, lists shared by heads, or scan over the batch"
         )
 
 
 def _check_shared(backend: str, block_k: int, position: int) -> None:
-    """Raises ValueError for key blocks that do not fit a GPU's shared memory; position: bytes of a key and a value."""
+    """Raises ValueError for key blocks that do not fit a GPU's shared memory; position: bytes of a
+    key and a value.
+    """
     held = tiles.GPU_STAGES * block_k * position
     if backend == "gpu" and held > SHARED_BYTES:
         fits = tiles.power_of_two(SHARED_BYTES // (tiles.GPU_STAGES * position) + 1) // 2
         raise ValueError(
-            f"block_k = {block_k} on the GPU: {tiles.GPU_STAGES} stages · {block_k} keys and values of {position} "
+            f"block_k = {block_k} on the GPU: {tiles.GPU_STAGES} stages · {block_k} keys and "
+            f"values of {position} "
             f"bytes = {held} bytes exceed the {SHARED_BYTES} of shared memory: set block_k={fits}"
         )
 
 
 def _row_tile(backend: str, rows: int, dtype) -> tuple[int, int]:
-    """(X, split): the rows of a query block as `split` tiles of X; small enough for registers on the GPU."""
+    """(X, split): the rows of a query block as `split` tiles of X; small enough for registers on
+    the GPU.
+    """
     if backend != "gpu":
         return rows, 1
     X = min(rows, 64 if dtype == jnp.float32 else 128)
@@ -207,7 +242,9 @@ def _by_head(lists: BlockLists, B: int, K: int) -> tuple[tiles.Walk, tiles.Walk]
 
 @jax.custom_vjp
 def _poisoned(x: Array, overflow: Array) -> Array:
-    """x, whose gradient is NaN where pairs are missing from the transposed lists: never silently too small."""
+    """x, whose gradient is NaN where pairs are missing from the transposed lists: never silently
+    too small.
+    """
     return x
 
 
@@ -222,17 +259,21 @@ def _poisoned_backward(overflow, dx):
 _poisoned.defvjp(_poisoned_forward, _poisoned_backward)
 
 
-# Without a kernel: one list entry of every tile at a time -------------------------------------------------------------
+# Without a kernel: one list entry of every tile at a time
+# -------------------------------------------------------------
 
 
 def scan_blocks(spec: tiles.Spec, q, k, v, q_tags, k_tags, walk: tiles.Walk) -> tuple[Array, Array]:
-    """`core.attend` in XLA: gathers one key block per row tile and step, O(capacity) work and O(R·Y) memory.
+    """`core.attend` in XLA: gathers one key block per row tile and step, O(capacity) work and
+    O(R·Y) memory.
 
     q [Z, I, X, C], k and v [Z, J, Y, C], tags and walk [S, …] → out like q, lse f32 [Z, I, 1, X].
     """
     Z = q.shape[0]
     spread = lambda x: jnp.repeat(x, Z // x.shape[0], 0)
-    return _scan_blocks(spec, *core.alike((q, k, v, spread(q_tags), spread(k_tags), jax.tree.map(spread, walk))))
+    return _scan_blocks(
+        spec, *core.alike((q, k, v, spread(q_tags), spread(k_tags), jax.tree.map(spread, walk)))
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -270,13 +311,23 @@ def _scan_blocks_backward(spec, saved, cotangents):
 
         def one(q_XxC, q_tag, do_XxC, lse_Xx1, delta_Xx1, k_YxC, v_YxC, k_tag, j, live):
             seen = _seen(spec, q_tag, k_tag, j, live)
-            p, ds = tiles.score_gradients(q_XxC, k_YxC, v_YxC, do_XxC, lse_Xx1, delta_Xx1, spec.scale, seen)
+            p, ds = tiles.score_gradients(
+                q_XxC, k_YxC, v_YxC, do_XxC, lse_Xx1, delta_Xx1, spec.scale, seen
+            )
             p, ds = p.astype(q_XxC.dtype), ds.astype(q_XxC.dtype)
-            return tiles.matmul(ds, k_YxC, (1, 0)), tiles.matmul(ds, q_XxC, (0, 0)), tiles.matmul(p, do_XxC, (0, 0))
+            return (
+                tiles.matmul(ds, k_YxC, (1, 0)),
+                tiles.matmul(ds, q_XxC, (0, 0)),
+                tiles.matmul(p, do_XxC, (0, 0)),
+            )
 
         met = (_pick(x, ids_ZxI) for x in (k, v, k_tags))
         dq, dk, dv = _each(one)(q, q_tags, do, lse, delta, *met, ids_ZxI, live_ZxI)
-        return (sums[0] + dq, sums[1].at[heads_Zx1, ids_ZxI].add(dk), sums[2].at[heads_Zx1, ids_ZxI].add(dv)), None
+        return (
+            sums[0] + dq,
+            sums[1].at[heads_Zx1, ids_ZxI].add(dk),
+            sums[2].at[heads_Zx1, ids_ZxI].add(dv),
+        ), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
     sums, _ = jax.lax.scan(step, core.alike((start, q))[0], _entries(walk))
@@ -304,4 +355,8 @@ def _entries(walk: tiles.Walk) -> tuple[Array, Array]:
 
 def _seen(spec: tiles.Spec, q_tag_AxX: Array, k_tag_AxY: Array, j: Array, live: Array) -> Array:
     seen_XxY = tiles.visible(spec, tuple(q_tag_AxX), tuple(k_tag_AxY), j)
-    return jnp.broadcast_to(live, (q_tag_AxX.shape[1], k_tag_AxY.shape[1])) if seen_XxY is None else seen_XxY & live
+    return (
+        jnp.broadcast_to(live, (q_tag_AxX.shape[1], k_tag_AxY.shape[1]))
+        if seen_XxY is None
+        else seen_XxY & live
+    )

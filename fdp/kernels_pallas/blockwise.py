@@ -1,12 +1,13 @@
-"""Exact attention one block of keys at a time, and the merge of partial results: the XLA path of attention kernels.
+"""Exact attention one block of keys at a time, and the merge of partial results: the XLA path of
+attention kernels.
 
-Memory is O(S · block) forward and backward: the backward pass recomputes the probabilities from the saved log-sum-exp.
-A partial result is (out, lse): softmax-normalised over the keys seen so far, with the logarithm of its normaliser. Rows
-that saw no key have out 0 and lse -inf. Matmuls accumulate in float32 whatever the input type.
+Memory is O(S · block) forward and backward: the backward pass recomputes the probabilities from the
+saved log-sum-exp. A partial result is (out, lse): softmax-normalised over the keys seen so far,
+with the logarithm of its normaliser. Rows that saw no key have out 0 and lse -inf. Matmuls
+accumulate in float32 whatever the input type.
 
-Legend: B sequences, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim, R = G·N rows, T keys of a
-block.
-"""
+Legend: B sequences, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim, R =
+G·N rows, T keys of a block."""
 
 import functools
 from collections.abc import Callable
@@ -20,11 +21,14 @@ from fdp.kernels_pallas.masks import Mask, allowed
 
 Array = jax.Array
 
-BLOCK = 512  # keys of one block: scores of 512 keys stay near the cores, and the scan's overhead below 1 %
+# keys of one block: scores of 512 keys stay near the cores, and the scan's overhead below 1 %
+BLOCK = 512
 
 
 class Labels(NamedTuple):
-    """Where queries and keys stand: int positions [N] or [B, N], and [M] or [B, M]; segment ids for packed masks."""
+    """Where queries and keys stand: int positions [N] or [B, N], and [M] or [B, M]; segment ids for
+    packed masks.
+    """
 
     q_position: Array
     k_position: Array
@@ -51,12 +55,11 @@ def attention_lse(
 ) -> tuple[Array, Array]:
     """Masked softmax attention and its log-sum-exp: (out_BxNxHxC, lse_BxHxN float32, natural log).
 
-    Scores are q·k/√C. Positions may also be [B, N] and [B, M], which segment ids for a packed mask are. Rows without a
-    key give out 0 and lse -inf, and no gradient. Differentiable in q, k, v through both results. More than `block` keys
-    are scanned.
-    `out_type` defaults to q's; float32 keeps partial results exact until they are merged. Raises ValueError for shapes
-    that do not fit. Source: Rabe & Staats 2021; Dao et al. 2022 (FlashAttention), alg. 1.
-    """
+    Scores are q·k/√C. Positions may also be [B, N] and [B, M], which segment ids for a packed mask
+    are. Rows without a key give out 0 and lse -inf, and no gradient. Differentiable in q, k, v
+    through both results. More than `block` keys are scanned. `out_type` defaults to q's; float32
+    keeps partial results exact until they are merged. Raises ValueError for shapes that do not fit.
+    Source: Rabe & Staats 2021; Dao et al. 2022 (FlashAttention), alg. 1."""
     labels = Labels(q_position_N, k_position_M, q_segment, k_segment)
     _check(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, labels, block)
     # Inside shard_map a custom_vjp must return cotangents that vary exactly like its arguments.
@@ -79,11 +82,12 @@ def attention_backward(
     block: int = BLOCK,
     dlse_BxHxN: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) in float32 that these keys contribute, given each query's GLOBAL `out` and `lse` over all keys.
+    """(dq, dk, dv) in float32 that these keys contribute, given each query's GLOBAL `out` and `lse`
+    over all keys.
 
-    dlse: cotangent of the global lse, None for zero. Shapes and errors as in `attention_lse`; the sum over disjoint
-    sets of keys is the whole gradient, which is what a ring needs. Source: Dao et al. 2022, alg. 4.
-    """
+    dlse: cotangent of the global lse, None for zero. Shapes and errors as in `attention_lse`; the
+    sum over disjoint sets of keys is the whole gradient, which is what a ring needs. Source: Dao et
+    al. 2022, alg. 4."""
     labels = Labels(q_position_N, k_position_M, q_segment, k_segment)
     _check(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, labels, block)
     arrays = (q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, out_BxNxHxC, lse_BxHxN, dout_BxNxHxC)
@@ -91,12 +95,14 @@ def attention_backward(
     return _backward(mask, block, q, k, v, labels, out, lse, dout, dlse_BxHxN)
 
 
-def merge_lse(o1_BxNxHxC: Array, l1_BxHxN: Array, o2_BxNxHxC: Array, l2_BxHxN: Array) -> tuple[Array, Array]:
-    """Partial results over two disjoint sets of keys → the one over their union (out in o1's type, lse float32).
+def merge_lse(
+    o1_BxNxHxC: Array, l1_BxHxN: Array, o2_BxNxHxC: Array, l2_BxHxN: Array
+) -> tuple[Array, Array]:
+    """Partial results over two disjoint sets of keys → the one over their union (out in o1's type,
+    lse float32).
 
-    Associative and commutative with (0, -inf) as identity, so that rings, trees and gathers agree. Source: Milakov &
-    Gimelshein 2018, eq. 4.
-    """
+    Associative and commutative with (0, -inf) as identity, so that rings, trees and gathers agree.
+    Source: Milakov & Gimelshein 2018, eq. 4."""
     top = jax.lax.stop_gradient(jnp.maximum(l1_BxHxN, l2_BxHxN))  # its gradient cancels
     top = jnp.where(top == -jnp.inf, 0.0, top)  # exp(-inf - -inf) would be NaN
     w1, w2 = jnp.exp(l1_BxHxN - top), jnp.exp(l2_BxHxN - top)
@@ -111,12 +117,18 @@ def merge_lse(o1_BxNxHxC: Array, l1_BxHxN: Array, o2_BxNxHxC: Array, l2_BxHxN: A
 def _check(q: Array, k: Array, v: Array, mask: Mask, labels: Labels, block: int) -> None:
     (B, N, H, C), (_, M, K, _) = q.shape, k.shape
     if k.shape != v.shape or k.shape != (B, M, K, C):
-        raise ValueError(f"k {k.shape} and v {v.shape} must both be [B={B}, M, K, C={C}], as q is {q.shape}")
+        raise ValueError(
+            f"k {k.shape} and v {v.shape} must both be [B={B}, M, K, C={C}], as q is {q.shape}"
+        )
     if H % K:
         raise ValueError(f"{H} query heads are not divisible by {K} key/value heads")
-    if labels.q_position.shape not in ((N,), (B, N)) or labels.k_position.shape not in ((M,), (B, M)):
+    if labels.q_position.shape not in ((N,), (B, N)) or labels.k_position.shape not in (
+        (M,),
+        (B, M),
+    ):
         raise ValueError(
-            f"positions {labels.q_position.shape} and {labels.k_position.shape} must be [N={N}] and [M={M}], "
+            f"positions {labels.q_position.shape} and {labels.k_position.shape} must be [N={N}] "
+            f"and [M={M}], "
             f"or one row for each of the B={B} sequences"
         )
     if mask.packed and (labels.q_segment is None or labels.k_segment is None):
@@ -126,18 +138,23 @@ def _check(q: Array, k: Array, v: Array, mask: Mask, labels: Labels, block: int)
 
 
 def vary_alike(arrays: Any, *others: Any) -> Any:
-    """`arrays`, each marked as varying over every mesh axis over which any of them or of `others` does."""
+    """`arrays`, each marked as varying over every mesh axis over which any of them or of `others`
+    does.
+    """
     if not in_shard_map():
         return arrays
     axes = {axis for x in jax.tree.leaves((arrays, others)) for axis in jax.typeof(x).mat.varying}
     return vary(arrays, tuple(axes))
 
 
-# Heads lead, so that every matmul below is a plain batched one and no score is ever transposed -----------------------
+# Heads lead, so that every matmul below is a plain batched one and no score is ever transposed
+# -----------------------
 
 
 def _query_rows(x_BxNxHxC: Array, K: int) -> Array:
-    """[B, N, H, C] → [B, K, G·N, C]: the G query heads of a key head are rows of one matmul; keys are not repeated."""
+    """[B, N, H, C] → [B, K, G·N, C]: the G query heads of a key head are rows of one matmul; keys
+    are not repeated.
+    """
     B, N, H, C = x_BxNxHxC.shape
     return jnp.moveaxis(x_BxNxHxC, 1, 2).reshape(B, K, H // K * N, C)
 
@@ -149,7 +166,9 @@ def _from_query_rows(x_BxKxRxC: Array, N: int) -> Array:
 
 def _scores(mask: Mask, q_BxKxRxC: Array, k_BxKxTxC: Array, labels: Labels) -> Array:
     """float32 [B, K, R, T] scores of scaled queries, -inf where a key may not be seen."""
-    s_BxKxRxT = jnp.einsum("bkrc,bktc->bkrt", q_BxKxRxC, k_BxKxTxC, preferred_element_type=jnp.float32)
+    s_BxKxRxT = jnp.einsum(
+        "bkrc,bktc->bkrt", q_BxKxRxC, k_BxKxTxC, preferred_element_type=jnp.float32
+    )
     if mask.everything:
         return s_BxKxRxT
     seen = allowed(mask, *labels)  # [N, T], or [B, N, T] with segments
@@ -159,8 +178,11 @@ def _scores(mask: Mask, q_BxKxRxC: Array, k_BxKxTxC: Array, labels: Labels) -> A
     return jnp.where(seen, s_BxKxRxT.reshape(B, K, R // N, N, T), -jnp.inf).reshape(B, K, R, T)
 
 
-def _over_blocks(step: Callable[..., Any], carry: Any, block: int, k: Array, v: Array, labels: Labels) -> Any:
-    """Fold `step(carry, k_BxKxTxC, v_BxKxTxC, labels) -> (carry, y)` over blocks of keys; ys joined along dim 2.
+def _over_blocks(
+    step: Callable[..., Any], carry: Any, block: int, k: Array, v: Array, labels: Labels
+) -> Any:
+    """Fold `step(carry, k_BxKxTxC, v_BxKxTxC, labels) -> (carry, y)` over blocks of keys; ys joined
+    along dim 2.
 
     Whole blocks are scanned; what is left over, or the only block, is one more step.
     """
@@ -204,13 +226,22 @@ def _forward(
         top, total, sum_BxKxRxC = carry
         s_BxKxRxT = _scores(mask, q_BxKxRxC, k_BxKxTxC, part)
         new_top = jnp.maximum(top, s_BxKxRxT.max(-1))
-        safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # no key yet: exp(-inf - 0) = 0, never NaN
+        safe = jnp.where(
+            new_top == -jnp.inf, 0.0, new_top
+        )  # no key yet: exp(-inf - 0) = 0, never NaN
         p_BxKxRxT = jnp.exp(s_BxKxRxT - safe[..., None])
         shrink = jnp.exp(top - safe)
         product = jnp.einsum(
-            "bkrt,bktc->bkrc", p_BxKxRxT.astype(v.dtype), v_BxKxTxC, preferred_element_type=jnp.float32
+            "bkrt,bktc->bkrc",
+            p_BxKxRxT.astype(v.dtype),
+            v_BxKxTxC,
+            preferred_element_type=jnp.float32,
         )
-        return (new_top, total * shrink + p_BxKxRxT.sum(-1), sum_BxKxRxC * shrink[..., None] + product), None
+        return (
+            new_top,
+            total * shrink + p_BxKxRxT.sum(-1),
+            sum_BxKxRxC * shrink[..., None] + product,
+        ), None
 
     start = (zero[..., 0] - jnp.inf, zero[..., 0], zero)
     (top, total, sum_BxKxRxC), _ = _over_blocks(step, start, block, k_BxKxMxC, v_BxKxMxC, labels)
@@ -222,7 +253,16 @@ def _forward(
 
 
 def _backward(
-    mask: Mask, block: int, q: Array, k: Array, v: Array, labels: Labels, out: Array, lse: Array, dout: Array, dlse: Any
+    mask: Mask,
+    block: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    labels: Labels,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Any,
 ) -> tuple[Array, Array, Array]:
     (B, N, H, C), K = q.shape, k.shape[2]
     scale = C**-0.5
@@ -234,7 +274,9 @@ def _backward(
     dout_BxKxRxC = _query_rows(dout.astype(v.dtype), K)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def step(dq_BxKxRxC: Array, k_BxKxTxC: Array, v_BxKxTxC: Array, part: Labels) -> tuple[Array, Any]:
+    def step(
+        dq_BxKxRxC: Array, k_BxKxTxC: Array, v_BxKxTxC: Array, part: Labels
+    ) -> tuple[Array, Any]:
         p_BxKxRxT = jnp.exp(_scores(mask, q_BxKxRxC, k_BxKxTxC, part) - lse)
         dp_BxKxRxT = dot("bkrc,bktc->bkrt", dout_BxKxRxC, v_BxKxTxC)
         ds_BxKxRxT = (p_BxKxRxT * (dp_BxKxRxT - delta)).astype(q.dtype)
@@ -243,16 +285,22 @@ def _backward(
         return dq_BxKxRxC + dot("bkrt,bktc->bkrc", ds_BxKxRxT, k_BxKxTxC), (dk_BxKxTxC, dv_BxKxTxC)
 
     start = vary_like(jnp.zeros(q_BxKxRxC.shape, jnp.float32), q)
-    dq_BxKxRxC, (dk, dv) = _over_blocks(step, start, block, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), labels)
+    dq_BxKxRxC, (dk, dv) = _over_blocks(
+        step, start, block, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), labels
+    )
     return _from_query_rows(dq_BxKxRxC * scale, N), jnp.moveaxis(dk, 2, 1), jnp.moveaxis(dv, 2, 1)
 
 
-def _attention_forward(mask: Mask, block: int, out_type: Any, q: Array, k: Array, v: Array, labels: Labels) -> Any:
+def _attention_forward(
+    mask: Mask, block: int, out_type: Any, q: Array, k: Array, v: Array, labels: Labels
+) -> Any:
     out, lse = _forward(mask, block, out_type, q, k, v, labels)
     return (out, lse), (q, k, v, labels, out, lse)
 
 
-def _attention_backward(mask: Mask, block: int, out_type: Any, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
+def _attention_backward(
+    mask: Mask, block: int, out_type: Any, residuals: Any, cotangents: Any
+) -> tuple[Any, ...]:
     q, k, v, labels, out, lse = residuals
     dq, dk, dv = _backward(mask, block, q, k, v, labels, out, lse, *cotangents)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None

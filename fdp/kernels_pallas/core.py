@@ -1,4 +1,5 @@
-"""Differentiable attention over walks of tiles: what flash, block-sparse, decode and ring attention have in common.
+"""Differentiable attention over walks of tiles: what flash, block-sparse, decode and ring attention
+have in common.
 
 Legend as in tiles.py; additionally q_BxNxHxC, k_BxMxKxC, v_BxMxKxC as the callers see them.
 """
@@ -19,17 +20,23 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 def platform() -> str:
-    """Where the program will run (cpu, tpu, gpu): on the mesh if one is bound, absent or not, else in this process."""
+    """Where the program will run (cpu, tpu, gpu): on the mesh if one is bound, absent or not, else
+    in this process.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
 
 
 def choose_backend(backend: str | None) -> str:
-    """`backend`, or what fits the platform: kernels on "tpu" and "gpu", "xla" elsewhere. Raises ValueError."""
+    """`backend`, or what fits the platform: kernels on "tpu" and "gpu", "xla" elsewhere. Raises
+    ValueError.
+    """
     if backend is None:
         return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform(), "xla")
     if backend not in BACKENDS:
-        raise ValueError(f"backend = {backend!r} is unknown: {', '.join(BACKENDS)} or None (by platform)")
+        raise ValueError(
+            f"backend = {backend!r} is unknown: {', '.join(BACKENDS)} or None (by platform)"
+        )
     return backend
 
 
@@ -38,39 +45,63 @@ def check_arrays(q_BxNxHxC: Array, k_BxMxKxC: Array, v_BxMxKxC: Array) -> None:
     q, k, v = q_BxNxHxC, k_BxMxKxC, v_BxMxKxC
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
-        raise ValueError(f"attention takes q [B, N, H, C] and k, v [B, M, K, C], not {shapes}: make B and C agree")
+        raise ValueError(
+            f"attention takes q [B, N, H, C] and k, v [B, M, K, C], not {shapes}: make B and C "
+            "agree"
+        )
     if not all(q.shape) or not all(k.shape):
         raise ValueError(f"attention over an empty dim: {shapes}; every size must be at least 1")
     H, K = q.shape[2], k.shape[2]
     if H % K:
         raise ValueError(
-            f"H = {H} query heads are not a multiple of K = {K} key heads: H mod K = {H % K}, choose K | H"
+            f"H = {H} query heads are not a multiple of K = {K} key heads: H mod K = {H % K}, "
+            "choose K | H"
         )
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in DTYPES:
-        raise ValueError(f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype} must be equal, float32 or bfloat16: cast them")
+        raise ValueError(
+            f"dtypes q {q.dtype}, k {k.dtype}, v {v.dtype} must be equal, float32 or bfloat16: "
+            "cast them"
+        )
 
 
-def gather_tags(mask: Mask, name: str, shape: tuple[int, ...], position, segment) -> tuple[Array, ...]:
-    """(position, then segment for a packed mask), each int [length] or [B, length] with (B, length) = `shape`.
+def gather_tags(
+    mask: Mask, name: str, shape: tuple[int, ...], position, segment
+) -> tuple[Array, ...]:
+    """(position, then segment for a packed mask), each int [length] or [B, length] with (B, length)
+    = `shape`.
 
-    position None means 0 … length - 1. Raises ValueError for other shapes and for missing or useless segments.
-    """
+    position None means 0 … length - 1. Raises ValueError for other shapes and for missing or
+    useless segments."""
     B, length = shape
     if mask.packed != (segment is not None):
-        advice = "pass the segment ids of queries and keys" if mask.packed else "use Mask(packed=True) or drop them"
-        raise ValueError(f"mask.packed = {mask.packed} but {name}_segment is {type(segment).__name__}: {advice}")
-    tags = (jnp.arange(length) if position is None else position,) + ((segment,) if mask.packed else ())
+        advice = (
+            "pass the segment ids of queries and keys"
+            if mask.packed
+            else "use Mask(packed=True) or drop them"
+        )
+        raise ValueError(
+            f"mask.packed = {mask.packed} but {name}_segment is {type(segment).__name__}: {advice}"
+        )
+    tags = (jnp.arange(length) if position is None else position,) + (
+        (segment,) if mask.packed else ()
+    )
     for tag, what in zip(tags, ("position", "segment"), strict=False):
         if tag.shape not in ((length,), (B, length), (1, length)):
-            raise ValueError(f"{name}_{what} has shape {tag.shape} but {name} has B = {B}, length = {length}: "
-                             f"pass [{length}] or [{B}, {length}]")  # fmt: skip
+            raise ValueError(
+                f"{name}_{what} has shape {tag.shape} but {name} has B = {B}, length = {length}: "
+                f"pass [{length}] or [{B}, {length}]"
+            )
         if not jnp.issubdtype(tag.dtype, jnp.integer):
-            raise ValueError(f"{name}_{what} has dtype {tag.dtype}: token indices are integers, cast to int32")
+            raise ValueError(
+                f"{name}_{what} has dtype {tag.dtype}: token indices are integers, cast to int32"
+            )
     return tags
 
 
 def alike(tree):
-    """Every leaf typed as varying over each mesh axis over which one of them varies: a kernel wants one type."""
+    """Every leaf typed as varying over each mesh axis over which one of them varies: a kernel wants
+    one type.
+    """
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))
 
     def vary(x: Array) -> Array:
@@ -84,12 +115,14 @@ def _kernels(spec: Spec):
     return tpu if spec.backend == "tpu" else triton
 
 
-def attend(spec: Spec, q, k, v, q_tags, k_tags, row_walk: Walk, key_walk: Walk) -> tuple[Array, Array]:
-    """Softmax attention of rows over the keys on their walk, differentiable in q, k and v by out and by lse.
+def attend(
+    spec: Spec, q, k, v, q_tags, k_tags, row_walk: Walk, key_walk: Walk
+) -> tuple[Array, Array]:
+    """Softmax attention of rows over the keys on their walk, differentiable in q, k and v by out
+    and by lse.
 
-    q [Z, I, X, C], k and v [·, J, Y, W], tags [S, tiles, A, X or Y]; row_walk over key tiles, key_walk its transpose →
-    out like q, lse f32 [Z, I, 1, X].
-    """
+    q [Z, I, X, C], k and v [·, J, Y, W], tags [S, tiles, A, X or Y]; row_walk over key tiles,
+    key_walk its transpose → out like q, lse f32 [Z, I, 1, X]."""
     return _attend(spec, *alike((q, k, v, q_tags, k_tags, row_walk, key_walk)))
 
 
@@ -124,8 +157,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def row_terms(o, lse, do, dlse) -> tuple[Array, Array]:
     """What the gradient kernels need of each row: (delta = Σ dO·O - dlse, lse), f32 [Z, I, 1, X].
 
-    A row that saw no key gets lse = +inf, hence P = 0, and delta = 0 whatever its cotangent: no NaN.
-    """
+    A row that saw no key gets lse = +inf, hence P = 0, and delta = 0 whatever its cotangent: no
+    NaN."""
     empty = lse == -jnp.inf
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)[:, :, None] - dlse
     return jnp.where(empty, 0.0, delta), jnp.where(empty, jnp.inf, lse)

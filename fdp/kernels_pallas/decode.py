@@ -1,10 +1,11 @@
 """Attention of a few new queries over a long key/value cache, split along the keys.
 
-A handful of rows cannot fill an accelerator: the cache is cut into chunks, each chunk is a program of its own, and the
-partial (out, lse) are merged. All T·G rows of a key head share one read of its keys. Inference only: no gradient.
+A handful of rows cannot fill an accelerator: the cache is cut into chunks, each chunk is a program
+of its own, and the partial (out, lse) are merged. All T·G rows of a key head share one read of its
+keys. Inference only: no gradient.
 
-Legend: B batch, T new queries, H query heads, K key/value heads, G = H/K, C head_dim, M slots of the cache, U chunks.
-"""
+Legend: B batch, T new queries, H query heads, K key/value heads, G = H/K, C head_dim, M slots of
+the cache, U chunks."""
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +29,25 @@ def decode_attention(
     backend: str | None = None,
     interpret: object = False,
 ) -> tuple[Array, Array]:
-    """Causal attention of the last T ≤ 16 tokens over a cache → (out [B, T, H, C] like q, lse f32 [B, H, T]).
+    """Causal attention of the last T ≤ 16 tokens over a cache → (out [B, T, H, C] like q, lse f32
+    [B, H, T]).
 
-    length_B int: valid slots 0 … length-1 of each sequence, the T new tokens included, so that query t stands at
-    length - T + t; slots past the length may hold any finite value. A query before the start
-    (length < T - t) has out = 0 and lse = -inf. window w > 0: the last w keys only. chunk: keys per partial result, cut
-    down to whole tiles; a multiple of it as M avoids a padded copy of the cache.
-    Raises ValueError for shapes that do not fit and more than 16 queries (use `flash_attention`).
-    Source: Dao et al. 2023 (Flash-Decoding).
-    """
+    length_B int: valid slots 0 … length-1 of each sequence, the T new tokens included, so that
+    query t stands at length - T + t; slots past the length may hold any finite value. A query
+    before the start (length < T - t) has out = 0 and lse = -inf. window w > 0: the last w keys
+    only. chunk: keys per partial result, cut down to whole tiles; a multiple of it as M avoids a
+    padded copy of the cache. Raises ValueError for shapes that do not fit and more than 16 queries
+    (use `flash_attention`). Source: Dao et al. 2023 (Flash-Decoding)."""
     core.check_arrays(q_BxTxHxC, k_BxMxKxC, v_BxMxKxC)
     B, T = q_BxTxHxC.shape[:2]
     if T > MOST_QUERIES:
-        raise ValueError(f"T = {T} queries exceed the {MOST_QUERIES} of a decode step: use flash_attention")
+        raise ValueError(
+            f"T = {T} queries exceed the {MOST_QUERIES} of a decode step: use flash_attention"
+        )
     if length_B.shape != (B,) or not jnp.issubdtype(length_B.dtype, jnp.integer):
-        raise ValueError(f"length_B is {length_B.dtype} {length_B.shape} but must be int [B] with B = {B}")
+        raise ValueError(
+            f"length_B is {length_B.dtype} {length_B.shape} but must be int [B] with B = {B}"
+        )
     if chunk < 1:
         raise ValueError(f"chunk = {chunk} must be at least 1 key")
     mask = Mask("causal", window=window)
@@ -50,7 +55,9 @@ def decode_attention(
     backend = core.choose_backend(backend)
     if backend == "xla":
         return _on_xla(q_BxTxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_position_BxT)
-    return _on_kernel(q_BxTxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_position_BxT, chunk, backend, interpret)
+    return _on_kernel(
+        q_BxTxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_position_BxT, chunk, backend, interpret
+    )
 
 
 def _on_xla(q_BxTxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_position_BxT) -> tuple[Array, Array]:
@@ -86,7 +93,9 @@ def _on_kernel(q_BxTxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_position_BxT, chunk, bac
 
 
 def _merge(o_BxUxKxXxC: Array, lse_BxUxKxXx1: Array) -> tuple[Array, Array]:
-    """Partial results of disjoint keys → f32 (out [B, K, X, C], lse [B, K, X, 1]); -inf marks a chunk with no key."""
+    """Partial results of disjoint keys → f32 (out [B, K, X, C], lse [B, K, X, 1]); -inf marks a
+    chunk with no key.
+    """
     top = lse_BxUxKxXx1.max(1, keepdims=True)
     weight = jnp.exp(lse_BxUxKxXx1 - jnp.where(top == -jnp.inf, 0.0, top))
     total = weight.sum(1)

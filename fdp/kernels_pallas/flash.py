@@ -1,6 +1,7 @@
 """Flash attention, forward and backward, with the log-sum-exp that merges partial results.
 
-`flash_attention` returns (out, lse) on every platform; `attention` returns out alone and takes cuDNN where it can.
+`flash_attention` returns (out, lse) on every platform; `attention` returns out alone and takes
+cuDNN where it can.
 
 Legend: B batch, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim.
 """
@@ -16,15 +17,13 @@ EVERYTHING = Mask()
 
 
 def reference(
-    q_BxNxHxC: Array,
-    k_BxMxKxC: Array,
-    v_BxMxKxC: Array,
-    seen_NxM: Array,
+    q_BxNxHxC: Array, k_BxMxKxC: Array, v_BxMxKxC: Array, seen_NxM: Array
 ) -> tuple[Array, Array]:
-    """The oracle: softmax attention with the whole score matrix, f32. seen bool, broadcastable to [B, H, N, M].
+    """The oracle: softmax attention with the whole score matrix, f32. seen bool, broadcastable to
+    [B, H, N, M].
 
-    Returns (out f32 [B, N, H, C], lse f32 [B, H, N]); a row that sees nothing has out = 0, lse = -inf and no gradient.
-    """
+    Returns (out f32 [B, N, H, C], lse f32 [B, H, N]); a row that sees nothing has out = 0, lse =
+    -inf and no gradient."""
     q, k, v = (x.astype(jnp.float32) for x in (q_BxNxHxC, k_BxMxKxC, v_BxMxKxC))
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     s_BxHxNxM = jnp.einsum("bnhc,bmhc->bhnm", q, k, precision="highest") * q.shape[3] ** -0.5
@@ -40,7 +39,9 @@ def reference(
 
 
 def tile_sizes(backend: str, rows: int, keys: int, C: int, dtype) -> tuple[int, int]:
-    """(X, Y): rows and keys of a tile. Triton: powers of two that leave two stages in an H100's shared memory."""
+    """(X, Y): rows and keys of a tile. Triton: powers of two that leave two stages in an H100's
+    shared memory.
+    """
     if backend == "tpu":
         return min(512, 16 * tiles.ceil_div(rows, 16)), min(512, 128 * tiles.ceil_div(keys, 128))
     small = dtype == jnp.float32 or C > 128
@@ -61,16 +62,16 @@ def flash_attention(
     backend: str | None = None,
     interpret: object = False,
 ) -> tuple[Array, Array]:
-    """Softmax attention softmax(q kᵀ/√C) v without the score matrix → (out [B, N, H, C], lse f32 [B, H, N]).
+    """Softmax attention softmax(q kᵀ/√C) v without the score matrix → (out [B, N, H, C], lse f32
+    [B, H, N]).
 
-    Positions (default 0, 1, …) and segments: int [length] or [B, length], any order; tiles that the mask excludes by
-    their least and greatest position are skipped. A row that sees no key has out = 0, lse = -inf and zero gradients.
-    Differentiable by out and lse in q, k and v; accumulates in f32.
-    backend None: kernels on TPU ("tpu", Mosaic) and GPU ("gpu", Triton), `blockwise.attention_lse` ("xla") elsewhere.
-    interpret: as `pl.pallas_call` takes it, for tests.
-    Raises ValueError for shapes, dtypes, masks and backends that do not fit.
-    Source: Dao 2023 (FlashAttention-2), algorithms 1 and 2.
-    """
+    Positions (default 0, 1, …) and segments: int [length] or [B, length], any order; tiles that the
+    mask excludes by their least and greatest position are skipped. A row that sees no key has out =
+    0, lse = -inf and zero gradients. Differentiable by out and lse in q, k and v; accumulates in
+    f32. backend None: kernels on TPU ("tpu", Mosaic) and GPU ("gpu", Triton),
+    `blockwise.attention_lse` ("xla") elsewhere. interpret: as `pl.pallas_call` takes it, for tests.
+    Raises ValueError for shapes, dtypes, masks and backends that do not fit. Source: Dao 2023
+    (FlashAttention-2), algorithms 1 and 2."""
     core.check_arrays(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC)
     (B, N, H, C), (M, K) = q_BxNxHxC.shape, k_BxMxKxC.shape[1:3]
     q_tags = core.gather_tags(mask, "q", (B, N), q_position_N, q_segment_N)
@@ -85,7 +86,11 @@ def flash_attention(
     q_tiles, k_tiles = tiles.tile_tags(q_tags, H // K, X, B), tiles.tile_tags(k_tags, 1, Y, B)
     rows = tiles.range_walk(mask, q_tiles, k_tiles, True)
     keys = tiles.range_walk(mask, k_tiles, q_tiles, False)
-    q, k, v = tiles.fold_queries(q, K, X), tiles.tile_keys(k, Y, backend), tiles.tile_keys(v, Y, backend)
+    q, k, v = (
+        tiles.fold_queries(q, K, X),
+        tiles.tile_keys(k, Y, backend),
+        tiles.tile_keys(v, Y, backend),
+    )
     o_ZxIxXxC, lse_ZxIx1xX = core.attend(spec, q, k, v, q_tiles, k_tiles, rows, keys)
     out = tiles.unfold_queries(o_ZxIxXxC, B, N, H)[..., :C]
     return out, tiles.unfold_queries(lse_ZxIx1xX.swapaxes(2, 3), B, N, H)[..., 0].swapaxes(1, 2)
@@ -109,10 +114,11 @@ def _on_xla(q, k, v, mask: Mask, q_tags, k_tags) -> tuple[Array, Array]:
 
 
 def cudnn_covers(q_BxNxHxC: Array, k_BxMxKxC: Array, mask: Mask, backend: str) -> bool:
-    """Whether cuDNN computes this case on the GPU of this process: 16 bit, no positions, segments or window.
+    """Whether cuDNN computes this case on the GPU of this process: 16 bit, no positions, segments
+    or window.
 
-    It counts causal from the first token of both sides, and cannot be compiled for a GPU that is absent.
-    """
+    It counts causal from the first token of both sides, and cannot be compiled for a GPU that is
+    absent."""
     here = backend == "gpu" and jax.default_backend() == "gpu"
     (_, N, _, C), M = q_BxNxHxC.shape, k_BxMxKxC.shape[1]
     plain = not mask.window and not mask.packed and (mask.kind == "bidirectional" or N == M)
@@ -129,17 +135,19 @@ def attention(
     q_segment_N: Array | None = None,
     k_segment_M: Array | None = None,
 ) -> Array:
-    """`flash_attention` without the lse: → out [B, N, H, C]. Leave positions out where they are 0, 1, …: on a GPU,
-    cuDNN then takes the plain causal and bidirectional cases in bfloat16. Raises as `flash_attention` does.
-    """
+    """`flash_attention` without the lse: → out [B, N, H, C]. Leave positions out where they are 0,
+    1, …: on a GPU, cuDNN then takes the plain causal and bidirectional cases in bfloat16. Raises as
+    `flash_attention` does."""
     core.check_arrays(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC)
     counted = q_position_N is None and k_position_M is None
     if counted and cudnn_covers(q_BxNxHxC, k_BxMxKxC, mask, core.choose_backend(None)):
         causal = mask.kind == "causal"
-        return jax.nn.dot_product_attention(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, is_causal=causal, implementation="cudnn")
-    return flash_attention(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_position_N, k_position_M, q_segment_N, k_segment_M)[
-        0
-    ]
+        return jax.nn.dot_product_attention(
+            q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, is_causal=causal, implementation="cudnn"
+        )
+    return flash_attention(
+        q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_position_N, k_position_M, q_segment_N, k_segment_M
+    )[0]
 
 
 def seen_by(mask: Mask, q_tags: tuple[Array, ...], k_tags: tuple[Array, ...]) -> Array:

@@ -1,8 +1,9 @@
-"""Which keys a query may see, as data that every attention path (XLA, Pallas, ring, sparse) reads the same way.
+"""Which keys a query may see, as data that every attention path (XLA, Pallas, ring, sparse) reads
+the same way.
 
-Positions are global token indices and travel with queries and keys, so a mask is right for any order of tokens: zig-zag
-or striped shards, gathered blocks, what an all-to-all leaves behind. Legend: N queries, M keys.
-"""
+Positions are global token indices and travel with queries and keys, so a mask is right for any
+order of tokens: zig-zag or striped shards, gathered blocks, what an all-to-all leaves behind.
+Legend: N queries, M keys."""
 
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ KINDS = ("bidirectional", "causal")
 
 @dataclass(frozen=True)
 class Mask:
-    """`kind` bidirectional or causal (k ≤ q); `window` w > 0 keeps |q - k| < w; `packed` asks for segment ids.
+    """`kind` bidirectional or causal (k ≤ q); `window` w > 0 keeps |q - k| < w; `packed` asks for
+    segment ids.
 
     Raises ValueError for an unknown kind or a negative window.
     """
@@ -43,8 +45,8 @@ def allowed(
 ) -> jax.Array:
     """Whether query n may see key m: int [..., N], int [..., M] → bool [..., N, M].
 
-    Segment ids (equal inside a document) are needed for a packed mask. Raises ValueError without them.
-    """
+    Segment ids (equal inside a document) are needed for a packed mask. Raises ValueError without
+    them."""
     difference_NxM = q_position_N[..., :, None] - k_position_M[..., None, :]
     seen_NxM = difference_NxM >= 0 if mask.kind == "causal" else difference_NxM == difference_NxM
     if mask.window:

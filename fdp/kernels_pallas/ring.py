@@ -1,11 +1,13 @@
-"""Ring attention for TPUs with its own communication: while a hop's keys are used, a remote DMA passes them on.
+"""Ring attention for TPUs with its own communication: while a hop's keys are used, a remote DMA
+passes them on.
 
-Every device holds a shard of the sequence and keeps its queries; keys and values go once around. A hop is one kernel:
-its first step starts the DMA of the keys that it is reading into the neighbour's second buffer, its last step waits for
-both directions; buffers change roles from hop to hop. The softmax goes on from the (out, lse) of the hops before.
+Every device holds a shard of the sequence and keeps its queries; keys and values go once around. A
+hop is one kernel: its first step starts the DMA of the keys that it is reading into the neighbour's
+second buffer, its last step waits for both directions; buffers change roles from hop to hop. The
+softmax goes on from the (out, lse) of the hops before.
 
-Legend as in tiles.py; q_BxNxHxC, k_BxMxKxC, v_BxMxKxC are one device's shard. D devices in the ring.
-"""
+Legend as in tiles.py; q_BxNxHxC, k_BxMxKxC, v_BxMxKxC are one device's shard. D devices in the
+ring."""
 
 from functools import partial
 
@@ -20,7 +22,8 @@ from fdp.kernels_pallas.masks import Mask
 from fdp.kernels_pallas.tiles import Spec, Walk, result, walk_length, walk_tile
 
 Array = jax.Array
-COLLECTIVE = 11  # names the barrier semaphore that all devices of a ring share; any number no other kernel uses
+# names the barrier semaphore that all devices of a ring share; any number no other kernel uses
+COLLECTIVE = 11
 
 
 def ring_attention(
@@ -36,20 +39,22 @@ def ring_attention(
     axis: str,
     interpret: object = False,
 ) -> tuple[Array, Array]:
-    """Attention of this device's queries to the keys of all devices along mesh axis `axis`, inside shard_map, on TPUs.
+    """Attention of this device's queries to the keys of all devices along mesh axis `axis`, inside
+    shard_map, on TPUs.
 
-    → (out [B, N, H, C], lse f32 [B, H, N]), differentiable by both in q, k and v. Shards in any layout: global
-    positions say who sees whom, and tiles that the mask excludes cost nothing. Forward D - 1 passes of keys and values
-    by remote DMA; backward D - 1 of keys and values and D of their f32 gradients by ppermute, left to the compiler.
-    interpret: `pltpu.InterpretParams` on the CPU, in an unchecked shard_map. Raises ValueError as `flash_attention`
-    does, and if `axis` is not bound.
-    Source: Liu et al. 2023 (Ring Attention); Brandon et al. 2023 (Striped Attention) for masks by position.
-    """
+    → (out [B, N, H, C], lse f32 [B, H, N]), differentiable by both in q, k and v. Shards in any
+    layout: global positions say who sees whom, and tiles that the mask excludes cost nothing.
+    Forward D - 1 passes of keys and values by remote DMA; backward D - 1 of keys and values and D
+    of their f32 gradients by ppermute, left to the compiler. interpret: `pltpu.InterpretParams` on
+    the CPU, in an unchecked shard_map. Raises ValueError as `flash_attention` does, and if `axis`
+    is not bound. Source: Liu et al. 2023 (Ring Attention); Brandon et al. 2023 (Striped Attention)
+    for masks by position."""
     core.check_arrays(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC)
     bound = jax.sharding.get_abstract_mesh().manual_axes
     if axis not in bound:
         raise ValueError(
-            f"axis {axis!r} is not among the bound mesh axes {tuple(bound)}: call inside shard_map over it"
+            f"axis {axis!r} is not among the bound mesh axes {tuple(bound)}: call inside shard_map "
+            "over it"
         )
     (B, N, H, C), (M, K) = q_BxNxHxC.shape, k_BxMxKxC.shape[1:3]
     q_tags = core.gather_tags(mask, "q", (B, N), q_position_N, q_segment_N)
@@ -61,12 +66,15 @@ def ring_attention(
     folded = tiles.fold_queries(q, K, X), tiles.tile_keys(k, Y, "tpu"), tiles.tile_keys(v, Y, "tpu")
     # A few integers a key: all of them at once.
     k_tags_D = lax.all_gather(tiles.tile_tags(k_tags, 1, Y, B), axis)
-    o, lse = _ring(spec, axis, *core.alike((*folded, tiles.tile_tags(q_tags, H // K, X, B), k_tags_D)))
+    o, lse = _ring(
+        spec, axis, *core.alike((*folded, tiles.tile_tags(q_tags, H // K, X, B), k_tags_D))
+    )
     out = tiles.unfold_queries(o, B, N, H)[..., :C].astype(q.dtype)
     return out, tiles.unfold_queries(lse.swapaxes(2, 3), B, N, H)[..., 0].swapaxes(1, 2)
 
 
-# Around the ring ------------------------------------------------------------------------------------------------------
+# Around the ring
+# -------------------------------------------------------------------------------------------------
 
 
 def _at(tags_D: Array, axis: str, hop: Array | int) -> Array:
@@ -93,7 +101,15 @@ def _ring(spec, axis, q, k, v, q_tags, k_tags_D):
 
 def _ring_forward(spec, axis, q, k, v, q_tags, k_tags_D):
     o, lse = _ring(spec, axis, q, k, v, q_tags, k_tags_D)
-    return (o, lse), (q, k, v, q_tags, k_tags_D, o, lse)  # the shard's own keys, not those that came by
+    return (o, lse), (
+        q,
+        k,
+        v,
+        q_tags,
+        k_tags_D,
+        o,
+        lse,
+    )  # the shard's own keys, not those that came by
 
 
 def _ring_backward(spec, axis, saved, cotangents):
@@ -105,7 +121,9 @@ def _ring_backward(spec, axis, saved, cotangents):
     add = lambda a, b: jax.tree.map(jnp.add, a, b)
 
     def shift(tree):
-        return jax.tree.map(lambda x: lax.ppermute(x, axis, [(i, (i + 1) % n) for i in range(n)]), tree)
+        return jax.tree.map(
+            lambda x: lax.ppermute(x, axis, [(i, (i + 1) % n) for i in range(n)]), tree
+        )
 
     def gradients(keys, s):
         (k, v), k_tags = keys, _at(k_tags_D, axis, s)
@@ -113,7 +131,8 @@ def _ring_backward(spec, axis, saved, cotangents):
         dq = tpu.query_gradient(spec, q, k, v, q_tags, k_tags, row_walk, *rows)
         return dq, tpu.key_gradients(spec, q, k, v, q_tags, k_tags, key_walk, *rows)
 
-    # Nothing sent depends on a kernel of its own hop, and no key is sent that nobody needs: first and last hop differ.
+    # Nothing sent depends on a kernel of its own hop, and no key is sent that nobody needs: first
+    # and last hop differ.
     def hop(carry, s):
         dq, dkeys, keys = carry
         here = gradients(keys, s)
@@ -135,19 +154,28 @@ _ring.defvjp(_ring_forward, _ring_backward)
 
 
 def _walks(spec: Spec, q_tags: Array, k_tags: Array) -> tuple[Walk, Walk]:
-    return tiles.range_walk(spec.mask, q_tags, k_tags, True), tiles.range_walk(spec.mask, k_tags, q_tags, False)
+    return tiles.range_walk(spec.mask, q_tags, k_tags, True), tiles.range_walk(
+        spec.mask, k_tags, q_tags, False
+    )
 
 
-# One hop --------------------------------------------------------------------------------------------------------------
+# One hop
+# -------------------------------------------------------------------------------------------------
 
 
 def remote_copies(sources, targets, send, receive, axis: str) -> list:
-    """DMAs of each source to the next device's target, with one pair of semaphores each; not started."""
+    """DMAs of each source to the next device's target, with one pair of semaphores each; not
+    started.
+    """
     n = lax.axis_size(axis)
     right = lax.rem(lax.axis_index(axis) + 1, n)
     return [
         pltpu.make_async_remote_copy(
-            src_ref=a, dst_ref=b, send_sem=send.at[i], recv_sem=receive.at[i], device_id={axis: right}
+            src_ref=a,
+            dst_ref=b,
+            send_sem=send.at[i],
+            recv_sem=receive.at[i],
+            device_id={axis: right},
         )
         for i, (a, b) in enumerate(zip(sources, targets, strict=True))
     ]
@@ -163,7 +191,9 @@ def neighbour_is_ready(axis: str) -> None:
 
 
 def forward_hop(spec: Spec, axis: str, q, k, v, q_tags, k_tags, o, lse, send: bool):
-    """(out, lse) f32 of the keys before and of these; if `send`, also the next hop's (k, v), as they arrive here."""
+    """(out, lse) f32 of the keys before and of these; if `send`, also the next hop's (k, v), as
+    they arrive here.
+    """
     Z, I, X, C = q.shape
     walk = _walks(spec, q_tags, k_tags)[0]
     stride = tiles.row_stride(spec, walk, k.shape[1])
@@ -188,16 +218,41 @@ def forward_hop(spec: Spec, axis: str, q, k, v, q_tags, k_tags, o, lse, send: bo
         out_shape=[result(x.shape, x.dtype, q) for x in (o, lse, *passed)],
         # Steps run in order: the first one starts the DMA and the last one waits for it.
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 3, collective_id=COLLECTIVE if send else None, has_side_effects=True
+            dimension_semantics=("arbitrary",) * 3,
+            collective_id=COLLECTIVE if send else None,
+            has_side_effects=True,
         ),
         interpret=spec.interpret,
     )(walk.table, walk.counts, q, k, v, q_tags, k_tags, o, lse, *passed)
 
 
-def _hop_kernel(spec, stride, maps, axis, send, table, counts, q, k, v, q_tag, k_tag, o_before, lse_before, *refs):
-    """refs: the keys to pass on, as a whole [k, v]; out, lse; where the next keys land; softmax state; semaphores."""
+def _hop_kernel(
+    spec,
+    stride,
+    maps,
+    axis,
+    send,
+    table,
+    counts,
+    q,
+    k,
+    v,
+    q_tag,
+    k_tag,
+    o_before,
+    lse_before,
+    *refs,
+):
+    """refs: the keys to pass on, as a whole [k, v]; out, lse; where the next keys land; softmax
+    state; semaphores.
+    """
     n = 2 * send
-    keys, (o_ref, lse_ref), landing, refs = refs[:n], refs[n : n + 2], refs[n + 2 : 2 * n + 2], refs[2 * n + 2 :]
+    keys, (o_ref, lse_ref), landing, refs = (
+        refs[:n],
+        refs[n : n + 2],
+        refs[n + 2 : 2 * n + 2],
+        refs[2 * n + 2 :],
+    )
     state_refs, semaphores = refs[:3], refs[3:]
     z, i, t = (pl.program_id(a) for a in range(3))
     Z, I, last = pl.num_programs(0), pl.num_programs(1), stride.most - 1

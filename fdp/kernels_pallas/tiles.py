@@ -1,12 +1,13 @@
-"""What every attention kernel shares: the arithmetic of one tile, the order in which tiles are walked, the layout.
+"""What every attention kernel shares: the arithmetic of one tile, the order in which tiles are
+walked, the layout.
 
-Grouped heads are folded into rows: row n·G + g is query n of the g-th head of its group, so that a kernel sees one
-head, reads each key once for all G heads, and sums dk and dv over the group by itself.
+Grouped heads are folded into rows: row n·G + g is query n of the g-th head of its group, so that a
+kernel sees one head, reads each key once for all G heads, and sums dk and dv over the group by
+itself.
 
-Legend: B batch, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim; Z = B·K, R = N·G rows;
-I tiles of X rows, J tiles of Y keys; W = C or K·C columns; A tags (position, then segment if packed);
-S leading size of a table: 1, B or Z; T most tiles in a walk.
-"""
+Legend: B batch, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim; Z = B·K,
+R = N·G rows; I tiles of X rows, J tiles of Y keys; W = C or K·C columns; A tags (position, then
+segment if packed); S leading size of a table: 1, B or Z; T most tiles in a walk."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,14 +20,17 @@ from fdp.kernels_pallas.masks import Mask, allowed
 
 Array = jax.Array
 GPU_STAGES = 2  # of loads in flight; more does not fit shared memory in f32
-State = tuple[Array, Array, Array]  # running maximum [X, 1], sum [X, 1] and output [X, C] of the softmax, f32
+State = tuple[
+    Array, Array, Array
+]  # running maximum [X, 1], sum [X, 1] and output [X, C] of the softmax, f32
 
 
 class Walk(NamedTuple):
-    """Which tiles each tile meets: the range first … first + count - 1, or the first `count` entries of a list.
+    """Which tiles each tile meets: the range first … first + count - 1, or the first `count`
+    entries of a list.
 
-    table int32 [S, I] (first tile) or [S, I, T] (tile ids, padded with valid ids), counts int32 [S, I].
-    """
+    table int32 [S, I] (first tile) or [S, I, T] (tile ids, padded with valid ids), counts int32 [S,
+    I]."""
 
     table: Array
     counts: Array
@@ -36,10 +40,9 @@ class Walk(NamedTuple):
 class Spec:
     """What a kernel knows when it is compiled.
 
-    mask; scale of the scores; keys: how many of the J·Y keys exist; split: row tiles per entry of the lists, which
-    select blocks of split·X rows; partial: results are parts of a sum and stay f32; backend "tpu" or "gpu"; interpret:
-    what `pl.pallas_call` takes, False on hardware.
-    """
+    mask; scale of the scores; keys: how many of the J·Y keys exist; split: row tiles per entry of
+    the lists, which select blocks of split·X rows; partial: results are parts of a sum and stay
+    f32; backend "tpu" or "gpu"; interpret: what `pl.pallas_call` takes, False on hardware."""
 
     mask: Mask
     scale: float
@@ -56,7 +59,9 @@ class Spec:
 
 @dataclass(frozen=True)
 class Stride:
-    """How a walk is read: tile i uses entry i // up; each entry stands for `down` tiles. `most`: longest walk."""
+    """How a walk is read: tile i uses entry i // up; each entry stands for `down` tiles. `most`:
+    longest walk.
+    """
 
     most: int
     up: int = 1
@@ -64,7 +69,9 @@ class Stride:
 
 
 def row_stride(spec: Spec, walk: Walk, n_tiles: int) -> Stride:
-    """Rows meet keys: several row tiles share the list of their block; a range may reach all `n_tiles` key tiles."""
+    """Rows meet keys: several row tiles share the list of their block; a range may reach all
+    `n_tiles` key tiles.
+    """
     return Stride(walk.table.shape[2] if walk.table.ndim == 3 else n_tiles, up=spec.split)
 
 
@@ -76,7 +83,9 @@ def key_stride(spec: Spec, walk: Walk, n_tiles: int) -> Stride:
 
 
 def split_index(i: Array | int, by: int) -> tuple[Array | int, Array | int]:
-    """(i // by, i % by) of i ≥ 0; plain `//` rounds down by the operands' signs, which costs and Mosaic may refuse."""
+    """(i // by, i % by) of i ≥ 0; plain `//` rounds down by the operands' signs, which costs and
+    Mosaic may refuse.
+    """
     return (i, 0) if by == 1 else (lax.div(i, jnp.int32(by)), lax.rem(i, jnp.int32(by)))
 
 
@@ -98,7 +107,8 @@ def walk_tile(table_ref, stride: Stride, row, i, t) -> Array:
     return table_ref[row, split_index(i, stride.up)[0], entry] * stride.down + part
 
 
-# One tile -------------------------------------------------------------------------------------------------------------
+# One tile
+# -------------------------------------------------------------------------------------------------
 
 
 def matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
@@ -108,15 +118,20 @@ def matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def visible(spec: Spec, q_tags: tuple[Array, ...], k_tags: tuple[Array, ...], j: Array | int) -> Array | None:
-    """Whether row x sees key y of key tile j: bool [X, Y]; None = all of them. Keys past `spec.keys` are padding.
+def visible(
+    spec: Spec, q_tags: tuple[Array, ...], k_tags: tuple[Array, ...], j: Array | int
+) -> Array | None:
+    """Whether row x sees key y of key tile j: bool [X, Y]; None = all of them. Keys past
+    `spec.keys` are padding.
 
     q_tags int [X] and k_tags int [Y]: positions and, for a packed mask, segments.
     """
     (X,), (Y,) = q_tags[0].shape, k_tags[0].shape
     seen_XxY = None
     if not spec.mask.everything:
-        seen_XxY = allowed(spec.mask, q_tags[0], k_tags[0], *(x[1] for x in (q_tags, k_tags) if spec.mask.packed))
+        seen_XxY = allowed(
+            spec.mask, q_tags[0], k_tags[0], *(x[1] for x in (q_tags, k_tags) if spec.mask.packed)
+        )
     if spec.keys % Y:
         real_XxY = j * Y + lax.broadcasted_iota(jnp.int32, (X, Y), 1) < spec.keys
         seen_XxY = real_XxY if seen_XxY is None else seen_XxY & real_XxY
@@ -131,7 +146,11 @@ def scores(q_XxC: Array, k_YxC: Array, scale: float, seen_XxY: Array | None) -> 
 
 def begin(X: int, C: int) -> State:
     """The softmax over no keys."""
-    return jnp.full((X, 1), -jnp.inf, jnp.float32), jnp.zeros((X, 1), jnp.float32), jnp.zeros((X, C), jnp.float32)
+    return (
+        jnp.full((X, 1), -jnp.inf, jnp.float32),
+        jnp.zeros((X, 1), jnp.float32),
+        jnp.zeros((X, C), jnp.float32),
+    )
 
 
 def absorb(state: State, s_XxY: Array, v_YxC: Array) -> State:
@@ -148,7 +167,9 @@ def absorb(state: State, s_XxY: Array, v_YxC: Array) -> State:
 
 
 def finish(state: State) -> tuple[Array, Array]:
-    """(out f32 [X, C], lse f32 [X, 1]) of the keys absorbed; out = 0 and lse = -inf for a row that saw none."""
+    """(out f32 [X, C], lse f32 [X, 1]) of the keys absorbed; out = 0 and lse = -inf for a row that
+    saw none.
+    """
     m_Xx1, l_Xx1, acc_XxC = state
     some_Xx1 = l_Xx1 > 0
     l_Xx1 = jnp.where(some_Xx1, l_Xx1, 1.0)
@@ -156,19 +177,27 @@ def finish(state: State) -> tuple[Array, Array]:
 
 
 def score_gradients(
-    q_XxC: Array, k_YxC: Array, v_YxC: Array, do_XxC: Array, lse_Xx1: Array, delta_Xx1: Array, scale: float, seen_XxY
+    q_XxC: Array,
+    k_YxC: Array,
+    v_YxC: Array,
+    do_XxC: Array,
+    lse_Xx1: Array,
+    delta_Xx1: Array,
+    scale: float,
+    seen_XxY,
 ) -> tuple[Array, Array]:
-    """(P, dS) f32 [X, Y]: P = exp(S - lse), dS = scale · P (dO Vᵀ - delta) with delta = Σ dO·O - dlse.
+    """(P, dS) f32 [X, Y]: P = exp(S - lse), dS = scale · P (dO Vᵀ - delta) with delta = Σ dO·O -
+    dlse.
 
-    Rows that saw no key come with lse = +inf, hence P = 0. Source: Dao 2023 (FlashAttention-2), algorithm 2; the term
-    dlse follows from ∂lse/∂S = P.
-    """
+    Rows that saw no key come with lse = +inf, hence P = 0. Source: Dao 2023 (FlashAttention-2),
+    algorithm 2; the term dlse follows from ∂lse/∂S = P."""
     p_XxY = jnp.exp(scores(q_XxC, k_YxC, scale, seen_XxY) - lse_Xx1)
     dp_XxY = matmul(do_XxC, v_YxC, (1, 1))
     return p_XxY, p_XxY * (dp_XxY - delta_Xx1) * scale
 
 
-# Layout ---------------------------------------------------------------------------------------------------------------
+# Layout
+# -------------------------------------------------------------------------------------------------
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -191,7 +220,11 @@ def pad_dim(x: Array, dim: int, length: int, mode: str = "constant") -> Array:
 def fold_queries(q_BxNxHxC: Array, n_kv: int, X: int) -> Array:
     """[B, N, H, C] → [Z, I, X, C], rows padded with zeros to whole tiles."""
     B, N, H, C = q_BxNxHxC.shape
-    x = q_BxNxHxC.reshape(B, N, n_kv, H // n_kv, C).swapaxes(1, 2).reshape(B * n_kv, N * (H // n_kv), C)
+    x = (
+        q_BxNxHxC.reshape(B, N, n_kv, H // n_kv, C)
+        .swapaxes(1, 2)
+        .reshape(B * n_kv, N * (H // n_kv), C)
+    )
     tiles = ceil_div(x.shape[1], X)
     return pad_dim(x, 1, tiles * X).reshape(B * n_kv, tiles, X, C)
 
@@ -206,12 +239,15 @@ def unfold_queries(x_ZxIxXxC: Array, B: int, N: int, H: int) -> Array:
 
 
 def keeps_columns(backend: str, K: int, C: int) -> bool:
-    """Whether a kernel reads the C columns of its head out of K·C: a TPU reads columns in groups of 128."""
+    """Whether a kernel reads the C columns of its head out of K·C: a TPU reads columns in groups of
+    128.
+    """
     return backend == "gpu" or (backend == "tpu" and (K == 1 or C % 128 == 0))
 
 
 def tile_keys(k_BxMxKxC: Array, Y: int, backend: str) -> Array:
-    """[B, M, K, C] → [B, J, Y, K·C], which is no transpose, where `keeps_columns`, else [Z, J, Y, C].
+    """[B, M, K, C] → [B, J, Y, K·C], which is no transpose, where `keeps_columns`, else [Z, J, Y,
+    C].
 
     Keys are padded with zeros to whole tiles.
     """
@@ -229,7 +265,9 @@ def tile_tags(tags: tuple[Array, ...], repeat: int, size: int, B: int) -> Array:
     The last entry pads the last tile, so that padding never widens the range of a tile.
     """
     S = B if any(tag.shape[:-1] == (B,) for tag in tags) else 1
-    x_SxAxR = jnp.stack([jnp.broadcast_to(tag, (S, tag.shape[-1])).astype(jnp.int32) for tag in tags], 1)
+    x_SxAxR = jnp.stack(
+        [jnp.broadcast_to(tag, (S, tag.shape[-1])).astype(jnp.int32) for tag in tags], 1
+    )
     x_SxAxR = jnp.repeat(x_SxAxR, repeat, axis=2)
     tiles = ceil_div(x_SxAxR.shape[2], size)
     x_SxAxR = pad_dim(x_SxAxR, 2, tiles * size, "edge")
@@ -237,14 +275,18 @@ def tile_tags(tags: tuple[Array, ...], repeat: int, size: int, B: int) -> Array:
 
 
 def range_walk(mask: Mask, tags_SxIxAxX: Array, other_SxJxAxY: Array, rows_first: bool) -> Walk:
-    """For every tile of `tags`, the range of tiles of `other` that the mask does not exclude as a whole.
+    """For every tile of `tags`, the range of tiles of `other` that the mask does not exclude as a
+    whole.
 
-    rows_first: `tags` belong to rows and `other` to keys, or the reverse. Judged from the least and greatest tag of a
-    tile, so a tile inside the range may still turn out to be empty; none outside is needed.
-    """
+    rows_first: `tags` belong to rows and `other` to keys, or the reverse. Judged from the least and
+    greatest tag of a tile, so a tile inside the range may still turn out to be empty; none outside
+    is needed."""
     least_SxIx1, most_SxIx1 = tags_SxIxAxX.min(3)[:, :, None], tags_SxIxAxX.max(3)[:, :, None]
     least_Sx1xJ, most_Sx1xJ = other_SxJxAxY.min(3)[:, None], other_SxJxAxY.max(3)[:, None]
-    low, high = least_SxIx1 - most_Sx1xJ, most_SxIx1 - least_Sx1xJ  # of own tag minus other's: int [S, I, J, A]
+    low, high = (
+        least_SxIx1 - most_Sx1xJ,
+        most_SxIx1 - least_Sx1xJ,
+    )  # of own tag minus other's: int [S, I, J, A]
     if not rows_first:
         low, high = -high, -low
     live_SxIxJ = low[..., 0] <= high[..., 0]

@@ -1,4 +1,5 @@
-"""Attention over walks of tiles as Triton kernels: one program per own tile, which loops over the tiles it meets.
+"""Attention over walks of tiles as Triton kernels: one program per own tile, which loops over the
+tiles it meets.
 
 Legend as in tiles.py.
 """
@@ -16,7 +17,9 @@ Array = jax.Array
 
 
 def _own(x, n_heads: int, columns: int = 0) -> pl.BlockSpec:
-    """Tile i of x [1 | B | Z, tiles, ·, ·] in a grid (tile, Z); `columns`: of width C at the head's columns."""
+    """Tile i of x [1 | B | Z, tiles, ·, ·] in a grid (tile, Z); `columns`: of width C at the head's
+    columns.
+    """
     return _spec(x, n_heads, columns, 1, lambda i: i)
 
 
@@ -35,7 +38,9 @@ def _spec(x, n_heads, columns, count, tile):
     return pl.BlockSpec((None, count, x.shape[2], columns or x.shape[3]), index)
 
 
-def _call(kernel, spec: Spec, walk: Walk, grid, in_specs, out_specs, out_shape, operands, flops: int):
+def _call(
+    kernel, spec: Spec, walk: Walk, grid, in_specs, out_specs, out_shape, operands, flops: int
+):
     moved = sum(x.size * x.dtype.itemsize for x in operands)
     warps = 4 if operands[0].shape[3] <= 64 else 8
     whole = [pl.BlockSpec(x.shape, lambda i, z, n=x.ndim: (0,) * n) for x in walk]
@@ -46,7 +51,9 @@ def _call(kernel, spec: Spec, walk: Walk, grid, in_specs, out_specs, out_shape, 
         out_specs=out_specs,
         out_shape=out_shape,
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=tiles.GPU_STAGES),
-        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=flops // 512, bytes_accessed=moved),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, transcendentals=flops // 512, bytes_accessed=moved
+        ),
         interpret=spec.interpret,
     )(*walk, *operands)
 
@@ -55,11 +62,15 @@ def _walked(table, counts, stride, n_heads, step, initial):
     """Fold step(tile, state) over the walk of this program's tile."""
     i, row = pl.program_id(0), lead(pl.program_id(1), n_heads, counts.shape[0])
     length = walk_length(counts, stride, row, i)
-    return lax.fori_loop(0, length, lambda t, x: step(walk_tile(table, stride, row, i, t), x), initial)
+    return lax.fori_loop(
+        0, length, lambda t, x: step(walk_tile(table, stride, row, i, t), x), initial
+    )
 
 
 def _tags(spec: Spec, ref, tile) -> tuple[Array, ...]:
-    """The tags of one tile: position and, for a packed mask, segment. Two loads: Triton does not slice values."""
+    """The tags of one tile: position and, for a packed mask, segment. Two loads: Triton does not
+    slice values.
+    """
     return tuple(ref[tile, a, :] for a in range(1 + spec.mask.packed))
 
 
@@ -69,7 +80,9 @@ def _column(ref, tile) -> Array:
 
 
 def forward(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk) -> tuple[Array, Array]:
-    """(out [Z, I, X, C] like q, lse f32 [Z, I, 1, X]) of rows q [Z, I, X, C] over keys k, v [·, J, Y, W]."""
+    """(out [Z, I, X, C] like q, lse f32 [Z, I, 1, X]) of rows q [Z, I, X, C] over keys k, v [·, J,
+    Y, W].
+    """
     Z, I, X, C = q.shape
     stride = tiles.row_stride(spec, walk, k.shape[1])
 
@@ -85,13 +98,16 @@ def forward(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk) -> tuple[Array, Arr
 
     lse_shape = result((Z, I, 1, X), jnp.float32, q)
     return _call(
-        kernel, spec, walk, (I, Z),
+        kernel,
+        spec,
+        walk,
+        (I, Z),
         [_own(q, Z), _all(k, Z, C), _all(v, Z, C), _own(q_tags, Z), _all(k_tags, Z)],
         [_own(q, Z), _own(lse_shape, Z)],
         [result(q.shape, spec.dtype(q), q), lse_shape],
         (q, k, v, q_tags, k_tags),
         4 * Z * I * stride.most * X * k.shape[2] * C,
-    )  # fmt: skip
+    )
 
 
 def query_gradient(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, delta) -> Array:
@@ -99,7 +115,9 @@ def query_gradient(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, del
     Z, I, X, C = q.shape
     stride = tiles.row_stride(spec, walk, k.shape[1])
 
-    def kernel(table, counts, q_ref, k_ref, v_ref, q_tag_ref, k_tag_ref, do_ref, lse_ref, delta_ref, dq_ref):
+    def kernel(
+        table, counts, q_ref, k_ref, v_ref, q_tag_ref, k_tag_ref, do_ref, lse_ref, delta_ref, dq_ref
+    ):
         q_XxC, do_XxC, q_tag = q_ref[0], do_ref[0], _tags(spec, q_tag_ref, 0)
         rows = _column(lse_ref, 0), _column(delta_ref, 0)
 
@@ -112,23 +130,49 @@ def query_gradient(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, del
         dq_ref[0] = dq_XxC.astype(dq_ref.dtype)
 
     return _call(
-        kernel, spec, walk, (I, Z),
-        [_own(q, Z), _all(k, Z, C), _all(v, Z, C), _own(q_tags, Z), _all(k_tags, Z),
-         _own(do, Z), _own(lse, Z), _own(delta, Z)],
+        kernel,
+        spec,
+        walk,
+        (I, Z),
+        [
+            _own(q, Z),
+            _all(k, Z, C),
+            _all(v, Z, C),
+            _own(q_tags, Z),
+            _all(k_tags, Z),
+            _own(do, Z),
+            _own(lse, Z),
+            _own(delta, Z),
+        ],
         _own(q, Z),
         result(q.shape, spec.dtype(q), q),
         (q, k, v, q_tags, k_tags, do, lse, delta),
         6 * Z * I * stride.most * X * k.shape[2] * C,
-    )  # fmt: skip
+    )
 
 
-def key_gradients(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, delta) -> tuple[Array, Array]:
+def key_gradients(
+    spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, delta
+) -> tuple[Array, Array]:
     """(dk, dv) like k and v; `walk` leads from each key tile over row tiles."""
     Z, I, _, C = q.shape
     J, Y = k.shape[1:3]
     stride = tiles.key_stride(spec, walk, I)
 
-    def kernel(table, counts, q_ref, k_ref, v_ref, q_tag_ref, k_tag_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref):
+    def kernel(
+        table,
+        counts,
+        q_ref,
+        k_ref,
+        v_ref,
+        q_tag_ref,
+        k_tag_ref,
+        do_ref,
+        lse_ref,
+        delta_ref,
+        dk_ref,
+        dv_ref,
+    ):
         k_YxC, v_YxC, k_tag, j = k_ref[0], v_ref[0], _tags(spec, k_tag_ref, 0), pl.program_id(0)
 
         def step(i, state):
@@ -144,11 +188,22 @@ def key_gradients(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, delt
         dk_ref[0], dv_ref[0] = dk_YxC.astype(dk_ref.dtype), dv_YxC.astype(dv_ref.dtype)
 
     return _call(
-        kernel, spec, walk, (J, Z),
-        [_all(q, Z), _own(k, Z, C), _own(v, Z, C), _all(q_tags, Z), _own(k_tags, Z),
-         _all(do, Z), _all(lse, Z), _all(delta, Z)],
+        kernel,
+        spec,
+        walk,
+        (J, Z),
+        [
+            _all(q, Z),
+            _own(k, Z, C),
+            _own(v, Z, C),
+            _all(q_tags, Z),
+            _own(k_tags, Z),
+            _all(do, Z),
+            _all(lse, Z),
+            _all(delta, Z),
+        ],
         [_own(k, Z, C), _own(v, Z, C)],
         [result(k.shape, spec.dtype(k), k), result(v.shape, spec.dtype(v), v)],
         (q, k, v, q_tags, k_tags, do, lse, delta),
         8 * Z * J * stride.most * Y * q.shape[2] * C,
-    )  # fmt: skip
+    )

@@ -1,12 +1,11 @@
 """Grouped-query attention: heads over tp, sequence over cp by any plan of `fdp.parallel.context`.
 
-With the collection "kv" mutable, a whole pass leaves its rotated keys and its values there; a pass over a few rows
-(`positions`) then writes those rows' own into it and attends to all of it. Without that collection nothing is kept and
-the program is the plain one.
+With the collection "kv" mutable, a whole pass leaves its rotated keys and its values there; a pass
+over a few rows (`positions`) then writes those rows' own into it and attends to all of it. Without
+that collection nothing is kept and the program is the plain one.
 
-Legend: B sequences, L local positions (rows of a pass), S all positions, D width, H query heads, K key/value heads,
-C head_dim.
-"""
+Legend: B sequences, L local positions (rows of a pass), S all positions, D width, H query heads, K
+key/value heads, C head_dim."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,17 +25,23 @@ from fdp.parallel.context import CommPlan
 Array = jax.Array
 Seen = Array | str | None  # bool [1 or B, 1, L, S]; "causal" for L = S; None = all keys
 CACHE = "kv"  # collection of rotated keys and values: {"k", "v"} of [B, S, K, C] a layer
-PROBE = "probe"  # collection of rotated queries and keys: {"q", "k"}, for studies of what is attended to
+# collection of rotated queries and keys: {"q", "k"}, for studies of what is attended to
+PROBE = "probe"
 GATHER = CommPlan("all_gather")
-LONG = 1024  # queries from which on scores are not kept whole; below, XLA's own attention is as fast
+LONG = (
+    1024  # queries from which on scores are not kept whole; below, XLA's own attention is as fast
+)
 
-# In place of softmax attention: (rotated q_BxLxHxC, rotated k_BxLxKxC, v_BxLxKxC, position_L, choice) → [B, L, H, C],
-# on this device's rows; `choice` is what the caller gave for this layer, such as the number of a plan.
+# In place of softmax attention: (rotated q_BxLxHxC, rotated k_BxLxKxC, v_BxLxKxC, position_L,
+# choice) → [B, L, H, C], on this device's rows; `choice` is what the caller gave for this layer,
+# such as the number of a plan.
 Mixer = Callable[[Array, Array, Array, Array, Any], Array]
 
 
 def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) -> Array | None:
-    """Which keys a query may see, bool [1, 1, L, S]; None = all of them. Indices are global positions in the input."""
+    """Which keys a query may see, bool [1, 1, L, S]; None = all of them. Indices are global
+    positions in the input.
+    """
     q, k = q_index_L[:, None], k_index_S[None, :]
     if kind == "causal":
         return (k <= q)[None, None]
@@ -48,17 +53,21 @@ def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) ->
 def attend(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, mask: Seen) -> Array:
     """Softmax attention of rotated queries and keys: [B, L, H, C].
 
-    Where no more than causality hides keys, long sequences go to the kernel of the platform: scores are never whole.
-    """
+    Where no more than causality hides keys, long sequences go to the kernel of the platform: scores
+    are never whole."""
     if not isinstance(mask, Array) and q_BxLxHxC.shape[1] >= LONG:
-        return flash.attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, Mask("bidirectional" if mask is None else mask))
+        return flash.attention(
+            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, Mask("bidirectional" if mask is None else mask)
+        )
     if isinstance(mask, str):
         return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, is_causal=True)
     return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=mask)
 
 
 class Attention(nn.Module):
-    """Softmax attention with rotary positions. Heads are split over tp; the output projection is the one reduction."""
+    """Softmax attention with rotary positions. Heads are split over tp; the output projection is
+    the one reduction.
+    """
 
     width: int
     heads: int
@@ -76,12 +85,16 @@ class Attention(nn.Module):
     mixer: Mixer | None = None
 
     @nn.compact
-    def __call__(self, x_BxLxD: Array, positions_BxL: Array | None = None, choice: Any = None) -> Array:
+    def __call__(
+        self, x_BxLxD: Array, positions_BxL: Array | None = None, choice: Any = None
+    ) -> Array:
         D, C = self.width, self.head_dim
         H, K = self.heads // size("tp"), self.kv_heads // size("tp")
         column = partitioned(normal(D**-0.5), None, "tp", None)
         w_q = self.param("w_q", column, (D, H, C)).astype(self.dtype)
-        w_kv = self.param("w_kv", partitioned(normal(D**-0.5), None, None, "tp", None), (2, D, K, C)).astype(self.dtype)
+        w_kv = self.param(
+            "w_kv", partitioned(normal(D**-0.5), None, None, "tp", None), (2, D, K, C)
+        ).astype(self.dtype)
         row = partitioned(normal((self.heads * C) ** -0.5), "tp", None, None)
         w_o = self.param("w_o", row, (H, C, D)).astype(self.dtype)
 
@@ -90,15 +103,22 @@ class Attention(nn.Module):
         k_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[0])
         v_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[1])
         if self.qk_norm:
-            q_BxLxHxC, k_BxLxKxC = RMSNorm(name="q_norm")(q_BxLxHxC), RMSNorm(name="k_norm")(k_BxLxKxC)
-        if positions_BxL is None and (self.mixer is not None or self.window or self._communicates()):
+            q_BxLxHxC, k_BxLxKxC = (
+                RMSNorm(name="q_norm")(q_BxLxHxC),
+                RMSNorm(name="k_norm")(k_BxLxKxC),
+            )
+        if positions_BxL is None and (
+            self.mixer is not None or self.window or self._communicates()
+        ):
             out_BxLxHxC = self._mix(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, choice)
             partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
             return leave_tp(partial_BxLxD, self.sequence_parallel, self.reduction, "attention")
         if positions_BxL is None:
             q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask = self._whole(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC)
         else:
-            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask = self._rows(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, positions_BxL)
+            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask = self._rows(
+                q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, positions_BxL
+            )
         out_BxLxHxC = attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask)
         partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
 
@@ -110,14 +130,19 @@ class Attention(nn.Module):
         return leave_tp(partial_BxLxD, self.sequence_parallel, self.reduction, "attention", weigh)
 
     def _communicates(self) -> bool:
-        """Whether the plan is another than to gather contiguous keys, which needs no more than this file."""
+        """Whether the plan is another than to gather contiguous keys, which needs no more than this
+        file.
+        """
         return size("cp") > 1 and self.plan != GATHER
 
     def _mix(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, choice: Any) -> Array:
-        """Attention by the plan, or the mixer: [B, L, H, C]. Raises ValueError for block diffusion."""
+        """Attention by the plan, or the mixer: [B, L, H, C]. Raises ValueError for block
+        diffusion.
+        """
         if self.kind == "block_diffusion":
             raise ValueError(
-                "block diffusion reads [noisy ‖ clean] with a mask of its own: set context.plan=all_gather, "
+                "block diffusion reads [noisy ‖ clean] with a mask of its own: set "
+                "context.plan=all_gather, "
                 "context.layout=contiguous and model.window=0"
             )
         position_L = layouts.positions(self.plan.layout, q_BxLxHxC.shape[1])
@@ -130,8 +155,12 @@ class Attention(nn.Module):
         mask = Mask(self.kind, self.window)
         return context.attend(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, mask, self.plan, position_L)
 
-    def _whole(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array) -> tuple[Array, Array, Array, Seen]:
-        """Rotated queries, rotated keys and values of all positions, and what may be seen; fills a mutable cache."""
+    def _whole(
+        self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array
+    ) -> tuple[Array, Array, Array, Seen]:
+        """Rotated queries, rotated keys and values of all positions, and what may be seen; fills a
+        mutable cache.
+        """
         L = q_BxLxHxC.shape[1]
         S = L * size("cp")
         q_index_L = index("cp") * L + jnp.arange(L)
@@ -152,12 +181,16 @@ class Attention(nn.Module):
     def _rows(
         self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, positions_BxL: Array
     ) -> tuple[Array, Array, Array, Seen]:
-        """As `_whole` for rows at `positions_BxL`: their keys and values replace those in the cache."""
+        """As `_whole` for rows at `positions_BxL`: their keys and values replace those in the
+        cache.
+        """
         self._check_cache()
         if not (self.has_variable(CACHE, "k") and self.is_mutable_collection(CACHE)):
             raise ValueError(
-                f"rows at given positions attend to the cache, and there is none that can be written: pass "
-                f"{{'params': …, '{CACHE}': cache}} with mutable=['{CACHE}'], the cache from a whole pass with "
+                "rows at given positions attend to the cache, and there is none that can be "
+                "written: pass "
+                f"{{'params': …, '{CACHE}': cache}} with mutable=['{CACHE}'], the cache from a "
+                "whole pass with "
                 f"mutable=['{CACHE}'] or from fdp.models.transformer.empty_cache"
             )
         turn = jax.vmap(rotary, (0, 0, None))
@@ -178,11 +211,13 @@ class Attention(nn.Module):
         """Raises ValueError where a cache would be wrong or is not there yet."""
         if size("cp") > 1:
             raise ValueError(
-                f"the key/value cache holds whole sequences, S = L·cp = L·1, and cp = {size('cp')}: set mesh.cp=1 and "
+                "the key/value cache holds whole sequences, S = L·cp = L·1, and cp = "
+                f"{size('cp')}: set mesh.cp=1 and "
                 "give its devices to dp or tp"
             )
         if self.kind not in ("causal", "bidirectional"):
             raise ValueError(
-                f"no key/value cache for attention={self.kind!r}: its input is [noisy ‖ clean], 2·L rows; use "
+                f"no key/value cache for attention={self.kind!r}: its input is [noisy ‖ clean], "
+                "2·L rows; use "
                 "'causal' or 'bidirectional'"
             )

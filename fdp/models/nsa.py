@@ -1,15 +1,17 @@
-"""Native Sparse Attention (Yuan et al. 2025, arXiv 2502.11089): compressed, selected and near tokens, gated and summed.
+"""Native Sparse Attention (Yuan et al. 2025, arXiv 2502.11089): compressed, selected and near
+tokens, gated and summed.
 
-Heads are split over tp, contiguous parts of the sequence over cp. Each branch has its own keys and values (section 3.2)
-and its own softmax; outputs are weighted by sigmoid gates and added, never merged by logsumexp.
+Heads are split over tp, contiguous parts of the sequence over cp. Each branch has its own keys and
+values (section 3.2) and its own softmax; outputs are weighted by sigmoid gates and added, never
+merged by logsumexp.
 
-Over cp a device compresses the blocks that begin in its part, for which it is sent the first tokens of the next one,
-and all-gathers compressed keys and values; those of the other two branches are all-gathered whole.
+Over cp a device compresses the blocks that begin in its part, for which it is sent the first tokens
+of the next one, and all-gathers compressed keys and values; those of the other two branches are
+all-gathered whole.
 
-Legend: B sequences, L positions (local over cp; S of all devices), D width, H query heads, K key/value heads, G = H/K,
-C head_dim, M compression block, I compression blocks, J selection blocks. Inside shard_map H and K are this device's
-shares over tp.
-"""
+Legend: B sequences, L positions (local over cp; S of all devices), D width, H query heads, K
+key/value heads, G = H/K, C head_dim, M compression block, I compression blocks, J selection blocks.
+Inside shard_map H and K are this device's shares over tp."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +33,10 @@ BRANCHES = ("compressed", "selected", "window")
 class Budget:
     """What a query may read, in tokens unless said; the defaults are the paper's (section 4.1).
 
-    Compression blocks of `compress_block` start every `stride` tokens. `selected` blocks of `select_block` are read in
-    full, among them the `initial` first ones and the `local` nearest, the query's own included. `window`: the near
-    tokens, the query itself included. Raises ValueError for sizes that do not fit each other.
-    """
+    Compression blocks of `compress_block` start every `stride` tokens. `selected` blocks of
+    `select_block` are read in full, among them the `initial` first ones and the `local` nearest,
+    the query's own included. `window`: the near tokens, the query itself included. Raises
+    ValueError for sizes that do not fit each other."""
 
     compress_block: int = 32
     stride: int = 16
@@ -48,12 +50,15 @@ class Budget:
         for name in ("compress_block", "select_block"):
             if self.stride < 1 or getattr(self, name) < 1 or getattr(self, name) % self.stride:
                 raise ValueError(
-                    f"{name} {getattr(self, name)} is not a multiple of stride {self.stride}: their overlap is counted "
-                    f"in strides; set {name}={self.stride * max(getattr(self, name) // max(self.stride, 1), 1)}"
+                    f"{name} {getattr(self, name)} is not a multiple of stride {self.stride}: "
+                    "their overlap is counted "
+                    "in strides; set "
+                    f"{name}={self.stride * max(getattr(self, name) // max(self.stride, 1), 1)}"
                 )
         if self.initial < 0 or self.local < 1 or self.window < 1:
             raise ValueError(
-                f"initial {self.initial} ≥ 0, local {self.local} ≥ 1 and window {self.window} ≥ 1 must hold"
+                f"initial {self.initial} ≥ 0, local {self.local} ≥ 1 and window {self.window} ≥ 1 "
+                "must hold"
             )
         if self.selected < self.initial + self.local:
             raise ValueError(
@@ -62,35 +67,41 @@ class Budget:
             )
 
     def check_length(self, length: int) -> None:
-        """Raise ValueError unless `length` tokens are whole selection blocks and hold a compression block."""
+        """Raise ValueError unless `length` tokens are whole selection blocks and hold a compression
+        block.
+        """
         if length % self.select_block or length < self.compress_block:
             whole = -(-max(length, self.compress_block) // self.select_block) * self.select_block
             raise ValueError(
-                f"{length} tokens must be a multiple of select_block {self.select_block} and at least compress_block "
+                f"{length} tokens must be a multiple of select_block {self.select_block} and at "
+                "least compress_block "
                 f"{self.compress_block}: set the length to {whole}"
             )
 
 
 def selection_scores(p_BxKxGxLxI: Array, budget: Budget) -> Array:
-    """Importance of the selection blocks: compression probabilities, mapped by overlap, summed over the group's heads.
+    """Importance of the selection blocks: compression probabilities, mapped by overlap, summed over
+    the group's heads.
 
-    f32 [B, K, G, L, I] → [B, K, L, J]. Compression block i counts for selection block j once for every stride of
-    tokens that they share: Σ_m Σ_n p[(l'/d)·j + m - n], m < l'/d, n < l/d (equations 9 and 10).
-    """
+    f32 [B, K, G, L, I] → [B, K, L, J]. Compression block i counts for selection block j once for
+    every stride of tokens that they share: Σ_m Σ_n p[(l'/d)·j + m - n], m < l'/d, n < l/d
+    (equations 9 and 10)."""
     p_BxKxLxI = p_BxKxGxLxI.sum(2)
     covered, together = budget.compress_block // budget.stride, budget.select_block // budget.stride
     strides = p_BxKxLxI.shape[-1] + covered - 1
     padded = jnp.pad(p_BxKxLxI, ((0, 0), (0, 0), (0, 0), (covered - 1, covered - 1)))
-    # Of every stride, the sum over the compression blocks that cover it; then of every block, over its strides.
+    # Of every stride, the sum over the compression blocks that cover it; then of every block, over
+    # its strides.
     shifted = [padded[..., covered - 1 - n : covered - 1 - n + strides] for n in range(covered)]
     return jnp.stack(shifted).sum(0).reshape(*p_BxKxLxI.shape[:3], -1, together).sum(-1)
 
 
 def select(scores_BxKxLxJ: Array, budget: Budget, position_L: Array) -> Array:
-    """Which blocks every query reads: the forced ones and the best others up to `selected`, bool [B, K, L, J].
+    """Which blocks every query reads: the forced ones and the best others up to `selected`, bool
+    [B, K, L, J].
 
-    Only blocks that begin at or before the query; ties go to the earlier block. Not differentiable, by design.
-    """
+    Only blocks that begin at or before the query; ties go to the earlier block. Not differentiable,
+    by design."""
     J = scores_BxKxLxJ.shape[-1]
     own_Lx1, block_J = (position_L // budget.select_block)[:, None], jnp.arange(J)
     forced_LxJ = (block_J < budget.initial) | (block_J > own_Lx1 - budget.local)
@@ -98,22 +109,29 @@ def select(scores_BxKxLxJ: Array, budget: Budget, position_L: Array) -> Array:
     ranked = jnp.where(block_J <= own_Lx1, ranked, -jnp.inf)
     _, best = jax.lax.top_k(ranked, min(budget.selected, J))
     # Near the start fewer blocks are visible than slots: what fills the rest is masked out again.
-    chosen_BxKxLxJ = jnp.put_along_axis(jnp.zeros_like(ranked), best, 1.0, axis=-1, inplace=False) > 0
+    chosen_BxKxLxJ = (
+        jnp.put_along_axis(jnp.zeros_like(ranked), best, 1.0, axis=-1, inplace=False) > 0
+    )
     return chosen_BxKxLxJ & (block_J <= own_Lx1)
 
 
 def compressed_attention(
     q_BxLxHxC: Array, k_BxIxKxC: Array, v_BxIxKxC: Array, last_I: Array, position_L: Array
 ) -> tuple[Array, Array]:
-    """Attention to compression blocks that are wholly past: output [B, L, H, C] and probabilities f32 [B, K, G, L, I].
+    """Attention to compression blocks that are wholly past: output [B, L, H, C] and probabilities
+    f32 [B, K, G, L, I].
 
-    `last_I`: position of every block's last token. A query before the end of the first block gets output 0.
-    """
+    `last_I`: position of every block's last token. A query before the end of the first block gets
+    output 0."""
     B, L, H, C = q_BxLxHxC.shape
     q_BxLxKxGxC = q_BxLxHxC.reshape(B, L, k_BxIxKxC.shape[2], -1, C)
-    logits = jnp.einsum("blkgc,bikc->bkgli", q_BxLxKxGxC, k_BxIxKxC, preferred_element_type=jnp.float32) * C**-0.5
+    logits = (
+        jnp.einsum("blkgc,bikc->bkgli", q_BxLxKxGxC, k_BxIxKxC, preferred_element_type=jnp.float32)
+        * C**-0.5
+    )
     seen_LxI = last_I <= position_L[:, None]
-    # A finite floor keeps rows without any key free of NaN, in the gradient too; their weights are zeroed after.
+    # A finite floor keeps rows without any key free of NaN, in the gradient too; their weights are
+    # zeroed after.
     p_BxKxGxLxI = jax.nn.softmax(jnp.where(seen_LxI, logits, -1e30), axis=-1) * seen_LxI
     out_BxLxKxGxC = jnp.einsum("bkgli,bikc->blkgc", p_BxKxGxLxI.astype(v_BxIxKxC.dtype), v_BxIxKxC)
     return out_BxLxKxGxC.reshape(B, L, H, C), p_BxKxGxLxI
@@ -126,17 +144,23 @@ def selected_attention(
     S, G = k_BxSxKxC.shape[1], q_BxLxHxC.shape[2] // k_BxSxKxC.shape[2]
     past_LxS = jnp.arange(S) <= position_L[:, None]
     seen_BxKxLxS = jnp.repeat(chosen_BxKxLxJ, S // chosen_BxKxLxJ.shape[-1], axis=-1) & past_LxS
-    return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=jnp.repeat(seen_BxKxLxS, G, axis=1))
+    return jax.nn.dot_product_attention(
+        q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=jnp.repeat(seen_BxKxLxS, G, axis=1)
+    )
 
 
-def window_attention(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, window: int, position_L: Array) -> Array:
+def window_attention(
+    q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, window: int, position_L: Array
+) -> Array:
     """Causal attention to the last `window` tokens: [B, L, H, C]."""
     seen_LxS = allowed(Mask("causal", window=window), position_L, jnp.arange(k_BxSxKxC.shape[1]))
     return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=seen_LxS[None, None])
 
 
 def with_halo(kv_2xBxLxKxC: Array, tokens: int) -> Array:
-    """Followed by the first `tokens` of the next device of cp, or by zeros: [2, B, L + tokens, K, C]."""
+    """Followed by the first `tokens` of the next device of cp, or by zeros: [2, B, L + tokens, K,
+    C].
+    """
     if size("cp") == 1 or not tokens:
         return kv_2xBxLxKxC
     first = vary(kv_2xBxLxKxC[:, :, :tokens], "cp")
@@ -145,10 +169,11 @@ def with_halo(kv_2xBxLxKxC: Array, tokens: int) -> Array:
 
 
 class Compression(nn.Module):
-    """phi (equation 7): a block of keys or values, with learned positions inside the block, through one hidden layer.
+    """phi (equation 7): a block of keys or values, with learned positions inside the block, through
+    one hidden layer.
 
-    Keys and values [2, B, L, K, C] → [2, B, I, K, C]; each of the two and every head has its own weights.
-    """
+    Keys and values [2, B, L, K, C] → [2, B, I, K, C]; each of the two and every head has its own
+    weights."""
 
     kv_heads: int
     head_dim: int
@@ -159,24 +184,33 @@ class Compression(nn.Module):
     def __call__(self, kv_2xBxLxKxC: Array) -> Array:
         C, M, K = self.head_dim, self.budget.compress_block, self.kv_heads // size("tp")
         heads = (None, "tp", None, None)
-        position = self.param("position", partitioned(normal(0.02), *heads), (2, K, M, C)).astype(self.dtype)
-        w_in = self.param("w_in", partitioned(normal((M * C) ** -0.5), *heads, None), (2, K, M, C, C))
-        w_out = self.param("w_out", partitioned(normal(C**-0.5), *heads), (2, K, C, C)).astype(self.dtype)
+        position = self.param("position", partitioned(normal(0.02), *heads), (2, K, M, C)).astype(
+            self.dtype
+        )
+        w_in = self.param(
+            "w_in", partitioned(normal((M * C) ** -0.5), *heads, None), (2, K, M, C, C)
+        )
+        w_out = self.param("w_out", partitioned(normal(C**-0.5), *heads), (2, K, C, C)).astype(
+            self.dtype
+        )
         first_I = jnp.arange(0, kv_2xBxLxKxC.shape[2] - M + 1, self.budget.stride)
         blocks_2xBxIxMxKxC = kv_2xBxLxKxC[:, :, first_I[:, None] + jnp.arange(M)]
         blocks_2xBxIxMxKxC = blocks_2xBxIxMxKxC + position.swapaxes(1, 2)[:, None, None]
-        hidden = nn.gelu(jnp.einsum("sbimkc,skmcd->sbikd", blocks_2xBxIxMxKxC, w_in.astype(self.dtype)))
+        hidden = nn.gelu(
+            jnp.einsum("sbimkc,skmcd->sbikd", blocks_2xBxIxMxKxC, w_in.astype(self.dtype))
+        )
         return jnp.einsum("sbikd,skdc->sbikc", hidden, w_out)
 
 
 class NativeSparseAttention(nn.Module):
-    """Causal grouped-query attention to a budget of tokens, in place of `Attention`: [B, L, D] → [B, L, D].
+    """Causal grouped-query attention to a budget of tokens, in place of `Attention`: [B, L, D] →
+    [B, L, D].
 
-    Rotary positions as in `Attention`; a compressed key is rotated to the position of its last token, when it comes in
-    sight. Gates are sigmoid(x W), one a head and branch (the paper leaves their network open). Over cp the layout is
-    contiguous. ValueError for a length that `Budget.check_length` refuses, and for parts of the sequence that are not
-    whole strides or shorter than what a compression block reaches into the next one.
-    """
+    Rotary positions as in `Attention`; a compressed key is rotated to the position of its last
+    token, when it comes in sight. Gates are sigmoid(x W), one a head and branch (the paper leaves
+    their network open). Over cp the layout is contiguous. ValueError for a length that
+    `Budget.check_length` refuses, and for parts of the sequence that are not whole strides or
+    shorter than what a compression block reaches into the next one."""
 
     width: int
     heads: int
@@ -215,7 +249,8 @@ class NativeSparseAttention(nn.Module):
         reach = b.compress_block - b.stride
         if cp > 1 and (length % b.stride or length < reach):
             raise ValueError(
-                f"S/cp = {length * cp}/{cp} = {length} tokens of a device must be a multiple of stride {b.stride} and "
+                f"S/cp = {length * cp}/{cp} = {length} tokens of a device must be a multiple of "
+                f"stride {b.stride} and "
                 f"at least compress_block - stride = {reach}: lower mesh.cp or the stride"
             )
 
@@ -238,11 +273,19 @@ class NativeSparseAttention(nn.Module):
         last_I = b.compress_block - 1 + b.stride * jnp.arange(blocks)
         q_BxLxHxC = rotary(q_BxLxHxC, position_L, self.rope_base)
         k_BxIxKxC = rotary(k_BxIxKxC, last_I, self.rope_base)
-        k_selected, k_window = (rotary(k, position_L, self.rope_base) for k in (k_selected, k_window))
+        k_selected, k_window = (
+            rotary(k, position_L, self.rope_base) for k in (k_selected, k_window)
+        )
         k_selected, v_selected, k_window, v_window = all_gather(
             jnp.stack([k_selected, v_selected, k_window, v_window]), "cp", dim=2
         )
-        compressed, p_BxKxGxLxI = compressed_attention(q_BxLxHxC, k_BxIxKxC, v_BxIxKxC, last_I, position_L)
+        compressed, p_BxKxGxLxI = compressed_attention(
+            q_BxLxHxC, k_BxIxKxC, v_BxIxKxC, last_I, position_L
+        )
         chosen_BxKxLxJ = select(selection_scores(p_BxKxGxLxI, b), b, position_L)
         selected = selected_attention(q_BxLxHxC, k_selected, v_selected, chosen_BxKxLxJ, position_L)
-        return compressed, selected, window_attention(q_BxLxHxC, k_window, v_window, b.window, position_L)
+        return (
+            compressed,
+            selected,
+            window_attention(q_BxLxHxC, k_window, v_window, b.window, position_L),
+        )

@@ -11,7 +11,9 @@ from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform
 
 
 def from_config(c: ml_collections.ConfigDict, n_ids: int, bos: int) -> Objective:
-    """The objective that config `c` names, for data ids 0..n_ids-1 (id n_ids is the mask) with `bos` as start token."""
+    """The objective that config `c` names, for data ids 0..n_ids-1 (id n_ids is the mask) with
+    `bos` as start token.
+    """
     o = c.objective
     match o.name:
         case "autoregressive":
@@ -27,4 +29,12 @@ def from_config(c: ml_collections.ConfigDict, n_ids: int, bos: int) -> Objective
     raise ValueError(f"unknown objective {o.name!r}")
 
 
-__all__ = ["MDLM", "Autoregressive", "BlockDiffusion", "Objective", "SEDDAbsorbing", "SEDDUniform", "from_config"]
+__all__ = [
+    "MDLM",
+    "Autoregressive",
+    "BlockDiffusion",
+    "Objective",
+    "SEDDAbsorbing",
+    "SEDDUniform",
+    "from_config",
+]

@@ -14,7 +14,9 @@ from fdp.parallel.tensor import cross_entropy, suppress
 
 @dataclass(frozen=True)
 class Autoregressive:
-    """Causal language modelling. Inputs are the tokens shifted right behind `bos`, so Σ loss is -log p(tokens)."""
+    """Causal language modelling. Inputs are the tokens shifted right behind `bos`, so Σ loss is
+    -log p(tokens).
+    """
 
     n_ids: int
     bos: int
@@ -28,7 +30,11 @@ class Autoregressive:
         tokens_BxL = tokens_BxL.astype(jnp.int32)
         inputs_BxL = jnp.roll(tokens_BxL, 1, axis=1).at[:, 0].set(self.bos)
         rows = {"targets": tokens_BxL, "weights": jnp.ones(tokens_BxL.shape, jnp.float32)}
-        return {"inputs": inputs_BxL, "noise": jnp.zeros(tokens_BxL.shape[0], jnp.float32), "rows": rows}
+        return {
+            "inputs": inputs_BxL,
+            "noise": jnp.zeros(tokens_BxL.shape[0], jnp.float32),
+            "rows": rows,
+        }
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """-log p(target) in nats, times the weight: [R..., V/tp] → f32 [R...]."""

@@ -1,8 +1,7 @@
 """What a token objective must offer the train step, and the low-discrepancy strata that they share.
 
-Shapes: B sequences, L positions, S model input length (L, or 2L for block diffusion), V vocabulary (tp: V/tp columns),
-R rows (any leading shape), N strata (noise levels drawn for one batch).
-"""
+Shapes: B sequences, L positions, S model input length (L, or 2L for block diffusion), V vocabulary
+(tp: V/tp columns), R rows (any leading shape), N strata (noise levels drawn for one batch)."""
 
 from functools import lru_cache
 from typing import Any, Protocol, TypedDict
@@ -11,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Per-position fields of a batch: "targets" int32 and "weights" f32 always, the rest is the objective's own business.
+# Per-position fields of a batch: "targets" int32 and "weights" f32 always, the rest is the
+# objective's own business.
 Rows = dict[str, jax.Array]
 
 
@@ -24,7 +24,9 @@ class Batch(TypedDict):
 
 
 class Objective(Protocol):
-    """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Train on Σ loss / (B·L): every token counts."""
+    """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Train on Σ loss / (B·L): every
+    token counts.
+    """
 
     @property
     def n_ids(self) -> int:
@@ -47,7 +49,9 @@ class Objective(Protocol):
         ...
 
     def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
-        """Draw the noise of one GLOBAL batch: call it outside shard_map, so that every mesh sees the same noise."""
+        """Draw the noise of one GLOBAL batch: call it outside shard_map, so that every mesh sees
+        the same noise.
+        """
         ...
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
@@ -55,12 +59,16 @@ class Objective(Protocol):
         ...
 
     def capacity(self, batch: int, seq_len: int, shards: int, seq_shards: int = 1) -> int:
-        """Static bound on the rows of weight > 0 that one of `shards` x `seq_shards` devices can hold."""
+        """Static bound on the rows of weight > 0 that one of `shards` x `seq_shards` devices can
+        hold.
+        """
         ...
 
 
 def _bit_reverse(n: int) -> np.ndarray:
-    """Van der Corput order of 0..n-1 (n a power of two): every aligned dyadic range is an equally spaced subset."""
+    """Van der Corput order of 0..n-1 (n a power of two): every aligned dyadic range is an equally
+    spaced subset.
+    """
     bits = n.bit_length() - 1
     return np.array([int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(n)])
 
@@ -76,11 +84,11 @@ def _three_deals(n: int) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def balanced_order(n: int) -> np.ndarray:
-    """Stratum held by each row: a fixed permutation of 0..n-1 that balances every power-of-two contiguous split.
+    """Stratum held by each row: a fixed permutation of 0..n-1 that balances every power-of-two
+    contiguous split.
 
-    With n = 2^a·q, q odd, a shard of even size holds whole pairs (i, n-1-i), or (q ≥ 3) columns of q strata of equal
-    sum to ±1. The order depends on n alone, never on the mesh.
-    """
+    With n = 2^a·q, q odd, a shard of even size holds whole pairs (i, n-1-i), or (q ≥ 3) columns of
+    q strata of equal sum to ±1. The order depends on n alone, never on the mesh."""
     columns = n & -n
     deals = n // columns
     if deals == 1:
@@ -96,10 +104,11 @@ def balanced_order(n: int) -> np.ndarray:
 
 
 def shifted_order(n: int, xor: Any, turn: Any) -> Any:
-    """`balanced_order(n)` with dyadic ranges swapped by `xor` < 2^a and columns turned by `turn` < q (n = 2^a·q).
+    """`balanced_order(n)` with dyadic ranges swapped by `xor` < 2^a and columns turned by `turn` <
+    q (n = 2^a·q).
 
-    Any (xor, turn) keeps every power-of-two contiguous split balanced: it permutes the shards and rows inside them.
-    """
+    Any (xor, turn) keeps every power-of-two contiguous split balanced: it permutes the shards and
+    rows inside them."""
     order = balanced_order(n)
     columns = n & -n
     deals = n // columns
@@ -109,11 +118,11 @@ def shifted_order(n: int, xor: Any, turn: Any) -> Any:
 
 
 def strata(key: jax.Array, n: int) -> jax.Array:
-    """A stratum 0..n-1 for each of n rows, each used once, each row's uniform on its own: int32 [n].
+    """A stratum 0..n-1 for each of n rows, each used once, each row's uniform on its own: int32
+    [n].
 
-    The set is {0..n-1} always and the random shift makes every row's marginal uniform, so a stratified estimate is
-    unbiased for a fixed batch, not only for exchangeable data.
-    """
+    The set is {0..n-1} always and the random shift makes every row's marginal uniform, so a
+    stratified estimate is unbiased for a fixed batch, not only for exchangeable data."""
     columns = n & -n
     key_xor, key_turn = jax.random.split(key)
     xor = jax.random.randint(key_xor, (), 0, columns)
@@ -124,19 +133,18 @@ def strata(key: jax.Array, n: int) -> jax.Array:
 def stratified_uniform(key: jax.Array, n: int) -> jax.Array:
     """n times in [0, 1], one in each interval [i/n, (i+1)/n), with one common offset: f32 [n].
 
-    As a set this is {(u + j/n) mod 1} with u uniform (Kingma et al. 2021): always exactly n points, where
-    `arange(0, 1, 1/n)` yields n+1 for n = 49, 98, 103, … in f32.
-    """
+    As a set this is {(u + j/n) mod 1} with u uniform (Kingma et al. 2021): always exactly n points,
+    where `arange(0, 1, 1/n)` yields n+1 for n = 49, 98, 103, … in f32."""
     key_order, key_offset = jax.random.split(key)
     return (strata(key_order, n) + jax.random.uniform(key_offset)) / n
 
 
 def stratified_counts(key: jax.Array, n: int, length: int) -> jax.Array:
-    """n mask counts, each uniform on {1..length}, stratified: int32 [n]. 1 + floor(t·length) in exact integers.
+    """n mask counts, each uniform on {1..length}, stratified: int32 [n]. 1 + floor(t·length) in
+    exact integers.
 
-    Rows of stratum i get 1 + (i·length + v) // n with one v uniform on {0..length-1}; f32 times would round up at a
-    stratum's end and overflow `masked_capacity`.
-    """
+    Rows of stratum i get 1 + (i·length + v) // n with one v uniform on {0..length-1}; f32 times
+    would round up at a stratum's end and overflow `masked_capacity`."""
     if n * length >= 2**31:
         raise ValueError(f"{n} rows x {length} positions do not fit int32 strata; split the batch")
     key_order, key_offset = jax.random.split(key)

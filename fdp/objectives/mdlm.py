@@ -1,10 +1,12 @@
-"""Masked diffusion (MDLM = MD4 = RADD = LLaDA): a cross entropy on the masked positions, weighted into a NELBO.
+"""Masked diffusion (MDLM = MD4 = RADD = LLaDA): a cross entropy on the masked positions, weighted
+into a NELBO.
 
-Two unbiased estimators of the same bound. "t": time t, each token masked with probability 1-α(t), weight w(t).
-"k": exactly k ~ U{1..L} masked tokens, weight L/k. Never mix them: exact-k masks with 1/t weights are biased.
+Two unbiased estimators of the same bound. "t": time t, each token masked with probability 1-α(t),
+weight w(t). "k": exactly k ~ U{1..L} masked tokens, weight L/k. Never mix them: exact-k masks with
+1/t weights are biased.
 
-Shapes: B sequences, L positions, V vocabulary (tp: V/tp columns), R rows (any leading shape), M masks.
-"""
+Shapes: B sequences, L positions, V vocabulary (tp: V/tp columns), R rows (any leading shape), M
+masks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,9 +42,9 @@ def iid_counts(key: jax.Array, count: int, length: int) -> jax.Array:
 class MDLM:
     """Masked diffusion NELBO (Sahoo et al. 2024; "k" form: Nie et al. 2025).
 
-    `antithetic` draws one noise level per stratum of the global batch (fewer than 1/5 of the variance); without it
-    the levels are independent. Time conditioning, where wanted, reads `noise`: the mask ratio k/L, or 1-α(t).
-    """
+    `antithetic` draws one noise level per stratum of the global batch (fewer than 1/5 of the
+    variance); without it the levels are independent. Time conditioning, where wanted, reads
+    `noise`: the mask ratio k/L, or 1-α(t)."""
 
     n_ids: int
     form: str = "k"
@@ -54,61 +56,85 @@ class MDLM:
 
     def __post_init__(self) -> None:
         if self.form not in ("t", "k"):
-            raise ValueError(f"form must be 't' (continuous time) or 'k' (exact mask count), not {self.form!r}")
+            raise ValueError(
+                f"form must be 't' (continuous time) or 'k' (exact mask count), not {self.form!r}"
+            )
 
     def levels(self, key: jax.Array, count: int, length: int) -> tuple[jax.Array, jax.Array]:
-        """`count` noise levels and their weights: f32 [count] each. "k" gives (k/length, length/k)."""
+        """`count` noise levels and their weights: f32 [count] each. "k" gives (k/length,
+        length/k).
+        """
         if self.form == "k":
-            k = stratified_counts(key, count, length) if self.antithetic else iid_counts(key, count, length)
+            k = (
+                stratified_counts(key, count, length)
+                if self.antithetic
+                else iid_counts(key, count, length)
+            )
             return k / length, length / k
         t = stratified_uniform(key, count) if self.antithetic else jax.random.uniform(key, (count,))
         return self.schedule.mask_prob(t), self.schedule.weight(t)
 
     def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
-        """Replace tokens by the mask id n_ids. Draw on the global batch; weights are 0 at positions left visible."""
+        """Replace tokens by the mask id n_ids. Draw on the global batch; weights are 0 at positions
+        left visible.
+        """
         batch, length = tokens_BxL.shape
         key_level, key_mask = jax.random.split(key)
         noise_B, weight_B = self.levels(key_level, batch, length)
         if self.form == "k":
-            masked_BxL = mask_exact_k(key_mask, jnp.round(noise_B * length).astype(jnp.int32), length)
+            masked_BxL = mask_exact_k(
+                key_mask, jnp.round(noise_B * length).astype(jnp.int32), length
+            )
         else:
             masked_BxL = mask_bernoulli(key_mask, noise_B, length)
         tokens_BxL = tokens_BxL.astype(jnp.int32)
         # Selecting, not multiplying: at t = 0 the weight is infinite and nothing is masked.
         rows = {"targets": tokens_BxL, "weights": jnp.where(masked_BxL, weight_B[:, None], 0.0)}
-        return {"inputs": jnp.where(masked_BxL, self.n_ids, tokens_BxL), "noise": noise_B, "rows": rows}
+        return {
+            "inputs": jnp.where(masked_BxL, self.n_ids, tokens_BxL),
+            "noise": noise_B,
+            "rows": rows,
+        }
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """w · -log p(target) in nats over the ids 0..n_ids-1: [R..., V/tp] → f32 [R...]."""
         return rows["weights"] * cross_entropy(suppress(logits_RxV, self.n_ids), rows["targets"])
 
     def capacity(self, batch: int, seq_len: int, shards: int, seq_shards: int = 1) -> int:
-        """Rows of weight > 0 one device can ever hold: `masked_capacity` where counts are stratified, else all."""
+        """Rows of weight > 0 one device can ever hold: `masked_capacity` where counts are
+        stratified, else all.
+        """
         if self.form == "k" and self.antithetic:
             return masked_capacity(batch, seq_len, shards, seq_shards)
         return -(-batch // shards) * -(-seq_len // seq_shards)
 
 
 @lru_cache(maxsize=256)
-def masked_capacity(batch: int, seq_len: int, shards: int, seq_shards: int = 1, block: int | None = None) -> int:
-    """Largest number of masked positions that stratified exact-k masks can give one device; attained, never exceeded.
+def masked_capacity(
+    batch: int, seq_len: int, shards: int, seq_shards: int = 1, block: int | None = None
+) -> int:
+    """Largest number of masked positions that stratified exact-k masks can give one device;
+    attained, never exceeded.
 
-    `shards` contiguous batch shards; `seq_shards` > 1 counts at most seq_len/seq_shards positions a sequence, a bound
-    for any sequence layout. `block`: length in which k is drawn (block diffusion). About (B+1)·L/2/shards.
-    Raises ValueError where the shards do not divide the batch or sequence, or `block` the sequence.
-    """
+    `shards` contiguous batch shards; `seq_shards` > 1 counts at most seq_len/seq_shards positions a
+    sequence, a bound for any sequence layout. `block`: length in which k is drawn (block
+    diffusion). About (B+1)·L/2/shards. Raises ValueError where the shards do not divide the batch
+    or sequence, or `block` the sequence."""
     block = block or seq_len
     if batch % shards or seq_len % seq_shards or seq_len % block:
         raise ValueError(
-            f"batch {batch} over {shards} shards, sequence {seq_len} over {seq_shards} shards and blocks of {block}: "
+            f"batch {batch} over {shards} shards, sequence {seq_len} over {seq_shards} shards and "
+            f"blocks of {block}: "
             "each must divide"
         )
     blocks = seq_len // block
     n = batch * blocks
     columns = n & -n
-    # Counts grow with the common offset v (`stratified_counts`), so its largest value is the worst case.
+    # Counts grow with the common offset v (`stratified_counts`), so its largest value is the worst
+    # case.
     counts = 1 + (np.arange(n) * block + block - 1) // n
-    # A shift permutes aligned power-of-two ranges whole: it matters only where shards or sequences are not such ranges.
+    # A shift permutes aligned power-of-two ranges whole: it matters only where shards or sequences
+    # are not such ranges.
     aligned = columns % shards == 0 and (seq_shards == 1 or blocks == 1 or columns % batch == 0)
     worst = 0
     for shift in range(1 if aligned else n):
@@ -120,19 +146,25 @@ def masked_capacity(batch: int, seq_len: int, shards: int, seq_shards: int = 1, 
 
 
 def nelbo_exact(
-    denoiser: Callable[[np.ndarray], np.ndarray], x_BxL: np.ndarray, mask_id: int, block: int | None = None
+    denoiser: Callable[[np.ndarray], np.ndarray],
+    x_BxL: np.ndarray,
+    mask_id: int,
+    block: int | None = None,
 ) -> np.ndarray:
-    """NELBO of each sequence in nats with no sampling error, by enumerating every mask: int [B, L] → f64 [B].
+    """NELBO of each sequence in nats with no sampling error, by enumerating every mask: int [B, L]
+    → f64 [B].
 
-    `denoiser(z_NxL) -> log-probs [N, L, V]`. L(x) = Σ_{M≠∅} 1/(|M| C(L,|M|)) Σ_{i∈M} -log p(x_i | z); with `block`,
-    the sum over blocks of that bound given the clean blocks before (later blocks fully masked). Equals -log p(x) for
-    exact conditionals (any-order identity). Raises ValueError for blocks longer than 10: 2^L masks.
-    """
+    `denoiser(z_NxL) -> log-probs [N, L, V]`. L(x) = Σ_{M≠∅} 1/(|M| C(L,|M|)) Σ_{i∈M} -log p(x_i |
+    z); with `block`, the sum over blocks of that bound given the clean blocks before (later blocks
+    fully masked). Equals -log p(x) for exact conditionals (any-order identity). Raises ValueError
+    for blocks longer than 10: 2^L masks."""
     x_BxL = np.asarray(x_BxL)
     batch, length = x_BxL.shape
     block = block or length
     if block > 10 or length % block:
-        raise ValueError(f"need a block of at most 10 that divides the length {length}, not {block}")
+        raise ValueError(
+            f"need a block of at most 10 that divides the length {length}, not {block}"
+        )
     masks_MxK = (np.arange(1, 2**block)[:, None] >> np.arange(block)) & 1 == 1
     sizes_M = masks_MxK.sum(1)
     weights_M = 1 / (sizes_M * np.array([comb(block, k) for k in sizes_M]))
@@ -142,7 +174,9 @@ def nelbo_exact(
         z_BxMxL = np.repeat(x_BxL[:, None], len(masks_MxK), axis=1)
         z_BxMxL[..., start + block :] = mask_id
         z_BxMxL[..., own] = np.where(masks_MxK, mask_id, z_BxMxL[..., own])
-        logp = np.asarray(denoiser(z_BxMxL.reshape(-1, length)), np.float64).reshape(*z_BxMxL.shape, -1)[:, :, own]
+        logp = np.asarray(denoiser(z_BxMxL.reshape(-1, length)), np.float64).reshape(
+            *z_BxMxL.shape, -1
+        )[:, :, own]
         picked_BxMxK = np.take_along_axis(logp, x_BxL[:, None, own, None], axis=-1)[..., 0]
         total_B += np.where(masks_MxK, -picked_BxMxK, 0).sum(-1) @ weights_M
     return total_B

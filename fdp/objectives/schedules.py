@@ -1,4 +1,5 @@
-"""Noise schedules: how much of a token survives at time t, and the weight that makes the loss a likelihood bound.
+"""Noise schedules: how much of a token survives at time t, and the weight that makes the loss a
+likelihood bound.
 
 t in [0, 1] (0 clean, 1 noise), any shape, f32. α keep probability, σ = -log α total noise.
 "Cosine" names three different functions in the literature; each has its own name here.
@@ -46,7 +47,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """α = 1 - (1-ε)t (log-linear σ; Lou et al. 2024, Sahoo et al. 2024). The weight is exactly 1/t for every ε."""
+    """α = 1 - (1-ε)t (log-linear σ; Lou et al. 2024, Sahoo et al. 2024). The weight is exactly 1/t
+    for every ε.
+    """
 
     eps: float = 1e-3
 
@@ -80,7 +83,9 @@ class MD4Cosine(Schedule):
 
 @dataclass(frozen=True)
 class MDLMCosine(Schedule):
-    """α = ε + (1-ε) cos(πt/2) (the mdlm code's CosineNoise; with ε = 0 also init2winit's "cosine")."""
+    """α = ε + (1-ε) cos(πt/2) (the mdlm code's CosineNoise; with ε = 0 also init2winit's
+    "cosine").
+    """
 
     eps: float = 1e-3
 
@@ -95,7 +100,9 @@ class MDLMCosine(Schedule):
 
 @dataclass(frozen=True)
 class BD3Cosine(Schedule):
-    """α = (1-ε) cos(πt/2) (Arriola et al. 2025, BD3-LM): unlike `MDLMCosine` it corrupts ε of the tokens at t = 0."""
+    """α = (1-ε) cos(πt/2) (Arriola et al. 2025, BD3-LM): unlike `MDLMCosine` it corrupts ε of the
+    tokens at t = 0.
+    """
 
     eps: float = 1e-3
 
@@ -126,7 +133,9 @@ class Polynomial(Schedule):
 
 @dataclass(frozen=True)
 class Geometric(Schedule):
-    """σ = σ_min^(1-t) σ_max^t (Lou et al. 2024, the schedule of SEDD uniform); σ_min plays the part of ε."""
+    """σ = σ_min^(1-t) σ_max^t (Lou et al. 2024, the schedule of SEDD uniform); σ_min plays the part
+    of ε.
+    """
 
     sigma_min: float = 1e-4
     sigma_max: float = 20.0
@@ -163,10 +172,11 @@ SCHEDULES: dict[str, type[Schedule]] = {
 
 
 def schedule(name: str, **parameters: float) -> Schedule:
-    """The schedule called `name` ("poly<p>" is α = 1 - t^p), with its own parameters (eps, power, sigma_min, …).
+    """The schedule called `name` ("poly<p>" is α = 1 - t^p), with its own parameters (eps, power,
+    sigma_min, …).
 
-    Raises ValueError with the closest name for an unknown one, TypeError for a parameter it does not have.
-    """
+    Raises ValueError with the closest name for an unknown one, TypeError for a parameter it does
+    not have."""
     if polynomial := re.fullmatch(r"poly(\d+(?:\.\d+)?)", name):
         return Polynomial(power=float(polynomial[1]), **parameters)
     if name not in SCHEDULES:

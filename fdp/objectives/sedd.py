@@ -1,4 +1,5 @@
-"""Score entropy (SEDD): learn the ratios p(y)/p(z) of one-token neighbours, under absorbing or uniform noise.
+"""Score entropy (SEDD): learn the ratios p(y)/p(z) of one-token neighbours, under absorbing or
+uniform noise.
 
 Shapes: B sequences, L positions, V vocabulary (tp: V/tp columns), R rows (any leading shape).
 """
@@ -20,27 +21,34 @@ from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp, 
 class SEDDAbsorbing(MDLM):
     """Score entropy for absorbing noise (Lou et al. 2024), noise forms and masks as in `MDLM`.
 
-    log score of id y = logit_y - log n_ids - log(e^σ - 1): the scale by σ of the paper's code, so that zero logits are
-    a normalised score. The loss is MDLM's plus w·(c - 1 - log c) ≥ 0, c = Σ e^logit / n_ids.
-    """
+    log score of id y = logit_y - log n_ids - log(e^σ - 1): the scale by σ of the paper's code, so
+    that zero logits are a normalised score. The loss is MDLM's plus w·(c - 1 - log c) ≥ 0, c = Σ
+    e^logit / n_ids."""
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
-        """w·[Σ_y s_y/κ - log s_x/κ - 1] in nats, κ = 1/(e^σ - 1) cancelling: [R..., V/tp] → f32 [R...]."""
+        """w·[Σ_y s_y/κ - log s_x/κ - 1] in nats, κ = 1/(e^σ - 1) cancelling: [R..., V/tp] → f32
+        [R...].
+        """
         logits_RxV = suppress(logits_RxV, self.n_ids)
         mass = jnp.exp(vocab_logsumexp(logits_RxV) - log(self.n_ids))
-        return rows["weights"] * (mass - vocab_gather(logits_RxV, rows["targets"]) + log(self.n_ids) - 1)
+        return rows["weights"] * (
+            mass - vocab_gather(logits_RxV, rows["targets"]) + log(self.n_ids) - 1
+        )
 
 
 def uniform_ratio(sigma: jax.Array, n_ids: int) -> jax.Array:
-    """p(stays)/p(becomes one given other id) = 1 + n_ids/(e^σ - 1) under uniform noise of total σ."""
+    """p(stays)/p(becomes one given other id) = 1 + n_ids/(e^σ - 1) under uniform noise of total
+    σ.
+    """
     return 1 + n_ids / jnp.expm1(sigma)
 
 
 def score_of_mean(logp_RxV: jax.Array, noisy: jax.Array, sigma: jax.Array, n_ids: int) -> jax.Array:
-    """Log scores of a clean-token prediction: log q(y)/q(noisy), q = e^-σ p + (1 - e^-σ)/n_ids: [R..., V/tp] → same.
+    """Log scores of a clean-token prediction: log q(y)/q(noisy), q = e^-σ p + (1 - e^-σ)/n_ids:
+    [R..., V/tp] → same.
 
-    Exact ratios need p = p(x_i | z without i), NOT the posterior p(x_i | z) (UDLM, Schiff et al. 2025).
-    """
+    Exact ratios need p = p(x_i | z without i), NOT the posterior p(x_i | z) (UDLM, Schiff et al.
+    2025)."""
     sigma = sigma[..., None]
     q_RxV = jnp.exp(logp_RxV - sigma) - jnp.expm1(-sigma) / n_ids
     return jnp.log(q_RxV) - jnp.log(vocab_gather(q_RxV, noisy))[..., None]
@@ -48,11 +56,12 @@ def score_of_mean(logp_RxV: jax.Array, noisy: jax.Array, sigma: jax.Array, n_ids
 
 @dataclass(frozen=True)
 class SEDDUniform:
-    """Score entropy for uniform noise (Lou et al. 2024 with Q uniform); the logits are the log scores.
+    """Score entropy for uniform noise (Lou et al. 2024 with Q uniform); the logits are the log
+    scores.
 
-    Every position carries loss and the model must see σ (`noise`). The bound leaves out the reconstruction term at
-    σ(0) and the prior term at σ(1), both negligible for the default schedule.
-    """
+    Every position carries loss and the model must see σ (`noise`). The bound leaves out the
+    reconstruction term at σ(0) and the prior term at σ(1), both negligible for the default
+    schedule."""
 
     n_ids: int
     schedule: Schedule = field(default_factory=Geometric)
@@ -62,12 +71,20 @@ class SEDDUniform:
     sparse_rows: bool = False
 
     def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
-        """Replace each token, with probability 1 - e^-σ, by a uniform id (itself included). noise = σ(t)."""
+        """Replace each token, with probability 1 - e^-σ, by a uniform id (itself included). noise =
+        σ(t).
+        """
         batch = tokens_BxL.shape[0]
         key_t, key_move, key_id = jax.random.split(key, 3)
-        t_B = stratified_uniform(key_t, batch) if self.antithetic else jax.random.uniform(key_t, (batch,))
+        t_B = (
+            stratified_uniform(key_t, batch)
+            if self.antithetic
+            else jax.random.uniform(key_t, (batch,))
+        )
         tokens_BxL = tokens_BxL.astype(jnp.int32)
-        moved_BxL = jax.random.uniform(key_move, tokens_BxL.shape) < self.schedule.mask_prob(t_B)[:, None]
+        moved_BxL = (
+            jax.random.uniform(key_move, tokens_BxL.shape) < self.schedule.mask_prob(t_B)[:, None]
+        )
         ids_BxL = jax.random.randint(key_id, tokens_BxL.shape, 0, self.n_ids, jnp.int32)
         noisy_BxL = jnp.where(moved_BxL, ids_BxL, tokens_BxL)
         sigma_B = self.schedule.sigma(t_B)
@@ -81,7 +98,8 @@ class SEDDUniform:
         return {"inputs": noisy_BxL, "noise": sigma_B, "rows": rows}
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
-        """σ'/n Σ_{y≠z} [s_y - r_y log s_y + r_y(log r_y - 1)] in nats, r = p(y|x)/p(z|x): [R..., V/tp] → f32 [R...].
+        """σ'/n Σ_{y≠z} [s_y - r_y log s_y + r_y(log r_y - 1)] in nats, r = p(y|x)/p(z|x): [R...,
+        V/tp] → f32 [R...].
 
         Not negative, and 0 exactly at s = r. The column of the noisy id itself is not read.
         """
@@ -90,14 +108,19 @@ class SEDDUniform:
         ids = vocab_offset(logits_RxV.shape[-1]) + jnp.arange(logits_RxV.shape[-1])
         other = (ids < n) & (ids != rows["noisy"][..., None])
         sums = jnp.stack(
-            [jnp.where(other, jnp.exp(jnp.where(other, logits_RxV, NEVER)), 0), jnp.where(other, logits_RxV, 0)]
+            [
+                jnp.where(other, jnp.exp(jnp.where(other, logits_RxV, NEVER)), 0),
+                jnp.where(other, logits_RxV, 0),
+            ]
         )
         score_sum, log_sum = psum(sums.sum(-1), "tp")
         kept = rows["noisy"] == rows["targets"]
         # Kept: every r is 1/ratio. Moved: r is `ratio` for the clean id and 1 for the n-2 others.
         at_target = vocab_gather(logits_RxV, rows["targets"])
         cross = jnp.where(kept, log_sum / ratio, log_sum + (ratio - 1) * at_target)
-        constant = jnp.where(kept, -(n - 1) / ratio * (jnp.log(ratio) + 1), ratio * (jnp.log(ratio) - 1) - (n - 2))
+        constant = jnp.where(
+            kept, -(n - 1) / ratio * (jnp.log(ratio) + 1), ratio * (jnp.log(ratio) - 1) - (n - 2)
+        )
         return rows["weights"] / n * (score_sum - cross + constant)
 
     def capacity(self, batch: int, seq_len: int, shards: int, seq_shards: int = 1) -> int:

@@ -27,17 +27,20 @@ def dequantise(q_C: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def int8_psum(x_D: jax.Array, axes: Axes) -> jax.Array:
-    """Sum over `axes` as an all-to-all of int8 chunks, a float32 sum, and an all-gather of int8 sums: [..., D] → same.
+    """Sum over `axes` as an all-to-all of int8 chunks, a float32 sum, and an all-gather of int8
+    sums: [..., D] → same.
 
-    Sends 2(t-1)/t · N·(D + 2t) bytes where the float32 all-reduce sends 2(t-1)/t · 4·N·D. The error of an element is
-    at most (t + 1)/2 steps of its chunk's scale. Raises ValueError where t does not divide D.
-    """
+    Sends 2(t-1)/t · N·(D + 2t) bytes where the float32 all-reduce sends 2(t-1)/t · 4·N·D. The error
+    of an element is at most (t + 1)/2 steps of its chunk's scale. Raises ValueError where t does
+    not divide D."""
     names, t = bound(axes), size(axes)
     if not names:
         return x_D
     D = x_D.shape[-1]
     if D % t:
-        raise ValueError(f"width {D} is not divisible by the {t} devices of {axes!r}: chunks would be uneven")
+        raise ValueError(
+            f"width {D} is not divisible by the {t} devices of {axes!r}: chunks would be uneven"
+        )
     x_txNxC = jnp.moveaxis(vary(x_D, axes).astype(jnp.float32).reshape(-1, t, D // t), 1, 0)
     q, scale = (lax.all_to_all(a, names, 0, 0, tiled=True) for a in quantise(x_txNxC))
     sum_NxC = dequantise(q, scale).sum(0)

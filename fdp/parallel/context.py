@@ -1,11 +1,12 @@
-"""Attention over a sequence that is sharded over cp, by any communication plan; the reference where cp is unbound.
+"""Attention over a sequence that is sharded over cp, by any communication plan; the reference where
+cp is unbound.
 
-Every plan gathers the positions (and segment ids) of all devices once, if the mask reads them, and masks by position.
-The result is therefore that of one device for any layout of the sequence.
+Every plan gathers the positions (and segment ids) of all devices once, if the mask reads them, and
+masks by position. The result is therefore that of one device for any layout of the sequence.
 
-Legend: B sequences, N local positions, S all positions, L = u·N positions after an exchange, r = cp/u ring members, T
-new tokens of a decode step, M cache slots, H query heads, K key/value heads, C head_dim; u: CommPlan.head_split.
-"""
+Legend: B sequences, N local positions, S all positions, L = u·N positions after an exchange, r =
+cp/u ring members, T new tokens of a decode step, M cache slots, H query heads, K key/value heads, C
+head_dim; u: CommPlan.head_split."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,30 @@ from jax import lax
 from fdp.collectives import all_gather, bound, index, pmax, psum, size, vary
 from fdp.kernels_pallas.blockwise import attention_lse
 from fdp.kernels_pallas.masks import Mask
-from fdp.parallel.context_plan import ATTEND, DECODE, SUPPORT, CommPlan, check, mask_kind, needed_hops, orders
+from fdp.parallel.context_plan import (
+    ATTEND,
+    DECODE,
+    SUPPORT,
+    CommPlan,
+    check,
+    mask_kind,
+    needed_hops,
+    orders,
+)
 from fdp.parallel.context_ring import Places, Ring, ring_attention
 
-__all__ = ["ATTEND", "DECODE", "SUPPORT", "CommPlan", "attend", "check", "decode", "mask_kind", "needed_hops", "orders"]
+__all__ = [
+    "ATTEND",
+    "DECODE",
+    "SUPPORT",
+    "CommPlan",
+    "attend",
+    "check",
+    "decode",
+    "mask_kind",
+    "needed_hops",
+    "orders",
+]
 
 Array = jax.Array
 
@@ -31,21 +52,27 @@ def attend(
     q_position_N: Array,
     segment_BxN: Array | None = None,
 ) -> Array:
-    """Softmax attention of the local queries to the keys of all devices of cp: [B, N, H, C], in q's type.
+    """Softmax attention of the local queries to the keys of all devices of cp: [B, N, H, C], in q's
+    type.
 
-    q_position_N: global positions of the local tokens, `layouts.positions(plan.layout, N)`; segment_BxN: document ids
-    for a packed mask. Raises ValueError for what `check` refuses. Sources: Liu et al. 2023 (ring), Jacobs et al. 2023
-    (Ulysses), Fang & Zhao 2024 (USP), Llama 3 2024 (all-gather).
-    """
+    q_position_N: global positions of the local tokens, `layouts.positions(plan.layout, N)`;
+    segment_BxN: document ids for a packed mask. Raises ValueError for what `check` refuses.
+    Sources: Liu et al. 2023 (ring), Jacobs et al. 2023 (Ulysses), Fang & Zhao 2024 (USP), Llama 3
+    2024 (all-gather)."""
     cp, (B, N, H, _), K = size("cp"), q_BxNxHxC.shape, k_BxNxKxC.shape[2]
     if plan.kind in DECODE:
-        raise ValueError(f"plan {plan.kind} is for few replicated queries: call decode, or use {', '.join(ATTEND)}")
+        raise ValueError(
+            f"plan {plan.kind} is for few replicated queries: call decode, or use "
+            f"{', '.join(ATTEND)}"
+        )
     if cp == 1:
         labels = (q_position_N, q_position_N, segment_BxN, segment_BxN)
         return attention_lse(q_BxNxHxC, k_BxNxKxC, v_BxNxKxC, mask, *labels)[0]
     check(plan, mask, seq_len=N * cp, cp=cp, heads=H, kv_heads=K, batch=B)
     segment_BxN = segment_BxN if mask.packed else None
-    position_S = all_gather(q_position_N, "cp", dim=0) if orders(mask) else jnp.zeros(N * cp, jnp.int32)
+    position_S = (
+        all_gather(q_position_N, "cp", dim=0) if orders(mask) else jnp.zeros(N * cp, jnp.int32)
+    )
     segment_BxS = None if segment_BxN is None else all_gather(segment_BxN, "cp", dim=1)
     kv = jnp.stack([k_BxNxKxC, v_BxNxKxC])
     if plan.kind == "all_gather":
@@ -56,39 +83,55 @@ def attend(
 
 
 def _exchange_and_ring(
-    q_BxNxHxC: Array, kv: Array, mask: Mask, plan: CommPlan, position_S: Array, segment_BxS: Array | None
+    q_BxNxHxC: Array,
+    kv: Array,
+    mask: Mask,
+    plan: CommPlan,
+    position_S: Array,
+    segment_BxS: Array | None,
 ) -> Array:
-    """Heads (or sequences) against positions over the trailing sub-axes, a ring over the others, and back."""
+    """Heads (or sequences) against positions over the trailing sub-axes, a ring over the others,
+    and back.
+    """
     u = plan.head_split
     ring_axes, split_axes = _factor(u)
     B, K = q_BxNxHxC.shape[0], kv.shape[3]
     dim = 0 if plan.kind == "batch" else 2
     if dim == 2 and u > K:
-        kv = jnp.repeat(kv, u // K, axis=3)  # fewer key heads than devices: each travels u/K times (rho)
+        kv = jnp.repeat(
+            kv, u // K, axis=3
+        )  # fewer key heads than devices: each travels u/K times (rho)
     q_BxLxHxC = _all_to_all(q_BxNxHxC, split_axes, dim, 1)
     kv = _all_to_all(kv, split_axes, dim + 1, 2)
     r = size(ring_axes)
     if segment_BxS is not None:
         if dim == 0:
-            segment_BxS = lax.dynamic_slice_in_dim(segment_BxS, index(split_axes) * (B // u), B // u, 0)
+            segment_BxS = lax.dynamic_slice_in_dim(
+                segment_BxS, index(split_axes) * (B // u), B // u, 0
+            )
         segment_BxS = segment_BxS.reshape(segment_BxS.shape[0], r, -1)
     places = Places(position_S.reshape(r, -1), segment_BxS)
     if r > 1:
         out_BxLxHxC = ring_attention(Ring(mask, ring_axes, plan.hops), q_BxLxHxC, kv, places)
     else:
         position, segment = places.member(0)
-        out_BxLxHxC = attention_lse(q_BxLxHxC, kv[0], kv[1], mask, position, position, segment, segment)[0]
+        out_BxLxHxC = attention_lse(
+            q_BxLxHxC, kv[0], kv[1], mask, position, position, segment, segment
+        )[0]
     return _all_to_all(out_BxLxHxC, split_axes, 1, dim)
 
 
 def _factor(u: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Axes of cp as (ring, split): the split is the trailing ones with u devices, neighbours on the fastest links."""
+    """Axes of cp as (ring, split): the split is the trailing ones with u devices, neighbours on the
+    fastest links.
+    """
     names = bound("cp")
     for i in range(len(names) + 1):
         if size(names[i:]) == u:
             return names[:i], names[i:]
     raise ValueError(
-        f"head_split = {u} is not a product of trailing sub-axes of cp = {'·'.join(str(size((n,))) for n in names)}: "
+        f"head_split = {u} is not a product of trailing sub-axes of cp = "
+        f"{'·'.join(str(size((n,))) for n in names)}: "
         f"factor the axis, fdp.mesh.factor(mesh, 'cp')"
     )
 
@@ -106,30 +149,48 @@ def decode(
     q_position_T: Array,
     k_position_M: Array,
 ) -> Array:
-    """Few queries, replicated over cp, against a key/value cache that is sharded over cp, in any order. Forward only.
+    """Few queries, replicated over cp, against a key/value cache that is sharded over cp, in any
+    order. Forward only.
 
-    plan tree: [B, T, H, C], replicated, by two all-reduces. plan helix: this device's [B, T, H/cp, C], by one
-    all-to-all over heads, the fewest bytes and ready for an output projection sharded by heads. Each key lives on ONE
-    device; an empty slot has a position after every query's. Raises ValueError for what `check` refuses.
-    Sources: Shyam et al. 2024 (Tree Attention), Bhatia et al. 2025 (Helix Parallelism).
-    """
+    plan tree: [B, T, H, C], replicated, by two all-reduces. plan helix: this device's [B, T, H/cp,
+    C], by one all-to-all over heads, the fewest bytes and ready for an output projection sharded by
+    heads. Each key lives on ONE device; an empty slot has a position after every query's. Raises
+    ValueError for what `check` refuses. Sources: Shyam et al. 2024 (Tree Attention), Bhatia et al.
+    2025 (Helix Parallelism)."""
     cp, (B, _, H, C) = size("cp"), q_BxTxHxC.shape
     if plan.kind not in DECODE:
-        raise ValueError(f"plan {plan.kind} is for whole sequences: call attend, or use {' or '.join(DECODE)}")
+        raise ValueError(
+            f"plan {plan.kind} is for whole sequences: call attend, or use {' or '.join(DECODE)}"
+        )
     if mask.kind != "causal":
-        raise ValueError(f"mask {mask.kind}: decoding needs a causal mask, which hides the empty slots of the cache")
+        raise ValueError(
+            f"mask {mask.kind}: decoding needs a causal mask, which hides the empty slots of the "
+            "cache"
+        )
     labels = (q_position_T, k_position_M)
-    out, lse_BxHxT = attention_lse(q_BxTxHxC, k_BxMxKxC, v_BxMxKxC, mask, *labels, out_type=jnp.float32)
+    out, lse_BxHxT = attention_lse(
+        q_BxTxHxC, k_BxMxKxC, v_BxMxKxC, mask, *labels, out_type=jnp.float32
+    )
     if cp == 1:
         return out.astype(q_BxTxHxC.dtype)
-    check(plan, mask, seq_len=k_BxMxKxC.shape[1] * cp, cp=cp, heads=H, kv_heads=k_BxMxKxC.shape[2], batch=B)
+    check(
+        plan,
+        mask,
+        seq_len=k_BxMxKxC.shape[1] * cp,
+        cp=cp,
+        heads=H,
+        kv_heads=k_BxMxKxC.shape[2],
+        batch=B,
+    )
     lse = jnp.moveaxis(lse_BxHxT, 1, 2)[..., None]
     if plan.kind == "tree":
         top = pmax(lse, "cp")
         weight = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
         summed = psum(jnp.concatenate([weight * out, weight], -1), "cp")  # one all-reduce for both
     else:
-        pieces = _all_to_all(jnp.concatenate([out, lse], -1)[None], bound("cp"), 3, 0)  # [cp, B, T, H/cp, C+1]
+        pieces = _all_to_all(
+            jnp.concatenate([out, lse], -1)[None], bound("cp"), 3, 0
+        )  # [cp, B, T, H/cp, C+1]
         out, lse = pieces[..., :C], pieces[..., C:]
         top = lse.max(0)
         weight = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))

@@ -1,8 +1,8 @@
-"""How one attention layer communicates over cp, as data, and everything that can be refused before a program is built.
+"""How one attention layer communicates over cp, as data, and everything that can be refused before
+a program is built.
 
-A plan splits cp = r · u: the trailing sub-axes (u devices) exchange heads or sequences for positions, the others form a
-ring of r.
-"""
+A plan splits cp = r · u: the trailing sub-axes (u devices) exchange heads or sequences for
+positions, the others form a ring of r."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -18,20 +18,23 @@ ATTEND = ("ring", "ulysses", "usp", "all_gather", "batch")  # whole sequences: t
 DECODE = ("tree", "helix")  # few replicated queries against a sharded cache
 RINGS = ("ring", "usp", "batch")
 GATHER = "gather"  # of the key blocks that lists ask for
-LISTED = (GATHER, "ulysses", "all_gather")  # of those with lists of key blocks: fdp.parallel.context_sparse
+LISTED = (
+    GATHER,
+    "ulysses",
+    "all_gather",
+)  # of those with lists of key blocks: fdp.parallel.context_sparse
 MASKS = ("bidirectional", "causal", "bidirectional window", "causal window", "packed")
 
 
 @dataclass(frozen=True)
 class CommPlan:
-    """kind: ring | ulysses | usp | all_gather | batch for whole sequences, gather for lists of key blocks, tree | helix
-    for decoding.
+    """kind: ring | ulysses | usp | all_gather | batch for whole sequences, gather for lists of key
+    blocks, tree | helix for decoding.
 
-    head_split: u, devices that share out heads (ulysses: all of cp; usp) or sequences (batch); else 1.
-    hops: ring offsets whose keys are fetched besides one's own, e.g. (1,) for a window; None = the whole ring.
-    capacity: of a gather, key blocks that a device can fetch from each other one; else 0.
-    layout: where the positions of the sequence live.
-    """
+    head_split: u, devices that share out heads (ulysses: all of cp; usp) or sequences (batch); else
+    1. hops: ring offsets whose keys are fetched besides one's own, e.g. (1,) for a window; None =
+    the whole ring. capacity: of a gather, key blocks that a device can fetch from each other one;
+    else 0. layout: where the positions of the sequence live."""
 
     kind: str = "ring"
     head_split: int = 1
@@ -45,10 +48,26 @@ class CommPlan:
 
 
 _REFUSED = {
-    ("packed", "tree", None): "a row of a cache is one sequence, it has no segments: use a causal mask",
-    ("packed", "helix", None): "a row of a cache is one sequence, it has no segments: use a causal mask",
-    (None, "tree", "zigzag"): "zig-zag needs the final length and a cache grows: use striped (append round-robin)",
-    (None, "helix", "zigzag"): "zig-zag needs the final length and a cache grows: use striped (append round-robin)",
+    (
+        "packed",
+        "tree",
+        None,
+    ): "a row of a cache is one sequence, it has no segments: use a causal mask",
+    (
+        "packed",
+        "helix",
+        None,
+    ): "a row of a cache is one sequence, it has no segments: use a causal mask",
+    (
+        None,
+        "tree",
+        "zigzag",
+    ): "zig-zag needs the final length and a cache grows: use striped (append round-robin)",
+    (
+        None,
+        "helix",
+        "zigzag",
+    ): "zig-zag needs the final length and a cache grows: use striped (append round-robin)",
 }
 
 
@@ -73,24 +92,38 @@ def orders(mask: Mask) -> bool:
     return mask.kind == "causal" or mask.window > 0
 
 
-def check(plan: CommPlan, mask: Mask, *, seq_len: int, cp: int, heads: int, kv_heads: int, batch: int) -> None:
-    """Raises ValueError, with equation, values and fix, for a plan that could not run or would not be exact.
+def check(
+    plan: CommPlan, mask: Mask, *, seq_len: int, cp: int, heads: int, kv_heads: int, batch: int
+) -> None:
+    """Raises ValueError, with equation, values and fix, for a plan that could not run or would not
+    be exact.
 
-    seq_len: global positions; heads, kv_heads: of one tp shard; batch: sequences on one device and microbatch.
-    """
+    seq_len: global positions; heads, kv_heads: of one tp shard; batch: sequences on one device and
+    microbatch."""
     if plan.kind == GATHER:
-        raise ValueError("context plan 'gather' needs lists of key blocks: fdp.parallel.context_sparse.attend_blocks")
+        raise ValueError(
+            "context plan 'gather' needs lists of key blocks: "
+            "fdp.parallel.context_sparse.attend_blocks"
+        )
     if plan.kind not in (*ATTEND, *DECODE):
         raise ValueError(f"context plan {plan.kind!r} is unknown: {', '.join((*ATTEND, *DECODE))}")
     if reason := SUPPORT[mask_kind(mask), plan.kind, plan.layout.kind]:
-        raise ValueError(f"{mask_kind(mask)} mask, plan {plan.kind}, {plan.layout.kind} layout: {reason}")
+        raise ValueError(
+            f"{mask_kind(mask)} mask, plan {plan.kind}, {plan.layout.kind} layout: {reason}"
+        )
     if plan.capacity:
-        raise ValueError(f"capacity = {plan.capacity}: plan {plan.kind} gathers no blocks, set capacity=0")
+        raise ValueError(
+            f"capacity = {plan.capacity}: plan {plan.kind} gathers no blocks, set capacity=0"
+        )
     layouts.check_length(plan.layout, seq_len, cp)
     if mask.window > seq_len:
-        raise ValueError(f"window = {mask.window} > sequence length {seq_len}: set window=0 for no limit")
+        raise ValueError(
+            f"window = {mask.window} > sequence length {seq_len}: set window=0 for no limit"
+        )
     if heads % kv_heads:
-        raise ValueError(f"heads = {heads} is not divisible by kv_heads = {kv_heads}: no whole groups")
+        raise ValueError(
+            f"heads = {heads} is not divisible by kv_heads = {kv_heads}: no whole groups"
+        )
     _check_split(plan, cp, heads, kv_heads, batch)
     _check_hops(plan, mask, seq_len, cp)
 
@@ -98,27 +131,34 @@ def check(plan: CommPlan, mask: Mask, *, seq_len: int, cp: int, heads: int, kv_h
 def _check_split(plan: CommPlan, cp: int, heads: int, kv_heads: int, batch: int) -> None:
     u = plan.head_split
     if plan.kind == "ulysses" and u != cp:
-        raise ValueError(f"ulysses splits heads over all of cp = {cp}, not {u}: set head_split={cp}, or use usp")
+        raise ValueError(
+            f"ulysses splits heads over all of cp = {cp}, not {u}: set head_split={cp}, or use usp"
+        )
     if plan.kind not in ("ulysses", "usp", "batch") and u != 1:
         raise ValueError(f"plan {plan.kind} splits no heads: head_split = {u} must be 1")
     if u < 1 or cp % u:
-        raise ValueError(f"cp = {cp} is not divisible by head_split = {u}: use a power of two up to {cp}")
+        raise ValueError(
+            f"cp = {cp} is not divisible by head_split = {u}: use a power of two up to {cp}"
+        )
     if plan.kind == "batch":
         if batch % u:
             raise ValueError(
-                f"{batch} sequence(s) on a device are not divisible by head_split = {u}: a device must hold a multiple "
+                f"{batch} sequence(s) on a device are not divisible by head_split = {u}: a device "
+                "must hold a multiple "
                 f"of {u}, lower head_split or raise train.batch"
             )
         return
     split, name = (cp, "cp") if plan.kind == "helix" else (u, "head_split")
     if heads % split:
         raise ValueError(
-            f"heads = {heads} (per tp shard) is not divisible by {name} = {split}: at most {heads} devices can share "
+            f"heads = {heads} (per tp shard) is not divisible by {name} = {split}: at most {heads} "
+            "devices can share "
             f"out {heads} heads, use a smaller head_split or plan ring"
         )
     if plan.kind != "helix" and kv_heads % u and u % kv_heads:
         raise ValueError(
-            f"kv_heads = {kv_heads} and head_split = {u}: one must divide the other, so that a device holds whole "
+            f"kv_heads = {kv_heads} and head_split = {u}: one must divide the other, so that a "
+            "device holds whole "
             f"key heads or each is repeated equally often"
         )
 
@@ -128,20 +168,29 @@ def _check_hops(plan: CommPlan, mask: Mask, seq_len: int, cp: int) -> None:
         return
     r = plan.ring_degree(cp)
     if plan.kind not in RINGS or r == 1:
-        raise ValueError(f"plan {plan.kind} with head_split = {plan.head_split} has no ring: set hops=None")
+        raise ValueError(
+            f"plan {plan.kind} with head_split = {plan.head_split} has no ring: set hops=None"
+        )
     if len(set(plan.hops)) < len(plan.hops) or any(not 0 < o < r for o in plan.hops):
-        raise ValueError(f"hops = {plan.hops} must be distinct ring offsets in 1…{r - 1} (ring of cp/head_split = {r})")
+        raise ValueError(
+            f"hops = {plan.hops} must be distinct ring offsets in 1…{r - 1} (ring of cp/head_split "
+            f"= {r})"
+        )
     needed = needed_hops(mask, plan.layout, seq_len, cp, plan.head_split)
     if missing := sorted(set(needed) - set(plan.hops)):
         raise ValueError(
-            f"hops = {plan.hops} miss offsets {missing} that the {mask_kind(mask)} mask needs in the "
+            f"hops = {plan.hops} miss offsets {missing} that the {mask_kind(mask)} mask needs in "
+            "the "
             f"{plan.layout.kind} layout: set hops={needed}"
         )
 
 
 @lru_cache
-def needed_hops(mask: Mask, layout: SequenceLayout, seq_len: int, cp: int, head_split: int = 1) -> tuple[int, ...]:
-    """Ring offsets o such that some device needs keys of the device o places before it. Segments could only drop some.
+def needed_hops(
+    mask: Mask, layout: SequenceLayout, seq_len: int, cp: int, head_split: int = 1
+) -> tuple[int, ...]:
+    """Ring offsets o such that some device needs keys of the device o places before it. Segments
+    could only drop some.
 
     The ring is that of cp/head_split devices, each with the positions of head_split neighbours.
     """
@@ -151,6 +200,10 @@ def needed_hops(mask: Mask, layout: SequenceLayout, seq_len: int, cp: int, head_
     ahead = 0 if mask.kind == "causal" else reach
 
     def sees(q: np.ndarray, k: np.ndarray) -> bool:
-        return bool((np.searchsorted(k, q - reach) < np.searchsorted(k, q + ahead, side="right")).any())
+        return bool(
+            (np.searchsorted(k, q - reach) < np.searchsorted(k, q + ahead, side="right")).any()
+        )
 
-    return tuple(o for o in range(1, r) if any(sees(groups[i], groups[(i - o) % r]) for i in range(r)))
+    return tuple(
+        o for o in range(1, r) if any(sees(groups[i], groups[(i - o) % r]) for i in range(r))
+    )

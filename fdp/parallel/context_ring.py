@@ -1,12 +1,13 @@
-"""Ring attention with a backward pass that sends the keys round once more instead of keeping them (Liu et al. 2023).
+"""Ring attention with a backward pass that sends the keys round once more instead of keeping them
+(Liu et al. 2023).
 
-Keys and values circulate as one array, so a hop is one permute. Forward: r-1 hops. Backward: r-1 hops of keys and r-1
-of their gradients in float32, which start one place after their owner and end at home. A plan with few hops fetches
-each of them directly. Residuals are local: queries, keys, values, output and log-sum-exp, O(S/cp) whatever the ring.
+Keys and values circulate as one array, so a hop is one permute. Forward: r-1 hops. Backward: r-1
+hops of keys and r-1 of their gradients in float32, which start one place after their owner and end
+at home. A plan with few hops fetches each of them directly. Residuals are local: queries, keys,
+values, output and log-sum-exp, O(S/cp) whatever the ring.
 
-Legend: B sequences, L positions of one ring member, r ring members, H query heads, K key/value heads, C head_dim; kv:
-keys and values stacked, [2, B, L, K, C].
-"""
+Legend: B sequences, L positions of one ring member, r ring members, H query heads, K key/value
+heads, C head_dim; kv: keys and values stacked, [2, B, L, K, C]."""
 
 import functools
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Ring:
-    """The static part: mask, mesh axes of the ring (outermost first) and the offsets fetched, None = all."""
+    """The static part: mask, mesh axes of the ring (outermost first) and the offsets fetched, None
+    = all.
+    """
 
     mask: Mask
     axes: tuple[str, ...]
@@ -43,7 +46,9 @@ class Ring:
 
 
 class Places(NamedTuple):
-    """Positions int [r, L] of every ring member, and segment ids int [B, r, L] for a packed mask."""
+    """Positions int [r, L] of every ring member, and segment ids int [B, r, L] for a packed
+    mask.
+    """
 
     position_rxL: Array
     segment_BxrxL: Array | None
@@ -56,11 +61,14 @@ class Places(NamedTuple):
 
 
 def ring_attention(ring: Ring, q_BxLxHxC: Array, kv: Array, places: Places) -> Array:
-    """Attention of the local queries to the keys of all ring members (or of `ring.hops`): [B, L, H, C], in q's type.
+    """Attention of the local queries to the keys of all ring members (or of `ring.hops`): [B, L, H,
+    C], in q's type.
 
     Call inside shard_map; every member holds the same shapes.
     """
-    q, kv = vary_alike((q_BxLxHxC, kv), places)  # a custom_vjp's cotangents must vary like its arguments
+    q, kv = vary_alike(
+        (q_BxLxHxC, kv), places
+    )  # a custom_vjp's cotangents must vary like its arguments
     return _ring(ring, q, kv, places)
 
 
@@ -91,7 +99,10 @@ def _forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Ar
         return (ahead, *merge_lse(out, lse, *block(kv, offset))), None
 
     B, L, H, _ = q.shape
-    nothing = vary_like(jnp.zeros(q.shape, jnp.float32), q), vary_like(jnp.full((B, H, L), -jnp.inf), q)
+    nothing = (
+        vary_like(jnp.zeros(q.shape, jnp.float32), q),
+        vary_like(jnp.full((B, H, L), -jnp.inf), q),
+    )
     (kv, out, lse), _ = lax.scan(turn, (kv, *nothing), jnp.arange(n - 1))
     return merge_lse(out, lse, *block(kv, n - 1))
 
@@ -104,7 +115,9 @@ def _ring_forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Arra
 
 def _ring_backward(ring: Ring, residuals: Any, dout: Array) -> tuple[Array, Array, None]:
     q, kv, places, out, lse = residuals
-    kv = lax.optimization_barrier(kv)  # or what the forward pass received is kept, which may be O(S)
+    kv = lax.optimization_barrier(
+        kv
+    )  # or what the forward pass received is kept, which may be O(S)
     n, here = size(ring.axes), index(ring.axes)
     q_position, q_segment = places.member(here)
 
@@ -128,7 +141,9 @@ def _jumps_backward(ring: Ring, n: int, kv: Array, block: Any) -> tuple[Array, A
 
 
 def _turns_backward(ring: Ring, n: int, kv: Array, block: Any) -> tuple[Array, Array]:
-    """n-1 hops of keys and n-1 of gradients. Neither waits for the block that is computed meanwhile."""
+    """n-1 hops of keys and n-1 of gradients. Neither waits for the block that is computed
+    meanwhile.
+    """
     kv_1 = ring.shift(kv)
     dq, own = block(kv, 0)
     kv_2 = ring.shift(kv_1) if n > 2 else kv_1

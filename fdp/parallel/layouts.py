@@ -1,7 +1,7 @@
 """Which positions of the sequence each device of cp holds: contiguous, zig-zag or striped.
 
-Legend: S length of the global sequence, N positions per device = S/cp. Slot s = device · N + place on that device.
-"""
+Legend: S length of the global sequence, N positions per device = S/cp. Slot s = device · N + place
+on that device."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,13 @@ KINDS = ("contiguous", "zigzag", "striped")
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """`contiguous`: device i holds [iN, (i+1)N). `zigzag`: chunks i and 2cp-1-i of 2cp. `striped`: blocks of `block`
-    positions dealt round-robin.
+    """`contiguous`: device i holds [iN, (i+1)N). `zigzag`: chunks i and 2cp-1-i of 2cp. `striped`:
+    blocks of `block` positions dealt round-robin.
 
-    Contiguous keeps neighbours together but gives the last device about twice the mean causal work; zig-zag and striped
-    balance it. Sources: Liu et al. 2023 (Ring Attention), Llama 3 2024 §3.3.2, Brandon et al. 2023 (Striped Attention).
-    Raises ValueError for an unknown kind, and for a block without striping or below 1.
-    """
+    Contiguous keeps neighbours together but gives the last device about twice the mean causal work;
+    zig-zag and striped balance it. Sources: Liu et al. 2023 (Ring Attention), Llama 3 2024 §3.3.2,
+    Brandon et al. 2023 (Striped Attention). Raises ValueError for an unknown kind, and for a block
+    without striping or below 1."""
 
     kind: str = "contiguous"
     block: int = 1
@@ -32,10 +32,14 @@ class SequenceLayout:
         if self.kind not in KINDS:
             raise ValueError(f"sequence layout {self.kind!r} is unknown: {' or '.join(KINDS)}")
         if self.block < 1 or (self.block > 1 and self.kind != "striped"):
-            raise ValueError(f"block = {self.block} must be at least 1, and 1 unless the layout is striped")
+            raise ValueError(
+                f"block = {self.block} must be at least 1, and 1 unless the layout is striped"
+            )
 
     def unit(self, cp: int) -> tuple[int, str]:
-        """What the sequence length must be a multiple of on `cp` devices, as number and equation."""
+        """What the sequence length must be a multiple of on `cp` devices, as number and
+        equation.
+        """
         if self.kind == "zigzag":
             return 2 * cp, f"2·cp = {2 * cp} (zig-zag)"
         if self.kind == "striped":
@@ -51,22 +55,29 @@ def check_length(layout: SequenceLayout, seq_len: int, cp: int) -> None:
     unit, equation = layout.unit(cp)
     if seq_len < 1 or seq_len % unit:
         fix = max(1, -(-seq_len // unit)) * unit
-        raise ValueError(f"sequence length {seq_len} is not divisible by {equation}: set data.seq_len={fix}")
+        raise ValueError(
+            f"sequence length {seq_len} is not divisible by {equation}: set data.seq_len={fix}"
+        )
 
 
 def held(layout: SequenceLayout, length: int, cp: int, device: Any, xp: Any = np) -> Any:
-    """Global positions int32 [length] on `device` (0 … cp-1, may be traced with xp=jnp), in the order it holds them."""
+    """Global positions int32 [length] on `device` (0 … cp-1, may be traced with xp=jnp), in the
+    order it holds them.
+    """
     place = xp.arange(length, dtype=xp.int32)
     if layout.kind == "contiguous":
         return device * length + place
     if layout.kind == "striped":
         return (place // layout.block * cp + device) * layout.block + place % layout.block
     half = length // 2
-    return xp.where(place < half, device * half + place, (2 * cp - 1 - device) * half + place - half)
+    return xp.where(
+        place < half, device * half + place, (2 * cp - 1 - device) * half + place - half
+    )
 
 
 def positions(layout: SequenceLayout, length: int) -> jax.Array:
-    """Global positions int32 [length] that this device holds; all of them, in order, where cp is unbound.
+    """Global positions int32 [length] that this device holds; all of them, in order, where cp is
+    unbound.
 
     Raises ValueError when length · cp does not fit the layout.
     """
@@ -76,7 +87,8 @@ def positions(layout: SequenceLayout, length: int) -> jax.Array:
 
 
 def permutation(layout: SequenceLayout, seq_len: int, cp: int) -> np.ndarray:
-    """Global position held by each slot, int32 [S]: `x[permutation]` is the order in which cp shards must be cut.
+    """Global position held by each slot, int32 [S]: `x[permutation]` is the order in which cp
+    shards must be cut.
 
     Raises ValueError when the length does not fit the layout.
     """
@@ -92,18 +104,24 @@ def inverse(permutation_S: np.ndarray) -> np.ndarray:
 
 
 def permute(batch: Any, layout: SequenceLayout, cp: int, dim: int = 1, undo: bool = False) -> Any:
-    """Every array of `batch` with its `dim` put in the order of the layout (`undo`: back in the order of positions).
+    """Every array of `batch` with its `dim` put in the order of the layout (`undo`: back in the
+    order of positions).
 
-    For global arrays, outside shard_map, before they are placed on devices. Inputs, targets and weights must go through
-    it together, AFTER the shift to the next token: in the new order a neighbour is not the next token.
-    Raises ValueError for arrays of different lengths, of no such dim, or of a length that does not fit.
-    """
+    For global arrays, outside shard_map, before they are placed on devices. Inputs, targets and
+    weights must go through it together, AFTER the shift to the next token: in the new order a
+    neighbour is not the next token. Raises ValueError for arrays of different lengths, of no such
+    dim, or of a length that does not fit."""
     leaves = jax.tree.leaves(batch)
     if any(x.ndim <= dim for x in leaves):
-        raise ValueError(f"shapes {[x.shape for x in leaves]}: every array needs a sequence dim {dim}")
+        raise ValueError(
+            f"shapes {[x.shape for x in leaves]}: every array needs a sequence dim {dim}"
+        )
     lengths = {x.shape[dim] for x in leaves}
     if len(lengths) != 1:
-        raise ValueError(f"sequence lengths {sorted(lengths)} differ inside one batch: permute what belongs together")
+        raise ValueError(
+            f"sequence lengths {sorted(lengths)} differ inside one batch: permute what belongs "
+            "together"
+        )
     order = permutation(layout, lengths.pop(), cp)
     order = inverse(order) if undo else order
     return jax.tree.map(lambda x: x[(slice(None),) * dim + (order,)], batch)

@@ -1,13 +1,14 @@
-"""Which key blocks each query block attends to: block lists built from queries and keys by three published estimators.
+"""Which key blocks each query block attends to: block lists built from queries and keys by three
+published estimators.
 
-Every builder is jittable, has static capacities, and works on the whole sequence in its natural order (the layout of a
-ring is applied to the lists afterwards). `causal` = a token sees itself and the past; otherwise it sees everything.
-`grouped` = the G = H/K query heads of a key/value head share one list, chosen from the sum of their probabilities.
+Every builder is jittable, has static capacities, and works on the whole sequence in its natural
+order (the layout of a ring is applied to the lists afterwards). `causal` = a token sees itself and
+the past; otherwise it sees everything. `grouped` = the G = H/K query heads of a key/value head
+share one list, chosen from the sum of their probabilities.
 
-Legend: B sequences, S tokens, H query heads, K key/value heads, G = H/K, C head_dim, J lists a sequence (K if grouped,
-else H), N query blocks, T key blocks (N = T = S / block), A capacity of a list, R sampled rows, P probe rows,
-O offsets q - k of a diagonal, D distances of blocks.
-"""
+Legend: B sequences, S tokens, H query heads, K key/value heads, G = H/K, C head_dim, J lists a
+sequence (K if grouped, else H), N query blocks, T key blocks (N = T = S / block), A capacity of a
+list, R sampled rows, P probe rows, O offsets q - k of a diagonal, D distances of blocks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,10 +25,10 @@ Array = jax.Array
 class BlockIndex(NamedTuple):
     """Key blocks of every query block.
 
-    ids_BxJxNxA int32: ascending, -1 in unused slots (never 0: a reader that ignores `counts` must not see block 0
-    twice). counts_BxJxN int32: used slots. overflow: int32 scalar, wanted blocks left out for want of capacity, all
-    lists added up; 0 means that the lists are exactly what the estimator asked for.
-    """
+    ids_BxJxNxA int32: ascending, -1 in unused slots (never 0: a reader that ignores `counts` must
+    not see block 0 twice). counts_BxJxN int32: used slots. overflow: int32 scalar, wanted blocks
+    left out for want of capacity, all lists added up; 0 means that the lists are exactly what the
+    estimator asked for."""
 
     ids_BxJxNxA: Array
     counts_BxJxN: Array
@@ -35,14 +36,17 @@ class BlockIndex(NamedTuple):
 
 
 def pack(wanted_BxJxNxT: Array, priority_BxJxNxT: Array, capacity: int) -> BlockIndex:
-    """Lists of the wanted blocks, the `capacity` of highest priority where more are wanted (ties: the lower block).
+    """Lists of the wanted blocks, the `capacity` of highest priority where more are wanted (ties:
+    the lower block).
 
-    wanted bool and finite priority f32, [B, J, N, T] → BlockIndex with A = capacity. Raises ValueError when capacity is
-    not in 1 … T.
-    """
+    wanted bool and finite priority f32, [B, J, N, T] → BlockIndex with A = capacity. Raises
+    ValueError when capacity is not in 1 … T."""
     T = wanted_BxJxNxT.shape[-1]
     if not 1 <= capacity <= T:
-        raise ValueError(f"capacity {capacity} is not in 1 … {T} key blocks: set capacity={min(max(capacity, 1), T)}")
+        raise ValueError(
+            f"capacity {capacity} is not in 1 … {T} key blocks: set "
+            f"capacity={min(max(capacity, 1), T)}"
+        )
     key_BxJxNxT = jnp.where(wanted_BxJxNxT, priority_BxJxNxT.astype(jnp.float32), -jnp.inf)
     best_BxJxNxA, ids_BxJxNxA = lax.top_k(key_BxJxNxT, capacity)
     # Unused slots sort behind every block before they become -1.
@@ -73,29 +77,39 @@ def vertical_slash(
     initial: int = 1,
     local: int = 1,
 ) -> BlockIndex:
-    """Blocks that the strongest columns and diagonals cross (MInference, Jiang et al. 2024, arXiv 2407.02490, Alg. 2).
+    """Blocks that the strongest columns and diagonals cross (MInference, Jiang et al. 2024, arXiv
+    2407.02490, Alg. 2).
 
-    The attention of `probe` query rows is summed per key (vertical) and per offset q - k (slash); the `verticals` best
-    keys and `slashes` best offsets are kept, and every block that one of them crosses is wanted. The probe rows are the
-    last ones, as in the paper; without a causal mask, where the last rows say nothing of keys ahead, they are spread
-    evenly. `initial` first blocks and the `local` nearest are forced. Priority: the mass of a block's columns plus that
-    of its diagonals. Raises ValueError for shapes or capacities that do not fit.
-    """
+    The attention of `probe` query rows is summed per key (vertical) and per offset q - k (slash);
+    the `verticals` best keys and `slashes` best offsets are kept, and every block that one of them
+    crosses is wanted. The probe rows are the last ones, as in the paper; without a causal mask,
+    where the last rows say nothing of keys ahead, they are spread evenly. `initial` first blocks
+    and the `local` nearest are forced. Priority: the mass of a block's columns plus that of its
+    diagonals. Raises ValueError for shapes or capacities that do not fit."""
     S = _check(q_BxSxHxC, k_BxSxKxC, block, capacity, initial, local, causal)
     most = {"verticals": S, "slashes": S if causal else 2 * S - 1, "probe": S}
     for name, value in (("verticals", verticals), ("slashes", slashes), ("probe", probe)):
         if not 1 <= value <= most[name]:
             fix = min(max(value, 1), most[name])
-            raise ValueError(f"{name} {value} is not in 1 … {most[name]} for {S} tokens: set {name}={fix}")
-    rows_P = S - probe + jnp.arange(probe) if causal else ((jnp.arange(probe) + 0.5) * S / probe).astype(jnp.int32)
+            raise ValueError(
+                f"{name} {value} is not in 1 … {most[name]} for {S} tokens: set {name}={fix}"
+            )
+    rows_P = (
+        S - probe + jnp.arange(probe)
+        if causal
+        else ((jnp.arange(probe) + 0.5) * S / probe).astype(jnp.int32)
+    )
     mass_BxJxPxS = _probe_attention(q_BxSxHxC[:, rows_P], k_BxSxKxC, rows_P, causal, grouped)
     column_BxJxS = _keep_largest(mass_BxJxPxS.sum(-2), verticals)
     slash_BxJxO = _keep_largest(_diagonal_sums(mass_BxJxPxS, rows_P), slashes)
 
     N = S // block
     column_BxJxT = column_BxJxS.reshape(*column_BxJxS.shape[:-1], N, block).sum(-1)
-    slash_BxJxDxU = slash_BxJxO.reshape(*slash_BxJxO.shape[:-1], 2 * N, block)  # offset = (D - N)·block + U
-    # A diagonal crosses the blocks at distance D - N and, unless its offset is a multiple of `block`, at one more.
+    slash_BxJxDxU = slash_BxJxO.reshape(
+        *slash_BxJxO.shape[:-1], 2 * N, block
+    )  # offset = (D - N)·block + U
+    # A diagonal crosses the blocks at distance D - N and, unless its offset is a multiple of
+    # `block`, at one more.
     more_BxJxD = jnp.pad(slash_BxJxDxU[..., :-1, 1:].sum(-1), ((0, 0), (0, 0), (1, 0)))
     slash_BxJxD = slash_BxJxDxU.sum(-1) + more_BxJxD
     between_NxT = jnp.arange(N)[:, None] - jnp.arange(N)
@@ -115,18 +129,19 @@ def block_topk(
     initial: int = 1,
     local: int = 1,
 ) -> BlockIndex:
-    """The `capacity` blocks with the largest product of mean-pooled query and mean-pooled key block.
+    """The `capacity` blocks with the largest product of mean-pooled query and mean-pooled key
+    block.
 
-    Every list is full, or as long as there are blocks in sight, so overflow is 0. `initial` first and `local` nearest
-    blocks are always among them. Source: MInference, Jiang et al. 2024, arXiv 2407.02490, Alg. 3. Raises ValueError for
-    shapes or capacities that do not fit.
-    """
+    Every list is full, or as long as there are blocks in sight, so overflow is 0. `initial` first
+    and `local` nearest blocks are always among them. Source: MInference, Jiang et al. 2024, arXiv
+    2407.02490, Alg. 3. Raises ValueError for shapes or capacities that do not fit."""
     S = _check(q_BxSxHxC, k_BxSxKxC, block, capacity, initial, local, causal)
     N = S // block
     allowed_NxT, forced_NxT = _shape(N, initial, local, causal)
     logits = _scores(_pool(q_BxSxHxC, block), _pool(k_BxSxKxC, block))
     logp_BxKxGxNxT = jax.nn.log_softmax(jnp.where(allowed_NxT, logits, -jnp.inf), axis=-1)
-    # log Σ_G p orders as Σ_G p does and, unlike it, keeps blocks apart whose probability underflows.
+    # log Σ_G p orders as Σ_G p does and, unlike it, keeps blocks apart whose probability
+    # underflows.
     score_BxJxNxT = _lists(logp_BxKxGxNxT, grouped, jax.nn.logsumexp)
     allowed_BxJxNxT = jnp.broadcast_to(allowed_NxT, score_BxJxNxT.shape)
     score_BxJxNxT = _forced_first(jnp.where(allowed_NxT, score_BxJxNxT, 0.0), forced_NxT)
@@ -145,18 +160,24 @@ def antidiagonal(
     initial: int = 1,
     local: int = 1,
 ) -> BlockIndex:
-    """The fewest blocks whose antidiagonal scores hold a share `tau` of a query block's mass, at most `capacity`.
+    """The fewest blocks whose antidiagonal scores hold a share `tau` of a query block's mass, at
+    most `capacity`.
 
-    Scores: of every stride x stride tile of logits the antidiagonal is summed, which touches each row and column once;
-    softmax over the tiles of a row, summed to blocks. `initial` first and `local` nearest blocks are taken first and
-    count towards `tau`. Source: XAttention, Xu et al. 2025, arXiv 2503.16428, Alg. 1. Raises ValueError for tau outside
-    (0, 1], a block that is no multiple of stride, and shapes or capacities that do not fit.
-    """
+    Scores: of every stride x stride tile of logits the antidiagonal is summed, which touches each
+    row and column once; softmax over the tiles of a row, summed to blocks. `initial` first and
+    `local` nearest blocks are taken first and count towards `tau`. Source: XAttention, Xu et al.
+    2025, arXiv 2503.16428, Alg. 1. Raises ValueError for tau outside (0, 1], a block that is no
+    multiple of stride, and shapes or capacities that do not fit."""
     S = _check(q_BxSxHxC, k_BxSxKxC, block, capacity, initial, local, causal)
     if not 0 < tau <= 1:
-        raise ValueError(f"tau {tau} is not in (0, 1]: it is the share of attention mass to keep, such as 0.95")
+        raise ValueError(
+            f"tau {tau} is not in (0, 1]: it is the share of attention mass to keep, such as 0.95"
+        )
     if stride < 1 or block % stride:
-        raise ValueError(f"block {block} is not a multiple of stride {stride}: set stride to a divisor of {block}")
+        raise ValueError(
+            f"block {block} is not a multiple of stride {stride}: set stride to a divisor of "
+            f"{block}"
+        )
     N = S // block
     allowed_NxT, forced_NxT = _shape(N, initial, local, causal)
     mass_BxJxNxT = antidiagonal_mass(q_BxSxHxC, k_BxSxKxC, block, stride, causal, grouped)
@@ -171,16 +192,25 @@ def antidiagonal(
 def antidiagonal_mass(
     q_BxSxHxC: Array, k_BxSxKxC: Array, block: int, stride: int, causal: bool, grouped: bool
 ) -> Array:
-    """Attention mass of every block as its antidiagonals estimate it: f32 [B, J, N, T], 1 in sum over T.
+    """Attention mass of every block as its antidiagonals estimate it: f32 [B, J, N, T], 1 in sum
+    over T.
 
     Scores as in `antidiagonal`; where grouped, the mean over the heads of a group.
     """
     B, S, _, C = q_BxSxHxC.shape
     tiles, N = S // stride, S // block
-    # Σ_t q[stride-1-t] · k[t] is one inner product of the tile's rows, laid end to end, with its columns.
-    reversed_q = q_BxSxHxC.reshape(B, tiles, stride, -1, C)[:, :, ::-1].swapaxes(2, 3).reshape(B, tiles, -1, stride * C)
-    along_k = k_BxSxKxC.reshape(B, tiles, stride, -1, C).swapaxes(2, 3).reshape(B, tiles, -1, stride * C)
-    # `_scores` divides by √(stride·C); the mean over the antidiagonal of logits is over stride and √C.
+    # Σ_t q[stride-1-t] · k[t] is one inner product of the tile's rows, laid end to end, with its
+    # columns.
+    reversed_q = (
+        q_BxSxHxC.reshape(B, tiles, stride, -1, C)[:, :, ::-1]
+        .swapaxes(2, 3)
+        .reshape(B, tiles, -1, stride * C)
+    )
+    along_k = (
+        k_BxSxKxC.reshape(B, tiles, stride, -1, C).swapaxes(2, 3).reshape(B, tiles, -1, stride * C)
+    )
+    # `_scores` divides by √(stride·C); the mean over the antidiagonal of logits is over stride and
+    # √C.
     logits = _scores(reversed_q, along_k) / stride**0.5
     if causal:
         logits = jnp.where(jnp.tri(tiles, dtype=bool), logits, -jnp.inf)
@@ -189,12 +219,13 @@ def antidiagonal_mass(
 
 
 def recall(mass_BxHxRxT: Array, row_position_R: Array, index: BlockIndex, block: int) -> Array:
-    """Attention mass that the lists keep, per query head, f32 [H]: mean over sequences and sampled rows.
+    """Attention mass that the lists keep, per query head, f32 [H]: mean over sequences and sampled
+    rows.
 
-    mass: exact softmax mass of the sampled rows by key block, all T of them (`sparsity_density.block_mass` with cp
-    unbound). With recall r of a row, attention over its list differs from full attention by at most 2(1 - r)·max|v|:
-    both are means of values, and o_full = r·o_list + (1 - r)·o_rest.
-    """
+    mass: exact softmax mass of the sampled rows by key block, all T of them
+    (`sparsity_density.block_mass` with cp unbound). With recall r of a row, attention over its list
+    differs from full attention by at most 2(1 - r)·max|v|: both are means of values, and o_full =
+    r·o_list + (1 - r)·o_rest."""
     kept_BxJxNxT = unpack(index, mass_BxHxRxT.shape[-1])
     kept_BxJxRxT = kept_BxJxNxT[:, :, row_position_R // block]
     repeats = mass_BxHxRxT.shape[1] // kept_BxJxRxT.shape[1]
@@ -202,24 +233,37 @@ def recall(mass_BxHxRxT: Array, row_position_R: Array, index: BlockIndex, block:
     return jnp.where(kept_BxHxRxT, mass_BxHxRxT, 0.0).sum(-1).mean((0, 2))
 
 
-# Parts ---------------------------------------------------------------------------------------------------------------
+# Parts
+# -------------------------------------------------------------------------------------------------
 
 
-def _check(q: Array, k: Array, block: int, capacity: int, initial: int, local: int, causal: bool) -> int:
+def _check(
+    q: Array, k: Array, block: int, capacity: int, initial: int, local: int, causal: bool
+) -> int:
     """Number of tokens, after the checks that all builders share."""
     (B, S, H, C), (_, _, K, _) = q.shape, k.shape
     if k.shape != (B, S, K, C) or H % K:
         raise ValueError(
-            f"q {list(q.shape)} and k {list(k.shape)} must be [B, S, H, C] and [B, S, K, C] with H % K = 0"
+            f"q {list(q.shape)} and k {list(k.shape)} must be [B, S, H, C] and [B, S, K, C] with H "
+            "% K = 0"
         )
     if block < 1 or S % block:
-        raise ValueError(f"{S} tokens are not a multiple of block {block}: pad the sequence or choose a divisor of {S}")
+        raise ValueError(
+            f"{S} tokens are not a multiple of block {block}: pad the sequence or choose a divisor "
+            f"of {S}"
+        )
     forced = initial + (local if causal else 2 * local - 1)
     if initial < 0 or local < 1:
-        raise ValueError(f"initial = {initial} must be at least 0 and local = {local} at least 1 (the diagonal block)")
+        raise ValueError(
+            f"initial = {initial} must be at least 0 and local = {local} at least 1 (the diagonal "
+            "block)"
+        )
     if min(forced, S // block) > capacity:
         near = "local" if causal else "2·local - 1"
-        raise ValueError(f"initial + {near} = {forced} forced blocks exceed capacity {capacity}: set capacity={forced}")
+        raise ValueError(
+            f"initial + {near} = {forced} forced blocks exceed capacity {capacity}: set "
+            f"capacity={forced}"
+        )
     return S
 
 
@@ -240,7 +284,9 @@ def _scores(q_BxNxHxC: Array, k_BxTxKxC: Array) -> Array:
     B, N, H, C = q_BxNxHxC.shape
     K = k_BxTxKxC.shape[2]
     q_BxNxKxGxC = q_BxNxHxC.reshape(B, N, K, H // K, C)
-    scores = jnp.einsum("bnkgc,btkc->bkgnt", q_BxNxKxGxC, k_BxTxKxC, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        "bnkgc,btkc->bkgnt", q_BxNxKxGxC, k_BxTxKxC, preferred_element_type=jnp.float32
+    )
     return scores * C**-0.5
 
 
@@ -258,7 +304,9 @@ def _pool(x_BxSxHxC: Array, block: int) -> Array:
     return x_BxSxHxC.astype(jnp.float32).reshape(B, S // block, block, H, C).mean(2)
 
 
-def _probe_attention(q_BxPxHxC: Array, k_BxSxKxC: Array, rows_P: Array, causal: bool, grouped: bool) -> Array:
+def _probe_attention(
+    q_BxPxHxC: Array, k_BxSxKxC: Array, rows_P: Array, causal: bool, grouped: bool
+) -> Array:
     """Softmax attention of the probe rows: f32 [B, J, P, S]."""
     logits = _scores(q_BxPxHxC, k_BxSxKxC)
     if causal:
@@ -276,11 +324,15 @@ def _diagonal_sums(mass_BxJxPxS: Array, rows_P: Array) -> Array:
     def add(total_BxJxO: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
         position, mass_BxJxS = row
         # Key S - 1 has offset position - (S - 1), at index position + 1; smaller keys follow.
-        here = lax.dynamic_slice_in_dim(total_BxJxO, position + 1, S, axis=-1) + mass_BxJxS[..., ::-1]
+        here = (
+            lax.dynamic_slice_in_dim(total_BxJxO, position + 1, S, axis=-1) + mass_BxJxS[..., ::-1]
+        )
         return lax.dynamic_update_slice_in_dim(total_BxJxO, here, position + 1, axis=-1), None
 
     zeros_BxJxO = jnp.zeros((*mass_BxJxPxS.shape[:2], 2 * S), jnp.float32)
-    return lax.scan(add, vary_like(zeros_BxJxO, mass_BxJxPxS), (rows_P, jnp.moveaxis(mass_BxJxPxS, 2, 0)))[0]
+    return lax.scan(
+        add, vary_like(zeros_BxJxO, mass_BxJxPxS), (rows_P, jnp.moveaxis(mass_BxJxPxS, 2, 0))
+    )[0]
 
 
 def _keep_largest(x: Array, k: int) -> Array:

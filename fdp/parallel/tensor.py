@@ -1,8 +1,7 @@
 """Vocabulary-parallel operations over tp: logits stay sharded, only reductions cross the wire.
 
-Shapes: N rows (any leading shape …), V vocabulary, tp degree of the tensor axis. `logits_V` holds this device's
-V/tp columns, a contiguous block; global ids everywhere else.
-"""
+Shapes: N rows (any leading shape …), V vocabulary, tp degree of the tensor axis. `logits_V` holds
+this device's V/tp columns, a contiguous block; global ids everywhere else."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +18,19 @@ def vocab_offset(v_local: int) -> jax.Array | int:
 
 
 def suppress(logits_V: jax.Array, n_ids: int) -> jax.Array:
-    """Forbid every id ≥ n_ids (mask token and padding rows of the embedding). Shape [..., V/tp] → same."""
+    """Forbid every id ≥ n_ids (mask token and padding rows of the embedding). Shape [..., V/tp] →
+    same.
+    """
     ids = vocab_offset(logits_V.shape[-1]) + jnp.arange(logits_V.shape[-1])
-    # An addition, not a select: its transpose is the identity, where a select cost 6 % of a small step.
+    # An addition, not a select: its transpose is the identity, where a select cost 6 % of a small
+    # step.
     return logits_V + jnp.where(ids < n_ids, 0.0, NEVER)
 
 
 def vocab_logsumexp(logits_V: jax.Array) -> jax.Array:
-    """log Σ_v exp(logit_v) over the whole vocabulary: [..., V/tp] → [...] f32. One pmax and one psum of a scalar."""
+    """log Σ_v exp(logit_v) over the whole vocabulary: [..., V/tp] → [...] f32. One pmax and one
+    psum of a scalar.
+    """
     logits_V = logits_V.astype(jnp.float32)
     # The maximum only stabilises the exponent; its gradient cancels exactly.
     top = pmax(jax.lax.stop_gradient(logits_V.max(-1)), "tp")
@@ -37,27 +41,35 @@ def vocab_gather(logits_V: jax.Array, ids: jax.Array) -> jax.Array:
     """logits at global `ids`: [..., V/tp], [...] int → [...] f32. One psum of a scalar a row."""
     local = ids - vocab_offset(logits_V.shape[-1])
     mine = (local >= 0) & (local < logits_V.shape[-1])
-    picked = jnp.take_along_axis(logits_V, jnp.clip(local, 0, logits_V.shape[-1] - 1)[..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(
+        logits_V, jnp.clip(local, 0, logits_V.shape[-1] - 1)[..., None], axis=-1
+    )[..., 0]
     return psum(jnp.where(mine, picked.astype(jnp.float32), 0.0), "tp")
 
 
 def cross_entropy(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] in nats, vocabulary-parallel: [..., V/tp], [...] → [...] f32.
 
-    Source: Shoeybi et al. 2019 (Megatron-LM), section 3; the two reductions after the maximum travel as one psum.
-    """
+    Source: Shoeybi et al. 2019 (Megatron-LM), section 3; the two reductions after the maximum
+    travel as one psum."""
     logits_V = logits_V.astype(jnp.float32)
     local = targets - vocab_offset(logits_V.shape[-1])
     mine = (local >= 0) & (local < logits_V.shape[-1])
-    picked = jnp.take_along_axis(logits_V, jnp.clip(local, 0, logits_V.shape[-1] - 1)[..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(
+        logits_V, jnp.clip(local, 0, logits_V.shape[-1] - 1)[..., None], axis=-1
+    )[..., 0]
     top = pmax(jax.lax.stop_gradient(logits_V.max(-1)), "tp")
-    both = jnp.stack([jnp.exp(logits_V - top[..., None]).sum(-1), jnp.where(mine, picked - top, 0.0)])
+    both = jnp.stack(
+        [jnp.exp(logits_V - top[..., None]).sum(-1), jnp.where(mine, picked - top, 0.0)]
+    )
     total, target_logit = psum(both, "tp")
     return jnp.log(total) - target_logit
 
 
 def vocab_argmax(scores_V: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(max value, its global id) over the vocabulary: [..., V/tp] → [...] f32, [...] int32; ties to the smallest id."""
+    """(max value, its global id) over the vocabulary: [..., V/tp] → [...] f32, [...] int32; ties to
+    the smallest id.
+    """
     best = scores_V.max(-1)
     ids = scores_V.argmax(-1).astype(jnp.int32) + vocab_offset(scores_V.shape[-1])
     top = pmax(best, "tp")

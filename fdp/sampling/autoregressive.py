@@ -1,8 +1,8 @@
-"""Autoregressive sampling: one forward pass of the whole static-length prefix per token, or of one row with a cache.
+"""Autoregressive sampling: one forward pass of the whole static-length prefix per token, or of one
+row with a cache.
 
-The recomputing sampler is the reference that the cached one reproduces id for id. Shapes: B samples, L positions,
-V vocabulary (tp: V/tp).
-"""
+The recomputing sampler is the reference that the cached one reproduces id for id. Shapes: B
+samples, L positions, V vocabulary (tp: V/tp)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +29,8 @@ def sample(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Draw `length` tokens left to right: (ids int32 [B, L], {"nfe": length}).
 
-    `logits_at(inputs_BxL, i) -> [B, V/tp]` f32 predicts token i from inputs 0..i (inputs = bos, then the tokens; what
-    lies beyond i is bos and must not matter). Ids ≥ n_ids are never drawn.
+    `logits_at(inputs_BxL, i) -> [B, V/tp]` f32 predicts token i from inputs 0..i (inputs = bos,
+    then the tokens; what lies beyond i is bos and must not matter). Ids ≥ n_ids are never drawn.
     """
     start = vary_like(jnp.full((sample_ids_B.shape[0], length), bos, jnp.int32), sample_ids_B)
 
@@ -53,13 +53,15 @@ def sample_cached(
     *,
     n_ids: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """As `sample` for a causal `model`, with one row a token against the key/value cache; "nfe" counts rows.
+    """As `sample` for a causal `model`, with one row a token against the key/value cache; "nfe"
+    counts rows.
 
     Raises ValueError for a model that is not causal and under cp > 1.
     """
     if model.attention != "causal":
         raise ValueError(
-            f"a cache filled from left to right needs a causal model, not attention={model.attention!r}: later tokens "
+            "a cache filled from left to right needs a causal model, not "
+            f"attention={model.attention!r}: later tokens "
             "would change the keys of earlier ones"
         )
     batch = sample_ids_B.shape[0]
@@ -68,9 +70,13 @@ def sample_cached(
     def body(i: jax.Array, carry: tuple) -> tuple:
         tokens_BxL, last_B, cache = carry
         hidden_Bx1xD, kept = model.apply(
-            {"params": params, CACHE: cache}, last_B[:, None], noise_B, jnp.full((batch, 1), i),
-            mutable=[CACHE], method="hidden",
-        )  # fmt: skip
+            {"params": params, CACHE: cache},
+            last_B[:, None],
+            noise_B,
+            jnp.full((batch, 1), i),
+            mutable=[CACHE],
+            method="hidden",
+        )
         logits_BxV: Any = model.apply({"params": params}, hidden_Bx1xD[:, 0], method="logits")
         token_B = _draw(logits_BxV, key, sample_ids_B, i, temperature, n_ids)
         return tokens_BxL.at[:, i].set(token_B), token_B, kept[CACHE]
@@ -82,7 +88,12 @@ def sample_cached(
 
 
 def _draw(
-    logits_BxV: jax.Array, key: jax.Array, sample_ids_B: jax.Array, i: jax.Array, temperature: float, n_ids: int
+    logits_BxV: jax.Array,
+    key: jax.Array,
+    sample_ids_B: jax.Array,
+    i: jax.Array,
+    temperature: float,
+    n_ids: int,
 ) -> jax.Array:
     """Token i of every sample: int32 [B]."""
     keys = position_keys(key, sample_ids_B, 0, i[None])[:, 0]

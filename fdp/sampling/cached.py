@@ -1,16 +1,19 @@
-"""Masked diffusion block by block with a key/value cache: refresh steps over all rows, reuse steps over one block.
+"""Masked diffusion block by block with a key/value cache: refresh steps over all rows, reuse steps
+over one block.
 
-The dual cache of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618), whose phases dLLM-Serve (arXiv 2512.17077) schedules: a
-refresh runs the whole sequence and caches every key and value; the reuse steps after it run the rows of the current
-block alone, against the cache. Both reveal tokens of the block, in random order. Reuse is an approximation (what lies
-outside the block keeps the keys of the last refresh); with a refresh in every step the ids are those of
+The dual cache of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618), whose phases dLLM-Serve (arXiv
+2512.17077) schedules: a refresh runs the whole sequence and caches every key and value; the reuse
+steps after it run the rows of the current block alone, against the cache. Both reveal tokens of the
+block, in random order. Reuse is an approximation (what lies outside the block keeps the keys of the
+last refresh); with a refresh in every step the ids are those of
 `fdp.sampling.masked.reveal(order="random", per_step=…, block=…)`.
 
-The phases are pure functions of their own, so that they can be compiled for different meshes; the noise of a draw
-depends on sample, step and position alone, so ids do not depend on dp, tp or the batch.
+The phases are pure functions of their own, so that they can be compiled for different meshes; the
+noise of a draw depends on sample, step and position alone, so ids do not depend on dp, tp or the
+batch.
 
-Legend: B sequences, L positions, R = block rows, P prompt, D width, V vocabulary (tp: V/tp columns).
-"""
+Legend: B sequences, L positions, R = block rows, P prompt, D width, V vocabulary (tp: V/tp
+columns)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +33,8 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class BlockDecoder:
-    """How blocks are decoded: `per_step` positions of a block of `block` in every step; ids ≥ n_ids are never drawn.
+    """How blocks are decoded: `per_step` positions of a block of `block` in every step; ids ≥ n_ids
+    are never drawn.
 
     Raises ValueError for a causal model and for counts below 1.
     """
@@ -43,9 +47,14 @@ class BlockDecoder:
 
     def __post_init__(self) -> None:
         if self.model.attention != "bidirectional":
-            raise ValueError(f"blocks are denoised by a bidirectional model, not attention={self.model.attention!r}")
+            raise ValueError(
+                "blocks are denoised by a bidirectional model, not "
+                f"attention={self.model.attention!r}"
+            )
         if self.block < 1 or self.per_step < 1:
-            raise ValueError(f"block and per_step must be at least 1, not {self.block} and {self.per_step}")
+            raise ValueError(
+                f"block and per_step must be at least 1, not {self.block} and {self.per_step}"
+            )
 
     @property
     def steps(self) -> int:
@@ -56,14 +65,21 @@ class BlockDecoder:
         """Blocks to decode after a prompt. Raises ValueError unless both are whole blocks."""
         if length % self.block or prompt % self.block or not 0 <= prompt < length:
             raise ValueError(
-                f"length {length} and prompt {prompt} must be whole blocks of {self.block}, with prompt < length: "
-                f"{length} % {self.block} = {length % self.block}, {prompt} % {self.block} = {prompt % self.block}; "
-                f"set length={-(-max(length, prompt + 1) // self.block) * self.block} and pad the prompt"
+                f"length {length} and prompt {prompt} must be whole blocks of {self.block}, with "
+                "prompt < length: "
+                f"{length} % {self.block} = {length % self.block}, {prompt} % {self.block} = "
+                f"{prompt % self.block}; "
+                f"set length={-(-max(length, prompt + 1) // self.block) * self.block} and pad the "
+                "prompt"
             )
         return (length - prompt) // self.block
 
-    def refresh(self, params: Any, key: Array, ids_B: Array, z_BxL: Array, step: Array, start: Array) -> tuple:
-        """One step over all rows: (z after revealing tokens of the block at `start`, the filled cache)."""
+    def refresh(
+        self, params: Any, key: Array, ids_B: Array, z_BxL: Array, step: Array, start: Array
+    ) -> tuple:
+        """One step over all rows: (z after revealing tokens of the block at `start`, the filled
+        cache).
+        """
         hidden_BxLxD, kept = self.model.apply(
             {"params": params}, z_BxL, self._noise(z_BxL), mutable=[CACHE], method="hidden"
         )
@@ -71,42 +87,76 @@ class BlockDecoder:
         return self._reveal(params, rows_BxRxD, key, ids_B, z_BxL, step, start), kept[CACHE]
 
     def reuse(
-        self, params: Any, cache: Any, key: Array, ids_B: Array, z_BxL: Array, step: Array, start: Array
+        self,
+        params: Any,
+        cache: Any,
+        key: Array,
+        ids_B: Array,
+        z_BxL: Array,
+        step: Array,
+        start: Array,
     ) -> tuple:
-        """One step over the rows of the block at `start`: (z, the cache with the new keys and values of those rows)."""
+        """One step over the rows of the block at `start`: (z, the cache with the new keys and
+        values of those rows).
+        """
         rows_BxR = jax.lax.dynamic_slice_in_dim(z_BxL, start, self.block, 1)
         positions_BxR = jnp.broadcast_to(start + jnp.arange(self.block), rows_BxR.shape)
         rows_BxRxD, kept = self.model.apply(
-            {"params": params, CACHE: cache}, rows_BxR, self._noise(z_BxL), positions_BxR,
-            mutable=[CACHE], method="hidden",
-        )  # fmt: skip
+            {"params": params, CACHE: cache},
+            rows_BxR,
+            self._noise(z_BxL),
+            positions_BxR,
+            mutable=[CACHE],
+            method="hidden",
+        )
         return self._reveal(params, rows_BxRxD, key, ids_B, z_BxL, step, start), kept[CACHE]
 
     def _noise(self, z_BxL: Array) -> Array:
         return (z_BxL == self.n_ids).mean(1)
 
     def _reveal(
-        self, params: Any, rows_BxRxD: Array, key: Array, ids_B: Array, z_BxL: Array, step: Array, start: Array
+        self,
+        params: Any,
+        rows_BxRxD: Array,
+        key: Array,
+        ids_B: Array,
+        z_BxL: Array,
+        step: Array,
+        start: Array,
     ) -> Array:
         logits_BxRxV: Any = self.model.apply({"params": params}, rows_BxRxD, method="logits")
         keys = position_keys(key, ids_B, step, start + jnp.arange(self.block))
         token_BxR = categorical(keys, suppress(logits_BxRxV, self.n_ids), self.temperature)
         rows_BxR = jax.lax.dynamic_slice_in_dim(z_BxL, start, self.block, 1)
         chosen_BxR = choose(uniform(keys), rows_BxR == self.n_ids, self.per_step)
-        return jax.lax.dynamic_update_slice_in_dim(z_BxL, jnp.where(chosen_BxR, token_BxR, rows_BxR), start, 1)
+        return jax.lax.dynamic_update_slice_in_dim(
+            z_BxL, jnp.where(chosen_BxR, token_BxR, rows_BxR), start, 1
+        )
 
 
-def start_state(decoder: BlockDecoder, ids_B: Array, length: int, prompt_BxP: Array | None = None) -> Array:
-    """Masks after the prompt, int32 [B, L]. Raises ValueError unless prompt and length are whole blocks."""
+def start_state(
+    decoder: BlockDecoder, ids_B: Array, length: int, prompt_BxP: Array | None = None
+) -> Array:
+    """Masks after the prompt, int32 [B, L]. Raises ValueError unless prompt and length are whole
+    blocks.
+    """
     decoder.blocks(length, 0 if prompt_BxP is None else prompt_BxP.shape[1])
     z_BxL = initial_state(ids_B, length, decoder.n_ids, None)
-    return z_BxL if prompt_BxP is None else z_BxL.at[:, : prompt_BxP.shape[1]].set(vary_like(prompt_BxP, ids_B))
+    return (
+        z_BxL
+        if prompt_BxP is None
+        else z_BxL.at[:, : prompt_BxP.shape[1]].set(vary_like(prompt_BxP, ids_B))
+    )
 
 
 def refresh_period(decoder: BlockDecoder, refresh_every: int | None) -> int:
-    """Steps from one refresh to the next: every block begins with one. Raises ValueError below 1."""
+    """Steps from one refresh to the next: every block begins with one. Raises ValueError below
+    1.
+    """
     if refresh_every is not None and refresh_every < 1:
-        raise ValueError(f"refresh_every={refresh_every} must be at least 1; None refreshes once a block")
+        raise ValueError(
+            f"refresh_every={refresh_every} must be at least 1; None refreshes once a block"
+        )
     return min(refresh_every or decoder.steps, decoder.steps)
 
 
@@ -120,12 +170,12 @@ def sample(
     refresh_every: int | None = None,
     prompt_BxP: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Decode all blocks from left to right: (ids int32 [B, L], {"refreshes", "reuses"}: counts of each step).
+    """Decode all blocks from left to right: (ids int32 [B, L], {"refreshes", "reuses"}: counts of
+    each step).
 
-    `ids_B` are global sample ids. `refresh_every` steps inside a block the cache is refreshed (None: at its start
-    only; 1: always, which is exact). Runs unsharded and inside shard_map. Raises ValueError for lengths that are not
-    whole blocks and under cp > 1.
-    """
+    `ids_B` are global sample ids. `refresh_every` steps inside a block the cache is refreshed
+    (None: at its start only; 1: always, which is exact). Runs unsharded and inside shard_map.
+    Raises ValueError for lengths that are not whole blocks and under cp > 1."""
     prompt = 0 if prompt_BxP is None else prompt_BxP.shape[1]
     steps, period = decoder.steps, refresh_period(decoder, refresh_every)
     total = steps * decoder.blocks(length, prompt)

@@ -1,14 +1,16 @@
-"""Samplers of masked diffusion, as pure functions of a denoiser; the same code unsharded and inside shard_map.
+"""Samplers of masked diffusion, as pure functions of a denoiser; the same code unsharded and inside
+shard_map.
 
-`denoise(z_BxL, noise_B) -> logits [B, L, V/tp]` in f32 with the mask id n_ids as an input; noise is the mask ratio.
-Samples lie over dp (and ep), the vocabulary over tp. Every device stays in the loop until all are done, so that
-collectives inside `denoise` meet. All return (ids int32 [B, L], info): info["nfe"] counts calls of `denoise`, and
-info["trace"] (if asked for) holds the state before the first step and after each, int32 [steps + 1, B, L].
+`denoise(z_BxL, noise_B) -> logits [B, L, V/tp]` in f32 with the mask id n_ids as an input; noise is
+the mask ratio. Samples lie over dp (and ep), the vocabulary over tp. Every device stays in the loop
+until all are done, so that collectives inside `denoise` meet. All return (ids int32 [B, L], info):
+info["nfe"] counts calls of `denoise`, and info["trace"] (if asked for) holds the state before the
+first step and after each, int32 [steps + 1, B, L].
 
-Which laws are exact, given exact conditionals? One token a step at temperature 1, its position chosen from z alone
-(`first_hitting`; `reveal` by random, top_prob, entropy or margin). Ancestral steps are off by O(1/steps); choosing by
-the probability of the token already drawn (sampled_prob, as LLaDA and Dream do), thresholds, several tokens a step and
-temperature 0 all change the law.
+Which laws are exact, given exact conditionals? One token a step at temperature 1, its position
+chosen from z alone (`first_hitting`; `reveal` by random, top_prob, entropy or margin). Ancestral
+steps are off by O(1/steps); choosing by the probability of the token already drawn (sampled_prob,
+as LLaDA and Dream do), thresholds, several tokens a step and temperature 0 all change the law.
 
 Shapes: B samples, L positions, V vocabulary (tp: V/tp columns).
 """
@@ -21,7 +23,14 @@ import jax.numpy as jnp
 
 from fdp.collectives import pmax, psum, vary_like
 from fdp.objectives.schedules import Schedule
-from fdp.parallel.tensor import NEVER, suppress, vocab_argmax, vocab_gather, vocab_logsumexp, vocab_offset
+from fdp.parallel.tensor import (
+    NEVER,
+    suppress,
+    vocab_argmax,
+    vocab_gather,
+    vocab_logsumexp,
+    vocab_offset,
+)
 from fdp.sampling.noise import categorical, categorical_confidence, position_keys, uniform
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
@@ -37,7 +46,9 @@ def anywhere(flag: jax.Array) -> jax.Array:
 
 
 def iterate(update: Update, z: jax.Array, max_steps: int, trace: bool) -> tuple[jax.Array, Info]:
-    """Apply `update` until it asks to stop or max_steps is reached; count calls, optionally keep every state."""
+    """Apply `update` until it asks to stop or max_steps is reached; count calls, optionally keep
+    every state.
+    """
     states = jnp.broadcast_to(z, (max_steps + 1, *z.shape)) if trace else None
 
     def body(carry: tuple) -> tuple:
@@ -54,22 +65,33 @@ def iterate(update: Update, z: jax.Array, max_steps: int, trace: bool) -> tuple[
     return z, {"nfe": nfe, "trace": states} if trace else {"nfe": nfe}
 
 
-def initial_state(sample_ids_B: jax.Array, length: int, mask_id: int, start_BxL: jax.Array | None) -> jax.Array:
-    """Fully masked states, or `start_BxL` (a prompt with mask_id where tokens are wanted): int32 [B, L]."""
+def initial_state(
+    sample_ids_B: jax.Array, length: int, mask_id: int, start_BxL: jax.Array | None
+) -> jax.Array:
+    """Fully masked states, or `start_BxL` (a prompt with mask_id where tokens are wanted): int32
+    [B, L].
+    """
     if start_BxL is None:
-        return vary_like(jnp.full((sample_ids_B.shape[0], length), mask_id, jnp.int32), sample_ids_B)
+        return vary_like(
+            jnp.full((sample_ids_B.shape[0], length), mask_id, jnp.int32), sample_ids_B
+        )
     if start_BxL.shape != (sample_ids_B.shape[0], length):
-        raise ValueError(f"start must have shape {(sample_ids_B.shape[0], length)}, not {start_BxL.shape}")
+        raise ValueError(
+            f"start must have shape {(sample_ids_B.shape[0], length)}, not {start_BxL.shape}"
+        )
     return vary_like(start_BxL.astype(jnp.int32), sample_ids_B)
 
 
 def unmask_prob(schedule: Schedule, step: jax.Array | int, steps: int) -> jax.Array:
-    """Probability that a masked token is revealed in `step` of a uniform grid from t = 1 to 0: f32 [].
+    """Probability that a masked token is revealed in `step` of a uniform grid from t = 1 to 0: f32
+    [].
 
-    (α_s - α_t)/(1 - α_t); 1 in the last step, which takes the masks that a schedule with α_0 < 1 would leave.
-    """
+    (α_s - α_t)/(1 - α_t); 1 in the last step, which takes the masks that a schedule with α_0 < 1
+    would leave."""
     t, s = 1 - step / steps, 1 - (step + 1) / steps
-    prob = 1 - schedule.mask_prob(jnp.asarray(s, jnp.float32)) / schedule.mask_prob(jnp.asarray(t, jnp.float32))
+    prob = 1 - schedule.mask_prob(jnp.asarray(s, jnp.float32)) / schedule.mask_prob(
+        jnp.asarray(t, jnp.float32)
+    )
     return jnp.where(jnp.asarray(step) == steps - 1, 1.0, prob)
 
 
@@ -87,13 +109,14 @@ def ancestral(
     start_BxL: jax.Array | None = None,
     trace: bool = False,
 ) -> tuple[jax.Array, Info]:
-    """Ancestral sampling in `steps` factorised steps (Sahoo et al. 2024), its law off by O(1/steps).
+    """Ancestral sampling in `steps` factorised steps (Sahoo et al. 2024), its law off by
+    O(1/steps).
 
-    First a Bernoulli decides whether to reveal, then the token is drawn: one categorical over both would need Gumbel
-    tails `steps` times finer. So `denoise` is called only in steps that reveal something on some device, which is
-    mdlm's cached sampler without its cache and right for time-conditioned models too: E[nfe] = N(1 - (1-1/N)^(B·L))
-    for N steps on α = 1 - t. `lazy=False` calls it in every step, for the same ids.
-    """
+    First a Bernoulli decides whether to reveal, then the token is drawn: one categorical over both
+    would need Gumbel tails `steps` times finer. So `denoise` is called only in steps that reveal
+    something on some device, which is mdlm's cached sampler without its cache and right for
+    time-conditioned models too: E[nfe] = N(1 - (1-1/N)^(B·L)) for N steps on α = 1 - t.
+    `lazy=False` calls it in every step, for the same ids."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
 
@@ -121,7 +144,9 @@ def entropy(logits_V: jax.Array) -> jax.Array:
 
 
 def margin(logits_V: jax.Array) -> jax.Array:
-    """Probability of the likeliest id less that of the second, vocabulary-parallel: [..., V/tp] → f32 [...]."""
+    """Probability of the likeliest id less that of the second, vocabulary-parallel: [..., V/tp] →
+    f32 [...].
+    """
     top, winner = vocab_argmax(logits_V)
     ids = vocab_offset(logits_V.shape[-1]) + jnp.arange(logits_V.shape[-1])
     second, _ = vocab_argmax(jnp.where(ids == winner[..., None], NEVER, logits_V))
@@ -132,23 +157,33 @@ def margin(logits_V: jax.Array) -> jax.Array:
 # Higher is revealed earlier; (logits, token, keys) → f32 [B, L].
 ORDERS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "random": lambda logits, token, keys: uniform(keys),
-    "top_prob": lambda logits, token, keys: jnp.exp(vocab_argmax(logits)[0] - vocab_logsumexp(logits)),
+    "top_prob": lambda logits, token, keys: jnp.exp(
+        vocab_argmax(logits)[0] - vocab_logsumexp(logits)
+    ),
     "entropy": lambda logits, token, keys: -entropy(logits),
     "margin": lambda logits, token, keys: margin(logits),
-    "sampled_prob": lambda logits, token, keys: jnp.exp(vocab_gather(logits, token) - vocab_logsumexp(logits)),
+    "sampled_prob": lambda logits, token, keys: jnp.exp(
+        vocab_gather(logits, token) - vocab_logsumexp(logits)
+    ),
 }
 
 
 def choose(
-    scores_BxL: jax.Array, candidates_BxL: jax.Array, per_step: int = 1, threshold: float | None = None
+    scores_BxL: jax.Array,
+    candidates_BxL: jax.Array,
+    per_step: int = 1,
+    threshold: float | None = None,
 ) -> jax.Array:
-    """The `per_step` best candidates of each row, or all with score ≥ threshold and at least one: bool [B, L].
+    """The `per_step` best candidates of each row, or all with score ≥ threshold and at least one:
+    bool [B, L].
 
     Ties go to the earlier position.
     """
     scores_BxL = jnp.where(candidates_BxL, scores_BxL, -jnp.inf)
     rank_BxL = jnp.argsort(jnp.argsort(-scores_BxL, axis=1), axis=1)
-    wanted = rank_BxL < per_step if threshold is None else (scores_BxL >= threshold) | (rank_BxL == 0)
+    wanted = (
+        rank_BxL < per_step if threshold is None else (scores_BxL >= threshold) | (rank_BxL == 0)
+    )
     return candidates_BxL & wanted
 
 
@@ -167,12 +202,13 @@ def reveal(
     start_BxL: jax.Array | None = None,
     trace: bool = False,
 ) -> tuple[jax.Array, Info]:
-    """Reveal the masked positions that score best under `order`, step after step, until none is left.
+    """Reveal the masked positions that score best under `order`, step after step, until none is
+    left.
 
-    `per_step` positions a step, or every one with score ≥ `threshold` (Fast-dLLM; at least one). `block` finishes
-    blocks of that length from left to right (semi-autoregressive; Nie et al. 2025, Arriola et al. 2025). Scores are
-    taken at temperature 1; "entropy" scores by -H. Raises ValueError for an unknown order or a count below 1.
-    """
+    `per_step` positions a step, or every one with score ≥ `threshold` (Fast-dLLM; at least one).
+    `block` finishes blocks of that length from left to right (semi-autoregressive; Nie et al. 2025,
+    Arriola et al. 2025). Scores are taken at temperature 1; "entropy" scores by -H. Raises
+    ValueError for an unknown order or a count below 1."""
     if order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}")
     if per_step < 1 or (block is not None and block < 1):
@@ -183,7 +219,9 @@ def reveal(
         masked_BxL = z == n_ids
         logits = suppress(denoise(z, masked_BxL.mean(1)), n_ids)
         keys = position_keys(key, sample_ids_B, step, positions_L)
-        if order == "top_prob":  # the same score, with fewer reductions than token and score on their own
+        if (
+            order == "top_prob"
+        ):  # the same score, with fewer reductions than token and score on their own
             token_BxL, score_BxL = categorical_confidence(keys, logits, temperature)
         else:
             token_BxL = categorical(keys, logits, temperature)
@@ -199,10 +237,17 @@ def reveal(
 
 
 def first_hitting(
-    denoise: Denoise, key: jax.Array, sample_ids_B: jax.Array, length: int, *, n_ids: int, **options: Any
+    denoise: Denoise,
+    key: jax.Array,
+    sample_ids_B: jax.Array,
+    length: int,
+    *,
+    n_ids: int,
+    **options: Any,
 ) -> tuple[jax.Array, Info]:
-    """Reveal one uniformly random masked position a step (Zheng et al. 2024): the exact law of continuous time.
+    """Reveal one uniformly random masked position a step (Zheng et al. 2024): the exact law of
+    continuous time.
 
-    No factorisation error, `length` calls. `options`: temperature, block, start_BxL, trace as in `reveal`.
-    """
+    No factorisation error, `length` calls. `options`: temperature, block, start_BxL, trace as in
+    `reveal`."""
     return reveal(denoise, key, sample_ids_B, length, n_ids=n_ids, order="random", **options)

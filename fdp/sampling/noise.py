@@ -1,11 +1,12 @@
-"""Counter-based sampling noise: what a sample sees depends on its id, the step and the position, on nothing else.
+"""Counter-based sampling noise: what a sample sees depends on its id, the step and the position, on
+nothing else.
 
-Not on the batch it travels in, not on the mesh, and a vocabulary shard draws exactly its columns of the global Gumbel
-table. Shapes: B samples, P positions, V vocabulary (tp: V/tp columns).
+Not on the batch it travels in, not on the mesh, and a vocabulary shard draws exactly its columns of
+the global Gumbel table. Shapes: B samples, P positions, V vocabulary (tp: V/tp columns).
 
-`jax.random.gumbel` is not used: its f32 default steps through u in units of 2^-23 (largest value 15.9, so ids with
-p < 1e-6 are starved; Zheng et al. 2024), and it cannot draw a slice. Here 64 bits a draw reach 45.
-"""
+`jax.random.gumbel` is not used: its f32 default steps through u in units of 2^-23 (largest value
+15.9, so ids with p < 1e-6 are starved; Zheng et al. 2024), and it cannot draw a slice. Here 64 bits
+a draw reach 45."""
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,24 @@ from jax.extend.random import threefry2x32_p
 from fdp.collectives import pmax, psum, vary_like
 from fdp.parallel.tensor import vocab_argmax, vocab_offset
 
-# Second counter word, one for each use of a position's key; fold_in puts its own data there with first word 0.
+# Second counter word, one for each use of a position's key; fold_in puts its own data there with
+# first word 0.
 UNIFORM, GUMBEL = 0x80000001, 0x80000002
 
 
-def position_keys(key: jax.Array, sample_ids_B: jax.Array, step: jax.Array | int, positions_P: jax.Array) -> jax.Array:
-    """fold_in(fold_in(fold_in(key, sample), step), position) of every pair: raw threefry keys, uint32 [B, P, 2].
+def position_keys(
+    key: jax.Array, sample_ids_B: jax.Array, step: jax.Array | int, positions_P: jax.Array
+) -> jax.Array:
+    """fold_in(fold_in(fold_in(key, sample), step), position) of every pair: raw threefry keys,
+    uint32 [B, P, 2].
 
-    Sample ids are global (unique over the whole job), so ids do not depend on dp. Raises ValueError for a key that is
-    not threefry.
-    """
+    Sample ids are global (unique over the whole job), so ids do not depend on dp. Raises ValueError
+    for a key that is not threefry."""
     if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         if "fry" not in str(jax.random.key_impl(key)):
-            raise ValueError(f"counter-based noise needs a threefry key, not {jax.random.key_impl(key)}")
+            raise ValueError(
+                f"counter-based noise needs a threefry key, not {jax.random.key_impl(key)}"
+            )
         key = jax.random.key_data(key)
 
     def one(sample: jax.Array, position: jax.Array) -> jax.Array:
@@ -38,11 +44,16 @@ def position_keys(key: jax.Array, sample_ids_B: jax.Array, step: jax.Array | int
 
 
 def _unit(keys: jax.Array, counters: jax.Array, use: int) -> jax.Array:
-    """u in (0, 1), relative precision 2^-24 down to 2^-65: keys [..., 2], counters broadcast against [...] → f32."""
+    """u in (0, 1), relative precision 2^-24 down to 2^-65: keys [..., 2], counters broadcast
+    against [...] → f32.
+    """
     counters = counters.astype(jnp.uint32)
     shape = jnp.broadcast_shapes(keys.shape[:-1], counters.shape)
-    words = [jnp.broadcast_to(w, shape) for w in (keys[..., 0], keys[..., 1], counters, jnp.uint32(use))]
-    # The primitive wants equal varying types: one sum of zeros takes on every axis over which an operand varies.
+    words = [
+        jnp.broadcast_to(w, shape) for w in (keys[..., 0], keys[..., 1], counters, jnp.uint32(use))
+    ]
+    # The primitive wants equal varying types: one sum of zeros takes on every axis over which an
+    # operand varies.
     types = sum((w & 0 for w in words), jnp.uint32(0))
     return bits_to_unit(*threefry2x32_p.bind(*(vary_like(w, types) for w in words)))
 
@@ -59,7 +70,8 @@ def uniform(keys: jax.Array) -> jax.Array:
 
 
 def gumbel(keys: jax.Array, v_local: int) -> jax.Array:
-    """Standard Gumbel noise of this device's vocabulary columns: uint32 [..., 2] → f32 [..., V/tp], at most 45.1.
+    """Standard Gumbel noise of this device's vocabulary columns: uint32 [..., 2] → f32 [..., V/tp],
+    at most 45.1.
 
     -log(-log1p(-u)): the upper tail comes from small u, where floats are dense.
     """
@@ -68,7 +80,8 @@ def gumbel(keys: jax.Array, v_local: int) -> jax.Array:
 
 
 def categorical(keys: jax.Array, logits_V: jax.Array, temperature: float = 1.0) -> jax.Array:
-    """A token ~ softmax(logits / temperature), the largest logit for temperature 0: [..., V/tp] → int32 [...].
+    """A token ~ softmax(logits / temperature), the largest logit for temperature 0: [..., V/tp] →
+    int32 [...].
 
     Gumbel-max in f32 over the sharded vocabulary. Raises ValueError for a negative temperature.
     """
@@ -83,15 +96,17 @@ def categorical(keys: jax.Array, logits_V: jax.Array, temperature: float = 1.0) 
 def categorical_confidence(
     keys: jax.Array, logits_V: jax.Array, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """`categorical` and the largest probability of softmax(logits) at temperature 1: [..., V/tp] → int32, f32 [...].
+    """`categorical` and the largest probability of softmax(logits) at temperature 1: [..., V/tp] →
+    int32, f32 [...].
 
-    What a denoiser that reveals the surest positions needs. Four scalars a row cross the wire in three reductions: the
-    two maxima, the winner's id, the sum of exponentials.
-    """
+    What a denoiser that reveals the surest positions needs. Four scalars a row cross the wire in
+    three reductions: the two maxima, the winner's id, the sum of exponentials."""
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, not {temperature}")
     logits_V = logits_V.astype(jnp.float32)
-    scores_V = logits_V / temperature + gumbel(keys, logits_V.shape[-1]) if temperature > 0 else logits_V
+    scores_V = (
+        logits_V / temperature + gumbel(keys, logits_V.shape[-1]) if temperature > 0 else logits_V
+    )
     best = scores_V.max(-1)
     top_score, top_logit = pmax(jnp.stack([best, logits_V.max(-1)]), "tp")
     ids = scores_V.argmax(-1).astype(jnp.int32) + vocab_offset(scores_V.shape[-1])

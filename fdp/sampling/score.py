@@ -1,8 +1,7 @@
 """Analytic (Tweedie) samplers for models trained by score entropy (SEDD), absorbing and uniform.
 
-Conventions of `fdp.sampling.masked`: same denoiser signature, keys, sharding and (ids, info) result.
-Shapes: B samples, L positions, V vocabulary (tp: V/tp columns).
-"""
+Conventions of `fdp.sampling.masked`: same denoiser signature, keys, sharding and (ids, info)
+result. Shapes: B samples, L positions, V vocabulary (tp: V/tp columns)."""
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +26,17 @@ def analytic_absorbing(
     start_BxL: jax.Array | None = None,
     trace: bool = False,
 ) -> tuple[jax.Array, Info]:
-    """Tweedie τ-leaping for an absorbing score model (Lou et al. 2024), logits as in `SEDDAbsorbing`.
+    """Tweedie τ-leaping for an absorbing score model (Lou et al. 2024), logits as in
+    `SEDDAbsorbing`.
 
-    A mask is revealed with probability c·(e^Δσ - 1)/(e^σ - 1), at most 1, where c is the mass of the scaled score; for
-    c = 1 this is `masked.ancestral`, id for id.
-    """
+    A mask is revealed with probability c·(e^Δσ - 1)/(e^σ - 1), at most 1, where c is the mass of
+    the scaled score; for c = 1 this is `masked.ancestral`, id for id."""
     z = initial_state(sample_ids_B, length, n_ids, start_BxL)
 
     def update(step: jax.Array, z: jax.Array) -> tuple:
-        noise_B = jnp.broadcast_to(schedule.mask_prob(jnp.asarray(1 - step / steps, jnp.float32)), sample_ids_B.shape)
+        noise_B = jnp.broadcast_to(
+            schedule.mask_prob(jnp.asarray(1 - step / steps, jnp.float32)), sample_ids_B.shape
+        )
         logits = suppress(denoise(z, noise_B), n_ids)
         keys = position_keys(key, sample_ids_B, step, jnp.arange(length))
         mass_BxL = jnp.exp(vocab_logsumexp(logits)) / n_ids
@@ -47,12 +48,14 @@ def analytic_absorbing(
     return iterate(update, z, steps, trace)
 
 
-def tweedie_uniform(log_score_V: jax.Array, z: jax.Array, n_ids: int, delta: jax.Array) -> jax.Array:
-    """log p(token before | z), up to a constant, `delta` of uniform noise σ earlier: [..., V/tp], [...] → [..., V/tp].
+def tweedie_uniform(
+    log_score_V: jax.Array, z: jax.Array, n_ids: int, delta: jax.Array
+) -> jax.Array:
+    """log p(token before | z), up to a constant, `delta` of uniform noise σ earlier: [..., V/tp],
+    [...] → [..., V/tp].
 
-    (e^{-Δσ·Q} s)(y) · p_Δσ(z | y) with s_z = 1 (Lou et al. 2024). A learned score can make this negative: such
-    ids get no mass.
-    """
+    (e^{-Δσ·Q} s)(y) · p_Δσ(z | y) with s_z = 1 (Lou et al. 2024). A learned score can make this
+    negative: such ids get no mass."""
     ids = vocab_offset(log_score_V.shape[-1]) + jnp.arange(log_score_V.shape[-1])
     own = ids == z[..., None]
     score = jnp.where(own, 1.0, jnp.exp(suppress(log_score_V, n_ids)))
@@ -75,11 +78,12 @@ def analytic_uniform(
     schedule: Schedule,
     trace: bool = False,
 ) -> tuple[jax.Array, Info]:
-    """Tweedie τ-leaping for a uniform score model; `denoise(z, σ)` returns log scores as in `SEDDUniform`.
+    """Tweedie τ-leaping for a uniform score model; `denoise(z, σ)` returns log scores as in
+    `SEDDUniform`.
 
-    Starts from uniform ids; the last step removes all noise that is left. `steps` calls. A step of Δσ amplifies the
-    rounding of the scores by e^Δσ, so take enough steps (or a smaller σ_max) that Δσ stays below about 8.
-    """
+    Starts from uniform ids; the last step removes all noise that is left. `steps` calls. A step of
+    Δσ amplifies the rounding of the scores by e^Δσ, so take enough steps (or a smaller σ_max) that
+    Δσ stays below about 8."""
     positions_L = jnp.arange(length)
     # Step `steps` is never taken by the loop, so its noise is free for the start.
     start_keys = position_keys(key, sample_ids_B, steps, positions_L)

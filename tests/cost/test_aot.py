@@ -28,8 +28,12 @@ assert "jax" not in sys.modules and "numpy" not in sys.modules
 print(os.environ["JAX_PLATFORMS"], os.environ["TPU_SKIP_MDS_QUERY"], os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"])
 print(os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"], os.environ["TPU_WORKER_HOSTNAMES"])
 """
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "TPU"))} | {"TPU_WORKER_HOSTNAMES": "mine"}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "TPU"))} | {
+        "TPU_WORKER_HOSTNAMES": "mine"
+    }
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
     assert out.split() == ["cpu", "1", "1", "1", "mine"]
 
 
@@ -38,9 +42,13 @@ def test_missing_compiler_is_reported_not_raised(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     for platform in ("tpu", "cuda", "v5e", "h100:8"):
         assert not aot.available(platform)
-    with pytest.raises(ImportError, match=r"compiling for v5p needs the package libtpu: pip install 'fdp\[aot\]'"):
+    with pytest.raises(
+        ImportError, match=r"compiling for v5p needs the package libtpu: pip install 'fdp\[aot\]'"
+    ):
         aot.topology_devices("v5p:4x4x4")
-    with pytest.raises(ImportError, match=r"needs the package jax_plugins.xla_cuda13: pip install 'fdp\[aot\]'"):
+    with pytest.raises(
+        ImportError, match=r"needs the package jax_plugins.xla_cuda13: pip install 'fdp\[aot\]'"
+    ):
         aot.topology_devices("h100:8")
 
     def absent_parent(name):
@@ -102,7 +110,9 @@ Total hbm usage >= 21.02G:
 def test_hbm_overflow_is_read_from_either_message():
     gib = 2**30
     assert aot.hbm_error(RuntimeError(TOTAL)) == aot.HbmError(int(44.5 * gib), int(15.75 * gib), ())
-    assert aot.hbm_error(RuntimeError(TOTAL.replace("E1000: CompileTimeHbmOom: ", ""))).used_bytes == int(44.5 * gib)
+    assert aot.hbm_error(
+        RuntimeError(TOTAL.replace("E1000: CompileTimeHbmOom: ", ""))
+    ).used_bytes == int(44.5 * gib)
     listed = aot.hbm_error(RuntimeError(LISTED))
     assert (listed.used_bytes, listed.limit_bytes) == (int(20.5 * gib), round(15.48 * gib))
     assert listed.buffers == (
@@ -115,7 +125,9 @@ def test_hbm_overflow_is_read_from_either_message():
 
 @fast
 def test_memory_of_a_cpu_program():
-    """a[256, 256] donated and overwritten, a scalar beside it; XLA:CPU's own peak leaves the temporaries out."""
+    """a[256, 256] donated and overwritten, a scalar beside it; XLA:CPU's own peak leaves the
+    temporaries out.
+    """
 
     def f(a):
         return jnp.sort(a @ a), a.sum()
@@ -129,7 +141,8 @@ def test_memory_of_a_cpu_program():
     assert m.peak == m.argument + m.output - m.alias + m.temp
 
 
-# With the compilers ---------------------------------------------------------------------------------------------------
+# With the compilers
+# -------------------------------------------------------------------------------------------------
 
 
 def vary(x):
@@ -138,7 +151,9 @@ def vary(x):
 
 
 def ring(x, w):
-    """Five rounds of a permute beside a matmul, each with three inner all-reduces; then a gather and its transpose."""
+    """Five rounds of a permute beside a matmul, each with three inner all-reduces; then a gather
+    and its transpose.
+    """
 
     def inner(c, _):
         return vary(lax.psum(c * 0.5, "tp")), None
@@ -152,7 +167,9 @@ def ring(x, w):
 
 
 def on(topology, f, *avals):
-    """(compiled, jaxpr) of f inside shard_map on a 2x2x2 mesh of absent devices; the first argument is sharded."""
+    """(compiled, jaxpr) of f inside shard_map on a 2x2x2 mesh of absent devices; the first argument
+    is sharded.
+    """
     devices = np.array(aot.topology_devices(topology)[:8]).reshape(2, 2, 2)
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
     specs = (P(AXES), *(P(),) * (len(avals) - 1))
@@ -194,7 +211,9 @@ def test_topology_the_compiler_refuses():
 @pytest.mark.aot
 @pytest.mark.parametrize("topology", ["v5e:2x4", "h100:8"])
 def test_compiled_bytes_equal_the_jaxpr_in_bfloat16(topology):
-    """TPU gives no trip counts, GPU gives them; both run bfloat16 as it is, and both overlap the ring."""
+    """TPU gives no trip counts, GPU gives them; both run bfloat16 as it is, and both overlap the
+    ring.
+    """
     compiled, closed = on(topology, ring, (128, 256), (256, 256))
     cols = hlo.collectives(compiled.as_text(), SHAPE)
     n = 16 * 256 * 2
@@ -226,11 +245,17 @@ def test_gathers_spread_over_matmuls_count_once_on_tpu():
 
 @pytest.mark.aot
 def test_compile_leaves_the_persistent_cache_alone(recwarn):
-    """JAX would write an entry that it then fails to read, with a warning, in every later process."""
+    """JAX would write an entry that it then fails to read, with a warning, in every later
+    process.
+    """
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     sharding = NamedSharding(Mesh(np.array(aot.topology_devices("v5e:2x2")[:1]), ("tp",)), P())
-    new = float(np.random.default_rng().integers(2**30))  # a program that no earlier run can have stored
-    lowered = jax.jit(lambda x: x * new).lower(jax.ShapeDtypeStruct((3, 5), jnp.float32, sharding=sharding))
+    new = float(
+        np.random.default_rng().integers(2**30)
+    )  # a program that no earlier run can have stored
+    lowered = jax.jit(lambda x: x * new).lower(
+        jax.ShapeDtypeStruct((3, 5), jnp.float32, sharding=sharding)
+    )
     options = {"xla_tpu_enable_latency_hiding_scheduler": True}
     for _ in range(2):
         assert "ENTRY" in aot.compile(lowered, options).as_text()

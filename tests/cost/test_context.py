@@ -1,7 +1,8 @@
-"""Plan costs against published identities, the need matrix against research numbers, and the command.
+"""Plan costs against published identities, the need matrix against research numbers, and the
+command.
 
-That the byte formulas equal the compiled programs is tested where those are built: tests/parallel/test_context.py.
-"""
+That the byte formulas equal the compiled programs is tested where those are built:
+tests/parallel/test_context.py."""
 
 import numpy as np
 import pytest
@@ -47,16 +48,22 @@ def test_batch_split_has_no_limit_of_key_heads() -> None:
 
 
 def test_ring_backward_sends_keys_again_and_float32_gradients() -> None:
-    """Units of bfloat16: 7 forward; 7 of keys and 7·2 of float32 gradients backward (one hop less than 2·cp)."""
+    """Units of bfloat16: 7 forward; 7 of keys and 7·2 of float32 gradients backward (one hop less
+    than 2·cp).
+    """
     s = shape(8, 8)
     assert units(CommPlan("ring"), s) == 7
     assert sum(cost.backward_bytes(CommPlan("ring"), s, CAUSAL).values()) / s.unit == 7 + 14
 
 
 def test_decode_units() -> None:
-    """In units of T·H·(C+1)·4 bytes at cp = 8, C = 16: all-reduce 1.85, exchange of heads 0.875 (cp.md 1.3, 3.c)."""
+    """In units of T·H·(C+1)·4 bytes at cp = 8, C = 16: all-reduce 1.85, exchange of heads 0.875
+    (cp.md 1.3, 3.c).
+    """
     unit = 8 * 8 * 17 * 4
-    tree, helix = (sum(cost.decode_bytes(kind, 1, 8, 8, 16, 8).values()) for kind in ("tree", "helix"))
+    tree, helix = (
+        sum(cost.decode_bytes(kind, 1, 8, 8, 16, 8).values()) for kind in ("tree", "helix")
+    )
     assert (tree, helix) == (8064, 3808)
     assert round(tree / unit, 2) == 1.85 and helix / unit == 0.875
 
@@ -70,7 +77,8 @@ def test_dependent_steps() -> None:
     assert cost.steps(CommPlan("ring", hops=()), 8) == (0, 0)
 
 
-# (needed remote units, worker imbalance, step imbalance) at S = 128K, blocks of 64, cp = 8: cp.md 2.c
+# (needed remote units, worker imbalance, step imbalance) at S = 128K, blocks of 64, cp = 8: cp.md
+# 2.c
 TABLE = {
     "dense": [(3.50, 1.87, 1.87), (5.25, 1.00, 1.00), (6.99, 1.00, 1.00)],
     "window": [(0.22, 1.02, 1.02), (0.43, 1.02, 1.14), (6.99, 1.00, 1.00)],
@@ -88,7 +96,9 @@ def test_need_matrix_reproduces_the_published_rows(row: str) -> None:
         assert numbers == pytest.approx(want, abs=0.0051)
 
 
-@pytest.mark.parametrize("mask", [Mask(), CAUSAL, Mask("causal", 21), Mask(window=9), Mask("causal", 1)])
+@pytest.mark.parametrize(
+    "mask", [Mask(), CAUSAL, Mask("causal", 21), Mask(window=9), Mask("causal", 1)]
+)
 def test_block_mask_and_balance_by_enumeration(mask: Mask) -> None:
     seq_len, block, cp = 64, 4, 4
     pairs = np.asarray(allowed(mask, np.arange(seq_len), np.arange(seq_len)))
@@ -99,7 +109,9 @@ def test_block_mask_and_balance_by_enumeration(mask: Mask) -> None:
         work = pairs[layouts.permutation(layout, seq_len, cp)].reshape(cp, -1).sum(1)
         assert cost.balance(mask, layout, seq_len, cp) == pytest.approx(work.max() / work.mean())
         pooled = work.reshape(2, 2).sum(1)  # two neighbours share out their heads
-        assert cost.balance(mask, layout, seq_len, cp, head_split=2) == pytest.approx(pooled.max() / pooled.mean())
+        assert cost.balance(mask, layout, seq_len, cp, head_split=2) == pytest.approx(
+            pooled.max() / pooled.mean()
+        )
 
 
 def test_needs_by_enumeration_of_a_random_mask() -> None:
@@ -107,7 +119,9 @@ def test_needs_by_enumeration_of_a_random_mask() -> None:
     mask = np.random.default_rng(0).random((W, W)) < 0.1
     got = cost.needs(mask, ZIGZAG, cp, block)
     owner = {
-        p // block: i for i, held in enumerate(layouts.permutation(ZIGZAG, W * block, cp).reshape(cp, -1)) for p in held
+        p // block: i
+        for i, held in enumerate(layouts.permutation(ZIGZAG, W * block, cp).reshape(cp, -1))
+        for p in held
     }
     for d in range(cp):
         for s in range(cp):
@@ -128,20 +142,43 @@ def test_refusals() -> None:
         cost.forward_bytes(CommPlan("ulysses", 8), shape(4, 4), CAUSAL)
 
 
-COMMAND = ["--seq", "131072", "--heads", "32", "--kv_heads", "8", "--head_dim", "128", "--cp", "8", "--mask", "causal"]
+COMMAND = [
+    "--seq",
+    "131072",
+    "--heads",
+    "32",
+    "--kv_heads",
+    "8",
+    "--head_dim",
+    "128",
+    "--cp",
+    "8",
+    "--mask",
+    "causal",
+]
 
 
-def test_command_prints_every_plan_and_says_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_every_plan_and_says_what_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert cost.main([*COMMAND, "--window", "4096"]) == 0
     out = capsys.readouterr().out
-    lines = {tuple(line.split("  ")[0].split()): line for line in out.splitlines() if "contiguous" in line}
+    lines = {
+        tuple(line.split("  ")[0].split()): line
+        for line in out.splitlines()
+        if "contiguous" in line
+    }
     assert " 1.000 " in lines["ring",] and "67.1" in lines["ring",]  # one hop
     assert "4.375" in lines["ulysses", "u=8"]
     assert "refused (batch u=2 contiguous" in out and "raise train.batch" in out
 
 
-@pytest.mark.parametrize(("extra", "message"), [(["--cp", "7"], "not divisible"), (["--window", "-1"], "window = -1")])
-def test_command_refuses(extra: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("extra", "message"), [(["--cp", "7"], "not divisible"), (["--window", "-1"], "window = -1")]
+)
+def test_command_refuses(
+    extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit:
         cost.main([*COMMAND, *extra])
     assert exit.value.code == 2 and message in capsys.readouterr().err

@@ -35,7 +35,11 @@ def test_no_activity_is_idle_energy():
 
 def test_closed_form_below_the_cap():
     c, e = energy.coefficients("h100"), step_energy(LIGHT, 1700.0)
-    busy, flops, hbm = c.busy * 700 * 0.2, c.flops_16 * 700 * 5e12 / 989e12, c.hbm * 700 * 1e11 / 3.35e12
+    busy, flops, hbm = (
+        c.busy * 700 * 0.2,
+        c.flops_16 * 700 * 5e12 / 989e12,
+        c.hbm * 700 * 1e11 / 3.35e12,
+    )
     links = c.scale_up_joules * 2e11 + c.scale_out_joules * 1e10
     assert busy + flops + hbm < 630 * 0.2
     assert e.dynamic_joules == pytest.approx(16 * (busy + flops + hbm + links), rel=1e-12)
@@ -44,7 +48,9 @@ def test_closed_form_below_the_cap():
 
 def test_twice_the_time_of_equal_work_adds_the_static_and_the_idle_part():
     once, twice = step_energy(LIGHT), step_energy(dataclasses.replace(LIGHT, time=2.0))
-    assert twice.joules - once.joules == pytest.approx(once.static_joules + once.idle_joules, rel=1e-12)
+    assert twice.joules - once.joules == pytest.approx(
+        once.static_joules + once.idle_joules, rel=1e-12
+    )
     assert twice.dynamic_joules == once.dynamic_joules
 
 
@@ -67,17 +73,27 @@ def test_a_busy_chip_at_the_cap_does_not_lend_its_excess_to_the_time_it_waits():
     st.sampled_from([(8, 1), (64, 8), (4, 4)]),
 )
 def test_power_stays_between_idle_and_the_cap(name, time, busy, flops, hbm, link, shape):
-    e = step_energy(Activity(name, *shape, time, time * busy, {"bf16": flops}, hbm, link, link), 300.0)
+    e = step_energy(
+        Activity(name, *shape, time, time * busy, {"bf16": flops}, hbm, link, link), 300.0
+    )
     idle, peak = energy.idle_and_peak(name)
     chips = shape[0] / shape[1]
     assert idle * (1 - 1e-9) <= e.chip_power <= peak * (1 + 1e-9)
-    assert 300 + chips * idle * (1 - 1e-9) <= e.mean_power_per_node <= 300 + chips * peak * (1 + 1e-9)
+    assert (
+        300 + chips * idle * (1 - 1e-9) <= e.mean_power_per_node <= 300 + chips * peak * (1 + 1e-9)
+    )
 
 
-@pytest.mark.parametrize("term", ["flops", "hbm_bytes", "scale_up_bytes", "scale_out_bytes", "busy"])
+@pytest.mark.parametrize(
+    "term", ["flops", "hbm_bytes", "scale_up_bytes", "scale_out_bytes", "busy"]
+)
 def test_every_term_costs_energy(term):
-    more = {"flops": {"bf16": 6e12}, "busy": 0.22}.get(term, 1.05 * getattr(LIGHT, term) if term != "flops" else None)
-    assert step_energy(dataclasses.replace(LIGHT, **{term: more})).joules > step_energy(LIGHT).joules
+    more = {"flops": {"bf16": 6e12}, "busy": 0.22}.get(
+        term, 1.05 * getattr(LIGHT, term) if term != "flops" else None
+    )
+    assert (
+        step_energy(dataclasses.replace(LIGHT, **{term: more})).joules > step_energy(LIGHT).joules
+    )
 
 
 def test_each_precision_has_its_own_price():
@@ -94,14 +110,19 @@ def test_each_precision_has_its_own_price():
 def test_arrays_are_elementwise():
     time_T = np.array([1.0, 2.0, 4.0])
     e_T = step_energy(dataclasses.replace(LIGHT, time=time_T))
-    assert e_T.joules.tolist() == [step_energy(dataclasses.replace(LIGHT, time=t)).joules for t in time_T]
+    assert e_T.joules.tolist() == [
+        step_energy(dataclasses.replace(LIGHT, time=t)).joules for t in time_T
+    ]
 
 
 def test_chip_power_from_shares():
     c = energy.coefficients("h100")
     watts = energy.chip_power("h100", 0.5, {"bf16": 0.05}, 0.1)
     assert watts == pytest.approx(70 + 700 * (0.5 * c.busy + 0.05 * c.flops_16 + 0.1 * c.hbm))
-    assert energy.chip_power("h100", 0.0) == 70 and energy.chip_power("h100", 1.0, {"bf16": 0.6}, 0.5) == 700
+    assert (
+        energy.chip_power("h100", 0.0) == 70
+        and energy.chip_power("h100", 1.0, {"bf16": 0.6}, 0.5) == 700
+    )
     assert energy.chip_power("h100", 1.0) == energy.kernel_power("h100", {}, 0.0)
 
 
@@ -161,12 +182,18 @@ def test_the_fit_finds_coefficients_it_was_not_started_at():
     truth = energy.Coefficients(0.3, 1.2, 1.7, 0.6, **fit_energy.LINKS)
     draw, made = np.random.default_rng(0), []
     for _ in range(200):
-        precision, flop, hbm = str(draw.choice(["bf16", "fp8"])), draw.uniform(0, 0.5), draw.uniform(0, 0.7)
+        precision, flop, hbm = (
+            str(draw.choice(["bf16", "fp8"])),
+            draw.uniform(0, 0.5),
+            draw.uniform(0, 0.7),
+        )
         made.append(fit_energy.Kernel("h200", (), 1024, precision, flop, hbm, 1.0, 0.0, 700.0))
     watts = fit_energy.predict(truth, made)
     assert (watts == 700).any()  # some at the cap
     made = [dataclasses.replace(k, watts=float(w)) for k, w in zip(made, watts, strict=True)]
-    assert dataclasses.asdict(fit_energy.fit(made)) == pytest.approx(dataclasses.asdict(truth), rel=1e-3)
+    assert dataclasses.asdict(fit_energy.fit(made)) == pytest.approx(
+        dataclasses.asdict(truth), rel=1e-3
+    )
 
 
 def test_the_command_reproduces_the_shipped_file(data):

@@ -1,4 +1,6 @@
-"""FLOPs and parameters of published diffusion transformers against their authors' table, and of a TTT layer."""
+"""FLOPs and parameters of published diffusion transformers against their authors' table, and of a
+TTT layer.
+"""
 
 import pytest
 
@@ -6,7 +8,8 @@ from fdp.cost import flops
 
 pytestmark = pytest.mark.fast
 
-# Peebles & Xie 2023, table 1 and appendix: layers, width, parameters (millions), multiply-adds (billions) at 256×256.
+# Peebles & Xie 2023, table 1 and appendix: layers, width, parameters (millions), multiply-adds
+# (billions) at 256×256.
 DIT = {
     "S/2": (12, 384, 33, 6.06), "B/2": (12, 768, 130, 23.01),
     "L/2": (24, 1024, 458, 80.71), "XL/2": (28, 1152, 675, 118.64),

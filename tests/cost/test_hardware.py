@@ -12,31 +12,50 @@ pytestmark = pytest.mark.fast
 
 def test_units_are_flops_bytes_and_bytes_per_second():
     h100 = hardware.chip("h100")
-    assert (h100.peak_bf16_flops, h100.peak_fp8_flops, h100.peak_int8_ops) == (989e12, 1978e12, None)
+    assert (h100.peak_bf16_flops, h100.peak_fp8_flops, h100.peak_int8_ops) == (
+        989e12,
+        1978e12,
+        None,
+    )
     assert (h100.hbm_bytes, h100.hbm_bandwidth) == (80 * 2**30, 3.35e12)
-    assert (h100.scale_up_bandwidth, h100.scale_up_links, h100.scale_out_bandwidth) == (450e9, 1, 50e9)
+    assert (h100.scale_up_bandwidth, h100.scale_up_links, h100.scale_out_bandwidth) == (
+        450e9,
+        1,
+        50e9,
+    )
     v5p = hardware.chip("v5p")
     assert (v5p.peak_bf16_flops, v5p.peak_fp8_flops, v5p.peak_int8_ops) == (459e12, None, 918e12)
     assert (v5p.hbm_bytes, v5p.hbm_bandwidth) == (96 * 2**30, 2.8e12)
     assert (v5p.scale_up_bandwidth, v5p.scale_up_links, v5p.scale_out_bandwidth) == (90e9, 6, None)
 
 
-@pytest.mark.parametrize(("name", "close"), [("h1000", "h100"), ("V5P", "v5p"), ("gb-200", "gb200"), ("v5", "v5")])
+@pytest.mark.parametrize(
+    ("name", "close"), [("h1000", "h100"), ("V5P", "v5p"), ("gb-200", "gb200"), ("v5", "v5")]
+)
 def test_unknown_name_offers_the_closest(name, close):
-    with pytest.raises(ValueError, match=rf"unknown chip '{name}': did you mean '{close}.*Known: v100, .*a100, .*h100"):
+    with pytest.raises(
+        ValueError,
+        match=rf"unknown chip '{name}': did you mean '{close}.*Known: v100, .*a100, .*h100",
+    ):
         hardware.chip(name)
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p")],
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+    ],
 )
 def test_detect_by_device_kind(kind, name):
     assert hardware.detect(SimpleNamespace(device_kind=kind)) is hardware.chip(name)
 
 
 @pytest.mark.parametrize(
-    "kind", ["cpu", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB", ""]
+    "kind",
+    ["cpu", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB", ""],
 )
 def test_detect_does_not_guess(kind):
     assert hardware.detect(SimpleNamespace(device_kind=kind)) is None

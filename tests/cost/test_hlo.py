@@ -31,13 +31,22 @@ def vary(x):
 
 
 def shard(f, m=None, extra=0):
-    """f on blocks x[8, 16] that vary over all axes (and `extra` replicated arguments); outputs vary likewise."""
+    """f on blocks x[8, 16] that vary over all axes (and `extra` replicated arguments); outputs vary
+    likewise.
+    """
     specs = (P(AXES), *(P(),) * extra)
-    return jax.shard_map(lambda *a: jax.tree.map(vary, f(*a)), mesh=m or mesh(), in_specs=specs, out_specs=P(AXES))
+    return jax.shard_map(
+        lambda *a: jax.tree.map(vary, f(*a)), mesh=m or mesh(), in_specs=specs, out_specs=P(AXES)
+    )
 
 
 def compiled_text(f, m=None, *extra):
-    return jax.jit(shard(f, m, len(extra))).lower(jnp.zeros((64, 16), jnp.float32), *extra).compile().as_text()
+    return (
+        jax.jit(shard(f, m, len(extra)))
+        .lower(jnp.zeros((64, 16), jnp.float32), *extra)
+        .compile()
+        .as_text()
+    )
 
 
 def rotate(x, axes):
@@ -48,9 +57,21 @@ def rotate(x, axes):
 # op → (the call, payload bytes, wire bytes sent) for groups of k devices
 BY_HAND = {
     "all-reduce": (lax.psum, lambda k: N, lambda k: 2 * (k - 1) / k * N),
-    "all-gather": (lambda x, a: lax.all_gather(x, a, tiled=True), lambda k: k * N, lambda k: (k - 1) * N),
-    "reduce-scatter": (lambda x, a: lax.psum_scatter(x, a, tiled=True), lambda k: N, lambda k: (k - 1) / k * N),
-    "all-to-all": (lambda x, a: lax.all_to_all(x, a, 0, 0, tiled=True), lambda k: N, lambda k: (k - 1) / k * N),
+    "all-gather": (
+        lambda x, a: lax.all_gather(x, a, tiled=True),
+        lambda k: k * N,
+        lambda k: (k - 1) * N,
+    ),
+    "reduce-scatter": (
+        lambda x, a: lax.psum_scatter(x, a, tiled=True),
+        lambda k: N,
+        lambda k: (k - 1) / k * N,
+    ),
+    "all-to-all": (
+        lambda x, a: lax.all_to_all(x, a, 0, 0, tiled=True),
+        lambda k: N,
+        lambda k: (k - 1) / k * N,
+    ),
     "collective-permute": (rotate, lambda k: N, lambda k: N),
 }
 
@@ -75,12 +96,16 @@ def test_device_ids_are_positions_in_the_mesh_whatever_the_device_order():
 
 def test_fused_all_reduce_sums_its_operands():
     text = compiled_text(lambda x: lax.psum((x, x[:3] * 2), "tp"))
-    assert hlo.summary(hlo.collectives(text, SHAPE)) == {("all-reduce", ("tp",)): (1, N + 3 * 16 * 4, N + 3 * 16 * 4)}
+    assert hlo.summary(hlo.collectives(text, SHAPE)) == {
+        ("all-reduce", ("tp",)): (1, N + 3 * 16 * 4, N + 3 * 16 * 4)
+    }
 
 
 def test_axes_of_size_one_cost_nothing():
     shape = {"pp": 1, "dp": 2, "ep": 4}
-    m = Mesh(np.array(jax.devices()).reshape(1, 2, 4), tuple(shape), axis_types=(AxisType.Auto,) * 3)
+    m = Mesh(
+        np.array(jax.devices()).reshape(1, 2, 4), tuple(shape), axis_types=(AxisType.Auto,) * 3
+    )
 
     def f(x):
         return lax.psum(x, ("pp", "dp")), lax.psum(x * 2, "pp")
@@ -133,17 +158,25 @@ def test_collective_in_a_loop_condition_runs_once_more_than_the_body():
     with pytest.raises(ValueError, match="trip count"):
         hlo.collectives(text, SHAPE)
     name = next(line.split("=")[0].strip(" %") for line in text.splitlines() if " while(" in line)
-    assert [(c.count, c.payload_bytes) for c in hlo.collectives(text, SHAPE, trip_counts={name: 4})] == [(5, 4)]
+    assert [
+        (c.count, c.payload_bytes) for c in hlo.collectives(text, SHAPE, trip_counts={name: 4})
+    ] == [(5, 4)]
 
 
 def test_conditional_counts_the_chosen_branch():
     def f(x, i):
-        branches = [lambda z: z, lambda z: vary(lax.psum(z, "dp")), lambda z: vary(lax.psum(z[:4], "tp")).repeat(2, 0)]
+        branches = [
+            lambda z: z,
+            lambda z: vary(lax.psum(z, "dp")),
+            lambda z: vary(lax.psum(z[:4], "tp")).repeat(2, 0),
+        ]
         with jax.named_scope("route"):
             return lax.switch(i[0], branches, x)
 
     text = compiled_text(f, None, jnp.zeros((1,), jnp.int32))
-    with pytest.raises(ValueError, match=r"branches of \S+ .*communicate differently: pass branches="):
+    with pytest.raises(
+        ValueError, match=r"branches of \S+ .*communicate differently: pass branches="
+    ):
         hlo.collectives(text, SHAPE)
     expected = [[], [(("dp",), N)], [(("tp",), N // 2)]]
     for index, want in enumerate(expected):
@@ -158,14 +191,18 @@ def test_conditional_counts_the_chosen_branch():
 
 def test_branches_that_communicate_alike_need_no_choice():
     def f(x, i):
-        return lax.switch(i[0], [lambda z: vary(lax.psum(z, "dp")), lambda z: vary(lax.psum(z * z, "dp"))], x)
+        return lax.switch(
+            i[0], [lambda z: vary(lax.psum(z, "dp")), lambda z: vary(lax.psum(z * z, "dp"))], x
+        )
 
     cols = hlo.collectives(compiled_text(f, None, jnp.zeros((1,), jnp.int32)), SHAPE)
     assert [(c.axes, c.count) for c in cols] == [(("dp",), 1)]
 
 
 def test_gradient_of_a_tensor_and_data_parallel_layer():
-    """x[4, 8] a device, w1[8, 8], w2[8, 8]: the activation over tp, the loss and both weight gradients over dp."""
+    """x[4, 8] a device, w1[8, 8], w2[8, 8]: the activation over tp, the loss and both weight
+    gradients over dp.
+    """
 
     def step(x, w1, w2):
         def loss(w1, w2):
@@ -176,13 +213,19 @@ def test_gradient_of_a_tensor_and_data_parallel_layer():
 
     specs = (P("dp"), P(None, "tp"), P("tp"))
     f = jax.shard_map(step, mesh=mesh(), in_specs=specs, out_specs=(P(), specs[1:]))
-    text = jax.jit(f).lower(jnp.zeros((8, 8)), jnp.zeros((8, 16)), jnp.zeros((16, 8))).compile().as_text()
+    text = (
+        jax.jit(f)
+        .lower(jnp.zeros((8, 8)), jnp.zeros((8, 16)), jnp.zeros((16, 8)))
+        .compile()
+        .as_text()
+    )
     cols = hlo.collectives(text, SHAPE)
     assert hlo.bytes_per_axis(cols) == {("tp",): 4 * 8 * 4, ("dp",): 4 + 2 * 8 * 8 * 4}
     assert {c.op for c in cols} == {"all-reduce"}
 
 
-# Spellings that CPU does not produce ---------------------------------------------------------------------------------
+# Spellings that CPU does not produce
+# ---------------------------------------------------------------------------------
 
 CP_GROUPS = [[0, 2], [1, 3], [4, 6], [5, 7]]
 DP_TP_GROUPS = [[0, 1, 4, 5], [2, 3, 6, 7]]
@@ -200,8 +243,14 @@ DP_TP_GROUPS = [[0, 1, 4, 5], [2, 3, 6, 7]]
         ("replica_groups=mesh['dp'=2,'cp'=2,'tp'=2] {'dp','tp'}", DP_TP_GROUPS),
         ("replica_groups=mesh['dp'=2,'cp'=2,'tp'=2] {'tp','dp'}", [[0, 4, 1, 5], [2, 6, 3, 7]]),
         ("replica_groups=mesh['axis_0'=8] {'axis_0':(2)2}", CP_GROUPS),
-        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2,'axis_0':(4)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
-        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}", [[0, 2], [4, 6], [1, 3], [5, 7]]),
+        (
+            "replica_groups=mesh['axis_0'=8] {'axis_0':(1)2,'axis_0':(4)2}",
+            [[0, 1, 4, 5], [2, 3, 6, 7]],
+        ),
+        (
+            "replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}",
+            [[0, 2], [4, 6], [1, 3], [5, 7]],
+        ),
         ("replica_groups=mesh['a'=4,'b'=2], device_ids=(0,2,1,3,4,6,5,7) {'b'}", CP_GROUPS),
         ("replica_groups={}", [list(range(8))]),
         ("channel_id=1, replica_groups={{0}}, to_apply=%add", [list(range(8))]),
@@ -209,7 +258,10 @@ DP_TP_GROUPS = [[0, 1, 4, 5], [2, 3, 6, 7]]
     ],
 )
 def test_replica_group_spellings(spelling, groups):
-    assert hlo.replica_groups(f", channel_id=1, {spelling}, dimensions={{0}}, metadata={{}}", 8) == groups
+    assert (
+        hlo.replica_groups(f", channel_id=1, {spelling}, dimensions={{0}}, metadata={{}}", 8)
+        == groups
+    )
 
 
 def test_axes_are_those_of_any_group():
@@ -246,13 +298,21 @@ SYNC = 'backend_config={"collective_backend_config":{"is_sync":true}}'
         (f"({A}, {A}, {U}, {U})", "collective-permute-start(%p)", PAIRS, 256, True),
         (A, f"all-reduce({A} %defined_elsewhere)", "", 256, False),
         ("s4[8,16]", "all-to-all(s4[8,16]{1,0} %packed)", "", 64, False),
-        (A, "ragged-all-to-all(%p, %p, s64[2] %o, s64[2] %s, s64[2] %r, s64[2] %t)", "", 256, False),
+        (
+            A,
+            "ragged-all-to-all(%p, %p, s64[2] %o, s64[2] %s, s64[2] %r, s64[2] %t)",
+            "",
+            256,
+            False,
+        ),
     ],
 )
 def test_start_done_pairs_and_tuple_results(result, call, attrs, payload, is_async):
     op = call.split("(")[0].removesuffix("-start")
     attrs = attrs if "pairs" in attrs else f"replica_groups={{{{0,2}},{{1,3}}}}, {attrs}"
-    body = f"  %p = {A} parameter(0)\n  %s = {result} {call}, {attrs}\n  ROOT %d = {A} {op}-done(%s)"
+    body = (
+        f"  %p = {A} parameter(0)\n  %s = {result} {call}, {attrs}\n  ROOT %d = {A} {op}-done(%s)"
+    )
     c = only(program(body))
     wire = payload if op in ("all-reduce", "collective-permute") else payload / 2
     assert (c.op, c.axes, c.group_size, c.count, c.is_async) == (op, ("cp",), 2, 1, is_async)
@@ -261,20 +321,32 @@ def test_start_done_pairs_and_tuple_results(result, call, attrs, payload, is_asy
 
 def test_async_wrapper_counts_its_computation_once():
     wrapped = "%wrapped (q: f32[8,16]) -> f32[32,16] {\n  %q = f32[8,16] parameter(0)\n"
-    wrapped += "  ROOT %ag = f32[32,16] all-gather(%q), replica_groups={{0,2,4,6}}, dimensions={0}\n}\n"
+    wrapped += (
+        "  ROOT %ag = f32[32,16] all-gather(%q), replica_groups={{0,2,4,6}}, dimensions={0}\n}\n"
+    )
     body = "  %p = f32[8,16] parameter(0)\n"
     body += "  %s = ((f32[8,16]), f32[32,16], u32[]) async-start(%p), calls=%wrapped\n"
     body += "  %u = ((f32[8,16]), f32[32,16], u32[]) async-update(%s), calls=%wrapped\n"
     body += "  ROOT %d = f32[32,16] async-done(%u), calls=%wrapped"
     c = only(program(body, wrapped))
-    assert (c.op, c.axes, c.payload_bytes, c.wire_bytes, c.is_async) == ("all-gather", ("dp", "cp"), 4 * N, 3 * N, True)
+    assert (c.op, c.axes, c.payload_bytes, c.wire_bytes, c.is_async) == (
+        "all-gather",
+        ("dp", "cp"),
+        4 * N,
+        3 * N,
+        True,
+    )
 
 
 def test_tpu_collective_spread_over_fusions_counts_once():
-    """XLA:TPU repeats the collective in the start, in every matmul fusion beside it, and in the done."""
+    """XLA:TPU repeats the collective in the start, in every matmul fusion beside it, and in the
+    done.
+    """
     part = (
-        "%{0} (q{0}: f32[8,16]) -> f32[16,16] {{\n  %q{0} = f32[8,16] parameter(0)\n  ROOT %ag{0} = f32[16,16] "
-        'all-gather(%q{0}), channel_id={1}, replica_groups={{{{0,1}}}}, frontend_attributes={{chain_id="{2}"}}\n}}\n'
+        "%{0} (q{0}: f32[8,16]) -> f32[16,16] {{\n  %q{0} = f32[8,16] parameter(0)\n  ROOT %ag{0} "
+        "= f32[16,16] "
+        "all-gather(%q{0}), channel_id={1}, replica_groups={{{{0,1}}}}, "
+        'frontend_attributes={{chain_id="{2}"}}\n}}\n'
     )
     rest = "".join(part.format(*a) for a in (("a", 3, 0), ("b", 3, 0), ("c", 3, 0), ("d", 4, 1)))
     body = "  %p = f32[8,16] parameter(0)\n"
@@ -283,7 +355,10 @@ def test_tpu_collective_spread_over_fusions_counts_once():
     body += "  %async-collective-start.1 = (f32[8,16], u32[]) fusion(%p), kind=kCustom, calls=%d\n"
     body += "  ROOT %async-collective-done = f32[16,16] fusion(%p), kind=kCustom, calls=%c"
     cols = hlo.collectives(program(body, rest), SHAPE)
-    assert [(c.computation, c.payload_bytes, c.is_async) for c in cols] == [("a", 2 * N, True), ("d", 2 * N, True)]
+    assert [(c.computation, c.payload_bytes, c.is_async) for c in cols] == [
+        ("a", 2 * N, True),
+        ("d", 2 * N, True),
+    ]
 
 
 def test_tpu_fused_reduce_scatter_is_not_an_all_reduce():
@@ -332,7 +407,14 @@ def enter(name, start, n=11):
 
 @pytest.mark.parametrize(
     ("compare", "start", "step", "trips"),
-    [("LT", 0, 1, 11), ("LE", 0, 1, 12), ("LT", 1, 3, 4), ("GT", 20, -2, 5), ("GE", 11, -1, 1), ("NE", 5, 2, 3)],
+    [
+        ("LT", 0, 1, 11),
+        ("LE", 0, 1, 12),
+        ("LT", 1, 3, 4),
+        ("GT", 20, -2, 5),
+        ("GE", 11, -1, 1),
+        ("NE", 5, 2, 3),
+    ],
 )
 def test_trip_count_inferred_from_condition_start_and_step(compare, start, step, trips):
     assert only(program(enter("l", start), loop("l", compare, step))).count == trips
@@ -377,7 +459,9 @@ def test_predicated_conditional_orders_branches_as_jax_does():
 
 
 def reduce_text(dtype="f32", operand="p", attrs="replica_groups={{0,1}}"):
-    return program(f"  %p = {dtype}[8] parameter(0)\n  ROOT %a = {dtype}[8] all-reduce(%{operand}), {attrs}")
+    return program(
+        f"  %p = {dtype}[8] parameter(0)\n  ROOT %a = {dtype}[8] all-reduce(%{operand}), {attrs}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -398,7 +482,12 @@ def test_what_cannot_be_read_is_an_error(text, message):
 
 def test_summary_axes_and_table():
     cols = hlo.collectives(compiled_text(nested), SHAPE)
-    assert hlo.bytes_per_axis(cols) == {("tp",): 15 * N, ("cp",): 5 * N, ("dp", "tp"): 7.5 * N, ("dp",): N}
+    assert hlo.bytes_per_axis(cols) == {
+        ("tp",): 15 * N,
+        ("cp",): 5 * N,
+        ("dp", "tp"): 7.5 * N,
+        ("dp",): N,
+    }
     lines = hlo.table(cols).splitlines()
     assert lines[2].split() == ["all-reduce", "tp", "15", "0", f"{15 * N:,}", f"{15 * N:,}"]
     assert lines[3].split() == ["all-reduce", "dp·tp", "5", "0", f"{5 * N:,}", f"{7.5 * N:,.0f}"]

@@ -1,4 +1,6 @@
-"""Priced inference steps: counts equal to the jaxpr of the real phases, kernel times against measurements, limits."""
+"""Priced inference steps: counts equal to the jaxpr of the real phases, kernel times against
+measurements, limits.
+"""
 
 import csv
 import gzip
@@ -26,7 +28,15 @@ B, L, R = 8, 12, 4
 
 def small(**changes):
     c = config.base()
-    sizes = {"layers": 3, "width": 16, "heads": 8, "kv_heads": 4, "head_dim": 4, "ffn": 32, "vocab": 32}
+    sizes = {
+        "layers": 3,
+        "width": 16,
+        "heads": 8,
+        "kv_heads": 4,
+        "head_dim": 4,
+        "ffn": 32,
+        "vocab": 32,
+    }
     c.model.update({**sizes, "dtype": "float32", **changes})
     return c
 
@@ -43,8 +53,12 @@ def program(c, mesh, kind):
         f = shard_map(step, mesh, (specs, state, state), (state, cache))
         return jax.make_jaxpr(f)(shapes, ids, z)
     whole = jax.eval_shape(lambda: transformer.empty_cache(model.m, B, L))
-    step = lambda params, cache, ids, z: how.reuse(params, cache, key, ids, z, jnp.int32(0), jnp.int32(R))
-    return jax.make_jaxpr(shard_map(step, mesh, (specs, cache, state, state), (state, cache)))(shapes, whole, ids, z)
+    step = lambda params, cache, ids, z: how.reuse(
+        params, cache, key, ids, z, jnp.int32(0), jnp.int32(R)
+    )
+    return jax.make_jaxpr(shard_map(step, mesh, (specs, cache, state, state), (state, cache)))(
+        shapes, whole, ids, z
+    )
 
 
 @pytest.mark.parametrize("kind", ["refresh", "reuse"])
@@ -82,7 +96,9 @@ def test_an_autoregressive_step_is_one_row():
     model = transformer.from_config(c, "causal")
     shapes, specs = sharding.abstract_params(model, L)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": 4})
-    run = lambda p, ids: autoregressive.sample_cached(model, p, jax.random.key(0), ids, L, 31, n_ids=30)[0]
+    run = lambda p, ids: autoregressive.sample_cached(
+        model, p, jax.random.key(0), ids, L, 31, n_ids=30
+    )[0]
     made = jax.make_jaxpr(shard_map(run, mesh, (specs, P()), P()))(shapes, jnp.arange(2))
     one = inference.flops(inference.shape_of(c.model), Work(2, 1, L, 1), Degrees(4, 1))
     assert jaxpr.dot_flops(made) == L * one
@@ -120,7 +136,9 @@ def test_matmuls_are_as_far_from_measured_ones_as_stated(gpu):
     seconds = np.maximum(*inference.matmul_bounds(m, n, k, gpu)) + inference.KERNEL
     error = np.abs(seconds / measured - 1)
     assert len(rows) > 2000
-    assert (np.median(error), np.quantile(error, 0.9)) == pytest.approx(inference.MATMUL_ERROR[gpu], abs=6e-4)
+    assert (np.median(error), np.quantile(error, 0.9)) == pytest.approx(
+        inference.MATMUL_ERROR[gpu], abs=6e-4
+    )
     if gpu == "h100":
         assert measured.min() == pytest.approx(inference.KERNEL)
 
@@ -145,11 +163,17 @@ def test_terms_scale_as_their_formulas():
         assert two[name] == pytest.approx(2 * one[name])
     assert two["launch"] == one["launch"] == pytest.approx(inference.KERNEL * (9 * 32 + 4))
     # One row against a long cache waits for the cache.
-    row = inference.price(LLADA_8B, Work(8, 1, 2**17, 1), Degrees(2, 4), "h100").terms["attention memory"]
+    row = inference.price(LLADA_8B, Work(8, 1, 2**17, 1), Degrees(2, 4), "h100").terms[
+        "attention memory"
+    ]
     rate = hardware.chip("h100").hbm_bandwidth * inference.coefficient("hbm", "h100")
-    assert row == pytest.approx(inference.cache_bytes(LLADA_8B, 8, 2**17, Degrees(2, 4)) / rate, rel=1e-4)
+    assert row == pytest.approx(
+        inference.cache_bytes(LLADA_8B, 8, 2**17, Degrees(2, 4)) / rate, rel=1e-4
+    )
     # 3 requests on 2 replicas wait for the one with two of them.
-    uneven, even = (inference.price(LLADA_8B, Work(b, 512, 512, 512), Degrees(4, 2), "h100") for b in (3, 4))
+    uneven, even = (
+        inference.price(LLADA_8B, Work(b, 512, 512, 512), Degrees(4, 2), "h100") for b in (3, 4)
+    )
     assert uneven.seconds == even.seconds
 
 
@@ -159,13 +183,19 @@ def test_a_parallel_sequence_is_chosen_where_it_is_faster():
     assert both[1].terms["elementwise"] < both[0].terms["elementwise"]
     best = inference.fastest(LLADA_8B, work, Degrees(8, 1), "h100")
     assert best.seconds == min(step.seconds for step in both)
-    assert not inference.fastest(LLADA_8B, Work(8, 33, 2048, 33), Degrees(8, 1), "h100").sequence_parallel
+    assert not inference.fastest(
+        LLADA_8B, Work(8, 33, 2048, 33), Degrees(8, 1), "h100"
+    ).sequence_parallel
 
 
 @pytest.mark.parametrize(
     ("work", "degrees", "message"),
     [
-        (Work(8, 32, 64, 32), Degrees(3, 1), "heads = 32 is not divisible by tp = 3: choose tp among"),
+        (
+            Work(8, 32, 64, 32),
+            Degrees(3, 1),
+            "heads = 32 is not divisible by tp = 3: choose tp among",
+        ),
         (Work(4, 32, 64, 32), Degrees(1, 8), "dp = 8 replicas and 4 requests"),
         (Work(8, 128, 64, 32), Degrees(1, 8), "head_rows ≤ rows ≤ keys must hold: 32, 128, 64"),
         (Work(8, 32, 64, 32), Degrees(16, 1), "tp = 16 exceeds the 8 chips"),

@@ -30,7 +30,9 @@ def trace(f, *extra):
     """Jaxpr of f on blocks x[8, 16] that vary over all axes, on a mesh without devices."""
     mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
     specs = (P(AXES), *(P(),) * len(extra))
-    g = jax.shard_map(lambda *a: jax.tree.map(vary, f(*a)), mesh=mesh, in_specs=specs, out_specs=P(AXES))
+    g = jax.shard_map(
+        lambda *a: jax.tree.map(vary, f(*a)), mesh=mesh, in_specs=specs, out_specs=P(AXES)
+    )
     return jax.make_jaxpr(jax.jit(g))(X, *extra)
 
 
@@ -89,7 +91,12 @@ def test_permute_counts_the_axes_that_really_move():
 
 
 def test_types_that_vary_are_not_communication():
-    assert jaxpr.collectives(trace(lambda x: x * vary(jnp.ones(16, x.dtype)) + lax.axis_index("dp")), SHAPE) == []
+    assert (
+        jaxpr.collectives(
+            trace(lambda x: x * vary(jnp.ones(16, x.dtype)) + lax.axis_index("dp")), SHAPE
+        )
+        == []
+    )
 
 
 def test_axes_of_size_one_cost_nothing_and_unknown_axes_are_an_error():
@@ -113,7 +120,11 @@ def test_scan_lengths_multiply_through_jit_remat_and_custom_vjp():
     def outer(c, _):
         return lax.scan(jax.checkpoint(inner), twice(c), None, length=3)[0], None
 
-    closed = trace(lambda x: lax.fori_loop(0, 7, lambda i, c: vary(lax.psum(c, "dp")), lax.scan(outer, x, None, 5)[0]))
+    closed = trace(
+        lambda x: lax.fori_loop(
+            0, 7, lambda i, c: vary(lax.psum(c, "dp")), lax.scan(outer, x, None, 5)[0]
+        )
+    )
     assert hlo.summary(jaxpr.collectives(closed, SHAPE)) == {
         ("collective-permute", ("cp",)): (5, 5 * N, 5.0 * N),
         ("all-reduce", ("tp",)): (15, 15 * N, 15.0 * N),
@@ -126,7 +137,9 @@ def test_loop_bounded_by_data_is_an_error_only_if_it_communicates():
     silent = trace(lambda x, n: lax.fori_loop(0, n, lambda i, c: c * 2, x), n)
     assert jaxpr.collectives(silent, SHAPE) == []
     closed = trace(lambda x, n: lax.fori_loop(0, n, lambda i, c: vary(lax.psum(c, "tp")), x), n)
-    with pytest.raises(ValueError, match=r"while holds what is counted, but its trip count is data"):
+    with pytest.raises(
+        ValueError, match=r"while holds what is counted, but its trip count is data"
+    ):
         jaxpr.collectives(closed, SHAPE)
 
 
@@ -140,7 +153,9 @@ def test_switch_counts_the_chosen_branch():
     with pytest.raises(ValueError, match=r"branches of \S*cond differ .*pass branches="):
         jaxpr.collectives(closed, SHAPE)
     for branches in ({"route": 1}, {"cond": 1}, lambda path, n: n - 2):
-        assert [(c.axes, c.count) for c in jaxpr.collectives(closed, SHAPE, branches)] == [(("dp",), 1)]
+        assert [(c.axes, c.count) for c in jaxpr.collectives(closed, SHAPE, branches)] == [
+            (("dp",), 1)
+        ]
     assert jaxpr.collectives(closed, SHAPE, {"route": 2}) == []
     assert jaxpr.dot_flops(closed, SHAPE, {"route": 2}) == 2 * (2 * 8 * 8 * 16)
     with pytest.raises(ValueError, match="differ"):
@@ -156,7 +171,9 @@ def test_cpu_program_widens_bfloat16_and_the_jaxpr_does_not():
         x = jnp.zeros((64, 16), dtype)
         text = jax.jit(f).lower(x).compile().as_text()
         logical = jaxpr.collectives(jax.make_jaxpr(f)(x), SHAPE)
-        found[x.dtype.name] = [hlo.bytes_per_axis(c)["tp",] for c in (logical, hlo.collectives(text, SHAPE))]
+        found[x.dtype.name] = [
+            hlo.bytes_per_axis(c)["tp",] for c in (logical, hlo.collectives(text, SHAPE))
+        ]
     assert found == {"bfloat16": [N, 2 * N], "float32": [2 * N, 2 * N]}
 
 
@@ -186,13 +203,20 @@ def test_gradient_program_bytes_and_flops():
 
 
 def flops(f, *shapes, **kwargs):
-    return jaxpr.dot_flops(jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)), **kwargs)
+    return jaxpr.dot_flops(
+        jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)), **kwargs
+    )
 
 
 def test_flops_of_matmuls_by_hand():
     assert flops(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
-    assert flops(lambda a, b: jnp.einsum("bhqd,bhkd->bhqk", a, b), (2, 3, 5, 7), (2, 3, 11, 7)) == 2 * 6 * 5 * 11 * 7
-    assert flops(lambda a, b: jnp.einsum("abc,cad->bd", a, b), (2, 3, 5), (5, 2, 7)) == 2 * 3 * 10 * 7
+    assert (
+        flops(lambda a, b: jnp.einsum("bhqd,bhkd->bhqk", a, b), (2, 3, 5, 7), (2, 3, 11, 7))
+        == 2 * 6 * 5 * 11 * 7
+    )
+    assert (
+        flops(lambda a, b: jnp.einsum("abc,cad->bd", a, b), (2, 3, 5), (5, 2, 7)) == 2 * 3 * 10 * 7
+    )
     assert flops(lambda a: jnp.sin(a) + a.sum(), (3, 5)) == 0
 
 
@@ -208,7 +232,9 @@ def test_flops_of_scans_gradients_and_remat():
 
 def test_flops_of_convolution_and_ragged_matmul():
     def conv(x, k):
-        return lax.conv_general_dilated(x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return lax.conv_general_dilated(
+            x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     assert flops(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * (2 * 6 * 6 * 5) * (3 * 3 * 3)
     x, w, sizes = jnp.zeros((10, 4)), jnp.zeros((3, 4, 6)), jnp.array([5, 2, 3])
@@ -229,7 +255,9 @@ def test_flops_inside_shard_map_are_local_and_outside_need_no_mesh():
 def test_flops_of_a_pallas_kernel_are_those_it_states():
     from jax.experimental import pallas as pl
 
-    def kernel(n_ref, x_ref, o_ref):  # as many products as the data say: nothing to count from outside
+    def kernel(
+        n_ref, x_ref, o_ref
+    ):  # as many products as the data say: nothing to count from outside
         o_ref[...] = lax.fori_loop(0, n_ref[0], lambda i, x: x @ x_ref[...], x_ref[...])
 
     def f(n, x):
@@ -252,7 +280,9 @@ def test_flops_of_a_pallas_kernel_multiply_by_its_grid():
         blocks = [pl.BlockSpec((8, 16), lambda i: (i, 0)), pl.BlockSpec((16, 32), lambda i: (0, 0))]
         shape = jax.ShapeDtypeStruct((64, 32), jnp.float32)
         out = pl.BlockSpec((8, 32), lambda i: (i, 0))
-        return pl.pallas_call(kernel, grid=(8,), in_specs=blocks, out_specs=out, out_shape=shape)(x, w)
+        return pl.pallas_call(kernel, grid=(8,), in_specs=blocks, out_specs=out, out_shape=shape)(
+            x, w
+        )
 
     assert flops(f, (64, 16), (16, 32)) == 2 * 64 * 16 * 32
 

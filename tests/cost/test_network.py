@@ -1,4 +1,6 @@
-"""Collective times: closed forms, the NIC-sharing rule, derivatives, and the shipped fit against its data."""
+"""Collective times: closed forms, the NIC-sharing rule, derivatives, and the shipped fit against
+its data.
+"""
 
 import dataclasses
 import math
@@ -67,7 +69,12 @@ def test_a_torus_all_to_all_counts_every_link_crossed(n):
 
 
 def test_one_rank_costs_nothing():
-    for f in (network.all_reduce, network.all_reduce_tree, network.all_gather, network.all_gather_recursive):
+    for f in (
+        network.all_reduce,
+        network.all_reduce_tree,
+        network.all_gather,
+        network.all_gather_recursive,
+    ):
         assert f(N, 1, A, B) == 0
     for f in (network.all_to_all, network.all_gather_torus, network.all_to_all_torus):
         assert f(N, 1, A, B) == 0
@@ -80,21 +87,32 @@ def test_one_rank_costs_nothing():
 
 @pytest.mark.parametrize(
     ("n", "local", "expected"),
-    [(8, 8, 450), (2, 2, 450), (16, 1, 50), (16, 2, 100), (16, 4, 200), (16, 8, 400), (64, 16, 450)],
+    [
+        (8, 8, 450),
+        (2, 2, 450),
+        (16, 1, 50),
+        (16, 2, 100),
+        (16, 4, 200),
+        (16, 8, 400),
+        (64, 16, 450),
+    ],
 )
 def test_nodes_share_their_nics(n, local, expected):
     assert network.group_bandwidth(n, local, 450e9, 50e9) == expected * 1e9
 
 
 def test_the_rule_explains_a_measured_profile_that_one_bandwidth_does_not():
-    measured_L = np.array([8.1, 16.2, 20.8, 44.7])  # GB/s on 16 GPUs for 1, 2, 4, 8 ranks a node, as Galvatron states
+    measured_L = np.array(
+        [8.1, 16.2, 20.8, 44.7]
+    )  # GB/s on 16 GPUs for 1, 2, 4, 8 ranks a node, as Galvatron states
     rule_L = network.group_bandwidth(16, np.array([1, 2, 4, 8]), 300.0, 25.0)
     spread = [np.std(np.log(measured_L / law_L)) for law_L in (rule_L, np.full(4, 25.0))]
     assert spread[0] < 0.25 < 0.55 < spread[1]
 
 
 @pytest.mark.parametrize(
-    ("degree", "inner", "expected"), [(16, 1, 8), (16, 4, 2), (16, 8, 1), (16, 32, 1), (2, 1, 2), (4, 2, 4)]
+    ("degree", "inner", "expected"),
+    [(16, 1, 8), (16, 4, 2), (16, 8, 1), (16, 32, 1), (2, 1, 2), (4, 2, 4)],
 )
 def test_local_ranks(degree, inner, expected):
     assert network.local_ranks(degree, inner, 8) == expected
@@ -103,11 +121,19 @@ def test_local_ranks(degree, inner, expected):
 @pytest.mark.parametrize("op", network.OPS)
 @pytest.mark.parametrize("name", ["a100", "h100", "b200", "v5p"])
 def test_arrays_tracers_and_numbers_agree(op, name):
-    n_K, local_K, nbytes_K = np.array([2, 8, 16, 64]), np.array([2, 8, 4, 8]), np.array([1e3, 1e6, 1e8, 1e9])
+    n_K, local_K, nbytes_K = (
+        np.array([2, 8, 16, 64]),
+        np.array([2, 8, 4, 8]),
+        np.array([1e3, 1e6, 1e8, 1e9]),
+    )
     points = zip(nbytes_K.tolist(), n_K.tolist(), local_K.tolist(), strict=True)
     each = [network.collective_time(op, *point, name) for point in points]
-    np.testing.assert_allclose(network.collective_time(op, nbytes_K, n_K, local_K, name), each, rtol=1e-12)
-    traced = jax.jit(lambda *x: network.collective_time(op, *x, name))(*map(jnp.asarray, (nbytes_K, n_K, local_K)))
+    np.testing.assert_allclose(
+        network.collective_time(op, nbytes_K, n_K, local_K, name), each, rtol=1e-12
+    )
+    traced = jax.jit(lambda *x: network.collective_time(op, *x, name))(
+        *map(jnp.asarray, (nbytes_K, n_K, local_K))
+    )
     np.testing.assert_allclose(traced, each, rtol=1e-5)
 
 
@@ -122,7 +148,9 @@ def test_derivatives_match_differences(op, n, local):
             at = (jnp.float64(log_bytes), jnp.log(jnp.float64(n * 1.01)))
             for i, slope in enumerate(jax.grad(f, (0, 1))(*at)):
                 up, down = ([v + (j == i) * s * 1e-5 for j, v in enumerate(at)] for s in (1, -1))
-                assert float(slope) == pytest.approx(float(f(*up) - f(*down)) / 2e-5, rel=1e-5, abs=1e-8)
+                assert float(slope) == pytest.approx(
+                    float(f(*up) - f(*down)) / 2e-5, rel=1e-5, abs=1e-8
+                )
 
 
 @settings(max_examples=60, deadline=None)
@@ -136,7 +164,9 @@ def test_derivatives_match_differences(op, n, local):
 def test_more_bytes_and_less_bandwidth_take_longer(op, name, log2_bytes, log2_n, log2_local):
     nbytes, n, local = 2**log2_bytes, 2**log2_n, min(2**log2_local, 2**log2_n)
     fit = network.coefficients(name)
-    slow = dataclasses.replace(fit, **{f: getattr(fit, f) / 2 for f in ("all_reduce", "all_gather", "all_to_all")})
+    slow = dataclasses.replace(
+        fit, **{f: getattr(fit, f) / 2 for f in ("all_reduce", "all_gather", "all_to_all")}
+    )
     slow = dataclasses.replace(slow, point_to_point=fit.point_to_point / 2)
     seconds = network.collective_time(op, nbytes, n, local, name)
     assert 0 < seconds < network.collective_time(op, 1.5 * nbytes, n, local, name) < math.inf
@@ -146,18 +176,24 @@ def test_more_bytes_and_less_bandwidth_take_longer(op, name, log2_bytes, log2_n,
 def test_the_faster_protocol_counts_and_bandwidth_rises_with_size():
     fit = dataclasses.replace(network.coefficients("h100"), launch=0.0, hop=0.0)
     rate = 450e9 * fit.all_gather
-    small, large = (network.collective_time("all_gather", b, 8, 8, "h100", fit) for b in (1e3, 1e12))
+    small, large = (
+        network.collective_time("all_gather", b, 8, 8, "h100", fit) for b in (1e3, 1e12)
+    )
     assert small == pytest.approx(7 / 8 * 1e3 / (fit.short * rate), rel=1e-3)
     assert large == pytest.approx(fit.ramp + 7 / 8 * 1e12 / rate, rel=0.01)
     nbytes_K = np.logspace(3, 11, 60)
-    assert np.all(np.diff(nbytes_K / network.collective_time("all_gather", nbytes_K, 8, 8, "h100")) > 0)
+    assert np.all(
+        np.diff(nbytes_K / network.collective_time("all_gather", nbytes_K, 8, 8, "h100")) > 0
+    )
 
 
 def test_congestion_slows_only_groups_over_more_than_two_nodes():
     fit = dataclasses.replace(network.coefficients("h100"), hop_out=0.0, congestion=0.0)
     congested = dataclasses.replace(fit, congestion=0.5)
     for n, factor in ((8, 1), (16, 1), (64, 2)):
-        slow, fast = (network.collective_time("all_to_all", 1e13, n, 8, "h100", c) for c in (congested, fit))
+        slow, fast = (
+            network.collective_time("all_to_all", 1e13, n, 8, "h100", c) for c in (congested, fit)
+        )
         assert slow / fast == pytest.approx(factor, rel=1e-3)
 
 
@@ -170,7 +206,10 @@ def test_a_send_has_its_own_nic_however_many_ranks_share_the_node():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("allreduce", N, 8, 8, "h100"), "unknown collective 'allreduce': did you mean 'all_reduce'"),
+        (
+            ("allreduce", N, 8, 8, "h100"),
+            "unknown collective 'allreduce': did you mean 'all_reduce'",
+        ),
         (("all_reduce", N, 0, 1, "h100"), "n = 0; .* needs a finite n ≥ 1"),
         (("all_reduce", -1.0, 8, 8, "h100"), "nbytes = -1.0"),
         (("all_reduce", float("nan"), 8, 8, "h100"), "nbytes = nan"),
@@ -189,19 +228,36 @@ def test_shipped_coefficients_are_physical_and_say_where_they_come_from():
     for fit in shipped["coefficients"].values():
         for name in ("launch", "launch_out", "hop", "hop_out", "ramp", "congestion"):
             assert 0 <= fit[name] <= 1
-        for name in ("short", "all_reduce", "all_gather", "all_to_all", "point_to_point", "scale_out"):
+        for name in (
+            "short",
+            "all_reduce",
+            "all_gather",
+            "all_to_all",
+            "point_to_point",
+            "scale_out",
+        ):
             assert 0 < fit[name] <= 1
     assert shipped["date"] and sum(s["points"] for s in shipped["sources"].values()) > 10_000
     rule = shipped["errors"]["nic_rule_a100_held_out_class"]
     assert rule["with"]["mean_over_classes_pct"] < 0.8 * rule["without"]["mean_over_classes_pct"]
-    assert network.coefficients("b200") == network.coefficients("gb300") != network.coefficients("h100")
+    assert (
+        network.coefficients("b200")
+        == network.coefficients("gb300")
+        != network.coefficients("h100")
+    )
     assert network.coefficients("v5p") == network.Coefficients(**shipped["coefficients"]["torus"])
 
 
 def test_a_measured_figure():
-    """128 MiB over the 8 H100 of a node: NCCL's own benchmark says 579 µs all-reduce, 393 µs all-gather."""
-    assert network.collective_time("all_reduce", 2**27, 8, 8, "h100") == pytest.approx(579e-6, rel=0.15)
-    assert network.collective_time("all_gather", 2**27, 8, 8, "h100") == pytest.approx(393e-6, rel=0.3)
+    """128 MiB over the 8 H100 of a node: NCCL's own benchmark says 579 µs all-reduce, 393 µs
+    all-gather.
+    """
+    assert network.collective_time("all_reduce", 2**27, 8, 8, "h100") == pytest.approx(
+        579e-6, rel=0.15
+    )
+    assert network.collective_time("all_gather", 2**27, 8, 8, "h100") == pytest.approx(
+        393e-6, rel=0.3
+    )
 
 
 def test_the_fit_finds_coefficients_it_was_not_started_at():
@@ -213,8 +269,12 @@ def test_the_fit_finds_coefficients_it_was_not_started_at():
             found.append(fit_network.Class("made up", "h100", op, n, local, nbytes_P, seconds_P))
     made = fit_network.fit(found)
     for name in fit_network.FIELDS:
-        assert getattr(made.coefficients, name) == pytest.approx(getattr(truth, name), rel=0.05), name
-    assert fit_network.score((made, one) for one in found)["across nodes, from 1 MiB"]["p90_pct"] < 1
+        assert getattr(made.coefficients, name) == pytest.approx(getattr(truth, name), rel=0.05), (
+            name
+        )
+    assert (
+        fit_network.score((made, one) for one in found)["across nodes, from 1 MiB"]["p90_pct"] < 1
+    )
 
 
 def test_the_command_reproduces_the_shipped_fit(data):
@@ -225,4 +285,6 @@ def test_the_command_reproduces_the_shipped_fit(data):
         assert dataclasses.asdict(made.coefficients) == fit
         errors = fit_network.score((made, one) for one in found if one.chip == name)
         for group, error in errors.items():
-            assert error == pytest.approx(shipped["errors"]["in_sample"][name][group], rel=0.05, abs=0.2)
+            assert error == pytest.approx(
+                shipped["errors"]["in_sample"][name][group], rel=0.05, abs=0.2
+            )

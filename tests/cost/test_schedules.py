@@ -13,7 +13,9 @@ from fdp.cost.simulate import MODES, simulate
 pytestmark = pytest.mark.fast
 
 PLAIN = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb_h1": zb_h1, "zb_h2": zb_h2}
-TIMES = list(itertools.product((1, 2, 3, 5), repeat=3))  # T_F, T_B, T_W: integers, so that results are exact
+TIMES = list(
+    itertools.product((1, 2, 3, 5), repeat=3)
+)  # T_F, T_B, T_W: integers, so that results are exact
 
 
 def run(order, f, b, w, send=0.0, mode="asynchronous", **memory):
@@ -34,7 +36,9 @@ def span_idle(r):
 
 def rates(r, p, work):
     """(makespan, span) bubble rates, as the papers' tables give them."""
-    return round(1 - work / r.makespan, 4), round(1 - work / max(r.span[str(i)] for i in range(p)), 4)
+    return round(1 - work / r.makespan, 4), round(
+        1 - work / max(r.span[str(i)] for i in range(p)), 4
+    )
 
 
 # Closed forms
@@ -60,7 +64,9 @@ def test_bubble_of_interleaved_is_divided_by_chunks(p, v, m):
 
 @pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 2), (2, 7), (4, 4), (4, 12), (8, 16)])
 def test_bubble_of_zb_h1(p, m):
-    """The paper's form where T_W ≤ min(T_F, T_B); W of any length fills no more than min(T_F, T_B) of a bubble."""
+    """The paper's form where T_W ≤ min(T_F, T_B); W of any length fills no more than min(T_F, T_B)
+    of a bubble.
+    """
     for f, b, w in TIMES:
         got = idle(run(zb_h1(p, m), f, b, w))
         assert got == (p - 1) * (f + b - min(f, b, w))
@@ -70,7 +76,9 @@ def test_bubble_of_zb_h1(p, m):
 
 @pytest.mark.parametrize(("p", "m"), [(1, 3), (2, 3), (2, 8), (4, 7), (4, 12), (8, 16)])
 def test_bubble_of_zb_h2(p, m):
-    """The paper's form is of the span; the makespan also has the stagger of one F per stage. m ≥ 2p − 1."""
+    """The paper's form is of the span; the makespan also has the stagger of one F per stage. m ≥ 2p
+    − 1.
+    """
     for f, b, w in TIMES:
         r = run(zb_h2(p, m), f, b, w)
         assert span_idle(r) == (p - 1) * max(0, b - f, f + b - 2 * w)
@@ -81,8 +89,9 @@ def test_bubble_of_zb_h2(p, m):
             assert span_idle(r) == 0 and idle(r) == (p - 1) * f
 
 
-# Qi et al. 2023 (arXiv 2401.10241): T_F, T_B, T_W, T_comm in ms as profiled there, and bubble rates to four digits.
-# 1F1B, H1 and H2 by span are the paper's table; H2 by makespan, the last column, is what a step with a barrier pays.
+# Qi et al. 2023 (arXiv 2401.10241): T_F, T_B, T_W, T_comm in ms as profiled there, and bubble rates
+# to four digits. 1F1B, H1 and H2 by span are the paper's table; H2 by makespan, the last column, is
+# what a step with a barrier pays.
 PAPER = [
     (8, 24, (18.522, 18.086, 9.337, 0.601), 0.2431, 0.1585, 0.1083, 0.1083),
     (8, 64, (18.546, 18.097, 9.321, 0.762), 0.1240, 0.0674, 0.0444, 0.0444),
@@ -101,7 +110,8 @@ def test_bubble_rates_of_the_zero_bubble_paper(p, m, times, f1b1, h1, h2, h2_mak
     assert rates(run(zb_h2(p, m), *times), p, work) == (h2_makespan, h2)
 
 
-# Makespan bubbles for p = 8, m = 16 in the three modes, from an evaluator written apart from this one.
+# Makespan bubbles for p = 8, m = 16 in the three modes, from an evaluator written apart from this
+# one.
 SYNCHRONOUS = [
     ((1, 1, 1), (0.304, 0.429, 0.429), (0.127, 0.127, 0.127), (0.127, 0.127, 0.127)),
     ((1, 1.07, 0.96), (0.304, 0.431, 0.431), (0.138, 0.159, 0.167), (0.126, 0.155, 0.156)),
@@ -113,7 +123,9 @@ SYNCHRONOUS = [
 @pytest.mark.parametrize(("times", "f1b1", "h1", "h2"), SYNCHRONOUS)
 def test_what_synchronous_exchange_costs(times, f1b1, h1, h2):
     for build, want in ((one_f_one_b, f1b1), (zb_h1, h1), (zb_h2, h2)):
-        got = [1 - 16 * sum(times) / run(build(8, 16), *times, mode=mode).makespan for mode in MODES]
+        got = [
+            1 - 16 * sum(times) / run(build(8, 16), *times, mode=mode).makespan for mode in MODES
+        ]
         np.testing.assert_allclose(got, want, atol=6e-4)
 
 
@@ -135,13 +147,17 @@ def test_activations_in_flight(p, m):
 
 @pytest.mark.parametrize(("p", "v"), [(2, 2), (4, 2), (8, 2), (4, 4)])
 def test_activations_in_flight_of_interleaved(p, v):
-    """p + (p − 1)/v on the first stage (Korthikanti et al. 2022, arXiv 2205.05198); two chunks less per stage."""
+    """p + (p − 1)/v on the first stage (Korthikanti et al. 2022, arXiv 2205.05198); two chunks less
+    per stage.
+    """
     r = run(interleaved(p, 2 * p, v), 1, 1, 1, activation=v)
     assert peaks(r, p) == [v * p + p - 1 - 2 * i for i in range(p)]
 
 
 def test_stash_is_held_until_the_weight_gradient():
-    """Stage i of ZB-H1 delays i weight gradients: even if nothing is freed before W, no stage holds more than p."""
+    """Stage i of ZB-H1 delays i weight gradients: even if nothing is freed before W, no stage holds
+    more than p.
+    """
     p, m = 4, 12
     for kept in (0, 1, 3, 4):
         r = run(zb_h1(p, m), 1, 1, 1, activation=4, stash=kept)
@@ -167,10 +183,15 @@ def test_long_runs_cost_the_slowest_stage(name):
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from([*PLAIN, "interleaved"]), st.integers(1, 5), st.integers(1, 8))
 def test_any_times_run_in_every_mode(data, name, p, m):
-    """No deadlock, modes ordered, memory returned, and no less than each stage's own work and one microbatch's way."""
+    """No deadlock, modes ordered, memory returned, and no less than each stage's own work and one
+    microbatch's way.
+    """
     m = m if name in PLAIN else p * -(-m // p)
     order = PLAIN[name](p, m) if name in PLAIN else interleaved(p, m, 2)
-    f, b, w = (np.array(data.draw(st.lists(st.integers(0, 9), min_size=p, max_size=p))) * 2 for _ in range(3))
+    f, b, w = (
+        np.array(data.draw(st.lists(st.integers(0, 9), min_size=p, max_size=p))) * 2
+        for _ in range(3)
+    )
     send = data.draw(st.sampled_from([0, 1, 3]))
     spans = []
     for mode in MODES:
@@ -183,7 +204,9 @@ def test_any_times_run_in_every_mode(data, name, p, m):
 
 
 def test_times_per_microbatch():
-    """Sorting equal-sum microbatches by cost shortens 1F1B: idle time is that of the most expensive one alone."""
+    """Sorting equal-sum microbatches by cost shortens 1F1B: idle time is that of the most expensive
+    one alone.
+    """
     p, m = 8, 32
     cost = np.where(np.arange(m) % 2, 0.25, 1.0)
     alternate = run(one_f_one_b(p, m), *[np.tile(cost, (p, 1))] * 3)
@@ -194,7 +217,9 @@ def test_times_per_microbatch():
 
 
 def test_messages_delay_but_do_not_occupy_stages():
-    """One microbatch through p stages: two messages per boundary on the way; stages do only their own work."""
+    """One microbatch through p stages: two messages per boundary on the way; stages do only their
+    own work.
+    """
     r = run(one_f_one_b(4, 1), 1, 1, 1, send=0.5)
     assert r.makespan == 4 * 3 + 6 * 0.5
     assert r.busy["0"] == 3 and r.busy["0>1"] == r.busy["1>0"] == 0.5
@@ -204,14 +229,29 @@ def test_messages_delay_but_do_not_occupy_stages():
 
 def test_interleaved_wraps_from_the_last_stage_to_the_first():
     s = tasks_of(interleaved(4, 4, 2), 1, 1, 1, send=0.25)
-    assert {r.name for r in s.resources if r.link} == {"0>1", "1>2", "2>3", "3>0", "1>0", "2>1", "3>2", "0>3"}
+    assert {r.name for r in s.resources if r.link} == {
+        "0>1",
+        "1>2",
+        "2>3",
+        "3>0",
+        "1>0",
+        "2>1",
+        "3>2",
+        "0>3",
+    }
     assert set(s.neighbours["0"]) == {"1", "3", "0>1", "1>0", "3>0", "0>3"}
-    assert tasks_of(one_f_one_b(3, 3), 1, 1, 1).neighbours == {"0": ["1"], "1": ["0", "2"], "2": ["1"]}
+    assert tasks_of(one_f_one_b(3, 3), 1, 1, 1).neighbours == {
+        "0": ["1"],
+        "1": ["0", "2"],
+        "2": ["1"],
+    }
 
 
 def test_orders_by_hand():
     def names(ops):
-        return " ".join(f"{op.kind}{op.microbatch}" + (f".{op.chunk}" if op.chunk else "") for op in ops)
+        return " ".join(
+            f"{op.kind}{op.microbatch}" + (f".{op.chunk}" if op.chunk else "") for op in ops
+        )
 
     assert names(gpipe(2, 2)[0]) == "F0 F1 BW0 BW1"
     assert names(one_f_one_b(2, 3)[0]) == "F0 F1 BW0 F2 BW1 BW2"
@@ -235,13 +275,24 @@ def test_orders_by_hand():
         (lambda: tasks_of([], 1, 1, 1), "at least one stage"),
         (lambda: tasks_of([[Op("G", 0)]], 1, 1, 1), "stage 0: unknown operation"),
         (lambda: tasks_of([[Op("F", 0)]], 1, 1, 1), "stage 0 must run F, B and W once"),
-        (lambda: tasks_of([[Op("F", 0), Op("BW", 0)], [Op("F", 0), Op("BW", 0), Op("W", 0)]], 1, 1, 1), "stage 1 must"),
-        (lambda: tasks_of(gpipe(3, 2), [1, 1], 1, 1), r"shape \(2,\): give a number, \[p\] = \[3\]"),
+        (
+            lambda: tasks_of(
+                [[Op("F", 0), Op("BW", 0)], [Op("F", 0), Op("BW", 0), Op("W", 0)]], 1, 1, 1
+            ),
+            "stage 1 must",
+        ),
+        (
+            lambda: tasks_of(gpipe(3, 2), [1, 1], 1, 1),
+            r"shape \(2,\): give a number, \[p\] = \[3\]",
+        ),
         (lambda: tasks_of(gpipe(3, 2), 1, 1, 1, send=-1), "send=-1 s"),
         (lambda: tasks_of(gpipe(3, 2), 1, 1, 1, activation=2, stash=3), "stash 3 > activation 2"),
         (lambda: run(gpipe(2, 2), 1, -1, 0), "size=-1.0"),
         (lambda: run([[Op("BW", 0), Op("F", 0)]], 1, 1, 1), "queue order deadlocks: .*'BW'.*'F'"),
-        (lambda: run([[Op("F", 0), Op("W", 0), Op("B", 0)]], 1, 1, 1), "queue order deadlocks: .*'W'.*'B'"),
+        (
+            lambda: run([[Op("F", 0), Op("W", 0), Op("B", 0)]], 1, 1, 1),
+            "queue order deadlocks: .*'W'.*'B'",
+        ),
     ],
 )
 def test_bad_input(call, message):

@@ -13,14 +13,24 @@ from fdp.cost.workload import Job, Plan, check, columns, with_plan
 
 pytestmark = pytest.mark.fast
 
-BASE = Job(architecture("llama3-8b"), Plan(tp=2, pp=2, dp=8, cp=2, microbatch=1), chip("h100"), 256, 8192)
-K = {name: start for name, (_, _, start) in step_time.BOUNDS.items()} | {"linear": 0.75, "scale": 1.0}
+BASE = Job(
+    architecture("llama3-8b"), Plan(tp=2, pp=2, dp=8, cp=2, microbatch=1), chip("h100"), 256, 8192
+)
+K = {name: start for name, (_, _, start) in step_time.BOUNDS.items()} | {
+    "linear": 0.75,
+    "scale": 1.0,
+}
 
 
 def price(*jobs: Job, k=K, **x_changes):
-    x = {n: v for n, v in columns(jobs).items() if n not in ("stack", "cluster", "chip")} | x_changes
+    x = {
+        n: v for n, v in columns(jobs).items() if n not in ("stack", "cluster", "chip")
+    } | x_changes
     with jax.enable_x64(True):
-        return {n: np.broadcast_to(np.asarray(v), len(jobs)) for n, v in step_time.step_time(x, k).items()}
+        return {
+            n: np.broadcast_to(np.asarray(v), len(jobs))
+            for n, v in step_time.step_time(x, k).items()
+        }
 
 
 def test_one_chip_has_no_communication_and_no_bubble():
@@ -40,7 +50,9 @@ def test_the_parts_sum_to_the_whole():
 def test_faster_hardware_is_never_slower(name):
     jobs = [BASE, with_plan(BASE, tp=16, pp=1, dp=4, cp=1), with_plan(BASE, zero=3, pp=1, dp=16)]
     x = columns(jobs)
-    assert (price(*jobs, **{name: 2 * x[name]})["total"] <= price(*jobs)["total"] * (1 + 1e-12)).all()
+    assert (
+        price(*jobs, **{name: 2 * x[name]})["total"] <= price(*jobs)["total"] * (1 + 1e-12)
+    ).all()
 
 
 def test_the_bubble_vanishes_with_many_microbatches():
@@ -69,7 +81,10 @@ def test_tensor_parallelism_across_nodes_pays_for_the_shared_nics():
 def test_attention_that_is_not_fused_computes_the_masked_half_too():
     """Fused and causal halves the scores' FLOPs; unfused costs the same with and without a mask."""
     old = dataclasses.replace(BASE, modern=False)
-    both = [dataclasses.replace(job, architecture=replace(BASE.architecture, causal=False)) for job in (BASE, old)]
+    both = [
+        dataclasses.replace(job, architecture=replace(BASE.architecture, causal=False))
+        for job in (BASE, old)
+    ]
     t = price(BASE, both[0], old, both[1])["compute"]
     assert t[1] > t[0] and t[3] == pytest.approx(t[2])
 
@@ -80,10 +95,14 @@ def test_recomputation_costs_a_forward():
 
 
 def test_gradients_in_log_degrees_agree_with_central_differences():
-    """At 200 random interior points, float64, with layers relaxed: the search space is differentiable."""
+    """At 200 random interior points, float64, with layers relaxed: the search space is
+    differentiable.
+    """
     names = ("tp", "pp", "dp", "cp", "microbatch")
     rng = np.random.default_rng(0)
-    base = {n: float(v[0]) for n, v in columns([BASE]).items() if n not in ("stack", "cluster", "chip")}
+    base = {
+        n: float(v[0]) for n, v in columns([BASE]).items() if n not in ("stack", "cluster", "chip")
+    }
     with jax.enable_x64(True):
 
         def log_time(z):
@@ -121,7 +140,9 @@ def test_state_bytes_are_16_and_18_a_parameter():
     from fdp.cost import footprint
 
     for precision, each in (("fp16", 16), ("bf16", 18)):
-        job = dataclasses.replace(with_plan(BASE, tp=1, pp=1, dp=1, cp=1, zero=0), precision=precision)
+        job = dataclasses.replace(
+            with_plan(BASE, tp=1, pp=1, dp=1, cp=1, zero=0), precision=precision
+        )
         x = hybrid.numeric(columns([job]))
         state = float(footprint.state_bytes(x, 4.0)[0])
         norms = (2 * 32 + 1) * 4096  # replicated scales are not worth a formula

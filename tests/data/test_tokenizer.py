@@ -13,7 +13,11 @@ from fdp.data.tokenizer import Tokenizer, build_tokenizer
 
 pytestmark = pytest.mark.fast
 
-DOCUMENTS = tuple(f"The {a} {b} goes to the {a} house, naïve as the {b}." for a in ["red", "blue"] for b in "abcdef")
+DOCUMENTS = tuple(
+    f"The {a} {b} goes to the {a} house, naïve as the {b}."
+    for a in ["red", "blue"]
+    for b in "abcdef"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,8 @@ def test_round_trip(tokenizers, kind, text):
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 @pytest.mark.parametrize(
-    "text", ["", " ", "\0", "▁[M]<|endoftext|>", "\r\n \t  x", "🏴‍☠️ é e\u0301 漢字", "Ġ Ċ", "The red a"]
+    "text",
+    ["", " ", "\0", "▁[M]<|endoftext|>", "\r\n \t  x", "🏴‍☠️ é e\u0301 漢字", "Ġ Ċ", "The red a"],
 )
 def test_round_trip_of_awkward_text(tokenizers, kind, text):
     assert_round_trip(tokenizers[kind], text)
@@ -74,7 +79,9 @@ def test_bpe_is_deterministic_and_cached(tmp_path):
     files = list((tmp_path / "x" / "y").iterdir())
     assert [f.suffix for f in files] == [".json"], "one file, no scratch left"
     assert files[0].read_bytes() == next((tmp_path / "z").iterdir()).read_bytes()
-    cached = build_tokenizer("bpe", 280, (), "sha", tmp_path / "x" / "y")  # no documents: it must come from the file
+    cached = build_tokenizer(
+        "bpe", 280, (), "sha", tmp_path / "x" / "y"
+    )  # no documents: it must come from the file
     assert first.fingerprint == other.fingerprint == cached.fingerprint
     np.testing.assert_array_equal(first.encode(DOCUMENTS[3]), cached.encode(DOCUMENTS[3]))
 
@@ -90,7 +97,10 @@ def test_corrupt_cache_is_rebuilt_with_a_warning(tmp_path, damage):
     good = build_tokenizer("bpe", 280, DOCUMENTS, "sha", tmp_path)
     (path,) = tmp_path.iterdir()
     text = path.read_text(encoding="utf-8")
-    broken = {"truncated": text[: len(text) // 2], "fewer": text.replace('"!":0,', "").replace('"!": 0,', "")}
+    broken = {
+        "truncated": text[: len(text) // 2],
+        "fewer": text.replace('"!":0,', "").replace('"!": 0,', ""),
+    }
     path.write_text(broken.get(damage, damage), encoding="utf-8")
     with pytest.warns(UserWarning, match=r"rebuilding the unreadable tokenizer cache .*bpe-280"):
         rebuilt = build_tokenizer("bpe", 280, DOCUMENTS, "sha", tmp_path)
@@ -124,13 +134,19 @@ def test_smallest_vocabulary_is_all_bytes(tmp_path):
 
 
 def test_errors(tokenizers, tmp_path):
-    with pytest.raises(ValueError, match=r"data\.vocab=257 is below 258 = 256 bytes \+ end of text \+ mask"):
+    with pytest.raises(
+        ValueError, match=r"data\.vocab=257 is below 258 = 256 bytes \+ end of text \+ mask"
+    ):
         build_tokenizer("bpe", 257, DOCUMENTS, "sha", tmp_path)
-    with pytest.raises(ValueError, match=r"data\.tokenizer='bytes' is unknown: did you mean 'byte'\?"):
+    with pytest.raises(
+        ValueError, match=r"data\.tokenizer='bytes' is unknown: did you mean 'byte'\?"
+    ):
         build_tokenizer("bytes", 280, DOCUMENTS, "sha", tmp_path)
     for t in tokenizers.values():
         for bad in (-1, t.vocab_size):
-            with pytest.raises(ValueError, match=rf"token id {bad} is outside \[0, {t.vocab_size}\)"):
+            with pytest.raises(
+                ValueError, match=rf"token id {bad} is outside \[0, {t.vocab_size}\)"
+            ):
                 t.decode([0, bad])
         with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
             t.encode("a\ud800")

@@ -23,11 +23,14 @@ def compiled_text(
     devices: int = 2,
     out_specs: Any = OVER_BATCH,
 ) -> str:
-    """The compiled program of Σ f(...) inside a checked shard_map over an axis "dp" of absent devices.
+    """The compiled program of Σ f(...) inside a checked shard_map over an axis "dp" of absent
+    devices.
 
-    avals: (shape, dtype, spec) of every argument; f returns (out, lse). gradient: also by the first three arguments.
-    """
-    mesh = Mesh(np.array(aot.topology_devices(platform)[:devices]), ("dp",), axis_types=(AxisType.Auto,))
+    avals: (shape, dtype, spec) of every argument; f returns (out, lse). gradient: also by the first
+    three arguments."""
+    mesh = Mesh(
+        np.array(aot.topology_devices(platform)[:devices]), ("dp",), axis_types=(AxisType.Auto,)
+    )
     specs = tuple(spec for _, _, spec in avals)
     sharded = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs)
     args = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, spec)) for s, d, spec in avals]

@@ -18,7 +18,9 @@ def with_gradients(f, q, k, v, do, dlse):
     def both(q, k, v):
         out, lse = f(q, k, v)
         # lse = -inf has no gradient: a merge that knows it would not ask for one.
-        total = (out.astype(jnp.float32) * do).sum() + jnp.where(lse == -jnp.inf, 0.0, lse * dlse).sum()
+        total = (out.astype(jnp.float32) * do).sum() + jnp.where(
+            lse == -jnp.inf, 0.0, lse * dlse
+        ).sum()
         return total, (out, lse)
 
     (_, values), grads = jax.value_and_grad(both, argnums=(0, 1, 2), has_aux=True)(q, k, v)
@@ -26,7 +28,9 @@ def with_gradients(f, q, k, v, do, dlse):
 
 
 def assert_close(got, want, forward=1e-5, backward=1e-4):
-    """Forward: absolute; gradients: relative to the largest entry. -inf must meet -inf, and NaN is nowhere."""
+    """Forward: absolute; gradients: relative to the largest entry. -inf must meet -inf, and NaN is
+    nowhere.
+    """
     tolerances = {"out": forward, "lse": forward, "dq": backward, "dk": backward, "dv": backward}
     for (name, tolerance), a, b in zip(tolerances.items(), got, want, strict=True):
         assert not np.isnan(a).any(), name

@@ -1,4 +1,5 @@
-"""Blockwise attention against dense softmax: values, gradients, masks, memory; the merge of partial results.
+"""Blockwise attention against dense softmax: values, gradients, masks, memory; the merge of partial
+results.
 
 Legend: B sequences, N queries, M keys, H query heads, K key heads, C head_dim.
 """
@@ -17,13 +18,19 @@ from fdp.kernels_pallas.masks import Mask
 
 B, N, M, H, K, C = 2, 12, 22, 6, 2, 8
 MASKS = [Mask(), Mask("causal"), Mask("causal", 5), Mask(window=4), Mask("causal", packed=True)]
-PLACES = (jnp.arange(N) + 10, jnp.arange(M)[::-1] + 3)  # any order: positions decide; some queries see no key
+PLACES = (
+    jnp.arange(N) + 10,
+    jnp.arange(M)[::-1] + 3,
+)  # any order: positions decide; some queries see no key
 
 
 def inputs(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = [(B, N, H, C), (B, M, K, C), (B, M, K, C), (B, N, H, C), (B, H, N)]
-    return [jax.random.normal(k, s, jnp.float32).astype(dtype) for k, s in zip(keys, shapes, strict=True)]
+    return [
+        jax.random.normal(k, s, jnp.float32).astype(dtype)
+        for k, s in zip(keys, shapes, strict=True)
+    ]
 
 
 def segments():
@@ -70,14 +77,20 @@ def loss(f, dout, dlse):
 @pytest.mark.parametrize("block", [4, 11, 100])
 @pytest.mark.parametrize("mask", MASKS)
 def test_values_and_gradients_equal_dense_attention(mask: Mask, block: int) -> None:
-    """Blocks that divide the keys, leave a rest, or are one dense block; gradients through out and lse."""
+    """Blocks that divide the keys, leave a rest, or are one dense block; gradients through out and
+    lse.
+    """
     q, k, v, dout, dlse = inputs()
     got, want = jax.jit(ours(mask, block))(q, k, v), dense(mask, q, k, v)
     assert np.allclose(got[0], want[0], atol=1e-5)
     assert (np.isneginf(got[1]) == np.isneginf(want[1])).all()
     assert np.allclose(got[1], want[1], atol=1e-5)
     grads = jax.jit(jax.grad(loss(ours(mask, block), dout, dlse), (0, 1, 2)))(q, k, v)
-    for a, b in zip(grads, jax.grad(loss(lambda *x: dense(mask, *x), dout, dlse), (0, 1, 2))(q, k, v), strict=True):
+    for a, b in zip(
+        grads,
+        jax.grad(loss(lambda *x: dense(mask, *x), dout, dlse), (0, 1, 2))(q, k, v),
+        strict=True,
+    ):
         assert np.abs(a - b).max() <= 1e-5 * max(1.0, np.abs(b).max())
 
 
@@ -104,7 +117,9 @@ def test_nan_in_keys_or_values_is_not_hidden(where: int) -> None:
 
 @pytest.mark.fast
 def test_parts_of_the_keys_add_up() -> None:
-    """merge_lse joins disjoint parts; attention_backward with the global out and lse sums to the whole gradient."""
+    """merge_lse joins disjoint parts; attention_backward with the global out and lse sums to the
+    whole gradient.
+    """
     mask, (q, k, v, dout, dlse) = Mask("causal", 9), inputs()
     out, lse = attention_lse(q, k, v, mask, *PLACES)
     parts = [slice(0, 7), slice(7, 15), slice(15, None)]
@@ -113,14 +128,18 @@ def test_parts_of_the_keys_add_up() -> None:
     for part in parts:
         places = (PLACES[0], PLACES[1][part])
         state = merge_lse(*state, *attention_lse(q, k[:, part], v[:, part], mask, *places))
-        d = attention_backward(q, k[:, part], v[:, part], out, lse, dout, mask, *places, dlse_BxHxN=dlse)
+        d = attention_backward(
+            q, k[:, part], v[:, part], out, lse, dout, mask, *places, dlse_BxHxN=dlse
+        )
         dq, dk, dv = dq + d[0], [*dk, d[1]], [*dv, d[2]]
     assert np.allclose(state[0], out, atol=1e-6) and np.allclose(state[1], lse, atol=1e-6)
     want = jax.vjp(lambda *x: attention_lse(*x, mask, *PLACES), q, k, v)[1]((dout, dlse))
     for a, b in zip((dq, jnp.concatenate(dk, 1), jnp.concatenate(dv, 1)), want, strict=True):
         assert np.allclose(a, b, atol=1e-5)
     own = attention_lse(q, k[:, parts[0]], v[:, parts[0]], mask, PLACES[0], PLACES[1][parts[0]])
-    wrong = attention_backward(q, k[:, parts[0]], v[:, parts[0]], *own, dout, mask, PLACES[0], PLACES[1][parts[0]])
+    wrong = attention_backward(
+        q, k[:, parts[0]], v[:, parts[0]], *own, dout, mask, PLACES[0], PLACES[1][parts[0]]
+    )
     assert not np.allclose(wrong[1], dk[0], atol=1e-2)  # a part's own lse is the classical mistake
 
 
@@ -136,7 +155,9 @@ LSE = st.one_of(st.just(-np.inf), st.floats(-300, 300, width=32))
 @pytest.mark.fast
 @settings(deadline=None, max_examples=60)
 @given(lse=st.tuples(LSE, LSE, LSE), seed=st.integers(0, 1000))
-def test_merge_is_associative_commutative_and_has_an_identity(lse: tuple[float, ...], seed: int) -> None:
+def test_merge_is_associative_commutative_and_has_an_identity(
+    lse: tuple[float, ...], seed: int
+) -> None:
     outs = np.random.default_rng(seed).normal(size=(3, 1, 1, 1, 4)).astype(np.float32)
     parts = [
         (jnp.asarray(o if np.isfinite(l) else 0 * o), jnp.full((1, 1, 1), l, jnp.float32))
@@ -162,7 +183,9 @@ def test_bfloat16_accumulates_in_float32() -> None:
     some = np.isfinite(lse)
     assert np.abs(lse - exact[0][1])[some].max() < 0.02
     for a, b in zip(
-        pull((dout, jnp.zeros_like(lse))), exact[1]((dout.astype(jnp.float32), jnp.zeros_like(lse))), strict=True
+        pull((dout, jnp.zeros_like(lse))),
+        exact[1]((dout.astype(jnp.float32), jnp.zeros_like(lse))),
+        strict=True,
     ):
         assert a.dtype == jnp.bfloat16 and np.abs(a - b).max() < 0.03 * np.abs(b).max()
     assert attention_lse(q, k, v, Mask(), *PLACES, out_type=jnp.float32)[0].dtype == jnp.float32

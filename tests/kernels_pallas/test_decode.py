@@ -32,8 +32,12 @@ def test_values(T, window, backend):
     q, k, v = inputs(B, T, M, H=6, K=2, C=24)[:3]
     length = jnp.array([0, 3, 211, M])
     positions = length[:, None] + jnp.arange(-T, 0), jnp.broadcast_to(jnp.arange(M), (B, M))
-    want, want_lse = oracle(q, k, v, seen_by(Mask("causal", window=window), positions[:1], positions[1:]))
-    out, lse = decode(q, k, v, length, window=window, chunk=64, backend=backend, interpret=backend != "xla")
+    want, want_lse = oracle(
+        q, k, v, seen_by(Mask("causal", window=window), positions[:1], positions[1:])
+    )
+    out, lse = decode(
+        q, k, v, length, window=window, chunk=64, backend=backend, interpret=backend != "xla"
+    )
     np.testing.assert_allclose(out, want, atol=1e-5)
     np.testing.assert_allclose(lse, want_lse, atol=1e-5)
     assert not out[0].any() and (lse[0] == -np.inf).all()
@@ -58,7 +62,10 @@ def test_bfloat16_and_large_values_past_the_length():
             {"q_BxTxHxC": jnp.zeros((2, 17, 4, 16))},
             "T = 17 queries exceed the 16 of a decode step: use flash_attention",
         ),
-        ({"length_B": jnp.zeros(3, int)}, r"length_B is int32 \(3,\) but must be int \[B\] with B = 2"),
+        (
+            {"length_B": jnp.zeros(3, int)},
+            r"length_B is int32 \(3,\) but must be int \[B\] with B = 2",
+        ),
         ({"length_B": jnp.zeros(2)}, "length_B is float32"),
         ({"chunk": 0}, "chunk = 0 must be at least 1"),
         ({"window": -1}, "window = -1"),

@@ -1,4 +1,6 @@
-"""Flash attention kernels in interpret mode against the oracle, and compiled for hardware that is not here."""
+"""Flash attention kernels in interpret mode against the oracle, and compiled for hardware that is
+not here.
+"""
 
 from functools import partial
 
@@ -28,15 +30,21 @@ def small_tiles(monkeypatch):
 @partial(jax.jit, static_argnames=("mask", "backend"))  # one program for all cases of a mask
 def kernel(arrays, tags, mask, backend):
     """`flash_attention` in interpret mode."""
-    f = lambda q, k, v: flash_attention(q, k, v, mask, **tags, backend=backend, interpret=backend != "xla")
+    f = lambda q, k, v: flash_attention(
+        q, k, v, mask, **tags, backend=backend, interpret=backend != "xla"
+    )
     return with_gradients(f, *arrays)
 
 
 @partial(jax.jit, static_argnames="mask")
 def oracle(arrays, tags, mask):
     """`reference` on the same arguments."""
-    q_tags, k_tags = (tuple(x for name, x in tags.items() if name.startswith(side)) for side in "qk")
-    return with_gradients(lambda q, k, v: reference(q, k, v, seen_by(mask, q_tags, k_tags)), *arrays)
+    q_tags, k_tags = (
+        tuple(x for name, x in tags.items() if name.startswith(side)) for side in "qk"
+    )
+    return with_gradients(
+        lambda q, k, v: reference(q, k, v, seen_by(mask, q_tags, k_tags)), *arrays
+    )
 
 
 def zigzag(length, shard, shards):
@@ -70,7 +78,9 @@ def arguments(name):
     """(mask, tags) of a case; positions for every sequence, so that cases share a program."""
     mask, *tags = CASES[name]
     names = ("q_position_N", "k_position_M", "q_segment_N", "k_segment_M")
-    return mask, {key: jnp.broadcast_to(x, (2, x.shape[-1])) for key, x in zip(names, tags, strict=False)}
+    return mask, {
+        key: jnp.broadcast_to(x, (2, x.shape[-1])) for key, x in zip(names, tags, strict=False)
+    }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -126,29 +136,50 @@ def test_ranges_hold_every_tile_that_is_needed_and_skip_the_others(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": (2, 43, 3, 16)}, r"H = 4 query heads are not a multiple of K = 3 key heads: H mod K = 1, choose K \| H"),
+        (
+            {"k": (2, 43, 3, 16)},
+            r"H = 4 query heads are not a multiple of K = 3 key heads: H mod K = 1, choose K \| H",
+        ),
         ({"k": (2, 43, 2, 8)}, r"q \(2, 37, 4, 16\), k \(2, 43, 2, 8\).*: make B and C agree"),
         ({"k": (2, 0, 2, 16)}, "over an empty dim"),
         ({"dtype": jnp.float16}, "must be equal, float32 or bfloat16: cast them"),
-        ({"q_position_N": jnp.arange(36)}, r"q_position has shape \(36,\) but q has B = 2, length = 37: pass \[37\]"),
-        ({"k_position_M": jnp.arange(43.0)}, "k_position has dtype float32: token indices are integers, cast to int32"),
-        ({"mask": Mask(packed=True)}, "mask.packed = True but q_segment is NoneType: pass the segment ids"),
-        ({"q_segment_N": jnp.arange(37)}, r"mask.packed = False but q_segment is .*: use Mask\(packed=True\)"),
+        (
+            {"q_position_N": jnp.arange(36)},
+            r"q_position has shape \(36,\) but q has B = 2, length = 37: pass \[37\]",
+        ),
+        (
+            {"k_position_M": jnp.arange(43.0)},
+            "k_position has dtype float32: token indices are integers, cast to int32",
+        ),
+        (
+            {"mask": Mask(packed=True)},
+            "mask.packed = True but q_segment is NoneType: pass the segment ids",
+        ),
+        (
+            {"q_segment_N": jnp.arange(37)},
+            r"mask.packed = False but q_segment is .*: use Mask\(packed=True\)",
+        ),
         ({"backend": "cuda"}, "backend = 'cuda' is unknown: xla, tpu, gpu or None"),
     ],
 )
 def test_bad_input_says_what_to_change(change, message):
     shape, dtype = change.pop("k", (2, 43, 2, 16)), change.pop("dtype", jnp.float32)
     with pytest.raises(ValueError, match=message):
-        flash_attention(jnp.zeros((2, 37, 4, 16), dtype), jnp.zeros(shape), jnp.zeros(shape), **change)
+        flash_attention(
+            jnp.zeros((2, 37, 4, 16), dtype), jnp.zeros(shape), jnp.zeros(shape), **change
+        )
 
 
 @fast
 def test_cudnn_is_taken_only_where_it_covers_the_case(monkeypatch):
     q, k = jnp.zeros((1, 8, 4, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    assert not flash.cudnn_covers(q, k, CAUSAL, "gpu")  # this process has no GPU: it compiles for an absent one
+    assert not flash.cudnn_covers(
+        q, k, CAUSAL, "gpu"
+    )  # this process has no GPU: it compiles for an absent one
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert flash.cudnn_covers(q, k, CAUSAL, "gpu") and flash.cudnn_covers(q, k[:, :4], Mask(), "gpu")
+    assert flash.cudnn_covers(q, k, CAUSAL, "gpu") and flash.cudnn_covers(
+        q, k[:, :4], Mask(), "gpu"
+    )
     assert not flash.cudnn_covers(q, k[:, :4], CAUSAL, "gpu")
     assert not flash.cudnn_covers(q, k, Mask("causal", window=4), "gpu")
     assert not flash.cudnn_covers(q.astype(jnp.float32), k, CAUSAL, "gpu")
@@ -157,33 +188,42 @@ def test_cudnn_is_taken_only_where_it_covers_the_case(monkeypatch):
 def test_inside_shard_map():
     """Batch sharded, keys replicated: their gradient is summed over the devices.
 
-    Unchecked, because the interpreter mixes varying and unvarying values; the compilers below check.
-    """
+    Unchecked, because the interpreter mixes varying and unvarying values; the compilers below
+    check."""
     q, k, v, do, dlse = inputs(B=2, N=16, M=16, H=2, K=1)
     k, v = k[:1], v[:1]
     mesh = Mesh(np.array(jax.devices()[:2]), ("dp",), axis_types=(AxisType.Auto,))
     local = partial(flash_attention, mask=CAUSAL, backend="gpu", interpret=True)
     specs = {"in_specs": (P("dp"), P(), P()), "out_specs": P("dp")}
     sharded = jax.shard_map(local, mesh=mesh, **specs, check_vma=False)
-    whole = lambda q, k, v: reference(q, *(jnp.repeat(x, 2, 0) for x in (k, v)), seen_by(CAUSAL, (Q[:16],), (Q[:16],)))
+    whole = lambda q, k, v: reference(
+        q, *(jnp.repeat(x, 2, 0) for x in (k, v)), seen_by(CAUSAL, (Q[:16],), (Q[:16],))
+    )
     want = jax.jit(partial(with_gradients, whole))(q, k, v, do, dlse)
     assert_close(jax.jit(partial(with_gradients, sharded))(q, k, v, do, dlse), want)
 
 
-# With the compilers ---------------------------------------------------------------------------------------------------
+# With the compilers
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize(("dtype", "C"), [(jnp.bfloat16, 64), (jnp.bfloat16, 256), (jnp.float32, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "C"), [(jnp.bfloat16, 64), (jnp.bfloat16, 256), (jnp.float32, 128)]
+)
 def test_forward_and_backward_compile(platform, dtype, C, monkeypatch):
-    """Inside shard_map with checked types, chosen by the mesh alone, with the tiles that hardware gets."""
+    """Inside shard_map with checked types, chosen by the mesh alone, with the tiles that hardware
+    gets.
+    """
     monkeypatch.undo()
 
     def local(q, k, v, segment):
         return flash_attention(q, k, v, Mask("causal", packed=True), None, None, segment, segment)
 
-    avals = [((2, 1000, H, C), dtype, P("dp")) for H in (8, 2, 2)] + [((2, 1000), jnp.int32, P("dp"))]
+    avals = [((2, 1000, H, C), dtype, P("dp")) for H in (8, 2, 2)] + [
+        ((2, 1000), jnp.int32, P("dp"))
+    ]
     assert kernels(compiled_text(platform, local, *avals)) == 3
 
 

@@ -15,19 +15,31 @@ from jax.sharding import PartitionSpec as P
 from fdp.collectives import psum, shard_map
 from fdp.mesh import AXES, make_mesh
 from fdp.models import nsa
-from fdp.models.nsa import Budget, NativeSparseAttention, select, selected_attention, selection_scores
+from fdp.models.nsa import (
+    Budget,
+    NativeSparseAttention,
+    select,
+    selected_attention,
+    selection_scores,
+)
 
 B, L, D, H, K, C = 2, 32, 16, 8, 4, 8
-BUDGET = Budget(compress_block=8, stride=4, select_block=8, selected=3, initial=1, local=1, window=6)
+BUDGET = Budget(
+    compress_block=8, stride=4, select_block=8, selected=3, initial=1, local=1, window=6
+)
 
 
 def module(budget=BUDGET, heads=H, kv_heads=K, qk_norm=True, sequence_parallel=False):
-    return NativeSparseAttention(D, heads, kv_heads, C, budget, 100.0, qk_norm, jnp.float32, sequence_parallel)
+    return NativeSparseAttention(
+        D, heads, kv_heads, C, budget, 100.0, qk_norm, jnp.float32, sequence_parallel
+    )
 
 
 @functools.cache
 def setup(**kwargs):
-    """Module, its parameters (boxed) and an input. Weights of gates and phi are enlarged so that they matter."""
+    """Module, its parameters (boxed) and an input. Weights of gates and phi are enlarged so that
+    they matter.
+    """
     m = module(**kwargs)
     x = np.random.default_rng(0).normal(size=(B, L, D)).astype(np.float32)
     params = jax.jit(m.init)(jax.random.key(0), x)
@@ -40,12 +52,17 @@ def leaf_name(path):
     return [p.key for p in path if hasattr(p, "key")][-1]
 
 
-# One device ----------------------------------------------------------------------------------------------------------
+# One device
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize(("compress", "stride", "block"), [(32, 16, 64), (8, 4, 8), (16, 4, 8), (8, 8, 8), (4, 4, 12)])
-def test_scores_weigh_compression_blocks_by_their_overlap_and_sum_the_group(compress, stride, block):
+@pytest.mark.parametrize(
+    ("compress", "stride", "block"), [(32, 16, 64), (8, 4, 8), (16, 4, 8), (8, 8, 8), (4, 4, 12)]
+)
+def test_scores_weigh_compression_blocks_by_their_overlap_and_sum_the_group(
+    compress, stride, block
+):
     budget = Budget(compress, stride, block, selected=3)
     length = 4 * block if 4 * block >= compress else 8 * block
     blocks = (length - compress) // stride + 1
@@ -89,7 +106,9 @@ def test_with_all_blocks_selected_the_branch_is_full_causal_attention():
     full = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     np.testing.assert_allclose(branch(4, q, k, v), full, atol=1e-5)
     some = branch(2, q, k, v)
-    np.testing.assert_allclose(some[:, :16], full[:, :16], atol=1e-5)  # two blocks are all there are
+    np.testing.assert_allclose(
+        some[:, :16], full[:, :16], atol=1e-5
+    )  # two blocks are all there are
     assert np.abs(some[:, 16:] - full[:, 16:]).max() > 0.1
 
 
@@ -97,7 +116,9 @@ def rotate(x, positions, base=100.0):
     """Rotary embedding of [..., C] vectors at the given positions, one a row."""
     angle = positions[:, None] * base ** (-np.arange(0, C, 2) / C)
     a, b = x[..., : C // 2], x[..., C // 2 :]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
+    return np.concatenate(
+        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1
+    )
 
 
 def attend(q, k, v):
@@ -120,19 +141,30 @@ def by_hand(params, x, b):
     starts = np.arange(0, L - b.compress_block + 1, b.stride)
     for n, group in np.ndindex(B, K):
         kv = np.einsum("ld,nsdc->nslc", x[n], w["w_kv"][:, :, :, group])
-        flat = [[kv[0, s, i : i + b.compress_block] + phi["position"][s, group] for i in starts] for s in range(2)]
-        hidden = [[gelu(np.einsum("mc,mcd->d", y, phi["w_in"][s, group])) for y in flat[s]] for s in range(2)]
+        flat = [
+            [kv[0, s, i : i + b.compress_block] + phi["position"][s, group] for i in starts]
+            for s in range(2)
+        ]
+        hidden = [
+            [gelu(np.einsum("mc,mcd->d", y, phi["w_in"][s, group])) for y in flat[s]]
+            for s in range(2)
+        ]
         k_cmp, v_cmp = (np.array(hidden[s]) @ phi["w_out"][s, group] for s in range(2))
         k_cmp = rotate(norm(k_cmp, w["k_norm_compressed"]["scale"]), starts + b.compress_block - 1)
         k_slc = rotate(norm(kv[1, 0], w["k_norm_selected"]["scale"]), np.arange(L))
         k_win = rotate(norm(kv[2, 0], w["k_norm_window"]["scale"]), np.arange(L))
         heads = range(group * H // K, (group + 1) * H // K)
-        q = {h: rotate(norm(x[n] @ w["w_q"][:, h], w["q_norm"]["scale"]), np.arange(L)) for h in heads}
+        q = {
+            h: rotate(norm(x[n] @ w["w_q"][:, h], w["q_norm"]["scale"]), np.arange(L))
+            for h in heads
+        }
         for t in range(L):
             past = np.flatnonzero(starts + b.compress_block - 1 <= t)
             score, o_cmp = np.zeros(L // b.select_block), {}
             for h in heads:
-                p, o_cmp[h] = attend(q[h][t], k_cmp[past], v_cmp[past]) if len(past) else ([], np.zeros(C))
+                p, o_cmp[h] = (
+                    attend(q[h][t], k_cmp[past], v_cmp[past]) if len(past) else ([], np.zeros(C))
+                )
                 for i, weight in zip(past, p, strict=True):
                     for token in range(starts[i], starts[i] + b.compress_block):
                         score[token // b.select_block] += weight
@@ -143,8 +175,10 @@ def by_hand(params, x, b):
             read = [s for s in range(t + 1) if s // b.select_block in blocks]
             near = range(max(0, t - b.window + 1), t + 1)
             for h in heads:
-                o_slc, o_win = (attend(q[h][t], k[list(s)], v[list(s)])[1]
-                                for k, v, s in ((k_slc, kv[1, 1], read), (k_win, kv[2, 1], near)))  # fmt: skip
+                o_slc, o_win = (
+                    attend(q[h][t], k[list(s)], v[list(s)])[1]
+                    for k, v, s in ((k_slc, kv[1, 1], read), (k_win, kv[2, 1], near))
+                )
                 g = 1 / (1 + np.exp(-x[n, t] @ w["w_gate"][:, h]))
                 out[n, t] += (g[0] * o_cmp[h] + g[1] * o_slc + g[2] * o_win) @ w["w_o"][h]
     return out
@@ -172,7 +206,10 @@ def test_no_output_depends_on_a_later_token_and_every_branch_on_earlier_ones():
     w_kv = params["params"]["w_kv"].value
     for branch in range(3):
         without = {
-            "params": {**params["params"], "w_kv": params["params"]["w_kv"].replace_boxed(w_kv.at[branch, 1].set(0))}
+            "params": {
+                **params["params"],
+                "w_kv": params["params"]["w_kv"].replace_boxed(w_kv.at[branch, 1].set(0)),
+            }
         }
         assert np.abs(f(without, x) - base).max() > 1e-2, nsa.BRANCHES[branch]
 
@@ -183,36 +220,61 @@ def test_gradients_are_finite_reach_phi_and_pass_by_the_choice_of_blocks():
     norms = {k: float(jnp.linalg.norm(v)) for k, v in _flat(grads)}
     assert np.isfinite(list(norms.values())).all()
     assert min(norms.values()) > 1e-4, norms
-    assert (np.abs(grads["compression"]["position"]).max((2, 3)) > 1e-5).all()  # keys and values of every head
+    assert (
+        np.abs(grads["compression"]["position"]).max((2, 3)) > 1e-5
+    ).all()  # keys and values of every head
 
     def selected_only(params):
-        """Output of the selection branch alone: the gates of the others are shut, their values zero."""
+        """Output of the selection branch alone: the gates of the others are shut, their values
+        zero.
+        """
         w_kv = params["params"]["w_kv"]
         values = w_kv.value.at[jnp.array([0, 2]), 1].set(0)
         phi = params["params"]["compression"]
         phi = {**phi, "w_out": phi["w_out"].replace_boxed(phi["w_out"].value.at[1].set(0))}
         return (
-            m.apply({"params": {**params["params"], "w_kv": w_kv.replace_boxed(values), "compression": phi}}, x) ** 2
+            m.apply(
+                {
+                    "params": {
+                        **params["params"],
+                        "w_kv": w_kv.replace_boxed(values),
+                        "compression": phi,
+                    }
+                },
+                x,
+            )
+            ** 2
         ).sum()
 
     alone = nn.unbox(jax.jit(jax.grad(selected_only))(params))["params"]
-    assert not np.asarray(alone["compression"]["position"][0]).any()  # keys of phi: only the choice reads them
+    assert not np.asarray(
+        alone["compression"]["position"][0]
+    ).any()  # keys of phi: only the choice reads them
     assert np.abs(alone["w_kv"][1]).max() > 1e-3
 
 
 def _flat(tree):
-    return [("/".join(str(k.key) for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return [
+        ("/".join(str(k.key) for k in path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
 @pytest.mark.fast
 def test_queries_before_the_first_compressed_block_get_zero_from_it():
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, L, H, C), (B, 7, K, C), (B, 7, K, C)))
+    q, k, v = (
+        rng.normal(size=s).astype(np.float32) for s in ((B, L, H, C), (B, 7, K, C), (B, 7, K, C))
+    )
     last = 7 + 4 * jnp.arange(7)
     out, p = nsa.compressed_attention(q, k, v, last, jnp.arange(L))
     assert not out[:, :7].any() and (np.abs(out[:, 7:]).max((0, 2, 3)) > 0).all()
-    np.testing.assert_allclose(out[:, 7], np.repeat(v[:, 0], H // K, 1), atol=1e-6)  # one block in sight: its value
-    np.testing.assert_array_equal((np.asarray(p) > 0).sum(-1)[0, 0, 0], [sum(t >= last) for t in range(L)])
+    np.testing.assert_allclose(
+        out[:, 7], np.repeat(v[:, 0], H // K, 1), atol=1e-6
+    )  # one block in sight: its value
+    np.testing.assert_array_equal(
+        (np.asarray(p) > 0).sum(-1)[0, 0, 0], [sum(t >= last) for t in range(L)]
+    )
     grad = jax.grad(lambda k: nsa.compressed_attention(q, k, v, last, jnp.arange(L))[0].sum())(k)
     assert np.isfinite(grad).all()
 
@@ -221,8 +283,14 @@ def test_queries_before_the_first_compressed_block_get_zero_from_it():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Budget(compress_block=30), "compress_block 30 is not a multiple of stride 16.*set compress_block=16"),
-        (lambda: Budget(select_block=40), "select_block 40 is not a multiple of stride 16.*set select_block=32"),
+        (
+            lambda: Budget(compress_block=30),
+            "compress_block 30 is not a multiple of stride 16.*set compress_block=16",
+        ),
+        (
+            lambda: Budget(select_block=40),
+            "select_block 40 is not a multiple of stride 16.*set select_block=32",
+        ),
         (lambda: Budget(selected=2), r"selected 2 < initial \+ local = 1 \+ 2: set selected=3"),
         (lambda: Budget(local=0), "local 0 ≥ 1"),
         (lambda: Budget(window=0), "window 0 ≥ 1"),
@@ -230,7 +298,10 @@ def test_queries_before_the_first_compressed_block_get_zero_from_it():
             lambda: Budget().check_length(100),
             "100 tokens must be a multiple of select_block 64 .*set the length to 128",
         ),
-        (lambda: Budget(compress_block=128).check_length(64), "at least compress_block 128: set the length to 128"),
+        (
+            lambda: Budget(compress_block=128).check_length(64),
+            "at least compress_block 128: set the length to 128",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(make, message):
@@ -238,18 +309,23 @@ def test_sizes_that_do_not_fit_are_refused(make, message):
         make()
 
 
-# Shards --------------------------------------------------------------------------------------------------------------
+# Shards
+# -------------------------------------------------------------------------------------------------
 
 
 def sharded(degrees, sequence_parallel=False, qk_norm=True):
-    """Function of global parameters, input and target: ((loss, output), gradients) of the module over dp, cp and tp."""
+    """Function of global parameters, input and target: ((loss, output), gradients) of the module
+    over dp, cp and tp.
+    """
     m = module(sequence_parallel=sequence_parallel, qk_norm=qk_norm)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | degrees)
     x_spec = P("dp", ("cp", "tp") if sequence_parallel else "cp")
 
     def loss(params, x, target):
         y = m.apply(params, x)
-        return psum(((y - target) ** 2).sum(), ("dp", "cp", "tp") if sequence_parallel else ("dp", "cp")), y
+        return psum(
+            ((y - target) ** 2).sum(), ("dp", "cp", "tp") if sequence_parallel else ("dp", "cp")
+        ), y
 
     def step(params, x, target):
         return jax.value_and_grad(loss, has_aux=True)(params, x, target)
@@ -268,7 +344,11 @@ def sharded(degrees, sequence_parallel=False, qk_norm=True):
     [
         ({"dp": 2, "tp": 2}, False, True),
         ({"dp": 2, "tp": 4}, True, False),
-        ({"cp": 8}, False, True),  # four tokens a device: a compression block reaches over the whole next one
+        (
+            {"cp": 8},
+            False,
+            True,
+        ),  # four tokens a device: a compression block reaches over the whole next one
         ({"dp": 2, "cp": 2, "tp": 2}, True, True),
     ],
     ids=lambda x: "·".join(f"{a}{n}" for a, n in x.items()) if isinstance(x, dict) else "",
@@ -281,7 +361,9 @@ def test_every_mesh_equals_one_device(degrees, sequence_parallel, qk_norm):
         y = m.apply(params, x)
         return ((y - target) ** 2).sum(), y
 
-    (want_loss, want), want_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(nn.unbox(params))
+    (want_loss, want), want_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        nn.unbox(params)
+    )
     (got_loss, got), grads = sharded(degrees, sequence_parallel, qk_norm)(params, x, target)
     np.testing.assert_allclose(got, want, atol=1e-5)
     np.testing.assert_allclose(got_loss, want_loss, rtol=1e-5)
@@ -298,5 +380,7 @@ def test_parts_of_the_sequence_that_a_compression_block_does_not_fit_are_refused
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "cp": 4})
     values = nn.unbox(params)
     f = shard_map(lambda x: m.apply(values, x), mesh, P(None, "cp"), P(None, "cp"))
-    with pytest.raises(ValueError, match=r"S/cp = 32/4 = 8 tokens .*at least compress_block - stride = 12: lower"):
+    with pytest.raises(
+        ValueError, match=r"S/cp = 32/4 = 8 tokens .*at least compress_block - stride = 12: lower"
+    ):
         jax.eval_shape(f, x)

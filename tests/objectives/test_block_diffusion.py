@@ -1,4 +1,6 @@
-"""Block diffusion: exact for any block, its two limits, and an attention mask that leaks nothing."""
+"""Block diffusion: exact for any block, its two limits, and an attention mask that leaks
+nothing.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ EVERY_X = np.stack(np.unravel_index(np.arange(81), JOINT.table.shape), 1).astype
 
 
 def exact_logits(inputs_Bx2L, block):
-    """Exact conditionals of each noisy block given the clean blocks before it, from inputs [z ‖ x]."""
+    """Exact conditionals of each noisy block given the clean blocks before it, from inputs [z ‖
+    x].
+    """
     length = inputs_Bx2L.shape[1] // 2
     z_BxL, x_BxL = inputs_Bx2L[:, :length], inputs_Bx2L[:, length:]
     outputs = []
@@ -52,7 +56,9 @@ def test_block_of_the_whole_sequence_is_mdlm(form):
     np.testing.assert_array_equal(ours["noise"], theirs["noise"])
     jax.tree.map(np.testing.assert_array_equal, ours["rows"], theirs["rows"])
     logits = exact_logits(ours["inputs"], 4)
-    np.testing.assert_array_equal(block.loss(logits, ours["rows"]), plain.loss(logits, theirs["rows"]))
+    np.testing.assert_array_equal(
+        block.loss(logits, ours["rows"]), plain.loss(logits, theirs["rows"])
+    )
 
 
 @pytest.mark.parametrize("form", ["t", "k"])
@@ -64,10 +70,13 @@ def test_estimate_is_unbiased(form, block):
         batch = objective.corrupt(key, x_BxL)
         return objective.loss(0.5 * exact_logits(batch["inputs"], block), batch["rows"]).sum(1)
 
-    draws = np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), n)), np.float64)
+    draws = np.asarray(
+        jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(0), n)), np.float64
+    )
     softened = lambda z: jax.nn.log_softmax(0.5 * JOINT.denoiser(z), axis=-1)
     exact = nelbo_exact(softened, x_BxL, 3, block=block)
-    # ε = 1e-3 of the linear schedule leaves out as much of the mask ratios; exact-k with block 1 has no variance.
+    # ε = 1e-3 of the linear schedule leaves out as much of the mask ratios; exact-k with block 1
+    # has no variance.
     z = (draws.mean(0) - exact) / np.maximum(draws.std(0) / n**0.5, 1e-3 * exact)
     assert (abs(z) < 4).all(), z
 
@@ -84,11 +93,15 @@ def test_mask_is_the_union_of_its_three_parts(length, block):
     np.testing.assert_array_equal(mask[half:, half:], blocks[half:, half:] >= 0)
     assert not mask[half:, :half].any()
     assert mask.any(1).all()  # no query with nothing to attend to
-    np.testing.assert_array_equal(jax.jit(lambda q, k: block_diffusion_mask(q, k, length, block))(q, k), mask)
+    np.testing.assert_array_equal(
+        jax.jit(lambda q, k: block_diffusion_mask(q, k, length, block))(q, k), mask
+    )
 
 
 def test_clean_tokens_of_the_own_or_a_later_block_never_reach_a_noisy_block():
-    """Three attention layers with the mask: perturb x_0 of one block and see which noisy outputs move."""
+    """Three attention layers with the mask: perturb x_0 of one block and see which noisy outputs
+    move.
+    """
     length, block, width = 12, 3, 8
     rng = np.random.default_rng(0)
     mask = block_diffusion_mask(np.arange(24)[:, None], np.arange(24)[None], length, block)
@@ -105,7 +118,9 @@ def test_clean_tokens_of_the_own_or_a_later_block_never_reach_a_noisy_block():
     before = network(h).reshape(4, block, width)
     for changed in range(4):
         perturbed = h.copy()
-        perturbed[length + changed * block : length + (changed + 1) * block] += rng.normal(size=(block, width))
+        perturbed[length + changed * block : length + (changed + 1) * block] += rng.normal(
+            size=(block, width)
+        )
         moved = (network(perturbed).reshape(4, block, width) != before).any((1, 2))
         np.testing.assert_array_equal(moved, np.arange(4) > changed)
 
@@ -120,7 +135,9 @@ def test_shapes_levels_and_capacity():
     assert sorted(masked.reshape(16, 2).sum(1)) == [1] * 8 + [2] * 8
     assert objective.capacity(8, 4, 2) == masked_capacity(8, 4, 2, block=2) == 12
     for seed in range(20):
-        masked = np.asarray(objective.corrupt(jax.random.key(seed), EVERY_X[:12])["inputs"][:, :4] == 3)
+        masked = np.asarray(
+            objective.corrupt(jax.random.key(seed), EVERY_X[:12])["inputs"][:, :4] == 3
+        )
         assert masked.reshape(4, -1).sum(1).max() <= objective.capacity(12, 4, 4)
         assert masked.reshape(4, 3, 2, 2).sum((1, 3)).max() <= objective.capacity(12, 4, 4, 2)
     with pytest.raises(ValueError, match="does not divide"):

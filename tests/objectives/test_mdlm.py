@@ -1,4 +1,6 @@
-"""Masked diffusion: exact identities on an enumerable joint, unbiasedness, variance, balance and capacity."""
+"""Masked diffusion: exact identities on an enumerable joint, unbiasedness, variance, balance and
+capacity.
+"""
 
 import itertools
 
@@ -23,7 +25,9 @@ EVERY_X = np.stack(np.unravel_index(np.arange(81), JOINT.table.shape), 1).astype
 
 
 def rough(z_BxL):
-    """A fixed denoiser that is wrong, so that its NELBO is above the NLL and the estimators have variance."""
+    """A fixed denoiser that is wrong, so that its NELBO is above the NLL and the estimators have
+    variance.
+    """
     return jax.nn.log_softmax(jnp.maximum(0.4 * JOINT.denoiser(z_BxL), -3.0), axis=-1)
 
 
@@ -37,7 +41,9 @@ def test_exact_conditionals_have_nelbo_equal_to_nll_for_every_sequence():
 
 
 def test_the_loss_function_itself_meets_the_identity():
-    """`loss` with weights L/k over every mask: weighting, masking, suppression and cross entropy together."""
+    """`loss` with weights L/k over every mask: weighting, masking, suppression and cross entropy
+    together.
+    """
     objective = MDLM(n_ids=3)
     masks = np.array(list(itertools.product([False, True], repeat=4)))[1:]
     x = np.repeat(EVERY_X[:, None], 15, 1)
@@ -45,7 +51,9 @@ def test_the_loss_function_itself_meets_the_identity():
     weights = np.broadcast_to(np.where(masks, 4 / sizes[:, None], 0), x.shape).astype(np.float32)
     logits = JOINT.denoiser(np.where(masks, 3, x).reshape(-1, 4)).reshape(81, 15, 4, 3)
     logits = jnp.concatenate([logits, jnp.full((81, 15, 4, 5), 7.0)], -1)
-    loss = np.asarray(objective.loss(logits, {"targets": jnp.asarray(x), "weights": jnp.asarray(weights)})).sum(-1)
+    loss = np.asarray(
+        objective.loss(logits, {"targets": jnp.asarray(x), "weights": jnp.asarray(weights)})
+    ).sum(-1)
     subsets = np.array([np.sum(sizes == k) for k in sizes])
     np.testing.assert_allclose((loss / (4 * subsets)).sum(1), JOINT.nll(EVERY_X), rtol=3e-6)
 
@@ -64,7 +72,9 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_estimators_are_unbiased_for_each_row_of_a_fixed_batch(name):
-    """z-test against enumeration; B = 6 is no power of two, and every row on its own must be unbiased."""
+    """z-test against enumeration; B = 6 is no power of two, and every row on its own must be
+    unbiased.
+    """
     objective, n = ESTIMATORS[name], 6000
     x_BxL = EVERY_X[[5, 17, 33, 48, 60, 77]]
 
@@ -72,7 +82,9 @@ def test_estimators_are_unbiased_for_each_row_of_a_fixed_batch(name):
         batch = objective.corrupt(key, x_BxL)
         return objective.loss(rough(batch["inputs"]), batch["rows"]).sum(1)
 
-    draws = np.asarray(jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(1), n)), np.float64)
+    draws = np.asarray(
+        jax.jit(jax.vmap(estimate))(jax.random.split(jax.random.key(1), n)), np.float64
+    )
     exact = nelbo_exact(rough, x_BxL, 3)
     z_rows = (draws.mean(0) - exact) / (draws.std(0) / n**0.5)
     z_batch = (draws.mean(1).mean() - exact.mean()) / (draws.mean(1).std() / n**0.5)
@@ -89,7 +101,9 @@ def test_stratified_counts_have_a_fifth_of_the_variance_of_independent_times():
             batch = objective.corrupt(key, x_BxL)
             return objective.loss(chain.denoiser(batch["inputs"]), batch["rows"]).sum() / x_BxL.size
 
-        return np.asarray(jax.jit(lambda k: jax.lax.map(estimate, k))(jax.random.split(jax.random.key(0), 300))).std()
+        return np.asarray(
+            jax.jit(lambda k: jax.lax.map(estimate, k))(jax.random.split(jax.random.key(0), 300))
+        ).std()
 
     ours, independent = spread(MDLM(27, "k")), spread(MDLM(27, "t", antithetic=False))
     assert independent**2 > 5 * ours**2, (independent, ours)
@@ -101,14 +115,18 @@ def test_exact_k_masks_are_exact_and_uniform_over_subsets():
     counts = np.unique(masks @ (1 << np.arange(4)), return_counts=True)[1]
     assert len(counts) == 6
     assert ((counts - 2000) ** 2 / 2000).sum() < 25  # chi-square, 5 degrees of freedom
-    np.testing.assert_array_equal(mask_exact_k(jax.random.key(0), jnp.arange(9), 8).sum(1), np.arange(9))
+    np.testing.assert_array_equal(
+        mask_exact_k(jax.random.key(0), jnp.arange(9), 8).sum(1), np.arange(9)
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 49, 98, 103, 107, 196, 197, 256])
 def test_strata_are_each_used_once_for_any_batch(batch):
     t = np.sort(np.asarray(base.stratified_uniform(jax.random.key(batch), batch), np.float64))
     assert t.shape == (batch,)
-    np.testing.assert_array_equal(np.clip(np.floor(t * batch + 1e-4), 0, batch - 1), np.arange(batch))
+    np.testing.assert_array_equal(
+        np.clip(np.floor(t * batch + 1e-4), 0, batch - 1), np.arange(batch)
+    )
     np.testing.assert_allclose(np.diff(t), 1 / batch, atol=1e-6)
     k = np.sort(np.asarray(base.stratified_counts(jax.random.key(batch), batch, 64)))
     assert k[0] >= 1
@@ -123,15 +141,24 @@ def test_each_rows_count_is_uniform():
         assert ((np.bincount(row, minlength=6)[1:] - 1600) ** 2 / 1600).sum() < 25
 
 
-@given(st.integers(1, 7), st.integers(0, 6).map(lambda e: 2**e), st.integers(1, 96), st.integers(0, 2**31 - 1))
+@given(
+    st.integers(1, 7),
+    st.integers(0, 6).map(lambda e: 2**e),
+    st.integers(1, 96),
+    st.integers(0, 2**31 - 1),
+)
 @settings(max_examples=60, deadline=None)
 def test_capacity_is_never_exceeded(odd, shards, length, seed):
-    """A numpy replay of `stratified_counts` at random shifts and offsets, with random masks cut over the sequence."""
+    """A numpy replay of `stratified_counts` at random shifts and offsets, with random masks cut
+    over the sequence.
+    """
     odd, rng = 2 * (odd // 2) + 1, np.random.default_rng(seed)
     batch = odd * shards * 2 ** int(rng.integers(0, 2))
     seq_shards = [s for s in (1, 2, 4) if length % s == 0][-1]
     columns = batch & -batch
-    order = base.shifted_order(batch, int(rng.integers(columns)), int(rng.integers(batch // columns)))
+    order = base.shifted_order(
+        batch, int(rng.integers(columns)), int(rng.integers(batch // columns))
+    )
     k = 1 + (order * length + int(rng.integers(length))) // batch
     mask = rng.random((batch, length)).argsort(1) < k[:, None]
     held = mask.reshape(shards, batch // shards, seq_shards, -1).sum((1, 3))
@@ -139,7 +166,9 @@ def test_capacity_is_never_exceeded(odd, shards, length, seed):
     assert held.sum(1).max() <= masked_capacity(batch, length, shards)
 
 
-@pytest.mark.parametrize(("batch", "shards"), [(8, 2), (8, 8), (12, 4), (6, 3), (10, 5), (20, 4), (5, 1)])
+@pytest.mark.parametrize(
+    ("batch", "shards"), [(8, 2), (8, 8), (12, 4), (6, 3), (10, 5), (20, 4), (5, 1)]
+)
 def test_capacity_is_attained_and_never_exceeded_over_all_draws(batch, shards):
     length, columns = 12, batch & -batch
     worst = 0
@@ -162,7 +191,11 @@ def test_capacity_is_about_half_the_rows_on_every_power_of_two_split():
 
 def test_real_draws_stay_within_capacity():
     objective = MDLM(5)
-    count = jax.jit(lambda key: (objective.corrupt(key, jnp.zeros((16, 24), jnp.int32))["rows"]["weights"] > 0).sum(1))
+    count = jax.jit(
+        lambda key: (
+            objective.corrupt(key, jnp.zeros((16, 24), jnp.int32))["rows"]["weights"] > 0
+        ).sum(1)
+    )
     for seed in range(50):
         k = np.asarray(count(jax.random.key(seed)))
         for shards in (1, 2, 4, 8):
@@ -201,7 +234,10 @@ def test_loss_and_gradient_do_not_depend_on_the_vocabulary_shards(tp):
 
     axes = ("pp", "dp", "ep", "cp", "tp")
     mesh = jax.make_mesh(
-        (1, 1, 1, 1, tp), axes, axis_types=(jax.sharding.AxisType.Auto,) * 5, devices=jax.devices()[:tp]
+        (1, 1, 1, 1, tp),
+        axes,
+        axis_types=(jax.sharding.AxisType.Auto,) * 5,
+        devices=jax.devices()[:tp],
     )
     logits = jax.random.normal(jax.random.key(0), (4, 6, 16)) * 2
     tokens = jax.random.randint(jax.random.key(1), (4, 6), 0, 11)

@@ -32,7 +32,9 @@ def test_f32_is_accurate_near_the_clean_end(name):
     t = np.array([1e-6, 1e-4, 1e-2])
     with jax.enable_x64(True):
         exact = np.asarray(schedule(name).mask_prob(jnp.asarray(t)))
-    np.testing.assert_allclose(schedule(name).mask_prob(jnp.asarray(t, jnp.float32)), exact, rtol=3e-6)
+    np.testing.assert_allclose(
+        schedule(name).mask_prob(jnp.asarray(t, jnp.float32)), exact, rtol=3e-6
+    )
 
 
 def test_linear_weight_is_one_over_t_for_every_eps_while_it_masks_less_than_t():

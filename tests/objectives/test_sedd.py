@@ -1,4 +1,6 @@
-"""Score entropy: equal to masked diffusion plus a penalty, zero at true ratios, and the leave-one-out optimum."""
+"""Score entropy: equal to masked diffusion plus a penalty, zero at true ratios, and the
+leave-one-out optimum.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ pytestmark = pytest.mark.fast
 def test_absorbing_is_mdlm_plus_a_penalty_for_a_score_that_is_not_normalised(form):
     n = 7
     logits = jax.random.normal(jax.random.key(0), (6, 10, 12)) * 2
-    batch = SEDDAbsorbing(n, form).corrupt(jax.random.key(1), jnp.zeros((6, 10), jnp.int32) + jnp.arange(10) % n)
+    batch = SEDDAbsorbing(n, form).corrupt(
+        jax.random.key(1), jnp.zeros((6, 10), jnp.int32) + jnp.arange(10) % n
+    )
     c = np.exp(np.asarray(logits, np.float64))[..., :n].sum(-1) / n
     penalty = np.asarray(batch["rows"]["weights"], np.float64) * (c - 1 - np.log(c))
     sedd, mdlm = (o(n, form).loss(logits, batch["rows"]) for o in (SEDDAbsorbing, MDLM))
@@ -34,9 +38,16 @@ def test_absorbing_matches_the_score_entropy_of_the_paper():
     logits = np.random.default_rng(0).normal(size=(3, n))
     score = np.exp(logits) * kappa[:, None] / n
     target = np.array([0, 3, 4])
-    paper = rate * (score.sum(1) - kappa * np.log(score[range(3), target]) + kappa * (np.log(kappa) - 1))
-    rows = {"targets": jnp.asarray(target), "weights": objective.schedule.weight(jnp.asarray(t, jnp.float32))}
-    np.testing.assert_allclose(objective.loss(jnp.asarray(logits, jnp.float32), rows), paper, rtol=1e-5, atol=1e-6)
+    paper = rate * (
+        score.sum(1) - kappa * np.log(score[range(3), target]) + kappa * (np.log(kappa) - 1)
+    )
+    rows = {
+        "targets": jnp.asarray(target),
+        "weights": objective.schedule.weight(jnp.asarray(t, jnp.float32)),
+    }
+    np.testing.assert_allclose(
+        objective.loss(jnp.asarray(logits, jnp.float32), rows), paper, rtol=1e-5, atol=1e-6
+    )
 
 
 def rows_at(target, noisy, sigma, n):
@@ -55,19 +66,25 @@ def test_uniform_loss_is_zero_at_true_ratios_and_positive_elsewhere():
     for sigma in (1e-2, 0.3, 2.0, 10.0):
         rows = rows_at(target, noisy, np.full(n * n, sigma), n)
         transition = np.exp(-sigma) * np.eye(n) - np.expm1(-sigma) / n  # [clean, noisy]
-        true = jnp.asarray(np.log(transition[target] / transition[target, noisy][:, None]), jnp.float32)
+        true = jnp.asarray(
+            np.log(transition[target] / transition[target, noisy][:, None]), jnp.float32
+        )
         scale = float(uniform_ratio(jnp.float32(sigma), n))
         loss = SEDDUniform(n).loss(true, rows)
         np.testing.assert_allclose(loss, 0, atol=1e-5 * scale)
         wrong = true + jax.random.normal(jax.random.key(0), true.shape) * 0.5
         assert (SEDDUniform(n).loss(wrong, rows) > 1e-5).all()
         # The column of the noisy id, padding and the mask column are not read.
-        junk = jnp.concatenate([true.at[np.arange(n * n), noisy].set(33.0), jnp.full((n * n, 3), 9.0)], 1)
+        junk = jnp.concatenate(
+            [true.at[np.arange(n * n), noisy].set(33.0), jnp.full((n * n, 3), 9.0)], 1
+        )
         np.testing.assert_array_equal(SEDDUniform(n).loss(junk, rows), loss)
 
 
 def nelbo_one_token(p, x, mean):
-    """∫ dσ E_z loss for a sequence of one token x, by quadrature in log σ; `mean(sigma, z) -> probs` is the model."""
+    """∫ dσ E_z loss for a sequence of one token x, by quadrature in log σ; `mean(sigma, z) ->
+    probs` is the model.
+    """
     n, grid = len(p), np.linspace(np.log(1e-5), np.log(30), 6000)
     sigma = np.exp(grid).astype(np.float32)
     total = np.zeros(len(grid))
@@ -91,7 +108,9 @@ def udlm_one_token(p, x, mean):
         for z in range(n):
             model = n * a * mean(sigma, z) + 1 - a
             ratios = clean / clean[z]
-            bracket = n / clean[z] - n / model[z] - (ratios * np.log(model[z] / model * ratios)).sum()
+            bracket = (
+                n / clean[z] - n / model[z] - (ratios * np.log(model[z] / model * ratios)).sum()
+            )
             value -= clean[z] / n * bracket / n
         total.append(value * sigma)
     return np.trapezoid(total, grid)
@@ -106,7 +125,9 @@ def test_uniform_optimum_is_the_leave_one_out_law_not_the_posterior():
 
     assert nelbo_one_token(p, 0, lambda sigma, z: p) == pytest.approx(np.log(2), abs=2e-3)
     assert udlm_one_token(p, 0, lambda sigma, z: p) == pytest.approx(np.log(2), abs=1e-4)
-    assert nelbo_one_token(p, 0, posterior) == pytest.approx(udlm_one_token(p, 0, posterior), abs=2e-3)
+    assert nelbo_one_token(p, 0, posterior) == pytest.approx(
+        udlm_one_token(p, 0, posterior), abs=2e-3
+    )
     assert nelbo_one_token(p, 0, posterior) == pytest.approx(1.523, abs=3e-3)
 
 
@@ -117,14 +138,18 @@ def test_uniform_nelbo_of_the_exact_law_is_the_nll_for_each_token():
 
 
 def test_uniform_estimate_of_the_exact_score_is_unbiased():
-    """A whole sequence: scores from the joint, E over t and noise of `corrupt` + `loss` against -log p(x)."""
+    """A whole sequence: scores from the joint, E over t and noise of `corrupt` + `loss` against
+    -log p(x).
+    """
     joint = EnumerableJoint(n=3, length=2)
     objective = SEDDUniform(3)
     every = np.stack(np.unravel_index(np.arange(9), (3, 3)), 1)
     x_BxL = np.repeat(every[[0, 4, 7, 8]], 64, 0)
 
     def log_score(z_BxL, sigma_B):
-        one = jnp.exp(-sigma_B)[:, None, None] * jnp.eye(3) - (jnp.expm1(-sigma_B) / 3)[:, None, None]
+        one = (
+            jnp.exp(-sigma_B)[:, None, None] * jnp.eye(3) - (jnp.expm1(-sigma_B) / 3)[:, None, None]
+        )
         law = jnp.einsum("uv,bux,bvy->bxy", jnp.asarray(joint.table, jnp.float32), one, one)
         here = jnp.arange(len(z_BxL))
         rows = jnp.stack([law[here, :, z_BxL[:, 1]], law[here, z_BxL[:, 0]]], 1)
@@ -135,7 +160,9 @@ def test_uniform_estimate_of_the_exact_score_is_unbiased():
         loss = objective.loss(log_score(batch["inputs"], batch["noise"]), batch["rows"])
         return loss.sum(1).reshape(4, 64).mean(1)
 
-    draws = np.asarray(jax.jit(lambda k: jax.lax.map(estimate, k))(jax.random.split(jax.random.key(0), 1500)))
+    draws = np.asarray(
+        jax.jit(lambda k: jax.lax.map(estimate, k))(jax.random.split(jax.random.key(0), 1500))
+    )
     z = (draws.mean(0) - joint.nll(every[[0, 4, 7, 8]])) / (draws.std(0) / 1500**0.5)
     assert (abs(z) < 4).all(), z
 

@@ -1,10 +1,11 @@
-"""Every context plan, mask and layout on virtual devices equals masked attention on one: values, gradients, bytes.
+"""Every context plan, mask and layout on virtual devices equals masked attention on one: values,
+gradients, bytes.
 
-Programs scan two layers with different inputs, as models do: in a straight line XLA:CPU would reuse the permutes of the
-forward pass in the backward pass.
+Programs scan two layers with different inputs, as models do: in a straight line XLA:CPU would reuse
+the permutes of the forward pass in the backward pass.
 
-Legend: B sequences, S positions, H query heads, K key heads, C head_dim; arrays lead with the 2 layers.
-"""
+Legend: B sequences, S positions, H query heads, K key heads, C head_dim; arrays lead with the 2
+layers."""
 
 import functools
 from dataclasses import replace
@@ -122,14 +123,18 @@ def outcome(program, layout: SequenceLayout, cp: int, **changed) -> tuple[np.nda
     """(out, dq, dk, dv) in the order of positions, computed in the order of `layout`."""
     d = {**data(), **changed}
     qkv = layouts.permute([d[name] for name in ("q", "k", "v", "dout")], layout, cp, dim=2)
-    got = program(*qkv, layouts.permutation(layout, S, cp), layouts.permute(d["segment"], layout, cp))
+    got = program(
+        *qkv, layouts.permutation(layout, S, cp), layouts.permute(d["segment"], layout, cp)
+    )
     return tuple(layouts.permute([np.asarray(x) for x in got], layout, cp, dim=2, undo=True))
 
 
 def errors(got, want) -> tuple[float, float]:
     """(largest error of the output, largest error of a gradient, relative to its largest entry)."""
     forward = np.abs(got[0] - want[0]).max()
-    return forward, max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(got[1:], want[1:], strict=True))
+    return forward, max(
+        np.abs(a - b).max() / np.abs(b).max() for a, b in zip(got[1:], want[1:], strict=True)
+    )
 
 
 def assert_equal(got, want) -> None:
@@ -156,7 +161,10 @@ def total(*parts: dict[str, float]) -> dict[str, float]:
 
 def two_layers(plan: CommPlan, shape: cost.AttentionShape, mask: Mask) -> dict[str, float]:
     """Forward and backward of a differentiated scan: labels are gathered once."""
-    forward, backward = cost.forward_bytes(plan, shape, mask), cost.backward_bytes(plan, shape, mask)
+    forward, backward = (
+        cost.forward_bytes(plan, shape, mask),
+        cost.backward_bytes(plan, shape, mask),
+    )
     return total(forward, forward, backward, backward, cost.label_bytes(shape, mask))
 
 
@@ -164,10 +172,16 @@ def assert_bytes(program, degrees, plan: CommPlan, mask: Mask, split: bool = Tru
     mesh, sizes = mesh_of(degrees, split), dict(degrees)
     shape = shape_of(sizes["cp"], sizes.get("tp", 1), sizes.get("dp", 1))
     forward, labels = cost.forward_bytes(plan, shape, mask), cost.label_bytes(shape, mask)
-    assert wire(hlo.collectives(program.as_text(), dict(mesh.shape))) == two_layers(plan, shape, mask)
+    assert wire(hlo.collectives(program.as_text(), dict(mesh.shape))) == two_layers(
+        plan, shape, mask
+    )
     d = data()
-    traced = jax.make_jaxpr(sharded(mesh, plan, mask))(d["q"], d["k"], d["v"], np.arange(S), d["segment"])
-    assert wire(jaxpr.collectives(traced, dict(mesh.shape))) == total(forward, forward, labels, labels)
+    traced = jax.make_jaxpr(sharded(mesh, plan, mask))(
+        d["q"], d["k"], d["v"], np.arange(S), d["segment"]
+    )
+    assert wire(jaxpr.collectives(traced, dict(mesh.shape))) == total(
+        forward, forward, labels, labels
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -185,7 +199,10 @@ SMALLER = [
     ((("cp", 4),), CommPlan("ring")),
     ((("cp", 4),), CommPlan("usp", 2)),
     ((("dp", 2), ("cp", 2), ("tp", 2)), CommPlan("ring")),
-    ((("dp", 2), ("cp", 2), ("tp", 2)), CommPlan("ulysses", 2)),  # one key head a tp shard: repeated twice
+    (
+        (("dp", 2), ("cp", 2), ("tp", 2)),
+        CommPlan("ulysses", 2),
+    ),  # one key head a tp shard: repeated twice
     ((("dp", 2), ("cp", 2), ("tp", 2)), CommPlan("all_gather")),
     ((("dp", 2), ("cp", 2), ("tp", 2)), CommPlan("batch", 2)),
 ]
@@ -253,13 +270,19 @@ def test_positions_of_the_layout_are_what_a_shard_holds(layout: SequenceLayout) 
 
 @pytest.mark.parametrize("plan", ["ring", "usp2", "all_gather"])
 def test_wrong_positions_are_noticed(plan: str) -> None:
-    """The negative control: zig-zag data under contiguous positions, and one device's positions off by one."""
+    """The negative control: zig-zag data under contiguous positions, and one device's positions off
+    by one.
+    """
     program = compiled((("cp", 8),), PLANS[plan], MASKS["causal"])
     d = data()
     qkv = layouts.permute([d[name] for name in ("q", "k", "v", "dout")], LAYOUTS[1], 8, dim=2)
     arguments = lambda p: (*qkv, p, d["segment"])
-    back = lambda got: layouts.permute([np.asarray(x) for x in got], LAYOUTS[1], 8, dim=2, undo=True)
-    forward, gradient = errors(back(program(*arguments(np.arange(S, dtype=np.int32)))), wanted(MASKS["causal"]))
+    back = lambda got: layouts.permute(
+        [np.asarray(x) for x in got], LAYOUTS[1], 8, dim=2, undo=True
+    )
+    forward, gradient = errors(
+        back(program(*arguments(np.arange(S, dtype=np.int32)))), wanted(MASKS["causal"])
+    )
     assert forward > 0.1 and gradient > 0.1
     shifted = layouts.permutation(LAYOUTS[1], S, 8).copy()
     shifted[: S // 8] += 1
@@ -282,27 +305,40 @@ def test_keys_replicated_over_dp_get_the_sum_of_their_gradients() -> None:
     shared = P(None, None, *act[2:])
     f = lambda q, k, v, p: layers(plan, mask)(q, k, v, p, None)
     g = with_gradients(shard_map(f, mesh, (act, shared, shared, pos), act))
-    one = with_gradients(lambda q, k, v, p: f(q, *(jnp.tile(x, (1, 2, 1, 1, 1)) for x in (k, v)), p))
+    one = with_gradients(
+        lambda q, k, v, p: f(q, *(jnp.tile(x, (1, 2, 1, 1, 1)) for x in (k, v)), p)
+    )
     d = data()
     arguments = (d["q"], d["k"][:, :2], d["v"][:, :2], d["dout"], np.arange(S, dtype=np.int32))
-    assert_equal([np.asarray(x) for x in jax.jit(g)(*arguments)], [np.asarray(x) for x in one(*arguments)])
+    assert_equal(
+        [np.asarray(x) for x in jax.jit(g)(*arguments)], [np.asarray(x) for x in one(*arguments)]
+    )
 
 
 def temporary(cp: int, plan: CommPlan, local: int) -> int:
-    """Bytes of temporaries per device of forward and backward with `local` positions on each of cp devices."""
+    """Bytes of temporaries per device of forward and backward with `local` positions on each of cp
+    devices.
+    """
     mesh = mesh_of((("cp", cp),))
     q, kv = (jax.ShapeDtypeStruct((2, 1, local * cp, heads, 16), jnp.float32) for heads in (4, 2))
-    labels = (jax.ShapeDtypeStruct((local * cp,), jnp.int32), jax.ShapeDtypeStruct((1, local * cp), jnp.int32))
+    labels = (
+        jax.ShapeDtypeStruct((local * cp,), jnp.int32),
+        jax.ShapeDtypeStruct((1, local * cp), jnp.int32),
+    )
     f = with_gradients(sharded(mesh, plan, MASKS["causal"]))
     return jax.jit(f).lower(q, kv, kv, q, *labels).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_ring_memory_does_not_grow_with_the_ring() -> None:
-    """Residuals are local: 4x the sequence on 4x the devices needs the same memory. Gathered keys grow."""
+    """Residuals are local: 4x the sequence on 4x the devices needs the same memory. Gathered keys
+    grow.
+    """
     ring2, ring8 = (temporary(cp, CommPlan("ring"), 256) for cp in (2, 8))
     gather2, gather8 = (temporary(cp, CommPlan("all_gather"), 256) for cp in (2, 8))
     assert ring8 < 1.25 * ring2
-    assert gather8 - gather2 > 2 * 6 * 2 * 256 * 2 * 16 * 4  # of each layer six more shards of keys, values
+    assert (
+        gather8 - gather2 > 2 * 6 * 2 * 256 * 2 * 16 * 4
+    )  # of each layer six more shards of keys, values
 
 
 def test_bfloat16_bytes_with_gradients_in_float32() -> None:
@@ -310,13 +346,20 @@ def test_bfloat16_bytes_with_gradients_in_float32() -> None:
     mesh, mask, plan = mesh_of((("cp", 8),)), MASKS["causal"], PLANS["usp2"]
     d = {k: jnp.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x for k, x in data().items()}
     f = with_gradients(sharded(mesh, plan, mask))
-    traced = jax.make_jaxpr(f)(d["q"], d["k"], d["v"], d["dout"], np.arange(S, dtype=np.int32), d["segment"])
-    assert wire(jaxpr.collectives(traced, dict(mesh.shape))) == two_layers(plan, shape_of(8, itemsize=2), mask)
-    got = np.asarray(jax.jit(f)(d["q"], d["k"], d["v"], d["dout"], np.arange(S), d["segment"])[0], np.float32)
+    traced = jax.make_jaxpr(f)(
+        d["q"], d["k"], d["v"], d["dout"], np.arange(S, dtype=np.int32), d["segment"]
+    )
+    assert wire(jaxpr.collectives(traced, dict(mesh.shape))) == two_layers(
+        plan, shape_of(8, itemsize=2), mask
+    )
+    got = np.asarray(
+        jax.jit(f)(d["q"], d["k"], d["v"], d["dout"], np.arange(S), d["segment"])[0], np.float32
+    )
     assert np.abs(got - wanted(mask)[0]).max() < 0.05
 
 
-# Decoding ------------------------------------------------------------------------------------------------------------
+# Decoding
+# -------------------------------------------------------------------------------------------------
 
 T = 3  # new tokens
 EMPTY = np.iinfo(np.int32).max  # position of an empty cache slot
@@ -326,7 +369,9 @@ def decode_program(kind: str, cp: int = 8):
     mesh, plan = mesh_of((("cp", cp),)), CommPlan(kind)
     axes = tuple(n for n in mesh.shape if n.startswith("cp"))
     cache, out = P(None, axes), P() if kind == "tree" else P(None, None, axes)
-    f = lambda q, k, v, q_position, k_position: decode(q, k, v, Mask("causal"), plan, q_position, k_position)
+    f = lambda q, k, v, q_position, k_position: decode(
+        q, k, v, Mask("causal"), plan, q_position, k_position
+    )
     return mesh, jax.jit(shard_map(f, mesh, (P(), cache, cache, P(), P(axes)), out))
 
 
@@ -336,17 +381,22 @@ def test_decode_equals_one_device_and_moves_what_the_formula_says(kind: str) -> 
     d, used = data(), 27
     slots = layouts.permutation(SequenceLayout("striped"), S, 8)
     k_position = np.where(slots < used, slots, EMPTY).astype(np.int32)
-    k, v = (np.where((slots < used)[None, :, None, None], d[name][0][:, slots], 7.0) for name in "kv")
+    k, v = (
+        np.where((slots < used)[None, :, None, None], d[name][0][:, slots], 7.0) for name in "kv"
+    )
     q, q_position = d["q"][0][:, used - T : used], np.arange(used - T, used, dtype=np.int32)
     mesh, f = decode_program(kind)
     program = f.lower(q, k, v, q_position, k_position).compile()
     assert (
         np.abs(
-            np.asarray(program(q, k, v, q_position, k_position)) - wanted(MASKS["causal"])[0][0][:, used - T : used]
+            np.asarray(program(q, k, v, q_position, k_position))
+            - wanted(MASKS["causal"])[0][0][:, used - T : used]
         ).max()
         < 1e-5
     )
-    assert wire(hlo.collectives(program.as_text(), dict(mesh.shape))) == cost.decode_bytes(kind, B, T, H, C, 8)
+    assert wire(hlo.collectives(program.as_text(), dict(mesh.shape))) == cost.decode_bytes(
+        kind, B, T, H, C, 8
+    )
     nothing = np.asarray(program(q, k, v, q_position, np.full(S, EMPTY, np.int32)))
     assert (nothing == 0).all()
 
@@ -362,7 +412,8 @@ def test_decode_refuses_what_it_cannot_do() -> None:
         attend(x, x, x, Mask("causal"), CommPlan("helix"), p)
 
 
-# Refusals, before anything is built ----------------------------------------------------------------------------------
+# Refusals, before anything is built
+# ----------------------------------------------------------------------------------
 
 GOOD = {"seq_len": 64, "cp": 8, "heads": 8, "kv_heads": 2, "batch": 4}
 REFUSED = [
@@ -373,9 +424,19 @@ REFUSED = [
         r"60 is not divisible by 2·cp = 16 .*data.seq_len=64",
     ),
     (CommPlan("ring"), Mask(), {"seq_len": 60}, r"60 is not divisible by cp = 8 .*data.seq_len=64"),
-    (CommPlan("ring", layout=LAYOUTS[2]), Mask(), {"seq_len": 56}, r"cp·block = 8·2 = 16 .*data.seq_len=64"),
+    (
+        CommPlan("ring", layout=LAYOUTS[2]),
+        Mask(),
+        {"seq_len": 56},
+        r"cp·block = 8·2 = 16 .*data.seq_len=64",
+    ),
     (CommPlan("star"), Mask(), {}, "context plan 'star' is unknown"),
-    (CommPlan("ulysses", 8), Mask(), {"heads": 4}, r"heads = 4 .*is not divisible by head_split = 8"),
+    (
+        CommPlan("ulysses", 8),
+        Mask(),
+        {"heads": 4},
+        r"heads = 4 .*is not divisible by head_split = 8",
+    ),
     (CommPlan("usp", 4), Mask(), {"heads": 2}, "heads = 2"),
     (CommPlan("ulysses", 4), Mask(), {}, "set head_split=8"),
     (CommPlan("usp", 3), Mask(), {}, "cp = 8 is not divisible by head_split = 3"),
@@ -397,7 +458,9 @@ REFUSED = [
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("plan", "mask", "sizes", "message"), REFUSED)
-def test_check_refuses_with_values_and_fix(plan: CommPlan, mask: Mask, sizes: dict, message: str) -> None:
+def test_check_refuses_with_values_and_fix(
+    plan: CommPlan, mask: Mask, sizes: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check(plan, mask, **{**GOOD, **sizes})
 

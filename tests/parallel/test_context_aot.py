@@ -1,5 +1,5 @@
-"""Compiled ahead of time for absent TPUs and GPUs: the ring's permutes overlap with attention in the schedule, and
-attention to listed blocks compiles at 128K positions."""
+"""Compiled ahead of time for absent TPUs and GPUs: the ring's permutes overlap with attention in
+the schedule, and attention to listed blocks compiles at 128K positions."""
 
 import re
 
@@ -19,7 +19,9 @@ WORK = re.compile(r" (fusion|while|custom-call|dot|convolution|call|conditional)
 
 
 def overlapped(text: str) -> tuple[int, int]:
-    """(permutes, of which with work scheduled between start and done), over all computations of a scheduled module."""
+    """(permutes, of which with work scheduled between start and done), over all computations of a
+    scheduled module.
+    """
     found = total = 0
     for body in re.split(r"\n(?=\S)", text):
         lines = body.splitlines()
@@ -27,7 +29,9 @@ def overlapped(text: str) -> tuple[int, int]:
             if not (m := re.match(r"\s+(?:ROOT )?(%\S+) = .* collective-permute-start\(", line)):
                 continue
             total += 1
-            done = next(j for j, l in enumerate(lines) if "collective-permute-done" in l and f"{m[1]})" in l)
+            done = next(
+                j for j, l in enumerate(lines) if "collective-permute-done" in l and f"{m[1]})" in l
+            )
             found += any(WORK.search(between) for between in lines[i + 1 : done])
     return total, found
 
@@ -55,7 +59,9 @@ def test_ring_permutes_overlap_with_attention(topology: str) -> None:
 
     spec = PartitionSpec(None, "cp")
     run = shard_map(loss, mesh, (spec,) * 3, spec)
-    shape = jax.ShapeDtypeStruct((1, length, heads, width), "bfloat16", sharding=NamedSharding(mesh, spec))
+    shape = jax.ShapeDtypeStruct(
+        (1, length, heads, width), "bfloat16", sharding=NamedSharding(mesh, spec)
+    )
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         out, pull = jax.vjp(run, q, k, v)
@@ -74,8 +80,8 @@ def test_ring_permutes_overlap_with_attention(topology: str) -> None:
 def test_attention_to_listed_blocks_compiles_at_128k(topology: str, kind: str) -> None:
     """Eight devices, 128K positions, 8192 of them on each list; grouped queries, bfloat16.
 
-    Blocks of 512 keep the lists within a TPU's scalar memory, blocks of 128 the keys within a GPU's shared memory.
-    """
+    Blocks of 512 keep the lists within a TPU's scalar memory, blocks of 128 the keys within a GPU's
+    shared memory."""
     devices = aot.topology_devices(topology)
     mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"cp": len(devices)}, devices), "cp")
     length, block = 2**17, 512 if topology.startswith("v5p") else 128
@@ -88,7 +94,9 @@ def test_attention_to_listed_blocks_compiles_at_128k(topology: str, kind: str) -
 
     spec, lists = PartitionSpec(None, "cp"), PartitionSpec(None, None, "cp")
     run = shard_map(local, mesh, (spec, spec, spec, lists), spec)
-    array = lambda shape, dtype, s: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, expand(mesh, s)))
+    array = lambda shape, dtype, s: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, expand(mesh, s))
+    )
     q, k = (array((1, length, heads, 128), "bfloat16", spec) for heads in (32, 8))
     ids = array((1, 1, length // block, width), "int32", lists)
 

@@ -1,12 +1,12 @@
-"""The block gather on virtual devices equals block-sparse attention on one: values, gradients, overflow, bytes, FLOPs.
+"""The block gather on virtual devices equals block-sparse attention on one: values, gradients,
+overflow, bytes, FLOPs.
 
-Programs scan two layers as models do, rematerialised: the first has lists that fit (in contiguous and zig-zag layouts),
-the second, in one sequence and head where lists are not shared, lists that do not. Both branches, and different ones in
-different groups of cp, thus run in every program.
+Programs scan two layers as models do, rematerialised: the first has lists that fit (in contiguous
+and zig-zag layouts), the second, in one sequence and head where lists are not shared, lists that do
+not. Both branches, and different ones in different groups of cp, thus run in every program.
 
-Legend: B sequences, S positions, H query heads, K key heads, C head_dim, Y block, W blocks, L width of a list; arrays
-lead with the 2 layers.
-"""
+Legend: B sequences, S positions, H query heads, K key heads, C head_dim, Y block, W blocks, L width
+of a list; arrays lead with the 2 layers."""
 
 import functools
 
@@ -49,8 +49,8 @@ def data() -> dict[str, np.ndarray]:
 
 @functools.cache
 def wanted_blocks(lead: tuple[int, int]) -> np.ndarray:
-    """bool [2, b, k, W, W]: near blocks and the first, except of query block 5, which sees nothing; random ones in the
-    second layer's first list."""
+    """bool [2, b, k, W, W]: near blocks and the first, except of query block 5, which sees nothing;
+    random ones in the second layer's first list."""
     i, j = np.arange(W)[:, None], np.arange(W)
     near = (i - j <= 1) & (i >= j) | (j == 0)
     near[5] = False
@@ -61,7 +61,9 @@ def wanted_blocks(lead: tuple[int, int]) -> np.ndarray:
 
 def ids_of(masks: np.ndarray, layout: SequenceLayout, cp: int, width: int = L) -> np.ndarray:
     """int32 [2, b, k, W, width] in the order of the layout."""
-    return np.stack([np.concatenate([block_ids(m, Y, layout, cp, width) for m in layer]) for layer in masks])
+    return np.stack(
+        [np.concatenate([block_ids(m, Y, layout, cp, width) for m in layer]) for layer in masks]
+    )
 
 
 def dense(mask: Mask, q, k, v, segment, blocks_bxkxWxW):
@@ -83,13 +85,17 @@ def dense(mask: Mask, q, k, v, segment, blocks_bxkxWxW):
 
 def wanted(mask: Mask, masks: np.ndarray, **changed) -> tuple[np.ndarray, ...]:
     d = {**data(), **changed}
-    layer = lambda q, k, v: jnp.stack([dense(mask, *x, d["segment"], m) for *x, m in zip(q, k, v, masks, strict=True)])
+    layer = lambda q, k, v: jnp.stack(
+        [dense(mask, *x, d["segment"], m) for *x, m in zip(q, k, v, masks, strict=True)]
+    )
     out, pull = jax.vjp(jax.jit(layer), d["q"], d["k"], d["v"])
     return tuple(np.asarray(x) for x in (out, *pull(d["dout"])))
 
 
 def missing(masks: np.ndarray, layout: SequenceLayout, cp: int, capacity: int) -> np.ndarray:
-    """Blocks that do not fit, by layer and list, int [2, b, k]: counted from sets, device by device."""
+    """Blocks that do not fit, by layer and list, int [2, b, k]: counted from sets, device by
+    device.
+    """
     order = block_order(W, Y, layout, cp).reshape(cp, -1)
     out = np.zeros(masks.shape[:3], int)
     for at in np.ndindex(*out.shape):
@@ -113,9 +119,18 @@ def layers(mask: Mask, capacity: int):
 
 def sharded(mesh, mask: Mask, capacity: int, lead: tuple[int, int], inner=None):
     cp = tuple(n for n in mesh.shape if n.startswith("cp"))
-    act, b, k = P(None, "dp", cp, "tp"), "dp" if lead[0] > 1 else None, "tp" if lead[1] > 1 else None
+    act, b, k = (
+        P(None, "dp", cp, "tp"),
+        "dp" if lead[0] > 1 else None,
+        "tp" if lead[1] > 1 else None,
+    )
     specs = (act, act, act, P(None, b, k, cp), P(cp), P("dp", cp))
-    return shard_map(inner or layers(mask, capacity), mesh, specs, (act, P(None, b if not mask.packed else "dp", k)))
+    return shard_map(
+        inner or layers(mask, capacity),
+        mesh,
+        specs,
+        (act, P(None, b if not mask.packed else "dp", k)),
+    )
 
 
 def with_gradients(f):
@@ -135,17 +150,23 @@ def compiled(degrees, mask: Mask, capacity: int, lead=SHARED, width: int = L, sp
 
 
 def outcome(program, ids: np.ndarray, layout=CONTIGUOUS, cp: int = 8, **changed):
-    """((out, dq, dk, dv) in the order of positions, overflow [2, ·, ·]) of ids in the order of the layout."""
+    """((out, dq, dk, dv) in the order of positions, overflow [2, ·, ·]) of ids in the order of the
+    layout.
+    """
     d = {**data(), **changed}
     qkv = layouts.permute([d[name] for name in ("q", "k", "v", "dout")], layout, cp, dim=2)
     position = layouts.permutation(layout, S, cp)
     got, overflow = program(*qkv, ids, position, layouts.permute(d["segment"], layout, cp))
-    return layouts.permute([np.asarray(x) for x in got], layout, cp, dim=2, undo=True), np.asarray(overflow)
+    return layouts.permute([np.asarray(x) for x in got], layout, cp, dim=2, undo=True), np.asarray(
+        overflow
+    )
 
 
 def assert_equal(got, want) -> None:
     forward = np.abs(got[0] - want[0]).max()
-    gradient = max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(got[1:], want[1:], strict=True))
+    gradient = max(
+        np.abs(a - b).max() / np.abs(b).max() for a, b in zip(got[1:], want[1:], strict=True)
+    )
     assert forward <= 1e-5 and gradient <= 1e-4, f"forward {forward:.1e}, gradients {gradient:.1e}"
 
 
@@ -159,7 +180,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("degrees", "mask", "capacity", "lead"), CASES)
-def test_values_gradients_and_overflow_equal_one_device(degrees, mask: Mask, capacity: int, lead) -> None:
+def test_values_gradients_and_overflow_equal_one_device(
+    degrees, mask: Mask, capacity: int, lead
+) -> None:
     cp, masks = dict(degrees)["cp"], wanted_blocks(lead)
     program, want = compiled(degrees, mask, capacity, lead), wanted(mask, masks)
     for layout in (CONTIGUOUS, ZIGZAG, STRIPED):
@@ -171,9 +194,13 @@ def test_values_gradients_and_overflow_equal_one_device(degrees, mask: Mask, cap
         groups = overflow.shape[1:]
         assert (
             overflow.tolist()
-            == lost.reshape(2, groups[0], -1, groups[1], lost.shape[2] // groups[1]).sum((2, 4)).tolist()
+            == lost.reshape(2, groups[0], -1, groups[1], lost.shape[2] // groups[1])
+            .sum((2, 4))
+            .tolist()
         )
-    assert not got[0][:, :, 5 * Y : 6 * Y][0].any() and not got[1][:, :, 5 * Y : 6 * Y][0].any()  # sees nothing
+    assert (
+        not got[0][:, :, 5 * Y : 6 * Y][0].any() and not got[1][:, :, 5 * Y : 6 * Y][0].any()
+    )  # sees nothing
 
 
 def test_an_unfactored_axis_and_one_device_give_the_same() -> None:
@@ -204,9 +231,14 @@ def test_all_blocks_are_dense_causal_attention_and_leave_no_second_branch() -> N
 
 
 def test_capacity_0_keeps_local_lists_local() -> None:
-    local = np.broadcast_to(np.kron(np.eye(8, dtype=bool), np.ones((W // 8, W // 8), bool)), (2, 1, 1, W, W)).copy()
+    local = np.broadcast_to(
+        np.kron(np.eye(8, dtype=bool), np.ones((W // 8, W // 8), bool)), (2, 1, 1, W, W)
+    ).copy()
     program = compiled(CP8, CAUSAL, 0)
-    for masks, lost in ((local, 0), (wanted_blocks(SHARED), missing(wanted_blocks(SHARED), CONTIGUOUS, 8, 0))):
+    for masks, lost in (
+        (local, 0),
+        (wanted_blocks(SHARED), missing(wanted_blocks(SHARED), CONTIGUOUS, 8, 0)),
+    ):
         got, overflow = outcome(program, ids_of(masks, CONTIGUOUS, 8))
         assert_equal(got, wanted(CAUSAL, masks))
         assert (overflow == lost).all()
@@ -216,7 +248,9 @@ def test_impossible_ids_are_counted_and_repeated_ones_count_once() -> None:
     near = wanted_blocks(SHARED)[[0, 0]]
     ids = ids_of(near, CONTIGUOUS, 8)
     repeated = ids.copy()
-    repeated[..., 4:6] = ids[..., :1]  # of one block only: a softmax does not notice that all count twice
+    repeated[..., 4:6] = ids[
+        ..., :1
+    ]  # of one block only: a softmax does not notice that all count twice
     got, overflow = outcome(compiled(CP8, CAUSAL, 2), repeated)
     assert_equal(got, wanted(CAUSAL, near))
     assert not overflow.any()
@@ -235,7 +269,9 @@ def test_the_negative_control_notices_lists_that_are_off_by_one() -> None:
 
 @pytest.mark.parametrize(("name", "block"), [("k", 7), ("v", 7), ("v", 8), ("v", 0)])
 def test_nan_reaches_only_queries_whose_list_holds_its_block(name: str, block: int) -> None:
-    """Blocks 8 and 0 are the first of a device and of all: what unused places of a list would read."""
+    """Blocks 8 and 0 are the first of a device and of all: what unused places of a list would
+    read.
+    """
     x = data()[name].copy()
     x[:, 1, block * Y] = np.nan
     masks = wanted_blocks(SHARED)
@@ -251,12 +287,18 @@ def test_positions_that_are_not_whole_blocks_give_nan() -> None:
     divided = layouts.permutation(SequenceLayout("striped", 1), S, 8)
     twice = np.r_[np.arange(Y), np.arange(S - Y)].astype(np.int32)
     for position in (divided, twice, np.arange(S, dtype=np.int32) + Y):
-        got, _ = compiled(CP8, CAUSAL, 2)(*(d[n] for n in ("q", "k", "v", "dout")), ids, position, d["segment"])
+        got, _ = compiled(CP8, CAUSAL, 2)(
+            *(d[n] for n in ("q", "k", "v", "dout")), ids, position, d["segment"]
+        )
         assert np.isnan(got[0]).all()
 
 
-def test_keys_replicated_over_dp_get_the_sum_of_their_gradients_though_one_group_overflows() -> None:
-    """Without the keys made varying before the branch, its transpose would wait for the other group: a deadlock."""
+def test_keys_replicated_over_dp_get_the_sum_of_their_gradients_though_one_group_overflows() -> (
+    None
+):
+    """Without the keys made varying before the branch, its transpose would wait for the other
+    group: a deadlock.
+    """
     mesh, masks = mesh_of((("dp", 2), ("cp", 4))), wanted_blocks((B, 1))
     cp, d = tuple(n for n in mesh.shape if n.startswith("cp")), data()
     act, shared = P(None, "dp", cp), P(None, None, cp)
@@ -267,7 +309,9 @@ def test_keys_replicated_over_dp_get_the_sum_of_their_gradients_though_one_group
     got, overflow = jax.jit(f)(d["q"], k, v, d["dout"], ids, position, d["segment"][:1])
     both = [np.repeat(x, B, 1) for x in (k, v)]
     out, dq, dk, dv = wanted(CAUSAL, masks, k=both[0], v=both[1])
-    assert_equal([np.asarray(x) for x in got], (out, dq, dk.sum(1, keepdims=True), dv.sum(1, keepdims=True)))
+    assert_equal(
+        [np.asarray(x) for x in got], (out, dq, dk.sum(1, keepdims=True), dv.sum(1, keepdims=True))
+    )
     assert overflow[1, 0, 0] > 0 and not overflow[1, 1].any() and not overflow[0].any()
 
 
@@ -280,7 +324,8 @@ def test_new_lists_and_layouts_compile_nothing() -> None:
     assert f._cache_size() == 1
 
 
-# Bytes, FLOPs, memory ------------------------------------------------------------------------------------------------
+# Bytes, FLOPs, memory
+# ------------------------------------------------------------------------------------------------
 
 
 def wire(collectives) -> dict[str, float]:
@@ -299,7 +344,9 @@ def total(*parts: dict[str, float]) -> dict[str, float]:
 def one_layer(mask: Mask, capacity: int):
     def run(q, k, v, ids, position, segment):
         segment = segment if mask.packed else None
-        out, overflow = gather_attend(q[0], k[0], v[0], ids[0], capacity, Y, mask, position, segment)
+        out, overflow = gather_attend(
+            q[0], k[0], v[0], ids[0], capacity, Y, mask, position, segment
+        )
         return out[None], overflow[None, None, None]
 
     return run
@@ -326,7 +373,9 @@ BYTES = [
 def test_bytes_equal_the_closed_forms(degrees, mask: Mask, capacity: int, lead, dtype) -> None:
     mesh, sizes = mesh_of(degrees), {"dp": 1, "tp": 1, **dict(degrees)}
     batch, kv_heads = B // sizes["dp"], K // sizes["tp"]
-    shape = AttentionShape(batch, S, H // sizes["tp"], kv_heads, C, sizes["cp"], jnp.dtype(dtype).itemsize)
+    shape = AttentionShape(
+        batch, S, H // sizes["tp"], kv_heads, C, sizes["cp"], jnp.dtype(dtype).itemsize
+    )
     lists = (batch if lead[0] > 1 else 1) * (kv_heads if lead[1] > 1 else 1)
     cost = BlockGather(shape, Y, capacity, lists)
     f = sharded(mesh, mask, capacity, lead, one_layer(mask, capacity))
@@ -334,7 +383,9 @@ def test_bytes_equal_the_closed_forms(degrees, mask: Mask, capacity: int, lead, 
     there = jax.make_jaxpr(f)(q, k, v, *rest)
     both = jax.make_jaxpr(with_gradients(f))(q, k, v, dout, *rest)
     for branch in (0, 1) if capacity < cost.blocks else (0,):
-        count = lambda traced, branch=branch: wire(jaxpr.collectives(traced, dict(mesh.shape), {SCOPE: branch}))
+        count = lambda traced, branch=branch: wire(
+            jaxpr.collectives(traced, dict(mesh.shape), {SCOPE: branch})
+        )
         forward = total(cost.forward_bytes(branch == 1), cost.label_bytes(mask))
         assert count(there) == forward
         assert count(both) == total(forward, cost.backward_bytes(branch == 1))
@@ -345,7 +396,11 @@ def test_the_compiled_program_moves_the_same_bytes() -> None:
     f = with_gradients(sharded(mesh, CAUSAL, 2, SHARED, one_layer(CAUSAL, 2)))
     text = jax.jit(f).lower(*arguments(SHARED)).compile().as_text()
     for branch in (0, 1):
-        parts = cost.forward_bytes(branch == 1), cost.backward_bytes(branch == 1), cost.label_bytes(CAUSAL)
+        parts = (
+            cost.forward_bytes(branch == 1),
+            cost.backward_bytes(branch == 1),
+            cost.label_bytes(CAUSAL),
+        )
         assert wire(hlo.collectives(text, dict(mesh.shape), {SCOPE: branch})) == total(*parts)
 
 
@@ -356,31 +411,42 @@ def test_work_follows_the_width_of_the_lists() -> None:
     traced = jax.make_jaxpr(sharded(mesh, CAUSAL, 2, SHARED, one_layer(CAUSAL, 2)))(q, k, v, *rest)
     for branch in (0, 1):
         flops = jaxpr.dot_flops(traced, dict(mesh.shape), {SCOPE: branch})
-        assert flops == 4 * B * H * C * (S // 8) * L * Y  # of S/8 queries with L blocks of Y keys, two matmuls
+        assert (
+            flops == 4 * B * H * C * (S // 8) * L * Y
+        )  # of S/8 queries with L blocks of Y keys, two matmuls
 
 
 def residual_bytes(cp: int) -> float:
-    """Bytes a device keeps of one layer for the backward pass, with 8 blocks a device and capacity 1."""
+    """Bytes a device keeps of one layer for the backward pass, with 8 blocks a device and capacity
+    1.
+    """
     mesh, local = mesh_of((("cp", cp),)), 8
     f = sharded(mesh, CAUSAL, 1, SHARED, one_layer(CAUSAL, 1))
     n = cp * local * Y
     q, k = (jax.ShapeDtypeStruct((1, B, n, heads, C), jnp.float32) for heads in (H, K))
     labels = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1, 1, 1, n // Y, L), (n,), (B, n))]
     kept = jax.eval_shape(
-        lambda q, k, v, *rest: jax.vjp(lambda *x: f(*x, *rest), q, k, v, has_aux=True)[1], q, k, k, *labels
+        lambda q, k, v, *rest: jax.vjp(lambda *x: f(*x, *rest), q, k, v, has_aux=True)[1],
+        q,
+        k,
+        k,
+        *labels,
     )
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) / cp
 
 
 @pytest.mark.fast
 def test_keys_that_would_be_gathered_are_not_kept() -> None:
-    """From 2 to 8 devices the residuals grow by the six fetched blocks and integers, not by 6·8 gathered blocks."""
+    """From 2 to 8 devices the residuals grow by the six fetched blocks and integers, not by 6·8
+    gathered blocks.
+    """
     block_bytes = 2 * B * Y * K * C * 4
     growth = residual_bytes(8) - residual_bytes(2)
     assert 6 * block_bytes <= growth < 6 * block_bytes * 8 / 2
 
 
-# Plan time, refusals -------------------------------------------------------------------------------------------------
+# Plan time, refusals
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
@@ -394,9 +460,14 @@ def test_block_ids_hold_exactly_the_mask() -> None:
             row = ids[0, k, slot]
             assert row[row >= 0].tolist() == np.flatnonzero(masks[k, order[slot]]).tolist()
             assert (row[(row >= 0).sum() :] == -1).all()
-        assert exact_capacity(masks, layout, cp, Y) == max(
-            [c for c in range(W + 1) if missing(masks[None, None], layout, cp, c).any()], default=-1
-        ) + 1  # fmt: skip
+        assert (
+            exact_capacity(masks, layout, cp, Y)
+            == max(
+                [c for c in range(W + 1) if missing(masks[None, None], layout, cp, c).any()],
+                default=-1,
+            )
+            + 1
+        )
     assert block_ids(masks[0], Y, width=W + 3).shape == (1, 1, W, W + 3)
     assert (block_ids(np.zeros((W, W), bool), Y) == -1).all()
 
@@ -432,11 +503,19 @@ def test_refusals_name_the_equation_and_the_fix(change: dict, message: str) -> N
 def test_more_refusals() -> None:
     q, k, v, _, *rest = arguments(SHARED)
     with pytest.raises(ValueError, match=r"capacity = 5 is not in 0 … N/block = 8/2 = 4"):
-        jax.eval_shape(sharded(mesh_of(CP8), CAUSAL, 5, SHARED, one_layer(CAUSAL, 5)), q, k, v, *rest)
+        jax.eval_shape(
+            sharded(mesh_of(CP8), CAUSAL, 5, SHARED, one_layer(CAUSAL, 5)), q, k, v, *rest
+        )
     x = jnp.zeros((B, S, H, C))
     with pytest.raises(ValueError, match="pass the segment ids"):
         jax.eval_shape(
-            layers(PACKED, 2), x[None], x[None], x[None], jnp.zeros((1, 1, 1, W, L), int), jnp.arange(S), None
+            layers(PACKED, 2),
+            x[None],
+            x[None],
+            x[None],
+            jnp.zeros((1, 1, 1, W, L), int),
+            jnp.arange(S),
+            None,
         )
     mask = np.ones((W, W), bool)
     with pytest.raises(ValueError, match=r"width = 3 < 32 .*set width=32"):

@@ -1,7 +1,8 @@
-"""Every plan with lists of key blocks equals block-sparse attention on one device and sends what its formula says.
+"""Every plan with lists of key blocks equals block-sparse attention on one device and sends what
+its formula says.
 
-Legend: B sequences, S positions, H query heads, K key heads, C head_dim, Y block, W blocks, L width of a list.
-"""
+Legend: B sequences, S positions, H query heads, K key heads, C head_dim, Y block, W blocks, L width
+of a list."""
 
 import functools
 
@@ -37,12 +38,20 @@ def data() -> tuple[np.ndarray, ...]:
     """q, k, v, the output's gradient, segments."""
     rng = np.random.default_rng(0)
     normal = lambda heads: rng.normal(size=(B, S, heads, C)).astype(np.float32)
-    return normal(H), normal(K), normal(K), normal(H), np.cumsum(rng.random((B, S)) < 0.1, axis=1).astype(np.int32)
+    return (
+        normal(H),
+        normal(K),
+        normal(K),
+        normal(H),
+        np.cumsum(rng.random((B, S)) < 0.1, axis=1).astype(np.int32),
+    )
 
 
 @functools.cache
 def wanted_blocks(lead: tuple[int, int]) -> np.ndarray:
-    """bool [b, k, W, W]: own block, the first and random earlier ones, at most L; block 5 sees nothing."""
+    """bool [b, k, W, W]: own block, the first and random earlier ones, at most L; block 5 sees
+    nothing.
+    """
     rng = np.random.default_rng(sum(lead))
     score = np.where(np.tri(W, k=-1), rng.random((*lead, W, W)), 2.0)
     masks = (score.argsort(-1).argsort(-1) < L - 2) & np.tri(W, dtype=bool) | np.eye(W, dtype=bool)
@@ -68,9 +77,14 @@ def program(plan: CommPlan, mask: Mask, lead: tuple[int, int], degrees: dict[str
     """(sharded function, mesh)."""
     mesh = make_mesh(dict.fromkeys(AXES, 1) | degrees)
     mesh = factor(mesh, "cp") if degrees["cp"] > 1 else mesh
-    each, lists = P("dp", "cp", "tp"), P("dp" if lead[0] > 1 else None, "tp" if lead[1] > 1 else None, "cp")
+    each, lists = (
+        P("dp", "cp", "tp"),
+        P("dp" if lead[0] > 1 else None, "tp" if lead[1] > 1 else None, "cp"),
+    )
     specs = (each, each, each, each, P("dp", "cp"), lists)
-    return shard_map(functools.partial(attention, plan, mask), mesh, specs, (each,) * 4 + (P(),)), mesh
+    return shard_map(
+        functools.partial(attention, plan, mask), mesh, specs, (each,) * 4 + (P(),)
+    ), mesh
 
 
 def arguments(plan: CommPlan, lead: tuple[int, int], cp: int) -> list[np.ndarray]:
@@ -81,7 +95,9 @@ def arguments(plan: CommPlan, lead: tuple[int, int], cp: int) -> list[np.ndarray
 @functools.cache
 def reference(mask: Mask, lead: tuple[int, int]) -> list[np.ndarray]:
     plan = CommPlan("all_gather")
-    return [np.asarray(x) for x in attention(plan, mask, *map(jnp.asarray, arguments(plan, lead, 1)))]
+    return [
+        np.asarray(x) for x in attention(plan, mask, *map(jnp.asarray, arguments(plan, lead, 1)))
+    ]
 
 
 def capacity(lead: tuple[int, int], layout: SequenceLayout, cp: int) -> int:
@@ -91,7 +107,9 @@ def capacity(lead: tuple[int, int], layout: SequenceLayout, cp: int) -> int:
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
 @pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
 @pytest.mark.parametrize("kind", ["gather", "ulysses", "all_gather"])
-def test_equals_one_device_and_sends_the_closed_formula(kind: str, layout: SequenceLayout, lead) -> None:
+def test_equals_one_device_and_sends_the_closed_formula(
+    kind: str, layout: SequenceLayout, lead
+) -> None:
     fits = capacity(lead, layout, 8) if kind == "gather" else 0
     plan = CommPlan(kind, 8 if kind == "ulysses" else 1, capacity=fits, layout=layout)
     f, mesh = program(plan, CAUSAL, lead, {"cp": 8})
@@ -106,20 +124,26 @@ def test_equals_one_device_and_sends_the_closed_formula(kind: str, layout: Seque
         counted[one.op] = counted.get(one.op, 0.0) + one.wire_bytes * one.count
     gather = BlockGather(AttentionShape(B, S, H, K, C, 8, 4), Y, fits, int(np.prod(lead)))
     parts = listed_bytes(plan, gather, L, CAUSAL)
-    assert counted == pytest.approx({op: sum(p.get(op, 0.0) for p in parts) for op in parts[0].keys() | parts[1]})
+    assert counted == pytest.approx(
+        {op: sum(p.get(op, 0.0) for p in parts) for op in parts[0].keys() | parts[1]}
+    )
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, PACKED], ids=["causal", "packed"])
 @pytest.mark.parametrize("kind", ["gather", "ulysses", "all_gather"])
 def test_equals_one_device_on_a_mixed_mesh_and_with_documents(kind: str, mask: Mask) -> None:
     lead, degrees = (B, K), {"dp": 2, "cp": 2, "tp": 2}
-    plan = CommPlan(kind, 2 if kind == "ulysses" else 1, capacity=3 if kind == "gather" else 0, layout=ZIGZAG)
+    plan = CommPlan(
+        kind, 2 if kind == "ulysses" else 1, capacity=3 if kind == "gather" else 0, layout=ZIGZAG
+    )
     f, _ = program(plan, mask, lead, degrees)
     *got, overflow = jax.jit(f)(*arguments(plan, lead, 2))
     order = layouts.permutation(ZIGZAG, S, 2)
     for a, b in zip(got, reference(mask, lead)[:4], strict=True):
         np.testing.assert_allclose(a, b[:, order], atol=1e-5 * max(1.0, float(np.abs(b).max())))
-    assert (int(overflow) > 0) == (kind == "gather")  # three blocks a pair of devices are too few, and it is right
+    assert (int(overflow) > 0) == (
+        kind == "gather"
+    )  # three blocks a pair of devices are too few, and it is right
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
@@ -148,7 +172,10 @@ def test_an_impossible_id_is_no_block_and_is_counted() -> None:
     [
         (CommPlan("ring"), "'ring' has no lists of blocks: use gather, ulysses, all_gather"),
         (CommPlan("gather", hops=(1,)), "with hops has no lists"),
-        (CommPlan("ulysses", 8, capacity=2), "capacity = 2: plan ulysses has room for every block, set capacity=0"),
+        (
+            CommPlan("ulysses", 8, capacity=2),
+            "capacity = 2: plan ulysses has room for every block, set capacity=0",
+        ),
         (CommPlan("ulysses", 4), "needs head_split = 8, not 4"),
         (CommPlan("gather", 2, capacity=2), "needs head_split = 1, not 2"),
         (CommPlan("gather", capacity=9), r"capacity = 9 is not in 0 … N/block = 8/2 = 4"),
@@ -163,13 +190,17 @@ def test_plans_without_lists_are_refused(plan: CommPlan, message: str) -> None:
 def test_heads_that_cannot_be_shared_out_are_refused() -> None:
     q, k, v, dout, segment, ids = arguments(CommPlan("ulysses", 8), (1, 1), 8)
     f, _ = program(CommPlan("ulysses", 8), CAUSAL, (1, 1), {"cp": 8})
-    with pytest.raises(ValueError, match="heads = 4 and kv_heads = 4 cannot be shared out by head_split = cp = 8"):
+    with pytest.raises(
+        ValueError, match="heads = 4 and kv_heads = 4 cannot be shared out by head_split = cp = 8"
+    ):
         jax.eval_shape(f, q[:, :, :4], k, v, dout[:, :, :4], segment, ids)
 
 
 def test_a_gather_without_lists_is_refused() -> None:
     with pytest.raises(ValueError, match="'gather' needs lists of key blocks"):
-        check(CommPlan("gather", capacity=2), CAUSAL, seq_len=64, cp=8, heads=8, kv_heads=4, batch=2)
+        check(
+            CommPlan("gather", capacity=2), CAUSAL, seq_len=64, cp=8, heads=8, kv_heads=4, batch=2
+        )
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
@@ -179,14 +210,22 @@ def test_lists_from_the_input_are_those_of_block_topk(layout: SequenceLayout) ->
     mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"cp": 8}), "cp")
     f = lambda q, k: topk_ids(q, k, Y, width, layouts.positions(layout, S // 8))
     spec = P(None, "cp")
-    ids = np.asarray(jax.jit(shard_map(f, mesh, (spec, spec), P(None, None, "cp")))(q[:, order], k[:, order]))
-    want = np.asarray(sparsity.block_topk(jnp.asarray(q), jnp.asarray(k), Y, width, grouped=True).ids_BxJxNxA)
+    ids = np.asarray(
+        jax.jit(shard_map(f, mesh, (spec, spec), P(None, None, "cp")))(q[:, order], k[:, order])
+    )
+    want = np.asarray(
+        sparsity.block_topk(jnp.asarray(q), jnp.asarray(k), Y, width, grouped=True).ids_BxJxNxA
+    )
     rows = order[::Y] // Y
     np.testing.assert_array_equal(np.sort(ids, -1), np.sort(want[:, :, rows], -1))
-    found = jaxpr.collectives(jax.make_jaxpr(shard_map(f, mesh, (spec, spec), P(None, None, "cp")))(q, k), mesh.shape)
+    found = jaxpr.collectives(
+        jax.make_jaxpr(shard_map(f, mesh, (spec, spec), P(None, None, "cp")))(q, k), mesh.shape
+    )
     sent = sum(one.wire_bytes * one.count for one in found)
     shape = AttentionShape(B, S, H, K, C, 8, 4)
-    assert sent == 7 * shape.unit / (2 * Y) + 7 * 4 * W / 8  # mean keys, and which blocks a device holds
+    assert (
+        sent == 7 * shape.unit / (2 * Y) + 7 * 4 * W / 8
+    )  # mean keys, and which blocks a device holds
 
 
 def test_selection_is_not_differentiated_and_bad_lists_are_refused() -> None:
@@ -194,7 +233,9 @@ def test_selection_is_not_differentiated_and_bad_lists_are_refused() -> None:
     ids = topk_ids(q, k, Y, 4, jnp.arange(S))
     slopes = jax.grad(lambda q: (topk_ids(q, k, Y, 4, jnp.arange(S)) * 0.0 + q.sum()).sum())(q)
     assert ids.shape == (B, K, W, 4) and np.ptp(slopes) == 0
-    with pytest.raises(ValueError, match="N = 64 positions of a device are not divisible by block = 3"):
+    with pytest.raises(
+        ValueError, match="N = 64 positions of a device are not divisible by block = 3"
+    ):
         topk_ids(q, k, 3, 4, jnp.arange(S))
     with pytest.raises(ValueError, match=r"width = 1 is not in 2 … 32 blocks"):
         topk_ids(q, k, Y, 1, jnp.arange(S))

@@ -1,7 +1,7 @@
 """Block lists against brute force over tokens, and density estimators against sorting, on every cp.
 
-Legend: B sequences, S tokens, H query heads, K key/value heads, C head_dim, N query blocks, T key blocks.
-"""
+Legend: B sequences, S tokens, H query heads, K key/value heads, C head_dim, N query blocks, T key
+blocks."""
 
 import functools
 import math
@@ -36,12 +36,17 @@ T = S // BLOCK
 @functools.cache
 def qk(scale=1.5, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
-    return (scale * rng.normal(size=(B, S, H, C))).astype(dtype), rng.normal(size=(B, S, K, C)).astype(dtype)
+    return (scale * rng.normal(size=(B, S, H, C))).astype(dtype), rng.normal(
+        size=(B, S, K, C)
+    ).astype(dtype)
 
 
 def probabilities(q, k, causal):
     """Softmax attention in f64: [B, H, S, S]."""
-    logits = np.einsum("bqhc,bkhc->bhqk", q.astype(float), np.repeat(k.astype(float), H // K, 2)) / C**0.5
+    logits = (
+        np.einsum("bqhc,bkhc->bhqk", q.astype(float), np.repeat(k.astype(float), H // K, 2))
+        / C**0.5
+    )
     if causal:
         logits = np.where(np.tri(S, dtype=bool), logits, -np.inf)
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -60,7 +65,8 @@ def top(x, k):
     return out
 
 
-# Lists ---------------------------------------------------------------------------------------------------------------
+# Lists
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
@@ -70,8 +76,13 @@ def test_pack_keeps_the_best_in_ascending_order_and_counts_what_it_leaves_out():
     index = jax.jit(pack, static_argnums=2)(wanted, priority, 2)
     np.testing.assert_array_equal(index.ids_BxJxNxA[0, 0], [[2, 4], [4, -1], [-1, -1]])
     np.testing.assert_array_equal(index.counts_BxJxN[0, 0], [2, 1, 0])
-    assert int(index.overflow) == 2 and index.ids_BxJxNxA.dtype == index.counts_BxJxN.dtype == jnp.int32
-    np.testing.assert_array_equal(unpack(index, 5)[0, 0], [[0, 0, 1, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]])
+    assert (
+        int(index.overflow) == 2
+        and index.ids_BxJxNxA.dtype == index.counts_BxJxN.dtype == jnp.int32
+    )
+    np.testing.assert_array_equal(
+        unpack(index, 5)[0, 0], [[0, 0, 1, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    )
     full = pack(jnp.asarray(wanted), jnp.asarray(priority), 5)
     np.testing.assert_array_equal(unpack(full, 5), wanted)
     assert int(full.overflow) == 0
@@ -102,8 +113,15 @@ def test_vertical_slash_wants_every_block_that_a_kept_column_or_diagonal_crosses
     for n in range(T):
         expected[:, :, n, [0, n]] = True  # the forced first and diagonal blocks
 
-    build = functools.partial(vertical_slash, block=BLOCK, verticals=verticals, slashes=slashes, causal=causal,
-                              grouped=grouped, probe=probe)  # fmt: skip
+    build = functools.partial(
+        vertical_slash,
+        block=BLOCK,
+        verticals=verticals,
+        slashes=slashes,
+        causal=causal,
+        grouped=grouped,
+        probe=probe,
+    )
     index = jax.jit(functools.partial(build, capacity=T))(q, k)
     np.testing.assert_array_equal(unpack(index, T), expected)
     np.testing.assert_array_equal(index.counts_BxJxN, expected.sum(-1))
@@ -116,16 +134,22 @@ def test_vertical_slash_wants_every_block_that_a_kept_column_or_diagonal_crosses
 
 @pytest.mark.fast
 def test_vertical_slash_finds_planted_structure_within_its_capacity():
-    """Token 21 is a landmark for all and the token 17 back for each: three blocks a row are all that is needed."""
+    """Token 21 is a landmark for all and the token 17 back for each: three blocks a row are all
+    that is needed.
+    """
     code = np.eye(S, dtype=np.float32)  # one dimension a position: head_dim is S here
     k = np.broadcast_to(code[:, None], (S, 1, S))[None] * 8
     q = (np.roll(code, 17, axis=0) + code[21])[None, :, None] * S**0.5  # row i holds code[i - 17]
     q[:, :17] = code[21] * S**0.5
-    index = jax.jit(lambda q, k: vertical_slash(q, k, BLOCK, 5, verticals=1, slashes=1, probe=16))(q, k)
+    index = jax.jit(lambda q, k: vertical_slash(q, k, BLOCK, 5, verticals=1, slashes=1, probe=16))(
+        q, k
+    )
     assert int(index.overflow) == 0
     for n in range(2, T):
         want = {0, 2, n, n - 2, n - 3} if n >= 3 else {0, 2}
-        assert {int(x) for x in index.ids_BxJxNxA[0, 0, n] if x >= 0} == {x for x in want if 0 <= x <= n}
+        assert {int(x) for x in index.ids_BxJxNxA[0, 0, n] if x >= 0} == {
+            x for x in want if 0 <= x <= n
+        }
 
 
 @pytest.mark.fast
@@ -145,14 +169,18 @@ def test_block_topk_is_the_top_k_of_pooled_products(causal, grouped):
     expected = top(np.where(visible, p, -1), 4) & visible
     index = jax.jit(lambda q, k: block_topk(q, k, BLOCK, 4, causal, grouped))(q, k)
     np.testing.assert_array_equal(unpack(index, T), expected)
-    np.testing.assert_array_equal(index.counts_BxJxN, np.broadcast_to(np.minimum(visible.sum(-1), 4), p.shape[:3]))
+    np.testing.assert_array_equal(
+        index.counts_BxJxN, np.broadcast_to(np.minimum(visible.sum(-1), 4), p.shape[:3])
+    )
     assert int(index.overflow) == 0
 
 
 @pytest.mark.fast
 def test_block_topk_orders_blocks_whose_probability_underflows():
     q, k = qk()
-    plain, sharp = (jax.jit(lambda q, k: block_topk(q, k, BLOCK, 4))(scale * q, k) for scale in (1.0, 1e4))
+    plain, sharp = (
+        jax.jit(lambda q, k: block_topk(q, k, BLOCK, 4))(scale * q, k) for scale in (1.0, 1e4)
+    )
     np.testing.assert_array_equal(plain.ids_BxJxNxA, sharp.ids_BxJxNxA)
 
 
@@ -164,7 +192,9 @@ def test_antidiagonal_mass_matches_token_loops(causal, stride):
     tiles = S // stride
     u, v, t = np.arange(tiles)[:, None, None], np.arange(tiles)[None, :, None], np.arange(stride)
     logits = np.einsum("bqhc,bkhc->bhqk", q, np.repeat(k, H // K, 2)) / C**0.5
-    tile_logits = logits[:, :, u * stride + stride - 1 - t, v * stride + t].mean(-1)  # mean: 1/stride of the sum
+    tile_logits = logits[:, :, u * stride + stride - 1 - t, v * stride + t].mean(
+        -1
+    )  # mean: 1/stride of the sum
     if causal:
         tile_logits = np.where(np.tri(tiles, dtype=bool), tile_logits, -np.inf)
     p = np.exp(tile_logits)
@@ -175,7 +205,9 @@ def test_antidiagonal_mass_matches_token_loops(causal, stride):
     np.testing.assert_allclose(got, expected, atol=1e-6)
     np.testing.assert_allclose(got.sum(-1), 1, atol=1e-5)
     if stride == 1:  # an antidiagonal of one entry is the entry: exact attention
-        np.testing.assert_allclose(got, by_block(probabilities(q, k, causal)).sum(-1).mean(-2), atol=1e-6)
+        np.testing.assert_allclose(
+            got, by_block(probabilities(q, k, causal)).sum(-1).mean(-2), atol=1e-6
+        )
     grouped = mass(q, k, BLOCK, stride, causal, True)
     np.testing.assert_allclose(grouped, expected.reshape(B, K, H // K, T, T).mean(2), atol=1e-6)
 
@@ -189,14 +221,19 @@ def test_antidiagonal_keeps_the_fewest_blocks_that_reach_tau(tau, causal, groupe
     index = jax.jit(lambda q, k: antidiagonal(q, k, BLOCK, T, tau, 2, causal, grouped))(q, k)
     estimate = jax.jit(sparsity.antidiagonal_mass, static_argnums=(2, 3, 4, 5))
     mass = np.asarray(estimate(q, k, BLOCK, 2, causal, grouped))
-    kept, visible = np.asarray(unpack(index, T)), np.tri(T, dtype=bool) if causal else np.ones((T, T), bool)
+    kept, visible = (
+        np.asarray(unpack(index, T)),
+        np.tri(T, dtype=bool) if causal else np.ones((T, T), bool),
+    )
     assert int(index.overflow) == 0 and not (kept & ~visible).any()
     forced = np.eye(T, dtype=bool) | (np.arange(T) == 0)
     assert (kept | ~(forced & visible)).all()
     total, free = (mass * kept).sum(-1), kept & ~forced
     assert (total >= tau - 1e-6).all()
     lightest = np.where(free, mass, np.inf).min(-1)
-    assert (np.where(free.any(-1), total - lightest, 0) < tau).all()  # not one block more than needed
+    assert (
+        np.where(free.any(-1), total - lightest, 0) < tau
+    ).all()  # not one block more than needed
     heaviest_left = np.where(kept, 0, mass).max(-1)
     assert (~free.any(-1) | (lightest >= heaviest_left)).all()
     small = jax.jit(lambda q, k: antidiagonal(q, k, BLOCK, 3, tau, 2, causal, grouped))(q, k)
@@ -205,7 +242,9 @@ def test_antidiagonal_keeps_the_fewest_blocks_that_reach_tau(tau, causal, groupe
 
 
 BUILDERS = {
-    "vertical_slash": lambda q, k, **a: vertical_slash(q, k, BLOCK, verticals=1, slashes=1, probe=4, **a),
+    "vertical_slash": lambda q, k, **a: vertical_slash(
+        q, k, BLOCK, verticals=1, slashes=1, probe=4, **a
+    ),
     "block_topk": lambda q, k, **a: block_topk(q, k, BLOCK, **a),
     "antidiagonal": lambda q, k, **a: antidiagonal(q, k, BLOCK, tau=0.01, stride=2, **a),
 }
@@ -227,7 +266,8 @@ def test_first_and_near_blocks_are_always_there(name, causal):
             assert used == sorted(set(used)) and ids[len(used) :] == [-1] * (forced - len(used))
             assert not causal or max(used) <= n
     with pytest.raises(
-        ValueError, match=rf"= {forced} forced blocks exceed capacity {forced - 1}: set capacity={forced}"
+        ValueError,
+        match=rf"= {forced} forced blocks exceed capacity {forced - 1}: set capacity={forced}",
     ):
         BUILDERS[name](*qk(), capacity=forced - 1, initial=2, local=2, causal=causal)
 
@@ -238,7 +278,10 @@ def test_first_and_near_blocks_are_always_there(name, causal):
     [
         (lambda q, k: block_topk(q, k, 7, 2), "64 tokens are not a multiple of block 7"),
         (lambda q, k: block_topk(q[:, :, :3], k, 8, 2), "with H % K = 0"),
-        (lambda q, k: block_topk(q, k[:, 1:], 8, 2), r"q \[2, 64, 4, 8\] and k \[2, 63, 2, 8\] must be"),
+        (
+            lambda q, k: block_topk(q, k[:, 1:], 8, 2),
+            r"q \[2, 64, 4, 8\] and k \[2, 63, 2, 8\] must be",
+        ),
         (lambda q, k: block_topk(q, k, 8, 2, local=0), "local = 0 at least 1"),
         (lambda q, k: antidiagonal(q, k, 8, 2, 1.5, 2), r"tau 1.5 is not in \(0, 1\]"),
         (lambda q, k: antidiagonal(q, k, 8, 2, 0.9, 3), "block 8 is not a multiple of stride 3"),
@@ -246,7 +289,10 @@ def test_first_and_near_blocks_are_always_there(name, causal):
             lambda q, k: vertical_slash(q, k, 8, 2, 65, 1),
             "verticals 65 is not in 1 … 64 for 64 tokens: set verticals=64",
         ),
-        (lambda q, k: vertical_slash(q, k, 8, 2, 1, 1, probe=0), "probe 0 is not in 1 … 64 .*set probe=1"),
+        (
+            lambda q, k: vertical_slash(q, k, 8, 2, 1, 1, probe=0),
+            "probe 0 is not in 1 … 64 .*set probe=1",
+        ),
     ],
 )
 def test_impossible_lists_are_refused(call, message):
@@ -261,7 +307,9 @@ def test_recall_is_the_kept_mass_and_bounds_the_error(grouped):
 
     def measure(q, k, capacity):
         index, position = block_topk(q, k, BLOCK, capacity, grouped=grouped), jnp.arange(S)
-        return index, recall(block_mass(q, position, k, position, Mask("causal"), BLOCK), position, index, BLOCK)
+        return index, recall(
+            block_mass(q, position, k, position, Mask("causal"), BLOCK), position, index, BLOCK
+        )
 
     measure = jax.jit(measure, static_argnums=2)
     index, got = measure(q, k, 3)
@@ -278,14 +326,19 @@ def test_recall_is_the_kept_mass_and_bounds_the_error(grouped):
     np.testing.assert_allclose(measure(q, k, T)[1], 1, atol=1e-6)
 
 
-# Density -------------------------------------------------------------------------------------------------------------
+# Density
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("tau", [0.5, 0.9, 0.95])
 @pytest.mark.parametrize("concentration", [0.02, 0.3, 5.0])
 def test_blocks_needed_equals_sorting(concentration, tau):
-    mass = np.random.default_rng(1).dirichlet(np.full(128, concentration), size=(2, 3, 200)).astype(np.float32)
+    mass = (
+        np.random.default_rng(1)
+        .dirichlet(np.full(128, concentration), size=(2, 3, 200))
+        .astype(np.float32)
+    )
     before = np.cumsum(-np.sort(-mass.astype(float), axis=-1), -1)
     clear = np.abs(before - tau).min(-1) > 1e-4  # else rounding decides
     expected = (before < tau).sum(-1) + 1
@@ -315,7 +368,9 @@ def test_blocks_needed_counts_ties_and_lone_blocks_and_refuses_impossible_shares
 def test_block_mass_and_visible_blocks_match_dense_attention(mask):
     q, k = qk()
     i, j = np.arange(S)[:, None], np.arange(S)
-    seen = ((j <= i) | (mask.kind != "causal")) & ((np.abs(i - j) < mask.window) | (not mask.window))
+    seen = ((j <= i) | (mask.kind != "causal")) & (
+        (np.abs(i - j) < mask.window) | (not mask.window)
+    )
     full = probabilities(q, k, causal=False) * seen
     full /= full.sum(-1, keepdims=True)
     rows = np.array([0, 7, 8, 33, 63])
@@ -336,14 +391,18 @@ def test_sampled_rows_stand_one_in_each_stratum_and_move_with_the_seed():
         np.testing.assert_array_equal(rows, q[:, position])
     offsets = np.stack([np.asarray(p) % 8 for _, p in samples.values()])
     assert len(np.unique(offsets, axis=0)) == 6 and set(offsets.ravel()) == set(range(8))
-    with pytest.raises(ValueError, match=r"rows = 7 must be .* 64 local tokens of rows/cp = 7/1: set rows=1"):
+    with pytest.raises(
+        ValueError, match=r"rows = 7 must be .* 64 local tokens of rows/cp = 7/1: set rows=1"
+    ):
         sample_rows(q, jnp.arange(S), 7, 0)
 
 
 @pytest.mark.fast
 def test_density_is_the_share_of_the_visible_rectangle():
     needed, visible = jnp.array([[[1, 2, 3]], [[1, 1, 4]]]), jnp.array([1, 2, 5])
-    np.testing.assert_allclose(density(needed, visible), [12 / 16])  # the mean of ratios would be 0.9
+    np.testing.assert_allclose(
+        density(needed, visible), [12 / 16]
+    )  # the mean of ratios would be 0.9
 
 
 def zigzag(ranks):
@@ -365,7 +424,9 @@ LISTS = np.random.default_rng(5).random((B, H, S // SMALL, S // SMALL)) < 0.08
 
 
 def statistics(q, k, position, lists, kind):
-    """All estimators on (a shard of) q, k [B, n, …], positions [n] and block lists [B, H, n / SMALL, A]."""
+    """All estimators on (a shard of) q, k [B, n, …], positions [n] and block lists [B, H, n /
+    SMALL, A].
+    """
     rank_T = jnp.asarray(rank_table(RANKS, kind))
     rows, at = sample_rows(q, position, ROWS, seed=3)
     mass = block_mass(rows, at, k, position, Mask("causal"), SMALL)
@@ -378,20 +439,29 @@ def statistics(q, k, position, lists, kind):
 def inputs(order, dtype=np.float32):
     ids = np.where(LISTS, np.arange(S // SMALL), -1)  # as lists with capacity for all
     q, k = qk()
-    return q[:, order].astype(dtype), k[:, order].astype(dtype), order, ids[:, :, order[::SMALL] // SMALL]
+    return (
+        q[:, order].astype(dtype),
+        k[:, order].astype(dtype),
+        order,
+        ids[:, :, order[::SMALL] // SMALL],
+    )
 
 
 @functools.cache
 def reference(kind):
     """The estimators on one device, tokens in order."""
-    return jax.tree.map(np.asarray, jax.jit(functools.partial(statistics, kind=kind))(*inputs(np.arange(S))))
+    return jax.tree.map(
+        np.asarray, jax.jit(functools.partial(statistics, kind=kind))(*inputs(np.arange(S)))
+    )
 
 
 def sharded(cp, kind, mesh=None):
     mesh = mesh or make_mesh({**dict.fromkeys(AXES, 1), "cp": cp})
     ax = tuple(n for n in mesh.axis_names if n.startswith("cp"))
     specs = (P(None, ax), P(None, ax), P(ax), P(None, None, ax))
-    return jax.jit(shard_map(functools.partial(statistics, kind=kind), mesh, specs, P())), dict(mesh.shape)
+    return jax.jit(shard_map(functools.partial(statistics, kind=kind), mesh, specs, P())), dict(
+        mesh.shape
+    )
 
 
 @pytest.mark.fast
@@ -405,17 +475,23 @@ def test_statistics_match_brute_force(kind):
     expected = (cumulative < TAU).sum(-1) + 1
     np.testing.assert_array_equal(needed, expected)
     np.testing.assert_array_equal(visible, at // SMALL + 1)
-    np.testing.assert_allclose(got_density, expected.sum((0, 2)) / (B * (at // SMALL + 1).sum()), rtol=1e-6)
+    np.testing.assert_allclose(
+        got_density, expected.sum((0, 2)) / (B * (at // SMALL + 1).sum()), rtol=1e-6
+    )
     rank = rank_table(RANKS, kind)
     want = np.zeros((H, RANKS))
     for r, t in np.ndindex(ROWS, S // SMALL):
         want[:, (rank[at[r] // SMALL] - rank[t]) % RANKS] += mass[:, :, r, t].mean(0) / ROWS
     np.testing.assert_allclose(hops, want, atol=1e-6)
     np.testing.assert_allclose(hops.sum(-1), 1, atol=1e-6)
-    assert (np.abs(want - want[:, -np.arange(RANKS)]) > 1e-3).any()  # the sign of the offset matters here
+    assert (
+        np.abs(want - want[:, -np.arange(RANKS)]) > 1e-3
+    ).any()  # the sign of the offset matters here
     for b, g, r in np.ndindex(B, K, RANKS):
         need = set(np.nonzero(LISTS[b, 2 * g : 2 * g + 2][:, rank == r])[2])
-        assert union[b, g, r].tolist() == [len(need & set(np.flatnonzero(rank == s))) for s in range(RANKS)]
+        assert union[b, g, r].tolist() == [
+            len(need & set(np.flatnonzero(rank == s))) for s in range(RANKS)
+        ]
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
@@ -426,7 +502,8 @@ def test_every_cp_gives_the_answer_of_one_device(cp, kind):
     want = reference(kind)
     got = f(*inputs(order))
     for name, a, b in zip(("density", "hops", "union"), got, want, strict=False):
-        # A zig-zag ring of 8 is nested in one of cp only where its ranks stay whole; this order keeps them whole.
+        # A zig-zag ring of 8 is nested in one of cp only where its ranks stay whole; this order
+        # keeps them whole.
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
     np.testing.assert_array_equal(np.sort(got[3], -1), np.sort(want[3], -1))
     np.testing.assert_array_equal(np.sort(got[4]), np.sort(want[4]))
@@ -452,7 +529,12 @@ def test_a_factored_cp_and_a_split_batch_change_nothing():
 def test_the_union_of_a_rank_spread_over_devices_is_refused_not_guessed():
     rank_T = jnp.asarray(rank_table(2, "contiguous"))
     mesh = make_mesh({**dict.fromkeys(AXES, 1), "cp": 4})
-    f = shard_map(lambda ids, blocks: union_size(ids, blocks, rank_T, 2, K), mesh, (P(None, None, "cp"), P("cp")), P())
+    f = shard_map(
+        lambda ids, blocks: union_size(ids, blocks, rank_T, 2, K),
+        mesh,
+        (P(None, None, "cp"), P("cp")),
+        P(),
+    )
     ids = inputs(np.arange(S))[3]
     assert (np.asarray(f(ids, np.arange(S // SMALL))) == -1).all()
     with pytest.raises(ValueError, match="4 lists a sequence are not a multiple of kv_heads = 3"):
@@ -480,13 +562,19 @@ def jaxpr_bytes(f, args, shape):
 @pytest.mark.fast
 @pytest.mark.parametrize(("heads", "rows"), [(8, 64), (32, 32), (64, 16)])
 def test_estimators_cost_less_than_a_thousandth_of_a_ring_pass_at_128k(heads, rows):
-    """8 key/value heads of 128, bfloat16, cp = 8, G = 1, 4, 8; a pass sends cp - 1 times the local keys, values."""
+    """8 key/value heads of 128, bfloat16, cp = 8, G = 1, 4, 8; a pass sends cp - 1 times the local
+    keys, values.
+    """
     tokens, cp, kv_heads, head_dim = 2**17, 8, 8, 128
     ring = (cp - 1) * 2 * (tokens // cp) * kv_heads * head_dim * 2
     sent = estimator_bytes(1, rows, heads, head_dim, cp, 2, cp, kv_heads)
     assert sum(sent.values()) < 1e-3 * ring
     # Twice as many rows would break the promise at G = 8: the bound is real.
-    assert heads < 64 or sum(estimator_bytes(1, 2 * rows, heads, head_dim, cp, 2, cp, kv_heads).values()) > 1e-3 * ring
+    assert (
+        heads < 64
+        or sum(estimator_bytes(1, 2 * rows, heads, head_dim, cp, 2, cp, kv_heads).values())
+        > 1e-3 * ring
+    )
     assert math.isclose(sent["sample"], 7 / 8 * rows * (heads * 128 * 2 + 4))
 
 

@@ -22,7 +22,9 @@ def logits_at(inputs_BxL, i):
 
 
 def draw(ids, temperature=1.0, length=32):
-    return jax.jit(lambda k, s: sample(logits_at, k, s, length, 0, temperature, n_ids=27))(jax.random.key(0), ids)
+    return jax.jit(lambda k, s: sample(logits_at, k, s, length, 0, temperature, n_ids=27))(
+        jax.random.key(0), ids
+    )
 
 
 def test_samples_of_the_true_chain_have_its_nll():

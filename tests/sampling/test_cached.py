@@ -1,4 +1,6 @@
-"""Block-wise sampling with a key/value cache: exact with a refresh in every step, equal on every mesh."""
+"""Block-wise sampling with a key/value cache: exact with a refresh in every step, equal on every
+mesh.
+"""
 
 import dataclasses
 import functools
@@ -23,9 +25,19 @@ IDS = jnp.arange(40, 48)
 
 @functools.cache
 def build(attention="bidirectional", **changes):
-    """(model, parameters) of two small layers with weights large enough that tokens depend on one another."""
+    """(model, parameters) of two small layers with weights large enough that tokens depend on one
+    another.
+    """
     c = config.base()
-    sizes = {"layers": 2, "width": 16, "heads": 8, "kv_heads": 8, "head_dim": 4, "ffn": 16, "vocab": 16}
+    sizes = {
+        "layers": 2,
+        "width": 16,
+        "heads": 8,
+        "kv_heads": 8,
+        "head_dim": 4,
+        "ffn": 16,
+        "vocab": 16,
+    }
     c.model.update({**sizes, "dtype": "float32", **changes})
     model = transformer.from_config(c, attention)
     init = jax.jit(lambda key: jax.tree.map(lambda x: 2 * x, sharding.init_params(model, key, L)))
@@ -49,7 +61,12 @@ def recomputed(made, ids=IDS, **options):
     """Ids of the sampler without a cache."""
     how, params = made
     denoise = lambda z, noise: how.model.apply({"params": params}, z, noise)
-    options = {"n_ids": N_IDS, "order": "random", "per_step": how.per_step, "block": how.block} | options
+    options = {
+        "n_ids": N_IDS,
+        "order": "random",
+        "per_step": how.per_step,
+        "block": how.block,
+    } | options
     run = jax.jit(lambda ids: masked.reveal(denoise, KEY, ids, L, **options))
     return np.asarray(run(ids)[0])
 
@@ -163,7 +180,9 @@ def test_the_cached_autoregressive_sampler_reproduces_the_recomputing_one(change
     assert int(info["nfe"]) == L
     if not changes:
         for degrees in ({"tp": 8}, {"dp": 4, "tp": 2}):
-            np.testing.assert_array_equal(on_mesh((model, params), lambda p, i: run(p, i)[0], **degrees), expected)
+            np.testing.assert_array_equal(
+                on_mesh((model, params), lambda p, i: run(p, i)[0], **degrees), expected
+            )
 
 
 def test_bad_arguments():

@@ -1,4 +1,6 @@
-"""Masked samplers: their laws by exact enumeration, the programs against those laws, and independence of the mesh."""
+"""Masked samplers: their laws by exact enumeration, the programs against those laws, and
+independence of the mesh.
+"""
 
 import functools
 import itertools
@@ -40,7 +42,9 @@ def total_variation(law):
 
 
 def ancestral_law(steps, noise):
-    """Law of N factorised steps, by multiplying out the kernel of every state with the sampler's own probability."""
+    """Law of N factorised steps, by multiplying out the kernel of every state with the sampler's
+    own probability.
+    """
     law = start_law()
     for step in range(steps):
         q, new = float(masked.unmask_prob(noise, step, steps)), np.zeros_like(law)
@@ -55,7 +59,9 @@ def ancestral_law(steps, noise):
 
 
 def reveal_law(order, per_step=1, threshold=None):
-    """Law of `reveal` at temperature 1: every state and token combination goes through its own scores and choice."""
+    """Law of `reveal` at temperature 1: every state and token combination goes through its own
+    scores and choice.
+    """
     combos = np.array(list(itertools.product(range(3), repeat=4)))
     states, tokens = np.repeat(JOINT.states, 81, 0), np.tile(combos, (256, 1))
     hidden = states == 3
@@ -95,16 +101,19 @@ def agrees(ids_BxL, law):
     counts = np.bincount(np.asarray(JOINT.index(np.asarray(ids_BxL))), minlength=256)[CELLS]
     expected = len(ids_BxL) * law[CELLS]
     common = expected >= 5
-    counts, expected = np.append(counts[common], counts[~common].sum()), np.append(
-        expected[common], expected[~common].sum() + 1e-9
-    )  # fmt: skip
+    counts, expected = (
+        np.append(counts[common], counts[~common].sum()),
+        np.append(expected[common], expected[~common].sum() + 1e-9),
+    )
     chi = ((counts - expected) ** 2 / np.maximum(expected, 1)).sum()
     return chi < common.sum() + 5 * (2 * common.sum()) ** 0.5
 
 
 def draw(sampler, n=20_000, **options):
     """Ids and info of `n` samples of the toy joint."""
-    return jax.jit(lambda key, ids: sampler(denoise, key, ids, 4, n_ids=3, **options))(KEY, jnp.arange(n))
+    return jax.jit(lambda key, ids: sampler(denoise, key, ids, 4, n_ids=3, **options))(
+        KEY, jnp.arange(n)
+    )
 
 
 # Exact laws.
@@ -136,7 +145,9 @@ def test_ancestral_draws_follow_the_exact_law(steps):
     ids, info = draw(masked.ancestral, steps=steps, schedule=LINEAR)
     assert agrees(ids, ancestral_law(steps, LINEAR))
     assert int(info["nfe"]) == steps
-    assert not agrees(ids, first_hitting_law())  # the test has the power to see the factorisation error
+    assert not agrees(
+        ids, first_hitting_law()
+    )  # the test has the power to see the factorisation error
 
 
 def test_ancestral_in_another_schedule():
@@ -178,7 +189,14 @@ def test_lazy_ancestral_draws_the_same_ids_in_as_many_calls_as_predicted():
     chain, steps = MarkovChain(), 20
     run = jax.jit(
         lambda ids, lazy: masked.ancestral(
-            lambda z, noise: chain.denoiser(z), KEY, ids, 8, n_ids=27, steps=steps, schedule=LINEAR, lazy=lazy
+            lambda z, noise: chain.denoiser(z),
+            KEY,
+            ids,
+            8,
+            n_ids=27,
+            steps=steps,
+            schedule=LINEAR,
+            lazy=lazy,
         ),
         static_argnums=1,
     )
@@ -200,10 +218,16 @@ def test_lazy_ancestral_draws_the_same_ids_in_as_many_calls_as_predicted():
 def test_analytic_absorbing_is_ancestral_and_its_probability_is_tweedies():
     # log n_ids: the head's convention for a normalised score.
     scaled = lambda z, noise: denoise(z, noise) + jnp.log(3.0)
-    run = lambda f, d: jax.jit(lambda ids: f(d, KEY, ids, 4, n_ids=3, steps=5, schedule=LINEAR))(jnp.arange(500))[0]
-    np.testing.assert_array_equal(run(score.analytic_absorbing, scaled), run(masked.ancestral, denoise))
+    run = lambda f, d: jax.jit(lambda ids: f(d, KEY, ids, 4, n_ids=3, steps=5, schedule=LINEAR))(
+        jnp.arange(500)
+    )[0]
+    np.testing.assert_array_equal(
+        run(score.analytic_absorbing, scaled), run(masked.ancestral, denoise)
+    )
     for step in range(4):
-        before, after = (-np.log(a) for a in (step / 5, (step + 1) / 5)) if step else (np.inf, -np.log(1 / 5))
+        before, after = (
+            (-np.log(a) for a in (step / 5, (step + 1) / 5)) if step else (np.inf, -np.log(1 / 5))
+        )
         tweedie = np.expm1(before - after) / np.expm1(before) if step else np.exp(-after)
         assert float(masked.unmask_prob(LINEAR, step, 5)) == pytest.approx(tweedie, abs=1e-6)
     # Half the mass reveals later: more masks after the first step.
@@ -220,7 +244,9 @@ def test_tweedie_uniform_is_the_posterior_of_one_token():
     for z in range(4):
         posterior = before * kernel(delta)[:, z]
         logits = np.append(np.log(now / now[z]), [5.0, 5.0])
-        got = score.tweedie_uniform(jnp.asarray(logits, jnp.float32), jnp.asarray(z), 4, jnp.float32(delta))
+        got = score.tweedie_uniform(
+            jnp.asarray(logits, jnp.float32), jnp.asarray(z), 4, jnp.float32(delta)
+        )
         np.testing.assert_allclose(jax.nn.softmax(got)[:4], posterior / posterior.sum(), rtol=1e-5)
         assert (got[4:] == masked.NEVER).all()
 
@@ -231,11 +257,18 @@ def test_analytic_uniform_draws_one_token_exactly(steps):
 
     def log_score(z_BxL, sigma_B):
         q = p * jnp.exp(-sigma_B)[:, None] - jnp.expm1(-sigma_B)[:, None] / 3
-        return (jnp.log(q)[:, None] - jnp.log(jnp.take_along_axis(q, z_BxL, 1))[..., None]).astype(jnp.float32)
+        return (jnp.log(q)[:, None] - jnp.log(jnp.take_along_axis(q, z_BxL, 1))[..., None]).astype(
+            jnp.float32
+        )
 
-    # σ = 20 would leave e^-20 of the data in the score, below f32's resolution, for the first large step to amplify.
+    # σ = 20 would leave e^-20 of the data in the score, below f32's resolution, for the first large
+    # step to amplify.
     noise = schedule("geometric", sigma_max=7.0)
-    run = jax.jit(lambda ids: score.analytic_uniform(log_score, KEY, ids, 1, n_ids=3, steps=steps, schedule=noise))
+    run = jax.jit(
+        lambda ids: score.analytic_uniform(
+            log_score, KEY, ids, 1, n_ids=3, steps=steps, schedule=noise
+        )
+    )
     ids, info = run(jnp.arange(20_000))
     counts = np.bincount(np.asarray(ids)[:, 0], minlength=3)
     assert ((counts - 20_000 * p) ** 2 / (20_000 * p)).sum() < 20
@@ -248,7 +281,9 @@ def test_analytic_uniform_draws_one_token_exactly(steps):
 def test_trace_shows_each_state_and_start_keeps_the_prompt():
     start = jnp.array([[3, 1, 3, 3], [3, 3, 3, 3]])
     ids, info = jax.jit(
-        lambda s: masked.first_hitting(denoise, KEY, jnp.arange(2), 4, n_ids=3, start_BxL=s, trace=True)
+        lambda s: masked.first_hitting(
+            denoise, KEY, jnp.arange(2), 4, n_ids=3, start_BxL=s, trace=True
+        )
     )(start)
     trace = np.asarray(info["trace"])
     assert trace.shape == (5, 2, 4)
@@ -268,7 +303,9 @@ def test_blocks_are_finished_left_to_right():
 
 def test_samples_do_not_depend_on_their_batch():
     whole, _ = draw(masked.first_hitting, n=16)
-    few, _ = jax.jit(lambda ids: masked.first_hitting(denoise, KEY, ids, 4, n_ids=3))(jnp.array([9, 2]))
+    few, _ = jax.jit(lambda ids: masked.first_hitting(denoise, KEY, ids, 4, n_ids=3))(
+        jnp.array([9, 2])
+    )
     np.testing.assert_array_equal(few, whole[jnp.array([9, 2])])
 
 
@@ -294,7 +331,11 @@ def table_logits(z_BxL):
     """Logits of a function that every device computes alike: this device's columns of [B, L, V]."""
     full = 2 * jnp.sin(jnp.asarray(TABLE)[z_BxL, jnp.arange(L)].sum(1))
     columns = V // size("tp")
-    return jax.lax.dynamic_slice_in_dim(full, index("tp") * columns, columns, -1) if size("tp") > 1 else full
+    return (
+        jax.lax.dynamic_slice_in_dim(full, index("tp") * columns, columns, -1)
+        if size("tp") > 1
+        else full
+    )
 
 
 def sample_all_ways(key, ids_B):
@@ -313,8 +354,12 @@ def sample_all_ways(key, ids_B):
         "analytic_uniform": run(score.analytic_uniform, steps=4, schedule=schedule("geometric")),
     }
     out = {name: way(d, key, ids_B, L, n_ids=N_IDS) for name, way in ways.items()}
-    out["autoregressive"] = autoregressive.sample(lambda z, i: table_logits(z)[:, 0] + i, key, ids_B, L, 0, n_ids=N_IDS)
-    return {name: ids for name, (ids, _) in out.items()}, {name: info["nfe"] for name, (_, info) in out.items()}
+    out["autoregressive"] = autoregressive.sample(
+        lambda z, i: table_logits(z)[:, 0] + i, key, ids_B, L, 0, n_ids=N_IDS
+    )
+    return {name: ids for name, (ids, _) in out.items()}, {
+        name: info["nfe"] for name, (_, info) in out.items()
+    }
 
 
 @functools.cache
@@ -325,9 +370,15 @@ def reference():
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (1, 8), (2, 4), (4, 2), (4, 1)])
 def test_ids_do_not_depend_on_the_mesh(dp, tp):
     axes, kinds = ("pp", "dp", "ep", "cp", "tp"), (jax.sharding.AxisType.Auto,) * 5
-    mesh = jax.make_mesh((1, dp, 1, 1, tp), axes, axis_types=kinds, devices=jax.devices()[: dp * tp])
+    mesh = jax.make_mesh(
+        (1, dp, 1, 1, tp), axes, axis_types=kinds, devices=jax.devices()[: dp * tp]
+    )
     sharded = jax.shard_map(
-        sample_all_ways, mesh=mesh, in_specs=(P(), P("dp")), out_specs=(P("dp"), P()), check_vma=True
+        sample_all_ways,
+        mesh=mesh,
+        in_specs=(P(), P("dp")),
+        out_specs=(P("dp"), P()),
+        check_vma=True,
     )
     ids, nfe = jax.jit(sharded)(KEY, jnp.arange(100, 108))
     expected_ids, expected_nfe = reference()

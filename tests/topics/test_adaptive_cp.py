@@ -1,4 +1,5 @@
-"""Topic 3: profiles and masks of known attention, block-sparse evaluation, plans as data, exactness checks.
+"""Topic 3: profiles and masks of known attention, block-sparse evaluation, plans as data, exactness
+checks.
 
 Legend: S positions, W blocks, N layers.
 """
@@ -40,7 +41,11 @@ def an_arm() -> types.SimpleNamespace:
     program = Program(c, model, objective, make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
     params = jax.device_get(jax.tree.map(lambda p: 1.5 * p, program.init(0).params))
     return types.SimpleNamespace(
-        c=c, model=model, objective=objective, program=program, trained=types.SimpleNamespace(params=params)
+        c=c,
+        model=model,
+        objective=objective,
+        program=program,
+        trained=types.SimpleNamespace(params=params),
     )
 
 
@@ -56,11 +61,26 @@ def test_profile_equals_probabilities_done_by_hand() -> None:
     assert not np.triu(found.mass_NxWxW, 1).any()
     assert ((found.density_N > 0) & (found.density_N <= 1)).all()
     uniform = types.SimpleNamespace(**vars(arm))
-    flat = jax.tree_util.tree_map_with_path(lambda k, p: 0 * p if "w_q" in str(k) else p, arm.trained.params)
-    even = profile(uniform, flat, tokens(), BLOCK, 0.9)  # no queries: every visible key gets the same weight
+    flat = jax.tree_util.tree_map_with_path(
+        lambda k, p: 0 * p if "w_q" in str(k) else p, arm.trained.params
+    )
+    even = profile(
+        uniform, flat, tokens(), BLOCK, 0.9
+    )  # no queries: every visible key gets the same weight
     rows = np.arange(S)
-    expected = np.array([[(np.minimum(np.maximum(r + 1 - BLOCK * w, 0), BLOCK) / (r + 1)) for w in range(S // BLOCK)]
-                         for r in rows]).reshape(S // BLOCK, BLOCK, -1).mean(1)  # fmt: skip
+    expected = (
+        np.array(
+            [
+                [
+                    (np.minimum(np.maximum(r + 1 - BLOCK * w, 0), BLOCK) / (r + 1))
+                    for w in range(S // BLOCK)
+                ]
+                for r in rows
+            ]
+        )
+        .reshape(S // BLOCK, BLOCK, -1)
+        .mean(1)
+    )
     np.testing.assert_allclose(even.mass_NxWxW[0], expected, atol=1e-6)
 
 
@@ -90,9 +110,13 @@ def test_all_blocks_are_dense_attention_and_fewer_are_not() -> None:
     W = measured.BLOCKS
     everything = np.broadcast_to(np.tri(W, dtype=bool), (2, W, W))
     dense = measured.loss_of(arm, arm.trained.params, tokens(), None)
-    assert measured.loss_of(arm, arm.trained.params, tokens(), everything) == pytest.approx(dense, rel=1e-6)
+    assert measured.loss_of(arm, arm.trained.params, tokens(), everything) == pytest.approx(
+        dense, rel=1e-6
+    )
     own = np.broadcast_to(np.eye(W, dtype=bool), (2, W, W))
-    assert measured.loss_of(arm, arm.trained.params, tokens(), own) != pytest.approx(dense, rel=1e-4)
+    assert measured.loss_of(arm, arm.trained.params, tokens(), own) != pytest.approx(
+        dense, rel=1e-4
+    )
 
 
 def test_sparse_mixer_sees_just_the_listed_blocks() -> None:
@@ -101,7 +125,11 @@ def test_sparse_mixer_sees_just_the_listed_blocks() -> None:
     ids = jnp.asarray([[0, -1], [0, 1], [1, 2], [0, 3]], jnp.int32)
     out = sparse(4)(q, k, v, jnp.arange(16), ids)
     other = v.at[:, 4:8].set(9.0)  # block 1: read by query blocks 1 and 2 alone
-    changed = np.abs(np.asarray(sparse(4)(q, k, other, jnp.arange(16), ids) - out)).max((0, 2, 3)).reshape(4, 4)
+    changed = (
+        np.abs(np.asarray(sparse(4)(q, k, other, jnp.arange(16), ids) - out))
+        .max((0, 2, 3))
+        .reshape(4, 4)
+    )
     assert (changed[[0, 3]] == 0).all() and (changed[[1, 2]] > 0).any(1).all()
     whole = jnp.asarray([[0, -1, -1, -1], [0, 1, -1, -1], [0, 1, 2, -1], [0, 1, 2, 3]], jnp.int32)
     np.testing.assert_allclose(
@@ -114,7 +142,9 @@ def test_comparison_finds_a_plan_exact(plan: CommPlan) -> None:
     found = checks.compare(plan)
     assert found.forward_error < 1e-5 and found.gradient_error < 1e-5
     assert found.mismatches() == 0
-    assert checks.Comparison(plan, 0, 0, found.counted, {op: b + 1 for op, b in found.formula.items()}).mismatches()
+    assert checks.Comparison(
+        plan, 0, 0, found.counted, {op: b + 1 for op, b in found.formula.items()}
+    ).mismatches()
 
 
 def test_plan_arrays_share_one_program_and_equal_one_device() -> None:
@@ -136,7 +166,9 @@ def test_lists_as_data_equal_one_device_by_every_plan_and_by_the_fallback() -> N
     assert found.compilations == 1 and found.arrays == 5
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
     dense = measured.loss_of(an_arm(), an_arm().trained.params, tokens(), None)
-    assert measured.loss_of(an_arm(), an_arm().trained.params, tokens(), masks) != pytest.approx(dense, rel=1e-4)
+    assert measured.loss_of(an_arm(), an_arm().trained.params, tokens(), masks) != pytest.approx(
+        dense, rel=1e-4
+    )
 
 
 def test_lists_from_each_input_equal_one_device_by_every_plan() -> None:
@@ -148,14 +180,20 @@ def test_lists_from_each_input_equal_one_device_by_every_plan() -> None:
 def test_all_blocks_chosen_by_the_input_are_dense_attention() -> None:
     arm = an_arm()
     dense = measured.loss_of(arm, arm.trained.params, tokens(), None)
-    assert measured.indexed_loss(arm, arm.trained.params, tokens(), measured.BLOCKS) == pytest.approx(dense, rel=1e-6)
-    assert measured.indexed_loss(arm, arm.trained.params, tokens(), 2) != pytest.approx(dense, rel=1e-4)
+    assert measured.indexed_loss(
+        arm, arm.trained.params, tokens(), measured.BLOCKS
+    ) == pytest.approx(dense, rel=1e-6)
+    assert measured.indexed_loss(arm, arm.trained.params, tokens(), 2) != pytest.approx(
+        dense, rel=1e-4
+    )
 
 
 def test_a_program_of_one_plan_equals_one_device_and_sends_the_sum_of_its_layers_formulas() -> None:
     found = checks.static_plan(an_arm(), tokens(), measured_masks())
     assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
-    assert found.mismatches == 0 and min(found.formula[op] for op in ("all-to-all", "all-gather")) > 0
+    assert (
+        found.mismatches == 0 and min(found.formula[op] for op in ("all-to-all", "all-gather")) > 0
+    )
     off = {op: wire + 4 for op, wire in found.formula.items()}
     assert dataclasses.replace(found, formula=off).mismatches == 3
 
@@ -170,9 +208,13 @@ def test_training_goes_on_with_plans_as_data_and_leaves_the_arm_as_it_was(tmp_pa
     (probe,) = eval_batches(arm.data.val, 1, 1)
     found = runtime.adapt(arm, probe, measured.BLOCKS, 1.0, windows=2, steps=1)
     assert found.loss == pytest.approx(found.dense_loss, rel=1e-5)
-    assert [len(w.plans) for w in found.windows] == [2, 2] and found.steps == 2 and found.switches == 0
+    assert (
+        [len(w.plans) for w in found.windows] == [2, 2] and found.steps == 2 and found.switches == 0
+    )
     assert all(0.9 < share <= 1 for w in found.windows for share in w.share_N)
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(jax.device_get(arm.trained.params)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(before), jax.tree.leaves(jax.device_get(arm.trained.params)), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -188,7 +230,9 @@ def test_compiled_plans_hold_gathers_of_every_size_and_ulysses_where_heads_allow
 @pytest.mark.fast
 def test_blocks_that_the_devices_cannot_share_are_refused() -> None:
     arm = types.SimpleNamespace(c=get_config("tiny"))
-    with pytest.raises(ValueError, match=r"data.seq_len = 128 must be a multiple of 24 blocks, .* 2·cp = 16"):
+    with pytest.raises(
+        ValueError, match=r"data.seq_len = 128 must be a multiple of 24 blocks, .* 2·cp = 16"
+    ):
         runtime.block_of(arm, 24)
 
 

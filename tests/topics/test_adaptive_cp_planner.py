@@ -30,11 +30,21 @@ from fdp.topics.adaptive_cp.price import (
 from fdp.topics.adaptive_cp.problem import Masks, Problem, candidates
 from fdp.topics.adaptive_cp.schedule import Scheduler, decode, encode
 from fdp.topics.adaptive_cp.timing import Link, Machine
-from tests.topics.adaptive_cp_problems import BLOCK, FAST, SHAPE, SLOW, STRIPED, W, mixed, random_masks
+from tests.topics.adaptive_cp_problems import (
+    BLOCK,
+    FAST,
+    SHAPE,
+    SLOW,
+    STRIPED,
+    W,
+    mixed,
+    random_masks,
+)
 
 pytestmark = pytest.mark.fast
 
-# Counts, bytes, work -------------------------------------------------------------------------------------------------
+# Counts, bytes, work
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
@@ -69,7 +79,9 @@ def test_owners_refuse_divided_blocks() -> None:
 
 @pytest.mark.parametrize("plan", cost.plans(4), ids=lambda p: f"{p.kind}{p.head_split}")
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_bytes_and_steps_of_dense_plans_are_those_of_cost_context(plan: CommPlan, kv_heads: int) -> None:
+def test_bytes_and_steps_of_dense_plans_are_those_of_cost_context(
+    plan: CommPlan, kv_heads: int
+) -> None:
     shape = replace(SHAPE, kv_heads=kv_heads)
     counts = Counts.of(random_masks(1, 0.3)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     found = price(counts, plan, shape, BLOCK, SLOW)
@@ -90,8 +102,8 @@ def test_bytes_of_hops_are_those_of_cost_context(kind: str, u: int) -> None:
 
 
 def test_bytes_of_a_gather_by_hand() -> None:
-    # 3 peers, 2 blocks of 8 positions; 4 key heads of 16, k and v, bf16, 4 sequences; 4 lists of ids; the count of
-    # blocks that did not fit, all-reduced over 4 devices.
+    # 3 peers, 2 blocks of 8 positions; 4 key heads of 16, k and v, bf16, 4 sequences; 4 lists of
+    # ids; the count of blocks that did not fit, all-reduced over 4 devices.
     kv = 3 * 2 * 8 * (2 * 4 * 16 * 2 * 4)
     counts = Counts.of(random_masks(1, 0.02, J=4)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     assert counts.capacity <= 2
@@ -105,7 +117,12 @@ def test_work_by_brute_force(J: int) -> None:
     mask_JxWxW, owner = random_masks(1, 0.3, 1, J)[0], owners(ZIGZAG, W, BLOCK, 4)
     counts = Counts.of(mask_JxWxW, owner, 4)
     pair = 2 * 2 * BLOCK**2 * SHAPE.head_dim  # one head of one sequence
-    for plan in (CommPlan("ring"), CommPlan("usp", 2), CommPlan("ulysses", 4), CommPlan("batch", 2)):
+    for plan in (
+        CommPlan("ring"),
+        CommPlan("usp", 2),
+        CommPlan("ulysses", 4),
+        CommPlan("batch", 2),
+    ):
         u, got = plan.head_split, work(counts, replace(plan, layout=ZIGZAG), SHAPE, BLOCK)
         want = np.zeros_like(got)
         for b, h, q, k in itertools.product(range(4), range(8), range(W), range(W)):
@@ -120,11 +137,14 @@ def test_every_plan_of_a_layer_computes_the_same() -> None:
     problem = mixed()
     for layer, layout in itertools.product(range(problem.layers), problem.places):
         counts = problem.counts(layer, layout)
-        sums = {round(work(counts, p, SHAPE, BLOCK).sum()) for p in candidates(problem, layer, layout)}
+        sums = {
+            round(work(counts, p, SHAPE, BLOCK).sum()) for p in candidates(problem, layer, layout)
+        }
         assert len(sums) == 1
 
 
-# Time ----------------------------------------------------------------------------------------------------------------
+# Time
+# -------------------------------------------------------------------------------------------------
 
 
 def test_times_by_hand() -> None:
@@ -139,8 +159,9 @@ def test_times_by_hand() -> None:
     f, b = timing.fetched((2,), forward, back, kv, gradient)
     assert (f[0], b[0]) == (max(4 + 2, 2.5 + 1), max(8 + 4 + 5, 2.5 + 2 + 5))
     f, b = timing.fetched((1, 2), forward, back, kv, gradient)
-    # Device 0: blocks at 0, 4, 5; device 1: own 1, then 2.5 … 5.5, then 5.5 (arrived 5) … 6.5. Backward the link
-    # carries keys until 5, then gradients as blocks are done: 10 and 14, 15 and 20 for device 0.
+    # Device 0: blocks at 0, 4, 5; device 1: own 1, then 2.5 … 5.5, then 5.5 (arrived 5) … 6.5.
+    # Backward the link carries keys until 5, then gradients as blocks are done: 10 and 14, 15 and
+    # 20 for device 0.
     assert (f[0], b[0]) == (7, max(15 + 5, max(8 + 5, 10) + 5))
     f, b = timing.fetched((), forward, back, kv, gradient)
     assert (f[0], b[0]) == (4, 8)
@@ -149,21 +170,35 @@ def test_times_by_hand() -> None:
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize(
     ("plan", "latencies"),
-    [(CommPlan("ring"), 3 + 6), (CommPlan("ring", hops=(1, 3)), 2 + 4), (CommPlan("ring", hops=(1, 2, 3)), 9),
-     (CommPlan("usp", 2), 4 + 1 + 2), (CommPlan("ulysses", 4), 4), (CommPlan("batch", 2, hops=()), 4),
-     (CommPlan("all_gather"), 2), (CommPlan(BLOCKS, capacity=4), 4)],
+    [
+        (CommPlan("ring"), 3 + 6),
+        (CommPlan("ring", hops=(1, 3)), 2 + 4),
+        (CommPlan("ring", hops=(1, 2, 3)), 9),
+        (CommPlan("usp", 2), 4 + 1 + 2),
+        (CommPlan("ulysses", 4), 4),
+        (CommPlan("batch", 2, hops=()), 4),
+        (CommPlan("all_gather"), 2),
+        (CommPlan(BLOCKS, capacity=4), 4),
+    ],
     ids=lambda x: getattr(x, "kind", None),
-)  # fmt: skip
-def test_without_compute_time_is_bytes_and_latencies(plan: CommPlan, latencies: int, kv_heads: int) -> None:
+)
+def test_without_compute_time_is_bytes_and_latencies(
+    plan: CommPlan, latencies: int, kv_heads: int
+) -> None:
     seen = np.eye(W, dtype=bool) if plan.hops is not None else np.tri(W, dtype=bool)
     counts = Counts.of(seen[None], owners(CONTIGUOUS, W, BLOCK, 4), 4)
-    found = price(counts, plan, replace(SHAPE, kv_heads=kv_heads), BLOCK, Machine(1e30, Link(1e9, 1e-6)))
+    found = price(
+        counts, plan, replace(SHAPE, kv_heads=kv_heads), BLOCK, Machine(1e30, Link(1e9, 1e-6))
+    )
     assert found.seconds == pytest.approx(latencies * 1e-6 + found.wire / 1e9)
 
 
 def test_a_full_set_of_hops_is_a_ring() -> None:
     counts = Counts.of(random_masks(1, 0.3)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
-    hops, ring = (price(counts, CommPlan("ring", hops=h), SHAPE, BLOCK, FAST).seconds for h in ((1, 2, 3), None))
+    hops, ring = (
+        price(counts, CommPlan("ring", hops=h), SHAPE, BLOCK, FAST).seconds
+        for h in ((1, 2, 3), None)
+    )
     assert hops == ring
 
 
@@ -171,18 +206,23 @@ def test_exchanges_of_a_split_are_exposed() -> None:
     counts = Counts.of(random_masks(1, 1.0)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     found = price(counts, CommPlan("ulysses", 4), SHAPE, BLOCK, SLOW)
     assert found.exposed == pytest.approx(4e-6 + found.wire / 1e9)  # two exchanges each way
-    assert found.seconds == pytest.approx(found.exposed + found.compute_N[0]) and found.imbalance == 1
+    assert (
+        found.seconds == pytest.approx(found.exposed + found.compute_N[0]) and found.imbalance == 1
+    )
     assert SLOW.send(EXCHANGE, 0.0, 4).tolist() == SLOW.send(EXCHANGE, 1.0, 1).tolist() == [0.0]
 
 
 def test_a_hidden_ring_costs_its_compute() -> None:
     counts = Counts.of(np.ones((1, W, W), bool), owners(CONTIGUOUS, W, BLOCK, 4), 4)
     found = price(counts, CommPlan("ring"), SHAPE, BLOCK, FAST)
-    last = FAST.send(PERMUTE, 2 * SHAPE.unit, 4)[0]  # the last hop of gradients has nothing left to hide behind
+    last = FAST.send(PERMUTE, 2 * SHAPE.unit, 4)[
+        0
+    ]  # the last hop of gradients has nothing left to hide behind
     assert found.exposed == pytest.approx(last, rel=1e-4)
 
 
-# Plans ---------------------------------------------------------------------------------------------------------------
+# Plans
+# -------------------------------------------------------------------------------------------------
 
 
 def brute(problem: Problem, layouts: tuple[SequenceLayout, ...]) -> float:
@@ -208,7 +248,11 @@ def test_plan_equals_brute_force(objective: str, machine: Machine) -> None:
     assert len({p.layout for p in found.plans}) == 1
     for layer, choice in enumerate(found.choices):
         tried = set(candidates(problem, layer, choice.plan.layout))
-        assert {choice.plan, *choice.lost} == tried and choice.plan not in choice.lost and all(choice.lost.values())
+        assert (
+            {choice.plan, *choice.lost} == tried
+            and choice.plan not in choice.lost
+            and all(choice.lost.values())
+        )
 
 
 @pytest.mark.parametrize("objective", ["seconds", "bytes"])
@@ -230,17 +274,30 @@ def test_moving_plan_equals_brute_force(objective: str) -> None:
 
 
 def test_tokens_move_when_it_pays() -> None:
-    # One head: nothing to split. The first layer needs no hop contiguously, and balance keeps the second striped.
+    # One head: nothing to split. The first layer needs no hop contiguously, and balance keeps the
+    # second striped.
     here = np.arange(W) // 4 == np.arange(W)[:, None] // 4
-    masks, shape = Masks(np.stack([here, np.tri(W, dtype=bool)])), AttentionShape(1, W * BLOCK, 1, 1, 16, cp=4)
-    problem = Problem(masks, shape, SLOW, balance=1.3, objective="bytes", layouts=(CONTIGUOUS, STRIPED))
+    masks, shape = (
+        Masks(np.stack([here, np.tri(W, dtype=bool)])),
+        AttentionShape(1, W * BLOCK, 1, 1, 16, cp=4),
+    )
+    problem = Problem(
+        masks, shape, SLOW, balance=1.3, objective="bytes", layouts=(CONTIGUOUS, STRIPED)
+    )
     found, still = planner.plan_moving(problem), planner.plan(problem)
-    assert [p.layout for p in found.plans] == [CONTIGUOUS, STRIPED] and {p.layout for p in still.plans} == {STRIPED}
+    assert [p.layout for p in found.plans] == [CONTIGUOUS, STRIPED] and {
+        p.layout for p in still.plans
+    } == {STRIPED}
     wire, seconds_N = planner.move(problem, CONTIGUOUS, STRIPED)
     assert wire == 2 * 3 * 1 * BLOCK * 16 * 2 and seconds_N[0] == pytest.approx(2e-6 + wire / 1e9)
     assert planner.move(problem, STRIPED, STRIPED)[0] == 0
-    assert found.moved == wire and found.bytes == wire + sum(c.price.wire for c in found.choices) < still.bytes
-    assert found.seconds == pytest.approx(seconds_N[0] + sum(c.price.seconds for c in found.choices))
+    assert (
+        found.moved == wire
+        and found.bytes == wire + sum(c.price.wire for c in found.choices) < still.bytes
+    )
+    assert found.seconds == pytest.approx(
+        seconds_N[0] + sum(c.price.seconds for c in found.choices)
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -262,7 +319,9 @@ def test_capacity_is_on_the_grid_and_exact() -> None:
     problem = mixed(grid=3)
     need = problem.counts(2, CONTIGUOUS).capacity
     got = [p.capacity for p in candidates(problem, 2, CONTIGUOUS) if p.kind == BLOCKS]
-    assert min(got) == min(-(-need // 3) * 3, W // 4) and got[-1] == W // 4  # as the dense layer needs
+    assert (
+        min(got) == min(-(-need // 3) * 3, W // 4) and got[-1] == W // 4
+    )  # as the dense layer needs
     assert CommPlan(BLOCKS, capacity=W // 4) in candidates(problem, 0, CONTIGUOUS)
     short = CommPlan(BLOCKS, capacity=need - 1)
     assert "more than capacity" in str(problem.price(2, short))
@@ -272,13 +331,15 @@ def test_capacity_is_on_the_grid_and_exact() -> None:
 def test_hops_are_those_needed() -> None:
     problem = mixed()
     plans = candidates(problem, 1, CONTIGUOUS)  # window of three blocks, four a device
-    assert CommPlan("ring", hops=(1,)) in plans and CommPlan("ring", hops=(), layout=ZIGZAG) in candidates(
-        problem, 0, ZIGZAG
-    )
+    assert CommPlan("ring", hops=(1,)) in plans and CommPlan(
+        "ring", hops=(), layout=ZIGZAG
+    ) in candidates(problem, 0, ZIGZAG)
     assert "miss needed offsets [1]" in str(problem.price(1, CommPlan("ring", hops=(2,))))
     assert not any(p.kind == "ring" and p.hops for p in candidates(problem, 3, CONTIGUOUS))
     apart = np.arange(W)[:, None] - np.arange(W)
-    wide = replace(problem, masks=Masks(((apart >= 0) & (apart < 6))[None]))  # reaches two devices back, not three
+    wide = replace(
+        problem, masks=Masks(((apart >= 0) & (apart < 6))[None])
+    )  # reaches two devices back, not three
     assert CommPlan("ring", hops=(1, 2)) in candidates(wide, 0, CONTIGUOUS)
 
 
@@ -288,11 +349,15 @@ def test_balance_limits_the_model_by_brute_force(balance: float, objective: str)
     # One head, two sequences: a batch split halves what is uneven and costs bytes.
     shape = replace(SHAPE, heads=1, kv_heads=1, batch=2)
     masks = Masks(mixed().masks.masks_LxJxWxW[1:])
-    problem = Problem(masks, shape, SLOW, balance=balance, objective=objective, layouts=(CONTIGUOUS, ZIGZAG))
+    problem = Problem(
+        masks, shape, SLOW, balance=balance, objective=objective, layouts=(CONTIGUOUS, ZIGZAG)
+    )
     least = np.inf
     for layout in problem.places:
         options = [problem.priced(i, candidates(problem, i, layout)) for i in range(3)]
-        for combination in itertools.product(*([f for f in o.values() if isinstance(f, Price)] for o in options)):
+        for combination in itertools.product(
+            *([f for f in o.values() if isinstance(f, Price)] for o in options)
+        ):
             busy = np.array([f.compute_N[0] for f in combination])
             mean = busy / [f.imbalance for f in combination]
             if busy.sum() <= balance * mean.sum() * (1 + 1e-9):
@@ -301,30 +366,45 @@ def test_balance_limits_the_model_by_brute_force(balance: float, objective: str)
     assert planner.model_value(problem, found)[0] == pytest.approx(least, rel=1e-12)
     assert found.imbalance <= balance * (1 + 1e-8)
     for other in simulate.uniform_plans(problem):
-        assert other.imbalance <= balance * (1 + 1e-8) and least <= planner.model_value(problem, other)[0] * (1 + 1e-12)
+        assert other.imbalance <= balance * (1 + 1e-8) and least <= planner.model_value(
+            problem, other
+        )[0] * (1 + 1e-12)
 
 
 def test_a_limit_is_one_of_the_sum_of_layers() -> None:
-    # Layers 0 and 1: only the last device has more than its diagonal, 4, 4, 4, 10 blocks. Layer 2: all 136.
+    # Layers 0 and 1: only the last device has more than its diagonal, 4, 4, 4, 10 blocks. Layer 2:
+    # all 136.
     uneven = np.eye(W, dtype=bool)
     uneven[12:, 12:] = np.tri(4, dtype=bool)
     masks = Masks(np.stack([uneven, uneven, np.tri(W, dtype=bool)]))
     problem = Problem(masks, SHAPE, SLOW, objective="bytes", layouts=(CONTIGUOUS,))
     free, even = planner.plan(problem), planner.plan(replace(problem, balance=1.15))
-    assert free.imbalance == pytest.approx((10 + 10 + 34) / 45) and free.bytes == free.choices[2].price.wire
-    # A pair of devices that exchanges heads or sequences, but no keys, computes 8, 8, 14, 14 halves.
-    assert even.imbalance == pytest.approx((10 + 7 + 34) / 45) and even.bytes == (3 + 4.5) * SHAPE.unit
+    assert (
+        free.imbalance == pytest.approx((10 + 10 + 34) / 45)
+        and free.bytes == free.choices[2].price.wire
+    )
+    # A pair of devices that exchanges heads or sequences, but no keys, computes 8, 8, 14, 14
+    # halves.
+    assert (
+        even.imbalance == pytest.approx((10 + 7 + 34) / 45) and even.bytes == (3 + 4.5) * SHAPE.unit
+    )
     pair = next(choice for choice in even.choices[:2] if choice.plan.head_split == 2)
     assert pair.plan.hops == () and pair.price.imbalance == pytest.approx(14 / 11)
-    assert pair.lost[CommPlan("ring", hops=())] == f"{-3 * SHAPE.unit:+.3g} bytes, max/mean FLOPs 1.82"
+    assert (
+        pair.lost[CommPlan("ring", hops=())] == f"{-3 * SHAPE.unit:+.3g} bytes, max/mean FLOPs 1.82"
+    )
 
 
 def test_limits() -> None:
     contiguous = mixed(FAST, balance=1.05, layouts=(CONTIGUOUS,))
-    reason = planner.uniform(replace(contiguous, masks=Masks(np.tri(W, dtype=bool)[None])), CommPlan("ring"))
+    reason = planner.uniform(
+        replace(contiguous, masks=Masks(np.tri(W, dtype=bool)[None])), CommPlan("ring")
+    )
     assert reason == "max/mean FLOPs 1.71 exceeds 1.05"  # 13+14+15+16 blocks over 34
     lone = replace(contiguous, shape=replace(SHAPE, heads=1, kv_heads=1, batch=1))
-    with pytest.raises(ValueError, match=r"contiguous: max/mean FLOPs are at least 1\.\d\d, more than 1.05"):
+    with pytest.raises(
+        ValueError, match=r"contiguous: max/mean FLOPs are at least 1\.\d\d, more than 1.05"
+    ):
         planner.plan(lone)
     small = mixed(FAST, memory=8 * SHAPE.unit)
     assert all(choice.price.memory <= 8 * SHAPE.unit for choice in planner.plan(small).choices)
@@ -339,24 +419,36 @@ def test_limits() -> None:
 def test_imbalance_of_a_model_weighs_layers_by_work() -> None:
     found = planner.uniform(mixed(), CommPlan("ring"))
     assert isinstance(found, ModelPlan)
-    works = [work(mixed().counts(i, CONTIGUOUS), CommPlan("ring"), SHAPE, BLOCK).sum(1) for i in range(4)]
-    assert found.imbalance == pytest.approx(sum(w.max() for w in works) / sum(w.mean() for w in works))
+    works = [
+        work(mixed().counts(i, CONTIGUOUS), CommPlan("ring"), SHAPE, BLOCK).sum(1) for i in range(4)
+    ]
+    assert found.imbalance == pytest.approx(
+        sum(w.max() for w in works) / sum(w.mean() for w in works)
+    )
     assert found.steps == 4 * (3 + 4) and found.bytes == sum(c.price.wire for c in found.choices)
 
 
-# Baselines -----------------------------------------------------------------------------------------------------------
+# Baselines
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
 def test_need_only_padded_gather_all_gather_in_order(layout: SequenceLayout) -> None:
     problem = replace(mixed(), masks=Masks(random_masks(2, 0.1, J=4)))
     need, padded = (baselines.need_only_bytes(problem, layout, p) for p in (False, True))
-    gathers = [CommPlan(BLOCKS, capacity=problem.counts(i, layout).capacity, layout=layout) for i in range(2)]
+    gathers = [
+        CommPlan(BLOCKS, capacity=problem.counts(i, layout).capacity, layout=layout)
+        for i in range(2)
+    ]
     kv = sum(2 * BlockGather(SHAPE, BLOCK, g.capacity).fetched for g in gathers)
     assert 0 < need < padded < kv <= 2 * (4 - 1) * SHAPE.unit * 2
     whole = replace(problem, masks=Masks(np.ones((2, W, W), bool)))
     everything = 2 * 3 * SHAPE.unit * 2
-    assert baselines.need_only_bytes(whole, layout) == baselines.need_only_bytes(whole, layout, True) == everything
+    assert (
+        baselines.need_only_bytes(whole, layout)
+        == baselines.need_only_bytes(whole, layout, True)
+        == everything
+    )
 
 
 def test_need_only_by_hand() -> None:
@@ -365,13 +457,19 @@ def test_need_only_by_hand() -> None:
     problem = Problem(Masks(mask[None]), SHAPE, SLOW)
     block = SHAPE.unit / 4 * 2  # and its gradient
     assert baselines.need_only_bytes(problem, CONTIGUOUS) == block * 2 / 4
-    assert baselines.need_only_bytes(problem, CONTIGUOUS, padded=True) == block * 2  # offsets 1 and 2
+    assert (
+        baselines.need_only_bytes(problem, CONTIGUOUS, padded=True) == block * 2
+    )  # offsets 1 and 2
 
 
 def test_baseline_rows() -> None:
     problem = mixed()
     rows = {row.name: row for row in baselines.baselines(problem)}
-    assert rows["ring, dense attention"].bytes == rows["ring"].bytes == rows["striped ring (as MTraining)"].bytes
+    assert (
+        rows["ring, dense attention"].bytes
+        == rows["ring"].bytes
+        == rows["striped ring (as MTraining)"].bytes
+    )
     assert rows["ring, dense attention"].bytes == 4 * 3 * SHAPE.unit * (1 + 1 + 2)
     assert rows["ring, dense attention"].seconds > rows["ring"].seconds
     assert rows["ring, dense attention"].imbalance == pytest.approx(1.0, abs=0.1)
@@ -387,33 +485,53 @@ def test_baseline_rows() -> None:
 def test_dense_attention_is_causal_only_where_all_masks_are() -> None:
     ahead = OWN.copy()
     ahead[0, 1] = True
-    causal, full = (baselines.baselines(Problem(Masks(m[None]), SHAPE, FAST))[0] for m in (OWN, ahead))
+    causal, full = (
+        baselines.baselines(Problem(Masks(m[None]), SHAPE, FAST))[0] for m in (OWN, ahead)
+    )
     assert full.seconds / causal.seconds == pytest.approx(W * W / (W * (W + 1) / 2), rel=0.01)
 
 
 def test_names() -> None:
-    assert baselines.describe(CommPlan("usp", 2, hops=(1, 3), layout=ZIGZAG)) == "usp u=2 hops 1,3 zigzag"
+    assert (
+        baselines.describe(CommPlan("usp", 2, hops=(1, 3), layout=ZIGZAG))
+        == "usp u=2 hops 1,3 zigzag"
+    )
     assert baselines.describe(CommPlan(BLOCKS, capacity=3)) == "gather c=3 contiguous"
     found = planner.uniform(mixed(), CommPlan("ring"))
     assert isinstance(found, ModelPlan) and baselines.summary(found) == "4× ring contiguous"
 
 
-# Plans as integers, hysteresis ---------------------------------------------------------------------------------------
+# Plans as integers, hysteresis
+# ---------------------------------------------------------------------------------------
 
-BRANCHES = (CommPlan("ring"), CommPlan("ulysses", 4), CommPlan("ring", hops=()), CommPlan(BLOCKS, capacity=2))
+BRANCHES = (
+    CommPlan("ring"),
+    CommPlan("ulysses", 4),
+    CommPlan("ring", hops=()),
+    CommPlan(BLOCKS, capacity=2),
+)
 
 
 def test_plans_as_integers() -> None:
     plans = (BRANCHES[3], BRANCHES[0], BRANCHES[3])
     plan_L = encode(plans, BRANCHES)
-    assert plan_L.dtype == np.int32 and plan_L.tolist() == [3, 0, 3] and decode(plan_L, BRANCHES, 3) == plans
+    assert (
+        plan_L.dtype == np.int32
+        and plan_L.tolist() == [3, 0, 3]
+        and decode(plan_L, BRANCHES, 3) == plans
+    )
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
-    [([0, 1], "not int64 .2."), ([0, 1, 4], r"\(2, 4\)"), ([0, -1, 1], r"\(1, -1\)"), ([0.0, 1.0, 2.0], "float64"),
-     ([[0, 1, 2]], "one integer for each of 3")],
-)  # fmt: skip
+    [
+        ([0, 1], "not int64 .2."),
+        ([0, 1, 4], r"\(2, 4\)"),
+        ([0, -1, 1], r"\(1, -1\)"),
+        ([0.0, 1.0, 2.0], "float64"),
+        ([[0, 1, 2]], "one integer for each of 3"),
+    ],
+)
 def test_bad_integers(plan: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode(np.array(plan), BRANCHES, 3)
@@ -486,11 +604,17 @@ def test_scheduler_refuses() -> None:
         Scheduler(BRANCHES[:2]).observe(replace(problem_of(FULL), memory=1.0))
 
 
-# Bad input -----------------------------------------------------------------------------------------------------------
+# Bad input
+# -------------------------------------------------------------------------------------------------
 
 
 def test_bad_masks_and_problems() -> None:
-    for bad in (np.ones((2, W, W)), np.ones((W, W), bool), np.ones((1, W, W + 1), bool), np.ones((0, W, W), bool)):
+    for bad in (
+        np.ones((2, W, W)),
+        np.ones((W, W), bool),
+        np.ones((1, W, W + 1), bool),
+        np.ones((0, W, W), bool),
+    ):
         with pytest.raises(ValueError, match="must be bool"):
             Masks(bad)
     hole = np.stack([OWN, OWN])

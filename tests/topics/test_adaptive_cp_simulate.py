@@ -32,13 +32,19 @@ def test_patterns(kind: str) -> None:
 def test_layers_have_the_mean_and_the_spread() -> None:
     visible = np.tri(128).sum()
     density = synthetic.layers(6, 128, 0.2, spread=8).sum((1, 2)) / visible
-    assert density.mean() == pytest.approx(0.2, abs=0.02) and density.max() / density.min() == pytest.approx(8, rel=0.2)
+    assert density.mean() == pytest.approx(
+        0.2, abs=0.02
+    ) and density.max() / density.min() == pytest.approx(8, rel=0.2)
     cut = synthetic.layers(6, 128, 0.7, spread=16).sum((1, 2)) / visible
     assert cut.mean() == pytest.approx(0.7, abs=0.02) and cut.max() == 1
     assert (synthetic.layers(3, 16, 1.0) == np.tri(16, dtype=bool)).all()
-    for call in (lambda: synthetic.layers(2, 8, 0.5, spread=0.5), lambda: synthetic.layers(2, 8, 1.5),
-                 lambda: synthetic.pattern("diagonal", 8, 0.5), lambda: synthetic.pattern("window", 8, 0.0),
-                 lambda: synthetic.magnify(np.eye(4, dtype=bool)[None], 0)):  # fmt: skip
+    for call in (
+        lambda: synthetic.layers(2, 8, 0.5, spread=0.5),
+        lambda: synthetic.layers(2, 8, 1.5),
+        lambda: synthetic.pattern("diagonal", 8, 0.5),
+        lambda: synthetic.pattern("window", 8, 0.0),
+        lambda: synthetic.magnify(np.eye(4, dtype=bool)[None], 0),
+    ):
         with pytest.raises(ValueError, match=r"spread|density|pattern|factor"):
             call()
 
@@ -46,20 +52,36 @@ def test_layers_have_the_mean_and_the_spread() -> None:
 def test_magnified_masks_need_the_same_share() -> None:
     masks = random_masks(1, 0.2)
     big = synthetic.magnify(masks, 3)
-    assert big.shape == (1, 1, 48, 48) and big.mean() == masks.mean() and (big[0, 0, ::3, 1::3] == masks[0, 0]).all()
+    assert (
+        big.shape == (1, 1, 48, 48)
+        and big.mean() == masks.mean()
+        and (big[0, 0, ::3, 1::3] == masks[0, 0]).all()
+    )
     small, large = (Problem(Masks(m), replace(SHAPE, seq_len=480), SLOW) for m in (masks, big))
     for layout in (CONTIGUOUS, ZIGZAG):
-        assert baselines.need_only_bytes(small, layout) == pytest.approx(baselines.need_only_bytes(large, layout))
+        assert baselines.need_only_bytes(small, layout) == pytest.approx(
+            baselines.need_only_bytes(large, layout)
+        )
 
 
 def test_fitted_network_speaks_of_operands() -> None:
     near = simulate.Fitted(simulate.NVLINK)
-    assert near.seconds(GATHER, 7e6, 8, 1)[0] == network.collective_time("all_gather", 8e6, 8, 8, "h100")
-    assert near.seconds(PERMUTE, 7e6, 4, 2)[0] == network.collective_time("point_to_point", 7e6, 4, 4, "h100")
+    assert near.seconds(GATHER, 7e6, 8, 1)[0] == network.collective_time(
+        "all_gather", 8e6, 8, 8, "h100"
+    )
+    assert near.seconds(PERMUTE, 7e6, 4, 2)[0] == network.collective_time(
+        "point_to_point", 7e6, 4, 4, "h100"
+    )
     far = simulate.Fitted(simulate.CONGESTED)
-    assert far.seconds(EXCHANGE, 7e6, 8, 1)[0] == network.collective_time("all_to_all", 8e6, 8, 1, "h100")
-    half = simulate.Fitted(simulate.Fabric("two nodes", 4, congested=True))  # a ring over every second device
-    assert half.seconds(GATHER, 3e6, 4, 2)[0] == network.collective_time("all_gather", 4e6, 4, 2, "h100")
+    assert far.seconds(EXCHANGE, 7e6, 8, 1)[0] == network.collective_time(
+        "all_to_all", 8e6, 8, 1, "h100"
+    )
+    half = simulate.Fitted(
+        simulate.Fabric("two nodes", 4, congested=True)
+    )  # a ring over every second device
+    assert half.seconds(GATHER, 3e6, 4, 2)[0] == network.collective_time(
+        "all_gather", 4e6, 4, 2, "h100"
+    )
     free = simulate.Fitted(simulate.INFINIBAND)
     assert (
         near.seconds(EXCHANGE, 7e6, 8, 1)[0]
@@ -68,7 +90,9 @@ def test_fitted_network_speaks_of_operands() -> None:
     )
     drawn = simulate.Fitted(simulate.NVLINK, draws=400, seed=1).seconds(GATHER, 7e6, 8, 1)
     error = np.quantile(np.abs(drawn / drawn[0] - 1), 0.9)
-    assert drawn.shape == (400,) and error == pytest.approx(simulate.network_error("h100", False, False)[1], rel=0.3)
+    assert drawn.shape == (400,) and error == pytest.approx(
+        simulate.network_error("h100", False, False)[1], rel=0.3
+    )
 
 
 def test_prediction_and_region() -> None:
@@ -99,7 +123,9 @@ def test_rest_of_the_step_is_shared_by_all_plans() -> None:
     assert seen.adaptive == pytest.approx(rest + 16 * planner.plan(problem).seconds)
     assert seen.uniform == pytest.approx(rest + 16 * baselines.uniform_any(problem).seconds)
     assert seen.low == seen.high == pytest.approx(seen.ratio)  # without draws
-    step = inference.price(model, inference.Work(1, 2**14, 2**17, 2**14), inference.Degrees(1, 1), "h100")
+    step = inference.price(
+        model, inference.Work(1, 2**14, 2**17, 2**14), inference.Degrees(1, 1), "h100"
+    )
     attention = step.terms["attention compute"] + step.terms["attention memory"]
     assert rest == pytest.approx(3 * (step.seconds - attention))
 
@@ -128,7 +154,10 @@ def test_need_tables_by_hand(tmp_path: Path) -> None:
     lines = {(line["layer"], line["layout"]): line for line in table}
     assert len(lines) == 2 * 3
     # Contiguous: device d needs everything of the d before it.
-    assert lines[0, "contiguous"]["units"] == (0 + 1 + 2 + 3) / 4 and lines[0, "contiguous"]["most of a pair"] == 1
+    assert (
+        lines[0, "contiguous"]["units"] == (0 + 1 + 2 + 3) / 4
+        and lines[0, "contiguous"]["most of a pair"] == 1
+    )
     assert lines[0, "zigzag"]["max/mean work"] == 1 < lines[0, "contiguous"]["max/mean work"]
     assert lines[1, "zigzag"]["units"] == 0
     at = lines[0, "contiguous"]["bytes"]

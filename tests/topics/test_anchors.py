@@ -1,4 +1,6 @@
-"""Anchors: closed forms of the Gaussian process, what it must not do, and numbers that are no measurement."""
+"""Anchors: closed forms of the Gaussian process, what it must not do, and numbers that are no
+measurement.
+"""
 
 import dataclasses
 from dataclasses import replace
@@ -16,7 +18,15 @@ from fdp.topics.parallelism_search.anchors import correct, correlation, posterio
 
 pytestmark = pytest.mark.fast
 
-LLAMA = Job(ARCHITECTURES["llama3-8b"], Plan(tp=2, pp=2, dp=16), chip("h100"), 256, 4096, stack="a/b/1", cluster="a")
+LLAMA = Job(
+    ARCHITECTURES["llama3-8b"],
+    Plan(tp=2, pp=2, dp=16),
+    chip("h100"),
+    256,
+    4096,
+    stack="a/b/1",
+    cluster="a",
+)
 NEIGHBOUR = with_plan(LLAMA, tp=4, dp=8)
 OTHER_MODEL = replace(LLAMA, architecture=ARCHITECTURES["llama3-70b"])
 ELSEWHERE = replace(OTHER_MODEL, chip=chip("a100"), stack="c/d/1", cluster="c")
@@ -30,7 +40,9 @@ def prediction(n, time=2.0, log_std=0.2, feasible=0.7):
 
 
 def mean_of(jobs, known, errors, std=0.2):
-    return posterior(jobs, np.full(len(jobs), std), known, np.full(len(known), std), np.array(errors))
+    return posterior(
+        jobs, np.full(len(jobs), std), known, np.full(len(known), std), np.array(errors)
+    )
 
 
 def test_without_anchors_nothing_changes():
@@ -83,7 +95,8 @@ def test_two_models_of_one_name_are_not_the_same():
 
 
 def test_one_anchor_in_closed_form():
-    # One anchor's `own` variance settles at (ν·own² + error²)/(ν + 1): its leave-one-out residual is its error.
+    # One anchor's `own` variance settles at (ν·own² + error²)/(ν + 1): its leave-one-out residual
+    # is its error.
     error, std = 0.15, 0.2
     shared = std**2 - 0.1**2
     shared, own = max(shared, 0.2**2), (3 * 0.1**2 + error**2) / 4
@@ -146,7 +159,12 @@ def test_a_stalled_run_speaks_for_itself_only():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3]), st.floats(-2, 2)), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3]), st.floats(-2, 2)),
+        max_size=12,
+    )
+)
 def test_order_does_not_matter_and_nothing_overshoots(drawn):
     known = [with_plan(LLAMA, tp=t, pp=p, dp=8) for t, p, _ in drawn]
     errors = [e for _, _, e in drawn]
@@ -160,13 +178,23 @@ def test_order_does_not_matter_and_nothing_overshoots(drawn):
 
 def test_memory_moves_and_feasibility_follows():
     before = prediction(2)
-    after = correct(before, [LLAMA, ELSEWHERE], [LLAMA], prediction(1), np.array([np.nan]), np.array([70e9]), 12.0)
+    after = correct(
+        before,
+        [LLAMA, ELSEWHERE],
+        [LLAMA],
+        prediction(1),
+        np.array([np.nan]),
+        np.array([70e9]),
+        12.0,
+    )
     np.testing.assert_array_equal(after.time, before.time)
     assert after.memory[0] == pytest.approx(70e9, rel=0.05) and after.memory[1] == before.memory[1]
     np.testing.assert_allclose(after.memory_high / after.memory, before.memory_high / before.memory)
     # The logistic of the cost model in log memory, moved by what was measured.
     odds = 0.7 / 0.3 * np.exp(-12 * np.log(after.memory[0] / 50e9))
-    assert after.feasible[0] == pytest.approx(odds / (1 + odds)) and after.feasible[1] == pytest.approx(0.7)
+    assert after.feasible[0] == pytest.approx(odds / (1 + odds)) and after.feasible[
+        1
+    ] == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.inf])
@@ -176,7 +204,8 @@ def test_what_is_no_measurement_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    ("std", "error", "named"), [(0.0, 0.1, "std_N"), (np.nan, 0.1, "std_N"), (0.2, np.nan, "error_M")]
+    ("std", "error", "named"),
+    [(0.0, 0.1, "std_N"), (np.nan, 0.1, "std_N"), (0.2, np.nan, "error_M")],
 )
 def test_posterior_names_what_is_not_finite(std, error, named):
     with pytest.raises(ValueError, match=named):

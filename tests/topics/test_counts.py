@@ -12,7 +12,9 @@ from fdp.cost import flops, hlo, jaxpr
 from fdp.topics.parallelism_search import counts
 from fdp.topics.parallelism_search.counts import Comparison
 
-SEED = 53  # its first six configs use every axis, ZeRO stage, kind of remat and sequence parallelism
+SEED = (
+    53  # its first six configs use every axis, ZeRO stage, kind of remat and sequence parallelism
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def test_random_configs_are_valid_small_varied_and_reproducible() -> None:
         config.validate(c)
         assert math.prod(c.mesh.values()) <= 8 and c.mesh.pp == 1
         assert 16 <= c.model.width <= 64 and c.model.layers in (1, 2)
-    assert [config.flatten(c) for c in drawn] == [config.flatten(c) for c in counts.random_configs(0, 200)]
+    assert [config.flatten(c) for c in drawn] == [
+        config.flatten(c) for c in counts.random_configs(0, 200)
+    ]
     assert config.flatten(drawn[0]) != config.flatten(counts.random_configs(1, 1)[0])
     for read, values in (
         (lambda c: c.objective.name, set(counts.OBJECTIVES)),
@@ -72,11 +76,15 @@ def test_summary_of_known_comparisons() -> None:
     right = Comparison({key: 8.0}, {key: 8.0}, 100, 100, 90, 100)
     wrong = Comparison({key: 8.0}, {key: 9.0, other: 1.0}, 102, 100, 130, 100)
     bare = Comparison({}, {}, 99, 100)
-    assert wrong.mismatches() == [other, key] and not right.mismatches() and bare.memory_error is None
+    assert (
+        wrong.mismatches() == [other, key] and not right.mismatches() and bare.memory_error is None
+    )
     got = counts.summarise([right, wrong, bare])
     assert dataclasses.astuple(got)[:4] == (3, 3, 2, 1)
     assert got.flops_error == pytest.approx(0.02)
-    assert (got.memory_configs, got.memory_error, got.memory_error_max) == pytest.approx((2, 0.2, 0.3))
+    assert (got.memory_configs, got.memory_error, got.memory_error_max) == pytest.approx(
+        (2, 0.2, 0.3)
+    )
     assert math.isnan(counts.summarise([bare]).memory_error)
 
 
@@ -95,7 +103,9 @@ def with_formula(p, got: Comparison) -> Comparison:
     c, rows = p.c, p.head_rows()
     shards = c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches
     formula = dict(closed.traffic(c, p.layout.shapes, p.layout.stored, rows))
-    return dataclasses.replace(got, formula=formula, formula_flops=counts.executed_flops(c, rows * shards))
+    return dataclasses.replace(
+        got, formula=formula, formula_flops=counts.executed_flops(c, rows * shards)
+    )
 
 
 @pytest.mark.fast
@@ -104,7 +114,9 @@ def with_formula(p, got: Comparison) -> Comparison:
     [(closed.REDUCE, a) for a in ("dp", "ep", "cp", "tp")]
     + [(op, a) for op in (closed.GATHER, closed.SCATTER) for a in ("dp", "cp", "tp")],
 )
-def test_a_term_of_the_formula_that_is_off_by_four_bytes_is_noticed(op: str, axis: str, six, monkeypatch) -> None:
+def test_a_term_of_the_formula_that_is_off_by_four_bytes_is_noticed(
+    op: str, axis: str, six, monkeypatch
+) -> None:
     put = closed._Ledger.put
 
     def off(self, kind, axes, wire):
@@ -125,19 +137,29 @@ def test_missing_terms_are_noticed(six: list, monkeypatch) -> None:
 
 @pytest.mark.fast
 def test_what_xla_merges_in_one_layer_the_program_itself_still_asks_for() -> None:
-    """Configs that `random_configs` leaves out: the formula equals the jaxpr, which no compiler has touched."""
+    """Configs that `random_configs` leaves out: the formula equals the jaxpr, which no compiler has
+    touched.
+    """
     c = next(c for c in counts.random_configs(SEED, 60) if _rich(c))
     c.model.layers = 1
     assert counts._merged(c)
     p = counts.program(c)
     state, batch, _ = counts._arguments(p)
-    asked = hlo.summary(jaxpr.collectives(jax.make_jaxpr(p.grads)(state.params, batch), dict(p.mesh.shape)))
+    asked = hlo.summary(
+        jaxpr.collectives(jax.make_jaxpr(p.grads)(state.params, batch), dict(p.mesh.shape))
+    )
     want = dict(closed.traffic(c, p.layout.shapes, p.layout.stored, p.head_rows()))
     assert {k: wire for k, (_, _, wire) in asked.items() if wire} == pytest.approx(want)
 
 
 def _rich(c) -> bool:
-    return c.model.layers == 2 and c.model.remat != "none" and c.train.zero == 3 and c.mesh.dp > 1 and c.mesh.tp > 1
+    return (
+        c.model.layers == 2
+        and c.model.remat != "none"
+        and c.train.zero == 3
+        and c.mesh.dp > 1
+        and c.mesh.tp > 1
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""The fitted cost model: recovers what made the data, keeps its bounds, is physics where nothing was measured."""
+"""The fitted cost model: recovers what made the data, keeps its bounds, is physics where nothing
+was measured.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +28,17 @@ def jobs() -> list[Job]:
                 for pp in (1, 2, 4):
                     for mbs in (1, 2, 4):
                         plan = Plan(tp=tp, pp=pp, dp=chips // tp // pp, microbatch=mbs)
-                        out.append(Job(architecture(name), plan, chip(kind), 512, 4096, stack="s/f/1", cluster="c"))
+                        out.append(
+                            Job(
+                                architecture(name),
+                                plan,
+                                chip(kind),
+                                512,
+                                4096,
+                                stack="s/f/1",
+                                cluster="c",
+                            )
+                        )
     return out
 
 
@@ -52,7 +64,9 @@ def synthetic() -> fit.Data:
     noisy = seconds * np.exp(0.02 * np.random.default_rng(0).standard_normal(len(seconds)))
     names = [f"{j.architecture.name}|{j.chip.name}" for j in work]
     rows = zip(names, work, noisy, strict=True)
-    return fit.gather([Measurement(i, name, job, float(s)) for i, (name, job, s) in enumerate(rows)])
+    return fit.gather(
+        [Measurement(i, name, job, float(s)) for i, (name, job, s) in enumerate(rows)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +109,9 @@ def test_rows_of_weight_zero_do_not_matter(synthetic, fitted):
     with jax.enable_x64(True):
         again = fit.Fitter(spoiled).fit(seen, steps=80)
     assert again.time == pytest.approx(model.time, rel=1e-9)
-    np.testing.assert_allclose(again.residual["weights"], model.residual["weights"], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        again.residual["weights"], model.residual["weights"], rtol=1e-6, atol=1e-9
+    )
 
 
 def test_the_file_gives_the_model_back(fitted, synthetic):
@@ -108,15 +124,33 @@ def test_the_file_gives_the_model_back(fitted, synthetic):
 
 
 def test_far_from_data_the_residual_is_silent(fitted):
-    far = Job(architecture("gpt3-175b"), Plan(tp=8, pp=32, dp=64, virtual=3), chip("gb200"), 4096, 65536, "fp8")
+    far = Job(
+        architecture("gpt3-175b"),
+        Plan(tp=8, pp=32, dp=64, virtual=3),
+        chip("gb200"),
+        4096,
+        65536,
+        "fp8",
+    )
     with jax.enable_x64(True):
         p = hybrid.predict(fitted[1], columns([far]))
     assert p.time[0] == pytest.approx(p.analytic[0], rel=0.05)
 
 
 def test_intervals_are_wider_for_software_nobody_measured():
-    seen = Job(architecture("llama3-8b"), Plan(dp=8), chip("h100"), 128, 8192, stack="dgxc/nemo/x", cluster="dgxc")
-    p = hybrid.predict(hybrid.shipped(), columns([seen, dataclasses.replace(seen, stack="mine/own/1", cluster="mine")]))
+    seen = Job(
+        architecture("llama3-8b"),
+        Plan(dp=8),
+        chip("h100"),
+        128,
+        8192,
+        stack="dgxc/nemo/x",
+        cluster="dgxc",
+    )
+    p = hybrid.predict(
+        hybrid.shipped(),
+        columns([seen, dataclasses.replace(seen, stack="mine/own/1", cluster="mine")]),
+    )
     assert p.log_std[1] > p.log_std[0]
     assert (p.low < p.time).all()
     assert (p.time < p.high).all()
@@ -125,7 +159,13 @@ def test_intervals_are_wider_for_software_nobody_measured():
 def test_unmeasured_software_of_a_known_framework_is_priced_as_its_like():
     known = {"a/megatron", "b/megatron", "c/"}
     families = np.array(["b/megatron", "new/megatron", "new/jax", "c/", "d/"], object)
-    assert hybrid.resolved(families, known).tolist() == ["b/megatron", "a/megatron", "new/jax", "c/", "d/"]
+    assert hybrid.resolved(families, known).tolist() == [
+        "b/megatron",
+        "a/megatron",
+        "new/jax",
+        "c/",
+        "d/",
+    ]
 
 
 def test_nothing_to_fit_is_said():

@@ -1,4 +1,5 @@
-"""Topic 1: conformance tests T1.1 to T1.5 of the selective sums, the policies' bytes, the estimators, the int8 sum.
+"""Topic 1: conformance tests T1.1 to T1.5 of the selective sums, the policies' bytes, the
+estimators, the int8 sum.
 
 Legend: B sequences, L positions, R rows, V vocabulary.
 """
@@ -42,7 +43,9 @@ def tiny(**overrides: object) -> ml_collections.ConfigDict:
 
 @functools.cache
 def an_arm() -> types.SimpleNamespace:
-    """What the study reads of an arm, with initial parameters made large enough for sharp distributions."""
+    """What the study reads of an arm, with initial parameters made large enough for sharp
+    distributions.
+    """
     c = tiny()
     objective = objectives.from_config(c, 30, 29)
     model = transformer.from_config(c, "bidirectional")
@@ -68,7 +71,8 @@ def run(policy: Policy, per_step: int = 1, tp: int = 4) -> tuple[np.ndarray, np.
     return np.asarray(ids), np.asarray(sums)
 
 
-# T1.1, T1.2, T1.3: training -------------------------------------------------------------------------------------------
+# T1.1, T1.2, T1.3: training
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
@@ -79,7 +83,9 @@ def test_loss_and_gradients_equal_one_device_for_every_tp(tp: int) -> None:
     batch = jax.device_get(jax.jit(arm.objective.corrupt)(jax.random.key(0), tokens))
     whole = checks._loss_and_grads(arm.program, params, batch)
     c = tiny(**{"mesh.tp": tp})
-    split = checks._loss_and_grads(Program(c, arm.model, arm.objective, make_mesh(c.mesh)), params, batch)
+    split = checks._loss_and_grads(
+        Program(c, arm.model, arm.objective, make_mesh(c.mesh)), params, batch
+    )
     assert split[0] == pytest.approx(whole[0], rel=1e-5)
     for a, b in zip(jax.tree.leaves(split[1]), jax.tree.leaves(whole[1]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
@@ -95,10 +101,13 @@ def test_vocabulary_parallel_loss_is_the_sum_of_shards_done_by_hand(tp: int) -> 
     exponentials = sum(np.exp(s - top[:, None]).sum(1) for s in shards)
     width = 32 // tp
     picked = sum(
-        np.where(targets // width == r, s[np.arange(5), targets % width] - top, 0.0) for r, s in enumerate(shards)
+        np.where(targets // width == r, s[np.arange(5), targets % width] - top, 0.0)
+        for r, s in enumerate(shards)
     )
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": tp})
-    ours = shard_map(cross_entropy, mesh, (P(None, "tp"), P()), P())(jnp.asarray(logits), jnp.asarray(targets))
+    ours = shard_map(cross_entropy, mesh, (P(None, "tp"), P()), P())(
+        jnp.asarray(logits), jnp.asarray(targets)
+    )
     np.testing.assert_allclose(ours, np.log(exponentials) - picked, rtol=1e-5)
 
 
@@ -106,8 +115,12 @@ def test_masked_rows_head_is_the_full_head_on_those_rows() -> None:
     arm = an_arm()
     tokens = np.random.default_rng(1).integers(0, 30, (8, L), np.int32)
     batch = arm.program.corrupt(jnp.asarray(tokens), jax.random.key(3))
-    hidden = arm.model.apply({"params": arm.trained.params}, batch["inputs"], batch["noise"], method="hidden")
-    full = arm.objective.loss(arm.model.apply({"params": arm.trained.params}, hidden, method="logits"), batch["rows"])
+    hidden = arm.model.apply(
+        {"params": arm.trained.params}, batch["inputs"], batch["noise"], method="hidden"
+    )
+    full = arm.objective.loss(
+        arm.model.apply({"params": arm.trained.params}, hidden, method="logits"), batch["rows"]
+    )
     saving = checks.head_saving(arm.program, tokens)
     assert saving.loss_error < 1e-6
     assert saving.masked.flops < saving.whole.flops
@@ -115,11 +128,16 @@ def test_masked_rows_head_is_the_full_head_on_those_rows() -> None:
     assert float(full[batch["rows"]["weights"] == 0].sum()) == 0
 
 
-# T1.4: selective sums -------------------------------------------------------------------------------------------------
+# T1.4: selective sums
+# -------------------------------------------------------------------------------------------------
 
 
-def outputs(policy: Policy, changed: np.ndarray, read: np.ndarray, steps: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Activations of exact sums and of `policy` in the step after `changed` tokens became others, on tp = 8."""
+def outputs(
+    policy: Policy, changed: np.ndarray, read: np.ndarray, steps: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Activations of exact sums and of `policy` in the step after `changed` tokens became others,
+    on tp = 8.
+    """
     arm = an_arm()
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": 8})
     rng = np.random.default_rng(0)
@@ -127,7 +145,9 @@ def outputs(policy: Policy, changed: np.ndarray, read: np.ndarray, steps: int = 
     after = jnp.where(changed, (before + 7) % 30, before)
     per_step = max(1, int(read.sum(1).max()))
 
-    def f(params: object, old: jax.Array, new: jax.Array, changed: jax.Array, read: jax.Array) -> tuple:
+    def f(
+        params: object, old: jax.Array, new: jax.Array, changed: jax.Array, read: jax.Array
+    ) -> tuple:
         step = Step(changed, read, jnp.int32(steps - 1))
         _, cache = forward(arm.model, params, old, None, policy, per_step, None)
         x, _ = forward(arm.model, params, new, cache, policy, per_step, step)
@@ -171,10 +191,14 @@ def test_devices_of_a_group_agree_on_a_row_that_was_sent() -> None:
     _, x = outputs(Policy("few", rows=0.25), rows_of(3), rows_of(9))
     devices = x.reshape(4, L, 8, -1)
     np.testing.assert_array_equal(devices[:, 9], np.repeat(devices[:, 9, :1], 8, 1))
-    assert np.abs(np.diff(devices[:, 12], axis=1)).max() > 0  # an unsent row forks: it must never be sampled from
+    assert (
+        np.abs(np.diff(devices[:, 12], axis=1)).max() > 0
+    )  # an unsent row forks: it must never be sampled from
 
 
-@pytest.mark.parametrize("policy", [Policy("K1", "stale", refresh=1), Policy("K1 rows", rows=0.25, refresh=1)])
+@pytest.mark.parametrize(
+    "policy", [Policy("K1", "stale", refresh=1), Policy("K1 rows", rows=0.25, refresh=1)]
+)
 def test_refresh_in_every_step_is_exact(policy: Policy) -> None:
     ids, sums = run(policy)
     np.testing.assert_array_equal(ids, run(Policy("exact", "exact"))[0])
@@ -187,16 +211,23 @@ def test_exact_policies_draw_the_ids_of_the_core_sampler(per_step: int) -> None:
     arm = an_arm()
     params = jax.tree.map(jnp.asarray, arm.trained.params)
     denoise = lambda z, noise: arm.model.apply({"params": params}, z, noise)
-    ids, _ = reveal(denoise, jax.random.key(0), jnp.arange(8), L, n_ids=30, order="random", per_step=per_step)
+    ids, _ = reveal(
+        denoise, jax.random.key(0), jnp.arange(8), L, n_ids=30, order="random", per_step=per_step
+    )
     for policy in (Policy("exact", "exact"), Policy("read rows", rows=1.0)):
         for tp in (1, 2, 8):
             np.testing.assert_array_equal(run(policy, per_step, tp)[0], ids)
 
 
 def test_drift_keeps_the_distributions_that_are_read() -> None:
-    stale, few, int8 = (run(p, 2)[1] for p in (
-        Policy("stale", "stale", refresh=3), Policy("few", rows=0.4), Policy("int8", rows=0.8, int8=True)
-    ))  # fmt: skip
+    stale, few, int8 = (
+        run(p, 2)[1]
+        for p in (
+            Policy("stale", "stale", refresh=3),
+            Policy("few", rows=0.4),
+            Policy("int8", rows=0.8, int8=True),
+        )
+    )
     kl = [s[0, 0] / s[0, 2] for s in (stale, few, int8)]
     assert kl[0] > 2 * kl[1] > 0
     assert kl[1] > 2 * kl[2] > 0
@@ -209,7 +240,8 @@ def test_channels_take_turns() -> None:
         outputs(Policy("channels", "channels", refresh=3), rows_of(3), rows_of(9))
 
 
-# Bytes ----------------------------------------------------------------------------------------------------------------
+# Bytes
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fast
@@ -219,11 +251,16 @@ def test_shares_of_bytes_follow_from_the_rows_that_are_sent() -> None:
     share = lambda policy: pareto.share_of_bytes(arm, policy, 1)
     assert share(Policy("exact", "exact")) == 1
     assert share(Policy("stale", "stale", refresh=4)) == pytest.approx(1 / 4)
-    assert share(Policy("channels", "channels", refresh=4)) == pytest.approx((1 + (steps - 1) / 4) / steps)
-    # Embedding and last layer send the one changed or read row of each sequence, the other sites half of the rows.
+    assert share(Policy("channels", "channels", refresh=4)) == pytest.approx(
+        (1 + (steps - 1) / 4) / steps
+    )
+    # Embedding and last layer send the one changed or read row of each sequence, the other sites
+    # half of the rows.
     later = (3 * 1 / L + (sites - 3) / 2) / sites
     drift = 4 / (2 * D) * (sites - 3) / sites
-    assert share(Policy("drift", rows=0.5)) == pytest.approx((1 + (steps - 1) * (later + drift)) / steps)
+    assert share(Policy("drift", rows=0.5)) == pytest.approx(
+        (1 + (steps - 1) * (later + drift)) / steps
+    )
     mass = drift / 2  # once a layer
     attention = share(Policy("mass", rule="attention", rows=0.5))
     assert attention == pytest.approx((1 + (steps - 1) * (later + mass)) / steps)
@@ -240,8 +277,14 @@ def test_compiled_program_sends_what_the_count_says() -> None:
         return forward(arm.model, params, z, cache, policy, 1, Step(changed, read, jnp.int32(1)))[0]
 
     flags = jnp.zeros((8, L), bool)
-    program = jax.jit(shard_map(f, mesh, (arm.program.layout.specs, *[P()] * 3), P(None, None, "tp")))
-    text = program.lower(arm.trained.params, jnp.zeros((8, L), jnp.int32), flags, flags).compile().as_text()
+    program = jax.jit(
+        shard_map(f, mesh, (arm.program.layout.specs, *[P()] * 3), P(None, None, "tp"))
+    )
+    text = (
+        program.lower(arm.trained.params, jnp.zeros((8, L), jnp.int32), flags, flags)
+        .compile()
+        .as_text()
+    )
     sent = sum(wire for _, _, wire in hlo.summary(hlo.collectives(text, dict(mesh.shape))).values())
     rows, D, layers = 8 * L, 32, 3
     all_reduce = lambda n, width: 2 * 7 / 8 * 4 * n * width
@@ -252,13 +295,16 @@ def test_compiled_program_sends_what_the_count_says() -> None:
 
 @pytest.mark.fast
 def test_sequence_parallelism_sends_the_same_bytes() -> None:
-    # Half an all-reduce after the embedding, a whole one around each sublayer, half of one before the head.
+    # Half an all-reduce after the embedding, a whole one around each sublayer, half of one before
+    # the head.
     assert pareto.sequence_parallel_share(an_arm()) == pytest.approx(1)
 
 
 @pytest.mark.fast
 def test_a_policy_that_cannot_hold_what_must_be_sent_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rows·B·L = 0.1·512 = 51 rows cannot hold .* 2·32: set rows=0.125"):
+    with pytest.raises(
+        ValueError, match=r"rows·B·L = 0.1·512 = 51 rows cannot hold .* 2·32: set rows=0.125"
+    ):
         capacities(Policy("few", rows=0.1), 4, 512, 4, 64)
     assert capacities(Policy("half", rows=0.5), 3, 512, 4, 64) == [32, 256, 256, 32]
     assert capacities(Policy("half", rows=0.5, lean=False), 3, 512, 4, 64) == [32, 256, 256, 256]
@@ -266,7 +312,8 @@ def test_a_policy_that_cannot_hold_what_must_be_sent_is_refused() -> None:
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    "wrong", [{"kind": "row"}, {"rule": "drfit"}, {"rows": 1.5}, {"kind": "channels"}, {"refresh": -1}]
+    "wrong",
+    [{"kind": "row"}, {"rule": "drfit"}, {"rows": 1.5}, {"kind": "channels"}, {"refresh": -1}],
 )
 def test_a_policy_of_unknown_words_or_impossible_numbers_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="policy 'p'"):
@@ -282,15 +329,20 @@ def test_unknown_policy_names_and_uneven_steps_are_refused() -> None:
         pareto.sampler(an_arm(), make_mesh(dict.fromkeys(AXES, 1)), Policy("exact", "exact"), 3)
 
 
-# T1.5: ids on the wire ------------------------------------------------------------------------------------------------
+# T1.5: ids on the wire
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_token_and_confidence_do_not_depend_on_the_shards(tp: int) -> None:
-    logits = suppress(jnp.asarray(np.random.default_rng(0).normal(0, 2, (4, 64, 32)), jnp.float32), 30)
+    logits = suppress(
+        jnp.asarray(np.random.default_rng(0).normal(0, 2, (4, 64, 32)), jnp.float32), 30
+    )
     keys = position_keys(jax.random.key(5), jnp.arange(4), 0, jnp.arange(64))
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": tp})
-    token, sure = shard_map(categorical_confidence, mesh, (P(), P(None, None, "tp")), (P(), P()))(keys, logits)
+    token, sure = shard_map(categorical_confidence, mesh, (P(), P(None, None, "tp")), (P(), P()))(
+        keys, logits
+    )
     np.testing.assert_array_equal(token, categorical(keys, logits))
     np.testing.assert_allclose(sure, jax.nn.softmax(logits).max(-1), rtol=1e-6)
 
@@ -312,7 +364,8 @@ def test_sampling_sends_a_thousandth_of_the_logits() -> None:
     assert found.gather == 3 / 4 * 4 * checks.ROWS * checks.V_WIDE
 
 
-# Estimators and int8 --------------------------------------------------------------------------------------------------
+# Estimators and int8
+# --------------------------------------------------------------------------------------------------
 
 
 def test_scatter_tells_the_estimators_apart() -> None:
@@ -320,10 +373,14 @@ def test_scatter_tells_the_estimators_apart() -> None:
     arm.place = lambda x: jax.device_put(x, tokens_sharding(arm.mesh))
     arm.data = types.SimpleNamespace(val=_Windows())
     found = estimators.scatter(arm, 40)
-    assert {name: x.shape for name, x in found.losses.items()} == dict.fromkeys(estimators.ESTIMATORS, (40,))
+    assert {name: x.shape for name, x in found.losses.items()} == dict.fromkeys(
+        estimators.ESTIMATORS, (40,)
+    )
     assert found.variance(estimators.BASELINE) > 2 * found.variance(estimators.METHOD)
     assert abs(estimators.z_score([found])) < 4
-    biased = estimators.Scatter(found.losses | {estimators.METHOD: 1.5 * found.losses[estimators.METHOD]})
+    biased = estimators.Scatter(
+        found.losses | {estimators.METHOD: 1.5 * found.losses[estimators.METHOD]}
+    )
     assert abs(estimators.z_score([biased])) > 4
     with pytest.raises(ValueError, match=r"eval.draws = 1 draws have no variance"):
         estimators.scatter(arm, 1)
@@ -349,18 +406,24 @@ def test_int8_sum_is_near_and_sends_a_quarter(tp: int) -> None:
     run = jax.jit(shard_map(lambda a: int8_psum(a[0], "tp")[None], mesh, P("tp"), P("tp")))
     summed = np.asarray(run(x))
     exact = x.sum(0)
-    np.testing.assert_array_equal(summed, np.broadcast_to(summed[:1], summed.shape))  # all devices hold the same sum
+    np.testing.assert_array_equal(
+        summed, np.broadcast_to(summed[:1], summed.shape)
+    )  # all devices hold the same sum
     assert np.abs(summed[0] - exact).max() <= (tp + 1) / 2 * 1.02 * np.abs(x).sum(0).max() / 127
     assert np.abs(summed[0] - exact).max() > 0
     assert not summed[0, 0].any()
     text = run.lower(x).compile().as_text()
-    sent = sum(x.wire_bytes * x.count for x in hlo.collectives(text, dict(mesh.shape)) if x.dtype == "s8")
+    sent = sum(
+        x.wire_bytes * x.count for x in hlo.collectives(text, dict(mesh.shape)) if x.dtype == "s8"
+    )
     assert sent == 2 * (tp - 1) / tp * 6 * 64
 
 
 @pytest.mark.fast
 def test_int8_never_clips_and_refuses_uneven_chunks() -> None:
-    x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (1000, 8)) * 10.0 ** np.arange(-4, 4), jnp.float32)
+    x = jnp.asarray(
+        np.random.default_rng(0).normal(0, 1, (1000, 8)) * 10.0 ** np.arange(-4, 4), jnp.float32
+    )
     q, scale = quantise(x)
     assert (np.abs(np.asarray(x)).max(1) <= 127.001 * np.asarray(scale, np.float32)).all()
     assert np.abs(np.asarray(q)).max() <= 127

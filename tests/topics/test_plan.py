@@ -1,4 +1,6 @@
-"""The planner: its space by brute force, its columns and bytes against the cost model, ranking, errors, relaxation."""
+"""The planner: its space by brute force, its columns and bytes against the cost model, ranking,
+errors, relaxation.
+"""
 
 import dataclasses
 import itertools
@@ -19,7 +21,15 @@ from fdp.topics.parallelism_search import relax as relaxation
 pytestmark = pytest.mark.fast
 
 SMALL = replace(
-    architecture("llama3-8b"), name="small", layers=6, heads=8, kv_heads=2, head_dim=64, width=512, ffn=1024, vocab=4096
+    architecture("llama3-8b"),
+    name="small",
+    layers=6,
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    width=512,
+    ffn=1024,
+    vocab=4096,
 )
 EXPERTS = replace(SMALL, name="experts", experts=8, topk=2, moe_ffn=512, first_dense=2)
 DEEP = replace(SMALL, name="deep", layers=32)
@@ -32,7 +42,11 @@ def model():
 
 
 def job_of(name_or_architecture, text, batch=1024, seq=4096, precision="bf16"):
-    a = architecture(name_or_architecture) if isinstance(name_or_architecture, str) else name_or_architecture
+    a = (
+        architecture(name_or_architecture)
+        if isinstance(name_or_architecture, str)
+        else name_or_architecture
+    )
     here = cluster(text)
     return planner.job_on(a, here, batch, seq, precision), here
 
@@ -51,12 +65,20 @@ def by_loops(a, chips, batch, seq):
     found = set()
     sides = range(1, chips + 1)
     for tp, pp, cp, ep in itertools.product(sides, sides, sides, range(1, max(a.experts, 1) + 1)):
-        if chips % (tp * pp * cp) or a.heads % tp or seq % (cp * tp) or (cp > 1 and seq / cp < 256) or pp > a.layers:
+        if (
+            chips % (tp * pp * cp)
+            or a.heads % tp
+            or seq % (cp * tp)
+            or (cp > 1 and seq / cp < 256)
+            or pp > a.layers
+        ):
             continue
         dp = chips // (tp * pp * cp)
         if max(a.experts, 1) % ep or (dp * cp * tp) % ep:
             continue
-        for microbatch, virtual in itertools.product((1, 2, 4, 8, 16, 32), range(1, min(a.layers, 12) + 1)):
+        for microbatch, virtual in itertools.product(
+            (1, 2, 4, 8, 16, 32), range(1, min(a.layers, 12) + 1)
+        ):
             if batch % (dp * microbatch):
                 continue
             m = batch // (dp * microbatch)
@@ -69,7 +91,8 @@ def by_loops(a, chips, batch, seq):
 
 
 @pytest.mark.parametrize(
-    ("a", "chips", "batch", "seq"), [(SMALL, 12, 24, 1024), (EXPERTS, 8, 16, 512), (SMALL, 1, 3, 7), (DEEP, 2, 4, 64)]
+    ("a", "chips", "batch", "seq"),
+    [(SMALL, 12, 24, 1024), (EXPERTS, 8, 16, 512), (SMALL, 1, 3, 7), (DEEP, 2, 4, 64)],
 )
 def test_space_is_what_the_rules_allow_and_nothing_twice(a, chips, batch, seq):
     points = tuples(planner.space(a, chips, batch, seq))
@@ -102,22 +125,30 @@ def test_columns_and_prices_are_those_of_real_jobs(model, name, precision):
     expected, got = workload.columns(jobs), planner.columns_of(job, sample)
     assert list(expected) == list(got)
     for key in expected:
-        assert expected[key].dtype == got[key].dtype and np.array_equal(expected[key], got[key]), key
+        assert expected[key].dtype == got[key].dtype and np.array_equal(expected[key], got[key]), (
+            key
+        )
     whole, real = planner.price(model, job, points), hybrid.predict(model, expected)
     assert whole.time.shape == (planner.size_of(points),)  # several padded chunks
     for key in ("time", "low", "high", "memory", "feasible"):
-        np.testing.assert_allclose(getattr(whole, key)[index], getattr(real, key), rtol=2e-5, atol=1e-12)
+        np.testing.assert_allclose(
+            getattr(whole, key)[index], getattr(real, key), rtol=2e-5, atol=1e-12
+        )
 
 
 ALONE = {  # nothing overlaps, no latency, links at their peak
-    **dict.fromkeys(("overlap_tp", "overlap_dp", "overlap_ep", "overlap_cp", "alpha_up", "alpha_out"), 0.0),
+    **dict.fromkeys(
+        ("overlap_tp", "overlap_dp", "overlap_ep", "overlap_cp", "alpha_up", "alpha_out"), 0.0
+    ),
     **dict.fromkeys(("congestion", "bubble", "stage", "balanced"), 0.0),
     **dict.fromkeys(("link_up", "link_out", "exposed_pp", "exposed_gather", "uneven"), 1.0),
-}  # fmt: skip
+}
 
 
 def test_bytes_by_axis_are_those_that_the_step_time_prices(model):
-    """On one network of one speed, without overlap, a term's seconds times the bandwidth are its bytes."""
+    """On one network of one speed, without overlap, a term's seconds times the bandwidth are its
+    bytes.
+    """
     a = replace(EXPERTS, layers=8, first_dense=0, vocab=32768)
     job, _ = job_of(a, "h100:8x8", 64, 1024)
     job = dataclasses.replace(job, domain=10**6)
@@ -131,7 +162,9 @@ def test_bytes_by_axis_are_those_that_the_step_time_prices(model):
         )
         terms = {n: np.asarray(v) for n, v in terms.items()}
         moved = planner.traffic(x)
-    fill = (x["microbatches"] + x["pp"] - 1) / x["microbatches"]  # transfers of the pipeline's fill are waited for too
+    fill = (x["microbatches"] + x["pp"] - 1) / x[
+        "microbatches"
+    ]  # transfers of the pipeline's fill are waited for too
     for axis in planner.AXES:
         assert (moved[axis] > 0).any(), axis
         seconds = terms[axis] / (fill if axis == "pp" else 1.0)
@@ -150,30 +183,47 @@ def test_bytes_of_a_dense_plan_by_hand():
     moved = {k: float(v[0]) for k, v in planner.traffic(workload.columns([job])).items()}
     T, D, m, layers = 512, 512, 4, 3
     assert moved["tp"] == 6 * 2 * 3 / 4 * 2 * T * D * layers * m
-    assert moved["cp"] == 3 * (2 * 2 * T * 64) * layers * m  # two key/value heads on four ranks: one each, replicated
+    assert (
+        moved["cp"] == 3 * (2 * 2 * T * 64) * layers * m
+    )  # two key/value heads on four ranks: one each, replicated
     assert moved["pp"] == 2 * m * 2 * T * D / 4 and moved["ep"] == 0
-    held = layers * (sum(SMALL.attention_parameters()) + SMALL.ffn_parameters()) / 4 + SMALL.vocab * D / 4
-    assert moved["dp"] == pytest.approx(2 * 3 / 4 * held * 3)  # fp32 scatter, bf16 gather over dp·cp = 4
+    held = (
+        layers * (sum(SMALL.attention_parameters()) + SMALL.ffn_parameters()) / 4
+        + SMALL.vocab * D / 4
+    )
+    assert moved["dp"] == pytest.approx(
+        2 * 3 / 4 * held * 3
+    )  # fp32 scatter, bf16 gather over dp·cp = 4
 
 
 def test_bytes_of_experts_under_zero_3_by_hand():
     """Two of six layers are dense. Over ep = 4 of dp·tp = 8 ranks, an expert has two replicas."""
     plan = Plan(tp=2, dp=4, ep=4, microbatch=1, zero=3)
-    moved = {k: float(v[0]) for k, v in planner.traffic(workload.columns([Job(EXPERTS, plan, H100, 8, 1024)])).items()}
+    moved = {
+        k: float(v[0])
+        for k, v in planner.traffic(workload.columns([Job(EXPERTS, plan, H100, 8, 1024)])).items()
+    }
     T, D, m, layers, moe = 1024, 512, 2, 6, 4
-    # Sequence parallelism leaves tokens split, so that an expert layer has attention's two reductions only.
+    # Sequence parallelism leaves tokens split, so that an expert layer has attention's two
+    # reductions only.
     assert moved["tp"] == pytest.approx((4 * (layers - moe) + 2 * moe) * 2 * T * D * m)
     assert moved["ep"] == 4 * (2 * T / 2 * 2 * D) * 3 / 4 * moe * m
     experts = 8 / 4 * moe * 3 * D * 512
     embedding = EXPERTS.vocab * D / 2 * 2
-    plain = (layers * sum(EXPERTS.attention_parameters()) + (layers - moe) * 3 * D * EXPERTS.ffn) / 2
+    plain = (
+        layers * sum(EXPERTS.attention_parameters()) + (layers - moe) * 3 * D * EXPERTS.ffn
+    ) / 2
     # bfloat16 gathers forward and backward and a float32 scatter, in every microbatch.
-    assert moved["dp"] == pytest.approx((2 + 2 + 4) * m * ((plain + embedding) * 3 / 4 + experts / 2))
+    assert moved["dp"] == pytest.approx(
+        (2 + 2 + 4) * m * ((plain + embedding) * 3 / 4 + experts / 2)
+    )
 
 
 def test_what_leaves_the_domain_follows_the_rank_order():
     plan = Plan(tp=4, cp=4, dp=4, pp=2)
-    share = planner._leaving(workload.columns([Job(SMALL, plan, cluster("h100:1x8").chip, 8, 1024)]))
+    share = planner._leaving(
+        workload.columns([Job(SMALL, plan, cluster("h100:1x8").chip, 8, 1024)])
+    )
     got = {k: float(v[0]) for k, v in share.items()}
     assert got == {"tp": 0.0, "cp": 0.5, "ep": 0.0, "pp": 1.0, "dp": 0.5}
 
@@ -199,17 +249,24 @@ def test_energy_lies_between_idle_and_the_cap(llama):
 
 
 def test_work_of_all_chips_is_that_of_the_model_whatever_the_degrees(model):
-    """3 forward passes, half a pass of scores that fused attention redoes, and what is recomputed."""
+    """3 forward passes, half a pass of scores that fused attention redoes, and what is
+    recomputed.
+    """
     a = architecture("llama3-8b")
     scores, head = 2 * 32 * 4096 * 32 * 256 * 0.5, 2.0 * a.vocab * a.width
     extra = {"none": 0.0, "selective": scores, "full": a.forward_flops(4096) - head}
-    for degrees, (recompute, more) in itertools.product(({"dp": 8}, {"tp": 4, "pp": 2}, {"cp": 8}), extra.items()):
+    for degrees, (recompute, more) in itertools.product(
+        ({"dp": 8}, {"tp": 4, "pp": 2}, {"cp": 8}), extra.items()
+    ):
         job = Job(a, Plan(**degrees, recompute=recompute), cluster("h100:1x8").chip, 64, 4096)
         flops, hbm = planner._work(model, job, workload.columns([job]))
         expected = 64 * 4096 * (3 * a.forward_flops(4096) + 0.5 * scores + more)
         assert 8 * float(flops["linear"][0] + flops["rest"][0]) == pytest.approx(expected, rel=1e-9)
-        # At least the weights and Adam's state once, at most all of the step at the rate of the memory.
-        assert hbm[0] > (8 + 30) * a.parameters() / 8 / 8 and hbm[0] / 3.35e12 < expected / 8 / 989e12
+        # At least the weights and Adam's state once, at most all of the step at the rate of the
+        # memory.
+        assert (
+            hbm[0] > (8 + 30) * a.parameters() / 8 / 8 and hbm[0] / 3.35e12 < expected / 8 / 989e12
+        )
         _, whole = planner._work(model, job, workload.columns([workload.with_plan(job, zero=0)]))
         held = float(sum(step_time.local_parameters(workload.columns([job])))[0])
         ranks = job.plan.dp * job.plan.cp
@@ -235,8 +292,13 @@ def test_reasons_add_up_to_the_distance(llama):
 
 def test_reason_names_the_largest_difference_first():
     base = dict.fromkeys((*hybrid.BOTTLENECKS, "correction"), 0.0)
-    text = planner.why(base | {"compute": 100.0, "pp": 12.0, "tp": 0.0}, base | {"compute": 97.0, "tp": 3.0})
-    assert text == "+12 % pipeline bubble and transfers, +3 % compute, −3 % tensor-parallel communication"
+    text = planner.why(
+        base | {"compute": 100.0, "pp": 12.0, "tp": 0.0}, base | {"compute": 97.0, "tp": 3.0}
+    )
+    assert (
+        text
+        == "+12 % pipeline bubble and transfers, +3 % compute, −3 % tensor-parallel communication"
+    )
     assert planner.why(base | {"compute": 1.0}, base | {"compute": 1.0}) == ""
 
 
@@ -256,7 +318,10 @@ def test_a_mixed_cluster_is_priced_with_its_weakest(model):
     # The slowest chip is the A100 of 80 GiB, the smallest memory that of the L40S.
     weak = planner.weakest(cluster("a100:1x8+l40s:1x8"))
     assert weak.name == "a100" and weak.hbm_bytes == 45 * 2**30 and weak.peak_fp8_flops is None
-    assert planner.domain_of(cluster("h100:8x4")) == 4 and planner.domain_of(cluster("gb200:4x72")) == 72
+    assert (
+        planner.domain_of(cluster("h100:8x4")) == 4
+        and planner.domain_of(cluster("gb200:4x72")) == 72
+    )
 
 
 def test_energy_of_a_mixed_cluster_is_the_sum_of_its_groups(model):
@@ -280,7 +345,9 @@ def test_experts_are_ranked_with_expert_parallelism(model):
     assert names["PLAN"] == dataclasses.asdict(ranking.plans[0].plan)
 
 
-@pytest.mark.parametrize(("name", "where"), [("llama3-70b", "h100:32x8"), ("llama3-8b", "v5p:4x4x4")])
+@pytest.mark.parametrize(
+    ("name", "where"), [("llama3-70b", "h100:32x8"), ("llama3-8b", "v5p:4x4x4")]
+)
 def test_fragment_is_a_valid_config_with_the_mesh_of_the_plan(model, tmp_path, name, where):
     ranking = planner.rank(model, *job_of(name, where))
     path = tmp_path / "planned.py"
@@ -292,15 +359,24 @@ def test_fragment_is_a_valid_config_with_the_mesh_of_the_plan(model, tmp_path, n
     assert dict(c.mesh) == {"pp": 1, "dp": plan.dp, "ep": 1, "cp": plan.cp, "tp": plan.tp}
     assert (c.train.batch, c.train.zero, c.model.remat) == (1024, plan.zero, plan.recompute)
     assert c.train.batch // (c.train.microbatches * plan.dp) == plan.microbatch
-    assert c.model.sequence_parallel == (plan.tp > 1) and c.hardware.topology == where and c.data.seq_len == 4096
+    assert (
+        c.model.sequence_parallel == (plan.tp > 1)
+        and c.hardware.topology == where
+        and c.data.seq_len == 4096
+    )
     assert {k: c.model[k] for k in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")} == {
-        k: getattr(architecture(name), k) for k in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")
+        k: getattr(architecture(name), k)
+        for k in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")
     }
 
 
-@pytest.mark.parametrize("changes", [{"kv_heads": 2}, {"ffn": 1028}, {"width": 516}, {"vocab": 4100}])
+@pytest.mark.parametrize(
+    "changes", [{"kv_heads": 2}, {"ffn": 1028}, {"width": 516}, {"vocab": 4100}]
+)
 def test_fragment_takes_no_plan_that_validation_refuses(changes):
-    """Every plan called trainable passes; every other one without pipeline is refused or recomputes selectively."""
+    """Every plan called trainable passes; every other one without pipeline is refused or recomputes
+    selectively.
+    """
     a = replace(SMALL, **{"kv_heads": 8} | changes)
     job, here = job_of(a, "h100:1x8", 16, 1024)
     points = planner.space(a, 8, 16, 1024)
@@ -325,7 +401,10 @@ def test_fragment_takes_no_plan_that_validation_refuses(changes):
 
 def test_table_tells_plans_and_reasons(llama):
     text = planner.describe(llama)
-    assert "llama3-70b on h100:32x8: 256 chips" in text and planner.name_of(llama.plans[0].plan) in text
+    assert (
+        "llama3-70b on h100:32x8: 256 chips" in text
+        and planner.name_of(llama.plans[0].plan) in text
+    )
     assert text.rstrip().splitlines()[-1].startswith("10  ") and " 1  fastest" in text
     assert "simulated: cost model fitted on published runs" in text and "extrapolation" not in text
 
@@ -336,7 +415,9 @@ def test_a_plan_for_a_tpu_says_that_none_was_fitted(model):
 
 
 def test_a_plan_to_train_keeps_room_for_what_the_compiler_adds(model):
-    """Priced without fused attention, and the fastest of those that fit 1.5 times their footprint."""
+    """Priced without fused attention, and the fastest of those that fit 1.5 times their
+    footprint.
+    """
     job, here = job_of("llama3-8b", "h100:2x8", 64)
     own = planner.rank(model, job, here).trainable
     points = planner.space(job.architecture, 16, 64, 4096)
@@ -367,11 +448,14 @@ def test_too_long_a_sequence_is_halved_until_it_fits(model):
 
 def test_an_indivisible_batch_names_the_nearest_batch_and_chips(model):
     with pytest.raises(
-        fdp_config.UserError, match=r"none divides the batch 1024: set plan.batch=1143 or use 124 chips"
+        fdp_config.UserError,
+        match=r"none divides the batch 1024: set plan.batch=1143 or use 124 chips",
     ):
         planner.rank(model, *job_of("llama3-8b", "h100:1x127"))
     a = architecture("llama3-8b")
-    assert planner.size_of(planner.space(a, 127, 1143, 4096)) and planner.size_of(planner.space(a, 124, 1024, 4096))
+    assert planner.size_of(planner.space(a, 127, 1143, 4096)) and planner.size_of(
+        planner.space(a, 124, 1024, 4096)
+    )
     for chips, batch in ((125, 1024), (126, 1024), (127, 1142)):
         assert not planner.size_of(planner.space(a, chips, batch, 4096))
 
@@ -419,8 +503,16 @@ def interior(n, seed=0):
     rng = np.random.default_rng(seed)
     chip = cluster("h100:1x8").chip
     names = ["llama3-8b", "llama3-70b", "mixtral-8x7b", "gpt3-175b"]
-    plans = [Plan(tp=2, dp=2, microbatch=int(2 ** rng.integers(0, 3)), zero=int(rng.choice([0, 1, 3])),
-                  recompute=str(rng.choice(RECOMPUTE))) for _ in range(n)]  # fmt: skip
+    plans = [
+        Plan(
+            tp=2,
+            dp=2,
+            microbatch=int(2 ** rng.integers(0, 3)),
+            zero=int(rng.choice([0, 1, 3])),
+            recompute=str(rng.choice(RECOMPUTE)),
+        )
+        for _ in range(n)
+    ]
     jobs = [Job(architecture(names[i % 4]), p, chip, 1024, 4096) for i, p in enumerate(plans)]
     return workload.columns(jobs), rng.uniform(0.2, 3.8, (n, 4))
 
@@ -429,7 +521,9 @@ def test_gradients_are_those_of_finite_differences(model):
     with jax.enable_x64(True):
         x, log2_NxD = interior(200)
         value = jax.jit(lambda d: relaxation.log_time(model, x, d))
-        gradient = np.asarray(jax.jit(jax.grad(lambda d: relaxation.log_time(model, x, d).sum()))(log2_NxD))
+        gradient = np.asarray(
+            jax.jit(jax.grad(lambda d: relaxation.log_time(model, x, d).sum()))(log2_NxD)
+        )
         assert gradient.dtype == np.float64
         for i in range(4):
             h = 1e-5 * np.eye(4)[i]
@@ -439,10 +533,14 @@ def test_gradients_are_those_of_finite_differences(model):
 
 
 def test_relaxed_time_is_the_exact_one_where_stages_are_equal(model):
-    """80 layers make 8 equal stages; of 3 stages the relaxation holds 26⅔ each, the slowest has 27 in truth."""
+    """80 layers make 8 equal stages; of 3 stages the relaxation holds 26⅔ each, the slowest has 27
+    in truth.
+    """
     job, _ = job_of("llama3-70b", "h100:32x8")
     plans = [Plan(tp=4, pp=8, dp=4, cp=2), Plan(tp=8, pp=3)]
-    points = {k: np.array([0 if k == "recompute" else getattr(p, k) for p in plans]) for k in planner.KEYS}
+    points = {
+        k: np.array([0 if k == "recompute" else getattr(p, k) for p in plans]) for k in planner.KEYS
+    }
     exact = planner.price(model, job, points).analytic
     degrees = np.log2([[getattr(p, k) for k in relaxation.DEGREES] for p in plans])
     x = planner.columns_of(job, points)
@@ -458,12 +556,16 @@ def test_rounding_keeps_a_plan_that_is_one_already():
         assert relaxation._nearest(points, plan, degrees + 0.01) == i
 
 
-@pytest.mark.parametrize("key", ["scale_up_bandwidth", "scale_out_bandwidth", "hbm_bandwidth", "peak_bf16_flops"])
+@pytest.mark.parametrize(
+    "key", ["scale_up_bandwidth", "scale_out_bandwidth", "hbm_bandwidth", "peak_bf16_flops"]
+)
 def test_faster_hardware_is_never_slower(model, key):
     job, here = job_of("mixtral-8x7b", "h100:8x8", 128)
     points = planner.space(job.architecture, here.size, 128, 4096)
     points = {k: v[::37] for k, v in points.items()}
-    better = dataclasses.replace(job, chip=dataclasses.replace(job.chip, **{key: 2 * getattr(job.chip, key)}))
+    better = dataclasses.replace(
+        job, chip=dataclasses.replace(job.chip, **{key: 2 * getattr(job.chip, key)})
+    )
     before, after = (planner.price(model, j, points).analytic for j in (job, better))
     assert (after <= before * (1 + 1e-5)).all() and (after < before * 0.999).any()
 
@@ -494,7 +596,9 @@ def test_relaxation_does_not_beat_the_ranking(model, llama):
     index = np.random.default_rng(0).integers(0, planner.size_of(points), 16)
     starts = [planner.plan_at(points, i) for i in index]
     found = relaxation.relax(model, llama.job, starts, steps=100)
-    assert found.best == llama.plans[0].time and found.gap >= 0 and (found.time_N >= found.best).all()
+    assert (
+        found.best == llama.plans[0].time and found.gap >= 0 and (found.time_N >= found.best).all()
+    )
     allowed = set(tuples(points))
     for plan in found.plans:
         values = vars(plan) | {"recompute": RECOMPUTE.index(plan.recompute)}

@@ -1,4 +1,6 @@
-"""The command that prices a file: rows in and out, what it must ignore, anchors, and every kind of bad input."""
+"""The command that prices a file: rows in and out, what it must ignore, anchors, and every kind of
+bad input.
+"""
 
 import csv
 import dataclasses
@@ -19,11 +21,31 @@ from fdp.topics.parallelism_search.predict import ADDED, MEASURED, main, predict
 pytestmark = pytest.mark.fast
 
 ROW = {
-    "id": "x1", "model": "llama3-8b", "gpu": "h100", "gpus": "64", "seq": "8192", "gbs": "128", "mbs": "1",
-    "tp": "2", "pp": "1", "cp": "1", "dp": "32", "zero_stage": "1", "precision": "bf16", "group": "mine",
-    "framework": "own", "era": "2027",
-}  # fmt: skip
-SHAPES = {"layers": "40", "hidden": "5120", "heads": "40", "kv_heads": "8", "ffn": "17408", "vocab": "151936"}
+    "id": "x1",
+    "model": "llama3-8b",
+    "gpu": "h100",
+    "gpus": "64",
+    "seq": "8192",
+    "gbs": "128",
+    "mbs": "1",
+    "tp": "2",
+    "pp": "1",
+    "cp": "1",
+    "dp": "32",
+    "zero_stage": "1",
+    "precision": "bf16",
+    "group": "mine",
+    "framework": "own",
+    "era": "2027",
+}
+SHAPES = {
+    "layers": "40",
+    "hidden": "5120",
+    "heads": "40",
+    "kv_heads": "8",
+    "ffn": "17408",
+    "vocab": "151936",
+}
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "planning" / "measured_configs.csv"
 
 
@@ -62,7 +84,10 @@ def seconds(row, **changes):
 
 
 def test_rows_keep_order_and_columns(tmp_path):
-    rows = [ROW | {"id": str(i), "note": 'a, "b"', "gpu": "h1oo" if i == 1 else "h100"} for i in range(3)]
+    rows = [
+        ROW | {"id": str(i), "note": 'a, "b"', "gpu": "h1oo" if i == 1 else "h100"}
+        for i in range(3)
+    ]
     out = run(tmp_path, rows)
     assert [row["id"] for row in out] == ["0", "1", "2"] and list(out[0]) == [*rows[0], *ADDED]
     assert [{k: row[k] for k in rows[0]} for row in out] == rows
@@ -79,12 +104,19 @@ def test_numbers_are_those_of_the_cost_model(model):
     assert float(row["high_mem_gb"]) == pytest.approx(p.memory_high[0] / 1e9, rel=1e-5)
     assert p.memory_high[0] > p.memory[0]
     assert float(row["low_step_time_s"]) < t < float(row["high_step_time_s"])
-    assert 0 <= float(row["feasible"]) <= 1 and row["bottleneck"] in hybrid.BOTTLENECKS.values() and not row["reason"]
+    assert (
+        0 <= float(row["feasible"]) <= 1
+        and row["bottleneck"] in hybrid.BOTTLENECKS.values()
+        and not row["reason"]
+    )
 
 
 @pytest.mark.parametrize("answer", ["0.001", "1e9", "nan", "-3", "fast"])
 def test_measured_columns_of_the_configurations_are_never_read(answer):
-    assert one(ROW | dict.fromkeys(MEASURED, answer))["predicted_step_time_s"] == one(ROW)["predicted_step_time_s"]
+    assert (
+        one(ROW | dict.fromkeys(MEASURED, answer))["predicted_step_time_s"]
+        == one(ROW)["predicted_step_time_s"]
+    )
 
 
 def test_predictions_can_be_priced_again(tmp_path):
@@ -94,7 +126,9 @@ def test_predictions_can_be_priced_again(tmp_path):
     assert header.split(",") == [*ROW, *ADDED]
 
 
-@pytest.mark.parametrize("changes", [{"tp": "2.0", "gbs": "128.0"}, {"dp": ""}, {"cp": " 1 "}, {"gpus": ""}])
+@pytest.mark.parametrize(
+    "changes", [{"tp": "2.0", "gbs": "128.0"}, {"dp": ""}, {"cp": " 1 "}, {"gpus": ""}]
+)
 def test_equal_spellings_cost_the_same(changes):
     assert seconds(changes) == seconds({})
 
@@ -114,7 +148,9 @@ def test_a_release_not_seen_costs_what_its_family_does(model):
     known = {"group": group, "framework": framework}
     # No effect of its own release, that of the family all the same.
     assert seconds(known, era="2031") == seconds(known, era="2032")
-    without = dataclasses.replace(model, effects={k: v for k, v in model.effects.items() if "|family" not in k})
+    without = dataclasses.replace(
+        model, effects={k: v for k, v in model.effects.items() if "|family" not in k}
+    )
     row = ROW | known | {"era": "2031"}
     assert one(row)["predicted_step_time_s"] != one(row, model=without)["predicted_step_time_s"]
 
@@ -137,7 +173,9 @@ def test_blocks_change_nothing(model, monkeypatch):
     monkeypatch.setattr(command, "BLOCK", 2)
     for a, b in zip(whole, predict(rows, model), strict=True):
         assert a["id"] == b["id"]
-        assert float(a["predicted_step_time_s"]) == pytest.approx(float(b["predicted_step_time_s"]), rel=1e-4)
+        assert float(a["predicted_step_time_s"]) == pytest.approx(
+            float(b["predicted_step_time_s"]), rel=1e-4
+        )
 
 
 def test_the_documented_command(tmp_path, monkeypatch):
@@ -210,12 +248,17 @@ def test_an_anchor_on_a_row_sets_it_and_narrows_it(tmp_path):
     assert float(got["predicted_step_time_s"]) == pytest.approx(measured, rel=0.05)
     width = lambda row: float(row["high_step_time_s"]) / float(row["low_step_time_s"])
     assert width(got) < width(free)
-    assert float(far["predicted_step_time_s"]) == pytest.approx(float(one(other)["predicted_step_time_s"]), rel=1e-4)
+    assert float(far["predicted_step_time_s"]) == pytest.approx(
+        float(one(other)["predicted_step_time_s"]), rel=1e-4
+    )
 
 
 def test_tokens_per_second_and_memory_of_an_anchor_count(tmp_path):
     free = one(ROW)
-    rate, memory = 0.7 * float(free["predicted_tokens_s_gpu"]), 1.2 * float(free["predicted_mem_gb"])
+    rate, memory = (
+        0.7 * float(free["predicted_tokens_s_gpu"]),
+        1.2 * float(free["predicted_mem_gb"]),
+    )
     (got,) = run(tmp_path, [ROW], [ROW | {"tokens_s_gpu": str(rate), "mem_gb": str(memory)}])
     assert float(got["predicted_tokens_s_gpu"]) == pytest.approx(rate, rel=0.05)
     assert float(got["predicted_mem_gb"]) == pytest.approx(memory, rel=0.05)
@@ -225,14 +268,22 @@ def test_tokens_per_second_and_memory_of_an_anchor_count(tmp_path):
 def test_bad_anchors_are_rejected_counted_and_named(tmp_path, capsys):
     time = one(ROW)["predicted_step_time_s"]
     bad = [
-        {"step_time_s": "nan"}, {"step_time_s": "0"}, {"tokens_s_gpu": "-5"}, {"step_time_s": time, "mem_gb": "nan"},
-        {"step_time_s": ""}, {"step_time_s": time, "status": "oom"}, {"step_time_s": time, "gpu": "abacus"},
+        {"step_time_s": "nan"},
+        {"step_time_s": "0"},
+        {"tokens_s_gpu": "-5"},
+        {"step_time_s": time, "mem_gb": "nan"},
+        {"step_time_s": ""},
+        {"step_time_s": time, "status": "oom"},
+        {"step_time_s": time, "gpu": "abacus"},
         {"step_time_s": "quick"},
-    ]  # fmt: skip
+    ]
     (got,) = run(tmp_path, [ROW], [*(ROW | row for row in bad), ROW | {"step_time_s": time}])
     said = capsys.readouterr().err
     assert "anchors used 1, rejected 8" in said and said.count("warning: anchor rejected") == 8
-    assert "anchors.csv, row 2: column 'step_time_s': 'nan' is not a positive finite measurement" in said
+    assert (
+        "anchors.csv, row 2: column 'step_time_s': 'nan' is not a positive finite measurement"
+        in said
+    )
     assert "row 4: column 'tokens_s_gpu'" in said and "row 5: column 'mem_gb'" in said
     assert "row 6: columns 'step_time_s', 'tokens_s_gpu' and 'mem_gb' are empty" in said
     assert "row 7: column 'status': 'oom'" in said and "row 8: unknown chip" in said
@@ -246,7 +297,9 @@ def test_only_bad_anchors_change_nothing(tmp_path):
 def test_anchors_find_a_bias_on_published_runs(model):
     if not DATA.is_file():
         pytest.skip(f"no measured configurations at {DATA.parent}: the check needs published runs")
-    rows = [row for row in csv.DictReader(DATA.open(encoding="utf8")) if row["group"] == "vtrain_multi"]
+    rows = [
+        row for row in csv.DictReader(DATA.open(encoding="utf8")) if row["group"] == "vtrain_multi"
+    ]
     # A cost model that has forgotten chip, cluster and software is one that has not seen them.
     forgetful = dataclasses.replace(model, effects={})
     known, rejected = to_anchors(rows[::8])
@@ -254,8 +307,13 @@ def test_anchors_find_a_bias_on_published_runs(model):
 
     def error(anchors):
         out = predict(rows, forgetful, anchors)
-        return np.mean([abs(float(r["predicted_step_time_s"]) / float(r["step_time_s"]) - 1)
-                        for i, r in enumerate(out) if i % 8])  # fmt: skip
+        return np.mean(
+            [
+                abs(float(r["predicted_step_time_s"]) / float(r["step_time_s"]) - 1)
+                for i, r in enumerate(out)
+                if i % 8
+            ]
+        )
 
     assert error(known) < 0.8 * error(())
 
@@ -285,12 +343,18 @@ def test_missing_and_empty_files(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["gpu", "seq", "gbs"])
 def test_a_missing_column_is_named(tmp_path, capsys, name):
     row = {k: v for k, v in ROW.items() if k != name}
-    assert f"column '{name}' is missing" in mistake([write(tmp_path / "configs.csv", [row])], capsys)
+    assert f"column '{name}' is missing" in mistake(
+        [write(tmp_path / "configs.csv", [row])], capsys
+    )
 
 
 def test_more_cells_than_columns(tmp_path, capsys):
-    (tmp_path / "long.csv").write_text("model,gpu,seq,gbs\nllama3-8b,h100,8192,128\nllama3-8b,h100,8192,128,9\n")
-    assert "row 3: more cells than the header has columns" in mistake([str(tmp_path / "long.csv")], capsys)
+    (tmp_path / "long.csv").write_text(
+        "model,gpu,seq,gbs\nllama3-8b,h100,8192,128\nllama3-8b,h100,8192,128,9\n"
+    )
+    assert "row 3: more cells than the header has columns" in mistake(
+        [str(tmp_path / "long.csv")], capsys
+    )
 
 
 def test_fewer_cells_than_columns_are_empty(tmp_path):
@@ -314,9 +378,14 @@ def test_command_line_mistakes_are_one_line(capsys):
 
 
 def test_another_model_file(tmp_path, capsys, model):
-    slower = dataclasses.replace(model, effects=model.effects | {"scale|family": {"mine/own": float(np.log(2))}})
+    slower = dataclasses.replace(
+        model, effects=model.effects | {"scale|family": {"mine/own": float(np.log(2))}}
+    )
     (tmp_path / "mine.json").write_text(hybrid.to_json(slower))
-    (plain,), (scaled,) = run(tmp_path, [ROW]), run(tmp_path, [ROW], None, "--model-file", str(tmp_path / "mine.json"))
+    (plain,), (scaled,) = (
+        run(tmp_path, [ROW]),
+        run(tmp_path, [ROW], None, "--model-file", str(tmp_path / "mine.json")),
+    )
     assert float(scaled["predicted_step_time_s"]) > 1.5 * float(plain["predicted_step_time_s"])
     configs = write(tmp_path / "configs.csv", [ROW])
     capsys.readouterr()
@@ -327,4 +396,6 @@ def test_another_model_file(tmp_path, capsys, model):
         lacking = json.loads(hybrid.to_json(model))
         lacking[part].pop(name)
         (tmp_path / "bad.json").write_text(json.dumps(lacking))
-        assert f"lacks '{part}.{name}'" in mistake([configs, "--model-file", str(tmp_path / "bad.json")], capsys)
+        assert f"lacks '{part}.{name}'" in mistake(
+            [configs, "--model-file", str(tmp_path / "bad.json")], capsys
+        )

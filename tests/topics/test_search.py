@@ -1,4 +1,6 @@
-"""Search algorithms: what counts as an evaluation, the metrics, each algorithm, and the real playbook landscapes."""
+"""Search algorithms: what counts as an evaluation, the metrics, each algorithm, and the real
+playbook landscapes.
+"""
 
 import csv
 import itertools
@@ -21,7 +23,13 @@ from fdp.topics.parallelism_search.search import (
 
 pytestmark = pytest.mark.fast
 
-PLAYBOOK = Path(__file__).parents[2].parent / "shared" / "data" / "planning" / "ultrascale_playbook_runs.csv"
+PLAYBOOK = (
+    Path(__file__).parents[2].parent
+    / "shared"
+    / "data"
+    / "planning"
+    / "ultrascale_playbook_runs.csv"
+)
 NAMES = ["exhaustive", "random", "expert", "tpe", "cma_es", "evolution", "bayes", "bayes_flat"]
 STOCHASTIC = ["random", "tpe", "cma_es", "evolution", "bayes_flat"]
 PACKAGE = {"tpe": "optuna", "cma_es": "cmaes"}
@@ -29,12 +37,16 @@ PACKAGE = {"tpe": "optuna", "cma_es": "cmaes"}
 
 def algorithm(name):
     if name in PACKAGE:
-        pytest.importorskip(PACKAGE[name], reason=f"the baseline {name} needs the package {PACKAGE[name]}")
+        pytest.importorskip(
+            PACKAGE[name], reason=f"the baseline {name} needs the package {PACKAGE[name]}"
+        )
     return getattr(search, name)
 
 
 def synthetic(seed=0, gpus=16):
-    """36 plans of 16 devices, holes in the grid: smooth log time plus noise, plans that hold too much fail."""
+    """36 plans of 16 devices, holes in the grid: smooth log time plus noise, plans that hold too
+    much fail.
+    """
     rng = np.random.default_rng(seed)
     plans, times = [], []
     for tp, pp, mbs, zero in itertools.product((1, 2, 4), (1, 2, 4), (1, 2, 4), (0, 1)):
@@ -48,7 +60,9 @@ def synthetic(seed=0, gpus=16):
 
 
 def prior_of(landscape, sign=1.0, std=0.1):
-    """Knows every time (sign 1) or its opposite (-1), and which plans fail; a failed plan looks fast."""
+    """Knows every time (sign 1) or its opposite (-1), and which plans fail; a failed plan looks
+    fast.
+    """
     ok_N = np.isfinite(landscape.time_N)
     log_N = np.log(np.where(ok_N, landscape.time_N, 0.1 * landscape.best))
     return Prior(sign * log_N, np.full(len(log_N), std), np.where(ok_N, 0.95, 0.05))
@@ -56,21 +70,29 @@ def prior_of(landscape, sign=1.0, std=0.1):
 
 def playbook(model, nodes):
     if not PLAYBOOK.exists():
-        pytest.skip(f"the Ultra-Scale Playbook measurements are not here: {PLAYBOOK.name} in the shared data folder")
+        pytest.skip(
+            f"the Ultra-Scale Playbook measurements are not here: {PLAYBOOK.name} in the shared "
+            "data folder"
+        )
     plans, times = [], []
     for row in csv.DictReader(PLAYBOOK.open()):
         if (row["model"], row["nodes"]) == (model, str(nodes)) and row["batch_consistent"] == "1":
             plan = {"tp": row["tp"], "pp": row["pp"], "dp": row["dp"], "mbs": row["micro_batch"]}
             plans.append({k: int(v) for k, v in plan.items()} | {"zero": int(row["zero_stage"])})
             ok = row["status"] == "ok"
-            times.append(int(row["global_batch_seqs"]) * 4096 / float(row["tok_s"]) if ok else np.inf)
+            times.append(
+                int(row["global_batch_seqs"]) * 4096 / float(row["tok_s"]) if ok else np.inf
+            )
     return Landscape(f"{model} on {nodes} nodes", tuple(plans), np.array(times))
 
 
-SMALL = Landscape("small", tuple({"tp": 2**i} for i in range(5)), np.array([np.inf, 4.0, 2.0, 3.0, 2.05]))
+SMALL = Landscape(
+    "small", tuple({"tp": 2**i} for i in range(5)), np.array([np.inf, 4.0, 2.0, 3.0, 2.05])
+)
 
 
-# Driver and metrics ---------------------------------------------------------------------------------------------------
+# Driver and metrics
+# -------------------------------------------------------------------------------------------------
 
 
 def scripted(*indices):
@@ -85,7 +107,11 @@ def scripted(*indices):
 
 
 def test_the_referee_ends_a_search_that_is_close_enough():
-    first = next(s for s in range(20) if run(SMALL, search.random, s).order[0] != int(np.argmin(SMALL.time_N)))
+    first = next(
+        s
+        for s in range(20)
+        if run(SMALL, search.random, s).order[0] != int(np.argmin(SMALL.time_N))
+    )
     whole, short = run(SMALL, search.random, first), run(SMALL, search.random, first, within=0.0)
     best = int(np.argmin(SMALL.time_N))
     assert short.order == whole.order[: whole.order.index(best) + 1]
@@ -193,7 +219,8 @@ def test_a_prior_must_have_the_plans_of_the_landscape():
         run(SMALL, search.bayes, seed=0)
 
 
-# Every algorithm ------------------------------------------------------------------------------------------------------
+# Every algorithm
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,14 +228,18 @@ def test_every_plan_is_measured_exactly_once_if_the_budget_allows(name):
     landscape = synthetic()
     trace = run(landscape, algorithm(name), seed=3, prior=prior_of(landscape))
     assert sorted(trace.order) == list(range(len(landscape.plans)))
-    assert trace.regret_E[-1] == 0 and (np.diff(trace.regret_E[np.isfinite(trace.regret_E)]) <= 0).all()
+    assert (
+        trace.regret_E[-1] == 0
+        and (np.diff(trace.regret_E[np.isfinite(trace.regret_E)]) <= 0).all()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_are_reproducible(name):
     landscape = synthetic()
     first, again, other = (
-        run(landscape, algorithm(name), seed, prior_of(landscape), budget=16).order for seed in (1, 1, 2)
+        run(landscape, algorithm(name), seed, prior_of(landscape), budget=16).order
+        for seed in (1, 1, 2)
     )
     assert first == again
     if name != "bayes":  # only its ties are random
@@ -220,23 +251,32 @@ def test_seeds_are_reproducible(name):
 def test_landscapes_with_a_single_key_or_plan(name, count):
     plans = tuple({"tp": 2**i, "pp": 1} for i in range(count))
     landscape = Landscape("line", plans, np.arange(count, 0, -1.0))
-    assert sorted(run(landscape, algorithm(name), 0, prior_of(landscape)).order) == list(range(count))
+    assert sorted(run(landscape, algorithm(name), 0, prior_of(landscape)).order) == list(
+        range(count)
+    )
 
 
 @pytest.mark.parametrize("name", ["tpe", "cma_es", "evolution", "bayes", "bayes_flat"])
 def test_only_measured_times_are_known(name):
-    """Times of plans not measured yet change nothing: the same order up to the first plan that differs."""
+    """Times of plans not measured yet change nothing: the same order up to the first plan that
+    differs.
+    """
     landscape = synthetic()
     prior = prior_of(synthetic(seed=5))
     order = run(landscape, algorithm(name), 4, prior).order
     changed_N = landscape.time_N.copy()
     changed_N[list(order[14:])] = 7.0
-    assert run(Landscape("changed", landscape.plans, changed_N), algorithm(name), 4, prior).order[:15] == order[:15]
+    assert (
+        run(Landscape("changed", landscape.plans, changed_N), algorithm(name), 4, prior).order[:15]
+        == order[:15]
+    )
 
 
 @pytest.mark.parametrize("name", ["tpe", "evolution", "bayes_flat"])
 def test_learning_beats_chance_on_a_smooth_landscape(name):
-    """Where log time is nearly linear on the grid, fewer evaluations than random's exact expectation."""
+    """Where log time is nearly linear on the grid, fewer evaluations than random's exact
+    expectation.
+    """
     counts = []
     for seed in range(6):
         landscape = synthetic(seed)
@@ -255,13 +295,19 @@ def bowl(seed, size=15):
 
 
 def test_cma_es_keeps_what_it_learned_from_one_generation_to_the_next():
-    """113 evaluations by chance, about 100 with a restart after every generation, about 34 without."""
-    counts = [evaluations_to(run(bowl(s), algorithm("cma_es"), s).order, bowl(s), 0.0) for s in range(40)]
+    """113 evaluations by chance, about 100 with a restart after every generation, about 34
+    without.
+    """
+    counts = [
+        evaluations_to(run(bowl(s), algorithm("cma_es"), s).order, bowl(s), 0.0) for s in range(40)
+    ]
     assert np.mean(counts) < 60
 
 
 def test_evolution_mutates_the_best_of_the_ten_youngest():
-    """With samples as large as the population the parent is the best of the last ten, not the best of all."""
+    """With samples as large as the population the parent is the best of the last ten, not the best
+    of all.
+    """
     landscape = bowl(0)
     grid = search.Grid.of(landscape.plans)
 
@@ -296,7 +342,9 @@ def test_an_opposite_prior_costs_evaluations_but_is_overcome():
 
 
 def test_a_factor_that_all_predictions_are_off_by_does_not_mislead():
-    """One measurement tells that the cost model is 3x too slow; the second is the best plan of the others."""
+    """One measurement tells that the cost model is 3x too slow; the second is the best plan of the
+    others.
+    """
     landscape = synthetic()
     exact = prior_of(landscape)
     best = int(np.argmin(landscape.time_N))
@@ -306,16 +354,24 @@ def test_a_factor_that_all_predictions_are_off_by_does_not_mislead():
     assert evaluations_to(order, landscape, 0.0) <= 4
 
 
-# The parts ------------------------------------------------------------------------------------------------------------
+# The parts
+# -------------------------------------------------------------------------------------------------
 
 
 def test_grid_leaves_out_what_follows_and_what_is_constant():
-    plans = [{"tp": t, "dp": 8 // t, "mbs": m, "cp": 1, "zero": z} for t in (1, 2, 8) for m in (1, 3) for z in (0, 3)]
+    plans = [
+        {"tp": t, "dp": 8 // t, "mbs": m, "cp": 1, "zero": z}
+        for t in (1, 2, 8)
+        for m in (1, 3)
+        for z in (0, 3)
+    ]
     grid = search.Grid.of(plans)
     assert grid.keys == ("tp", "mbs", "zero")
     np.testing.assert_allclose(grid.log2_NxK[-1], [3, np.log2(3), 3])
     assert grid.level_NxK[-1].tolist() == [2, 1, 1]
-    assert search.Grid.of([{"tp": 1, "dp": 1}, {"tp": 1, "dp": 2}]).keys == ("dp",)  # a cluster that grows
+    assert search.Grid.of([{"tp": 1, "dp": 1}, {"tp": 1, "dp": 2}]).keys == (
+        "dp",
+    )  # a cluster that grows
     free_N = np.ones(12, bool)
     free_N[0] = False
     assert [plans[i] for i in grid.neighbours(0, free_N)] == [plans[1], plans[2], plans[4]]
@@ -324,9 +380,12 @@ def test_grid_leaves_out_what_follows_and_what_is_constant():
 
 
 def test_expert_follows_its_rules():
-    """Smallest tp·pp, tensor before pipeline, largest microbatch, low ZeRO; then neighbours of the best."""
+    """Smallest tp·pp, tensor before pipeline, largest microbatch, low ZeRO; then neighbours of the
+    best.
+    """
     plans = tuple(
-        {"tp": t, "pp": p, "mbs": m, "zero": z} for t, p, m, z in itertools.product((1, 2, 16), (1, 2), (1, 2), (0, 1))
+        {"tp": t, "pp": p, "mbs": m, "zero": z}
+        for t, p, m, z in itertools.product((1, 2, 16), (1, 2), (1, 2), (0, 1))
     )
     index = {tuple(plan.values()): i for i, plan in enumerate(plans)}
     times = np.full(len(plans), 5.0)
@@ -334,16 +393,28 @@ def test_expert_follows_its_rules():
         if plan[0] * plan[1] == 1:
             times[i] = np.inf  # tp·pp = 1 does not fit
     times[index[2, 1, 1, 0]] = 3.0
-    order = [tuple(plans[i].values()) for i in run(Landscape("x", plans, times), search.expert, 0).order]
-    assert order[:4] == [(1, 1, 2, 0), (1, 1, 2, 1), (1, 1, 1, 0), (1, 1, 1, 1)]  # down in memory until
+    order = [
+        tuple(plans[i].values()) for i in run(Landscape("x", plans, times), search.expert, 0).order
+    ]
+    assert order[:4] == [
+        (1, 1, 2, 0),
+        (1, 1, 2, 1),
+        (1, 1, 1, 0),
+        (1, 1, 1, 1),
+    ]  # down in memory until
     assert order[4] == (2, 1, 2, 0)  # tp before pp, and it fits
-    assert set(order[5:7]) == {(2, 1, 1, 0), (2, 1, 2, 1)}  # neighbours that do not leave the node come first
+    assert set(order[5:7]) == {
+        (2, 1, 1, 0),
+        (2, 1, 2, 1),
+    }  # neighbours that do not leave the node come first
     assert order.index((2, 1, 1, 1)) < order.index((16, 2, 1, 1))
 
 
 def test_expert_stays_in_the_node_before_anything_else():
     plans = tuple({"tp": t, "pp": p} for t, p in [(16, 1), (8, 4), (8, 2), (2, 4), (4, 2)])
-    order = run(Landscape("x", plans, np.array([1.0, np.inf, np.inf, np.inf, np.inf])), search.expert, 0).order
+    order = run(
+        Landscape("x", plans, np.array([1.0, np.inf, np.inf, np.inf, np.inf])), search.expert, 0
+    ).order
     assert order == (4, 3, 2, 1, 0)
 
 
@@ -353,16 +424,24 @@ def test_expert_skips_what_needs_more_memory_than_a_failure_and_what_is_predicte
     prior = Prior(np.zeros(6), np.ones(6), np.array([0, 0, 1, 0, 1, 0.0]))
     order = run(landscape, search.expert, 0, prior).order
     assert order[:2] == (2, 4)  # the smallest predicted to fit fails: the next one that is
-    assert order[2] == 5 and set(order[3:]) == {0, 1, 3}  # known from the failure of (2, 1) not to fit: last
+    assert order[2] == 5 and set(order[3:]) == {
+        0,
+        1,
+        3,
+    }  # known from the failure of (2, 1) not to fit: last
 
 
 def test_posterior_without_data_is_the_prior_and_at_the_data_the_data():
     grid = search.Grid.of([{"tp": 2**i} for i in range(6)])
     mean_N, std_N = np.arange(6.0), np.full(6, 0.3)
     none = np.array([], int)
-    np.testing.assert_array_equal(search.posterior(grid.log2_NxK, mean_N, std_N, none, np.array([])), [mean_N, std_N])
+    np.testing.assert_array_equal(
+        search.posterior(grid.log2_NxK, mean_N, std_N, none, np.array([])), [mean_N, std_N]
+    )
     index_M = np.array([1, 4])
-    after_N, after_std_N = search.posterior(grid.log2_NxK, mean_N, std_N, index_M, mean_N[index_M] + [0.2, -0.2])
+    after_N, after_std_N = search.posterior(
+        grid.log2_NxK, mean_N, std_N, index_M, mean_N[index_M] + [0.2, -0.2]
+    )
     np.testing.assert_allclose(after_N[index_M], [1.2, 3.8], atol=0.01)
     assert (after_std_N[index_M] < 0.02).all() and (after_std_N[[0, 2, 3, 5]] > 0.02).all()
     assert after_N[0] > 0 and after_N[5] < 5  # neighbours move along
@@ -371,9 +450,13 @@ def test_posterior_without_data_is_the_prior_and_at_the_data_the_data():
 
 
 def test_all_plans_share_a_part_of_what_one_measurement_says():
-    """A plan 40 doublings away moves by the share that all have in common, here 0.3 of an error of 0.2."""
+    """A plan 40 doublings away moves by the share that all have in common, here 0.3 of an error of
+    0.2.
+    """
     far = np.array([[0.0], [40.0]])
-    mean_N, std_N = search.posterior(far, np.zeros(2), np.full(2, 0.3), np.array([0]), np.array([0.2]))
+    mean_N, std_N = search.posterior(
+        far, np.zeros(2), np.full(2, 0.3), np.array([0]), np.array([0.2])
+    )
     np.testing.assert_allclose(mean_N, [0.2, 0.3 * 0.2], rtol=0.02)
     assert std_N[1] > 5 * std_N[0]
 
@@ -387,7 +470,9 @@ def test_what_was_expected_changes_feasibility_nowhere_else():
 
 
 def test_feasibility_is_one_sided():
-    """A failure speaks fully for plans that hold more; a success for plans that hold less; both fade elsewhere."""
+    """A failure speaks fully for plans that hold more; a success for plans that hold less; both
+    fade elsewhere.
+    """
     relief_NxK = search.relief([{"tp": 2**i, "mbs": 1} for i in range(5)])
     prior_N = np.full(5, 0.5)
 
@@ -402,31 +487,41 @@ def test_feasibility_is_one_sided():
     assert (np.diff(after(False)) >= 0).all() and (np.diff(after(True)) >= 0).all()
     assert search.relief([{"mbs": 1, "tp": 1}, {"mbs": 4, "tp": 1}])[:, 0].tolist() == [0, -2]
     none = np.array([], int)
-    np.testing.assert_array_equal(search.feasibility(relief_NxK, prior_N, none, none.astype(bool)), prior_N)
+    np.testing.assert_array_equal(
+        search.feasibility(relief_NxK, prior_N, none, none.astype(bool)), prior_N
+    )
 
 
 def test_log_expected_improvement_matches_its_integral_and_does_not_underflow():
     z = np.array([-4.0, -1.0, 0.0, 2.0])
     expected = np.log(2.0 * (z * norm.cdf(z) + norm.pdf(z)))
-    np.testing.assert_allclose(search._log_expected_improvement(-2 * z, np.full(4, 2.0), 0.0), expected, rtol=1e-9)
+    np.testing.assert_allclose(
+        search._log_expected_improvement(-2 * z, np.full(4, 2.0), 0.0), expected, rtol=1e-9
+    )
     far = search._log_expected_improvement(np.array([4.9, 5.0, 5.1, 50.0, 500.0]), np.ones(5), 0.0)
     assert np.isfinite(far).all() and (np.diff(far) < 0).all()
     assert np.abs(np.diff(far[:3], n=2)) < 0.05  # no step where the asymptote takes over
 
 
-# Real landscapes ------------------------------------------------------------------------------------------------------
+# Real landscapes
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("nodes", "plans", "feasible", "good", "expected"), [(8, 144, 72, 4, 29.0), (16, 176, 116, 1, 88.5)]
+    ("nodes", "plans", "feasible", "good", "expected"),
+    [(8, 144, 72, 4, 29.0), (16, 176, 116, 1, 88.5)],
 )
 def test_random_search_on_the_playbook(nodes, plans, feasible, good, expected):
-    """8B on 64 and 128 H100: (N + 1) / (G + 1) by formula and, within 3 standard errors, by simulation."""
+    """8B on 64 and 128 H100: (N + 1) / (G + 1) by formula and, within 3 standard errors, by
+    simulation.
+    """
     landscape = playbook("8B", nodes)
     assert len(landscape.plans) == plans and np.isfinite(landscape.time_N).sum() == feasible
     assert (landscape.time_N <= 1.05 * landscape.best).sum() == good
     assert random_evaluations(landscape, 0.05) == expected
-    counts = [evaluations_to(run(landscape, search.random, s).order, landscape, 0.05) for s in range(1000)]
+    counts = [
+        evaluations_to(run(landscape, search.random, s).order, landscape, 0.05) for s in range(1000)
+    ]
     assert abs(np.mean(counts) - expected) < 3 * np.std(counts) / np.sqrt(len(counts))
 
 
@@ -437,14 +532,23 @@ def test_expert_on_the_playbook(nodes, evaluations):
 
 
 @pytest.mark.parametrize("nodes", [8, 16])
-def test_a_good_prior_beats_the_expert_and_a_perfect_one_needs_one_evaluation_on_the_playbook(nodes):
+def test_a_good_prior_beats_the_expert_and_a_perfect_one_needs_one_evaluation_on_the_playbook(
+    nodes,
+):
     landscape = playbook("8B", nodes)
     expert = evaluations_to(run(landscape, search.expert, 0).order, landscape, 0.05)
-    assert evaluations_to(run(landscape, search.bayes, 0, prior_of(landscape), 30).order, landscape, 0.0) == 1
+    assert (
+        evaluations_to(
+            run(landscape, search.bayes, 0, prior_of(landscape), 30).order, landscape, 0.0
+        )
+        == 1
+    )
     counts = []
     for seed in range(6):
         exact, rng = prior_of(landscape, std=0.1), np.random.default_rng(seed)
         log_N = exact.log_time_N + 0.1 * rng.standard_normal(len(exact.log_time_N))
-        trace = run(landscape, search.bayes, seed, Prior(log_N, exact.std_N, exact.feasible_N), budget=30)
+        trace = run(
+            landscape, search.bayes, seed, Prior(log_N, exact.std_N, exact.feasible_N), budget=30
+        )
         counts.append(min(31, evaluations_to(trace.order, landscape, 0.05)))
     assert np.mean(counts) < expert

@@ -1,4 +1,6 @@
-"""The study of topic 15: what it reports without measurements, which hold-outs it knows, and the mesh of its arm."""
+"""The study of topic 15: what it reports without measurements, which hold-outs it knows, and the
+mesh of its arm.
+"""
 
 import pytest
 
@@ -11,13 +13,17 @@ pytestmark = pytest.mark.fast
 
 
 def test_without_measurements_the_claims_are_not_testable_and_say_what_to_set():
-    rows = study._untestable("nowhere: holds neither measured_configs.csv nor ultrascale_playbook_runs.csv")
+    rows = study._untestable(
+        "nowhere: holds neither measured_configs.csv nor ultrascale_playbook_runs.csv"
+    )
     assert {row.verdict for row in rows} == {"not testable here"}
     assert all("set plan.measurements to a folder" in row.note for row in rows)
 
 
 def test_an_unknown_hold_out_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"plan\.cases names 'gpt-5', which is no hold-out; known: gpt-3\.6b"):
+    with pytest.raises(
+        UserError, match=r"plan\.cases names 'gpt-5', which is no hold-out; known: gpt-3\.6b"
+    ):
         study._chosen(("gpt-5",))
     assert len(study._chosen(())) > 10
 

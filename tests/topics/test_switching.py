@@ -1,4 +1,6 @@
-"""Switching {tp, dp} between phases: the chosen plan, its costs and refusals, and the real run with equal ids."""
+"""Switching {tp, dp} between phases: the chosen plan, its costs and refusals, and the real run with
+equal ids.
+"""
 
 import dataclasses
 import functools
@@ -25,10 +27,20 @@ KEY, B, L, N_IDS = jax.random.key(3), 8, 12, 13
 @functools.cache
 def made():
     c = config.base()
-    sizes = {"layers": 2, "width": 16, "heads": 8, "kv_heads": 8, "head_dim": 4, "ffn": 16, "vocab": 16}
+    sizes = {
+        "layers": 2,
+        "width": 16,
+        "heads": 8,
+        "kv_heads": 8,
+        "head_dim": 4,
+        "ffn": 16,
+        "vocab": 16,
+    }
     c.model.update({**sizes, "dtype": "float32"})
     model = transformer.from_config(c, "bidirectional")
-    params = jax.jit(lambda key: jax.tree.map(lambda x: 2 * x, sharding.init_params(model, key, L)))(jax.random.key(0))
+    params = jax.jit(
+        lambda key: jax.tree.map(lambda x: 2 * x, sharding.init_params(model, key, L))
+    )(jax.random.key(0))
     return cached.BlockDecoder(model, N_IDS, 4), params
 
 
@@ -74,14 +86,21 @@ def test_more_refreshes_move_more_and_change_what_they_should():
     np.testing.assert_array_equal(done.ids, reference(2))
     assert done.moves == 6
     assert (reference(2) != reference()).any()
-    assert execute(Degrees(2, 4), Degrees(4, 2), refresh_every=1).moves == 0  # nothing is reused, so nothing is moved
+    assert (
+        execute(Degrees(2, 4), Degrees(4, 2), refresh_every=1).moves == 0
+    )  # nothing is reused, so nothing is moved
 
 
 def test_a_cache_that_is_lost_or_mislaid_is_noticed(monkeypatch):
     right = switching_run._Phases.move
-    for spoil in (lambda x: 0 * x, lambda x: jax.device_put(np.roll(np.asarray(x), 1, 1), x.sharding)):
+    for spoil in (
+        lambda x: 0 * x,
+        lambda x: jax.device_put(np.roll(np.asarray(x), 1, 1), x.sharding),
+    ):
         monkeypatch.setattr(
-            switching_run._Phases, "move", lambda self, cache, s=spoil: jax.tree.map(s, right(self, cache))
+            switching_run._Phases,
+            "move",
+            lambda self, cache, s=spoil: jax.tree.map(s, right(self, cache)),
         )
         assert (execute(Degrees(2, 4), Degrees(4, 2)).ids != reference()).any()
     monkeypatch.setattr(switching_run, "exchange", lambda meshes: lambda cache: cache)
@@ -91,22 +110,29 @@ def test_a_cache_that_is_lost_or_mislaid_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("refresh", "reuse"), [((1, 8), (8, 1)), ((1, 8), (2, 4)), ((2, 4), (4, 2)), ((8, 1), (2, 4)), ((4, 2), (1, 8))]
+    ("refresh", "reuse"),
+    [((1, 8), (8, 1)), ((1, 8), (2, 4)), ((2, 4), (4, 2)), ((8, 1), (2, 4)), ((4, 2), (1, 8))],
 )
 def test_no_exchange_could_send_less(refresh, reuse):
-    """What a device lacks of its new shard is exactly the formula, and the compiled program sends no more."""
+    """What a device lacks of its new shard is exactly the formula, and the compiled program sends
+    no more.
+    """
     refresh, reuse = Degrees(*refresh), Degrees(*reuse)
     meshes = switching_run.Meshes.of(refresh, reuse)
     shape = (2, B, L, 8, 4)
     spec = P(None, "dp", None, "tp", None)
-    maps = [NamedSharding(m, spec).devices_indices_map(shape) for m in (meshes.refresh, meshes.reuse)]
+    maps = [
+        NamedSharding(m, spec).devices_indices_map(shape) for m in (meshes.refresh, meshes.reuse)
+    ]
     cells = lambda index: np.arange(np.prod(shape)).reshape(shape)[index].ravel()
     lacking = {len(np.setdiff1d(cells(maps[1][d]), cells(maps[0][d]))) for d in jax.devices()}
     k = switching.exchange_ranks(refresh, reuse)
     assert lacking == {int((k - 1) / k * np.prod(shape) / 8)}
     finer = reuse.tp > refresh.tp
     layout = NamedSharding(meshes.exchange, switching_run.LAYOUTS[0 if finer else 1])
-    program = switching_run.exchange(meshes).lower(jax.ShapeDtypeStruct(shape, np.float32, sharding=layout))
+    program = switching_run.exchange(meshes).lower(
+        jax.ShapeDtypeStruct(shape, np.float32, sharding=layout)
+    )
     found = hlo.collectives(program.compile().as_text(), meshes.exchange.shape)
     assert {one.op for one in found} == {"all-to-all"}
     assert sum(one.wire_bytes * one.count for one in found) == 4 * lacking.pop()
@@ -115,10 +141,20 @@ def test_no_exchange_could_send_less(refresh, reuse):
 @pytest.mark.parametrize(
     ("refresh", "reuse", "requests", "message"),
     [
-        (Degrees(1, 8), Degrees(8, 1), 12, r"refresh: requests % dp = 12 % 8 = 4: sample 16 requests"),
+        (
+            Degrees(1, 8),
+            Degrees(8, 1),
+            12,
+            r"refresh: requests % dp = 12 % 8 = 4: sample 16 requests",
+        ),
         (Degrees(1, 8), Degrees(8, 1), 4, r"dp = 8 replicas and 4 requests"),
         (Degrees(3, 2), Degrees(6, 1), 8, r"heads = 8 is not divisible by tp = 3"),
-        (Degrees(1, 8), Degrees(4, 1), 8, r"refresh tp·dp = 1·8 and reuse tp·dp = 4·1 must be equal"),
+        (
+            Degrees(1, 8),
+            Degrees(4, 1),
+            8,
+            r"refresh tp·dp = 1·8 and reuse tp·dp = 4·1 must be equal",
+        ),
     ],
 )
 def test_runs_that_cannot_be_are_refused(refresh, reuse, requests, message):
@@ -133,15 +169,24 @@ def test_runs_that_cannot_be_are_refused(refresh, reuse, requests, message):
 
 def test_the_profile_lists_every_step_with_its_counts():
     table = switching.profile(JOB)
-    assert [(e.kind, e.degrees.tp) for e in table] == [(k, t) for k in switching.KINDS for t in (1, 2, 4, 8)]
+    assert [(e.kind, e.degrees.tp) for e in table] == [
+        (k, t) for k in switching.KINDS for t in (1, 2, 4, 8)
+    ]
     for entry in table:
         work = JOB.work(entry.kind)
         assert entry.flops == inference.flops(LLADA_8B, work, entry.degrees)
         t, rows = entry.degrees.tp, entry.degrees.sequences(8) * work.rows
         draws = 4 * entry.degrees.sequences(8) * 32 * 2
         assert entry.tp_bytes == pytest.approx(2 * (t - 1) / t * (65 * rows * 4096 * 2 + draws))
-    assert len({e.flops for e in table if e.kind == "refresh"}) == 1  # the work of a device is the same on every mesh
-    assert [e.degrees.dp for e in switching.profile(dataclasses.replace(JOB, requests=2))] == [2, 1, 2, 1]
+    assert (
+        len({e.flops for e in table if e.kind == "refresh"}) == 1
+    )  # the work of a device is the same on every mesh
+    assert [e.degrees.dp for e in switching.profile(dataclasses.replace(JOB, requests=2))] == [
+        2,
+        1,
+        2,
+        1,
+    ]
 
 
 def test_refreshes_want_dp_and_reuses_want_tp():
@@ -154,7 +199,9 @@ def test_refreshes_want_dp_and_reuses_want_tp():
 
 
 def brute(job):
-    """Least seconds of one period over all pairs, with and without a switch, from the formulas alone."""
+    """Least seconds of one period over all pairs, with and without a switch, from the formulas
+    alone.
+    """
     step = lambda kind, d: inference.fastest(job.shape, job.work(kind), d, job.chip).seconds
     pairs = {}
     for a in job.degrees():
@@ -185,8 +232,12 @@ def test_the_switch_is_paid_for():
     assert switching.moved_cache_bytes(JOB, a, b) == 7 / 8 * 2 * 32 * 1024 * 4096 * 2
     assert sum(switching.switch_terms(JOB, a, a, "one layout").values()) == 0
     again = switching.switch_terms(JOB, a, b, "gathered again")
-    assert again["weights"] > 0.03  # 16 GB through NVLink for every refresh: more than the refresh saves
-    assert {k: v for k, v in again.items() if k != "weights"} == {k: v for k, v in terms.items() if k != "weights"}
+    assert (
+        again["weights"] > 0.03
+    )  # 16 GB through NVLink for every refresh: more than the refresh saves
+    assert {k: v for k, v in again.items() if k != "weights"} == {
+        k: v for k, v in terms.items() if k != "weights"
+    }
 
 
 def test_memory_is_an_equation_and_bounds_the_plans():
@@ -197,11 +248,15 @@ def test_memory_is_an_equation_and_bounds_the_plans():
     assert one - again == inference.weight_bytes(LLADA_8B, 8)
     assert again - alone == inference.cache_bytes(LLADA_8B, 8, 1024, a)
     assert text == (
-        f"weights {inference.weight_bytes(LLADA_8B, 2) / gib:.1f} + {inference.weight_bytes(LLADA_8B, 8) / gib:.1f} + "
-        f"cache 2·0.5 + activations {inference.workspace_bytes(LLADA_8B, JOB.work('refresh'), a) / gib:.1f} GiB"
+        f"weights {inference.weight_bytes(LLADA_8B, 2) / gib:.1f} + "
+        f"{inference.weight_bytes(LLADA_8B, 8) / gib:.1f} + "
+        "cache 2·0.5 + activations "
+        f"{inference.workspace_bytes(LLADA_8B, JOB.work('refresh'), a) / gib:.1f} GiB"
     )
     large = Job(GQA_70B, 8, 1024, 7)
-    with pytest.raises(ValueError, match=r"weights held twice: weights 65.7 \+ 16.4 \+ .* > 0.9·80 GiB of h100"):
+    with pytest.raises(
+        ValueError, match=r"weights held twice: weights 65.7 \+ 16.4 \+ .* > 0.9·80 GiB of h100"
+    ):
         switching.check_memory(large, a, b, "held twice")
     plans = switching.candidates(large)
     assert all(p.memory <= 0.9 * 80 * gib for p in plans)
@@ -240,7 +295,9 @@ def test_a_fixed_plan_may_lose_to_another_fixed_one():
 
 
 def test_without_errors_the_interval_is_the_estimate(monkeypatch):
-    monkeypatch.setattr(switching_region, "spread", lambda chip: dict.fromkeys(inference.BOUND, 0.0))
+    monkeypatch.setattr(
+        switching_region, "spread", lambda chip: dict.fromkeys(inference.BOUND, 0.0)
+    )
     choice = switching.plan(JOB)
     assert switching_region.interval(JOB, choice, draws=4) == pytest.approx((choice.speedup,) * 2)
 

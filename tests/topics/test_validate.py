@@ -21,24 +21,39 @@ def measured(times: list[float], failed: list[int]) -> list[Measurement]:
     out = []
     for i, time in enumerate(times):
         plan = Plan(tp=TPS[i % 6], dp=64 // TPS[i % 6], microbatch=2 ** (i // 6))
-        job = Job(architecture("llama3-8b"), plan, chip("h100"), 1024, 4096, stack="s/f/1", cluster="c")
-        out.append(Measurement(i, "task", job, float("nan") if i in failed else time, failed=i in failed))
+        job = Job(
+            architecture("llama3-8b"), plan, chip("h100"), 1024, 4096, stack="s/f/1", cluster="c"
+        )
+        out.append(
+            Measurement(i, "task", job, float("nan") if i in failed else time, failed=i in failed)
+        )
     return out
 
 
-def outcome(kind: str = "model", width: float = 1.2, bias: float = 1.1) -> tuple[fit.Data, validate.Outcome]:
-    """24 plans of 1 s to 3.3 s, two of which failed; predictions too high by `bias`, intervals of a factor `width`."""
+def outcome(
+    kind: str = "model", width: float = 1.2, bias: float = 1.1
+) -> tuple[fit.Data, validate.Outcome]:
+    """24 plans of 1 s to 3.3 s, two of which failed; predictions too high by `bias`, intervals of a
+    factor `width`.
+    """
     times = [1 + 0.1 * i for i in range(24)]
     data = fit.gather(measured(times, [3, 7]))
     seconds = np.array(times)
     p = SimpleNamespace(
-        time=bias * seconds, low=bias * seconds / width, high=bias * seconds * width, log_std=np.full(24, 0.1),
-        feasible=np.where(data.failed, 0.2, 0.9), memory=np.full(24, 1e9), analytic=bias * seconds,
+        time=bias * seconds,
+        low=bias * seconds / width,
+        high=bias * seconds * width,
+        log_std=np.full(24, 0.1),
+        feasible=np.where(data.failed, 0.2, 0.9),
+        memory=np.full(24, 1e9),
+        analytic=bias * seconds,
         stalled=np.zeros(24),
-    )  # fmt: skip
+    )
     rows = np.flatnonzero(~data.failed)
     case = validate.Case(f"{kind} {bias}", kind, lambda m: True)
-    return data, validate.Outcome(case, rows, seconds[rows], p, seconds[rows], np.arange(24), data.failed)
+    return data, validate.Outcome(
+        case, rows, seconds[rows], p, seconds[rows], np.arange(24), data.failed
+    )
 
 
 def test_scores_are_per_landscape():
@@ -61,9 +76,14 @@ def test_a_case_without_rows_says_so():
 def test_copying_takes_the_same_configuration_of_the_newest_other_release():
     plans = measured([1.0, 2.0, 3.0], [])
     old, older = (
-        [dataclasses.replace(m, job=dataclasses.replace(m.job, stack=f"s/f/{era}"), step_time=scale * m.step_time)
-         for m in plans[:2]] for era, scale in (("0.9", 1.5), ("0.8", 9.0))
-    )  # fmt: skip
+        [
+            dataclasses.replace(
+                m, job=dataclasses.replace(m.job, stack=f"s/f/{era}"), step_time=scale * m.step_time
+            )
+            for m in plans[:2]
+        ]
+        for era, scale in (("0.9", 1.5), ("0.8", 9.0))
+    )
     data = fit.gather(plans + old + older)
     rows = np.arange(3)
     case = validate.Case("release", "release", lambda m: m.job.stack == "s/f/1")
@@ -73,14 +93,18 @@ def test_copying_takes_the_same_configuration_of_the_newest_other_release():
 
 
 def test_intervals_take_their_width_from_the_other_cases():
-    """Alone, intervals of 1.05 miss a bias of 1.1; told by a case with that bias, they grow until they hold it."""
+    """Alone, intervals of 1.05 miss a bias of 1.1; told by a case with that bias, they grow until
+    they hold it.
+    """
     narrow = outcome(width=1.05)[1]
     assert validate.coverage([narrow]) == 0.0
     assert validate.coverage([narrow, outcome(width=1.05, bias=1.1)[1]]) == 100.0
 
 
 def test_memory_quantiles_come_from_the_other_cases():
-    """Peaks of 1.5 GB predicted as 1 GB: a case of the same bias covers them, one without does not, alone none is."""
+    """Peaks of 1.5 GB predicted as 1 GB: a case of the same bias covers them, one without does not,
+    alone none is.
+    """
     data, o = outcome()
     data = dataclasses.replace(data, log_memory=np.log(np.full(24, 1.5e9)))
     right = dataclasses.replace(o, hybrid=SimpleNamespace(memory=np.full(24, 1.5e9)))

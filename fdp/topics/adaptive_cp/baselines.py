@@ -1,8 +1,9 @@
-"""What an adaptive plan is compared with, on the same masks: every method that could have been used instead.
+"""What an adaptive plan is compared with, on the same masks: every method that could have been used
+instead.
 
-Sources: Liu et al. 2023 (ring), Llama 3 2024 §3.3.2 (zig-zag, all-gather), Fang & Zhao 2024 (USP), MTraining
-(striped ring, saves compute and sends every key), MagiAttention (sends a key only where it is needed).
-"""
+Sources: Liu et al. 2023 (ring), Llama 3 2024 §3.3.2 (zig-zag, all-gather), Fang & Zhao 2024 (USP),
+MTraining (striped ring, saves compute and sends every key), MagiAttention (sends a key only where
+it is needed)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,8 +20,9 @@ from fdp.topics.adaptive_cp.problem import Masks, Problem, dense, sparse
 
 @dataclass(frozen=True)
 class Baseline:
-    """`bytes` on the wire per device, forward and backward, `seconds` (None: a bound, not a program) and max/mean FLOPs
-    of all layers; `what` tells the plan, or why there is none (bytes then NaN)."""
+    """`bytes` on the wire per device, forward and backward, `seconds` (None: a bound, not a
+    program) and max/mean FLOPs of all layers; `what` tells the plan, or why there is none (bytes
+    then NaN)."""
 
     name: str
     bytes: float
@@ -40,12 +42,16 @@ def describe(plan: CommPlan) -> str:
 def summary(found: ModelPlan) -> str:
     """Plans of a model with the number of layers that run each, the most frequent first."""
     names = [describe(plan) for plan in found.plans]
-    return ", ".join(f"{names.count(n)}× {n}" for n in sorted(set(names), key=lambda n: (-names.count(n), n)))
+    return ", ".join(
+        f"{names.count(n)}× {n}" for n in sorted(set(names), key=lambda n: (-names.count(n), n))
+    )
 
 
 def uniform_dense(problem: Problem) -> ModelPlan:
     """The best plan that sends all keys in every layer. Raises ValueError when none can run."""
-    return best_uniform(problem, [plan for layout in problem.places for plan in dense(layout, problem.shape.cp)])
+    return best_uniform(
+        problem, [plan for layout in problem.places for plan in dense(layout, problem.shape.cp)]
+    )
 
 
 def uniform_sparse(problem: Problem) -> ModelPlan | str:
@@ -65,12 +71,13 @@ def uniform_any(problem: Problem) -> ModelPlan:
 
 
 def need_only_bytes(problem: Problem, layout: SequenceLayout, padded: bool = False) -> float:
-    """Forward and backward bytes when a device receives exactly the blocks that it needs, mean over devices.
+    """Forward and backward bytes when a device receives exactly the blocks that it needs, mean over
+    devices.
 
-    A bound for plans that fetch keys, which static shapes cannot reach; a head split may send less than any of them.
-    padded: one static size for each ring offset, the most that any device needs over it (one permute an offset), which
-    lies between this bound and the gather. Gradients in the type of the keys, as the gather's; ids are not counted.
-    """
+    A bound for plans that fetch keys, which static shapes cannot reach; a head split may send less
+    than any of them. padded: one static size for each ring offset, the most that any device needs
+    over it (one permute an offset), which lies between this bound and the gather. Gradients in the
+    type of the keys, as the gather's; ids are not counted."""
     blocks = 0.0
     for layer in range(problem.layers):
         remote_JxDxO = problem.counts(layer, layout).remote_JxDxO
@@ -80,20 +87,28 @@ def need_only_bytes(problem: Problem, layout: SequenceLayout, padded: bool = Fal
 
 
 def baselines(problem: Problem) -> list[Baseline]:
-    """All of them, and last the adaptive plans. Raises ValueError when no layout lets every layer run."""
+    """All of them, and last the adaptive plans. Raises ValueError when no layout lets every layer
+    run.
+    """
     striped = SequenceLayout("striped", problem.block)
     everything = replace(problem, masks=_visible(problem))
     rows = [
         _row("ring, dense attention", _one(everything, [CommPlan("ring", layout=ZIGZAG)])),
         _row("ring", _one(problem, [CommPlan("ring", layout=ZIGZAG)])),
-        _row("all-gather", _one(problem, [CommPlan("all_gather", layout=at) for at in problem.places])),
+        _row(
+            "all-gather",
+            _one(problem, [CommPlan("all_gather", layout=at) for at in problem.places]),
+        ),
         _row("striped ring (as MTraining)", _one(problem, [CommPlan("ring", layout=striped)])),
         _row("best uniform dense", uniform_dense(problem)),
         _row("best uniform sparse", uniform_sparse(problem)),
         _row("adaptive", planner.plan(problem)),
         _row("adaptive, moving tokens", planner.plan_moving(problem)),
     ]
-    for name, padded in (("gather padded by offset (bound)", True), ("need only (as MagiAttention, bound)", False)):
+    for name, padded in (
+        ("gather padded by offset (bound)", True),
+        ("need only (as MagiAttention, bound)", False),
+    ):
         least = {layout: need_only_bytes(problem, layout, padded) for layout in problem.places}
         best = min(least, key=least.__getitem__)
         rows.append(Baseline(name, least[best], None, float("nan"), best.kind))
@@ -119,4 +134,6 @@ def _visible(problem: Problem) -> Masks:
     masks_LxJxWxW = problem.masks.masks_LxJxWxW
     L, _, W = problem.masks.size
     causal = not np.triu(masks_LxJxWxW, 1).any()
-    return Masks(np.broadcast_to(np.tri(W, dtype=bool) if causal else np.ones((W, W), bool), (L, W, W)))
+    return Masks(
+        np.broadcast_to(np.tri(W, dtype=bool) if causal else np.ones((W, W), bool), (L, W, W))
+    )

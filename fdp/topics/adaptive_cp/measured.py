@@ -29,13 +29,17 @@ TAU = 0.95
 COVERAGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 WIDTHS = (2, 4, 8, 16, BLOCKS)
 GAP = 0.005  # relative loss that sparsity may cost
-CHOOSE, JUDGE, ANSWERS = 2, 3, 64  # seeds of fresh recall sequences (0 and 1 are those of the data), and how many
+CHOOSE, JUDGE, ANSWERS = (
+    2,
+    3,
+    64,
+)  # seeds of fresh recall sequences (0 and 1 are those of the data), and how many
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one trained arm attends to: density [N, T] at `steps`, block masks, their coverage and loss; of a recall
-    task the share of answers that are right, (dense, sparse)."""
+    """What one trained arm attends to: density [N, T] at `steps`, block masks, their coverage and
+    loss; of a recall task the share of answers that are right, (dense, sparse)."""
 
     density_NxT: np.ndarray
     steps: list[int]
@@ -56,10 +60,16 @@ class Measured:
     def plain(self) -> dict[str, Any]:
         """For a file."""
         return {
-            "density": self.density_NxT, "steps": self.steps, "mask share": self.share, "coverage": self.coverage,
-            "dense loss": self.dense_loss, "sparse loss": self.sparse_loss, "answers": self.answers,
-            "width": self.width, "indexed loss": self.indexed_loss,
-        }  # fmt: skip
+            "density": self.density_NxT,
+            "steps": self.steps,
+            "mask share": self.share,
+            "coverage": self.coverage,
+            "dense loss": self.dense_loss,
+            "sparse loss": self.sparse_loss,
+            "answers": self.answers,
+            "width": self.width,
+            "indexed loss": self.indexed_loss,
+        }
 
 
 def _states(arm: Arm, workdir: Path) -> Iterator[tuple[int, Any]]:
@@ -73,12 +83,11 @@ def _states(arm: Arm, workdir: Path) -> Iterator[tuple[int, Any]]:
 
 
 def measure(arm: Arm, workdir: Path) -> Measured:
-    """Densities over training, then the sparsest block masks whose loss stays within GAP on held-out sequences, and
-    with it the share of right answers.
+    """Densities over training, then the sparsest block masks whose loss stays within GAP on
+    held-out sequences, and with it the share of right answers.
 
-    A third of the sequences yields masks, another chooses the coverage; what is reported is of sequences that took part
-    in neither.
-    """
+    A third of the sequences yields masks, another chooses the coverage; what is reported is of
+    sequences that took part in neither."""
     c = arm.c
     block, n = c.data.seq_len // BLOCKS, c.eval.sequences
     (tokens,) = eval_batches(arm.data.val, 3 * n, 1)
@@ -91,10 +100,15 @@ def measure(arm: Arm, workdir: Path) -> Measured:
     params = jax.device_get(arm.trained.params)
     choose, judge = tokens[n : 2 * n], tokens[2 * n :]
     recall = arm.c.data.source in RECALL
-    dense, right = loss_of(arm, params, choose, None), answers_of(arm, params, CHOOSE, None) if recall else 0.0
+    dense, right = (
+        loss_of(arm, params, choose, None),
+        answers_of(arm, params, CHOOSE, None) if recall else 0.0,
+    )
     for coverage in COVERAGES:
         masks = block_masks(last.mass_NxWxW, coverage)
-        close = loss_of(arm, params, choose, masks) <= (1 + GAP / 2) * dense  # half, so that others meet the whole
+        close = (
+            loss_of(arm, params, choose, masks) <= (1 + GAP / 2) * dense
+        )  # half, so that others meet the whole
         if close and (not recall or answers_of(arm, params, CHOOSE, masks) >= right - GAP / 2):
             break
     for width in WIDTHS:
@@ -104,27 +118,42 @@ def measure(arm: Arm, workdir: Path) -> Measured:
     both = lambda: (answers_of(arm, params, JUDGE, None), answers_of(arm, params, JUDGE, masks))
     answers = both() if recall else None
     return Measured(
-        np.stack(densities, 1), steps, masks, coverage, *losses, answers, width, indexed_loss(arm, params, judge, width)
+        np.stack(densities, 1),
+        steps,
+        masks,
+        coverage,
+        *losses,
+        answers,
+        width,
+        indexed_loss(arm, params, judge, width),
     )
 
 
 def loss_of(arm: Arm, params: Any, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray | None) -> float:
-    """Mean loss in nats per token on one device, with the layers' block masks or with dense attention."""
+    """Mean loss in nats per token on one device, with the layers' block masks or with dense
+    attention.
+    """
     model, ids = _model(arm, masks_NxWxW)
     run = _loss(model, arm.objective)  # type: ignore[arg-type]
     return float(run(params, jnp.asarray(tokens_BxS), ids))
 
 
 def indexed_loss(arm: Arm, params: Any, tokens_BxS: np.ndarray, width: int) -> float:
-    """As `loss_of` with the `width` key blocks that each input chooses (`context_sparse.topk_ids`)."""
-    mixer = indexed((CommPlan("all_gather"),), tokens_BxS.shape[1] // BLOCKS, BLOCKS)  # one program for all widths
+    """As `loss_of` with the `width` key blocks that each input chooses
+    (`context_sparse.topk_ids`).
+    """
+    mixer = indexed(
+        (CommPlan("all_gather"),), tokens_BxS.shape[1] // BLOCKS, BLOCKS
+    )  # one program for all widths
     run = _loss(arm.model.clone(mixer=mixer), arm.objective)  # type: ignore[arg-type]
     zeros = jnp.zeros(arm.c.model.layers, jnp.int32)
     return float(run(params, jnp.asarray(tokens_BxS), (zeros, zeros + width)))
 
 
 def answers_of(arm: Arm, params: Any, seed: int, masks_NxWxW: np.ndarray | None) -> float:
-    """Share of the scored tokens of ANSWERS fresh sequences of the arm's recall task that are predicted right."""
+    """Share of the scored tokens of ANSWERS fresh sequences of the arm's recall task that are
+    predicted right.
+    """
     model, ids = _model(arm, masks_NxWxW)
     tokens_BxS, scored_BxS = task_of(arm.c.data.source, arm.c.data.seq_len).sample(seed, 0, ANSWERS)
     return accuracy(np.asarray(_guesses(model)(params, tokens_BxS, ids)), tokens_BxS, scored_BxS)
@@ -134,17 +163,23 @@ def _model(arm: Arm, masks_NxWxW: np.ndarray | None) -> tuple[Any, Any]:
     """(model, lists of key blocks): dense, or with block masks."""
     if masks_NxWxW is None:
         return arm.model, None
-    return arm.model.clone(mixer=sparse(arm.c.data.seq_len // BLOCKS)), block_ids(masks_NxWxW, BLOCKS)
+    return arm.model.clone(mixer=sparse(arm.c.data.seq_len // BLOCKS)), block_ids(
+        masks_NxWxW, BLOCKS
+    )
 
 
 @lru_cache(maxsize=8)
 def _guesses(model: Transformer) -> Any:
-    """(params, tokens [B, S], lists of key blocks) → the likeliest next token at every position, int [B, S]."""
+    """(params, tokens [B, S], lists of key blocks) → the likeliest next token at every position,
+    int [B, S].
+    """
 
     @jax.jit
     def run(params: Any, tokens: jax.Array, ids: Any) -> jax.Array:
         variables = {"params": params}
-        hidden: Any = model.apply(variables, tokens, jnp.zeros(len(tokens)), choice_N=ids, method="hidden")
+        hidden: Any = model.apply(
+            variables, tokens, jnp.zeros(len(tokens)), choice_N=ids, method="hidden"
+        )
         logits: Any = model.apply(variables, hidden, method="logits")
         return logits.argmax(-1)
 

@@ -1,8 +1,8 @@
-"""Attention under a measured plan: block-sparse on one device, and any plan of a layer inside one compiled program.
+"""Attention under a measured plan: block-sparse on one device, and any plan of a layer inside one
+compiled program.
 
-Legend: B sequences, S positions (N on this device), W blocks, A blocks of a list, H query and K key/value heads, C
-head_dim.
-"""
+Legend: B sequences, S positions (N on this device), W blocks, A blocks of a list, H query and K
+key/value heads, C head_dim."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,7 +25,9 @@ CAUSAL = Mask("causal")
 
 @lru_cache  # equal mixers, so that equal models compile once
 def sparse(block: int) -> Mixer:
-    """Attention to the blocks of the layer's list, `choice` int32 [W, A], on one device: the reference."""
+    """Attention to the blocks of the layer's list, `choice` int32 [W, A], on one device: the
+    reference.
+    """
 
     def mix(q: Array, k: Array, v: Array, position: Array, ids_WxA: Array) -> Array:
         ids = jnp.maximum(ids_WxA, 0)[None, None]
@@ -49,15 +51,20 @@ def switched(plans: Sequence[CommPlan]) -> Mixer:
 
 
 def listed(plans: Sequence[CommPlan], block: int) -> Mixer:
-    """As `switched`, attending to the blocks of the layer's lists, by plans of `fdp.parallel.context_sparse`.
+    """As `switched`, attending to the blocks of the layer's lists, by plans of
+    `fdp.parallel.context_sparse`.
 
-    `choice`: (the plan's number int32 [], ids int32 [b, k, I, L] of this device's query blocks). An int for a number is
-    a plan that is fixed when the program is built.
-    """
+    `choice`: (the plan's number int32 [], ids int32 [b, k, I, L] of this device's query blocks). An
+    int for a number is a plan that is fixed when the program is built."""
 
-    def mix(q: Array, k: Array, v: Array, position: Array, choice: tuple[Array | int, Array]) -> Array:
+    def mix(
+        q: Array, k: Array, v: Array, position: Array, choice: tuple[Array | int, Array]
+    ) -> Array:
         number, ids = choice
-        branches = [lambda q, k, v, ids, p=p: attend_blocks(q, k, v, ids, block, CAUSAL, p, position)[0] for p in plans]
+        branches = [
+            lambda q, k, v, ids, p=p: attend_blocks(q, k, v, ids, block, CAUSAL, p, position)[0]
+            for p in plans
+        ]
         return (
             branches[number](q, k, v, ids)
             if isinstance(number, int)
@@ -69,8 +76,9 @@ def listed(plans: Sequence[CommPlan], block: int) -> Mixer:
 
 @lru_cache  # as `sparse`
 def indexed(plans: tuple[CommPlan, ...], block: int, width: int) -> Mixer:
-    """As `listed` with lists of at most `width` blocks made from each input (`context_sparse.topk_ids`), for every
-    sequence and key head; `choice`: (the plan's number, how many of the best blocks are listed), int32 [] both."""
+    """As `listed` with lists of at most `width` blocks made from each input
+    (`context_sparse.topk_ids`), for every sequence and key head; `choice`: (the plan's number, how
+    many of the best blocks are listed), int32 [] both."""
     inner = listed(plans, block)
 
     def mix(q: Array, k: Array, v: Array, position: Array, choice: tuple[Array, Array]) -> Array:
@@ -82,7 +90,8 @@ def indexed(plans: tuple[CommPlan, ...], block: int, width: int) -> Mixer:
 
 
 class Planned(Transformer):
-    """A Transformer with a `listed` mixer whose plans are constants of the program: `choice_N` is the lists alone.
+    """A Transformer with a `listed` mixer whose plans are constants of the program: `choice_N` is
+    the lists alone.
 
     Layers are not scanned but written out, each with the one plan that it runs.
     """
@@ -93,17 +102,27 @@ class Planned(Transformer):
     def of(cls, model: Transformer, numbers: Sequence[int]) -> "Planned":
         """`model` with the plans of its layers fixed."""
         fields = {
-            name: getattr(model, name) for name in Transformer.__dataclass_fields__ if name not in ("parent", "name")
+            name: getattr(model, name)
+            for name in Transformer.__dataclass_fields__
+            if name not in ("parent", "name")
         }
         return cls(**fields, numbers=tuple(int(n) for n in numbers))
 
-    def hidden(self, ids_BxL: Array, noise_B: Array, positions_BxL: Array | None = None, choice_N: Any = None) -> Array:
+    def hidden(
+        self,
+        ids_BxL: Array,
+        noise_B: Array,
+        positions_BxL: Array | None = None,
+        choice_N: Any = None,
+    ) -> Array:
         """As `Transformer.hidden`."""
         if self.is_initializing():
             return super().hidden(ids_BxL, noise_B)
         block = Block(self.m, self.attention, self.block, None, self.plan, self.mixer, parent=None)
         x_BxLxD = vary(self.embed(ids_BxL), "pp")
         for layer, number in enumerate(self.numbers):
-            params, ids = jax.tree.map(lambda x, i=layer: x[i], (self.variables["params"]["layers"], choice_N))
+            params, ids = jax.tree.map(
+                lambda x, i=layer: x[i], (self.variables["params"]["layers"], choice_N)
+            )
             x_BxLxD, _ = block.apply({"params": params}, x_BxLxD, None, None, (number, ids))
         return self.norm(x_BxLxD)

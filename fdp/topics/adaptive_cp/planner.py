@@ -1,9 +1,11 @@
-"""The cheapest communication plan of every attention layer, given the key blocks that each layer really attends to.
+"""The cheapest communication plan of every attention layer, given the key blocks that each layer
+really attends to.
 
-All layers of a model share one layout of the sequence, unless moving the hidden states between two layers is paid for
-(`plan_moving`). Layers do not overlap one another, so a model's cost is the sum of theirs and the best plan is the best
-choice of each layer, in the best layout. Whatever runs in all layers alike is among every layer's candidates: the
-adaptive plan is never worse than a uniform one in the objective that it minimises.
+All layers of a model share one layout of the sequence, unless moving the hidden states between two
+layers is paid for (`plan_moving`). Layers do not overlap one another, so a model's cost is the sum
+of theirs and the best plan is the best choice of each layer, in the best layout. Whatever runs in
+all layers alike is among every layer's candidates: the adaptive plan is never worse than a uniform
+one in the objective that it minimises.
 
 Legend: N draws of an uncertain machine.
 """
@@ -24,7 +26,9 @@ from fdp.topics.adaptive_cp.problem import Priced, Problem, candidates
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The plan of one layer and its price; `lost`: every alternative in its layout, with the reason."""
+    """The plan of one layer and its price; `lost`: every alternative in its layout, with the
+    reason.
+    """
 
     plan: CommPlan
     price: Price
@@ -33,8 +37,9 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class ModelPlan:
-    """A choice for every layer. `moved`, `moved_N`: wire bytes and seconds [N] of hidden states put in another layout
-    between layers, forward and backward. `lost`: other layouts, with the reason."""
+    """A choice for every layer. `moved`, `moved_N`: wire bytes and seconds [N] of hidden states put
+    in another layout between layers, forward and backward. `lost`: other layouts, with the
+    reason."""
 
     choices: tuple[Choice, ...]
     moved: float = 0.0
@@ -68,9 +73,13 @@ class ModelPlan:
 
     @property
     def imbalance(self) -> float:
-        """Σ over layers of the busiest device's FLOPs over that of the mean: devices meet in every layer."""
+        """Σ over layers of the busiest device's FLOPs over that of the mean: devices meet in every
+        layer.
+        """
         busiest = np.array([choice.price.compute_N[0] for choice in self.choices])
-        return float(busiest.sum() / (busiest / [choice.price.imbalance for choice in self.choices]).sum())
+        return float(
+            busiest.sum() / (busiest / [choice.price.imbalance for choice in self.choices]).sum()
+        )
 
 
 def uniform(problem: Problem, plan: CommPlan) -> ModelPlan | str:
@@ -90,16 +99,22 @@ def model_value(problem: Problem, found: ModelPlan) -> tuple[float, float]:
 
 
 def best_uniform(problem: Problem, plans: Iterable[CommPlan]) -> ModelPlan:
-    """The best of some plans, each run in all layers. Raises ValueError, with the reasons, when none can."""
+    """The best of some plans, each run in all layers. Raises ValueError, with the reasons, when
+    none can.
+    """
     found = {plan: uniform(problem, plan) for plan in plans}
     runs = [f for f in found.values() if isinstance(f, ModelPlan)]
     if not runs:
-        raise ValueError("no uniform plan can run: " + "; ".join(f"{p.kind}: {f}" for p, f in found.items()))
+        raise ValueError(
+            "no uniform plan can run: " + "; ".join(f"{p.kind}: {f}" for p, f in found.items())
+        )
     return min(runs, key=lambda f: model_value(problem, f))
 
 
 def plan(problem: Problem) -> ModelPlan:
-    """The best plan of every layer in the best single layout. Raises ValueError when no layout lets every layer run."""
+    """The best plan of every layer in the best single layout. Raises ValueError when no layout lets
+    every layer run.
+    """
     found, lost = {}, {}
     for layout in problem.places:
         try:
@@ -116,29 +131,43 @@ def plan(problem: Problem) -> ModelPlan:
 
 
 def plan_among(problem: Problem, options: list[Priced]) -> ModelPlan:
-    """The best choice of each layer among its priced plans. Raises ValueError when a layer or the limits allow none."""
+    """The best choice of each layer among its priced plans. Raises ValueError when a layer or the
+    limits allow none.
+    """
     path = search.best_path(problem, [[priced] for priced in options], {(0, 0): (0.0, 0.0)})
-    return ModelPlan(tuple(_choice(problem, priced, at) for priced, (_, at) in zip(options, path, strict=True)))
+    return ModelPlan(
+        tuple(_choice(problem, priced, at) for priced, (_, at) in zip(options, path, strict=True))
+    )
 
 
 def plan_moving(problem: Problem) -> ModelPlan:
     """The best plan where hidden states may change layout between layers, at the price of `move`.
 
-    The first layer's layout is free (the batch is permuted on the host) and so is the last one's (so are the labels).
-    Raises ValueError when a layer or the limits allow none.
-    """
+    The first layer's layout is free (the batch is permuted on the host) and so is the last one's
+    (so are the labels). Raises ValueError when a layer or the limits allow none."""
     layouts = list(problem.places)
-    moves = {(i, j): move(problem, a, b) for i, a in enumerate(layouts) for j, b in enumerate(layouts)}
-    between = {at: problem.ordered(float(seconds_N[0]), wire) for at, (wire, seconds_N) in moves.items()}
+    moves = {
+        (i, j): move(problem, a, b) for i, a in enumerate(layouts) for j, b in enumerate(layouts)
+    }
+    between = {
+        at: problem.ordered(float(seconds_N[0]), wire) for at, (wire, seconds_N) in moves.items()
+    }
     options = [_options(problem, layout) for layout in layouts]
-    path = search.best_path(problem, [list(of_layer) for of_layer in zip(*options, strict=True)], between)
+    path = search.best_path(
+        problem, [list(of_layer) for of_layer in zip(*options, strict=True)], between
+    )
     chosen = tuple(_choice(problem, options[i][layer], at) for layer, (i, at) in enumerate(path))
     made = [moves[a, b] for (a, _), (b, _) in itertools.pairwise(path)]
-    return ModelPlan(chosen, sum(m[0] for m in made), np.sum([np.zeros(1), *(m[1] for m in made)], axis=0))
+    return ModelPlan(
+        chosen, sum(m[0] for m in made), np.sum([np.zeros(1), *(m[1] for m in made)], axis=0)
+    )
 
 
-def move(problem: Problem, before: SequenceLayout, after: SequenceLayout) -> tuple[float, np.ndarray]:
-    """(wire bytes, seconds [N]) of hidden states of width heads·head_dim put in another layout, forward and backward.
+def move(
+    problem: Problem, before: SequenceLayout, after: SequenceLayout
+) -> tuple[float, np.ndarray]:
+    """(wire bytes, seconds [N]) of hidden states of width heads·head_dim put in another layout,
+    forward and backward.
 
     One all-to-all each way, in which every pair of devices sends as much as the busiest pair does.
     """
@@ -152,11 +181,15 @@ def move(problem: Problem, before: SequenceLayout, after: SequenceLayout) -> tup
 
 
 def _options(problem: Problem, layout: SequenceLayout) -> list[Priced]:
-    return [problem.priced(layer, candidates(problem, layer, layout)) for layer in range(problem.layers)]
+    return [
+        problem.priced(layer, candidates(problem, layer, layout)) for layer in range(problem.layers)
+    ]
 
 
 def _choice(problem: Problem, priced: Priced, best: CommPlan) -> Choice:
-    """A choice with the reasons against the others: what they cost more, or that they are too uneven to be afforded."""
+    """A choice with the reasons against the others: what they cost more, or that they are too
+    uneven to be afforded.
+    """
     mine = priced[best]
     assert isinstance(mine, Price)
 
@@ -164,7 +197,11 @@ def _choice(problem: Problem, priced: Priced, best: CommPlan) -> Choice:
         if isinstance(found, str):
             return found
         more = problem.value(found)[0] - problem.value(mine)[0]
-        uneven = f", max/mean FLOPs {found.imbalance:.2f}" if found.imbalance > mine.imbalance else ""
+        uneven = (
+            f", max/mean FLOPs {found.imbalance:.2f}" if found.imbalance > mine.imbalance else ""
+        )
         return f"{more:+.3g} {problem.objective}{uneven}"
 
-    return Choice(best, mine, {plan: reason(found) for plan, found in priced.items() if plan != best})
+    return Choice(
+        best, mine, {plan: reason(found) for plan, found in priced.items() if plan != best}
+    )

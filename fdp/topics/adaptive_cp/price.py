@@ -1,19 +1,22 @@
-"""What one attention layer costs under one communication plan, given the key blocks that its queries really attend to.
+"""What one attention layer costs under one communication plan, given the key blocks that its
+queries really attend to.
 
-Every plan computes exactly the blocks of the mask, whole, whatever it sends: saved compute is never counted as saved
-communication. Bytes and dependent steps of the plans that send all keys are those of fdp.cost.context.
+Every plan computes exactly the blocks of the mask, whole, whatever it sends: saved compute is never
+counted as saved communication. Bytes and dependent steps of the plans that send all keys are those
+of fdp.cost.context.
 
-The gather of blocks (kind `gather`, capacity c): a device asks every peer for the blocks that any of its queries needs,
-and each pair of devices exchanges c blocks, the most that any pair needs (rounded up to a grid by the planner). It is
-fdp.parallel.context_gather: forward an all-reduce of the overflow count, an all-to-all of int32 ids and one of keys and
-values; backward one of their gradients, in the type of the keys. What was gathered is kept for the backward pass, as by
-an all-gather.
+The gather of blocks (kind `gather`, capacity c): a device asks every peer for the blocks that any
+of its queries needs, and each pair of devices exchanges c blocks, the most that any pair needs
+(rounded up to a grid by the planner). It is fdp.parallel.context_gather: forward an all-reduce of
+the overflow count, an all-to-all of int32 ids and one of keys and values; backward one of their
+gradients, in the type of the keys. What was gathered is kept for the backward pass, as by an
+all-gather.
 
 Time: fdp.topics.adaptive_cp.timing.
 
-Legend: J lists of a layer (1, or one a key head), W blocks of the sequence, D devices = cp, R groups = cp/u of u
-neighbours, O ring offsets 0 … R-1, N draws of an uncertain network (draw 0 is nominal).
-"""
+Legend: J lists of a layer (1, or one a key head), W blocks of the sequence, D devices = cp, R
+groups = cp/u of u neighbours, O ring offsets 0 … R-1, N draws of an uncertain network (draw 0 is
+nominal)."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,7 +35,10 @@ from fdp.topics.adaptive_cp.timing import Machine
 
 BLOCKS = "gather"  # CommPlan.kind; capacity: key blocks that each pair of devices exchanges
 ANY = Mask("bidirectional")  # formulas of plans that send all keys do not depend on the mask
-FORWARD, BACKWARD = 4, 10  # FLOPs a query-key pair and element of a head: two matmuls, and five that recompute scores
+FORWARD, BACKWARD = (
+    4,
+    10,
+)  # FLOPs a query-key pair and element of a head: two matmuls, and five that recompute scores
 
 
 class Refused(ValueError):
@@ -40,11 +46,15 @@ class Refused(ValueError):
 
 
 def owners(layout: SequenceLayout, W: int, block: int, cp: int) -> np.ndarray:
-    """Device that holds each of W blocks of `block` positions, int [W]. Raises Refused when one would be divided."""
+    """Device that holds each of W blocks of `block` positions, int [W]. Raises Refused when one
+    would be divided.
+    """
     blocks = layout
     if layout.kind == "striped":
         if layout.block % block:
-            raise Refused(f"striped({layout.block}) divides blocks of {block}: use a multiple of {block}")
+            raise Refused(
+                f"striped({layout.block}) divides blocks of {block}: use a multiple of {block}"
+            )
         blocks = SequenceLayout("striped", layout.block // block)
     unit, equation = blocks.unit(cp)
     if W % unit:
@@ -56,7 +66,9 @@ def owners(layout: SequenceLayout, W: int, block: int, cp: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Of one layer in one layout: `seen_JxDxW`, block pairs of each device with each key block; owner of each block."""
+    """Of one layer in one layout: `seen_JxDxW`, block pairs of each device with each key block;
+    owner of each block.
+    """
 
     seen_JxDxW: np.ndarray
     owner_W: np.ndarray
@@ -69,8 +81,8 @@ class Counts:
         return cls(held_DxW @ mask_JxWxW.astype(np.float32), owner_W)
 
     def grouped(self, u: int) -> tuple[np.ndarray, np.ndarray]:
-        """(pairs, needed) int [J, R, O]: block pairs of a group of u devices with the keys of the group O places before
-        it, and how many of that group's blocks it needs."""
+        """(pairs, needed) int [J, R, O]: block pairs of a group of u devices with the keys of the
+        group O places before it, and how many of that group's blocks it needs."""
         if u not in self._grouped:
             J, cp, W = self.seen_JxDxW.shape
             R = cp // u
@@ -78,7 +90,10 @@ class Counts:
             held_WxR = (self.owner_W[:, None] // u == np.arange(R)).astype(np.float32)
             group = np.arange(R)
             at = group[:, None], (group[:, None] - group) % R
-            both = [(x @ held_WxR)[:, at[0], at[1]] for x in (seen_JxRxW, (seen_JxRxW > 0).astype(np.float32))]
+            both = [
+                (x @ held_WxR)[:, at[0], at[1]]
+                for x in (seen_JxRxW, (seen_JxRxW > 0).astype(np.float32))
+            ]
             self._grouped[u] = (both[0].astype(np.int64), both[1].astype(np.int64))
         return self._grouped[u]
 
@@ -100,9 +115,10 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Price:
-    """Of one layer: wire bytes per device, dependent collectives and seconds [N] by (forward, backward); `compute_N`
-    seconds of the busiest device without any wait; `imbalance` max/mean FLOPs; `memory` bytes of keys, values, their
-    gradients and exchanged queries beside the resident ones."""
+    """Of one layer: wire bytes per device, dependent collectives and seconds [N] by (forward,
+    backward); `compute_N` seconds of the busiest device without any wait; `imbalance` max/mean
+    FLOPs; `memory` bytes of keys, values, their gradients and exchanged queries beside the resident
+    ones."""
 
     bytes: tuple[float, float]
     steps: tuple[int, int]
@@ -133,8 +149,12 @@ class Price:
         return sum(self.bytes)
 
 
-def price(counts: Counts, plan: CommPlan, shape: AttentionShape, block: int, machine: Machine) -> Price:
-    """Price of a plan for a layer; `counts` must be of the plan's layout. Raises Refused when it is not exact."""
+def price(
+    counts: Counts, plan: CommPlan, shape: AttentionShape, block: int, machine: Machine
+) -> Price:
+    """Price of a plan for a layer; `counts` must be of the plan's layout. Raises Refused when it is
+    not exact.
+    """
     check(counts, plan, shape)
     work_DxO = work(counts, plan, shape, block)
     forward_DxOxN = work_DxO[..., None] / np.atleast_1d(machine.flops)
@@ -144,7 +164,10 @@ def price(counts: Counts, plan: CommPlan, shape: AttentionShape, block: int, mac
         traffic = layer.forward_bytes(), layer.backward_bytes()
         wire, steps = (sum(traffic[0].values()), sum(traffic[1].values())), (3, 1)
         send = lambda nbytes, op=EXCHANGE: machine.send(op, nbytes, shape.cp)
-        ids, decision = traffic[0].get(EXCHANGE, 0.0) - layer.fetched, send(traffic[0][REDUCE], REDUCE)
+        ids, decision = (
+            traffic[0].get(EXCHANGE, 0.0) - layer.fetched,
+            send(traffic[0][REDUCE], REDUCE),
+        )
         there = decision + send(ids) + send(layer.fetched)
         forward, backward = timing.gathered(*passes, there, send(layer.fetched))
     else:
@@ -154,22 +177,31 @@ def price(counts: Counts, plan: CommPlan, shape: AttentionShape, block: int, mac
     total_D = work_DxO.sum(1)
     compute_N = total_D.max() * (1 + BACKWARD / FORWARD) / np.atleast_1d(machine.flops)
     held = memory(plan, shape, block)
-    return Price(wire, steps, forward, backward, compute_N, float(total_D.max() / total_D.mean()), held)
+    return Price(
+        wire, steps, forward, backward, compute_N, float(total_D.max() / total_D.mean()), held
+    )
 
 
 def check(counts: Counts, plan: CommPlan, shape: AttentionShape) -> None:
-    """Raises Refused for a plan that these heads and sequences cannot run, or that leaves out needed keys."""
+    """Raises Refused for a plan that these heads and sequences cannot run, or that leaves out
+    needed keys.
+    """
     if plan.kind == BLOCKS:
         if plan.head_split != 1 or plan.hops is not None:
             raise Refused(f"a gather of blocks splits no heads and has no hops: {plan}")
         if counts.capacity > plan.capacity:
-            raise Refused(f"a pair of devices exchanges {counts.capacity} blocks, more than capacity {plan.capacity}")
+            raise Refused(
+                f"a pair of devices exchanges {counts.capacity} blocks, more than capacity "
+                f"{plan.capacity}"
+            )
         return
     try:
         shape.check(replace(plan, hops=None), ANY)
     except ValueError as error:
         raise Refused(str(error)) from error
-    if plan.hops is not None and (missing := sorted(set(counts.hops(plan.head_split)) - set(plan.hops))):
+    if plan.hops is not None and (
+        missing := sorted(set(counts.hops(plan.head_split)) - set(plan.hops))
+    ):
         raise Refused(f"hops {plan.hops} miss needed offsets {missing}")
 
 
@@ -188,9 +220,14 @@ def work(counts: Counts, plan: CommPlan, shape: AttentionShape, block: int) -> n
 
 
 def dense_traffic(plan: CommPlan, shape: AttentionShape) -> tuple[cost.Traffic, cost.Traffic]:
-    """(forward, backward) wire bytes by collective of a plan that sends all keys, or all keys of its hops."""
+    """(forward, backward) wire bytes by collective of a plan that sends all keys, or all keys of
+    its hops.
+    """
     whole = replace(plan, hops=None)
-    forward, backward = cost.forward_bytes(whole, shape, ANY), cost.backward_bytes(whole, shape, ANY)
+    forward, backward = (
+        cost.forward_bytes(whole, shape, ANY),
+        cost.backward_bytes(whole, shape, ANY),
+    )
     if plan.hops is not None and PERMUTE in forward:
         share = len(plan.hops) / (plan.ring_degree(shape.cp) - 1)
         forward, backward = (t | {PERMUTE: share * t[PERMUTE]} for t in (forward, backward))
@@ -203,18 +240,27 @@ def block_bytes(shape: AttentionShape, block: int) -> float:
 
 
 def memory(plan: CommPlan, shape: AttentionShape, block: int) -> float:
-    """Bytes that a plan holds at once in a layer, see `Price`; gathers hold theirs from forward to backward pass."""
+    """Bytes that a plan holds at once in a layer, see `Price`; gathers hold theirs from forward to
+    backward pass.
+    """
     if plan.kind == BLOCKS:
         return 2 * BlockGather(shape, block, plan.capacity).fetched
     if plan.kind == "all_gather":
         return 2 * (shape.cp - 1) * shape.unit
     rho, with_gradient = cost.repetition(plan, shape.kv_heads), 1 + ACCUMULATOR / shape.itemsize
-    ring = 2 * rho * shape.unit * with_gradient if plan.ring_degree(shape.cp) > 1 and plan.hops != () else 0.0
+    ring = (
+        2 * rho * shape.unit * with_gradient
+        if plan.ring_degree(shape.cp) > 1 and plan.hops != ()
+        else 0.0
+    )
     # Queries, output, keys and values of the exchange, and the gradients of all.
-    return ring + (2 * (shape.heads // shape.kv_heads + rho) * shape.unit if plan.head_split > 1 else 0.0)
+    return ring + (
+        2 * (shape.heads // shape.kv_heads + rho) * shape.unit if plan.head_split > 1 else 0.0
+    )
 
 
-# Time ----------------------------------------------------------------------------------------------------------------
+# Time
+# -------------------------------------------------------------------------------------------------
 
 
 def _dense_seconds(
@@ -227,13 +273,18 @@ def _dense_seconds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(forward, backward) seconds [N] of the plans of fdp.parallel.context."""
     if plan.kind == "all_gather":
-        there, back = (machine.send(op, t[op], shape.cp) for op, t in zip((GATHER, SCATTER), traffic, strict=True))
+        there, back = (
+            machine.send(op, t[op], shape.cp)
+            for op, t in zip((GATHER, SCATTER), traffic, strict=True)
+        )
         return timing.gathered(forward_DxOxN, backward_DxOxN, there, back)
     u, r = plan.head_split, plan.ring_degree(shape.cp)
     rho, group = cost.repetition(plan, shape.kv_heads), shape.heads // shape.kv_heads
     share = (u - 1) / u * shape.unit
     # Queries, keys and values before attention, outputs after it.
-    exchange = machine.send(EXCHANGE, share * (group / 2 + rho), u) + machine.send(EXCHANGE, share * group / 2, u)
+    exchange = machine.send(EXCHANGE, share * (group / 2 + rho), u) + machine.send(
+        EXCHANGE, share * group / 2, u
+    )
     kv = machine.send(PERMUTE, rho * shape.unit, r, u)
     gradient = machine.send(PERMUTE, rho * shape.unit * ACCUMULATOR / shape.itemsize, r, u)
     if plan.hops is not None and len(plan.hops) < r - 1:  # a full set turns as the whole ring does

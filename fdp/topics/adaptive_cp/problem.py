@@ -1,4 +1,5 @@
-"""What is planned: masks of all layers, one attention shape, a machine and limits; and the candidates of a layer.
+"""What is planned: masks of all layers, one attention shape, a machine and limits; and the
+candidates of a layer.
 
 Legend: L layers, J lists of a layer (1, or one a key head), W blocks of the sequence.
 """
@@ -21,20 +22,29 @@ Priced = dict[CommPlan, Price | str]  # a price, or why the plan cannot run
 
 
 class Masks:
-    """Key blocks that each query block attends to: bool [L, W, W] (all heads united) or [L, J, W, W], rows queries.
+    """Key blocks that each query block attends to: bool [L, W, W] (all heads united) or [L, J, W,
+    W], rows queries.
 
-    Keeps what it counted, for pricing many machines and lengths. Raises ValueError for another shape or type, and for a
-    query block without any key.
-    """
+    Keeps what it counted, for pricing many machines and lengths. Raises ValueError for another
+    shape or type, and for a query block without any key."""
 
     def __init__(self, masks: np.ndarray):
         masks = np.asarray(masks)
-        if masks.dtype != bool or masks.ndim not in (3, 4) or masks.shape[-1] != masks.shape[-2] or not masks.size:
-            raise ValueError(f"masks {masks.dtype} {list(masks.shape)} must be bool [L, W, W] or [L, J, W, W]")
+        if (
+            masks.dtype != bool
+            or masks.ndim not in (3, 4)
+            or masks.shape[-1] != masks.shape[-2]
+            or not masks.size
+        ):
+            raise ValueError(
+                f"masks {masks.dtype} {list(masks.shape)} must be bool [L, W, W] or [L, J, W, W]"
+            )
         self.masks_LxJxWxW = masks[:, None] if masks.ndim == 3 else masks
         if not (seen := self.masks_LxJxWxW.any(-1)).all():
             layer, head, row = np.argwhere(~seen)[0]
-            raise ValueError(f"layer {layer}, list {head}: query block {row} attends to no key block")
+            raise ValueError(
+                f"layer {layer}, list {head}: query block {row} attends to no key block"
+            )
         self._counts: dict[tuple[int, int, bytes], Counts] = {}
 
     @property
@@ -52,9 +62,10 @@ class Masks:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is planned. `grid`: gather capacities are multiples of so many blocks (fewer programs); `memory` bytes
-    limits each layer; `balance` the max/mean FLOPs of the model, the busiest device of every layer added up; `layouts`:
-    None = contiguous, zig-zag, striped by block. Raises ValueError for sizes that do not fit."""
+    """What is planned. `grid`: gather capacities are multiples of so many blocks (fewer programs);
+    `memory` bytes limits each layer; `balance` the max/mean FLOPs of the model, the busiest device
+    of every layer added up; `layouts`: None = contiguous, zig-zag, striped by block. Raises
+    ValueError for sizes that do not fit."""
 
     masks: Masks
     shape: AttentionShape
@@ -69,14 +80,20 @@ class Problem:
         (_, J, W), s = self.masks.size, self.shape
         if s.cp < 2 or s.seq_len % W or W % s.cp:
             raise ValueError(
-                f"sequence {s.seq_len}, {W} blocks, cp = {s.cp}: cp ≥ 2 must divide the blocks, and they the sequence"
+                f"sequence {s.seq_len}, {W} blocks, cp = {s.cp}: cp ≥ 2 must divide the blocks, "
+                "and they the sequence"
             )
         if J not in (1, s.kv_heads):
-            raise ValueError(f"{J} lists a layer: 1 for all heads, or one of each of the kv_heads = {s.kv_heads}")
+            raise ValueError(
+                f"{J} lists a layer: 1 for all heads, or one of each of the kv_heads = {s.kv_heads}"
+            )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective {self.objective!r} is unknown: {' or '.join(OBJECTIVES)}")
         if self.grid < 1 or self.memory <= 0 or self.balance < 1:
-            raise ValueError(f"grid {self.grid} ≥ 1, memory {self.memory} > 0, balance {self.balance} ≥ 1 must hold")
+            raise ValueError(
+                f"grid {self.grid} ≥ 1, memory {self.memory} > 0, balance {self.balance} ≥ 1 must "
+                "hold"
+            )
 
     @property
     def layers(self) -> int:
@@ -90,7 +107,9 @@ class Problem:
 
     @cached_property
     def places(self) -> dict[SequenceLayout, np.ndarray]:
-        """Owner of each block in every layout that keeps blocks whole. Raises ValueError when none does."""
+        """Owner of each block in every layout that keeps blocks whole. Raises ValueError when none
+        does.
+        """
         found, refused = {}, []
         for layout in self.layouts or (CONTIGUOUS, ZIGZAG, SequenceLayout("striped", self.block)):
             try:
@@ -108,7 +127,9 @@ class Problem:
     def price(self, layer: int, plan: CommPlan) -> Price | str:
         """Price of a plan at a layer, or why it cannot run there."""
         try:
-            found = price(self.counts(layer, plan.layout), plan, self.shape, self.block, self.machine)
+            found = price(
+                self.counts(layer, plan.layout), plan, self.shape, self.block, self.machine
+            )
         except Refused as error:
             return str(error)
         if found.memory > self.memory:
@@ -128,7 +149,8 @@ class Problem:
         return {plan: self.price(layer, plan) for plan in plans}
 
 
-# Candidates ----------------------------------------------------------------------------------------------------------
+# Candidates
+# -------------------------------------------------------------------------------------------------
 
 
 def dense(layout: SequenceLayout, cp: int) -> list[CommPlan]:
@@ -137,7 +159,9 @@ def dense(layout: SequenceLayout, cp: int) -> list[CommPlan]:
 
 
 def sparse(problem: Problem, layout: SequenceLayout, layers: Iterable[int]) -> list[CommPlan]:
-    """Plans that send no more than some layers need, one set of hops or capacity for all of them."""
+    """Plans that send no more than some layers need, one set of hops or capacity for all of
+    them.
+    """
     counts, cp = [problem.counts(layer, layout) for layer in layers], problem.shape.cp
     found = []
     for plan in dense(layout, cp):
@@ -147,7 +171,9 @@ def sparse(problem: Problem, layout: SequenceLayout, layers: Iterable[int]) -> l
             found.append(replace(plan, hops=hops))
     needed = -(-max(c.capacity for c in counts) // problem.grid) * problem.grid
     if needed:  # no more than a device holds
-        found.append(CommPlan(BLOCKS, capacity=min(needed, problem.masks.size[2] // cp), layout=layout))
+        found.append(
+            CommPlan(BLOCKS, capacity=min(needed, problem.masks.size[2] // cp), layout=layout)
+        )
     return found
 
 

@@ -26,8 +26,9 @@ CAUSAL = Mask("causal")
 
 @dataclass(frozen=True)
 class Profile:
-    """mass_NxWxW: attention mass of key blocks, mean over the rows of a query block, sequences and heads;
-    density_N: share of the causal blocks needed for `tau` of each row's mass, mean over heads."""
+    """mass_NxWxW: attention mass of key blocks, mean over the rows of a query block, sequences and
+    heads; density_N: share of the causal blocks needed for `tau` of each row's mass, mean over
+    heads."""
 
     mass_NxWxW: np.ndarray
     density_N: np.ndarray
@@ -76,17 +77,22 @@ def _probe(model: Transformer, objective: Objective, block: int, tau: float) -> 
 
 
 def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
-    """Fewest key blocks of each query block that hold `coverage` of its mean mass, with its own and the first: bool.
+    """Fewest key blocks of each query block that hold `coverage` of its mean mass, with its own and
+    the first: bool.
 
-    [N, W, W] → [N, W, W]; never a block in the future. Raises ValueError for a coverage outside (0, 1].
-    """
+    [N, W, W] → [N, W, W]; never a block in the future. Raises ValueError for a coverage outside (0,
+    1]."""
     if not 0 < coverage <= 1:
-        raise ValueError(f"coverage = {coverage} is no share of attention mass: choose it in (0, 1]")
+        raise ValueError(
+            f"coverage = {coverage} is no share of attention mass: choose it in (0, 1]"
+        )
     W = mass_NxWxW.shape[-1]
     past_WxW = np.tril(np.ones((W, W), bool))
     mass = np.where(past_WxW, mass_NxWxW, 0.0)
     order = np.argsort(-mass, axis=-1, kind="stable")
-    before = np.cumsum(np.take_along_axis(mass, order, -1), -1) - np.take_along_axis(mass, order, -1)
+    before = np.cumsum(np.take_along_axis(mass, order, -1), -1) - np.take_along_axis(
+        mass, order, -1
+    )
     kept = before < coverage * mass.sum(-1, keepdims=True)
     masks = np.zeros_like(past_WxW, shape=mass.shape)
     np.put_along_axis(masks, order, kept, -1)
@@ -95,7 +101,9 @@ def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
 
 
 def block_ids(masks_NxWxW: np.ndarray, width: int | None = None) -> np.ndarray:
-    """The masks as lists of ascending key blocks, -1 unused: int32 [N, W, width]; None = the longest of any layer."""
+    """The masks as lists of ascending key blocks, -1 unused: int32 [N, W, width]; None = the
+    longest of any layer.
+    """
     width = int(masks_NxWxW.sum(-1).max()) if width is None else width
     return np.stack([context_gather.block_ids(mask, 1, width=width)[0, 0] for mask in masks_NxWxW])
 

@@ -1,5 +1,6 @@
-"""A trained model trains on with sparse attention: in every window its masks are measured again, each layer's plan is
-chosen again, and the one compiled step is given the new plans and lists as data.
+"""A trained model trains on with sparse attention: in every window its masks are measured again,
+each layer's plan is chosen again, and the one compiled step is given the new plans and lists as
+data.
 
 Legend: N layers, W blocks of a sequence.
 """
@@ -30,8 +31,9 @@ LAYOUT = layouts.ZIGZAG
 
 @dataclass(frozen=True)
 class Window:
-    """Plans that ran, share of the causal blocks on each layer's lists, wire bytes of attention a step and device (the
-    planner's count), and those of the best uniform plan with lists on the same masks."""
+    """Plans that ran, share of the causal blocks on each layer's lists, wire bytes of attention a
+    step and device (the planner's count), and those of the best uniform plan with lists on the same
+    masks."""
 
     plans: tuple[CommPlan, ...]
     share_N: np.ndarray
@@ -60,24 +62,30 @@ class Adapted:
 
 
 def branches(c: Any, blocks: int) -> tuple[CommPlan, ...]:
-    """What the step compiles: gathers of 1, 2, 4, … blocks a pair of devices, less than a device holds, Ulysses where
-    heads allow it, and all-gather."""
+    """What the step compiles: gathers of 1, 2, 4, … blocks a pair of devices, less than a device
+    holds, Ulysses where heads allow it, and all-gather."""
     held = blocks // checks.DEVICES
-    plans = [CommPlan("gather", capacity=2**i, layout=LAYOUT) for i in range((held - 1).bit_length())]
+    plans = [
+        CommPlan("gather", capacity=2**i, layout=LAYOUT) for i in range((held - 1).bit_length())
+    ]
     if c.model.heads % checks.DEVICES == 0:
         plans.append(CommPlan("ulysses", checks.DEVICES, layout=LAYOUT))
     return (*plans, CommPlan("all_gather", layout=LAYOUT))
 
 
-def adapt(arm: Arm, probe_BxS: np.ndarray, blocks: int, coverage: float, windows: int, steps: int) -> Adapted:
-    """`windows` of `steps` train steps each, after the trained state, beside the same steps with dense attention.
+def adapt(
+    arm: Arm, probe_BxS: np.ndarray, blocks: int, coverage: float, windows: int, steps: int
+) -> Adapted:
+    """`windows` of `steps` train steps each, after the trained state, beside the same steps with
+    dense attention.
 
-    probe_BxS: held-out sequences from which masks of `coverage` are measured. The plans minimise bytes, with the
-    hysteresis of `Scheduler`. The arm's own state stays as it is.
-    """
+    probe_BxS: held-out sequences from which masks of `coverage` are measured. The plans minimise
+    bytes, with the hysteresis of `Scheduler`. The arm's own state stays as it is."""
     c, block = arm.c, block_of(arm, blocks)
     plans = branches(c, blocks)
-    program = checks.program_over_cp(arm, c.train.batch, listed(plans, block), LAYOUT, checks.CHOICE)
+    program = checks.program_over_cp(
+        arm, c.train.batch, listed(plans, block), LAYOUT, checks.CHOICE
+    )
     place = lambda choice: jax.device_put(choice, shardings(program.mesh, checks.CHOICE))
     state = jax.device_put(jax.device_get(arm.trained), program.layout.state_shardings())
     dense, step = jax.tree.map(jnp.copy, arm.trained), None
@@ -92,7 +100,9 @@ def adapt(arm: Arm, probe_BxS: np.ndarray, blocks: int, coverage: float, windows
         for _ in range(steps):
             host = batch(arm.data.train, done, c.train.batch, c.seeds[0])
             tokens = jax.device_put(host, tokens_sharding(program.mesh))
-            if step is None:  # compiled once: it takes any plans and lists of these shapes, and nothing else
+            if (
+                step is None
+            ):  # compiled once: it takes any plans and lists of these shapes, and nothing else
                 step = program.jit_train_step().lower(state, tokens, choice).compile()
             state, _ = jax.block_until_ready(step(state, tokens, choice))
             dense, _ = jax.block_until_ready(arm.train_function()(dense, arm.place(host)))
@@ -106,11 +116,14 @@ def adapt(arm: Arm, probe_BxS: np.ndarray, blocks: int, coverage: float, windows
 
 
 def block_of(arm: Arm, blocks: int) -> int:
-    """Positions of a block. Raises ValueError when the sequence is not whole blocks, or devices do not share them."""
+    """Positions of a block. Raises ValueError when the sequence is not whole blocks, or devices do
+    not share them.
+    """
     S = arm.c.data.seq_len
     if S % blocks or blocks % (2 * checks.DEVICES):
         raise ValueError(
-            f"data.seq_len = {S} must be a multiple of {blocks} blocks, and they of 2·cp = {2 * checks.DEVICES}"
+            f"data.seq_len = {S} must be a multiple of {blocks} blocks, and they of 2·cp = "
+            f"{2 * checks.DEVICES}"
         )
     return S // blocks
 
@@ -122,10 +135,14 @@ def _problem(arm: Arm, masks_NxWxW: np.ndarray) -> Problem:
     return Problem(Masks(masks_NxWxW), shape, on, objective="bytes", layouts=(LAYOUT,))
 
 
-def _window(problem: Problem, plans: tuple[CommPlan, ...], numbers: np.ndarray, masks: np.ndarray) -> Window:
+def _window(
+    problem: Problem, plans: tuple[CommPlan, ...], numbers: np.ndarray, masks: np.ndarray
+) -> Window:
     W = masks.shape[-1]
     chosen = tuple(plans[n] for n in numbers)
     prices = [problem.price(i, plan) for i, plan in enumerate(chosen)]
-    wire = sum(found.wire for found in prices if isinstance(found, Price))  # the scheduler runs no other
+    wire = sum(
+        found.wire for found in prices if isinstance(found, Price)
+    )  # the scheduler runs no other
     uniform = baselines.best_uniform(problem, plans).bytes
     return Window(chosen, masks.sum((1, 2)) / (W * (W + 1) / 2), wire, uniform)

@@ -1,9 +1,9 @@
-"""The cheapest path through the layers of a model: a plan of each, in a layout of each, under a limit on imbalance.
+"""The cheapest path through the layers of a model: a plan of each, in a layout of each, under a
+limit on imbalance.
 
-Without the limit this is Viterbi's algorithm over layouts. With it, a path is also judged by what its busiest devices
-compute in all, so every layout keeps the paths that none beats in both cost and compute: exact while there are at most
-MOST of them, which thins out the near ties beyond.
-"""
+Without the limit this is Viterbi's algorithm over layouts. With it, a path is also judged by what
+its busiest devices compute in all, so every layout keeps the paths that none beats in both cost and
+compute: exact while there are at most MOST of them, which thins out the near ties beyond."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,13 +31,15 @@ def best_path(
 ) -> list[tuple[int, CommPlan]]:
     """(layout, plan) of every layer, at the least cost.
 
-    options[layer][layout]: priced plans; between[a, b]: cost of going from layout a to b between two layers. Raises
-    ValueError when some layer can run nothing, or no path keeps to `problem.balance`.
-    """
+    options[layer][layout]: priced plans; between[a, b]: cost of going from layout a to b between
+    two layers. Raises ValueError when some layer can run nothing, or no path keeps to
+    `problem.balance`."""
     runs = [[_runs(priced) for priced in layer] for layer in options]
     for layer, places in enumerate(runs):
         if not any(places):
-            reasons = sorted({f"{p.kind}: {why}" for priced in options[layer] for p, why in priced.items()})
+            reasons = sorted(
+                {f"{p.kind}: {why}" for priced in options[layer] for p, why in priced.items()}
+            )
             raise ValueError(f"layer {layer} can run nothing: {'; '.join(reasons)}")
     limited = problem.balance < float("inf")
     busy = lambda found: float(found.compute_N[0]) if limited else 0.0
@@ -52,14 +54,22 @@ def best_path(
         for at, found in enumerate(places):
             arrived = [_step(path, at, between.get((path.at, at), (0.0, 0.0))) for path in paths]
             added = (
-                _Path(_add(path.cost, problem.value(one)), path.busy + busy(one), at, plan, path.before)
+                _Path(
+                    _add(path.cost, problem.value(one)),
+                    path.busy + busy(one),
+                    at,
+                    plan,
+                    path.before,
+                )
                 for path in _undominated(arrived)
                 for plan, one in found.items()
             )
             grown += _undominated(path for path in added if path.busy <= room)
         paths = grown
     if not paths:
-        raise ValueError(f"max/mean FLOPs are at least {sum(least) / mean:.2f}, more than {problem.balance:.2f}")
+        raise ValueError(
+            f"max/mean FLOPs are at least {sum(least) / mean:.2f}, more than {problem.balance:.2f}"
+        )
     return _unwind(min(paths, key=lambda path: path.cost))
 
 
@@ -82,7 +92,11 @@ def _undominated(paths: Iterable[_Path]) -> list[_Path]:
     for path in sorted(paths, key=lambda path: (path.cost, path.busy)):
         if not kept or path.busy < kept[-1].busy:
             kept.append(path)
-    return kept if len(kept) <= MOST else [kept[i * (len(kept) - 1) // (MOST - 1)] for i in range(MOST)]
+    return (
+        kept
+        if len(kept) <= MOST
+        else [kept[i * (len(kept) - 1) // (MOST - 1)] for i in range(MOST)]
+    )
 
 
 def _unwind(path: _Path) -> list[tuple[int, CommPlan]]:

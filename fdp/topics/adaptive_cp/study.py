@@ -1,4 +1,5 @@
-"""Topic 3: does a context plan of its own for every layer pay, on what trained models really attend to?
+"""Topic 3: does a context plan of its own for every layer pay, on what trained models really attend
+to?
 
 Legend: B sequences, S positions, W blocks of a sequence, N layers, T checkpoints.
 """
@@ -23,7 +24,9 @@ WINDOWS = 4  # of training with sparse attention
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
-    """The same causal model on text and on recall tasks, all of them in `full`; for absent hardware, on text alone."""
+    """The same causal model on text and on recall tasks, all of them in `full`; for absent
+    hardware, on text alone.
+    """
     found = {"text": config.copy_and_resolve_references()}
     tasks = {"cpu": ("mqar",), "tiny": ("mqar",), "full": RECALL}
     for task in tasks.get(config.variant, ()):
@@ -41,15 +44,30 @@ def study(run: Run) -> Report:
     for name, arms_ in run.arms.items():
         measured = [measure(arm, run.workdir) for arm in arms_]
         planned, table, plan = rows.planned(name, measured)
-        found += [*rows.density(name, measured), *rows.masks(name, measured, run.config.data.seq_len), *planned]
-        raw[name] = [m.plain() | {"val_loss": evaluate(a, a.trained)} for m, a in zip(measured, arms_, strict=True)]
+        found += [
+            *rows.density(name, measured),
+            *rows.masks(name, measured, run.config.data.seq_len),
+            *planned,
+        ]
+        raw[name] = [
+            m.plain() | {"val_loss": evaluate(a, a.trained)}
+            for m, a in zip(measured, arms_, strict=True)
+        ]
         raw[f"{name} plans"] = [vars(row) for row in table]
         first, title = measured[0], f"{name}: blocks for {TAU:.0%} of the mass"
         units, raw[f"{name} needs"] = rows.needs(rows.problem_of(first.masks_NxWxW, "bytes"))
         drawn += [
-            figures.density_map(folder / f"density_{name}.png", first.density_NxT, first.steps, title),
-            figures.need_map(folder / f"needs_{name}.png", units, f"{name}: what devices need, zig-zag over {rows.CP}"),
-            figures.bytes_chart(folder / f"bytes_{name}.png", table, f"{name}: wire bytes, cp = {rows.CP}"),
+            figures.density_map(
+                folder / f"density_{name}.png", first.density_NxT, first.steps, title
+            ),
+            figures.need_map(
+                folder / f"needs_{name}.png",
+                units,
+                f"{name}: what devices need, zig-zag over {rows.CP}",
+            ),
+            figures.bytes_chart(
+                folder / f"bytes_{name}.png", table, f"{name}: wire bytes, cp = {rows.CP}"
+            ),
             figures.plan_picture(folder / f"plan_{name}.png", plan, f"{name}: plan by layer"),
         ]
         if enough and (name == "text" or not tiny):
@@ -62,10 +80,19 @@ def study(run: Run) -> Report:
         found += exact
     else:
         found.append(
-            Row.untestable("every plan equals one device", "errors", "", "<= 1e-4", "measured", "needs 8 devices")
+            Row.untestable(
+                "every plan equals one device",
+                "errors",
+                "",
+                "<= 1e-4",
+                "measured",
+                "needs 8 devices",
+            )
         )
     region = simulate.region(draws=100, lengths=simulate.LENGTHS[:1] if tiny else simulate.LENGTHS)
-    drawn.append(figures.region_map(folder / "region.png", region, "Step time, adaptive / best uniform"))
+    drawn.append(
+        figures.region_map(folder / "region.png", region, "Step time, adaptive / best uniform")
+    )
     found.append(rows.region(region))
     plots: list[str | Path] = [path.relative_to(run.workdir) for path in drawn]
     return Report(run.config.topic, run.config.variant, digest(run.config), found, plots, raw)

@@ -9,12 +9,12 @@ PATTERNS = ("window", "vertical-slash", "clustered", "scattered")
 
 
 def pattern(kind: str, W: int, density: float, seed: int = 0, cluster: int = 32) -> np.ndarray:
-    """A causal mask bool [W, W] that keeps a share `density` of the causal blocks, at least the diagonal.
+    """A causal mask bool [W, W] that keeps a share `density` of the causal blocks, at least the
+    diagonal.
 
-    window: the nearest blocks; vertical-slash: random columns and diagonals; scattered: random blocks; clustered:
-    random, but alike in `cluster` neighbouring query blocks. Raises ValueError for another kind, and for a density
-    outside (0, 1].
-    """
+    window: the nearest blocks; vertical-slash: random columns and diagonals; scattered: random
+    blocks; clustered: random, but alike in `cluster` neighbouring query blocks. Raises ValueError
+    for another kind, and for a density outside (0, 1]."""
     if kind not in PATTERNS:
         raise ValueError(f"pattern {kind!r} is unknown: {' or '.join(PATTERNS)}")
     if not 0 < density <= 1:
@@ -35,11 +35,11 @@ def pattern(kind: str, W: int, density: float, seed: int = 0, cluster: int = 32)
 
 
 def layers(L: int, W: int, density: float, spread: float = 16.0, seed: int = 0) -> np.ndarray:
-    """L masks bool [L, W, W] of mean density `density`: patterns in turn, densities geometric with max/min = `spread`.
+    """L masks bool [L, W, W] of mean density `density`: patterns in turn, densities geometric with
+    max/min = `spread`.
 
-    Densities above 1 are cut, and the rest raised so that the mean stays. Raises ValueError as `pattern`, and for a
-    spread below 1.
-    """
+    Densities above 1 are cut, and the rest raised so that the mean stays. Raises ValueError as
+    `pattern`, and for a spread below 1."""
     if not 0 < density <= 1:
         raise ValueError(f"density = {density} must be in (0, 1]")
     if spread < 1:
@@ -52,17 +52,20 @@ def layers(L: int, W: int, density: float, spread: float = 16.0, seed: int = 0) 
         density_L[free] *= (density * L - (~free).sum()) / density_L[free].sum()
     kinds = [PATTERNS[i % len(PATTERNS)] for i in range(L)]
     return np.stack(
-        [pattern(k, W, min(d, 1.0), seed + i) for i, (k, d) in enumerate(zip(kinds, density_L, strict=True))]
+        [
+            pattern(k, W, min(d, 1.0), seed + i)
+            for i, (k, d) in enumerate(zip(kinds, density_L, strict=True))
+        ]
     )
 
 
 def magnify(masks: np.ndarray, factor: int) -> np.ndarray:
     """Masks [..., W, W] with every block divided into factor × factor: [..., factor·W, factor·W].
 
-    The relative structure and the density stay, which is an assumption: a window of fixed width, or a fixed number of
-    keys, would become sparser as 1/S, so that a longer sequence is priced too dear; and structure finer than a measured
-    block is not seen, so that needs are overestimated once more. Raises ValueError for a factor below 1.
-    """
+    The relative structure and the density stay, which is an assumption: a window of fixed width, or
+    a fixed number of keys, would become sparser as 1/S, so that a longer sequence is priced too
+    dear; and structure finer than a measured block is not seen, so that needs are overestimated
+    once more. Raises ValueError for a factor below 1."""
     if factor < 1:
         raise ValueError(f"factor = {factor} must be at least 1: masks are never made coarser")
     return masks.repeat(factor, axis=-1).repeat(factor, axis=-2)

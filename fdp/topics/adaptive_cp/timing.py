@@ -1,12 +1,15 @@
-"""Seconds that one attention layer takes on the busiest device, and what of its transfers compute does not hide.
+"""Seconds that one attention layer takes on the busiest device, and what of its transfers compute
+does not hide.
 
-Time, forward and backward, of the busiest device (cp.md 1.4 calls what compute does not hide *exposed*):
-- ring: lock-step; hop o+1 is under way while block o is computed, Σ_o max(busiest device, transfer); in the backward
-  pass gradients follow two blocks behind their keys, over the same link, and the last hop is exposed;
-- hop set: fetched one after another over the link from the start; a device computes each as it arrives, own block
-  first, and waits for no other device; gradients are sent straight home;
-- gathers: own block first while everything else is under way, then the rest; backward the rest first, own block while
-  gradients travel;
+Time, forward and backward, of the busiest device (cp.md 1.4 calls what compute does not hide
+*exposed*):
+- ring: lock-step; hop o+1 is under way while block o is computed, Σ_o max(busiest device,
+  transfer); in the backward pass gradients follow two blocks behind their keys, over the same link,
+  and the last hop is exposed;
+- hop set: fetched one after another over the link from the start; a device computes each as it
+  arrives, own block first, and waits for no other device; gradients are sent straight home;
+- gathers: own block first while everything else is under way, then the rest; backward the rest
+  first, own block while gradients travel;
 - head and batch splits: both exchanges are exposed, before and after the ring of the others.
 A hop and a collective are one latency each.
 
@@ -20,7 +23,8 @@ import numpy as np
 
 
 class Network(Protocol):
-    """Seconds of one collective among `ranks` devices, `inner` of others between neighbours, sending `wire` bytes each.
+    """Seconds of one collective among `ranks` devices, `inner` of others between neighbours,
+    sending `wire` bytes each.
 
     `op`: HLO name as in fdp.cost.context. A float, or one value a draw [N].
     """
@@ -37,7 +41,10 @@ class Link:
 
     def __post_init__(self) -> None:
         if self.bandwidth <= 0 or self.latency < 0:
-            raise ValueError(f"bandwidth = {self.bandwidth} B/s must be positive and latency = {self.latency} s ≥ 0")
+            raise ValueError(
+                f"bandwidth = {self.bandwidth} B/s must be positive and latency = {self.latency} s "
+                "≥ 0"
+            )
 
     def seconds(self, op: str, wire: float, ranks: int, inner: int) -> float:
         """latency + wire/bandwidth."""
@@ -46,7 +53,9 @@ class Link:
 
 @dataclass(frozen=True, eq=False)
 class Machine:
-    """`flops`: FLOP/s that the attention kernel reaches, one value or one a draw [N]; `network` between devices."""
+    """`flops`: FLOP/s that the attention kernel reaches, one value or one a draw [N]; `network`
+    between devices.
+    """
 
     flops: Any
     network: Network
@@ -58,7 +67,9 @@ class Machine:
     def send(self, op: str, wire: float, ranks: int, inner: int = 1) -> np.ndarray:
         """Seconds [N] of a collective, 0 without bytes or partners."""
         live = wire > 0 and ranks > 1
-        return np.atleast_1d(self.network.seconds(op, wire, ranks, inner) if live else 0.0).astype(float)
+        return np.atleast_1d(self.network.seconds(op, wire, ranks, inner) if live else 0.0).astype(
+            float
+        )
 
 
 def gathered(
@@ -67,13 +78,17 @@ def gathered(
     """Own block behind the transfer; backward the other way round."""
     own, rest = forward_DxOxN[:, 0], forward_DxOxN[:, 1:].sum(1)
     own_back, rest_back = backward_DxOxN[:, 0], backward_DxOxN[:, 1:].sum(1)
-    return (np.maximum(own, there_N) + rest).max(0), (rest_back + np.maximum(own_back, back_N)).max(0)
+    return (np.maximum(own, there_N) + rest).max(0), (rest_back + np.maximum(own_back, back_N)).max(
+        0
+    )
 
 
 def lock_step(
     forward_DxOxN: np.ndarray, backward_DxOxN: np.ndarray, kv_N: np.ndarray, gradient_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The whole ring: r-1 hops of keys, and in the backward pass r-1 of gradients that start after block 1."""
+    """The whole ring: r-1 hops of keys, and in the backward pass r-1 of gradients that start after
+    block 1.
+    """
     forward_OxN, backward_OxN = forward_DxOxN.max(0), backward_DxOxN.max(0)
     offset_O = np.arange(len(forward_OxN))[:, None]
     keys_OxN = (offset_O < len(offset_O) - 1) * kv_N

@@ -1,4 +1,5 @@
-"""Claims about sharding: equal to one device, bytes equal the closed formula, the head's FLOPs, ids on the wire.
+"""Claims about sharding: equal to one device, bytes equal the closed formula, the head's FLOPs, ids
+on the wire.
 
 Legend: B batch, L positions.
 """
@@ -25,7 +26,8 @@ from fdp.sample import draw
 from fdp.sampling.noise import categorical_confidence, gumbel
 from fdp.step import Program, batch_specs, tokens_sharding
 
-# Every axis alone (pp needs a schedule), then all of them mixed with sequence parallelism and ZeRO-3.
+# Every axis alone (pp needs a schedule), then all of them mixed with sequence parallelism and
+# ZeRO-3.
 MESHES: dict[str, dict[str, int]] = {
     "dp8": {"dp": 8},
     "ep4": {"ep": 4},
@@ -38,7 +40,9 @@ DEVICES = 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """One mesh against one device: relative errors, and wire bytes per (op, axes) counted and by formula."""
+    """One mesh against one device: relative errors, and wire bytes per (op, axes) counted and by
+    formula.
+    """
 
     mesh: str
     loss_error: float
@@ -49,24 +53,35 @@ class Comparison:
     def mismatches(self) -> int:
         """Number of (op, axes) whose counted bytes differ from the formula."""
         keys = self.counted.keys() | self.formula.keys()
-        return sum(not math.isclose(self.counted.get(k, 0), self.formula.get(k, 0), rel_tol=1e-12) for k in keys)
+        return sum(
+            not math.isclose(self.counted.get(k, 0), self.formula.get(k, 0), rel_tol=1e-12)
+            for k in keys
+        )
 
 
 def small(c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The arm's config shrunk until every mesh compiles in seconds; float32, so that errors show."""
+    """The arm's config shrunk until every mesh compiles in seconds; float32, so that errors
+    show.
+    """
     c = c.copy_and_resolve_references()
-    c.model.update(layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ffn=64, vocab=256, dtype="float32")
+    c.model.update(
+        layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ffn=64, vocab=256, dtype="float32"
+    )
     c.data.seq_len, c.train.batch, c.train.zero, c.model.remat = 32, 8, 0, "none"
     c.mesh.update(dict.fromkeys(AXES, 1))
     return c
 
 
 def _program(c: ml_collections.ConfigDict, objective: Objective, mesh: AnyMesh) -> Program:
-    return Program(c, transformer.from_config(c, objective.attention, objective.block), objective, mesh)
+    return Program(
+        c, transformer.from_config(c, objective.attention, objective.block), objective, mesh
+    )
 
 
 def _loss_and_grads(program: Program, params: Any, batch: Any) -> tuple[float, Any, Any]:
-    """(loss, gradients, compiled loss-and-gradient program) of host arrays on the program's mesh."""
+    """(loss, gradients, compiled loss-and-gradient program) of host arrays on the program's
+    mesh.
+    """
     params = jax.device_put(params, sharding.shardings(program.mesh, program.layout.stored))
     batch = jax.device_put(batch, sharding.shardings(program.mesh, batch_specs(batch)))
     compiled = jax.jit(program.grads, compiler_options=hlo.QUICK).lower(params, batch).compile()
@@ -77,10 +92,12 @@ def _loss_and_grads(program: Program, params: Any, batch: Any) -> tuple[float, A
 def compare_meshes(c: ml_collections.ConfigDict, objective: Objective) -> list[Comparison]:
     """Loss, gradients and bytes of the small model on every mesh of MESHES against one device.
 
-    The same parameters and noise everywhere; that every mesh would also draw them equal is for the tests to show.
-    """
+    The same parameters and noise everywhere; that every mesh would also draw them equal is for the
+    tests to show."""
     c = small(c)
-    tokens_BxL = np.random.default_rng(0).integers(0, objective.n_ids, (c.train.batch, c.data.seq_len), np.int32)
+    tokens_BxL = np.random.default_rng(0).integers(
+        0, objective.n_ids, (c.train.batch, c.data.seq_len), np.int32
+    )
     alone = _program(c, objective, make_mesh(c.mesh, jax.devices()[:1]))
     params = jax.device_get(alone.init(0).params)
     batch = jax.device_get(jax.jit(objective.corrupt)(jax.random.key(0), tokens_BxL))
@@ -97,15 +114,24 @@ def compare_meshes(c: ml_collections.ConfigDict, objective: Objective) -> list[C
         difference = _norm(jax.tree.map(np.subtract, other_grads, grads))
         out.append(
             Comparison(
-                name, abs(other - loss) / abs(loss), difference / norm, counted_bytes(compiled, program.mesh),
-                dict(closed.traffic(d, program.layout.shapes, program.layout.stored, program.head_rows())),
+                name,
+                abs(other - loss) / abs(loss),
+                difference / norm,
+                counted_bytes(compiled, program.mesh),
+                dict(
+                    closed.traffic(
+                        d, program.layout.shapes, program.layout.stored, program.head_rows()
+                    )
+                ),
             )
-        )  # fmt: skip
+        )
     return out
 
 
 def _norm(tree: Any) -> float:
-    return math.sqrt(sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree)))
+    return math.sqrt(
+        sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
+    )
 
 
 def counted_bytes(compiled: Any, mesh: AnyMesh) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -116,7 +142,9 @@ def counted_bytes(compiled: Any, mesh: AnyMesh) -> dict[tuple[str, tuple[str, ..
 
 @dataclass(frozen=True)
 class StepCost:
-    """Loss and gradients of one batch: the loss, matmul FLOPs (jaxpr), wire bytes a device, temporary bytes."""
+    """Loss and gradients of one batch: the loss, matmul FLOPs (jaxpr), wire bytes a device,
+    temporary bytes.
+    """
 
     loss: float
     flops: int
@@ -140,7 +168,9 @@ class HeadSaving:
 
 
 def head_saving(program: Program, tokens_BxL: np.ndarray) -> HeadSaving:
-    """Compile, count and run loss and gradients at initialisation with rows selected and with all rows."""
+    """Compile, count and run loss and gradients at initialisation with rows selected and with all
+    rows.
+    """
     params = program.init(0).params
     tokens = jax.device_put(tokens_BxL, tokens_sharding(program.mesh))
     batch = jax.jit(program.corrupt)(tokens, jax.random.key(0))
@@ -176,7 +206,9 @@ V_WIDE, ROWS = 32_768, 64  # a vocabulary of today, rows a device samples at onc
 
 @dataclass(frozen=True)
 class SamplingBytes:
-    """Bytes over tp a device sends to draw a token and its confidence for each of ROWS rows, and to gather logits."""
+    """Bytes over tp a device sends to draw a token and its confidence for each of ROWS rows, and to
+    gather logits.
+    """
 
     tp: int
     scalars: float
@@ -203,7 +235,13 @@ def sampling_bytes(tp: int) -> SamplingBytes:
 
 
 def ids_by_degree(arm: Arm, count: int, degrees: tuple[int, ...]) -> dict[int, np.ndarray]:
-    """Samples int32 [count, L] of the same parameters and seed, drawn with each tp degree that the model allows."""
+    """Samples int32 [count, L] of the same parameters and seed, drawn with each tp degree that the
+    model allows.
+    """
     c = arm.c
-    fits = [t for t in degrees if not any(n % t for n in (c.model.heads, c.model.kv_heads, c.model.ffn, c.model.vocab))]
+    fits = [
+        t
+        for t in degrees
+        if not any(n % t for n in (c.model.heads, c.model.kv_heads, c.model.ffn, c.model.vocab))
+    ]
     return {t: draw(arm, count, make_mesh(dict.fromkeys(AXES, 1) | {"tp": t})) for t in fits}

@@ -1,4 +1,5 @@
-"""Four unbiased estimators of one NELBO on trained parameters: how much do they scatter for the same batch?
+"""Four unbiased estimators of one NELBO on trained parameters: how much do they scatter for the
+same batch?
 
 Legend: B sequences, L positions, R noise draws.
 """
@@ -25,7 +26,9 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "iid exact k": {"form": "k", "antithetic": False},
     METHOD: {"form": "k", "antithetic": True},
 }
-CHUNK = 16  # draws in one program: few enough calls, and the queue of multi-device programs stays short
+CHUNK = (
+    16  # draws in one program: few enough calls, and the queue of multi-device programs stays short
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Scatter:
 
 
 def scatter(arm: Arm, draws: int) -> Scatter:
-    """`draws` noise draws of every estimator on the first validation batch; every row through the head.
+    """`draws` noise draws of every estimator on the first validation batch; every row through the
+    head.
 
     Raises ValueError for fewer than two draws: they have no variance.
     """
@@ -59,12 +63,17 @@ def scatter(arm: Arm, draws: int) -> Scatter:
         objective = dataclasses.replace(arm.objective, **options)
         run = jax.jit(functools.partial(_losses, arm, objective))
         keys_R = jax.random.split(jax.random.key(arm.c.seeds[0]), math.ceil(draws / CHUNK) * CHUNK)
-        parts = [np.asarray(run(params, tokens_BxL, keys_R[i : i + CHUNK])) for i in range(0, len(keys_R), CHUNK)]
+        parts = [
+            np.asarray(run(params, tokens_BxL, keys_R[i : i + CHUNK]))
+            for i in range(0, len(keys_R), CHUNK)
+        ]
         found[name] = np.concatenate(parts).astype(np.float64)[:draws]
     return Scatter(found)
 
 
-def _losses(arm: Arm, objective: MDLM, params: object, tokens_BxL: jax.Array, keys_R: jax.Array) -> jax.Array:
+def _losses(
+    arm: Arm, objective: MDLM, params: object, tokens_BxL: jax.Array, keys_R: jax.Array
+) -> jax.Array:
     """Mean loss of the batch in nats per token under each key: f32 [R]."""
 
     def one(key: jax.Array) -> jax.Array:
@@ -77,6 +86,8 @@ def _losses(arm: Arm, objective: MDLM, params: object, tokens_BxL: jax.Array, ke
 
 
 def z_score(scatters: list[Scatter]) -> float:
-    """Difference of the two estimators' means over all seeds, in standard errors: a bias would make it large."""
+    """Difference of the two estimators' means over all seeds, in standard errors: a bias would make
+    it large.
+    """
     gaps = [s.gap() for s in scatters]
     return sum(g for g, _ in gaps) / math.sqrt(sum(v for _, v in gaps))

@@ -1,4 +1,5 @@
-"""The pictures of topic 1: training curves, wire bytes by mesh, bytes against KL, a sample while it is denoised.
+"""The pictures of topic 1: training curves, wire bytes by mesh, bytes against KL, a sample while it
+is denoised.
 
 Legend: L positions, T states.
 """
@@ -24,7 +25,9 @@ ARMS = {"mdlm": "MDLM (NELBO)", "ar": "AR (NLL)", "markov": "MDLM on the Markov 
 
 
 def curves(workdir: Path) -> str:
-    """Loss against steps, mean over seeds; training smoothed over ten rows. Returns the path inside the workdir."""
+    """Loss against steps, mean over seeds; training smoothed over ten rows. Returns the path inside
+    the workdir.
+    """
     found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in read_metrics(workdir):
         for key in ("loss", "val_loss"):
@@ -37,15 +40,22 @@ def curves(workdir: Path) -> str:
         if key == "loss" and len(steps) >= 20:
             means = np.convolve(means, np.ones(10) / 10, "valid")
             steps = steps[9:]
-        series[f"{ARMS.get(arm, arm)}, {'training' if key == 'loss' else 'validation'}"] = (steps, means.tolist())
+        series[f"{ARMS.get(arm, arm)}, {'training' if key == 'loss' else 'validation'}"] = (
+            steps,
+            means.tolist(),
+        )
     title = "Masked diffusion and autoregressive LM, equal budget"
     return str(
-        plot_curves(workdir / "plots" / "loss.png", series, "step", "nats per token", title).relative_to(workdir)
+        plot_curves(
+            workdir / "plots" / "loss.png", series, "step", "nats per token", title
+        ).relative_to(workdir)
     )
 
 
 def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
-    """Stacked wire bytes per device and step of every mesh, by collective and axes. Returns the path in the workdir."""
+    """Stacked wire bytes per device and step of every mesh, by collective and axes. Returns the
+    path in the workdir.
+    """
     fig, axes = figure(width=8.0, height=4.0)
     names = [c.mesh.replace(", ", "\n") for c in comparisons]
     base = np.zeros(len(names))
@@ -53,29 +63,53 @@ def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
     for i, (op, mesh_axes) in enumerate(kinds):
         height = np.array([c.counted.get((op, mesh_axes), 0.0) for c in comparisons]) / 1024
         hatch = ("", "//", "..")[i // 7 % 3]  # the house style has seven colours
-        axes.bar(names, height, bottom=base, label=f"{op} over {'·'.join(mesh_axes)}", hatch=hatch, width=0.6)
+        axes.bar(
+            names,
+            height,
+            bottom=base,
+            label=f"{op} over {'·'.join(mesh_axes)}",
+            hatch=hatch,
+            width=0.6,
+        )
         base += height
     axes.set_ylim(0, 1.05 * base.max())
-    axes.set(ylabel="KiB sent per device and step", title="Wire bytes of loss and gradients, counted in the HLO")
+    axes.set(
+        ylabel="KiB sent per device and step",
+        title="Wire bytes of loss and gradients, counted in the HLO",
+    )
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return str(save_plot(fig, workdir / "plots" / "bytes.png").relative_to(workdir))
 
 
 def pareto(workdir: Path, outcomes: Mapping[tuple[str, int], list[Outcome]]) -> str:
-    """KL on the rows read against the share of bytes sent, one panel a task. Returns the path in the workdir."""
+    """KL on the rows read against the share of bytes sent, one panel a task. Returns the path in
+    the workdir.
+    """
     fig, panels = figure(columns=len(outcomes), width=3.6, height=4.0)
     # "drift 0.4" and "drift 0.25" are one line, "drift, int8" another.
-    kind_of = lambda o: "drift, int8" if "drift, int8" in o.policy else o.policy.split(",")[0].split(" ")[0]
+    kind_of = lambda o: (
+        "drift, int8" if "drift, int8" in o.policy else o.policy.split(",")[0].split(" ")[0]
+    )
     kinds = sorted({kind_of(o) for found in outcomes.values() for o in found})
     for axes, ((name, steps), found) in zip(np.atleast_1d(panels), outcomes.items(), strict=True):
         for i, kind in enumerate(kinds):
             mine = sorted((o for o in found if kind_of(o) == kind), key=lambda o: o.share)
             kl = [max(float(np.mean(o.kl_read)), 1e-7) for o in mine]
-            axes.plot([o.share for o in mine], kl, marker="osD^v*XPh"[i % 9], linestyle=":", label=kind, linewidth=0.8)
+            axes.plot(
+                [o.share for o in mine],
+                kl,
+                marker="osD^v*XPh"[i % 9],
+                linestyle=":",
+                label=kind,
+                linewidth=0.8,
+            )
         axes.axhline(1e-3, color="#444444", linestyle="--", linewidth=0.8)
         axes.axvline(0.35, color="#444444", linestyle="--", linewidth=0.8)
         axes.set(
-            yscale="log", xlim=(0, 1.05), xlabel="share of the exact bytes over tp", title=f"{name}, N = {steps} steps"
+            yscale="log",
+            xlim=(0, 1.05),
+            xlabel="share of the exact bytes over tp",
+            title=f"{name}, N = {steps} steps",
         )
     np.atleast_1d(panels)[0].set_ylabel("KL(exact ‖ policy), nats, rows read (1e-7: exact)")
     np.atleast_1d(panels)[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -83,7 +117,9 @@ def pareto(workdir: Path, outcomes: Mapping[tuple[str, int], list[Outcome]]) -> 
 
 
 def film_strip(workdir: Path, arm: Arm, frames: int = 6) -> str:
-    """One sample while it is denoised: tokens in reading order, coloured by the step that revealed them."""
+    """One sample while it is denoised: tokens in reading order, coloured by the step that revealed
+    them.
+    """
     states_TxL, mask_id = trace(arm), arm.objective.n_ids
     length = states_TxL.shape[1]
     columns = max(4, round(math.sqrt(length) / 2))
@@ -96,7 +132,9 @@ def film_strip(workdir: Path, arm: Arm, frames: int = 6) -> str:
         for i, token in enumerate(states_TxL[t]):
             if token != mask_id:
                 text = printable(arm.data.tokenizer.decode([token]))
-                axes.text(i % columns, i // columns, text[:7], fontsize=4.5, ha="center", va="center")
+                axes.text(
+                    i % columns, i // columns, text[:7], fontsize=4.5, ha="center", va="center"
+                )
         axes.set(title=f"step {t}", xticks=[], yticks=[])
         axes.grid(False)
     return str(save_plot(fig, workdir / "plots" / "film_strip.png").relative_to(workdir))
@@ -115,6 +153,8 @@ def trace(arm: Arm) -> np.ndarray:
     @jax.jit
     def run(params: Any) -> jax.Array:
         denoise: Any = lambda z, noise_B: arm.model.apply({"params": params}, z, noise_B)
-        return first_hitting(denoise, key, jnp.arange(1), length, n_ids=n_ids, trace=True)[1]["trace"]
+        return first_hitting(denoise, key, jnp.arange(1), length, n_ids=n_ids, trace=True)[1][
+            "trace"
+        ]
 
     return np.asarray(run(jax.device_get(arm.trained.params)))[:, 0]

@@ -1,7 +1,9 @@
-"""What approximate sums over tp cost and save: wire bytes of a forward pass against the distributions it yields.
+"""What approximate sums over tp cost and save: wire bytes of a forward pass against the
+distributions it yields.
 
-Every policy runs the real sharded program over tp. At each state it visits, the exact forward pass is run as well, so
-that KL and agreement compare distributions at equal inputs; the noise is the same for all policies.
+Every policy runs the real sharded program over tp. At each state it visits, the exact forward pass
+is run as well, so that KL and agreement compare distributions at equal inputs; the noise is the
+same for all policies.
 
 Legend: B sequences, L positions, N denoising steps, V vocabulary (local over tp).
 """
@@ -31,8 +33,9 @@ P = PartitionSpec
 TP = 8  # a node
 
 EXACT = "exact"
-# The policies that the claims speak of. 0.8 of the rows is the largest round share that keeps every task below 35 % of
-# the bytes; with 0.55 a quarter of the steps takes 35.5 % on the short chain. K-refresh sends 34 to 38 %.
+# The policies that the claims speak of. 0.8 of the rows is the largest round share that keeps every
+# task below 35 % of the bytes; with 0.55 a quarter of the steps takes 35.5 % on the short chain.
+# K-refresh sends 34 to 38 %.
 HEADLINE, EVERY_ROW, REFRESH = "drift, int8", "drift, int8, every row", "stale, K=3"
 POLICIES = (
     Policy(EXACT, "exact"),
@@ -51,7 +54,8 @@ POLICIES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One policy on one task: share of the exact bytes, and per seed KL in nats and top-1 agreement with exact.
+    """One policy on one task: share of the exact bytes, and per seed KL in nats and top-1 agreement
+    with exact.
 
     `read`: rows whose distribution is sampled from; `masked`: all rows still masked.
     """
@@ -75,15 +79,21 @@ def chosen(names: tuple[str, ...]) -> tuple[Policy, ...]:
 
 
 def node(c: ml_collections.ConfigDict) -> dict[str, int]:
-    """Degrees of the mesh of the study: tp = 8, or the largest power of two that divides the model."""
+    """Degrees of the mesh of the study: tp = 8, or the largest power of two that divides the
+    model.
+    """
     tp = TP
-    while any(n % tp for n in (c.model.heads, c.model.kv_heads, c.model.ffn, c.model.vocab, c.model.width)):
+    while any(
+        n % tp for n in (c.model.heads, c.model.kv_heads, c.model.ffn, c.model.vocab, c.model.width)
+    ):
         tp //= 2
     return dict.fromkeys(AXES, 1) | {"tp": tp}
 
 
 def share_of_bytes(arm: Arm, policy: Policy, per_step: int, sequences: int = 8) -> float:
-    """Bytes that a whole run of `policy` sends over tp, as a share of the exact sums; counted in the bf16 program."""
+    """Bytes that a whole run of `policy` sends over tp, as a share of the exact sums; counted in
+    the bf16 program.
+    """
     layout, length, mesh_shape = arm.program.layout, arm.c.data.seq_len, node(arm.c)
     m = ml_collections.FrozenConfigDict(arm.model.m.to_dict() | {"dtype": "bfloat16"})
     model = arm.model.clone(m=m)
@@ -97,13 +107,18 @@ def share_of_bytes(arm: Arm, policy: Policy, per_step: int, sequences: int = 8) 
         def run(params: Any, z: jax.Array, changed: jax.Array, read: jax.Array) -> jax.Array:
             hidden, cache = forward(model, params, z, None, p, per_step, None)
             if passes == 2:
-                hidden, _ = forward(model, params, z, cache, p, per_step, Step(changed, read, jnp.int32(1)))
+                hidden, _ = forward(
+                    model, params, z, cache, p, per_step, Step(changed, read, jnp.int32(1))
+                )
             return hidden
 
         rows = P(BATCH_AXES)
-        # Each device's own activations side by side: they need not agree, so no collective may join them.
+        # Each device's own activations side by side: they need not agree, so no collective may join
+        # them.
         program = shard_map(run, mesh, (layout.specs, rows, rows, rows), P(BATCH_AXES, None, "tp"))
-        found = jaxpr.collectives(jax.make_jaxpr(program)(layout.shapes, ids, flags, flags), mesh_shape)
+        found = jaxpr.collectives(
+            jax.make_jaxpr(program)(layout.shapes, ids, flags, flags), mesh_shape
+        )
         return sum(x.wire_bytes * x.count for x in found)
 
     steps = length // per_step
@@ -113,7 +128,9 @@ def share_of_bytes(arm: Arm, policy: Policy, per_step: int, sequences: int = 8) 
 
 
 def sequence_parallel_share(arm: Arm, sequences: int = 8) -> float:
-    """Bytes of the exact forward pass with sequence parallelism, as a share of the all-reduces; the same count."""
+    """Bytes of the exact forward pass with sequence parallelism, as a share of the all-reduces; the
+    same count.
+    """
     layout, length, mesh_shape = arm.program.layout, arm.c.data.seq_len, node(arm.c)
     mesh = AbstractMesh(tuple(mesh_shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     sent = []
@@ -122,24 +139,35 @@ def sequence_parallel_share(arm: Arm, sequences: int = 8) -> float:
         model = arm.model.clone(m=ml_collections.FrozenConfigDict(arm.model.m.to_dict() | changes))
         run = lambda p, z, m=model: m.apply({"params": p}, z, jnp.zeros(sequences), method="hidden")
         out = P(BATCH_AXES, None, "tp")
-        program = shard_map(lambda p, z, f=run: vary(f(p, z), "tp"), mesh, (layout.specs, P(BATCH_AXES)), out)
+        program = shard_map(
+            lambda p, z, f=run: vary(f(p, z), "tp"), mesh, (layout.specs, P(BATCH_AXES)), out
+        )
         ids = jax.ShapeDtypeStruct((sequences, length), jnp.int32)
         found = jaxpr.collectives(jax.make_jaxpr(program)(layout.shapes, ids), mesh_shape)
         sent.append(sum(x.wire_bytes * x.count for x in found))
     return sent[0] / sent[1]
 
 
-def _compare(z_BxL: jax.Array, read_BxL: jax.Array, n_ids: int, exact: jax.Array, approximate: jax.Array) -> jax.Array:
-    """[2, 3]: (Σ KL, Σ top-1 agreement, rows) over the rows read and over all masked rows of the whole mesh."""
+def _compare(
+    z_BxL: jax.Array, read_BxL: jax.Array, n_ids: int, exact: jax.Array, approximate: jax.Array
+) -> jax.Array:
+    """[2, 3]: (Σ KL, Σ top-1 agreement, rows) over the rows read and over all masked rows of the
+    whole mesh.
+    """
     logp, logq = (x - vocab_logsumexp(x)[..., None] for x in (exact, approximate))
     kl = psum(jnp.where(logp > -1e20, jnp.exp(logp) * (logp - logq), 0.0).sum(-1), "tp")
     agree = vocab_argmax(exact)[1] == vocab_argmax(approximate)[1]
-    sums = lambda rows: jnp.stack([(kl * rows).sum(), (agree * rows).sum(), rows.sum().astype(jnp.float32)])
+    sums = lambda rows: jnp.stack(
+        [(kl * rows).sum(), (agree * rows).sum(), rows.sum().astype(jnp.float32)]
+    )
     return psum(jnp.stack([sums(read_BxL), sums(z_BxL == n_ids)]), BATCH_AXES)
 
 
-def sampler(arm: Arm, mesh: Mesh, policy: Policy, per_step: int) -> Callable[[Any, jax.Array, jax.Array], Any]:
-    """Compiled (params, raw key, sample ids [B]) → (ids [B, L], comparison [2, 3]): `per_step` random positions a step.
+def sampler(
+    arm: Arm, mesh: Mesh, policy: Policy, per_step: int
+) -> Callable[[Any, jax.Array, jax.Array], Any]:
+    """Compiled (params, raw key, sample ids [B]) → (ids [B, L], comparison [2, 3]): `per_step`
+    random positions a step.
 
     With exact sums, the ids of `fdp.sampling.masked.reveal(order="random")`.
     """
@@ -148,7 +176,8 @@ def sampler(arm: Arm, mesh: Mesh, policy: Policy, per_step: int) -> Callable[[An
         raise ValueError(f"length {length} is not divisible by per_step = {per_step} positions")
 
     def draw(params: Any, key: jax.Array, sample_ids_B: jax.Array) -> Any:
-        head = lambda h: suppress(model.apply({"params": params}, h, method="logits"), n_ids)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        head = lambda h: suppress(model.apply({"params": params}, h, method="logits"), n_ids)
         step_to = functools.partial(forward, model, params, policy=policy, per_step=per_step)
         noise_B = vary_like(jnp.zeros(sample_ids_B.shape), sample_ids_B)
 
@@ -158,16 +187,24 @@ def sampler(arm: Arm, mesh: Mesh, policy: Policy, per_step: int) -> Callable[[An
             read = choose(uniform(keys), z == n_ids, per_step)
             step = Step(z != before, read, number)
             hidden, cache = jax.lax.cond(
-                policy.full(number), lambda c: step_to(z, c, step=None), lambda c: step_to(z, c, step=step), cache
+                policy.full(number),
+                lambda c: step_to(z, c, step=None),
+                lambda c: step_to(z, c, step=step),
+                cache,
             )
             logits = head(hidden)
-            exact = suppress(model.apply({"params": params}, z, noise_B), n_ids)  # type: ignore[arg-type]
+            # type: ignore[arg-type]
+            exact = suppress(model.apply({"params": params}, z, noise_B), n_ids)
             sums += _compare(z, read, n_ids, exact, logits)
             return (jnp.where(read, categorical(keys, logits), z), z, cache, sums), None
 
         z = initial_state(sample_ids_B, length, n_ids, None)
-        _, cache = step_to(z, None, step=None)  # step 0 sends everything again: this only shapes the carry
-        (z, _, _, sums), _ = jax.lax.scan(body, (z, z, cache, jnp.zeros((2, 3))), jnp.arange(length // per_step))
+        _, cache = step_to(
+            z, None, step=None
+        )  # step 0 sends everything again: this only shapes the carry
+        (z, _, _, sums), _ = jax.lax.scan(
+            body, (z, z, cache, jnp.zeros((2, 3))), jnp.arange(length // per_step)
+        )
         return z, sums
 
     specs = arm.program.layout.specs

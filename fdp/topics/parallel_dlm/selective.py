@@ -1,20 +1,23 @@
-"""Selective all-reduce across denoising steps: of every sum over tp, send only the rows that this step needs.
+"""Selective all-reduce across denoising steps: of every sum over tp, send only the rows that this
+step needs.
 
-Between two denoising steps few tokens change, and few positions are read. Each device keeps, for every row-parallel
-sum, the other devices' share of each row as of the last time that row was sent (`rest`). A row that is not sent adds
-its own fresh partial product to that stale rest. Which rows to send, all devices of a tp group must agree on:
+Between two denoising steps few tokens change, and few positions are read. Each device keeps, for
+every row-parallel sum, the other devices' share of each row as of the last time that row was sent
+(`rest`). A row that is not sent adds its own fresh partial product to that stale rest. Which rows
+to send, all devices of a tp group must agree on:
 
-- rows whose token has just changed, and rows that will be read in this step (the noise is counter-based, so the
-  positions that this step reveals are known before the forward pass); in the last layer only the latter;
-- of the others, those with the largest score under a rule: "drift", how far the partial products have moved since the
-  row was last sent (Σ over devices, one float a row on the wire); "attention", the attention mass on changed rows;
-  "window", nearness to a changed row.
+- rows whose token has just changed, and rows that will be read in this step (the noise is
+  counter-based, so the positions that this step reveals are known before the forward pass); in the
+  last layer only the latter;
+- of the others, those with the largest score under a rule: "drift", how far the partial products
+  have moved since the row was last sent (Σ over devices, one float a row on the wire); "attention",
+  the attention mass on changed rows; "window", nearness to a changed row.
 
-Rows are chosen among all sequences of a device, in a static number. With every row sent this is the exact sum, bit for
-bit. Sampling only: gradients through stale sums would be biased.
+Rows are chosen among all sequences of a device, in a static number. With every row sent this is the
+exact sum, bit for bit. Sampling only: gradients through stale sums would be biased.
 
-Legend: B sequences and L positions of this device, D width, A rows sent, V vocabulary (local over tp).
-"""
+Legend: B sequences and L positions of this device, D width, A rows sent, V vocabulary (local over
+tp)."""
 
 import math
 from dataclasses import dataclass
@@ -38,13 +41,13 @@ RULES = ("drift", "attention", "window")
 class Policy:
     """How the sums over tp are made while sampling.
 
-    kind: "exact" (everything, every step), "rows" (a share `rows` of the inner layers' rows by `rule`; 1.0 is exact),
-    "stale" (nothing between refreshes) or "channels" (every `refresh`-th channel in turn, the rest stale).
-    `refresh`: every how many steps everything is sent; 0 = only in the first. `skip`: rows not sent keep their whole
-    old sum, which is what a feature cache that skips tokens computes. `lean`: the last layer sends only rows that are
-    read. `int8`: what is sent, is quantised. Raises ValueError for unknown words, a share outside [0, 1] or channels
-    without turns.
-    """
+    kind: "exact" (everything, every step), "rows" (a share `rows` of the inner layers' rows by
+    `rule`; 1.0 is exact), "stale" (nothing between refreshes) or "channels" (every `refresh`-th
+    channel in turn, the rest stale). `refresh`: every how many steps everything is sent; 0 = only
+    in the first. `skip`: rows not sent keep their whole old sum, which is what a feature cache that
+    skips tokens computes. `lean`: the last layer sends only rows that are read. `int8`: what is
+    sent, is quantised. Raises ValueError for unknown words, a share outside [0, 1] or channels
+    without turns."""
 
     name: str
     kind: str = "rows"
@@ -57,16 +60,26 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.kind not in ("exact", "rows", "stale", "channels") or self.rule not in RULES:
-            raise ValueError(f"policy {self.name!r}: kind {self.kind!r} or rule {self.rule!r} is unknown")
+            raise ValueError(
+                f"policy {self.name!r}: kind {self.kind!r} or rule {self.rule!r} is unknown"
+            )
         if not 0 <= self.rows <= 1:
-            raise ValueError(f"policy {self.name!r}: rows = {self.rows} is not a share of the rows, in [0, 1]")
+            raise ValueError(
+                f"policy {self.name!r}: rows = {self.rows} is not a share of the rows, in [0, 1]"
+            )
         if self.refresh < 0 or (self.kind == "channels" and self.refresh < 1):
-            raise ValueError(f"policy {self.name!r}: refresh = {self.refresh} steps; set refresh=2 or more")
+            raise ValueError(
+                f"policy {self.name!r}: refresh = {self.refresh} steps; set refresh=2 or more"
+            )
 
     def full(self, step: Array) -> Array:
         """Whether `step` sends everything: bool []. Channels take turns instead of refreshing."""
         first = (step == 0) | (self.kind == "exact")
-        return first | (step % self.refresh == 0) if self.refresh and self.kind != "channels" else first
+        return (
+            first | (step % self.refresh == 0)
+            if self.refresh and self.kind != "channels"
+            else first
+        )
 
     def refreshes(self, steps: int) -> int:
         """How many of `steps` send everything."""
@@ -77,7 +90,9 @@ class Policy:
 
 @dataclass(frozen=True)
 class Step:
-    """What all devices of a tp group know of a denoising step: rows changed and rows to be read, bool, its number."""
+    """What all devices of a tp group know of a denoising step: rows changed and rows to be read,
+    bool, its number.
+    """
 
     changed_BxL: Array
     read_BxL: Array
@@ -85,11 +100,11 @@ class Step:
 
 
 class SelectiveSum(nn.Module):
-    """Replaces the sum over tp (`fdp.models.layers.Reduction`), with its state in the collection "cache".
+    """Replaces the sum over tp (`fdp.models.layers.Reduction`), with its state in the collection
+    "cache".
 
-    `capacity`: rows sent; `step` None sends all. Rows of `forced_BxL` come first; there must be at most `capacity`, and
-    where there are as many (`spare` False), no other row is looked at.
-    """
+    `capacity`: rows sent; `step` None sends all. Rows of `forced_BxL` come first; there must be at
+    most `capacity`, and where there are as many (`spare` False), no other row is looked at."""
 
     policy: Policy
     capacity: int
@@ -102,7 +117,9 @@ class SelectiveSum(nn.Module):
         partial_BxLxD = vary(partial_BxLxD, "tp")
         rest = self.variable("cache", f"{site}_rest", jnp.zeros_like, partial_BxLxD)
         own = self.variable("cache", f"{site}_own", jnp.zeros_like, partial_BxLxD)
-        mass = self.variable("cache", "mass", lambda: jnp.zeros_like(partial_BxLxD[..., 0], jnp.float32))
+        mass = self.variable(
+            "cache", "mass", lambda: jnp.zeros_like(partial_BxLxD[..., 0], jnp.float32)
+        )
         if self.step is None:
             total = self._sum(partial_BxLxD)
             rest.value, own.value = total - partial_BxLxD, partial_BxLxD
@@ -137,13 +154,20 @@ class SelectiveSum(nn.Module):
         if self.policy.rule == "window":
             position_L = jnp.arange(changed_BxL.shape[1])
             distance_LxL = jnp.abs(position_L[:, None] - position_L)
-            return -jnp.where(self.step.changed_BxL[:, None, :], distance_LxL, distance_LxL.size).min(-1) * 1.0
+            return (
+                -jnp.where(self.step.changed_BxL[:, None, :], distance_LxL, distance_LxL.size).min(
+                    -1
+                )
+                * 1.0
+            )
         if weigh is not None:  # once a layer, before its FFN: both sublayers send the same rows
             mass.value = vary(psum(weigh(changed_BxL).astype(jnp.float32), "tp"), "tp")
         return mass.value
 
     def _channels(self, partial_BxLxD: Array, rest: Any) -> Array:
-        """Partial synchronisation (as in CAAT-Net, there trained): the channels whose turn it is, the rest stale."""
+        """Partial synchronisation (as in CAAT-Net, there trained): the channels whose turn it is,
+        the rest stale.
+        """
         assert self.step is not None
         ways, D = self.policy.refresh, partial_BxLxD.shape[-1]
         if D % ways:
@@ -152,16 +176,19 @@ class SelectiveSum(nn.Module):
         group = lambda x: x.reshape(*x.shape[:-1], ways, D // ways)
         sent = jax.lax.dynamic_index_in_dim(group(partial_BxLxD), turn, -2, keepdims=False)
         total = self._sum(sent)
-        put = lambda x, new: jax.lax.dynamic_update_index_in_dim(group(x), new, turn, x.ndim - 1).reshape(x.shape)
+        put = lambda x, new: jax.lax.dynamic_update_index_in_dim(
+            group(x), new, turn, x.ndim - 1
+        ).reshape(x.shape)
         rest.value = put(rest.value, total - sent)
         return put(partial_BxLxD + rest.value, total)
 
 
 def capacities(policy: Policy, layers: int, rows: int, per_step: int, length: int) -> list[int]:
-    """Rows that each site sends between refreshes: the embedding, then every layer. `rows` = B·L of a device.
+    """Rows that each site sends between refreshes: the embedding, then every layer. `rows` = B·L of
+    a device.
 
-    Raises ValueError where the share cannot hold the rows that must be sent: those changed and those read.
-    """
+    Raises ValueError where the share cannot hold the rows that must be sent: those changed and
+    those read."""
     if policy.kind == "stale":
         return [0] * (layers + 1)
     read = rows // length * per_step
@@ -170,16 +197,24 @@ def capacities(policy: Policy, layers: int, rows: int, per_step: int, length: in
     inner = round(policy.rows * rows)
     if inner < min(2 * read, rows):
         raise ValueError(
-            f"policy {policy.name!r}: rows·B·L = {policy.rows}·{rows} = {inner} rows cannot hold the changed and read "
+            f"policy {policy.name!r}: rows·B·L = {policy.rows}·{rows} = {inner} rows cannot hold "
+            "the changed and read "
             f"rows, 2·{read}: set rows={min(2 * read / rows, 1):.3f} or more"
         )
     return [read] + [inner] * (layers - 1) + [read if policy.lean else inner]
 
 
 def forward(
-    model: Transformer, params: Any, z_BxL: Array, cache: Cache | None, policy: Policy, per_step: int, step: Step | None
+    model: Transformer,
+    params: Any,
+    z_BxL: Array,
+    cache: Cache | None,
+    policy: Policy,
+    per_step: int,
+    step: Step | None,
 ) -> tuple[Array, Cache]:
-    """Final normed activations [B, L, D] and the new cache; `step` None sends everything (and fills a first cache).
+    """Final normed activations [B, L, D] and the new cache; `step` None sends everything (and fills
+    a first cache).
 
     Layers are unrolled, not scanned: the last one sends other rows than the rest.
     """
@@ -191,8 +226,15 @@ def forward(
         forced = None
         if step is not None:
             last = policy.lean and i == m.layers
-            # The embedding and every layer but the last carry what later layers read of the changed rows.
-            forced = step.changed_BxL if i == 0 else step.read_BxL if last else step.changed_BxL | step.read_BxL
+            # The embedding and every layer but the last carry what later layers read of the changed
+            # rows.
+            forced = (
+                step.changed_BxL
+                if i == 0
+                else step.read_BxL
+                if last
+                else step.changed_BxL | step.read_BxL
+            )
         state = {} if cache is None else {"cache": cache[i]}
         spare = i > 0 and not (policy.lean and i == m.layers)
         layer = make(SelectiveSum(policy, sizes[i], step, forced, spare))

@@ -1,13 +1,15 @@
-"""TP-degree switching between denoising phases: profile each kind of step at every {tp, dp}, choose one per phase.
+"""TP-degree switching between denoising phases: profile each kind of step at every {tp, dp}, choose
+one per phase.
 
-One period is a refresh step over all rows, then reuse steps over one block (`fdp.sampling.cached`). Compute is the same
-for every {tp, dp}; what differs is that tp pays for sums of rows·D while dp reads every weight on every device. So a
-refresh, with many rows, wants dp, and a reuse of few rows wants tp. A switched plan moves the cache between the two
-layouts after each refresh, and holds the weights twice or gathers them again. All times are simulated
-(`fdp.cost.inference`, which states its errors); `switching_region` maps the gain, `switching_run` runs the switch.
+One period is a refresh step over all rows, then reuse steps over one block (`fdp.sampling.cached`).
+Compute is the same for every {tp, dp}; what differs is that tp pays for sums of rows·D while dp
+reads every weight on every device. So a refresh, with many rows, wants dp, and a reuse of few rows
+wants tp. A switched plan moves the cache between the two layouts after each refresh, and holds the
+weights twice or gathers them again. All times are simulated (`fdp.cost.inference`, which states its
+errors); `switching_region` maps the gain, `switching_run` runs the switch.
 
-Legend: B requests, L positions, n devices, k ranks of an exchange; seconds and bytes are per device and period.
-"""
+Legend: B requests, L positions, n devices, k ranks of an exchange; seconds and bytes are per device
+and period."""
 
 import functools
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ KINDS = ("refresh", "reuse")
 
 @dataclass(frozen=True)
 class Job:
-    """What is sampled: `requests` sequences of `length` in blocks of `block`, `reuse_steps` after every refresh."""
+    """What is sampled: `requests` sequences of `length` in blocks of `block`, `reuse_steps` after
+    every refresh.
+    """
 
     shape: Shape
     requests: int
@@ -37,7 +41,9 @@ class Job:
         return Work(self.requests, rows, self.length, self.block)
 
     def degrees(self) -> list[Degrees]:
-        """Every {tp, dp} with tp·dp = devices, dp ≤ requests, tp dividing the model. Raises ValueError if none does."""
+        """Every {tp, dp} with tp·dp = devices, dp ≤ requests, tp dividing the model. Raises
+        ValueError if none does.
+        """
         found, refused = [], []
         for tp in (t for t in range(1, self.devices + 1) if self.devices % t == 0):
             degrees = Degrees(tp, self.devices // tp)
@@ -52,7 +58,8 @@ class Job:
         return found
 
 
-# Profile ---------------------------------------------------------------------------------------------------------
+# Profile
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -76,18 +83,23 @@ def _entry(shape: Shape, work: Work, kind: str, degrees: Degrees, chip: str) -> 
 
 def profile(job: Job) -> list[Entry]:
     """The table that plans are chosen from: every kind of step at every allowed {tp, dp}."""
-    return [_entry(job.shape, job.work(kind), kind, d, job.chip) for kind in KINDS for d in job.degrees()]
+    return [
+        _entry(job.shape, job.work(kind), kind, d, job.chip)
+        for kind in KINDS
+        for d in job.degrees()
+    ]
 
 
-# Plan ------------------------------------------------------------------------------------------------------------
+# Plan
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
     """{tp, dp} of each phase, and seconds of one period with the switch in them.
 
-    `weights`: "one layout", "held twice" or "gathered again"; `memory`: bytes of the fullest device.
-    """
+    `weights`: "one layout", "held twice" or "gathered again"; `memory`: bytes of the fullest
+    device."""
 
     refresh: Degrees
     reuse: Degrees
@@ -117,15 +129,20 @@ def memory(job: Job, refresh: Degrees, reuse: Degrees, weights: str) -> tuple[in
 
 
 def check_memory(job: Job, refresh: Degrees, reuse: Degrees, weights: str) -> int:
-    """Bytes of the fullest device. Raises ValueError, with the equation, where they exceed the usable HBM."""
+    """Bytes of the fullest device. Raises ValueError, with the equation, where they exceed the
+    usable HBM.
+    """
     chip = hardware.chip(job.chip)
     limit = int(inference.USABLE * chip.hbm_bytes)
     needed, text = memory(job, refresh, reuse, weights)
     if needed > limit:
         raise ValueError(
-            f"refresh {refresh}, reuse {reuse}, weights {weights}: {text} = {needed / hardware.GIB:.1f} GiB > "
-            f"{inference.USABLE:g}·{chip.hbm_bytes / hardware.GIB:.0f} GiB of {chip.name}: raise the smaller tp, "
-            "gather the weights again instead of holding them twice, or sample fewer requests at once"
+            f"refresh {refresh}, reuse {reuse}, weights {weights}: {text} = "
+            f"{needed / hardware.GIB:.1f} GiB > "
+            f"{inference.USABLE:g}·{chip.hbm_bytes / hardware.GIB:.0f} GiB of {chip.name}: raise "
+            "the smaller tp, "
+            "gather the weights again instead of holding them twice, or sample fewer requests at "
+            "once"
         )
     return needed
 
@@ -136,25 +153,35 @@ def exchange_ranks(refresh: Degrees, reuse: Degrees) -> int:
 
 
 def moved_cache_bytes(job: Job, refresh: Degrees, reuse: Degrees) -> float:
-    """Bytes of the cache that a device sends when its layout changes: (k-1)/k of what it holds, k = ratio of the tp.
+    """Bytes of the cache that a device sends when its layout changes: (k-1)/k of what it holds, k =
+    ratio of the tp.
 
-    Sequences and heads trade places inside groups of k devices: `switching_run.Meshes` nests the shards so.
-    """
+    Sequences and heads trade places inside groups of k devices: `switching_run.Meshes` nests the
+    shards so."""
     k = exchange_ranks(refresh, reuse)
     return (k - 1) / k * inference.cache_bytes(job.shape, job.requests, job.length, refresh)
 
 
 def switch_terms(job: Job, refresh: Degrees, reuse: Degrees, weights: str) -> dict[str, float]:
-    """Seconds of one switch there and back: all-to-all of the cache with a copy before and after, ids, weights."""
+    """Seconds of one switch there and back: all-to-all of the cache with a copy before and after,
+    ids, weights.
+    """
     chip = hardware.chip(job.chip)
     k = exchange_ranks(refresh, reuse)
     if k == 1:
         return {"cache": 0.0, "copies": 0.0, "ids": 0.0, "weights": 0.0}
-    cache = max(inference.cache_bytes(job.shape, job.requests, job.length, d) for d in (refresh, reuse))
+    cache = max(
+        inference.cache_bytes(job.shape, job.requests, job.length, d) for d in (refresh, reuse)
+    )
     ids = 4 * max(d.sequences(job.requests) for d in (refresh, reuse)) * job.length
     timed = lambda op, nbytes: float(collective_time(op, nbytes, k, k, job.chip))
-    # The coarser weights hold the finer ones (nested shards): one gather a period, and dropping the rest is free.
-    gathered = inference.weight_bytes(job.shape, min(refresh.tp, reuse.tp)) if weights == "gathered again" else 0
+    # The coarser weights hold the finer ones (nested shards): one gather a period, and dropping the
+    # rest is free.
+    gathered = (
+        inference.weight_bytes(job.shape, min(refresh.tp, reuse.tp))
+        if weights == "gathered again"
+        else 0
+    )
     return {
         "cache": timed("all_to_all", cache),
         "copies": 4 * cache / (chip.hbm_bandwidth * inference.coefficient("hbm", job.chip)),
@@ -164,12 +191,16 @@ def switch_terms(job: Job, refresh: Degrees, reuse: Degrees, weights: str) -> di
 
 
 def candidates(job: Job) -> list[Plan]:
-    """Every pair of {tp, dp} that fits, fastest first. Raises ValueError, with its equation, if no fixed one does."""
+    """Every pair of {tp, dp} that fits, fastest first. Raises ValueError, with its equation, if no
+    fixed one does.
+    """
     allowed, found, errors = job.degrees(), [], []
     seconds = {(e.kind, e.degrees): e.step.seconds for e in profile(job)}
     for refresh in allowed:
         for reuse in allowed:
-            for weights in ("one layout",) if refresh == reuse else ("held twice", "gathered again"):
+            for weights in (
+                ("one layout",) if refresh == reuse else ("held twice", "gathered again")
+            ):
                 try:
                     needed = check_memory(job, refresh, reuse, weights)
                 except ValueError as error:

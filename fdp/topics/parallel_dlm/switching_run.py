@@ -1,11 +1,13 @@
-"""Runs the switch for real: refresh steps on one mesh, reuse steps on another, over the same devices.
+"""Runs the switch for real: refresh steps on one mesh, reuse steps on another, over the same
+devices.
 
-The weights lie in both layouts, the cache moves between them after every refresh by one all-to-all, and ids depend on
-neither. The finer mesh orders the devices so that its shards of heads lie inside the coarser one's: groups of k devices
-then trade sequences for heads, and each sends (k-1)/k of its cache.
+The weights lie in both layouts, the cache moves between them after every refresh by one all-to-all,
+and ids depend on neither. The finer mesh orders the devices so that its shards of heads lie inside
+the coarser one's: groups of k devices then trade sequences for heads, and each sends (k-1)/k of its
+cache.
 
-Legend: B sequences, L positions, n devices, k ranks of the exchange; coarse = the phase with the smaller tp.
-"""
+Legend: B sequences, L positions, n devices, k ranks of the exchange; coarse = the phase with the
+smaller tp."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +43,9 @@ class Meshes:
     exchange: Mesh
 
     @classmethod
-    def of(cls, refresh: Degrees, reuse: Degrees, devices: Sequence[jax.Device] | None = None) -> "Meshes":
+    def of(
+        cls, refresh: Degrees, reuse: Degrees, devices: Sequence[jax.Device] | None = None
+    ) -> "Meshes":
         """Meshes whose finer shards of heads nest in the coarser ones'.
 
         Raises ValueError where the phases differ in devices, or one tp does not divide the other.
@@ -49,8 +53,10 @@ class Meshes:
         coarse, fine = sorted((refresh, reuse))
         if refresh.tp * refresh.dp != reuse.tp * reuse.dp or fine.tp % coarse.tp:
             raise ValueError(
-                f"refresh tp·dp = {refresh.tp}·{refresh.dp} and reuse tp·dp = {reuse.tp}·{reuse.dp} must be equal "
-                f"(the phases share devices), and the smaller tp must divide the other: {fine.tp} % {coarse.tp} = "
+                f"refresh tp·dp = {refresh.tp}·{refresh.dp} and reuse tp·dp = "
+                f"{reuse.tp}·{reuse.dp} must be equal "
+                f"(the phases share devices), and the smaller tp must divide the other: {fine.tp} "
+                f"% {coarse.tp} = "
                 f"{fine.tp % coarse.tp}"
             )
         k = exchange_ranks(refresh, reuse)
@@ -63,9 +69,13 @@ class Meshes:
 
 
 def exchange(meshes: Meshes) -> Any:
-    """The jitted all-to-all of a cache tree from the refresh to the reuse layout, global shapes in and out."""
+    """The jitted all-to-all of a cache tree from the refresh to the reuse layout, global shapes in
+    and out.
+    """
     finer = meshes.reuse.shape["tp"] > meshes.refresh.shape["tp"]
-    split, concat = (3, 1) if finer else (1, 3)  # dims of [layers, B, S, K, C]: heads for sequences, or back
+    split, concat = (
+        (3, 1) if finer else (1, 3)
+    )  # dims of [layers, B, S, K, C]: heads for sequences, or back
     before, after = LAYOUTS if finer else LAYOUTS[::-1]
 
     def move(cache: Any) -> Any:
@@ -84,14 +94,18 @@ def relabelled(x: jax.Array, to: NamedSharding) -> jax.Array:
     full = lambda index: tuple(s.indices(n) for s, n in zip(index, x.shape, strict=True))
     for device, index in wanted.items():
         if full(held[device].index) != full(index):
-            raise ValueError(f"{device} holds {held[device].index} and should hold {index}: move the array instead")
+            raise ValueError(
+                f"{device} holds {held[device].index} and should hold {index}: move the array "
+                "instead"
+            )
     return jax.make_array_from_single_device_arrays(x.shape, to, [held[d].data for d in wanted])
 
 
 @dataclass(frozen=True)
 class Execution:
-    """What a run gave: ids int32 [B, L]; moves of the cache and the bytes a device sent in each, counted in the jaxpr
-    and by `moved_cache_bytes`; compilations of each program (1: nothing was compiled again)."""
+    """What a run gave: ids int32 [B, L]; moves of the cache and the bytes a device sent in each,
+    counted in the jaxpr and by `moved_cache_bytes`; compilations of each program (1: nothing was
+    compiled again)."""
 
     ids: np.ndarray
     moves: int
@@ -103,21 +117,30 @@ class Execution:
 class _Phases:
     """Compiled programs and both layouts of the weights."""
 
-    def __init__(self, decoder: BlockDecoder, params: Any, key: jax.Array, length: int, meshes: Meshes):
+    def __init__(
+        self, decoder: BlockDecoder, params: Any, key: jax.Array, length: int, meshes: Meshes
+    ):
         self.decoder, self.meshes, self.key = decoder, meshes, key
         _, specs = sharding.abstract_params(decoder.model, length)
         place = lambda mesh: jax.device_put(params, sharding.shardings(mesh, specs))
         self.params = {"refresh": place(meshes.refresh), "reuse": place(meshes.reuse)}
         self.state = {n: NamedSharding(getattr(meshes, n), P("dp")) for n in ("refresh", "reuse")}
-        self.cache = {n: NamedSharding(getattr(meshes, n), P(None, "dp", None, "tp", None)) for n in self.state}
+        self.cache = {
+            n: NamedSharding(getattr(meshes, n), P(None, "dp", None, "tp", None))
+            for n in self.state
+        }
         cache, scalar, outs = cache_specs(), P(), (STATE, cache_specs())
         build = lambda name, f, specs: jax.jit(
             shard_map(f, getattr(meshes, name), specs, outs),
             out_shardings=(self.state[name], self.cache[name]),
             compiler_options=hlo.QUICK,  # a few steps of one job
         )
-        self.refresh = build("refresh", decoder.refresh, (specs, scalar, STATE, STATE, scalar, scalar))
-        self.reuse = build("reuse", decoder.reuse, (specs, cache, scalar, STATE, STATE, scalar, scalar))
+        self.refresh = build(
+            "refresh", decoder.refresh, (specs, scalar, STATE, STATE, scalar, scalar)
+        )
+        self.reuse = build(
+            "reuse", decoder.reuse, (specs, cache, scalar, STATE, STATE, scalar, scalar)
+        )
         self.exchange = exchange(meshes)
 
     def arguments(self, name: str, ids_B: Any, z_BxL: Any, step: int) -> tuple:
@@ -145,10 +168,11 @@ def execute(
     refresh_every: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Execution:
-    """Sample `requests` sequences with refresh and reuse steps at their own {tp, dp}: ids as those of `cached.sample`.
+    """Sample `requests` sequences with refresh and reuse steps at their own {tp, dp}: ids as those
+    of `cached.sample`.
 
-    Equal degrees are the fixed plan: nothing moves. Raises ValueError for lengths that are not whole blocks, degrees
-    that do not divide the model or the requests, and meshes as `Meshes.of`.
+    Equal degrees are the fixed plan: nothing moves. Raises ValueError for lengths that are not
+    whole blocks, degrees that do not divide the model or the requests, and meshes as `Meshes.of`.
     """
     shape, period = inference.shape_of(decoder.model.m), refresh_period(decoder, refresh_every)
     job = Job(shape, requests, length, period - 1, decoder.block, devices=refresh.tp * refresh.dp)
@@ -165,16 +189,22 @@ def execute(
     cache: Any = None
     for step in range(decoder.steps * decoder.blocks(length)):
         if step % decoder.steps % period == 0:
-            z_BxL, cache = phases.refresh(phases.params["refresh"], *phases.arguments("refresh", ids_B, z_BxL, step))
+            z_BxL, cache = phases.refresh(
+                phases.params["refresh"], *phases.arguments("refresh", ids_B, z_BxL, step)
+            )
             if moved and period > 1:
                 cache, moves = phases.move(cache), moves + 1
         else:
             arguments = phases.arguments("reuse", ids_B, z_BxL, step)
             z_BxL, cache = phases.reuse(phases.params["reuse"], cache, *arguments)
-        jax.block_until_ready(z_BxL)  # many queued multi-device programs deadlock on virtual CPU devices
+        jax.block_until_ready(
+            z_BxL
+        )  # many queued multi-device programs deadlock on virtual CPU devices
     if moves:
         found = jaxpr.collectives(jax.make_jaxpr(phases.exchange)(cache), meshes.exchange.shape)
         counted = sum(one.wire_bytes * one.count for one in found)
     programs = {"refresh": phases.refresh, "reuse": phases.reuse, "exchange": phases.exchange}
     sizes = {name: f._cache_size() for name, f in programs.items()}
-    return Execution(np.asarray(z_BxL), moves, counted, moved_cache_bytes(job, refresh, reuse), sizes)
+    return Execution(
+        np.asarray(z_BxL), moves, counted, moved_cache_bytes(job, refresh, reuse), sizes
+    )

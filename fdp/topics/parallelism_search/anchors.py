@@ -1,14 +1,16 @@
-"""A few measured runs correct the cost model: a Gaussian process over what it leaves unexplained, exact and in numpy.
+"""A few measured runs correct the cost model: a Gaussian process over what it leaves unexplained,
+exact and in numpy.
 
     log(measured / predicted) = shared + own + noise
 
-`shared` correlates jobs on one cluster, software stack, model, chip and GPU count, and plans near each other; `own`
-belongs to one configuration and is heavy-tailed: a broken or stalled run speaks for itself, not for its neighbours.
-Prior variances follow the cost model's own uncertainty of each job. The numbers below were chosen coarsely on
-collections with whole models and whole clusters held out, five anchors each; the error is flat around them.
+`shared` correlates jobs on one cluster, software stack, model, chip and GPU count, and plans near
+each other; `own` belongs to one configuration and is heavy-tailed: a broken or stalled run speaks
+for itself, not for its neighbours. Prior variances follow the cost model's own uncertainty of each
+job. The numbers below were chosen coarsely on collections with whole models and whole clusters held
+out, five anchors each; the error is flat around them.
 
-Legend: N jobs, M anchors, U different anchors, F fields, D plan degrees; errors are natural logarithms.
-"""
+Legend: N jobs, M anchors, U different anchors, F fields, D plan degrees; errors are natural
+logarithms."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,7 +22,8 @@ from fdp.cost.hybrid import Prediction
 from fdp.cost.workload import Job
 
 FIELDS = ("cluster", "stack", "model", "chip", "gpus")
-# Jobs that agree in all of the fields share a component of this standard deviation, relative to the others.
+# Jobs that agree in all of the fields share a component of this standard deviation, relative to the
+# others.
 SHARED = {
     ("cluster",): 0.10,
     ("stack",): 0.10,
@@ -46,12 +49,18 @@ def _fields(job: Job) -> tuple[str, ...]:
 
 
 def _degrees(jobs: Sequence[Job]) -> np.ndarray:
-    return np.log2([[getattr(job.plan, name) for name in DEGREES] for job in jobs]).reshape(-1, len(DEGREES))
+    return np.log2([[getattr(job.plan, name) for name in DEGREES] for job in jobs]).reshape(
+        -1, len(DEGREES)
+    )
 
 
 def correlation(jobs: Sequence[Job], anchors: Sequence[Job]) -> np.ndarray:
-    """(N, M) in [0, 1]: correlation of `shared` between jobs and anchors; 1 where fields and degrees are equal."""
-    ours_NxF, theirs_MxF = (np.array([_fields(j) for j in js], str).reshape(-1, len(FIELDS)) for js in (jobs, anchors))
+    """(N, M) in [0, 1]: correlation of `shared` between jobs and anchors; 1 where fields and
+    degrees are equal.
+    """
+    ours_NxF, theirs_MxF = (
+        np.array([_fields(j) for j in js], str).reshape(-1, len(FIELDS)) for js in (jobs, anchors)
+    )
     same = {name: ours_NxF[:, None, f] == theirs_MxF[None, :, f] for f, name in enumerate(FIELDS)}
     square_NxM = ((_degrees(jobs)[:, None] - _degrees(anchors)[None]) ** 2).sum(-1)
     total_NxM = NEAR**2 * np.exp(-square_NxM / (2 * LENGTH**2)) * (same["model"] & same["chip"])
@@ -63,7 +72,9 @@ def correlation(jobs: Sequence[Job], anchors: Sequence[Job]) -> np.ndarray:
 def _averaged(
     anchors: Sequence[Job], std_M: np.ndarray, error_M: np.ndarray
 ) -> tuple[list[Job], np.ndarray, np.ndarray, np.ndarray]:
-    """(configurations, their std, mean error, variance of its noise): one entry for runs of the same configuration."""
+    """(configurations, their std, mean error, variance of its noise): one entry for runs of the
+    same configuration.
+    """
     place = {job: u for u, job in enumerate(dict.fromkeys(anchors))}
     at_M = np.array([place[job] for job in anchors])
     count_U = np.bincount(at_M)
@@ -81,19 +92,25 @@ def _check(**arrays: np.ndarray) -> None:
     for name, value in arrays.items():
         bad = ~(np.isfinite(value) & ((value > 0) | (name == "error_M")))
         if bad.any():
-            raise ValueError(f"{name}[{bad.argmax()}] = {value[bad.argmax()]}: anchors need finite logs, std > 0")
+            raise ValueError(
+                f"{name}[{bad.argmax()}] = {value[bad.argmax()]}: anchors need finite logs, std > 0"
+            )
 
 
 def posterior(
-    jobs: Sequence[Job], std_N: np.ndarray, anchors: Sequence[Job], std_M: np.ndarray, error_M: np.ndarray
+    jobs: Sequence[Job],
+    std_N: np.ndarray,
+    anchors: Sequence[Job],
+    std_M: np.ndarray,
+    error_M: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and std (N,) of the log error of `jobs`, given the log errors of the anchors.
 
-    `std_N`, `std_M`: the cost model's std of the log before any measurement; the result exceeds `std_N` only where
-    anchors like the job scatter more than that. Exact Gaussian conditioning (Rasmussen & Williams 2006, eq. 2.25-2.26),
-    the scale of each anchor's `own` re-estimated from its leave-one-out residual (their eq. 5.12) as for a Student-t.
-    Raises ValueError where a number is not finite or a std is not positive.
-    """
+    `std_N`, `std_M`: the cost model's std of the log before any measurement; the result exceeds
+    `std_N` only where anchors like the job scatter more than that. Exact Gaussian conditioning
+    (Rasmussen & Williams 2006, eq. 2.25-2.26), the scale of each anchor's `own` re-estimated from
+    its leave-one-out residual (their eq. 5.12) as for a Student-t. Raises ValueError where a number
+    is not finite or a std is not positive."""
     std_N, std_M, error_M = (np.asarray(v, float) for v in (std_N, std_M, error_M))
     _check(std_N=std_N, std_M=std_M, error_M=error_M)
     if not len(error_M):
@@ -129,18 +146,21 @@ def correct(
     memory_M: np.ndarray | None = None,
     slope: float = 0.0,
 ) -> Prediction:
-    """The prediction for `jobs` after runs of `anchors` took `time_M` seconds and `memory_M` bytes (NaN: not measured).
+    """The prediction for `jobs` after runs of `anchors` took `time_M` seconds and `memory_M` bytes
+    (NaN: not measured).
 
-    `at_anchors`: the cost model's prediction for them. The interval moves with the time, narrower where anchors agree;
-    `feasible` follows the corrected memory with the logistic `slope` of the cost model's `fit`. No anchors, no change.
-    Raises ValueError where a measurement is zero, negative or infinite.
-    """
+    `at_anchors`: the cost model's prediction for them. The interval moves with the time, narrower
+    where anchors agree; `feasible` follows the corrected memory with the logistic `slope` of the
+    cost model's `fit`. No anchors, no change. Raises ValueError where a measurement is zero,
+    negative or infinite."""
     time_M = np.asarray(time_M, float)
     memory_M = np.full(len(time_M), np.nan) if memory_M is None else np.asarray(memory_M, float)
     for name, value in (("time_M", time_M), ("memory_M", memory_M)):
         bad = (value <= 0) | np.isinf(value)
         if bad.any():
-            raise ValueError(f"{name}[{bad.argmax()}] = {value[bad.argmax()]} is no measurement: give one > 0")
+            raise ValueError(
+                f"{name}[{bad.argmax()}] = {value[bad.argmax()]} is no measurement: give one > 0"
+            )
     timed_M, sized_M = np.isfinite(time_M), np.isfinite(memory_M)
     error_M = np.log(time_M[timed_M] / at_anchors.time[timed_M])
     known = [a for a, timed in zip(anchors, timed_M, strict=True) if timed]

@@ -1,9 +1,10 @@
-"""Our own counts: what the closed formulas of fdp.cost predict for a program against what its compiled form contains.
+"""Our own counts: what the closed formulas of fdp.cost predict for a program against what its
+compiled form contains.
 
-Bytes by (op, axes): fdp.cost.bytes against the HLO of loss and gradients. FLOPs: fdp.cost.flops against the matmuls of
-the jaxpr. Memory: fdp.cost.memory against the compiler's plan of the whole train step. No program is run.
-Float32 only, because XLA:CPU widens bfloat16 collectives; pp = 1, because the model has no pipeline schedule.
-"""
+Bytes by (op, axes): fdp.cost.bytes against the HLO of loss and gradients. FLOPs: fdp.cost.flops
+against the matmuls of the jaxpr. Memory: fdp.cost.memory against the compiler's plan of the whole
+train step. No program is run. Float32 only, because XLA:CPU widens bfloat16 collectives; pp = 1,
+because the model has no pipeline schedule."""
 
 import math
 import statistics
@@ -31,7 +32,8 @@ SPECIAL_IDS = 2  # end-of-text and mask, behind the ids of the data
 @dataclass(frozen=True)
 class Comparison:
     """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices, see
-    `executed_flops`. Memory: bytes per device at the peak of the train step, None where it was not compiled."""
+    `executed_flops`. Memory: bytes per device at the peak of the train step, None where it was not
+    compiled."""
 
     formula: dict[tuple[str, tuple[str, ...]], float]
     counted: dict[tuple[str, tuple[str, ...]], float]
@@ -48,7 +50,9 @@ class Comparison:
     def mismatches(self) -> list[tuple[str, tuple[str, ...]]]:
         """The (op, axes) whose bytes differ."""
         keys = self.formula.keys() | self.counted.keys()
-        same = lambda k: math.isclose(self.formula.get(k, 0.0), self.counted.get(k, 0.0), rel_tol=1e-12)
+        same = lambda k: math.isclose(
+            self.formula.get(k, 0.0), self.counted.get(k, 0.0), rel_tol=1e-12
+        )
         return sorted(k for k in keys if not same(k))
 
     @property
@@ -58,7 +62,9 @@ class Comparison:
 
     @property
     def memory_error(self) -> float | None:
-        """Relative to the compiler's peak, negative where the formula is too low; None where nothing was compiled."""
+        """Relative to the compiler's peak, negative where the formula is too low; None where
+        nothing was compiled.
+        """
         if self.formula_memory is None or self.counted_memory is None:
             return None
         return self.formula_memory / self.counted_memory - 1
@@ -66,7 +72,9 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """Of many comparisons; errors are relative and absolute, those of memory NaN where no train step was compiled."""
+    """Of many comparisons; errors are relative and absolute, those of memory NaN where no train
+    step was compiled.
+    """
 
     configs: int
     entries: int
@@ -81,9 +89,8 @@ class Summary:
 def random_configs(seed: int, count: int, devices: int = 8) -> list[ml_collections.ConfigDict]:
     """`count` valid small configs on meshes of at most `devices`, equal for equal seeds.
 
-    Drawn uniformly choice by choice; what fdp.config.validate refuses, or XLA merges (`_merged`), is drawn again.
-    Raises ValueError for a count or number of devices below 1.
-    """
+    Drawn uniformly choice by choice; what fdp.config.validate refuses, or XLA merges (`_merged`),
+    is drawn again. Raises ValueError for a count or number of devices below 1."""
     if count < 1 or devices < 1:
         raise ValueError(f"count={count} and devices={devices} must be at least 1")
     rng = np.random.default_rng(seed)
@@ -100,8 +107,9 @@ def random_configs(seed: int, count: int, devices: int = 8) -> list[ml_collectio
 
 
 def _merged(c: ml_collections.ConfigDict) -> bool:
-    """Whether XLA may drop collectives that the program asks for: a scan over one layer is unrolled, so that what the
-    backward pass gathers or reduces again is merged with the forward pass, in part and at the compiler's discretion."""
+    """Whether XLA may drop collectives that the program asks for: a scan over one layer is
+    unrolled, so that what the backward pass gathers or reduces again is merged with the forward
+    pass, in part and at the compiler's discretion."""
     return c.model.layers == 1 and (c.model.remat != "none" or c.train.zero == 3)
 
 
@@ -121,14 +129,25 @@ def _random_config(rng: np.random.Generator, devices: int) -> ml_collections.Con
     c.mesh.update(degrees)
     tp, kv_heads = degrees["tp"], degrees["tp"] * pick(1, 2)
     c.model.update(
-        layers=pick(1, 2), width=pick(16, 24, 32, 48, 64), heads=kv_heads * pick(1, 2), kv_heads=kv_heads,
-        head_dim=pick(4, 8, 12), ffn=tp * pick(8, 12, 20), vocab=tp * pick(16, 20, 32), qk_norm=pick(False, True),
-        time_conditioning=pick(False, True), remat=pick("none", "dots", "full"), sequence_parallel=pick(False, True),
-    )  # fmt: skip
+        layers=pick(1, 2),
+        width=pick(16, 24, 32, 48, 64),
+        heads=kv_heads * pick(1, 2),
+        kv_heads=kv_heads,
+        head_dim=pick(4, 8, 12),
+        ffn=tp * pick(8, 12, 20),
+        vocab=tp * pick(16, 20, 32),
+        qk_norm=pick(False, True),
+        time_conditioning=pick(False, True),
+        remat=pick("none", "dots", "full"),
+        sequence_parallel=pick(False, True),
+    )
     c.objective.update(
-        name=pick(*OBJECTIVES), form=pick("k", "t"), antithetic=pick(False, True), masked_head=pick(False, True),
+        name=pick(*OBJECTIVES),
+        form=pick("k", "t"),
+        antithetic=pick(False, True),
+        masked_head=pick(False, True),
         block=pick(2, 4, 8),
-    )  # fmt: skip
+    )
     c.data.vocab, c.data.seq_len = c.model.vocab, degrees["cp"] * tp * pick(4, 8, 12)
     c.train.update(zero=pick(0, 1, 3), microbatches=pick(1, 2, 3))
     c.train.batch = degrees["dp"] * degrees["ep"] * c.train.microbatches * pick(1, 2, 3)
@@ -147,16 +166,20 @@ def _arguments(p: Program) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
     """Abstract (state, corrupted batch, tokens)."""
     shape = (p.c.train.batch, p.c.data.seq_len)
     tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=tokens_sharding(p.mesh))
-    return p.layout.abstract_state(), jax.eval_shape(p.objective.corrupt, jax.random.key(0), tokens), tokens
+    return (
+        p.layout.abstract_state(),
+        jax.eval_shape(p.objective.corrupt, jax.random.key(0), tokens),
+        tokens,
+    )
 
 
 def executed_flops(c: ml_collections.ConfigDict, head_rows: int) -> int:
-    """Matmul FLOPs that all devices together execute in loss and gradients; `head_rows` as for flops.train_step.
+    """Matmul FLOPs that all devices together execute in loss and gradients; `head_rows` as for
+    flops.train_step.
 
-    Beyond the model's: what rematerialised blocks compute again (everything but the last product, whose result nobody
-    reads unless a gate multiplies it; under "dots" attention's two products), and time conditioning, which every cp and
-    tp rank computes for all its sequences.
-    """
+    Beyond the model's: what rematerialised blocks compute again (everything but the last product,
+    whose result nobody reads unless a gate multiplies it; under "dots" attention's two products),
+    and time conditioning, which every cp and tp rank computes for all its sequences."""
     m, batch = c.model, c.train.batch
     length = c.data.seq_len * (2 if c.objective.name == "block_diffusion" else 1)
     embedding, modulations = flops.noise_forward(m)
@@ -173,13 +196,16 @@ def executed_flops(c: ml_collections.ConfigDict, head_rows: int) -> int:
 
 
 def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
-    """Formulas against the program of one config: loss and gradients, with `memory` the whole train step as well.
+    """Formulas against the program of one config: loss and gradients, with `memory` the whole train
+    step as well.
 
-    Raises ValueError for a config that is not valid, not float32, or needs more devices than are here.
-    """
+    Raises ValueError for a config that is not valid, not float32, or needs more devices than are
+    here."""
     fdp_config.validate(c)
     if c.model.dtype != "float32":
-        raise ValueError(f"model.dtype={c.model.dtype!r}: XLA:CPU widens its collectives; count float32 programs")
+        raise ValueError(
+            f"model.dtype={c.model.dtype!r}: XLA:CPU widens its collectives; count float32 programs"
+        )
     p = program(c)
     state, batch, tokens = _arguments(p)
     traced = jax.jit(p.grads).trace(state.params, batch)
@@ -200,7 +226,9 @@ def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
 
 
 def _estimate(p: Program) -> int:
-    return analytic.estimate(p.c, p.layout.shapes, p.layout.specs, p.layout.stored, p.head_rows()).total()
+    return analytic.estimate(
+        p.c, p.layout.shapes, p.layout.specs, p.layout.stored, p.head_rows()
+    ).total()
 
 
 def summarise(comparisons: Sequence[Comparison]) -> Summary:

@@ -1,10 +1,11 @@
-"""Fitting the hybrid cost model of fdp.cost.hybrid on measurements: one program for every hold-out, rows by weight.
+"""Fitting the hybrid cost model of fdp.cost.hybrid on measurements: one program for every hold-out,
+rows by weight.
 
-Step time and the stall regime by maximum likelihood (Student-t on the log, so that a few broken runs do not bend the
-physics; bounds by construction; Gaussian priors on effects); memory by Huber loss on its log; the residual by ridge
-regression on radial basis functions with reweighting, each ensemble member on its own bootstrap of tasks and centres.
-Every task weighs as the square root of its rows, so that no large collection outvotes the rest.
-"""
+Step time and the stall regime by maximum likelihood (Student-t on the log, so that a few broken
+runs do not bend the physics; bounds by construction; Gaussian priors on effects); memory by Huber
+loss on its log; the residual by ridge regression on radial basis functions with reweighting, each
+ensemble member on its own bootstrap of tasks and centres. Every task weighs as the square root of
+its rows, so that no large collection outvotes the rest."""
 
 import collections
 from collections.abc import Sequence
@@ -45,9 +46,13 @@ class Data:
 
 def gather(measurements: Sequence[Measurement]) -> Data:
     """Arrays of the measurements. Raises ValueError when there is none with a time."""
-    kept = tuple(m for m in measurements if m.failed or np.isfinite(m.step_time) or np.isfinite(m.memory))
+    kept = tuple(
+        m for m in measurements if m.failed or np.isfinite(m.step_time) or np.isfinite(m.memory)
+    )
     if not any(np.isfinite(m.step_time) for m in kept):
-        raise ValueError(f"nothing to fit: none of {len(measurements)} measurements has a step time")
+        raise ValueError(
+            f"nothing to fit: none of {len(measurements)} measurements has a step time"
+        )
     x = columns(m.job for m in kept)
     groups = hybrid.groups_of(x)
     names = {g: sorted(set(v)) for g, v in groups.items()}
@@ -66,7 +71,9 @@ def _start(bounds: dict[str, tuple[float, float, float]]) -> np.ndarray:
     return np.log(fractions / (1 - fractions))
 
 
-def _split(z: Any, bounds: Any, effects: Any, data: Data) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def _split(
+    z: Any, bounds: Any, effects: Any, data: Data
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Flat vector → (coefficients, {"name|group": values of its members}, the rest)."""
     raw = {name: z[i] for i, name in enumerate(bounds)}
     at, parts = len(bounds), {}
@@ -105,7 +112,9 @@ class Fitter:
         inputs = hybrid.numeric(data.x) | {"code": hybrid.family_code(data.groups)}
         self.inputs = {k: jnp.asarray(v) for k, v in inputs.items()}
         self.index = {g: jnp.asarray(v) for g, v in data.index.items()}
-        self.stalls = np.isin(data.groups["cluster"].astype(str), hybrid.STALLING) & (data.x["pp"] > 1)
+        self.stalls = np.isin(data.groups["cluster"].astype(str), hybrid.STALLING) & (
+            data.x["pp"] > 1
+        )
         self.time_loss = jax.jit(jax.value_and_grad(self._time_loss))
         self.memory_loss = jax.jit(jax.value_and_grad(self._memory_loss))
         self.prior = {"time": _start(step_time.BOUNDS), "memory": _start(footprint.BOUNDS)}
@@ -125,7 +134,9 @@ class Fitter:
         both = jnp.where(self.stalls, jnp.logaddexp(stalled, usual), likelihood(terms["total"]))
         n = jnp.maximum(jnp.sum(weight > 0), 1)
         spread = jnp.mean((z[: len(step_time.BOUNDS)] - self.prior["time"]) ** 2)
-        penalty = 0.02 * spread + 1e-4 * jnp.mean(gate**2) + _effects_penalty(parts, EFFECTS) / n / 2
+        penalty = (
+            0.02 * spread + 1e-4 * jnp.mean(gate**2) + _effects_penalty(parts, EFFECTS) / n / 2
+        )
         return -0.05 * jnp.sum(both * weight) / jnp.maximum(jnp.sum(weight), 1e-9) + penalty
 
     def _memory_loss(self, z: Any, weight: Any) -> Any:
@@ -144,10 +155,14 @@ class Fitter:
         )
 
     def _start(self, name: str, effects: Any, more: int) -> np.ndarray:
-        return np.concatenate([self.prior[name], np.zeros(sum(len(self.data.names[g]) for _, g in effects) + more)])
+        return np.concatenate(
+            [self.prior[name], np.zeros(sum(len(self.data.names[g]) for _, g in effects) + more)]
+        )
 
     def _named(self, parts: dict[str, Any]) -> dict[str, dict[str, float]]:
-        """Effects by member; members that the fit did not move are left out, as they were not seen."""
+        """Effects by member; members that the fit did not move are left out, as they were not
+        seen.
+        """
         out = {}
         for key, values in parts.items():
             members = self.data.names[key.partition("|")[2]]
@@ -159,24 +174,42 @@ class Fitter:
         data, x = self.data, self.data.x
         timed = keep & np.isfinite(data.log_time) & ~data.failed
         sized = keep & np.isfinite(data.log_memory)
-        zm = _minimise(self.memory_loss, self._start("memory", MEMORY_EFFECTS, 0), steps, data.weight * sized)
+        zm = _minimise(
+            self.memory_loss, self._start("memory", MEMORY_EFFECTS, 0), steps, data.weight * sized
+        )
         memory, memory_parts, _ = _split(zm, footprint.BOUNDS, MEMORY_EFFECTS, data)
         shift = _shift({k: np.asarray(v) for k, v in memory_parts.items()}, data.index)
         used = {n: memory[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}
-        log_memory = np.log(np.asarray(footprint.memory(self.inputs, hybrid.bounded(used, footprint.BOUNDS))))
+        log_memory = np.log(
+            np.asarray(footprint.memory(self.inputs, hybrid.bounded(used, footprint.BOUNDS)))
+        )
         pressure = log_memory - np.log(x["hbm_bytes"])
         width = hybrid.stall_features(self.inputs, jnp.asarray(pressure)).shape[-1]
         z = self._start("time", EFFECTS, width)
         z = _minimise(self.time_loss, z, steps, data.weight * timed, pressure)
         time, parts, gate = _split(z, step_time.BOUNDS, EFFECTS, data)
         return Model(
-            {k: float(v) for k, v in time.items()}, self._named(parts), np.asarray(gate),
-            {k: float(v) for k, v in memory.items()}, self._named(memory_parts), {},
-            {"seen": 0.1, "unseen": 0.25, "experts": 0.2, "ensemble": 1.0, "quantile": 1.645, "memory": 0.2},
-            _feasibility(pressure, data, keep), {},
-        )  # fmt: skip
+            {k: float(v) for k, v in time.items()},
+            self._named(parts),
+            np.asarray(gate),
+            {k: float(v) for k, v in memory.items()},
+            self._named(memory_parts),
+            {},
+            {
+                "seen": 0.1,
+                "unseen": 0.25,
+                "experts": 0.2,
+                "ensemble": 1.0,
+                "quantile": 1.645,
+                "memory": 0.2,
+            },
+            _feasibility(pressure, data, keep),
+            {},
+        )
 
-    def fit(self, keep: np.ndarray, steps: int = 300, seed: int = 0, residual: bool = True) -> Model:
+    def fit(
+        self, keep: np.ndarray, steps: int = 300, seed: int = 0, residual: bool = True
+    ) -> Model:
         """A Model from the rows in `keep` (N,) bool."""
         model = self.analytic(keep, steps)
         return self.with_residual(model, keep, seed) if residual else model
@@ -187,13 +220,17 @@ class Fitter:
         timed = keep & np.isfinite(data.log_time) & ~data.failed
         now = hybrid.predict(model, data.x)
         error_N = (data.log_time - np.log(now.analytic))[timed]
-        features_NxK = np.asarray(_features(self.inputs, model.time, hybrid.shifts(model.effects, data.groups)))[timed]
+        features_NxK = np.asarray(
+            _features(self.inputs, model.time, hybrid.shifts(model.effects, data.groups))
+        )[timed]
         # Gross errors belong to the regime head or to a broken run, not to a smooth correction.
         fair = np.abs(error_N) < 0.7
         tasks = np.array([m.task for m in data.measurements], object)[timed]
         stretch = np.ones(features_NxK.shape[1])
         stretch[-hybrid.CODE :] = APART
-        parts = _ensemble(features_NxK[fair], error_N[fair], data.weight[timed][fair], tasks[fair], seed, stretch)
+        parts = _ensemble(
+            features_NxK[fair], error_N[fair], data.weight[timed][fair], tasks[fair], seed, stretch
+        )
         return replace(model, residual=parts)
 
 
@@ -209,15 +246,19 @@ def _features(inputs: Any, time: Any, shift: Any) -> Any:
 
 
 def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
-    """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure learning would be.
+    """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure
+    learning would be.
 
-    It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees, sizes and the chip's rates, and from
-    the code of the software's family that the hybrid's residual is given too.
-    """
+    It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees, sizes and the
+    chip's rates, and from the code of the software's family that the hybrid's residual is given
+    too."""
     x = data.x
     chips = x["tp"] * x["pp"] * x["dp"] * x["cp"]
     flops = np.array(
-        [3 * m.job.architecture.forward_flops(m.job.seq) * m.job.batch * m.job.seq for m in data.measurements]
+        [
+            3 * m.job.architecture.forward_flops(m.job.seq) * m.job.batch * m.job.seq
+            for m in data.measurements
+        ]
     )
     ideal = np.log(flops / (chips * x["peak"]))
     sizes = (
@@ -240,14 +281,22 @@ def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
         "domain",
     )
     kinds = ("full", "modern", "lora", "fp8", "fp4", "fp16")
-    stage = [x["zero"] == 0, x["zero"] >= 3, np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)]
+    stage = [
+        x["zero"] == 0,
+        x["zero"] >= 3,
+        np.isin(data.groups["cluster"].astype(str), hybrid.STALLING),
+    ]
     family = hybrid.family_code(data.groups).T
-    features = np.stack([*(np.log2(x[n]) for n in sizes), *(x[n] for n in kinds), *stage, *family], -1).astype(float)
+    features = np.stack(
+        [*(np.log2(x[n]) for n in sizes), *(x[n] for n in kinds), *stage, *family], -1
+    ).astype(float)
     timed = keep & np.isfinite(data.log_time) & ~data.failed
     target = data.log_time - ideal
     middle = float(np.median(target[timed]))
     tasks = np.array([m.task for m in data.measurements], object)[timed]
-    parts = _ensemble(features[timed], target[timed] - middle, data.weight[timed], tasks, seed, ridge=0.1)
+    parts = _ensemble(
+        features[timed], target[timed] - middle, data.weight[timed], tasks, seed, ridge=0.1
+    )
     z = (features - parts["mean"]) / parts["scale"]
     each = [_radial(z, c) @ w for c, w in zip(parts["centres"], parts["weights"], strict=True)]
     return np.exp(ideal + middle + np.mean(each, 0))
@@ -262,7 +311,9 @@ def _ensemble(
     stretch_K: np.ndarray | float = 1.0,
     ridge: float = RIDGE,
 ) -> dict[str, np.ndarray]:
-    """Ridge regression on radial basis functions; a member sees each task a Poisson(1) number of times."""
+    """Ridge regression on radial basis functions; a member sees each task a Poisson(1) number of
+    times.
+    """
     rng = np.random.default_rng(seed)
     mean, scale = features_NxK.mean(0), np.maximum(features_NxK.std(0), 0.1) / stretch_K
     names, inverse = np.unique(tasks_N.astype(str), return_inverse=True)
@@ -270,7 +321,12 @@ def _ensemble(
     for _ in range(MEMBERS):
         count_N = rng.poisson(1.0, len(names))[inverse]
         chance = weight_N * (count_N > 0)
-        picked = rng.choice(len(error_N), min(CENTRES, int((chance > 0).sum())), replace=False, p=chance / chance.sum())
+        picked = rng.choice(
+            len(error_N),
+            min(CENTRES, int((chance > 0).sum())),
+            replace=False,
+            p=chance / chance.sum(),
+        )
         one = (features_NxK[picked] - mean) / scale
         phi_NxM = _radial((features_NxK - mean) / scale, one)
         w_N, value_M = weight_N * count_N, np.zeros(len(picked))
@@ -280,17 +336,23 @@ def _ensemble(
             value_M = np.linalg.solve(gram, phi_NxM.T @ (robust_N * error_N))
         centres.append(one)
         weights.append(value_M)
-    # Every member has as many centres, spare ones without weight, so that all fits share one compiled predictor.
+    # Every member has as many centres, spare ones without weight, so that all fits share one
+    # compiled predictor.
     spare = [CENTRES - len(c) for c in centres]
     return {
-        "mean": mean, "scale": scale,
-        "centres": np.stack([np.pad(c, ((0, n), (0, 0))) for c, n in zip(centres, spare, strict=True)]),
+        "mean": mean,
+        "scale": scale,
+        "centres": np.stack(
+            [np.pad(c, ((0, n), (0, 0))) for c, n in zip(centres, spare, strict=True)]
+        ),
         "weights": np.stack([np.pad(w, (0, n)) for w, n in zip(weights, spare, strict=True)]),
-    }  # fmt: skip
+    }
 
 
 def _radial(z_NxK: np.ndarray, centres_MxK: np.ndarray) -> np.ndarray:
-    """`hybrid.radial` in numpy: the number of rows differs from fit to fit and must not compile anew."""
+    """`hybrid.radial` in numpy: the number of rows differs from fit to fit and must not compile
+    anew.
+    """
     square = (z_NxK**2).sum(-1)[:, None] - 2 * z_NxK @ centres_MxK.T + (centres_MxK**2).sum(-1)
     return np.exp(-square / (2 * hybrid.LENGTH**2 * z_NxK.shape[-1] / 10))
 
@@ -303,11 +365,14 @@ def weighted_quantile(values: np.ndarray, weights: np.ndarray, share: float) -> 
 
 
 def _feasibility(pressure: np.ndarray, data: Data, keep: np.ndarray) -> dict[str, float]:
-    """The log(memory/HBM) that tells failed runs from others best: most recall less false alarms (Youden 1950).
+    """The log(memory/HBM) that tells failed runs from others best: most recall less false alarms
+    (Youden 1950).
 
-    Only clusters that report failures are asked. Some runs failed for other reasons than memory: they cannot be told.
-    """
-    reporting = np.isin(data.groups["cluster"], np.unique(data.groups["cluster"][data.failed & keep]))
+    Only clusters that report failures are asked. Some runs failed for other reasons than memory:
+    they cannot be told."""
+    reporting = np.isin(
+        data.groups["cluster"], np.unique(data.groups["cluster"][data.failed & keep])
+    )
     ran, failed = keep & reporting & np.isfinite(data.log_memory), keep & data.failed
     if not failed.any() or not ran.any():
         return {"margin": -0.1, "slope": 12.0}

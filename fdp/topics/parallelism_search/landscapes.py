@@ -1,4 +1,6 @@
-"""Measured landscapes, searched by every algorithm from the same seeds; priors come from fits without the model."""
+"""Measured landscapes, searched by every algorithm from the same seeds; priors come from fits
+without the model.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +16,21 @@ WITHIN = 0.05
 CLOSE = 0.01  # a search ends there
 LEAST = 20  # plans: fewer are no search
 ALGORITHMS = {
-    "random": search.random, "expert": search.expert, "tpe": search.tpe, "cma_es": search.cma_es,
-    "evolution": search.evolution, "bayes_flat": search.bayes_flat, "bayes": search.bayes,
-}  # fmt: skip
+    "random": search.random,
+    "expert": search.expert,
+    "tpe": search.tpe,
+    "cma_es": search.cma_es,
+    "evolution": search.evolution,
+    "bayes_flat": search.bayes_flat,
+    "bayes": search.bayes,
+}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per landscape and algorithm: runs needed to come within 5 % (one per seed), and regret after each run (mean)."""
+    """Per landscape and algorithm: runs needed to come within 5 % (one per seed), and regret after
+    each run (mean).
+    """
 
     needed: dict[str, dict[str, np.ndarray]]
     regret: dict[str, dict[str, np.ndarray]]
@@ -32,7 +41,9 @@ def _plan(m: Measurement) -> dict[str, int]:
     return {"tp": p.tp, "pp": p.pp, "dp": p.dp, "mbs": p.microbatch, "zero": p.zero}
 
 
-def _landscape(data: Data, outcome: Outcome, rows: np.ndarray, name: str) -> tuple[search.Landscape, search.Prior]:
+def _landscape(
+    data: Data, outcome: Outcome, rows: np.ndarray, name: str
+) -> tuple[search.Landscape, search.Prior]:
     """Distinct plans of `rows` with their times; a plan measured twice keeps its faster run."""
     found: dict[tuple[tuple[str, int], ...], int] = {}
     for row in rows:
@@ -52,7 +63,9 @@ def _time(data: Data, row: int) -> float:
 
 
 def compare(data: Data, outcomes: Sequence[Outcome], seeds: int) -> Comparison:
-    """Search every landscape of at least `LEAST` plans at 64 GPUs and more of the outcomes' unseen models."""
+    """Search every landscape of at least `LEAST` plans at 64 GPUs and more of the outcomes' unseen
+    models.
+    """
     needed: dict[str, dict[str, np.ndarray]] = {}
     regret: dict[str, dict[str, np.ndarray]] = {}
     for outcome in (o for o in outcomes if o.case.kind == "model"):
@@ -63,22 +76,33 @@ def compare(data: Data, outcomes: Sequence[Outcome], seeds: int) -> Comparison:
                 continue
             name = f"{outcome.case.name} on {chips}"
             landscape, prior = _landscape(data, outcome, rows, name)
-            runs = {a: [_run(landscape, f, s, prior) for s in range(seeds)] for a, f in ALGORITHMS.items()}
+            runs = {
+                a: [_run(landscape, f, s, prior) for s in range(seeds)]
+                for a, f in ALGORITHMS.items()
+            }
             count = len(landscape.plans)
             needed[name] = {
-                a: np.array([min(search.evaluations_to(t.order, landscape, WITHIN), count) for t in traces])
+                a: np.array(
+                    [min(search.evaluations_to(t.order, landscape, WITHIN), count) for t in traces]
+                )
                 for a, traces in runs.items()
             }
-            regret[name] = {a: np.mean([_padded(t.regret_E, count) for t in ts], 0) for a, ts in runs.items()}
+            regret[name] = {
+                a: np.mean([_padded(t.regret_E, count) for t in ts], 0) for a, ts in runs.items()
+            }
     return Comparison(needed, regret)
 
 
-def _run(landscape: search.Landscape, algorithm: search.Algorithm, seed: int, prior: search.Prior) -> search.Trace:
+def _run(
+    landscape: search.Landscape, algorithm: search.Algorithm, seed: int, prior: search.Prior
+) -> search.Trace:
     return search.run(landscape, algorithm, seed, prior, within=CLOSE)
 
 
 def _padded(regret_E: np.ndarray, count: int) -> np.ndarray:
-    """Regret after each of `count` runs; infinite (nothing ran yet) becomes the largest finite one of the curve."""
+    """Regret after each of `count` runs; infinite (nothing ran yet) becomes the largest finite one
+    of the curve.
+    """
     full = np.concatenate([regret_E, np.full(count - len(regret_E), regret_E[-1])])
     worst = full[np.isfinite(full)].max(initial=0.0)
     return np.where(np.isfinite(full), full, worst)

@@ -1,10 +1,11 @@
-"""CSV rows of published measurements, or of a user's own configurations, as Jobs that the cost model prices.
+"""CSV rows of published measurements, or of a user's own configurations, as Jobs that the cost
+model prices.
 
-The columns are those of public collections of training throughput: model, arch, layers, hidden, heads, kv_heads, ffn,
-vocab, experts, topk, moe_ffn, seq, gpus, gpu, gpus_per_nvl_domain, tp, pp, vp, dp, cp, ep, etp, zero_stage, fsdp_size,
-mbs, gbs, recompute, precision, framework, task, group, era; and, for fits and anchors, step_time_s or tokens_s_gpu,
-mem_gb, status. Only model or shapes, gpu, seq, gbs and the degrees are needed; the rest has defaults.
-"""
+The columns are those of public collections of training throughput: model, arch, layers, hidden,
+heads, kv_heads, ffn, vocab, experts, topk, moe_ffn, seq, gpus, gpu, gpus_per_nvl_domain, tp, pp,
+vp, dp, cp, ep, etp, zero_stage, fsdp_size, mbs, gbs, recompute, precision, framework, task, group,
+era; and, for fits and anchors, step_time_s or tokens_s_gpu, mem_gb, status. Only model or shapes,
+gpu, seq, gbs and the degrees are needed; the rest has defaults."""
 
 import csv
 import math
@@ -26,14 +27,21 @@ CLUSTERS = {
     "mpt": 25.0,  # 1600 Gb/s RoCE per node of eight
 }
 PLAYBOOK = {"1B": "ultrascale-1b", "3B": "ultrascale-3b", "8B": "ultrascale-8b"}
-OLD_STACKS = ("vtrain", "bloom", "dlperf", "korthikanti")  # before fused attention and sequence parallelism
+OLD_STACKS = (
+    "vtrain",
+    "bloom",
+    "dlperf",
+    "korthikanti",
+)  # before fused attention and sequence parallelism
 FP4, FP8, FP16, BF16 = ("fp4",), ("fp8", "mx"), ("fp16", "half"), ("bf16", "bfloat16")
 UNKNOWN = ("", "nan", "unknown")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A priced row: its place in the file, the job, and what was measured (NaN: nothing; `failed`: it did not run)."""
+    """A priced row: its place in the file, the job, and what was measured (NaN: nothing; `failed`:
+    it did not run).
+    """
 
     row: int
     task: str  # configurations that may be ranked against each other share one
@@ -45,7 +53,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a file: those that can be priced, and why each other one cannot (row number → reason)."""
+    """All rows of a file: those that can be priced, and why each other one cannot (row number →
+    reason).
+    """
 
     measurements: tuple[Measurement, ...]
     refused: dict[int, str]
@@ -56,7 +66,9 @@ class Malformed(UserError):
 
 
 def read(path: Path, needed: Iterable[str] = ("gpu", "seq", "gbs")) -> list[dict[str, str]]:
-    """The rows of a CSV file. Raises Malformed for a missing file, an empty one, or a missing column."""
+    """The rows of a CSV file. Raises Malformed for a missing file, an empty one, or a missing
+    column.
+    """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -65,7 +77,9 @@ def read(path: Path, needed: Iterable[str] = ("gpu", "seq", "gbs")) -> list[dict
         raise Malformed(f"{path}: {error}") from error
     missing = [name for name in needed if name not in names]
     if missing:
-        raise Malformed(f"{path}: column {missing[0]!r} is missing; found {', '.join(names) or 'none'}")
+        raise Malformed(
+            f"{path}: column {missing[0]!r} is missing; found {', '.join(names) or 'none'}"
+        )
     long = next((i for i, row in enumerate(rows, 2) if None in row), None)
     if long is not None:
         raise Malformed(f"{path}, row {long}: more cells than the header has columns")
@@ -84,15 +98,27 @@ def table(rows: Iterable[Mapping[str, str]]) -> Table:
 
 
 def measurement(i: int, row: Mapping[str, str]) -> Measurement:
-    """Row `i` as a Measurement. Raises ValueError that names the column and says why it cannot be priced."""
+    """Row `i` as a Measurement. Raises ValueError that names the column and says why it cannot be
+    priced.
+    """
     job = to_job(row)
     failed = (row.get("status") or "ok").strip().lower() not in ("ok", "")
     time = _measured(row, "step_time_s")
     rate = _measured(row, "tokens_s_gpu")
     if math.isnan(time) and not math.isnan(rate):
         time = job.batch * job.seq / (rate * job.plan.chips)
-    task = "|".join((job.stack, job.cluster, job.architecture.name, job.chip.name, str(job.plan.chips), job.precision,
-                     str(job.seq), str(job.batch)))  # fmt: skip
+    task = "|".join(
+        (
+            job.stack,
+            job.cluster,
+            job.architecture.name,
+            job.chip.name,
+            str(job.plan.chips),
+            job.precision,
+            str(job.seq),
+            str(job.batch),
+        )
+    )
     return Measurement(i, task, job, time, _measured(row, "mem_gb") * 1e9, failed)
 
 
@@ -131,21 +157,31 @@ def to_architecture(row: Mapping[str, str]) -> Architecture:
     name = PLAYBOOK.get(name, name) if _group(row) == "playbook" else name
     known = ARCHITECTURES.get(name)
     if (row.get("arch") or "").strip() == "hybrid":
-        raise ValueError(f"model {name!r} is a hybrid with state-space layers, which the cost model does not price")
+        raise ValueError(
+            f"model {name!r} is a hybrid with state-space layers, which the cost model does not "
+            "price"
+        )
     if not (row.get("hidden") or "").strip():
         return known or shapes.architecture(name)  # raises, with the closest name
     width, heads = _whole(row, "hidden"), _whole(row, "heads")
     experts, ffn = _whole(row, "experts", 0), _whole(row, "ffn", 0)
     sizes = {
-        "layers": _whole(row, "layers"), "width": width, "heads": heads, "kv_heads": _whole(row, "kv_heads", heads),
-        "ffn": ffn or 4 * width, "vocab": _whole(row, "vocab", 51200), "experts": experts,
-        "topk": _whole(row, "topk", 0), "moe_ffn": _whole(row, "moe_ffn", 0) or (ffn if experts else 0),
-    }  # fmt: skip
+        "layers": _whole(row, "layers"),
+        "width": width,
+        "heads": heads,
+        "kv_heads": _whole(row, "kv_heads", heads),
+        "ffn": ffn or 4 * width,
+        "vocab": _whole(row, "vocab", 51200),
+        "experts": experts,
+        "topk": _whole(row, "topk", 0),
+        "moe_ffn": _whole(row, "moe_ffn", 0) or (ffn if experts else 0),
+    }
     if known is not None:
         return shapes.replace(known, **sizes)
     # Unknown models: a plain FFN is four times as wide as the model, gated ones are not.
     gated = bool(experts) or sizes["ffn"] != 4 * width
-    return Architecture(name=name or "unnamed", head_dim=width // heads, gated=gated, **sizes)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    return Architecture(name=name or "unnamed", head_dim=width // heads, gated=gated, **sizes)
 
 
 def _precision(text: str) -> str:
@@ -154,7 +190,9 @@ def _precision(text: str) -> str:
         if any(word in name for word in words):
             return precision
     if name not in UNKNOWN:
-        raise ValueError(f"column 'precision': {text!r} is none of bf16, fp16, fp8, mxfp8, nvfp4 and their like")
+        raise ValueError(
+            f"column 'precision': {text!r} is none of bf16, fp16, fp8, mxfp8, nvfp4 and their like"
+        )
     return "bf16"
 
 
@@ -173,12 +211,16 @@ def _divides(what: str, value: int, by: str, divisor: int) -> None:
 
 
 def _check(job: Job) -> None:
-    """Refuse degrees that cannot divide. Published sweeps pad heads, so tp need only divide the heads or the FFN."""
+    """Refuse degrees that cannot divide. Published sweeps pad heads, so tp need only divide the
+    heads or the FFN.
+    """
     a, p = job.architecture, job.plan
     _divides("gbs", job.batch, "dp·mbs", p.dp * p.microbatch)
     _divides("seq", job.seq, "cp", p.cp)
     if a.heads % p.tp and (a.moe_ffn or a.ffn) % p.tp:
-        raise ValueError(f"neither heads = {a.heads} nor ffn = {a.moe_ffn or a.ffn} is divisible by tp = {p.tp}")
+        raise ValueError(
+            f"neither heads = {a.heads} nor ffn = {a.moe_ffn or a.ffn} is divisible by tp = {p.tp}"
+        )
     if a.experts:
         _divides("experts", a.experts, "ep", p.ep)
         _divides("dp·cp·tp", p.dp * p.cp * p.tp, "ep·etp", p.ep * p.etp)
@@ -186,7 +228,9 @@ def _check(job: Job) -> None:
         _divides("dp·cp", p.dp * p.cp, "fsdp_size", p.shards)
     # Embedding and head may take a stage of their own: 126 layers ran as 16·8 stages.
     if p.pp * p.virtual > a.layers + 2:
-        raise ValueError(f"pp·vp = {p.pp}·{p.virtual} stages exceed the {a.layers} layers, embedding and head")
+        raise ValueError(
+            f"pp·vp = {p.pp}·{p.virtual} stages exceed the {a.layers} layers, embedding and head"
+        )
 
 
 def _group(row: Mapping[str, str]) -> str:
@@ -203,7 +247,9 @@ def stack_of(row: Mapping[str, str]) -> str:
 
 
 def cluster_of(row: Mapping[str, str]) -> str:
-    """The machine room: the group up to its first underscore (vtrain_single and vtrain_multi share one)."""
+    """The machine room: the group up to its first underscore (vtrain_single and vtrain_multi share
+    one).
+    """
     return _group(row).partition("_")[0]
 
 
@@ -213,16 +259,28 @@ def to_plan(row: Mapping[str, str], modern: bool) -> Plan:
     gpus = _whole(row, "gpus", 0)
     dp = _whole(row, "dp", max(gpus // (tp * pp * cp), 1))
     if gpus and dp * tp * pp * cp != gpus:
-        raise ValueError(f"gpus = {gpus} is not tp·pp·cp·dp = {tp}·{pp}·{cp}·{dp} = {tp * pp * cp * dp}")
+        raise ValueError(
+            f"gpus = {gpus} is not tp·pp·cp·dp = {tp}·{pp}·{cp}·{dp} = {tp * pp * cp * dp}"
+        )
     recompute, ep = row.get("recompute") or "", _whole(row, "ep", 1)
     if ep == 1 and "deepep" in (row.get("notes") or "").lower():
-        # It dispatches over ep. With ep = 1, gathering gpt-oss-120b over 64 H100 alone would take longer than its step.
+        # It dispatches over ep. With ep = 1, gathering gpt-oss-120b over 64 H100 alone would take
+        # longer than its step.
         ep = math.gcd(_whole(row, "experts", 0), dp * cp * tp) or 1
     return Plan(
-        tp, pp, dp, cp, ep, _whole(row, "etp", 1), max(_whole(row, "vp", 1), 1),
-        max(_whole(row, "mbs", 1), 1), _whole(row, "zero_stage", 1), _whole(row, "fsdp_size", 0),
-        _recompute(recompute), modern or "SP" in recompute,
-    )  # fmt: skip
+        tp,
+        pp,
+        dp,
+        cp,
+        ep,
+        _whole(row, "etp", 1),
+        max(_whole(row, "vp", 1), 1),
+        max(_whole(row, "mbs", 1), 1),
+        _whole(row, "zero_stage", 1),
+        _whole(row, "fsdp_size", 0),
+        _recompute(recompute),
+        modern or "SP" in recompute,
+    )
 
 
 def to_job(row: Mapping[str, str]) -> Job:
@@ -231,22 +289,45 @@ def to_job(row: Mapping[str, str]) -> Job:
     precision = _precision(row.get("precision") or "")
     modern = cluster not in OLD_STACKS and precision != "fp16"
     job = Job(
-        to_architecture(row), to_plan(row, modern), chip((row.get("gpu") or "").strip()), _whole(row, "gbs"),
-        _whole(row, "seq"), precision, _whole(row, "gpus_per_nvl_domain", 0), modern,
-        "lora" in (row.get("task") or ""), CLUSTERS.get(cluster, 0.0) * 1e9, stack_of(row), cluster,
-    )  # fmt: skip
+        to_architecture(row),
+        to_plan(row, modern),
+        chip((row.get("gpu") or "").strip()),
+        _whole(row, "gbs"),
+        _whole(row, "seq"),
+        precision,
+        _whole(row, "gpus_per_nvl_domain", 0),
+        modern,
+        "lora" in (row.get("task") or ""),
+        CLUSTERS.get(cluster, 0.0) * 1e9,
+        stack_of(row),
+        cluster,
+    )
     if job.batch < job.plan.dp * job.plan.microbatch:
-        raise ValueError(f"gbs = {job.batch} is less than dp·mbs = {job.plan.dp}·{job.plan.microbatch}")
+        raise ValueError(
+            f"gbs = {job.batch} is less than dp·mbs = {job.plan.dp}·{job.plan.microbatch}"
+        )
     _check(job)
     return job
 
 
-PLAYBOOK_COLUMNS = ("model", "nodes", "micro_batch", "global_batch_seqs", "dp", "pp", "tp", "zero_stage", "status",
-                    "tok_s_gpu", "peak_mem_gb")  # fmt: skip
+PLAYBOOK_COLUMNS = (
+    "model",
+    "nodes",
+    "micro_batch",
+    "global_batch_seqs",
+    "dp",
+    "pp",
+    "tp",
+    "zero_stage",
+    "status",
+    "tok_s_gpu",
+    "peak_mem_gb",
+)
 
 
 def playbook(rows: Iterable[Mapping[str, str]]) -> Table:
-    """The Ultra-Scale Playbook's runs (H100, nodes of 8, 256 sequences of 4096): its columns in ours.
+    """The Ultra-Scale Playbook's runs (H100, nodes of 8, 256 sequences of 4096): its columns in
+    ours.
 
     Rows whose batch contradicts their degrees (`batch_consistent` = 0) are refused.
     """
@@ -255,22 +336,39 @@ def playbook(rows: Iterable[Mapping[str, str]]) -> Table:
         try:
             if row.get("batch_consistent") == "0":
                 raise ValueError("column 'batch_consistent': the batch contradicts the degrees")
-            kept.append(measurement(i, {
-                "model": row["model"], "gpu": "h100", "seq": "4096", "gbs": row["global_batch_seqs"],
-                "gpus": str(8 * _whole(row, "nodes")), "tp": row["tp"], "pp": row["pp"], "dp": row["dp"],
-                "mbs": row["micro_batch"], "zero_stage": row["zero_stage"], "group": "playbook", "precision": "bf16",
-                "status": row["status"], "tokens_s_gpu": row["tok_s_gpu"], "mem_gb": row["peak_mem_gb"],
-            }))  # fmt: skip
+            kept.append(
+                measurement(
+                    i,
+                    {
+                        "model": row["model"],
+                        "gpu": "h100",
+                        "seq": "4096",
+                        "gbs": row["global_batch_seqs"],
+                        "gpus": str(8 * _whole(row, "nodes")),
+                        "tp": row["tp"],
+                        "pp": row["pp"],
+                        "dp": row["dp"],
+                        "mbs": row["micro_batch"],
+                        "zero_stage": row["zero_stage"],
+                        "group": "playbook",
+                        "precision": "bf16",
+                        "status": row["status"],
+                        "tokens_s_gpu": row["tok_s_gpu"],
+                        "mem_gb": row["peak_mem_gb"],
+                    },
+                )
+            )
         except ValueError as error:
             refused[i] = str(error)
     return Table(tuple(kept), refused)
 
 
 def published(folder: Path) -> tuple[list[Measurement], list[str]]:
-    """(priced rows, why each other one is refused) of measured_configs.csv and ultrascale_playbook_runs.csv.
+    """(priced rows, why each other one is refused) of measured_configs.csv and
+    ultrascale_playbook_runs.csv.
 
-    Either file may be absent. Raises Malformed when both are, and for a file without the columns it needs.
-    """
+    Either file may be absent. Raises Malformed when both are, and for a file without the columns it
+    needs."""
     folder = Path(folder)
     found: list[Measurement] = []
     refused: list[str] = []
@@ -281,7 +379,11 @@ def published(folder: Path) -> tuple[list[Measurement], list[str]]:
         if (folder / name).is_file():
             read_table = parse(read(folder / name, needed))
             found += read_table.measurements
-            refused += [f"{name}, row {row + 2}: {reason}" for row, reason in read_table.refused.items()]
+            refused += [
+                f"{name}, row {row + 2}: {reason}" for row, reason in read_table.refused.items()
+            ]
     if not found:
-        raise Malformed(f"{folder}: holds neither measured_configs.csv nor ultrascale_playbook_runs.csv")
+        raise Malformed(
+            f"{folder}: holds neither measured_configs.csv nor ultrascale_playbook_runs.csv"
+        )
     return found, refused

@@ -1,13 +1,15 @@
-"""From a model and a cluster to the ten fastest parallel plans: every structurally valid plan is priced and ranked.
+"""From a model and a cluster to the ten fastest parallel plans: every structurally valid plan is
+priced and ranked.
 
     here = cluster("h100:32x8")
     print(describe(rank(hybrid.shipped(), job_on(architecture("llama3-70b"), here, 1024, 4096), here)))
 
-Search space and its divisibility: Narayanan et al. 2021 (arXiv 2104.04473; interleaving), Korthikanti et al. 2022
-(sequence parallelism, recomputation), Rajbhandari et al. 2020 (ZeRO), Megatron Core's parallel folding of experts.
+Search space and its divisibility: Narayanan et al. 2021 (arXiv 2104.04473; interleaving),
+Korthikanti et al. 2022 (sequence parallelism, recomputation), Rajbhandari et al. 2020 (ZeRO),
+Megatron Core's parallel folding of experts.
 
-Legend: N plans of the space, K of them ranked, T tokens of a microbatch on a device, D width; seconds, bytes, joules.
-"""
+Legend: N plans of the space, K of them ranked, T tokens of a microbatch on a device, D width;
+seconds, bytes, joules."""
 
 import dataclasses
 import time
@@ -31,14 +33,19 @@ Space = dict[str, np.ndarray]  # "tp", "pp", … (N,) integers; "recompute" inde
 
 KEYS = ("tp", "pp", "dp", "cp", "ep", "etp", "virtual", "microbatch", "recompute", "zero")
 AXES = ("tp", "cp", "ep", "pp", "dp")
-VIRTUAL_LIMIT = 12  # chunks a stage; published runs hold hardly any above, and their cost per chunk is not known
-TP_LIMIT = 64  # more ranks than this leave matmuls too thin for any chip; fewer are priced, also across nodes
-CP_SHARE = 256  # fewest tokens of a sequence on a rank: the balanced ring halves them, kernels work in tiles of 128
-CHUNK = 2048  # plans priced at once: one compiled program, whose radial basis functions stay in a cache of 8 MB
+# chunks a stage; published runs hold hardly any above, and their cost per chunk is not known
+VIRTUAL_LIMIT = 12
+# more ranks than this leave matmuls too thin for any chip; fewer are priced, also across nodes
+TP_LIMIT = 64
+# fewest tokens of a sequence on a rank: the balanced ring halves them, kernels work in tiles of 128
+CP_SHARE = 256
+# plans priced at once: one compiled program, whose radial basis functions stay in a cache of 8 MB
+CHUNK = 2048
 KEPT = 10
 LIKELY = 0.5  # least probability of running that is ranked
-# Most that the compiler takes for a step of this code base, over `footprint.memory` of the same plan: float32 gradients
-# and the FFN's float32 intermediates. Compiled for v5p and H100 by the ahead-of-time tests.
+# Most that the compiler takes for a step of this code base, over `footprint.memory` of the same
+# plan: float32 gradients and the FFN's float32 intermediates. Compiled for v5p and H100 by the
+# ahead-of-time tests.
 OWN_MEMORY = 1.5
 
 
@@ -58,9 +65,13 @@ def _keep(points: Space, mask: np.ndarray) -> Space:
 
 
 def _degrees(a: Architecture, chips: int, seq: int) -> Space:
-    """(tp, pp, cp, dp) with tp·pp·cp·dp = chips that the model's shapes allow, before the batch is looked at."""
+    """(tp, pp, cp, dp) with tp·pp·cp·dp = chips that the model's shapes allow, before the batch is
+    looked at.
+    """
     sides = _divisors(chips)
-    tp, pp, cp = (g.ravel() for g in np.meshgrid(*[sides[sides <= m] for m in (TP_LIMIT, a.layers, seq)]))
+    tp, pp, cp = (
+        g.ravel() for g in np.meshgrid(*[sides[sides <= m] for m in (TP_LIMIT, a.layers, seq)])
+    )
     fits = (chips % (tp * pp * cp) == 0) & (a.heads % tp == 0)
     # Sequence parallelism splits a context rank's tokens once more over tp.
     fits &= (seq % (cp * tp) == 0) & ((cp == 1) | (seq // cp >= CP_SHARE))
@@ -69,14 +80,15 @@ def _degrees(a: Architecture, chips: int, seq: int) -> Space:
 
 
 def space(a: Architecture, chips: int, batch: int, seq: int) -> Space:
-    """Every structurally valid plan of `chips` chips: integer arrays (N,) under `KEYS`, N = 0 where there is none.
+    """Every structurally valid plan of `chips` chips: integer arrays (N,) under `KEYS`, N = 0 where
+    there is none.
 
-    tp | heads (key/value heads are replicated where tp exceeds them), tp·cp | seq, pp·virtual | layers or an uneven
-    partition with virtual = 1, dp·microbatch | batch with microbatch a power of two, virtual > 1 only where pp divides
-    the microbatches, ep | experts, ep | dp·cp·tp with whole experts (no published run splits them), zero in {0, 1, 3},
-    which is 0 where nothing is replicated, recomputation none or full (fused attention keeps no scores to recompute).
-    tp may leave the node: that is priced, not forbidden. Raises ValueError for sizes < 1.
-    """
+    tp | heads (key/value heads are replicated where tp exceeds them), tp·cp | seq, pp·virtual |
+    layers or an uneven partition with virtual = 1, dp·microbatch | batch with microbatch a power of
+    two, virtual > 1 only where pp divides the microbatches, ep | experts, ep | dp·cp·tp with whole
+    experts (no published run splits them), zero in {0, 1, 3}, which is 0 where nothing is
+    replicated, recomputation none or full (fused attention keeps no scores to recompute). tp may
+    leave the node: that is priced, not forbidden. Raises ValueError for sizes < 1."""
     if min(chips, batch, seq) < 1:
         raise ValueError(f"chips={chips}, batch={batch} and seq={seq} must be at least 1")
     points = _degrees(a, chips, seq)
@@ -129,71 +141,107 @@ def columns_of(job: Job, points: Space) -> Columns:
 
 
 def price(model: Model, job: Job, points: Space) -> Prediction:
-    """Predictions (N,) of the space in chunks of one padded size, so that nothing is compiled twice. N ≥ 1."""
+    """Predictions (N,) of the space in chunks of one padded size, so that nothing is compiled
+    twice. N ≥ 1.
+    """
     n, parts = size_of(points), []
     for start in range(0, n, CHUNK):
         index = np.minimum(np.arange(start, start + CHUNK), n - 1)
-        parts.append(hybrid.predict(model, _broadcast(job, {k: v[index] for k, v in points.items()})))
+        parts.append(
+            hybrid.predict(model, _broadcast(job, {k: v[index] for k, v in points.items()}))
+        )
     names = [f.name for f in dataclasses.fields(Prediction) if f.name != "terms"]
     arrays = {k: np.concatenate([getattr(p, k) for p in parts])[:n] for k in names}
-    return Prediction(**arrays, terms={k: np.concatenate([p.terms[k] for p in parts])[:n] for k in parts[0].terms})
+    return Prediction(
+        **arrays, terms={k: np.concatenate([p.terms[k] for p in parts])[:n] for k in parts[0].terms}
+    )
 
 
 def _broadcast(job: Job, points: Space) -> Columns:
-    """`columns_of` with what no plan changes as arrays (1,), which is what most of the time went into."""
+    """`columns_of` with what no plan changes as arrays (1,), which is what most of the time went
+    into.
+    """
     base, changed = workload.columns([job]), _plan_columns(job, points)
-    return base | changed | {"layers": np.repeat(base["layers"], size_of(points))}  # its shape is the predictions'
+    return (
+        base | changed | {"layers": np.repeat(base["layers"], size_of(points))}
+    )  # its shape is the predictions'
 
 
 def _take(p: Prediction, index: np.ndarray) -> Prediction:
     names = [f.name for f in dataclasses.fields(Prediction) if f.name != "terms"]
-    return Prediction(**{k: getattr(p, k)[index] for k in names}, terms={k: v[index] for k, v in p.terms.items()})
+    return Prediction(
+        **{k: getattr(p, k)[index] for k in names}, terms={k: v[index] for k, v in p.terms.items()}
+    )
 
 
 def weakest(cluster: Cluster) -> Chip:
-    """The chip that a mixed cluster is priced with: its slowest, with the least memory and links of any.
+    """The chip that a mixed cluster is priced with: its slowest, with the least memory and links of
+    any.
 
-    A synchronous step waits for the slowest chip, and one plan has to fit into every one. FP8 and FP4 need all of them.
-    """
+    A synchronous step waits for the slowest chip, and one plan has to fit into every one. FP8 and
+    FP4 need all of them."""
     chips = [g.chip for g in cluster.groups]
 
     def least(key: str) -> Any:
         values = [getattr(c, key) for c in chips]
         return None if None in values else min(values)
 
-    same = ("peak_fp8_flops", "peak_fp4_flops", "hbm_bytes", "hbm_bandwidth", "scale_up_bandwidth", "scale_up_links")
+    same = (
+        "peak_fp8_flops",
+        "peak_fp4_flops",
+        "hbm_bytes",
+        "hbm_bandwidth",
+        "scale_up_bandwidth",
+        "scale_up_links",
+    )
     out = [c.scale_out_bandwidth for c in chips if c.scale_out_bandwidth]
     return dataclasses.replace(
-        cluster.chip, **{key: least(key) for key in same}, scale_out_bandwidth=min(out) if out else None
+        cluster.chip,
+        **{key: least(key) for key in same},
+        scale_out_bandwidth=min(out) if out else None,
     )
 
 
 def domain_of(cluster: Cluster) -> int:
-    """Chips on one fast network: a pod's torus, else an NVLink domain that no smaller node cuts short."""
-    return min(g.chip.domain if g.chip.scale_out_bandwidth is None else min(g.chip.domain, g.chips)
-               for g in cluster.groups)  # fmt: skip
+    """Chips on one fast network: a pod's torus, else an NVLink domain that no smaller node cuts
+    short.
+    """
+    return min(
+        g.chip.domain if g.chip.scale_out_bandwidth is None else min(g.chip.domain, g.chips)
+        for g in cluster.groups
+    )
 
 
 def job_on(a: Architecture, cluster: Cluster, batch: int, seq: int, precision: str = "bf16") -> Job:
-    """The job to plan for; its own plan is a placeholder. Raises UserError where a chip lacks the precision."""
+    """The job to plan for; its own plan is a placeholder. Raises UserError where a chip lacks the
+    precision.
+    """
     chip = weakest(cluster)
-    rates = {"fp16": chip.peak_bf16_flops, "bf16": chip.peak_bf16_flops, "fp8": chip.peak_fp8_flops,
-             "fp4": chip.peak_fp4_flops}  # fmt: skip
+    rates = {
+        "fp16": chip.peak_bf16_flops,
+        "bf16": chip.peak_bf16_flops,
+        "fp8": chip.peak_fp8_flops,
+        "fp4": chip.peak_fp4_flops,
+    }
     if precision not in rates:
         raise UserError(f"precision {precision!r} is unknown: {', '.join(rates)}")
     if rates[precision] is None:
         able = [name for name, c in hardware.CHIPS.items() if getattr(c, f"peak_{precision}_flops")]
-        raise UserError(f"{cluster.name} has a chip without {precision}: set plan.precision=bf16 or take one of {able}")
+        raise UserError(
+            f"{cluster.name} has a chip without {precision}: set plan.precision=bf16 or take one "
+            f"of {able}"
+        )
     return Job(a, Plan(dp=cluster.size), chip, batch, seq, precision, domain_of(cluster))
 
 
 def traffic(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Bytes (N,) that a device sends per step over each axis, as fdp.cost.step_time prices them (ring wire bytes).
+    """Bytes (N,) that a device sends per step over each axis, as fdp.cost.step_time prices them
+    (ring wire bytes).
 
-    tp: four all-reduces of 2·T·D a layer and microbatch, six with full recomputation (Shoeybi et al. 2019); cp: keys
-    and values round the ring, once forward and twice backward; ep: four all-to-alls an expert layer, six with full
-    recomputation; pp: two messages a microbatch and chunk; dp: gradients, or ZeRO's gathers and scatters, over dp·cp.
-    """
+    tp: four all-reduces of 2·T·D a layer and microbatch, six with full recomputation (Shoeybi et
+    al. 2019); cp: keys and values round the ring, once forward and twice backward; ep: four
+    all-to-alls an expert layer, six with full recomputation; pp: two messages a microbatch and
+    chunk; dp: gradients, or ZeRO's gathers and scatters, over dp·cp."""
     T, D, t, m = x["microbatch"] * x["seq"] / x["cp"], x["width"], x["tp"], x["microbatches"]
     layers, moe = m * x["layers"] / x["pp"], m * x["moe_layers"] / x["pp"]
     again = 4 + 2 * x["full"]
@@ -212,16 +260,26 @@ def traffic(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
         "tp": step_time.reductions(x) * ring(t) * 2 * T * D * layers,
         "cp": 3 * (x["cp"] - 1) * 4 * T * step_time.kv_width(x) * layers,
         "ep": again * 2 * T / t * x["topk"] * D * (x["ep"] - 1) / x["ep"] * moe,
-        "pp": np.where(x["pp"] > 1, 2 * x["virtual"] * m * 2 * T * D / np.where(x["sp"] > 0, t, 1.0), 0.0),
+        "pp": np.where(
+            x["pp"] > 1, 2 * x["virtual"] * m * 2 * T * D / np.where(x["sp"] > 0, t, 1.0), 0.0
+        ),
         "dp": np.where(x["lora"] > 0, 0.0, np.where(x["zero"] >= 3, every + each, last + once)),
     }
     return {k: np.asarray(v, float) for k, v in out.items()}
 
 
 def _leaving(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Share (N,) of each axis's bytes that leaves the scale-up domain: of a ring one link in every `local`."""
+    """Share (N,) of each axis's bytes that leaves the scale-up domain: of a ring one link in every
+    `local`.
+    """
     degrees = {"tp": x["tp"], "cp": x["cp"], "ep": x["ep"], "pp": x["pp"], "dp": x["dp"] * x["cp"]}
-    inner = {"tp": 1.0, "cp": x["tp"], "ep": x["etp"], "pp": x["tp"] * x["cp"] * x["dp"], "dp": x["tp"]}
+    inner = {
+        "tp": 1.0,
+        "cp": x["tp"],
+        "ep": x["etp"],
+        "pp": x["tp"] * x["cp"] * x["dp"],
+        "dp": x["tp"],
+    }
     out = {}
     for axis, n in degrees.items():
         local = network.local_ranks(n, inner[axis], x["domain"])
@@ -231,17 +289,30 @@ def _leaving(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({"linear", "rest"} FLOPs, HBM bytes) of a chip in a step, recomputation included, mean over chips."""
+    """({"linear", "rest"} FLOPs, HBM bytes) of a chip in a step, recomputation included, mean over
+    chips.
+    """
     a, tokens = job.architecture, job.batch * job.seq / (x["tp"] * x["pp"] * x["dp"] * x["cp"])
-    scores = 2 * a.layers * job.seq * a.heads * (a.head_dim + (a.value_dim or a.head_dim)) * (0.5 if a.causal else 1.0)
+    scores = (
+        2
+        * a.layers
+        * job.seq
+        * a.heads
+        * (a.head_dim + (a.value_dim or a.head_dim))
+        * (0.5 if a.causal else 1.0)
+    )
     head = 2.0 * a.vocab * a.width
     linear = (3 + x["full"]) * (a.forward_flops(job.seq) - scores - head) * tokens
     rest = (3 * head + (3.5 + x["full"] + x["selective"]) * scores) * tokens
     k = {n: float(v) for n, v in hybrid.bounded(model.time, step_time.BOUNDS).items()}
     ffn = (a.layers - a.moe_layers) * a.ffn + a.moe_layers * (a.topk + a.shared_experts) * a.moe_ffn
-    split = np.where(x["sp"] > 0, 1.0, x["tp"])  # without sequence parallelism every tensor rank repeats it
-    streams = tokens * (a.layers * a.width * k["bytes_width"] * split
-                        + (a.layers * a.heads * a.head_dim + ffn) * k["bytes_hidden"])  # fmt: skip
+    split = np.where(
+        x["sp"] > 0, 1.0, x["tp"]
+    )  # without sequence parallelism every tensor rank repeats it
+    streams = tokens * (
+        a.layers * a.width * k["bytes_width"] * split
+        + (a.layers * a.heads * a.head_dim + ffn) * k["bytes_hidden"]
+    )
     plain, experts, embedding = (np.asarray(v) for v in step_time.local_parameters(x))
     held = plain + experts + embedding
     shards = np.where(x["zero"] >= 1, x["shards"], 1.0)
@@ -262,17 +333,25 @@ def joules(model: Model, job: Job, cluster: Cluster, x: Columns, p: Prediction) 
     up = sum(moved.values()) - out
     busy = (p.terms["compute"] + p.terms["optimizer"]) / sum(p.terms.values()) * p.time
     low = job.precision if job.precision in ("fp8", "fp4") else "bf16"
-    done = {"bf16": flops["linear"] + flops["rest"]} if low == "bf16" else {low: flops["linear"], "bf16": flops["rest"]}
+    done = (
+        {"bf16": flops["linear"] + flops["rest"]}
+        if low == "bf16"
+        else {low: flops["linear"], "bf16": flops["rest"]}
+    )
     for g in cluster.groups:  # a faster chip computes as much in less time, then waits
         active = np.clip(busy * job.chip.peak_bf16_flops / g.chip.peak_bf16_flops, 0.0, p.time)
-        activity = energy.Activity(g.chip.name, g.count * g.chips, g.count, p.time, active, done, hbm, up, out)
+        activity = energy.Activity(
+            g.chip.name, g.count * g.chips, g.count, p.time, active, done, hbm, up, out
+        )
         total = total + energy.step_energy(activity, g.host_power).joules
     return total
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One plan: seconds a step with a 90 % interval, bytes a device, joules a step (nan: power not published)."""
+    """One plan: seconds a step with a 90 % interval, bytes a device, joules a step (nan: power not
+    published).
+    """
 
     plan: Plan
     time: float
@@ -297,16 +376,22 @@ class Ranking:
     valid: int
     feasible: int
     plans: tuple[Ranked, ...]
-    trainable: Ranked | None  # the fastest that this code base can train, priced as it runs: attention is not fused
+    trainable: (
+        Ranked | None
+    )  # the fastest that this code base can train, priced as it runs: attention is not fused
 
 
 def why(terms: Mapping[str, float], best: Mapping[str, float]) -> str:
-    """The terms that explain a plan's distance to the best one, in % of the best time, largest first."""
+    """The terms that explain a plan's distance to the best one, in % of the best time, largest
+    first.
+    """
     whole = sum(best.values())
     delta = {k: 100 * (terms[k] - best[k]) / whole for k in best}
     told = [k for k in sorted(delta, key=lambda k: -abs(delta[k])) if abs(delta[k]) >= 0.5][:4]
     names = hybrid.BOTTLENECKS | {"correction": "learned correction"}
-    return ", ".join(f"{'+' if delta[k] > 0 else '−'}{abs(delta[k]):.0f} % {names[k]}" for k in told)
+    return ", ".join(
+        f"{'+' if delta[k] > 0 else '−'}{abs(delta[k]):.0f} % {names[k]}" for k in told
+    )
 
 
 def _terms_at(p: Prediction, i: int) -> dict[str, float]:
@@ -321,21 +406,30 @@ def _ranked(model: Model, job: Job, cluster: Cluster, points: Space, p: Predicti
     terms = [_terms_at(p, i) for i in range(size_of(points))]
     return [
         Ranked(
-            plan_at(points, i), float(p.time[i]), float(p.low[i]), float(p.high[i]), float(p.memory[i]),
-            float(p.feasible[i]), float(spent[i]), job.batch * job.seq / float(spent[i]),
-            {a: float(moved[a][i]) for a in AXES}, slow[i], terms[i],
+            plan_at(points, i),
+            float(p.time[i]),
+            float(p.low[i]),
+            float(p.high[i]),
+            float(p.memory[i]),
+            float(p.feasible[i]),
+            float(spent[i]),
+            job.batch * job.seq / float(spent[i]),
+            {a: float(moved[a][i]) for a in AXES},
+            slow[i],
+            terms[i],
             why(terms[i], terms[0]) or "as fast within 0.5 % in every term" if i else "fastest",
         )
         for i in range(size_of(points))
-    ]  # fmt: skip
+    ]
 
 
 def rank(model: Model, job: Job, cluster: Cluster) -> Ranking:
-    """Price every valid plan of the job on all chips of the cluster and keep the ten fastest that probably run.
+    """Price every valid plan of the job on all chips of the cluster and keep the ten fastest that
+    probably run.
 
-    The job's chip and domain are those of the cluster: of a mixed one the weakest, see `weakest`. Raises UserError
-    with the binding constraint and the nearest relaxation where no plan is valid or none fits into memory.
-    """
+    The job's chip and domain are those of the cluster: of a mixed one the weakest, see `weakest`.
+    Raises UserError with the binding constraint and the nearest relaxation where no plan is valid
+    or none fits into memory."""
     job = dataclasses.replace(job, chip=weakest(cluster), domain=domain_of(cluster))
     points = space(job.architecture, cluster.size, job.batch, job.seq)
     if not size_of(points):
@@ -346,11 +440,15 @@ def rank(model: Model, job: Job, cluster: Cluster) -> Ranking:
         raise UserError(_too_large(model, job, cluster, points, p))
     order = likely[np.argsort(p.time[likely], kind="stable")][:KEPT]
     plans = _ranked(model, job, cluster, _keep(points, order), _take(p, order))
-    return Ranking(job, cluster, size_of(points), len(likely), tuple(plans), _own(model, job, cluster, points))
+    return Ranking(
+        job, cluster, size_of(points), len(likely), tuple(plans), _own(model, job, cluster, points)
+    )
 
 
 def _own(model: Model, job: Job, cluster: Cluster, points: Space) -> Ranked | None:
-    """The fastest plan that this code base trains: its XLA attention keeps its scores, as software before 2022 did."""
+    """The fastest plan that this code base trains: its XLA attention keeps its scores, as software
+    before 2022 did.
+    """
     job, ours = dataclasses.replace(job, modern=False), trainable(job, points)
     if not ours.any():
         return None
@@ -364,32 +462,43 @@ def _own(model: Model, job: Job, cluster: Cluster, points: Space) -> Ranked | No
 
 
 def _indivisible(job: Job, cluster: Cluster) -> str:
-    """Why no plan is structurally valid, with the nearest batch and number of chips for which one is.
+    """Why no plan is structurally valid, with the nearest batch and number of chips for which one
+    is.
 
     dp = chips is always open to the model, so it is the batch that none of the possible dp divides.
     """
     chips, batch = cluster.size, job.batch
     dp = np.unique(_degrees(job.architecture, chips, job.seq)["dp"])
     larger = int((-(-batch // dp) * dp).min())
-    fewer = next(n for n in range(chips - 1, 0, -1) if size_of(space(job.architecture, n, batch, job.seq)))
+    fewer = next(
+        n for n in range(chips - 1, 0, -1) if size_of(space(job.architecture, n, batch, job.seq))
+    )
     shown = ", ".join(map(str, dp[:8])) + (", …" if len(dp) > 8 else "")
     a = job.architecture
     return (
-        f"no plan uses all {chips} chips of {cluster.name}: tp·pp·cp·dp = {chips} with tp | {a.heads} heads, pp ≤ "
-        f"{a.layers} layers and tp·cp | {job.seq} tokens leaves dp in {{{shown}}}, and none divides the batch {batch}: "
+        f"no plan uses all {chips} chips of {cluster.name}: tp·pp·cp·dp = {chips} with tp | "
+        f"{a.heads} heads, pp ≤ "
+        f"{a.layers} layers and tp·cp | {job.seq} tokens leaves dp in {{{shown}}}, and none "
+        f"divides the batch {batch}: "
         f"set plan.batch={larger} or use {fewer} chips"
     )
 
 
 def _too_large(model: Model, job: Job, cluster: Cluster, points: Space, p: Prediction) -> str:
-    """Which plan comes closest to fitting, and what would: more nodes of the weakest group, or shorter sequences."""
+    """Which plan comes closest to fitting, and what would: more nodes of the weakest group, or
+    shorter sequences.
+    """
     i = int(p.memory.argmin())
     least, hbm = p.memory[i] / GIB, job.chip.hbm_bytes / GIB
     offers = [o for o in (_more_chips(model, job, cluster), _shorter(model, job, cluster)) if o]
-    nothing = f"no cluster up to {MOST_CHIPS} such chips fits it either; take chips with more memory"
+    nothing = (
+        f"no cluster up to {MOST_CHIPS} such chips fits it either; take chips with more memory"
+    )
     return (
-        f"{job.architecture.name} fits no plan on {cluster.size} chips of {cluster.name}: the smallest footprint is "
-        f"{least:.1f} GiB a device ({name_of(plan_at(points, i))}), where {hbm:.0f} GiB of HBM leave room for about "
+        f"{job.architecture.name} fits no plan on {cluster.size} chips of {cluster.name}: the "
+        "smallest footprint is "
+        f"{least:.1f} GiB a device ({name_of(plan_at(points, i))}), where {hbm:.0f} GiB of HBM "
+        "leave room for about "
         f"{hbm * np.exp(model.fit['margin']):.1f}: {' or '.join(offers) or nothing}"
     )
 
@@ -405,30 +514,42 @@ def _fits(model: Model, job: Job, chips: int, seq: int) -> bool:
 
 
 def _more_chips(model: Model, job: Job, cluster: Cluster) -> str:
-    """The fewest chips, in whole nodes, that hold a plan: doubled until one fits, then every count below it."""
+    """The fewest chips, in whole nodes, that hold a plan: doubled until one fits, then every count
+    below it.
+    """
     group = next(g for g in cluster.groups if g.chip.name == job.chip.name)
     low = high = -(-cluster.size // group.chips)
     while not _fits(model, job, high * group.chips, job.seq):
         low, high = high, 2 * high
         if high * group.chips > MOST_CHIPS:
             return ""
-    nodes = next((n for n in range(low + 1, high) if _fits(model, job, n * group.chips, job.seq)), high)
+    nodes = next(
+        (n for n in range(low + 1, high) if _fits(model, job, n * group.chips, job.seq)), high
+    )
     return f"use {nodes * group.chips} {job.chip.name}"
 
 
 def _shorter(model: Model, job: Job, cluster: Cluster) -> str:
     """The longest halving of the sequence that fits."""
-    halves = (job.seq >> i for i in range(1, 5) if job.seq % (1 << i) == 0 and job.seq >> i >= CP_SHARE)
+    halves = (
+        job.seq >> i for i in range(1, 5) if job.seq % (1 << i) == 0 and job.seq >> i >= CP_SHARE
+    )
     seq = next((s for s in halves if _fits(model, job, cluster.size, s)), None)
     return f"set plan.seq_len={seq}" if seq else ""
 
 
 def for_config(config: ml_collections.ConfigDict, model: Model) -> Ranking:
-    """Rank the plans for `config.plan`, of a published model or of the config's own. Raises UserError."""
+    """Rank the plans for `config.plan`, of a published model or of the config's own. Raises
+    UserError.
+    """
     c = config.plan
     try:
         causal = config.objective.name == "autoregressive"
-        a = architectures.architecture(c.model) if c.model else architectures.of_model(config.model, causal)
+        a = (
+            architectures.architecture(c.model)
+            if c.model
+            else architectures.of_model(config.model, causal)
+        )
     except ValueError as error:
         raise UserError(f"plan.model: {error}") from error
     try:
@@ -441,21 +562,41 @@ def for_config(config: ml_collections.ConfigDict, model: Model) -> Ranking:
 def name_of(plan: Plan) -> str:
     """`tp8 pp4 dp8 mb2 zero1 full`: degrees of 1 are left out."""
     degrees = [
-        f"{k}{getattr(plan, k)}" for k in ("tp", "cp", "pp", "virtual", "dp", "ep", "etp") if getattr(plan, k) > 1
+        f"{k}{getattr(plan, k)}"
+        for k in ("tp", "cp", "pp", "virtual", "dp", "ep", "etp")
+        if getattr(plan, k) > 1
     ]
-    return " ".join([*degrees, f"mb{plan.microbatch}", f"zero{plan.zero}", f"recompute {plan.recompute}"])
+    return " ".join(
+        [*degrees, f"mb{plan.microbatch}", f"zero{plan.zero}", f"recompute {plan.recompute}"]
+    )
 
 
 def describe(ranking: Ranking) -> str:
     """The table for the terminal and, below it, why each plan lost to the first."""
-    job, heads = ranking.job, ("", "plan", "s/step", "90 %", "GiB", "kJ", "tokens/J", "GB by axis", "bottleneck")
+    job, heads = (
+        ranking.job,
+        ("", "plan", "s/step", "90 %", "GiB", "kJ", "tokens/J", "GB by axis", "bottleneck"),
+    )
     rows = []
     for i, r in enumerate(ranking.plans, 1):
-        power = (f"{r.joules / 1e3:.4g}", f"{r.tokens_per_joule:.2f}") if np.isfinite(r.joules) else ("–", "–")
+        power = (
+            (f"{r.joules / 1e3:.4g}", f"{r.tokens_per_joule:.2f}")
+            if np.isfinite(r.joules)
+            else ("–", "–")
+        )
         moved = " ".join(f"{a} {v / 1e9:.3g}" for a, v in r.traffic.items() if v > 0) or "none"
         interval = f"{r.low:.3g}–{r.high:.3g}"
         rows.append(
-            (i, name_of(r.plan), f"{r.time:.3g}", interval, f"{r.memory / GIB:.0f}", *power, moved, r.bottleneck)
+            (
+                i,
+                name_of(r.plan),
+                f"{r.time:.3g}",
+                interval,
+                f"{r.memory / GIB:.0f}",
+                *power,
+                moved,
+                r.bottleneck,
+            )
         )
     mixed = (
         " (a mixed cluster, priced with its weakest chip)"
@@ -463,34 +604,54 @@ def describe(ranking: Ranking) -> str:
         else ""
     )
     title = (
-        f"{job.architecture.name} on {ranking.cluster.name}{mixed}: {ranking.cluster.size} chips, batch {job.batch} × "
-        f"{job.seq} tokens, {job.precision}; {ranking.valid} valid plans, {ranking.feasible} probably run"
+        f"{job.architecture.name} on {ranking.cluster.name}{mixed}: {ranking.cluster.size} chips, "
+        f"batch {job.batch} × "
+        f"{job.seq} tokens, {job.precision}; {ranking.valid} valid plans, {ranking.feasible} "
+        "probably run"
     )
     lost = [f"{i:2d}  {r.why}" for i, r in enumerate(ranking.plans, 1)]
     table = tabulate(rows, heads, disable_numparse=True)
-    return "\n".join([title, table, _evidence(ranking.cluster), "", "against the first, in % of its time:", *lost])
+    return "\n".join(
+        [
+            title,
+            table,
+            _evidence(ranking.cluster),
+            "",
+            "against the first, in % of its time:",
+            *lost,
+        ]
+    )
 
 
 def _evidence(cluster: Cluster) -> str:
     """What the numbers of a plan are worth."""
     unfitted = sorted({g.chip.name for g in cluster.groups if g.chip.scale_out_bandwidth is None})
-    foreign = f"; no {' or '.join(unfitted)}, no TPU at all, was in the fit: an extrapolation" if unfitted else ""
+    foreign = (
+        f"; no {' or '.join(unfitted)}, no TPU at all, was in the fit: an extrapolation"
+        if unfitted
+        else ""
+    )
     return f"simulated: cost model fitted on published runs; intervals cover 90 % of held-out models{foreign}"
 
 
 def untrainable(a: Architecture) -> list[str]:
-    """What of the model this code base cannot build yet: its transformer is dense SwiGLU with an untied head."""
+    """What of the model this code base cannot build yet: its transformer is dense SwiGLU with an
+    untied head.
+    """
     parts = {
-        f"a mixture of {a.experts} experts": a.experts, "an FFN that is not gated": not a.gated,
-        "a head tied to the embedding": a.tied, "latent attention": a.kv_rank or a.q_rank,
-        "values of another width than keys": a.value_dim not in (0, a.head_dim), "an odd head_dim": a.head_dim % 2,
-    }  # fmt: skip
+        f"a mixture of {a.experts} experts": a.experts,
+        "an FFN that is not gated": not a.gated,
+        "a head tied to the embedding": a.tied,
+        "latent attention": a.kv_rank or a.q_rank,
+        "values of another width than keys": a.value_dim not in (0, a.head_dim),
+        "an odd head_dim": a.head_dim % 2,
+    }
     return [part for part, present in parts.items() if present]
 
 
 def trainable(job: Job, points: Space) -> np.ndarray:
-    """(N,) whether this code base can train the plan: no pipeline, no expert axes, whole heads, FFN and vocabulary
-    per rank, and a recomputation that it has."""
+    """(N,) whether this code base can train the plan: no pipeline, no expert axes, whole heads, FFN
+    and vocabulary per rank, and a recomputation that it has."""
     a, tp = job.architecture, points["tp"]
     if untrainable(a):
         return np.zeros(size_of(points), bool)
@@ -504,14 +665,21 @@ def trainable(job: Job, points: Space) -> np.ndarray:
 
 
 def fragment(ranking: Ranking) -> str:
-    """Text of a config file for `python -m fdp.train --config=FILE --dry_run` with the fastest plan that this code
-    base can train (pp = ep = etp = 1); comments alone where it cannot build the model or no such plan fits."""
+    """Text of a config file for `python -m fdp.train --config=FILE --dry_run` with the fastest plan
+    that this code base can train (pp = ep = etp = 1); comments alone where it cannot build the
+    model or no such plan fits."""
     job, best = ranking.job, ranking.plans[0]
-    lines = [f'"""{job.architecture.name} on {ranking.cluster.name}: written by the planner."""', ""]
+    lines = [
+        f'"""{job.architecture.name} on {ranking.cluster.name}: written by the planner."""',
+        "",
+    ]
     lines.append(f"# Fastest plan: {name_of(best.plan)}, {best.time:.3g} s a step (predicted).")
     r = ranking.trainable
     if r is None:
-        missing = ", ".join(untrainable(job.architecture)) or "nothing of the model, but no plan without pipeline fits"
+        missing = (
+            ", ".join(untrainable(job.architecture))
+            or "nothing of the model, but no plan without pipeline fits"
+        )
         lines += [
             f"# This code base cannot train it; what is missing: {missing}.",
             f"PLAN = {dataclasses.asdict(best.plan)!r}",
@@ -519,12 +687,14 @@ def fragment(ranking: Ranking) -> str:
         return "\n".join(lines) + "\n"
     slower = 100 * (r.time / best.time - 1)
     lines += [
-        "# Below: the fastest plan that this code base can train (pp = ep = etp = 1, attention that is not fused),",
+        "# Below: the fastest plan that this code base can train (pp = ep = etp = 1, attention "
+        "that is not fused),",
         f"# {name_of(r.plan)}, {r.time:.3g} s a step (predicted), {slower:.0f} % slower.",
     ]
     if job.precision in ("fp8", "fp4"):
         lines.append(
-            f"# Planned in {job.precision}; this code base trains in bfloat16, so it will be slower than predicted."
+            f"# Planned in {job.precision}; this code base trains in bfloat16, so it will be "
+            "slower than predicted."
         )
     return "\n".join([*lines, _config_text(ranking, r.plan)]) + "\n"
 
@@ -537,24 +707,38 @@ def _config_text(ranking: Ranking, p: Plan) -> str:
     target = (
         []
         if topology
-        else ["    # hardware.topology holds one kind of chip, so a mixed cluster cannot be named there."]
+        else [
+            "    # hardware.topology holds one kind of chip, so a mixed cluster cannot be named "
+            "there."
+        ]
     )
-    return "\n".join([
-        "from fdp import config", "", "",
-        'def get_config(variant="pod"):', "    c = config.base()",
-        '    c.topic, c.variant = "parallel_dlm", config.check_variant(variant)',
-        f"    c.model.update({shape})",
-        f'    c.model.update(dtype="bfloat16", remat="{p.recompute}", sequence_parallel={p.tp > 1})',
-        f'    c.objective.name = "{"autoregressive" if a.causal else "mdlm"}"',
-        f"    c.mesh.update(pp=1, dp={p.dp}, ep=1, cp={p.cp}, tp={p.tp})",
-        f"    c.data.update(seq_len={job.seq}, vocab={min(1024, a.vocab)})",
-        f"    c.train.update(batch={job.batch}, microbatches={job.batch // (p.dp * p.microbatch)}, zero={p.zero})",
-        *target, f'    c.hardware.topology = "{topology}"', "    return config.lock(c)",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "from fdp import config",
+            "",
+            "",
+            'def get_config(variant="pod"):',
+            "    c = config.base()",
+            '    c.topic, c.variant = "parallel_dlm", config.check_variant(variant)',
+            f"    c.model.update({shape})",
+            f'    c.model.update(dtype="bfloat16", remat="{p.recompute}", '
+            f"sequence_parallel={p.tp > 1})",
+            f'    c.objective.name = "{"autoregressive" if a.causal else "mdlm"}"',
+            f"    c.mesh.update(pp=1, dp={p.dp}, ep=1, cp={p.cp}, tp={p.tp})",
+            f"    c.data.update(seq_len={job.seq}, vocab={min(1024, a.vocab)})",
+            f"    c.train.update(batch={job.batch}, "
+            f"microbatches={job.batch // (p.dp * p.microbatch)}, zero={p.zero})",
+            *target,
+            f'    c.hardware.topology = "{topology}"',
+            "    return config.lock(c)",
+        ]
+    )
 
 
 def throughput(model: Model, job: Job, chips: int, repeats: int = 3) -> float:
-    """Plans priced per second when warm, arrays from the space to the predictions included; median of `repeats`."""
+    """Plans priced per second when warm, arrays from the space to the predictions included; median
+    of `repeats`.
+    """
     points = space(job.architecture, chips, job.batch, job.seq)
     price(model, job, points)
     seconds = []

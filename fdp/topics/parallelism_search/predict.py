@@ -1,13 +1,14 @@
-"""Price a file of configurations: step time with a 90 % interval, tokens/s, memory, feasibility and the bottleneck.
+"""Price a file of configurations: step time with a 90 % interval, tokens/s, memory, feasibility and
+the bottleneck.
 
     python -m fdp.topics.parallelism_search.predict configs.csv --anchors anchors.csv --out predictions.csv
 
-Columns of both files: see fdp.topics.parallelism_search.measurements. What the first file says was measured is not
-read; anchors are a few runs with step_time_s or tokens_s_gpu, and mem_gb where known, and correct the prediction of
-whatever resembles them. Every input row comes back in its place with all its columns; one that cannot be priced says
-why under `reason`. Times in seconds a step with a 90 % interval, memory in GB (1e9 bytes) a device with its 90 %
-quantile, `feasible` the probability that it runs.
-"""
+Columns of both files: see fdp.topics.parallelism_search.measurements. What the first file says was
+measured is not read; anchors are a few runs with step_time_s or tokens_s_gpu, and mem_gb where
+known, and correct the prediction of whatever resembles them. Every input row comes back in its
+place with all its columns; one that cannot be priced says why under `reason`. Times in seconds a
+step with a 90 % interval, memory in GB (1e9 bytes) a device with its 90 % quantile, `feasible` the
+probability that it runs."""
 
 import argparse
 import csv
@@ -30,16 +31,59 @@ from fdp.topics.parallelism_search.measurements import Measurement, measurement,
 
 Row = dict[str, str]
 
-MEASURED = ("step_time_s", "tokens_s_gpu", "tflops_gpu_reported", "mfu_reported_pct", "mem_gb", "status")
+MEASURED = (
+    "step_time_s",
+    "tokens_s_gpu",
+    "tflops_gpu_reported",
+    "mfu_reported_pct",
+    "mem_gb",
+    "status",
+)
 ADDED = (
-    "predicted_step_time_s", "predicted_tokens_s_gpu", "predicted_mem_gb", "high_mem_gb", "low_step_time_s",
-    "high_step_time_s", "feasible", "bottleneck", "reason",
-)  # fmt: skip
-# What the numbers of a row may be: outside of it the cost model divides by zero or leaves the range of floats.
+    "predicted_step_time_s",
+    "predicted_tokens_s_gpu",
+    "predicted_mem_gb",
+    "high_mem_gb",
+    "low_step_time_s",
+    "high_step_time_s",
+    "feasible",
+    "bottleneck",
+    "reason",
+)
+# What the numbers of a row may be: outside of it the cost model divides by zero or leaves the range
+# of floats.
 LARGEST = 10**9
-COUNTS = ("tp", "pp", "cp", "dp", "ep", "etp", "gbs", "seq", "layers", "hidden", "heads", "kv_heads", "vocab")
-SIZES = ("gpus", "vp", "mbs", "ffn", "experts", "topk", "moe_ffn", "fsdp_size", "gpus_per_nvl_domain")
-LIMITS = dict.fromkeys(COUNTS, (1, LARGEST)) | dict.fromkeys(SIZES, (0, LARGEST)) | {"zero_stage": (0, 3)}
+COUNTS = (
+    "tp",
+    "pp",
+    "cp",
+    "dp",
+    "ep",
+    "etp",
+    "gbs",
+    "seq",
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "vocab",
+)
+SIZES = (
+    "gpus",
+    "vp",
+    "mbs",
+    "ffn",
+    "experts",
+    "topk",
+    "moe_ffn",
+    "fsdp_size",
+    "gpus_per_nvl_domain",
+)
+LIMITS = (
+    dict.fromkeys(COUNTS, (1, LARGEST))
+    | dict.fromkeys(SIZES, (0, LARGEST))
+    | {"zero_stage": (0, 3)}
+)
 BLOCK = 8192  # rows priced at once
 
 
@@ -49,7 +93,9 @@ def unmeasured(row: Mapping[str, str]) -> Row:
 
 
 def checked(i: int, row: Mapping[str, str]) -> Measurement:
-    """`measurement` with every number within `LIMITS`. Raises ValueError that names the column and says why."""
+    """`measurement` with every number within `LIMITS`. Raises ValueError that names the column and
+    says why.
+    """
     for name, (low, high) in LIMITS.items():
         try:
             value = float(row.get(name) or low)
@@ -61,7 +107,9 @@ def checked(i: int, row: Mapping[str, str]) -> Measurement:
 
 
 def to_jobs(rows: Sequence[Mapping[str, str]]) -> tuple[dict[int, Job], dict[int, str]]:
-    """({place of a row: its job}, {place: why it cannot be priced}); measured columns are not read."""
+    """({place of a row: its job}, {place: why it cannot be priced}); measured columns are not
+    read.
+    """
     jobs, refused = {}, {}
     for i, row in enumerate(rows):
         try:
@@ -78,9 +126,14 @@ def to_anchors(rows: Sequence[Mapping[str, str]]) -> tuple[list[Measurement], li
         try:
             found = checked(i, row)
             if found.failed:
-                raise ValueError(f"column 'status': {row['status']!r}: a run that failed has no step time")
+                raise ValueError(
+                    f"column 'status': {row['status']!r}: a run that failed has no step time"
+                )
             if np.isnan(found.step_time) and np.isnan(found.memory):
-                raise ValueError("columns 'step_time_s', 'tokens_s_gpu' and 'mem_gb' are empty: nothing was measured")
+                raise ValueError(
+                    "columns 'step_time_s', 'tokens_s_gpu' and 'mem_gb' are empty: nothing was "
+                    "measured"
+                )
             used.append(found)
         except ValueError as error:
             rejected.append(f"row {i + 2}: {error}")
@@ -88,27 +141,47 @@ def to_anchors(rows: Sequence[Mapping[str, str]]) -> tuple[list[Measurement], li
 
 
 def _take(prediction: Prediction, at: np.ndarray | slice) -> Prediction:
-    return Prediction(*(jax.tree.map(lambda v: v[at], getattr(prediction, f.name)) for f in fields(prediction)))
+    return Prediction(
+        *(jax.tree.map(lambda v: v[at], getattr(prediction, f.name)) for f in fields(prediction))
+    )
 
 
-def price(model: Model, jobs: Sequence[Job], anchors: Sequence[Measurement] = ()) -> tuple[Prediction, np.ndarray]:
-    """(prediction of the jobs that have a finite one, corrected by the anchors; bool (N,): which have)."""
+def price(
+    model: Model, jobs: Sequence[Job], anchors: Sequence[Measurement] = ()
+) -> tuple[Prediction, np.ndarray]:
+    """(prediction of the jobs that have a finite one, corrected by the anchors; bool (N,): which
+    have).
+    """
     known = [m.job for m in anchors]
     with np.errstate(all="ignore"):
         both = hybrid.predict(model, columns([*jobs, *known]))  # one table: one compilation
-    fine = np.all([np.isfinite(v) & (v > 0) for v in (both.time, both.low, both.high, both.memory, both.log_std)], 0)
+    fine = np.all(
+        [
+            np.isfinite(v) & (v > 0)
+            for v in (both.time, both.low, both.high, both.memory, both.log_std)
+        ],
+        0,
+    )
     ours, theirs = fine[: len(jobs)], fine[len(jobs) :]
     told = [m for m, ok in zip(anchors, theirs, strict=True) if ok]
     corrected = correct(
-        _take(both, np.flatnonzero(ours)), [job for job, ok in zip(jobs, ours, strict=True) if ok],
-        [m.job for m in told], _take(both, len(jobs) + np.flatnonzero(theirs)),
-        np.array([m.step_time for m in told]), np.array([m.memory for m in told]), model.fit["slope"],
-    )  # fmt: skip
+        _take(both, np.flatnonzero(ours)),
+        [job for job, ok in zip(jobs, ours, strict=True) if ok],
+        [m.job for m in told],
+        _take(both, len(jobs) + np.flatnonzero(theirs)),
+        np.array([m.step_time for m in told]),
+        np.array([m.memory for m in told]),
+        model.fit["slope"],
+    )
     return corrected, ours
 
 
-def predict(rows: Sequence[Mapping[str, str]], model: Model, anchors: Sequence[Measurement] = ()) -> list[Row]:
-    """The rows, in order and with their columns, and the columns `ADDED`: empty but for `reason` where not priced."""
+def predict(
+    rows: Sequence[Mapping[str, str]], model: Model, anchors: Sequence[Measurement] = ()
+) -> list[Row]:
+    """The rows, in order and with their columns, and the columns `ADDED`: empty but for `reason`
+    where not priced.
+    """
     jobs, refused = to_jobs(rows)
     priced: dict[int, Row] = {}
     places = list(jobs)
@@ -120,24 +193,33 @@ def predict(rows: Sequence[Mapping[str, str]], model: Model, anchors: Sequence[M
         kept = [i for i, ok in zip(block, finite, strict=True) if ok]
         priced |= dict(zip(kept, _cells(found, [jobs[i] for i in kept]), strict=True))
     empty = dict.fromkeys(ADDED, "")
-    return [{**row, **empty, **priced.get(i, {"reason": refused.get(i, "")})} for i, row in enumerate(rows)]
+    return [
+        {**row, **empty, **priced.get(i, {"reason": refused.get(i, "")})}
+        for i, row in enumerate(rows)
+    ]
 
 
 def _cells(p: Prediction, jobs: Sequence[Job]) -> list[Row]:
     tokens_N = np.array([job.batch * job.seq / job.plan.chips for job in jobs]) / p.time
     numbers = (p.time, tokens_N, p.memory / 1e9, p.memory_high / 1e9, p.low, p.high, p.feasible)
     texts = [[f"{value:.6g}" for value in values] for values in numbers]
-    return [dict(zip(ADDED, cells, strict=False)) for cells in zip(*texts, p.bottleneck(), strict=True)]
+    return [
+        dict(zip(ADDED, cells, strict=False)) for cells in zip(*texts, p.bottleneck(), strict=True)
+    ]
 
 
 def load(path: Path | None) -> Model:
-    """The shipped model, or another fitted one. Raises UserError for a file that is not one, naming what it lacks."""
+    """The shipped model, or another fitted one. Raises UserError for a file that is not one, naming
+    what it lacks.
+    """
     if path is None:
         return hybrid.shipped()
     try:
         model = hybrid.from_json(path.read_text("utf8"))
         parts = [
-            (part, name) for part in ("time", "memory", "spread", "fit") for name in getattr(hybrid.shipped(), part)
+            (part, name)
+            for part in ("time", "memory", "spread", "fit")
+            for name in getattr(hybrid.shipped(), part)
         ]
         lacking = [f"{part}.{name}" for part, name in parts if name not in getattr(model, part)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -148,7 +230,9 @@ def load(path: Path | None) -> Model:
 
 
 def write(rows: Sequence[Row], out: Path | None) -> None:
-    """The rows as CSV to a file, or to stdout. Raises UserError where the file cannot be written."""
+    """The rows as CSV to a file, or to stdout. Raises UserError where the file cannot be
+    written.
+    """
     header = [name for name in rows[0] if name not in ADDED] + list(ADDED)
 
     def to(file: IO[str]) -> None:
@@ -185,12 +269,18 @@ def _say(lines: Iterable[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 2 after one line that says what is wrong with a file."""
-    parser = _Parser(prog="predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command; returns its exit code: 0, or 2 after one line that says what is wrong with a
+    file.
+    """
+    parser = _Parser(
+        prog="predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("configs", type=Path, help="CSV of configurations")
     parser.add_argument("--anchors", type=Path, help="CSV of a few measured configurations")
     parser.add_argument("--out", type=Path, help="CSV to write (default: stdout)")
-    parser.add_argument("--model-file", type=Path, help="fitted coefficients other than the shipped ones (JSON)")
+    parser.add_argument(
+        "--model-file", type=Path, help="fitted coefficients other than the shipped ones (JSON)"
+    )
     args = parser.parse_args(argv)
     began = time.perf_counter()
     try:
@@ -204,11 +294,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     refused = sum(bool(row["reason"]) for row in done)
     _say(f"warning: anchor rejected: {args.anchors}, {line}" for line in rejected)
     if refused == len(done):
-        _say([f"warning: no row of {args.configs} could be priced; first reason: {done[0]['reason']}"])
-    _say([
-        f"priced {len(done) - refused} rows, refused {refused}; anchors used {len(anchors)}, rejected {len(rejected)}; "
-        f"{time.perf_counter() - began:.1f} s"
-    ])  # fmt: skip
+        _say(
+            [
+                f"warning: no row of {args.configs} could be priced; first reason: "
+                f"{done[0]['reason']}"
+            ]
+        )
+    _say(
+        [
+            f"priced {len(done) - refused} rows, refused {refused}; anchors used {len(anchors)}, "
+            f"rejected {len(rejected)}; "
+            f"{time.perf_counter() - began:.1f} s"
+        ]
+    )
     return 0
 
 

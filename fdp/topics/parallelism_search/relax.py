@@ -1,8 +1,10 @@
-"""Gradient descent over real-valued degrees, then rounding: the search that ranking every plan makes unnecessary.
+"""Gradient descent over real-valued degrees, then rounding: the search that ranking every plan
+makes unnecessary.
 
-tp·pp·cp·dp = chips is kept by log2 degree = log2(chips)·softmax(z); the objective is the smooth analytic log time with
-a penalty on memory. A relaxed optimum may lie between plans (fractional degrees are rewarded), so what counts is the
-rounded plan at its exact price: it is one of the ranked plans and cannot beat the best of them.
+tp·pp·cp·dp = chips is kept by log2 degree = log2(chips)·softmax(z); the objective is the smooth
+analytic log time with a penalty on memory. A relaxed optimum may lie between plans (fractional
+degrees are rewarded), so what counts is the rounded plan at its exact price: it is one of the
+ranked plans and cannot beat the best of them.
 
 Legend: N starts, D = 4 degrees (tp, pp, cp, dp).
 """
@@ -28,7 +30,9 @@ PENALTY = 5.0  # of log time per unit of log memory above the limit
 
 @dataclass(frozen=True)
 class Relaxation:
-    """Rounded plans of every start, their seconds at the exact price, and the best ranked seconds."""
+    """Rounded plans of every start, their seconds at the exact price, and the best ranked
+    seconds.
+    """
 
     plans: tuple[Plan, ...]
     time_N: np.ndarray
@@ -44,11 +48,15 @@ def with_degrees(x: Mapping[str, Array], log2_NxD: Array) -> dict[str, Array]:
     """Columns with real-valued degrees and what follows from them."""
     degrees = {name: 2.0 ** log2_NxD[:, i] for i, name in enumerate(DEGREES)}
     microbatches = jnp.maximum(x["batch"] / (degrees["dp"] * x["microbatch"]), 1.0)
-    return dict(x) | degrees | {"microbatches": microbatches, "shards": degrees["dp"] * degrees["cp"]}
+    return (
+        dict(x) | degrees | {"microbatches": microbatches, "shards": degrees["dp"] * degrees["cp"]}
+    )
 
 
 def log_time(model: Model, x: Columns, log2_NxD: Array) -> Array:
-    """Analytic log seconds (N,) of the jobs `x` at log2 (tp, pp, cp, dp), smooth in them: d/d log2 by `jax.grad`."""
+    """Analytic log seconds (N,) of the jobs `x` at log2 (tp, pp, cp, dp), smooth in them: d/d log2
+    by `jax.grad`.
+    """
     y = with_degrees(hybrid.numeric(x), log2_NxD)
     k = hybrid.time_coefficients(y, model.time, hybrid.shifts(model.effects, hybrid.groups_of(x)))
     return jnp.log(step_time.step_time(y, k, smooth=True)["total"])
@@ -57,16 +65,27 @@ def log_time(model: Model, x: Columns, log2_NxD: Array) -> Array:
 def objective(model: Model, x: Columns, log2_NxD: Array) -> Array:
     """What is descended (N,): `log_time` and a penalty where memory exceeds what probably runs."""
     shift = hybrid.shifts(model.memory_effects, hybrid.groups_of(x))
-    k = hybrid.bounded({n: model.memory[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}, footprint.BOUNDS)
-    pressure = jnp.log(footprint.memory(with_degrees(hybrid.numeric(x), log2_NxD), k) / x["hbm_bytes"])
+    k = hybrid.bounded(
+        {n: model.memory[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}, footprint.BOUNDS
+    )
+    pressure = jnp.log(
+        footprint.memory(with_degrees(hybrid.numeric(x), log2_NxD), k) / x["hbm_bytes"]
+    )
     return log_time(model, x, log2_NxD) + PENALTY * jax.nn.relu(pressure - model.fit["margin"])
 
 
-def descend(model: Model, job: Job, starts: Sequence[Plan], steps: int = 200, rate: float = 0.05) -> np.ndarray:
-    """Relaxed log2 degrees (N, D) after Adam from every start; microbatch, recomputation, ZeRO stay as they are."""
+def descend(
+    model: Model, job: Job, starts: Sequence[Plan], steps: int = 200, rate: float = 0.05
+) -> np.ndarray:
+    """Relaxed log2 degrees (N, D) after Adam from every start; microbatch, recomputation, ZeRO stay
+    as they are.
+    """
     chips = starts[0].chips
     if any(p.chips != chips for p in starts):
-        raise ValueError(f"starts use {sorted({p.chips for p in starts})} chips: give plans of one number of chips")
+        raise ValueError(
+            f"starts use {sorted({p.chips for p in starts})} chips: give plans of one number of "
+            "chips"
+        )
     x = workload.columns(workload.with_plan(job, **vars(p)) for p in starts)
     log2_NxD = np.log2([[getattr(p, name) for name in DEGREES] for p in starts])
     z_NxD = jnp.log(jnp.asarray(np.maximum(log2_NxD, 0.1)))
@@ -80,12 +99,16 @@ def descend(model: Model, job: Job, starts: Sequence[Plan], steps: int = 200, ra
         update, state = optimizer.update(jax.grad(loss)(z), state)
         return (optax.apply_updates(z, update), state), None
 
-    (z_NxD, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))((z_NxD, optimizer.init(z_NxD)))
+    (z_NxD, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))(
+        (z_NxD, optimizer.init(z_NxD))
+    )
     return np.asarray(np.log2(chips) * jax.nn.softmax(z_NxD))
 
 
 def _nearest(points: Space, start: Plan, log2_D: np.ndarray) -> int:
-    """The plan of the space closest to the relaxed degrees that keeps the rest of the start where it can."""
+    """The plan of the space closest to the relaxed degrees that keeps the rest of the start where
+    it can.
+    """
     far = sum((np.log2(points[name]) - log2_D[i]) ** 2 for i, name in enumerate(DEGREES))
     for name in KEYS:
         if name not in DEGREES:
@@ -97,15 +120,17 @@ def _nearest(points: Space, start: Plan, log2_D: np.ndarray) -> int:
 def relax(model: Model, job: Job, starts: Sequence[Plan], steps: int = 200) -> Relaxation:
     """Descend from every start, round to the nearest plan that probably runs, and price it exactly.
 
-    The job carries chip and domain, as `plan.job_on` sets them. Raises ValueError where the starts use different
-    numbers of chips, or no plan of that number probably runs.
-    """
+    The job carries chip and domain, as `plan.job_on` sets them. Raises ValueError where the starts
+    use different numbers of chips, or no plan of that number probably runs."""
     log2_NxD = descend(model, job, starts, steps)
     points = space(job.architecture, starts[0].chips, job.batch, job.seq)
     p = price(model, job, points)
     likely = p.feasible >= LIKELY
     if not likely.any():
-        raise ValueError(f"none of {size_of(points)} plans on {starts[0].chips} chips probably runs: take more chips")
+        raise ValueError(
+            f"none of {size_of(points)} plans on {starts[0].chips} chips probably runs: take more "
+            "chips"
+        )
     runs, time = {k: v[likely] for k, v in points.items()}, p.time[likely]
     index = [_nearest(runs, start, log2_D) for start, log2_D in zip(starts, log2_NxD, strict=True)]
     return Relaxation(tuple(plan_at(runs, i) for i in index), time[index], float(time.min()))

@@ -1,10 +1,13 @@
-"""Search for the fastest plan where every evaluation is a real run: algorithms, the driver that counts, metrics.
+"""Search for the fastest plan where every evaluation is a real run: algorithms, the driver that
+counts, metrics.
 
-A plan names the degrees and sizes of one run, such as {"tp": 2, "pp": 1, "dp": 32, "mbs": 2, "zero": 1}. Plans that
-are structurally invalid are no part of a landscape; a plan that runs out of memory is, and trying it is an evaluation.
+A plan names the degrees and sizes of one run, such as {"tp": 2, "pp": 1, "dp": 32, "mbs": 2,
+"zero": 1}. Plans that are structurally invalid are no part of a landscape; a plan that runs out of
+memory is, and trying it is an evaluation.
 
-An algorithm is a generator function of (plans, rng, prior). It yields the index of the plan to run next and receives
-the measured step time in s, inf if the run failed; it sees nothing else of the landscape. When it returns, it stops.
+An algorithm is a generator function of (plans, rng, prior). It yields the index of the plan to run
+next and receives the measured step time in s, inf if the run failed; it sees nothing else of the
+landscape. When it returns, it stops.
 
     trace = run(landscape, bayes, seed=0, prior=prior)
     evaluations_to(trace.order, landscape, within=0.05)
@@ -24,18 +27,20 @@ Plan = Mapping[str, int]
 Proposals = Generator[int, float, None]
 
 NODE = 8  # accelerators that share one scale-up domain: where tensor parallelism is cheap
-# What a larger value does to the memory of a device: +1 saves, -1 costs. dp follows from the others and the cluster.
+# What a larger value does to the memory of a device: +1 saves, -1 costs. dp follows from the others
+# and the cluster.
 RELIEF = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "zero": 1, "mbs": -1, "vp": -1}
-FAILED = 50.0  # log seconds that stand for a failed run where only ranks matter: slower than any real step
+# log seconds that stand for a failed run where only ranks matter: slower than any real step
+FAILED = 50.0
 
 
 @dataclass(frozen=True)
 class Landscape:
     """Measured step times of every plan of one task (model, cluster, global batch).
 
-    plans: distinct, all with the same keys; zero (a stage, 0 to 3) is an integer >= 0, everything else >= 1.
-    time_N: seconds > 0, inf where the run failed. Raises ValueError for anything else, or if no plan is feasible.
-    """
+    plans: distinct, all with the same keys; zero (a stage, 0 to 3) is an integer >= 0, everything
+    else >= 1. time_N: seconds > 0, inf where the run failed. Raises ValueError for anything else,
+    or if no plan is feasible."""
 
     name: str
     plans: tuple[Plan, ...]
@@ -45,17 +50,30 @@ class Landscape:
         if not self.plans:
             raise ValueError(f"landscape {self.name!r} is empty: give at least one plan")
         if np.shape(self.time_N) != (len(self.plans),):
-            raise ValueError(f"{self.name!r}: time_N has shape {np.shape(self.time_N)}, plans are {len(self.plans)}")
+            raise ValueError(
+                f"{self.name!r}: time_N has shape {np.shape(self.time_N)}, plans are "
+                f"{len(self.plans)}"
+            )
         seen: dict[tuple[tuple[str, int], ...], int] = {}
         for i, (plan, time) in enumerate(zip(self.plans, self.time_N, strict=True)):
             if plan.keys() != self.plans[0].keys():
-                raise ValueError(f"{self.name!r}: plan {i} has keys {sorted(plan)}, plan 0 {sorted(self.plans[0])}")
+                raise ValueError(
+                    f"{self.name!r}: plan {i} has keys {sorted(plan)}, plan 0 "
+                    f"{sorted(self.plans[0])}"
+                )
             if bad := {k: v for k, v in plan.items() if v != int(v) or v < (k != "zero")}:
-                raise ValueError(f"{self.name!r}: plan {i} has {bad}: degrees are integers >= 1, zero >= 0")
+                raise ValueError(
+                    f"{self.name!r}: plan {i} has {bad}: degrees are integers >= 1, zero >= 0"
+                )
             if (first := seen.setdefault(tuple(sorted(plan.items())), i)) != i:
-                raise ValueError(f"{self.name!r}: plans {first} and {i} are both {dict(plan)}: keep one of them")
+                raise ValueError(
+                    f"{self.name!r}: plans {first} and {i} are both {dict(plan)}: keep one of them"
+                )
             if not time > 0:  # catches NaN
-                raise ValueError(f"{self.name!r}: time_N[{i}] = {time} s: give seconds > 0, or inf for a failed run")
+                raise ValueError(
+                    f"{self.name!r}: time_N[{i}] = {time} s: give seconds > 0, or inf for a failed "
+                    "run"
+                )
         if not np.isfinite(self.time_N).any():
             raise ValueError(f"{self.name!r}: no feasible plan, all {len(self.plans)} runs failed")
 
@@ -69,9 +87,9 @@ class Landscape:
 class Prior:
     """What a cost model says of N plans before any run.
 
-    log_time_N: log seconds. std_N: standard deviation of log_time_N. feasible_N: probability that the run succeeds.
-    Raises ValueError unless all are finite and of one length, std > 0 and probabilities in [0, 1].
-    """
+    log_time_N: log seconds. std_N: standard deviation of log_time_N. feasible_N: probability that
+    the run succeeds. Raises ValueError unless all are finite and of one length, std > 0 and
+    probabilities in [0, 1]."""
 
     log_time_N: np.ndarray
     std_N: np.ndarray
@@ -80,11 +98,15 @@ class Prior:
     def __post_init__(self) -> None:
         shapes = {np.shape(self.log_time_N), np.shape(self.std_N), np.shape(self.feasible_N)}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-            raise ValueError(f"log_time_N, std_N and feasible_N must be vectors of one length, got shapes {shapes}")
+            raise ValueError(
+                "log_time_N, std_N and feasible_N must be vectors of one length, got shapes "
+                f"{shapes}"
+            )
         rules = {
             "log_time_N, finite": np.isfinite(self.log_time_N),
             "std_N, finite and > 0": np.isfinite(self.std_N) & (np.asarray(self.std_N) > 0),
-            "feasible_N, in [0, 1]": (np.asarray(self.feasible_N) >= 0) & (np.asarray(self.feasible_N) <= 1),
+            "feasible_N, in [0, 1]": (np.asarray(self.feasible_N) >= 0)
+            & (np.asarray(self.feasible_N) <= 1),
         }
         for rule, holds_N in rules.items():
             if not holds_N.all():
@@ -97,7 +119,9 @@ Algorithm = Callable[[Sequence[Plan], np.random.Generator, Prior | None], Propos
 
 @dataclass(frozen=True)
 class Trace:
-    """One search: indices of the plans measured, in order, each once, and the regret after each evaluation."""
+    """One search: indices of the plans measured, in order, each once, and the regret after each
+    evaluation.
+    """
 
     order: tuple[int, ...]
     regret_E: np.ndarray
@@ -111,19 +135,22 @@ def run(
     budget: int | None = None,
     within: float | None = None,
 ) -> Trace:
-    """Let `algorithm` search until it stops, `budget` plans are measured (all, if None), or it is stuck.
+    """Let `algorithm` search until it stops, `budget` plans are measured (all, if None), or it is
+    stuck.
 
-    With `within`, the referee, who knows the landscape, also ends it at a plan that close to the best: what follows
-    would change no metric.
+    With `within`, the referee, who knows the landscape, also ends it at a plan that close to the
+    best: what follows would change no metric.
 
-    A plan that is proposed again is answered from memory at no cost; an algorithm that proposes nothing new 100 + N
-    times in a row is stuck. Raises ValueError for a budget < 1, a prior of another length or a proposal outside.
-    """
+    A plan that is proposed again is answered from memory at no cost; an algorithm that proposes
+    nothing new 100 + N times in a row is stuck. Raises ValueError for a budget < 1, a prior of
+    another length or a proposal outside."""
     count = len(landscape.plans)
     if budget is not None and budget < 1:
         raise ValueError(f"budget = {budget} evaluations: give at least 1")
     if prior is not None and len(prior.log_time_N) != count:
-        raise ValueError(f"the prior has {len(prior.log_time_N)} plans, landscape {landscape.name!r} has {count}")
+        raise ValueError(
+            f"the prior has {len(prior.log_time_N)} plans, landscape {landscape.name!r} has {count}"
+        )
     budget = count if budget is None else min(budget, count)
     enough = 0.0 if within is None else (1 + within) * landscape.best
     order: dict[int, None] = {}
@@ -146,36 +173,47 @@ def run(
     return Trace(tuple(order), regret_curve(tuple(order), landscape))
 
 
-# Metrics --------------------------------------------------------------------------------------------------------------
+# Metrics
+# -------------------------------------------------------------------------------------------------
 
 
 def regret_curve(order: Sequence[int], landscape: Landscape) -> np.ndarray:
-    """[E] best time so far / best time of the landscape - 1 after each evaluation; inf until one succeeds."""
-    return np.minimum.accumulate(np.asarray(landscape.time_N, float)[list(order)]) / landscape.best - 1
+    """[E] best time so far / best time of the landscape - 1 after each evaluation; inf until one
+    succeeds.
+    """
+    return (
+        np.minimum.accumulate(np.asarray(landscape.time_N, float)[list(order)]) / landscape.best - 1
+    )
 
 
 def evaluations_to(order: Sequence[int], landscape: Landscape, within: float) -> float:
-    """Evaluations, failed ones included, until a plan of at most (1 + within) x best was measured; inf if none was."""
+    """Evaluations, failed ones included, until a plan of at most (1 + within) x best was measured;
+    inf if none was.
+    """
     hits = np.flatnonzero(_good(landscape, within)[list(order)])
     return float(hits[0] + 1) if len(hits) else np.inf
 
 
 def random_evaluations(landscape: Landscape, within: float) -> float:
-    """Expected `evaluations_to` of random search without repetition: (N + 1) / (G + 1) with G good plans of N.
+    """Expected `evaluations_to` of random search without repetition: (N + 1) / (G + 1) with G good
+    plans of N.
 
-    The G good plans cut a random order into G + 1 gaps of equal expected length (N - G) / (G + 1); add the hit itself.
-    """
+    The G good plans cut a random order into G + 1 gaps of equal expected length (N - G) / (G + 1);
+    add the hit itself."""
     return (len(landscape.plans) + 1) / (int(_good(landscape, within).sum()) + 1)
 
 
 def top_k_regret(prior: Prior, landscape: Landscape, k: int) -> float:
-    """Regret of running the k best plans of the prior: fastest first, those that probably fail last; inf if all fail.
+    """Regret of running the k best plans of the prior: fastest first, those that probably fail
+    last; inf if all fail.
 
     Raises ValueError unless 1 <= k <= N and the prior has N plans.
     """
     count = len(landscape.plans)
     if not 1 <= k <= count or len(prior.log_time_N) != count:
-        raise ValueError(f"top {k} of a prior of {len(prior.log_time_N)} plans on a landscape of {count}")
+        raise ValueError(
+            f"top {k} of a prior of {len(prior.log_time_N)} plans on a landscape of {count}"
+        )
     order_N = np.lexsort((prior.log_time_N, np.asarray(prior.feasible_N) < 0.5))
     return float(regret_curve(order_N[:k].tolist(), landscape)[-1])
 
@@ -186,7 +224,8 @@ def _good(landscape: Landscape, within: float) -> np.ndarray:
     return np.asarray(landscape.time_N, float) <= (1 + within) * landscape.best
 
 
-# The grid of plans ----------------------------------------------------------------------------------------------------
+# The grid of plans
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -195,16 +234,22 @@ class Grid:
 
     keys: tuple[str, ...]
     log2_NxK: np.ndarray
-    level_NxK: np.ndarray  # position of the value among the distinct values of its key: neighbours differ by 1
+    level_NxK: (
+        np.ndarray
+    )  # position of the value among the distinct values of its key: neighbours differ by 1
 
     @classmethod
     def of(cls, plans: Sequence[Plan]) -> "Grid":
-        """Keys that never change are left out, and dp where it follows from the others, as on a fixed cluster."""
+        """Keys that never change are left out, and dp where it follows from the others, as on a
+        fixed cluster.
+        """
         keys = tuple(k for k in plans[0] if len({p[k] for p in plans}) > 1)
         others = tuple(k for k in keys if k != "dp")
         if len({tuple(p[k] for k in others) for p in plans}) == len(plans):
             keys = others
-        value_NxK = np.array([[p[k] for k in keys] for p in plans], float).reshape(len(plans), len(keys))
+        value_NxK = np.array([[p[k] for k in keys] for p in plans], float).reshape(
+            len(plans), len(keys)
+        )
         level_NxK = np.zeros(value_NxK.shape, int)
         for k in range(len(keys)):
             level_NxK[:, k] = np.unique(value_NxK[:, k], return_inverse=True)[1]
@@ -217,23 +262,30 @@ class Grid:
         return int(np.argmin(np.where(free_N, np.abs(self.level_NxK - level_K).sum(1), np.inf)))
 
     def neighbours(self, index: int, free_N: np.ndarray) -> np.ndarray:
-        """Free plans fewest level steps away from plan `index`: one step, where any is left there."""
+        """Free plans fewest level steps away from plan `index`: one step, where any is left
+        there.
+        """
         steps_N = np.abs(self.level_NxK - self.level_NxK[index]).sum(1)
         return np.flatnonzero(free_N & (steps_N == steps_N[free_N].min()))
 
 
 def relief(plans: Sequence[Plan]) -> np.ndarray:
-    """[N, K] memory-relevant coordinates, log2 (ZeRO as it is): a plan that is larger in all of them needs no more."""
+    """[N, K] memory-relevant coordinates, log2 (ZeRO as it is): a plan that is larger in all of
+    them needs no more.
+    """
     grid = Grid.of(plans)
     used = [k for k, key in enumerate(grid.keys) if key in RELIEF]
     return grid.log2_NxK[:, used] * np.array([RELIEF[grid.keys[k]] for k in used], float)
 
 
-# Algorithms -----------------------------------------------------------------------------------------------------------
+# Algorithms
+# -------------------------------------------------------------------------------------------------
 
 
 def exhaustive(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
-    """Every plan in the given order: the oracle, and no competitor, for the given order may know something."""
+    """Every plan in the given order: the oracle, and no competitor, for the given order may know
+    something.
+    """
     for index in range(len(plans)):  # noqa: UP028 (a range cannot receive times)
         yield index
 
@@ -245,19 +297,22 @@ def random(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None)
 
 
 def expert(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
-    """The rules of an experienced Megatron user (Narayanan et al. 2021, arXiv:2104.04473, takeaways 1 to 3).
+    """The rules of an experienced Megatron user (Narayanan et al. 2021, arXiv:2104.04473, takeaways
+    1 to 3).
 
-    Plans in this order: predicted to fit (prior, probability >= 0.5; all, without one); tp inside a node; smallest
-    tp·pp·cp; smallest pp (at equal size, tensor before pipeline); largest microbatch; lowest ZeRO stage; fewest
-    virtual stages; then as given. Until a run succeeds, take the next of this order that does not need at least the
-    memory of a failed run in every respect. Then climb: the unmeasured neighbours (fewest steps on the grid, first of
-    the order) of the fastest plan so far. Plans known not to fit come last. Deterministic.
-    """
+    Plans in this order: predicted to fit (prior, probability >= 0.5; all, without one); tp inside a
+    node; smallest tp·pp·cp; smallest pp (at equal size, tensor before pipeline); largest
+    microbatch; lowest ZeRO stage; fewest virtual stages; then as given. Until a run succeeds, take
+    the next of this order that does not need at least the memory of a failed run in every respect.
+    Then climb: the unmeasured neighbours (fewest steps on the grid, first of the order) of the
+    fastest plan so far. Plans known not to fit come last. Deterministic."""
     grid, relief_NxK = Grid.of(plans), relief(plans)
     fits_N = np.ones(len(plans), bool) if prior is None else np.asarray(prior.feasible_N) >= 0.5
 
     def preference(i: int) -> tuple[int, ...]:
-        tp, pp, cp, mbs, zero, vp = (plans[i].get(k, k != "zero") for k in ("tp", "pp", "cp", "mbs", "zero", "vp"))
+        tp, pp, cp, mbs, zero, vp = (
+            plans[i].get(k, k != "zero") for k in ("tp", "pp", "cp", "mbs", "zero", "vp")
+        )
         return (not fits_N[i], tp > NODE, tp * pp * cp, pp, -mbs, zero, vp, i)
 
     rank_N = np.empty(len(plans), int)
@@ -277,16 +332,18 @@ def expert(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None)
 
 
 def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
-    """Tree-structured Parzen estimator (Bergstra et al. 2011; optuna's multivariate TPESampler) on grid levels.
+    """Tree-structured Parzen estimator (Bergstra et al. 2011; optuna's multivariate TPESampler) on
+    grid levels.
 
-    A suggestion that is off the landscape or measured already is drawn again, and after eight draws moved to the
-    nearest unmeasured plan; the sampler is told the plan that ran. Failed runs are told as slower than all others.
-    Raises ImportError without optuna.
-    """
+    A suggestion that is off the landscape or measured already is drawn again, and after eight draws
+    moved to the nearest unmeasured plan; the sampler is told the plan that ran. Failed runs are
+    told as slower than all others. Raises ImportError without optuna."""
     try:
         import optuna
     except ImportError as error:
-        raise ImportError("the algorithm tpe needs the package optuna: pip install optuna") from error
+        raise ImportError(
+            "the algorithm tpe needs the package optuna: pip install optuna"
+        ) from error
     sampler = optuna.samplers.TPESampler(seed=int(rng.integers(2**31)), multivariate=True)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -294,14 +351,17 @@ def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) ->
     optuna.logging.set_verbosity(verbosity)
     grid = Grid.of(plans)
     space: dict[str, optuna.distributions.BaseDistribution] = {
-        key: optuna.distributions.IntDistribution(0, int(grid.level_NxK[:, k].max())) for k, key in enumerate(grid.keys)
+        key: optuna.distributions.IntDistribution(0, int(grid.level_NxK[:, k].max()))
+        for k, key in enumerate(grid.keys)
     }
     free_N = np.ones(len(plans), bool)
     plan_at = {tuple(level_K): i for i, level_K in enumerate(grid.level_NxK.tolist())}
     while free_N.any():
         for _ in range(8):
             trial = study.ask(space)
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)  # ignored by the sampler, which is told what ran
+            study.tell(
+                trial, state=optuna.trial.TrialState.FAIL
+            )  # ignored by the sampler, which is told what ran
             level_K = [trial.params[key] for key in grid.keys]
             index = plan_at.get(tuple(level_K), -1)
             if index >= 0 and free_N[index]:
@@ -311,20 +371,24 @@ def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) ->
         time = yield index
         free_N[index] = False
         params = dict(zip(grid.keys, grid.level_NxK[index].tolist(), strict=True))
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=_log(time)))
+        study.add_trial(
+            optuna.trial.create_trial(params=params, distributions=space, value=_log(time))
+        )
 
 
 def cma_es(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """CMA-ES (Hansen 2016, arXiv:1604.00772; package cmaes) in log2 coordinates scaled to [-1, 1].
 
-    A sample stands for the nearest plan; where that was measured before, the driver answers from memory. A generation
-    with nothing new ends in a restart around a random unmeasured plan. (Moving every sample to an unmeasured plan tells
-    the optimizer lies: worse than random on the playbook.) Failed runs rank last. Raises ImportError without cmaes.
-    """
+    A sample stands for the nearest plan; where that was measured before, the driver answers from
+    memory. A generation with nothing new ends in a restart around a random unmeasured plan. (Moving
+    every sample to an unmeasured plan tells the optimizer lies: worse than random on the playbook.)
+    Failed runs rank last. Raises ImportError without cmaes."""
     try:
         import cmaes
     except ImportError as error:
-        raise ImportError("the algorithm cma_es needs the package cmaes: pip install cmaes") from error
+        raise ImportError(
+            "the algorithm cma_es needs the package cmaes: pip install cmaes"
+        ) from error
     grid = Grid.of(plans)
     low_K, high_K = grid.log2_NxK.min(0), grid.log2_NxK.max(0)
     idle = max(0, 2 - len(grid.keys))  # cmaes asks for two coordinates
@@ -351,9 +415,14 @@ def cma_es(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None)
 
 
 def evolution(
-    plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None, population: int = 10, sample: int = 3
+    plans: Sequence[Plan],
+    rng: np.random.Generator,
+    prior: Prior | None,
+    population: int = 10,
+    sample: int = 3,
 ) -> Proposals:
-    """Regularised evolution (Real et al. 2019, arXiv:1802.01548, algorithm 1): the oldest dies, not the worst.
+    """Regularised evolution (Real et al. 2019, arXiv:1802.01548, algorithm 1): the oldest dies, not
+    the worst.
 
     A mutation is a random unmeasured neighbour on the grid of the best of `sample` random members.
     """
@@ -373,20 +442,23 @@ def evolution(
 
 
 def bayes(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
-    """Bayesian optimisation with a cost model as prior: expected improvement x P(feasible) (Gardner et al. 2014).
+    """Bayesian optimisation with a cost model as prior: expected improvement x P(feasible) (Gardner
+    et al. 2014).
 
-    Log time is a Gaussian process with the prior's mean and std (see `posterior`); P(feasible) is `feasibility`. Plans
-    with P < POSSIBLE wait until no other is left: a plan that cannot run may look so fast that the product favours it.
-    Before any run has succeeded there is no incumbent: the plan with the least posterior mean among those with
-    P >= 0.5. Equals are decided by rng. Raises ValueError without a prior.
-    """
+    Log time is a Gaussian process with the prior's mean and std (see `posterior`); P(feasible) is
+    `feasibility`. Plans with P < POSSIBLE wait until no other is left: a plan that cannot run may
+    look so fast that the product favours it. Before any run has succeeded there is no incumbent:
+    the plan with the least posterior mean among those with P >= 0.5. Equals are decided by rng.
+    Raises ValueError without a prior."""
     if prior is None:
         raise ValueError("bayes needs a prior: give run(..., prior=...), or use bayes_flat")
     yield from _bayes(plans, rng, prior, flat=False)
 
 
 def bayes_flat(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
-    """`bayes` that knows nothing beforehand: constant mean, unit std, P(feasible) = 0.5. The ablation of the prior."""
+    """`bayes` that knows nothing beforehand: constant mean, unit std, P(feasible) = 0.5. The
+    ablation of the prior.
+    """
     flat_N = np.ones(len(plans))
     yield from _bayes(plans, rng, Prior(0 * flat_N, flat_N, 0.5 * flat_N), flat=True)
 
@@ -402,13 +474,17 @@ def _bayes(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior, flat: 
         done = np.array(measured, int)
         # Without a cost model the level of the times is unknown too: their mean stands for it.
         level = float(log_M[ok_M].mean()) if flat and ok_M.any() else 0.0
-        mean_N, std_N = posterior(log2_NxK, prior.log_time_N + level, prior.std_N, done[ok_M], log_M[ok_M])
+        mean_N, std_N = posterior(
+            log2_NxK, prior.log_time_N + level, prior.std_N, done[ok_M], log_M[ok_M]
+        )
         p_N = feasibility(relief_NxK, np.asarray(prior.feasible_N), done, ok_M)
         likely_N = free_N & (p_N >= (POSSIBLE if ok_M.any() else 0.5))
         if not likely_N.any():
             likely_N, score_N = free_N, p_N
         elif ok_M.any():
-            score_N = _log_expected_improvement(mean_N, std_N, log_M.min()) + np.log(np.maximum(p_N, POSSIBLE))
+            score_N = _log_expected_improvement(mean_N, std_N, log_M.min()) + np.log(
+                np.maximum(p_N, POSSIBLE)
+            )
         else:
             score_N = -mean_N
         index = int(rng.choice(np.flatnonzero(likely_N & (score_N == score_N[likely_N].max()))))
@@ -422,10 +498,13 @@ def _log(time: float) -> float:
     return float(np.log(time)) if np.isfinite(time) else FAILED
 
 
-# The surrogate of bayes -----------------------------------------------------------------------------------------------
+# The surrogate of bayes
+# -----------------------------------------------------------------------------------------------
 
 NOISE = 0.01  # std of log time from run to run
-SHARED = 0.3  # share of the prior variance that all plans have in common: a cost model is off by a factor first of all
+# share of the prior variance that all plans have in common: a cost model is off by a factor first
+# of all
+SHARED = 0.3
 LENGTHS = (1.0, 2.0, 4.0, 8.0)  # in log2 steps
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the prior's std
 POSSIBLE = 0.2  # least P(feasible) worth a run while likelier plans are left
@@ -434,14 +513,19 @@ REACH = 1.0  # log2 steps over which an observed failure or success speaks for o
 
 
 def posterior(
-    log2_NxK: np.ndarray, mean_N: np.ndarray, std_N: np.ndarray, index_M: np.ndarray, log_M: np.ndarray
+    log2_NxK: np.ndarray,
+    mean_N: np.ndarray,
+    std_N: np.ndarray,
+    index_M: np.ndarray,
+    log_M: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std [N] of log time given M measurements: a Gaussian process whose prior is mean_N ± std_N.
+    """Mean and std [N] of log time given M measurements: a Gaussian process whose prior is mean_N ±
+    std_N.
 
-    cov(i, j) = (a std_i)(a std_j) [c + (1 - c) Matérn-5/2(|log2_i - log2_j| / l)], c = SHARED. Scale a and length l
-    maximise the marginal likelihood (Rasmussen & Williams 2006, eq. 2.30) on a small grid, with a log-normal prior
-    that keeps a = 1, l = 2 while measurements are few. Without any: the prior.
-    """
+    cov(i, j) = (a std_i)(a std_j) [c + (1 - c) Matérn-5/2(|log2_i - log2_j| / l)], c = SHARED.
+    Scale a and length l maximise the marginal likelihood (Rasmussen & Williams 2006, eq. 2.30) on a
+    small grid, with a log-normal prior that keeps a = 1, l = 2 while measurements are few. Without
+    any: the prior."""
     mean_N, std_N = np.asarray(mean_N, float), np.asarray(std_N, float)
     if not len(index_M):
         return mean_N, std_N
@@ -454,7 +538,9 @@ def posterior(
         return scale**2 * std_N[rows, None] * std_N[index_M] * (SHARED + (1 - SHARED) * matern)
 
     def solve(scale: float, length: float) -> tuple[float, tuple, np.ndarray]:
-        factor = cho_factor(covariance(index_M, scale, length) + NOISE**2 * np.eye(len(index_M)), lower=True)
+        factor = cho_factor(
+            covariance(index_M, scale, length) + NOISE**2 * np.eye(len(index_M)), lower=True
+        )
         weight_M = cho_solve(factor, error_M)
         evidence = -0.5 * error_M @ weight_M - np.log(np.diag(factor[0])).sum()
         return evidence - 0.5 * (np.log(scale) ** 2 + np.log(length / 2) ** 2), factor, weight_M
@@ -466,14 +552,17 @@ def posterior(
     return mean_N + cross_NxM @ weight_M, np.sqrt(np.maximum(variance_N, 1e-12))
 
 
-def feasibility(relief_NxK: np.ndarray, prior_N: np.ndarray, index_M: np.ndarray, ok_M: np.ndarray) -> np.ndarray:
-    """[N] probability that a run does not fail: the prior's, corrected by a one-sided kernel smoother of its surprises.
+def feasibility(
+    relief_NxK: np.ndarray, prior_N: np.ndarray, index_M: np.ndarray, ok_M: np.ndarray
+) -> np.ndarray:
+    """[N] probability that a run does not fail: the prior's, corrected by a one-sided kernel
+    smoother of its surprises.
 
-    P = p0 + Σ_i k_i (ok_i - p0_i) / (w + Σ_i k_i), w = PSEUDO, k = exp(-(d / REACH)² / 2): what was expected changes
-    nothing elsewhere. The distance d counts only coordinates in which the observation says nothing by itself: a failure
-    speaks at full weight for all plans that save memory in no coordinate more than the failed one, a success for all
-    that save no less than the successful one.
-    """
+    P = p0 + Σ_i k_i (ok_i - p0_i) / (w + Σ_i k_i), w = PSEUDO, k = exp(-(d / REACH)² / 2): what was
+    expected changes nothing elsewhere. The distance d counts only coordinates in which the
+    observation says nothing by itself: a failure speaks at full weight for all plans that save
+    memory in no coordinate more than the failed one, a success for all that save no less than the
+    successful one."""
     ahead_NxMxK = relief_NxK[:, None] - relief_NxK[None, index_M]
     unknown_NxMxK = np.maximum(np.where(ok_M[:, None], -ahead_NxMxK, ahead_NxMxK), 0)
     k_NxM = np.exp(-0.5 * (unknown_NxMxK**2).sum(-1) / REACH**2)
@@ -481,8 +570,12 @@ def feasibility(relief_NxK: np.ndarray, prior_N: np.ndarray, index_M: np.ndarray
     return np.clip(prior_N + k_NxM @ surprise_M / (PSEUDO + k_NxM.sum(1)), 0, 1)
 
 
-def _log_expected_improvement(mean_N: np.ndarray, std_N: np.ndarray, incumbent: float) -> np.ndarray:
-    """log E[max(incumbent - y, 0)], y ~ N(mean, std²); in logs, for far from the incumbent it underflows."""
+def _log_expected_improvement(
+    mean_N: np.ndarray, std_N: np.ndarray, incumbent: float
+) -> np.ndarray:
+    """log E[max(incumbent - y, 0)], y ~ N(mean, std²); in logs, for far from the incumbent it
+    underflows.
+    """
     z_N = (incumbent - mean_N) / std_N
     near_N = np.maximum(z_N, -5.0)
     density_N = np.exp(-0.5 * near_N**2) / np.sqrt(2 * np.pi)

@@ -1,12 +1,13 @@
-"""Uneven pipelines: split an ordered list of layers into stages, exactly, by dynamic programming and by an ILP.
+"""Uneven pipelines: split an ordered list of layers into stages, exactly, by dynamic programming
+and by an ILP.
 
-The problem is the inter-operator pass of Alpa (Zheng et al. 2022, arXiv:2201.12023, eq. 2): with m microbatches, stage
-times T_1..T_p and every device in one stage,
+The problem is the inter-operator pass of Alpa (Zheng et al. 2022, arXiv:2201.12023, eq. 2): with m
+microbatches, stage times T_1..T_p and every device in one stage,
 
     minimise  T_1 + ... + T_p + (m - 1) max_s T_s,      T_s = Σ layers of s + cost of the cut after s,
 
-over contiguous non-empty stages and, per stage, one of C sub-meshes with its own layer times. The stage number p is
-given. Count the embedding and the logits as layers.
+over contiguous non-empty stages and, per stage, one of C sub-meshes with its own layer times. The
+stage number p is given. Count the embedding and the logits as layers.
 
 Legend: L layers, S stages, C sub-meshes (candidate sizes), D devices.
 """
@@ -24,7 +25,9 @@ TOLERANCE = 1e-9  # relative: sums of the same floats in another order are equal
 
 @dataclass(frozen=True)
 class Partition:
-    """A pipeline of S stages. Stage s holds layers starts[s]..starts[s + 1] - 1 on sub-mesh meshes[s]."""
+    """A pipeline of S stages. Stage s holds layers starts[s]..starts[s + 1] - 1 on sub-mesh
+    meshes[s].
+    """
 
     starts: tuple[int, ...]  # S + 1 values, 0 first, L last
     meshes: tuple[int, ...]  # index of the sub-mesh of each stage
@@ -33,7 +36,9 @@ class Partition:
 
 
 def pipeline_time(stage_times: Sequence[float], microbatches: int) -> float:
-    """Σ T_s + (m - 1) max T_s: the last of m microbatches leaves a pipeline of stages T_s (Alpa, eq. 2)."""
+    """Σ T_s + (m - 1) max T_s: the last of m microbatches leaves a pipeline of stages T_s (Alpa,
+    eq. 2).
+    """
     return float(sum(stage_times) + (microbatches - 1) * max(stage_times))
 
 
@@ -67,19 +72,30 @@ def partition_dp(
     mesh_sizes: Sequence[int] | None = None,
     devices: int | None = None,
 ) -> Partition:
-    """The optimal pipeline, by Alpa's dynamic program: enumerate t_max, minimise Σ T_s under T_s <= t_max.
+    """The optimal pipeline, by Alpa's dynamic program: enumerate t_max, minimise Σ T_s under T_s <=
+    t_max.
 
-    layer_times [L] or [C, L]: seconds of a layer a microbatch, forward and backward, per sub-mesh. cut_times [L - 1]:
-    seconds to send across the cut after a layer, paid by the sending stage. layer_memory: bytes of a layer on a device,
-    of a shape that broadcasts to [S, C, L] (activations in flight depend on the stage). memory_limits [S] or one
-    number: bytes a device of the stage may hold. mesh_sizes [C]: devices of each sub-mesh, of `devices` in all, every
-    one of which is used (without them: one device a stage).
+    layer_times [L] or [C, L]: seconds of a layer a microbatch, forward and backward, per sub-mesh.
+    cut_times [L - 1]: seconds to send across the cut after a layer, paid by the sending stage.
+    layer_memory: bytes of a layer on a device, of a shape that broadcasts to [S, C, L] (activations
+    in flight depend on the stage). memory_limits [S] or one number: bytes a device of the stage may
+    hold. mesh_sizes [C]: devices of each sub-mesh, of `devices` in all, every one of which is used
+    (without them: one device a stage).
 
-    Every distinct stage time is a candidate of t_max, so the result is exact; candidates run upwards from the smallest
-    feasible one and stop when (m - 1) t_max plus the least possible sum cannot win: O(S C D L²) for each of them.
-    Raises ValueError for bad input, and where no partition exists, saying which constraint binds.
-    """
-    problem = _problem(layer_times, stages, microbatches, cut_times, layer_memory, memory_limits, mesh_sizes, devices)
+    Every distinct stage time is a candidate of t_max, so the result is exact; candidates run
+    upwards from the smallest feasible one and stop when (m - 1) t_max plus the least possible sum
+    cannot win: O(S C D L²) for each of them. Raises ValueError for bad input, and where no
+    partition exists, saying which constraint binds."""
+    problem = _problem(
+        layer_times,
+        stages,
+        microbatches,
+        cut_times,
+        layer_memory,
+        memory_limits,
+        mesh_sizes,
+        devices,
+    )
     time_CxIxJ, fits_SxCxIxJ = _interval_times(problem), _interval_fits(problem)
     cost_SxCxIxJ = np.where(fits_SxCxIxJ, time_CxIxJ, np.inf)
     least_sum = _least_sum(cost_SxCxIxJ, problem)
@@ -114,15 +130,26 @@ def partition_ilp(
     devices: int | None = None,
     time_limit_s: float = 60.0,
 ) -> Partition:
-    """The same problem and arguments as `partition_dp`, as an integer linear program for HiGHS (scipy.optimize.milp).
+    """The same problem and arguments as `partition_dp`, as an integer linear program for HiGHS
+    (scipy.optimize.milp).
 
-    Binary z[s, l]: layer l lies in stage s or before it, decreasing in l and increasing in s; binary u[s, c]: stage s
-    runs on sub-mesh c; y[s, c, l] >= 0: layer l is in stage s on c, with Σ_c y = z[s] - z[s - 1] and y <= u; t >= T_s.
-    The cut after stage s costs Σ_l cut[l] (z[s, l] - z[s, l + 1]). Objective Σ T_s + (m - 1) t.
+    Binary z[s, l]: layer l lies in stage s or before it, decreasing in l and increasing in s;
+    binary u[s, c]: stage s runs on sub-mesh c; y[s, c, l] >= 0: layer l is in stage s on c, with
+    Σ_c y = z[s] - z[s - 1] and y <= u; t >= T_s. The cut after stage s costs Σ_l cut[l] (z[s, l] -
+    z[s, l + 1]). Objective Σ T_s + (m - 1) t.
 
-    Raises ValueError as `partition_dp` does, and TimeoutError if no proven optimum is found in time_limit_s seconds.
-    """
-    problem = _problem(layer_times, stages, microbatches, cut_times, layer_memory, memory_limits, mesh_sizes, devices)
+    Raises ValueError as `partition_dp` does, and TimeoutError if no proven optimum is found in
+    time_limit_s seconds."""
+    problem = _problem(
+        layer_times,
+        stages,
+        microbatches,
+        cut_times,
+        layer_memory,
+        memory_limits,
+        mesh_sizes,
+        devices,
+    )
     cost, constraints, integrality, upper = _program(problem)
     result = milp(
         cost,
@@ -134,7 +161,9 @@ def partition_ilp(
     if result.status == 2:
         raise ValueError(_what_binds(problem))
     if result.status != 0:
-        raise TimeoutError(f"HiGHS found no proven optimum in time_limit_s = {time_limit_s}: {result.message}")
+        raise TimeoutError(
+            f"HiGHS found no proven optimum in time_limit_s = {time_limit_s}: {result.message}"
+        )
     z_SxL = result.x[: stages * problem.layers].reshape(stages, problem.layers)
     u_SxC = result.x[z_SxL.size :][: stages * len(problem.size_C)].reshape(stages, -1)
     return _priced(problem, [0, *np.rint(z_SxL.sum(1)).astype(int)], u_SxC.argmax(1))
@@ -152,27 +181,41 @@ def _problem(
 ) -> _Problem:
     time_CxL = np.atleast_2d(np.asarray(layer_times, float))
     if time_CxL.ndim != 2 or not time_CxL.size:
-        raise ValueError(f"layer_times has shape {np.shape(layer_times)}: give [L] or [C, L], not empty")
+        raise ValueError(
+            f"layer_times has shape {np.shape(layer_times)}: give [L] or [C, L], not empty"
+        )
     (meshes, layers), cuts = time_CxL.shape, 0.0 if cut_times is None else cut_times
     if stages < 1 or microbatches < 1:
-        raise ValueError(f"stages = {stages}, microbatches = {microbatches}: both must be at least 1")
+        raise ValueError(
+            f"stages = {stages}, microbatches = {microbatches}: both must be at least 1"
+        )
     if stages > layers:
         raise ValueError(
-            f"stages = {stages} > layers = {layers}: every stage needs a layer; use at most {layers} stages"
+            f"stages = {stages} > layers = {layers}: every stage needs a layer; use at most "
+            f"{layers} stages"
         )
     if (layer_memory is None) != (memory_limits is None):
         raise ValueError("layer_memory and memory_limits belong together: give both or neither")
     if (mesh_sizes is None) != (devices is None):
         raise ValueError("mesh_sizes and devices belong together: give both or neither")
     cut_L = np.append(_broadcast("cut_times", cuts, (layers - 1,)), 0.0)
-    memory_SxCxL = _broadcast("layer_memory", 0.0 if layer_memory is None else layer_memory, (stages, meshes, layers))
-    limit_S = _broadcast("memory_limits", 0.0 if memory_limits is None else memory_limits, (stages,))
+    memory_SxCxL = _broadcast(
+        "layer_memory", 0.0 if layer_memory is None else layer_memory, (stages, meshes, layers)
+    )
+    limit_S = _broadcast(
+        "memory_limits", 0.0 if memory_limits is None else memory_limits, (stages,)
+    )
     size_C = np.asarray([1] * meshes if mesh_sizes is None else mesh_sizes)
     if size_C.shape != (meshes,) or (size_C < 1).any() or (size_C != size_C.astype(int)).any():
         raise ValueError(
-            f"mesh_sizes = {size_C.tolist()}: give one integer >= 1 for each of {meshes} rows of layer_times"
+            f"mesh_sizes = {size_C.tolist()}: give one integer >= 1 for each of {meshes} rows of "
+            "layer_times"
         )
-    for name, values in (("layer_times", time_CxL), ("cut_times", cut_L), ("layer_memory", memory_SxCxL)):
+    for name, values in (
+        ("layer_times", time_CxL),
+        ("cut_times", cut_L),
+        ("layer_memory", memory_SxCxL),
+    ):
         if not (np.isfinite(values) & (values >= 0)).all():
             at = tuple(int(i) for i in np.argwhere(~(np.isfinite(values) & (values >= 0)))[0])
             raise ValueError(f"{name} at {at} = {values[at]}: give finite values >= 0")
@@ -186,7 +229,9 @@ def _broadcast(name: str, values: np.ndarray | float, shape: tuple[int, ...]) ->
     try:
         return np.broadcast_to(np.asarray(values, float), shape)
     except ValueError as error:
-        raise ValueError(f"{name} has shape {np.shape(values)}: it must broadcast to {shape}") from error
+        raise ValueError(
+            f"{name} has shape {np.shape(values)}: it must broadcast to {shape}"
+        ) from error
 
 
 def _priced(problem: _Problem, starts: Sequence[int], meshes: Sequence[int]) -> Partition:
@@ -195,10 +240,13 @@ def _priced(problem: _Problem, starts: Sequence[int], meshes: Sequence[int]) -> 
         float(problem.time_CxL[c, i:j].sum() + problem.cut_L[j - 1])
         for i, j, c in zip(bounds, bounds[1:], meshes, strict=False)
     )
-    return Partition(bounds, tuple(int(c) for c in meshes), times, pipeline_time(times, problem.microbatches))
+    return Partition(
+        bounds, tuple(int(c) for c in meshes), times, pipeline_time(times, problem.microbatches)
+    )
 
 
-# Dynamic program ------------------------------------------------------------------------------------------------------
+# Dynamic program
+# -------------------------------------------------------------------------------------------------
 
 
 def _interval_times(problem: _Problem) -> np.ndarray:
@@ -215,7 +263,9 @@ def _interval_fits(problem: _Problem) -> np.ndarray:
 
 
 def _interval_sums(values_L: np.ndarray) -> np.ndarray:
-    """[..., L + 1, L + 1] sum of values i..j - 1 along the last dim; no differences of long sums, which would round."""
+    """[..., L + 1, L + 1] sum of values i..j - 1 along the last dim; no differences of long sums,
+    which would round.
+    """
     layers = values_L.shape[-1]
     sums = np.zeros((*values_L.shape[:-1], layers + 1, layers + 1))
     for i in range(layers):
@@ -230,10 +280,11 @@ def _capped(cost_SxCxIxJ: np.ndarray, t_max: float) -> np.ndarray:
 def _least_sum(
     cost_SxCxIxJ: np.ndarray, problem: _Problem, bottleneck: bool = False
 ) -> tuple[float, list[int], list[int]]:
-    """Least Σ cost (or least max cost) of a partition, with its starts and sub-meshes; (inf, [], []) if there is none.
+    """Least Σ cost (or least max cost) of a partition, with its starts and sub-meshes; (inf, [],
+    []) if there is none.
 
-    F[s, d, j] = min over sub-meshes c and first layers i of F[s - 1, d - size_c, i] + cost[s, c, i, j].
-    """
+    F[s, d, j] = min over sub-meshes c and first layers i of F[s - 1, d - size_c, i] + cost[s, c, i,
+    j]."""
     stages, layers, devices = problem.stages, problem.layers, problem.devices
     join = np.maximum if bottleneck else np.add
     best_DxJ = np.full((devices + 1, layers + 1), np.inf)
@@ -276,7 +327,8 @@ def _what_binds(problem: _Problem) -> str:
     sizes = problem.size_C.tolist()
     if not np.isfinite(_least_sum(anything, problem)[0]):
         return (
-            f"devices bind: {problem.stages} stages on sub-meshes of sizes {sizes} cannot use exactly "
+            f"devices bind: {problem.stages} stages on sub-meshes of sizes {sizes} cannot use "
+            "exactly "
             f"devices = {problem.devices}; choose sizes that add up"
         )
     factor, starts, meshes = _least_sum(load_SxCxIxJ, problem, bottleneck=True)
@@ -292,7 +344,8 @@ def _what_binds(problem: _Problem) -> str:
     )
 
 
-# Integer program ------------------------------------------------------------------------------------------------------
+# Integer program
+# -------------------------------------------------------------------------------------------------
 
 
 class _Rows:
@@ -319,11 +372,17 @@ class _Rows:
 
 
 def _program(problem: _Problem) -> tuple[np.ndarray, LinearConstraint, np.ndarray, np.ndarray]:
-    """Objective, constraints, integrality and upper bounds of `partition_ilp` over the variables z, u, y, t."""
+    """Objective, constraints, integrality and upper bounds of `partition_ilp` over the variables z,
+    u, y, t.
+    """
     stages, meshes, layers = problem.memory_SxCxL.shape
     z_SxL = np.arange(stages * layers).reshape(stages, layers)
     u_SxC = z_SxL.size + np.arange(stages * meshes).reshape(stages, meshes)
-    y_SxCxL = z_SxL.size + u_SxC.size + np.arange(stages * meshes * layers).reshape(stages, meshes, layers)
+    y_SxCxL = (
+        z_SxL.size
+        + u_SxC.size
+        + np.arange(stages * meshes * layers).reshape(stages, meshes, layers)
+    )
     t = z_SxL.size + u_SxC.size + y_SxCxL.size
     # HiGHS has absolute tolerances: a mean stage takes 1, and a full stage holds 1.
     unit = problem.time_CxL.min(0).sum() / stages or 1.0
@@ -331,7 +390,10 @@ def _program(problem: _Problem) -> tuple[np.ndarray, LinearConstraint, np.ndarra
     rows = _Rows()
     cost = np.zeros(t + 1)
     cost[t] = problem.microbatches - 1
-    rows.add([(u, size) for u_C in u_SxC for u, size in zip(u_C, problem.size_C, strict=True)], *[problem.devices] * 2)
+    rows.add(
+        [(u, size) for u_C in u_SxC for u, size in zip(u_C, problem.size_C, strict=True)],
+        *[problem.devices] * 2,
+    )
     for s in range(stages):
         before_L = [[(z, -1.0)] for z in z_SxL[s - 1]] if s else [[]] * layers
         rows.add([(u, 1.0) for u in u_SxC[s]], 1, 1)

@@ -1,4 +1,5 @@
-"""Topic 15: a hybrid cost model validated on what it has not seen, and searches that spend real runs.
+"""Topic 15: a hybrid cost model validated on what it has not seen, and searches that spend real
+runs.
 
 The arm is a small model of this code base, trained on the mesh that the planner chose for it.
 """
@@ -23,10 +24,11 @@ ZERO_SHOT = "unseen models at 64-512 GPUs"
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
-    """The model of the config on the mesh that the planner finds for as many chips as the config's mesh has.
+    """The model of the config on the mesh that the planner finds for as many chips as the config's
+    mesh has.
 
-    Raises UserError where the config asks for a plan that does not exist, before anything is trained.
-    """
+    Raises UserError where the config asks for a plan that does not exist, before anything is
+    trained."""
     plan.for_config(config, hybrid.shipped())
     _chosen(tuple(config.plan.cases))
     c = config.copy_and_resolve_references()
@@ -44,7 +46,9 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDi
 
 
 def study(run: Run) -> Report:
-    """Plan, validate on hold-outs, search measured landscapes, count real programs; judge the claims."""
+    """Plan, validate on hold-outs, search measured landscapes, count real programs; judge the
+    claims.
+    """
     c = run.config
     ranking = plan.for_config(c, hybrid.shipped())
     print(f"\n{plan.describe(ranking)}\n")
@@ -68,20 +72,29 @@ def study(run: Run) -> Report:
 
 
 def _data(folder: Path) -> fit.Data:
-    """The folder's rows. Raises UserError for a malformed file; rows that cannot be priced are counted, three shown."""
+    """The folder's rows. Raises UserError for a malformed file; rows that cannot be priced are
+    counted, three shown.
+    """
     try:
         priced, refused = published(folder)
     except Malformed as error:
         raise UserError(f"plan.measurements: {error}") from error
-    print(f"measured  {len(priced)} rows priced, {len(refused)} refused" + ("".join(f"\n  {r}" for r in refused[:3])))
+    print(
+        f"measured  {len(priced)} rows priced, {len(refused)} refused"
+        + ("".join(f"\n  {r}" for r in refused[:3]))
+    )
     return fit.gather(priced)
 
 
 def _untestable(reason: str) -> list[Row]:
     note = f"{reason}: set plan.measurements to a folder of published measurements"
     return [
-        Row.untestable(f"zero-shot step time, {ZERO_SHOT}", "mean error", "%", "<= 8", "simulated", note),
-        Row.untestable("searching with the model as prior", "runs to within 5 %", "", "<= 5", "counted", note),
+        Row.untestable(
+            f"zero-shot step time, {ZERO_SHOT}", "mean error", "%", "<= 8", "simulated", note
+        ),
+        Row.untestable(
+            "searching with the model as prior", "runs to within 5 %", "", "<= 5", "counted", note
+        ),
     ]
 
 
@@ -89,7 +102,9 @@ def _chosen(names: tuple[str, ...]) -> list[validate.Case]:
     known = [case.name for case in validate.CASES]
     for name in names:
         if name not in known:
-            raise UserError(f"plan.cases names {name!r}, which is no hold-out; known: {', '.join(known)}")
+            raise UserError(
+                f"plan.cases names {name!r}, which is no hold-out; known: {', '.join(known)}"
+            )
     return [case for case in validate.CASES if not names or case.name in names]
 
 
@@ -106,9 +121,17 @@ def _measured(run: Run, data: fit.Data, raw: dict) -> tuple[list[Row], list[str]
             continue
         outcomes.append(outcome)
         s = validate.score(data, outcome.rows, outcome.predicted, outcome.measured)
-        raw[case.name] = {"errors_pct": s.errors, "spearman": s.correlations, "regret_pct": s.regrets}
-        print(f"  {case.kind:8}{case.name:28}{len(outcome.rows):4} rows, mean error {np.mean(s.errors):5.1f} % "
-              f"({time.perf_counter() - start:.0f} s)", flush=True)  # fmt: skip
+        raw[case.name] = {
+            "errors_pct": s.errors,
+            "spearman": s.correlations,
+            "regret_pct": s.regrets,
+        }
+        print(
+            f"  {case.kind:8}{case.name:28}{len(outcome.rows):4} rows, mean error "
+            f"{np.mean(s.errors):5.1f} % "
+            f"({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
     if not outcomes:
         return _untestable(f"{c.plan.measurements} has no row of the hold-outs"), []
     rows = (
@@ -117,9 +140,13 @@ def _measured(run: Run, data: fit.Data, raw: dict) -> tuple[list[Row], list[str]
         + _kind_rows(data, outcomes)
         + _memory_rows(data, outcomes)
     )
-    print(f"searching the measured landscapes, {c.plan.searches} seeds of every algorithm", flush=True)
+    print(
+        f"searching the measured landscapes, {c.plan.searches} seeds of every algorithm", flush=True
+    )
     traces = landscapes.compare(data, outcomes, c.plan.searches)
-    raw["evaluations to within 5 %"] = {n: {a: e.tolist() for a, e in per.items()} for n, per in traces.needed.items()}
+    raw["evaluations to within 5 %"] = {
+        n: {a: e.tolist() for a, e in per.items()} for n, per in traces.needed.items()
+    }
     rows += _search_rows(traces)
     plots = [figures.predicted(run.workdir, outcomes), figures.memory(run.workdir, data, outcomes)]
     if traces.needed:
@@ -135,7 +162,11 @@ def _scores(data: fit.Data, outcomes: list[validate.Outcome], which: str) -> val
     """Scores of all outcomes together; which: hybrid, analytic or learned."""
     total = validate.Scores([], [], [])
     for o in outcomes:
-        predicted = {"hybrid": o.predicted, "analytic": o.hybrid.analytic[o.rows], "learned": o.learned}[which]
+        predicted = {
+            "hybrid": o.predicted,
+            "analytic": o.hybrid.analytic[o.rows],
+            "learned": o.learned,
+        }[which]
         s = validate.score(data, o.rows, predicted, o.measured)
         total.errors.extend(s.errors)
         total.correlations.extend(s.correlations)
@@ -153,33 +184,98 @@ def _model_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
     five, before = ([e for pair in pairs for e in pair[i]] for i in (0, 1))
     claim, covered = f"zero-shot step time, {ZERO_SHOT}", validate.coverage(outcomes)
     rows = [
-        Row.judged(claim, "mean error per landscape", s.errors, "%", "value <= 8", "simulated", note=n),
-        Row.judged(f"ranking, {ZERO_SHOT}", "Spearman", s.correlations, "", ">= 0.85", "simulated",
-                   note="landscapes of at least 8 plans"),
-        Row.judged(f"choosing without a run, {ZERO_SHOT}", "top-1 regret", s.regrets, "%", "value <= 2",
-                   "simulated", note="against the best measured plan"),
-        Row.judged("90 % intervals cover", "share of measured times inside", covered, "%", ">= 85", "simulated",
-                   note="all hold-outs"),
-        Row.judged("… and are not too wide", "share of measured times inside", covered, "%", "<= 95", "simulated",
-                   note="all hold-outs"),
-    ]  # fmt: skip
+        Row.judged(
+            claim, "mean error per landscape", s.errors, "%", "value <= 8", "simulated", note=n
+        ),
+        Row.judged(
+            f"ranking, {ZERO_SHOT}",
+            "Spearman",
+            s.correlations,
+            "",
+            ">= 0.85",
+            "simulated",
+            note="landscapes of at least 8 plans",
+        ),
+        Row.judged(
+            f"choosing without a run, {ZERO_SHOT}",
+            "top-1 regret",
+            s.regrets,
+            "%",
+            "value <= 2",
+            "simulated",
+            note="against the best measured plan",
+        ),
+        Row.judged(
+            "90 % intervals cover",
+            "share of measured times inside",
+            covered,
+            "%",
+            ">= 85",
+            "simulated",
+            note="all hold-outs",
+        ),
+        Row.judged(
+            "… and are not too wide",
+            "share of measured times inside",
+            covered,
+            "%",
+            "<= 95",
+            "simulated",
+            note="all hold-outs",
+        ),
+    ]
     if five:
         note = "five random points, five draws, landscapes of at least ten plans: the large sweeps"
-        rows.insert(1, Row.judged(f"{claim}, after five measured points", "mean error per landscape", five, "%",
-                                  "value <= 5", "simulated", "the same rows before", before, note=note))  # fmt: skip
+        rows.insert(
+            1,
+            Row.judged(
+                f"{claim}, after five measured points",
+                "mean error per landscape",
+                five,
+                "%",
+                "value <= 5",
+                "simulated",
+                "the same rows before",
+                before,
+                note=note,
+            ),
+        )
     return rows
 
 
 def _ablation_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
-    """Hybrid, physics alone and learning alone on every hold-out, each hold-out weighing the same."""
-    e = {w: [float(np.mean(_scores(data, [o], w).errors)) for o in outcomes] for w in ("hybrid", "analytic", "learned")}
+    """Hybrid, physics alone and learning alone on every hold-out, each hold-out weighing the
+    same.
+    """
+    e = {
+        w: [float(np.mean(_scores(data, [o], w).errors)) for o in outcomes]
+        for w in ("hybrid", "analytic", "learned")
+    }
     note = f"{len(outcomes)} hold-outs, one value each"
     return [
-        Row.judged("the residual helps: hybrid against physics alone", "mean error", e["hybrid"], "%", "ratio <= 1",
-                   "simulated", "analytic only", e["analytic"], note=note),
-        Row.judged("the physics helps: hybrid against learning alone", "mean error", e["hybrid"], "%", "ratio <= 1",
-                   "simulated", "learned only", e["learned"], note=f"{note}; learning is given the FLOPs"),
-    ]  # fmt: skip
+        Row.judged(
+            "the residual helps: hybrid against physics alone",
+            "mean error",
+            e["hybrid"],
+            "%",
+            "ratio <= 1",
+            "simulated",
+            "analytic only",
+            e["analytic"],
+            note=note,
+        ),
+        Row.judged(
+            "the physics helps: hybrid against learning alone",
+            "mean error",
+            e["hybrid"],
+            "%",
+            "ratio <= 1",
+            "simulated",
+            "learned only",
+            e["learned"],
+            note=f"{note}; learning is given the FLOPs",
+        ),
+    ]
 
 
 def _kind_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
@@ -192,15 +288,38 @@ def _kind_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
         one = [float(np.mean(validate.one_anchor_each(data, o, 5))) for o in chosen]
         note = ", ".join(f"{o.case.name} {e:.1f}" for o, e in zip(chosen, zero, strict=True))
         rows += [
-            Row.judged(f"zero-shot step time, {label}", "mean error", zero, "%", "value <= 20", "simulated", note=note),
-            Row.judged(f"{label}, one measured point per (model, chip)", "mean error", one, "%", "value <= 10",
-                       "simulated", note="five draws of the points"),
-        ]  # fmt: skip
+            Row.judged(
+                f"zero-shot step time, {label}",
+                "mean error",
+                zero,
+                "%",
+                "value <= 20",
+                "simulated",
+                note=note,
+            ),
+            Row.judged(
+                f"{label}, one measured point per (model, chip)",
+                "mean error",
+                one,
+                "%",
+                "value <= 10",
+                "simulated",
+                note="five draws of the points",
+            ),
+        ]
     for kind in ("release", "cluster"):
         for o in _of(outcomes, kind):
-            rows.append(Row.judged(f"zero-shot step time, unseen {o.case.name}", "mean error",
-                                   validate.error(o.predicted, o.measured), "%", "value <= 20", "simulated",
-                                   note=f"{len(o.rows)} rows"))  # fmt: skip
+            rows.append(
+                Row.judged(
+                    f"zero-shot step time, unseen {o.case.name}",
+                    "mean error",
+                    validate.error(o.predicted, o.measured),
+                    "%",
+                    "value <= 20",
+                    "simulated",
+                    note=f"{len(o.rows)} rows",
+                )
+            )
             rows += _copied_row(data, o) if kind == "release" else []
     return rows
 
@@ -209,12 +328,22 @@ def _copied_row(data: fit.Data, o: validate.Outcome) -> list[Row]:
     places, seconds = validate.copied(data, o)
     if not places.size:
         return []
-    errors, baseline = (100 * np.abs(t / o.measured[places] - 1) for t in (o.predicted[places], seconds))
+    errors, baseline = (
+        100 * np.abs(t / o.measured[places] - 1) for t in (o.predicted[places], seconds)
+    )
     return [
-        Row.judged(f"predicting {o.case.name} beats copying", "mean error", errors.tolist(), "%", "ratio <= 1",
-                   "simulated", "same configuration, other release", baseline.tolist(),
-                   note=f"{len(places)} of {len(o.rows)} rows have such a twin"),
-    ]  # fmt: skip
+        Row.judged(
+            f"predicting {o.case.name} beats copying",
+            "mean error",
+            errors.tolist(),
+            "%",
+            "ratio <= 1",
+            "simulated",
+            "same configuration, other release",
+            baseline.tolist(),
+            note=f"{len(places)} of {len(o.rows)} rows have such a twin",
+        )
+    ]
 
 
 def _memory_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
@@ -224,31 +353,67 @@ def _memory_rows(data: fit.Data, outcomes: list[validate.Outcome]) -> list[Row]:
     below, count = validate.memory_coverage(data, outcomes)
     recall, false = zip(*alarms, strict=True)
     rows = [
-        Row.judged("failed runs are foreseen on unseen models", "recall", list(recall), "%", ">= 90", "simulated",
-                   note="one value per playbook model"),
-        Row.judged("… with few false alarms", "false alarms among runs that ran", list(false), "%", "<= 10",
-                   "simulated"),
-    ]  # fmt: skip
+        Row.judged(
+            "failed runs are foreseen on unseen models",
+            "recall",
+            list(recall),
+            "%",
+            ">= 90",
+            "simulated",
+            note="one value per playbook model",
+        ),
+        Row.judged(
+            "… with few false alarms",
+            "false alarms among runs that ran",
+            list(false),
+            "%",
+            "<= 10",
+            "simulated",
+        ),
+    ]
     if count:
-        rows.append(Row.judged("peak memory stays below its 90 % quantile", "share of measured peaks", below, "%",
-                               ">= 85", "simulated", note=f"{count} hold-outs with measured memory"))  # fmt: skip
+        rows.append(
+            Row.judged(
+                "peak memory stays below its 90 % quantile",
+                "share of measured peaks",
+                below,
+                "%",
+                ">= 85",
+                "simulated",
+                note=f"{count} hold-outs with measured memory",
+            )
+        )
     return rows
 
 
 def _search_rows(traces: landscapes.Comparison) -> list[Row]:
-    playbook = {n: per for n, per in traces.needed.items() if n.startswith("ultrascale")} or traces.needed
+    playbook = {
+        n: per for n, per in traces.needed.items() if n.startswith("ultrascale")
+    } or traces.needed
     if not playbook:
         return []
-    mean = {a: [float(per[a].mean()) for per in playbook.values()] for a in next(iter(playbook.values()))}
+    mean = {
+        a: [float(per[a].mean()) for per in playbook.values()]
+        for a in next(iter(playbook.values()))
+    }
     others = {a: np.mean(v) for a, v in mean.items() if a != "bayes"}
     best = min(others, key=lambda a: others[a])
     note = ", ".join(f"{a} {v:.1f}" for a, v in sorted(others.items(), key=lambda kv: kv[1]))
     return [
-        Row.judged("searching with the model as prior", "runs to within 5 % of the best", mean["bayes"], "",
-                   "value <= 5", "counted", best, mean[best],
-                   note=f"replayed on {len(playbook)} landscapes that others measured, failed runs counted; "
-                   f"others: {note}"),
-    ]  # fmt: skip
+        Row.judged(
+            "searching with the model as prior",
+            "runs to within 5 % of the best",
+            mean["bayes"],
+            "",
+            "value <= 5",
+            "counted",
+            best,
+            mean[best],
+            note=f"replayed on {len(playbook)} landscapes that others measured, failed runs "
+            "counted; "
+            f"others: {note}",
+        )
+    ]
 
 
 def _stages() -> list[Row]:
@@ -260,11 +425,27 @@ def _stages() -> list[Row]:
     equal = [a.layers // p * 1.0] * (p - 1) + [a.layers // p + float(times_L[-1])]
     note = f"{a.name}, {p} stages, {m} microbatches, the head costs {times_L[-1]:.2f} layers"
     return [
-        Row.judged("uneven pipelines: dynamic program and ILP agree", "relative difference",
-                   abs(program.time / integer.time - 1), "", "<= 1e-9", "counted", note=note),
-        Row.judged("uneven pipelines beat equal ones", "pipeline time", program.time, "layers", "ratio <= 1",
-                   "simulated", "equal layers a stage", stages.pipeline_time(equal, m), note=note),
-    ]  # fmt: skip
+        Row.judged(
+            "uneven pipelines: dynamic program and ILP agree",
+            "relative difference",
+            abs(program.time / integer.time - 1),
+            "",
+            "<= 1e-9",
+            "counted",
+            note=note,
+        ),
+        Row.judged(
+            "uneven pipelines beat equal ones",
+            "pipeline time",
+            program.time,
+            "layers",
+            "ratio <= 1",
+            "simulated",
+            "equal layers a stage",
+            stages.pipeline_time(equal, m),
+            note=note,
+        ),
+    ]
 
 
 def _speed() -> list[Row]:
@@ -275,25 +456,63 @@ def _speed() -> list[Row]:
     points = plan.rank(hybrid.shipped(), job, target).valid
     seconds = time.perf_counter() - start
     return [
-        Row.judged("predictions are cheap", "predictions per second", per_second, "1/s", ">= 100000", "measured",
-                   note="warm, this machine's CPU"),
-        Row.judged("a whole 512-GPU space is ranked at once", "time", seconds, "s", "<= 2", "measured",
-                   note=f"{points:,} plans, warm, space and columns included"),
-    ]  # fmt: skip
+        Row.judged(
+            "predictions are cheap",
+            "predictions per second",
+            per_second,
+            "1/s",
+            ">= 100000",
+            "measured",
+            note="warm, this machine's CPU",
+        ),
+        Row.judged(
+            "a whole 512-GPU space is ranked at once",
+            "time",
+            seconds,
+            "s",
+            "<= 2",
+            "measured",
+            note=f"{points:,} plans, warm, space and columns included",
+        ),
+    ]
 
 
 def _counted(count: int) -> list[Row]:
-    print(f"counting  {count} random programs of this code base, formulas against the compiler", flush=True)
+    print(
+        f"counting  {count} random programs of this code base, formulas against the compiler",
+        flush=True,
+    )
     found = counts.summary(counts.random_configs(0, count))
     programs = f"{found.configs} random programs of this code base on meshes of up to 8 devices"
     memory = f"train steps of {found.memory_configs} of them; largest {found.memory_error_max:.2f}"
     return [
-        Row.judged("bytes per axis equal the compiled program", "(op, axes) entries that differ",
-                   found.mismatches, "", "== 0", "counted",
-                   note=f"{found.entries} entries of {programs}; one-layer models with remat or ZeRO-3 are not drawn: "
-                   "XLA unrolls them and merges collectives, so that they send less"),
-        Row.judged("FLOPs equal the program's", "largest relative error", found.flops_error, "", "<= 0.01",
-                   "counted", note=programs),
-        Row.judged("analytic memory against the compiler's plan", "median relative error", found.memory_error,
-                   "", "<= 0.25", "counted", note=memory),
-    ]  # fmt: skip
+        Row.judged(
+            "bytes per axis equal the compiled program",
+            "(op, axes) entries that differ",
+            found.mismatches,
+            "",
+            "== 0",
+            "counted",
+            note=f"{found.entries} entries of {programs}; one-layer models with remat or ZeRO-3 "
+            "are not drawn: "
+            "XLA unrolls them and merges collectives, so that they send less",
+        ),
+        Row.judged(
+            "FLOPs equal the program's",
+            "largest relative error",
+            found.flops_error,
+            "",
+            "<= 0.01",
+            "counted",
+            note=programs,
+        ),
+        Row.judged(
+            "analytic memory against the compiler's plan",
+            "median relative error",
+            found.memory_error,
+            "",
+            "<= 0.25",
+            "counted",
+            note=memory,
+        ),
+    ]

@@ -1,8 +1,9 @@
-"""Hold-outs: what the cost model says of models, clusters, lengths and releases that its fit has not seen.
+"""Hold-outs: what the cost model says of models, clusters, lengths and releases that its fit has
+not seen.
 
-A case names the rows that the fit may not see and those that are judged. Metrics are taken per landscape (one model,
-number of chips, batch and software) and averaged over landscapes, so that a large sweep does not outvote the rest.
-"""
+A case names the rows that the fit may not see and those that are judged. Metrics are taken per
+landscape (one model, number of chips, batch and software) and averaged over landscapes, so that a
+large sweep does not outvote the rest."""
 
 import collections
 import dataclasses
@@ -41,7 +42,15 @@ def _mid_size(m: Measurement) -> bool:
     return 64 <= m.job.plan.chips <= 512
 
 
-MODELS = ("gpt-3.6b", "gpt-39.1b", "ultrascale-1b", "ultrascale-3b", "ultrascale-8b", "llama3-70b", "llama3.1-405b")
+MODELS = (
+    "gpt-3.6b",
+    "gpt-39.1b",
+    "ultrascale-1b",
+    "ultrascale-3b",
+    "ultrascale-8b",
+    "llama3-70b",
+    "llama3.1-405b",
+)
 MIXTURES = ("deepseek-v3", "qwen3-235b-a22b", "qwen3-30b-a3b", "gpt-oss-120b")
 CASES = (
     *(Case(name, "model", _named(name), _mid_size) for name in MODELS),
@@ -54,7 +63,9 @@ CASES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case: the judged rows (place in Data) and what three models say of them, seconds and bytes."""
+    """One case: the judged rows (place in Data) and what three models say of them, seconds and
+    bytes.
+    """
 
     case: Case
     rows: np.ndarray
@@ -83,7 +94,13 @@ def run_case(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> Outco
     rows = np.flatnonzero(timed)
     learned = fit.learned_only(data, ~unseen, seed)
     return Outcome(
-        case, rows, np.exp(data.log_time[rows]), prediction, learned[rows], np.flatnonzero(judged), data.failed
+        case,
+        rows,
+        np.exp(data.log_time[rows]),
+        prediction,
+        learned[rows],
+        np.flatnonzero(judged),
+        data.failed,
     )
 
 
@@ -102,7 +119,9 @@ def error(predicted: np.ndarray, measured: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """Per landscape: mean error (%), rank correlation, top-1 regret (%); the latter two where it has 8 plans."""
+    """Per landscape: mean error (%), rank correlation, top-1 regret (%); the latter two where it
+    has 8 plans.
+    """
 
     errors: list[float]
     correlations: list[float]
@@ -121,8 +140,11 @@ def score(data: fit.Data, rows: np.ndarray, predicted: np.ndarray, measured: np.
     return Scores(errors, correlations, regrets)
 
 
-def with_anchors(data: fit.Data, outcome: Outcome, count: int, draws: int) -> tuple[list[float], list[float]]:
-    """Mean error (%) per landscape of the other rows, (once `count` rows drawn at random are measured, without them).
+def with_anchors(
+    data: fit.Data, outcome: Outcome, count: int, draws: int
+) -> tuple[list[float], list[float]]:
+    """Mean error (%) per landscape of the other rows, (once `count` rows drawn at random are
+    measured, without them).
 
     Landscapes of fewer than twice as many rows are left out.
     """
@@ -143,7 +165,9 @@ def with_anchors(data: fit.Data, outcome: Outcome, count: int, draws: int) -> tu
 
 
 def one_anchor_each(data: fit.Data, outcome: Outcome, draws: int) -> list[float]:
-    """Mean error (%) of all other rows once one row of every (model, chip) is measured, one value per draw."""
+    """Mean error (%) of all other rows once one row of every (model, chip) is measured, one value
+    per draw.
+    """
     jobs = [data.measurements[row].job for row in outcome.rows]
     keys = np.array([f"{job.architecture.name}|{job.chip.name}" for job in jobs])
     errors = []
@@ -164,16 +188,18 @@ def _corrected(data: fit.Data, outcome: Outcome, known: np.ndarray, rest: np.nda
 
     jobs, time, std = part(rest)
     known_jobs, known_time, known_std = part(known)
-    mean, _ = anchors.posterior(jobs, std, known_jobs, known_std, np.log(outcome.measured[known] / known_time))
+    mean, _ = anchors.posterior(
+        jobs, std, known_jobs, known_std, np.log(outcome.measured[known] / known_time)
+    )
     return time * np.exp(mean)
 
 
 def copied(data: fit.Data, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
-    """(places within `outcome.rows`, seconds) by copying the run of the same configuration in another release.
+    """(places within `outcome.rows`, seconds) by copying the run of the same configuration in
+    another release.
 
-    Of several releases the one whose name sorts last, the newest. The strongest baseline of an unseen release: most of
-    its rows repeat an older row with other software.
-    """
+    Of several releases the one whose name sorts last, the newest. The strongest baseline of an
+    unseen release: most of its rows repeat an older row with other software."""
 
     def key(m: Measurement) -> object:
         return dataclasses.replace(m.job, stack="")
@@ -182,8 +208,11 @@ def copied(data: fit.Data, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     for m in data.measurements:
         if not outcome.case.unseen(m) and not m.failed and np.isfinite(m.step_time):
             seen[key(m)] = max(seen.get(key(m), ("", 0.0)), (m.job.stack, m.step_time))
-    twins = [(i, seen[key(data.measurements[row])][1]) for i, row in enumerate(outcome.rows)
-             if key(data.measurements[row]) in seen]  # fmt: skip
+    twins = [
+        (i, seen[key(data.measurements[row])][1])
+        for i, row in enumerate(outcome.rows)
+        if key(data.measurements[row]) in seen
+    ]
     places, seconds = zip(*twins, strict=True) if twins else ((), ())
     return np.array(places, int), np.array(seconds, float)
 
@@ -191,9 +220,9 @@ def copied(data: fit.Data, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
 def coverage(outcomes: Sequence[Outcome]) -> float:
     """Share (%) of measured times inside 90 % intervals, every case weighing the same.
 
-    The width of a case's intervals is set by the other cases alone (cross-conformal, Vovk 2015): what a fit says of its
-    own rows is too narrow for a model it has not seen. One case has no others and keeps the width of the fit.
-    """
+    The width of a case's intervals is set by the other cases alone (cross-conformal, Vovk 2015):
+    what a fit says of its own rows is too narrow for a model it has not seen. One case has no
+    others and keeps the width of the fit."""
     inside = []
     for i, o in enumerate(outcomes):
         factor = _width([other for j, other in enumerate(outcomes) if j != i])
@@ -204,7 +233,9 @@ def coverage(outcomes: Sequence[Outcome]) -> float:
 
 
 def memory_coverage(data: fit.Data, outcomes: Sequence[Outcome]) -> tuple[float, int]:
-    """(share (%) of measured peaks below their 90 % quantile, hold-outs judged), cross-conformal as above."""
+    """(share (%) of measured peaks below their 90 % quantile, hold-outs judged), cross-conformal as
+    above.
+    """
     errors = []
     for o in outcomes:
         rows = o.at[np.isfinite(data.log_memory[o.at])]
@@ -215,26 +246,34 @@ def memory_coverage(data: fit.Data, outcomes: Sequence[Outcome]) -> tuple[float,
         others = errors[:i] + errors[i + 1 :]
         if others:
             weight = np.concatenate([np.full(len(e), 1 / len(e)) for e in others])
-            inside.append(np.mean(own <= fit.weighted_quantile(np.concatenate(others), weight, fit.INTERVAL)))
+            inside.append(
+                np.mean(own <= fit.weighted_quantile(np.concatenate(others), weight, fit.INTERVAL))
+            )
     return float(100 * np.mean(inside)) if inside else float("nan"), len(inside)
 
 
 def _width(outcomes: Sequence[Outcome]) -> float:
-    """The factor on log interval widths that covers 90 % of the outcomes' rows, every outcome weighing the same."""
+    """The factor on log interval widths that covers 90 % of the outcomes' rows, every outcome
+    weighing the same.
+    """
     if not outcomes:
         return 1.0
     needed, weight = [], []
     for o in outcomes:
         time = o.hybrid.time[o.rows]
         error = np.log(o.measured / time)
-        end = np.where(error > 0, np.log(o.hybrid.high[o.rows] / time), np.log(time / o.hybrid.low[o.rows]))
+        end = np.where(
+            error > 0, np.log(o.hybrid.high[o.rows] / time), np.log(time / o.hybrid.low[o.rows])
+        )
         needed.append(np.abs(error) / end)
         weight.append(np.full(len(time), 1 / len(time)))
     return fit.weighted_quantile(np.concatenate(needed), np.concatenate(weight), fit.INTERVAL)
 
 
 def memory_alarm(outcome: Outcome) -> tuple[float, float]:
-    """(recall of failed runs, false alarms among those that ran), %, where feasibility below one half is an alarm."""
+    """(recall of failed runs, false alarms among those that ran), %, where feasibility below one
+    half is an alarm.
+    """
     alarm = outcome.hybrid.feasible[outcome.at] < 0.5
     failed = outcome.failed[outcome.at]
     return float(100 * alarm[failed].mean()), float(100 * alarm[~failed].mean())
