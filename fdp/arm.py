@@ -1,100 +1,112 @@
-"""An arm: one trained variant of a study, built from its config. Data, objective, model and
-programs in one place.
-"""
+"""An arm with one seed: its experiment, its programs on a mesh, and what training left of it."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
-from fdp import objectives
 from fdp.cost import flops
-from fdp.data.batches import TextData, load_text
-from fdp.data.recall import RECALL, recall_data
-from fdp.data.synthetic import markov_data
-from fdp.models import transformer
+from fdp.data.batches import Data
+from fdp.experiment import Experiment
+from fdp.sharding import shardings
 from fdp.state import TrainState
-from fdp.step import Program, tokens_sharding
-
-
-def load_data(c: ml_collections.ConfigDict) -> TextData:
-    """Corpus, tokenizer and the two window sets of config `c`; synthetic sources need no corpus."""
-    d = c.data
-    if d.source == "markov":
-        return markov_data(d.seq_len)
-    if d.source in RECALL:
-        return recall_data(d.source, d.seq_len)
-    return load_text(d.source, d.tokenizer, d.vocab, d.seq_len, d.val_fraction, d.split_seed)
+from fdp.step import TrainStep
 
 
 class Arm:
-    """Everything needed to train one variant with one seed on one mesh."""
+    """One experiment of a study with one seed. All seeds of an arm share `program`."""
 
-    def __init__(self, name: str, c: ml_collections.ConfigDict, data: TextData, mesh: Mesh):
-        tokenizer = data.tokenizer
-        if tokenizer.vocab_size > c.model.vocab:
-            raise ValueError(
-                f"model.vocab = {c.model.vocab} embedding rows cannot hold {tokenizer.vocab_size} "
-                "token ids "
-                f"(mask included): set model.vocab={-(-tokenizer.vocab_size // 8) * 8}"
-            )
-        self.name, self.c, self.data, self.mesh = name, c, data, mesh
-        self.objective = objectives.from_config(c, tokenizer.n_data, tokenizer.eos_id)
-        # The same architecture for every objective; only the attention mask follows from what the
-        # objective may see.
-        self.model = transformer.from_config(c, self.objective.attention, self.objective.block)
-        self.program = Program(c, self.model, self.objective, mesh)
-        self.state: TrainState | None = None
-        self._train: Any = None
-        self._eval: Any = None
+    def __init__(self, name: str, experiment: Experiment, program: TrainStep):
+        self.name, self.experiment, self.program = name, experiment, program
+        self.seed = experiment.fit.seed
+        self._state: TrainState | None = None  # on the host
+
+    @classmethod
+    def of(cls, name: str, experiment: Experiment, mesh: Any) -> "Arm":
+        """With a program of its own."""
+        return cls(name, experiment, TrainStep(experiment, mesh))
+
+    def with_seed(self, seed: int) -> "Arm":
+        """The same arm for another seed: the same compiled programs."""
+        fit = replace(self.experiment.fit, seed=seed)
+        return Arm(self.name, replace(self.experiment, fit=fit), self.program)
 
     @property
-    def trained(self) -> TrainState:
-        """The state after training. Raises RuntimeError before `loop.fit` has run."""
-        if self.state is None:
-            raise RuntimeError(f"arm {self.label} has not been trained: call fdp.loop.fit first")
-        return self.state
+    def mesh(self) -> Any:
+        """Where its programs run."""
+        return self.program.mesh
+
+    @property
+    def data(self) -> Data:
+        """What it trains on."""
+        return self.experiment.data
+
+    @property
+    def model(self) -> Any:
+        """The pure module."""
+        return self.experiment.model
+
+    @property
+    def objective(self) -> Any:
+        """The loss."""
+        return self.experiment.objective
 
     @property
     def label(self) -> str:
         """Arm and seed, the name of its checkpoint folder."""
-        return f"{self.name}-s{self.c.seeds[0]}"
+        return f"{self.name}-s{self.seed}"
+
+    @property
+    def trained(self) -> TrainState:
+        """The state after training, placed on the mesh by every call: hold it only while it is
+        used. Raises RuntimeError before `loop.fit` has run.
+        """
+        return jax.device_put(self.trained_on_host, self.program.specs.state_shardings())
+
+    @property
+    def trained_on_host(self) -> TrainState:
+        """The state after training as NumPy arrays. Raises RuntimeError before `loop.fit`."""
+        if self._state is None:
+            raise RuntimeError(f"arm {self.label} has not been trained: call fdp.loop.fit first")
+        return self._state
+
+    def keep(self, state: TrainState) -> None:
+        """Copy `state` to the host: the next arm needs the devices."""
+        self._state = jax.tree.map(_host, state)
 
     def head_rows(self) -> int:
-        """Rows of the whole mesh on which one train step runs the head."""
-        mesh = self.c.mesh
-        return self.program.head_rows() * mesh.dp * mesh.ep * mesh.cp * self.c.train.microbatches
+        """Rows of the whole mesh on which one train step runs the model's outputs."""
+        d = self.experiment.degrees
+        ways = d["dp"] * d["ep"] * d["cp"] * self.experiment.grads.microbatches
+        return self.program.head_rows() * ways
 
-    def step_flops(self) -> int:
-        """Model FLOPs of one train step on the whole mesh (convention: fdp.cost.flops)."""
-        return flops.train_step(self.c, self.head_rows())
+    def step_flops(self) -> int | None:
+        """Model FLOPs of one train step on the whole mesh (convention: fdp.cost.flops); None for a
+        model that does not state its shape."""
+        if not hasattr(self.model, "shape"):
+            return None
+        return flops.train_step(self.experiment, self.head_rows())
 
-    def place(self, tokens_BxL: np.ndarray) -> jax.Array:
-        """A host batch onto the mesh, sequences over (dp, ep) and positions over cp."""
-        return jax.device_put(tokens_BxL, tokens_sharding(self.mesh))
-
-    def abstract_step_arguments(self) -> tuple[Any, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of the train step's arguments."""
-        shape = (self.c.train.batch, self.c.data.seq_len)
-        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=tokens_sharding(self.mesh))
-        return self.program.layout.abstract_state(), tokens
+    def place(self, batch: Any) -> Any:
+        """A host batch onto the mesh, as its dims are named."""
+        return jax.device_put(batch, self.program.batch_shardings())
 
     def init(self) -> TrainState:
         """A fresh training state."""
-        return self.program.init(self.c.seeds[0])
+        return self.program.init(self.seed)
 
     def train_function(self) -> Any:
-        """The train step compiled for this mesh, once: (state, tokens_BxL) → (state, metrics)."""
-        if self._train is None:
-            self._train = (
-                self.program.jit_train_step().lower(*self.abstract_step_arguments()).compile()
-            )
-        return self._train
+        """The train step compiled for this mesh, once: (state, batch) → (state, metrics)."""
+        return self.program.compiled_train_step()
 
     def eval_function(self) -> Any:
-        """The evaluation step: (params, tokens_BxL, batch index) → mean loss."""
-        if self._eval is None:
-            self._eval = jax.jit(self.program.eval_step)
-        return self._eval
+        """The evaluation step: (variables, batch, batch index) → (summed loss, count)."""
+        return self.program.jit_eval_step()
+
+
+def _host(x: Any) -> Any:
+    """A copy that shares no memory with the device; a key stays what it is."""
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return x
+    return np.array(x)

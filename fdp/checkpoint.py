@@ -3,6 +3,7 @@ and its config.
 """
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import json
@@ -12,7 +13,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def topology(state: Any) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one arm and seed: directory/<step>, the newest `keep` of them.
 
-    A state is a pytree of jax.Arrays (bf16, integers and typed PRNG keys included). On disk it has
+    A state is a dataclass of pytrees of jax.Arrays (bf16, integers and typed PRNG keys included). On disk it has
     no mesh: restoring reads, on every process, only the shards that the target shardings ask for.
     """
 
@@ -171,7 +172,7 @@ class Checkpoints:
         CheckpointError if that one failed, if this one cannot start, or if the step is already
         complete."""
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(_fields(state)),
             meta=ocp.args.JsonSave(
                 json.loads(json.dumps({"topology": topology(state)} | dict(meta)))
             ),
@@ -252,10 +253,13 @@ class Checkpoints:
         for step in sorted(set(self._manager.all_steps()) - self._damaged):
             yield step, self._read(step, abstract_state)[0]
 
-    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    def restore(
+        self, abstract_state: Any, initial: Callable[[], Any] | None = None
+    ) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, meta) of the newest readable checkpoint, or None where there is none.
 
-        `abstract_state`: ShapeDtypeStructs with the shardings of the target mesh. An unreadable
+        `abstract_state`: ShapeDtypeStructs with the shardings of the target mesh. What an older
+        checkpoint does not hold, such as model state that was added since, is that of `initial()`. An unreadable
         checkpoint is named in a warning and the previous one is tried. Raises CheckpointError when
         there are checkpoints and none is readable."""
         steps = sorted(self._manager.all_steps(), reverse=True)
@@ -268,7 +272,7 @@ class Checkpoints:
         reasons = []
         for step in steps:
             try:
-                state, meta = self._read(step, abstract_state)
+                state, meta = self._read(step, abstract_state, initial)
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # the machine failed, not the checkpoint
             except Exception as error:
@@ -293,13 +297,29 @@ class Checkpoints:
             )
         return None
 
-    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
-        )
+    def _read(
+        self, step: int, abstract_state: Any, initial: Callable[[], Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        wanted = _fields(abstract_state)
         with _without_stray_tracebacks():
+            held = self._manager.item_metadata(step).state
+            absent = set() if held is None or initial is None else wanted.keys() - set(held)
+            read = {name: part for name, part in wanted.items() if name not in absent}
+            args = ocp.args.Composite(
+                state=ocp.args.StandardRestore(read), meta=ocp.args.JsonRestore()
+            )
             found = self._manager.restore(step, args=args)
-        return found.state, found.meta
+        fields = dict(found.state)
+        if absent and initial is not None:
+            fresh = _fields(initial())
+            fields |= {name: fresh[name] for name in absent}
+        return dataclasses.replace(abstract_state, **fields), found.meta
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    """The fields of a state (a dataclass) that hold arrays, by name."""
+    parts = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
 def _differences(

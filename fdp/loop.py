@@ -1,5 +1,5 @@
-"""The training loop of one arm. Fixed order: evaluate → save → next batch → step → log (metrics one
-step late).
+"""The training loop of one arm. Fixed order: evaluate → hooks → save → next batch → step → log
+(metrics one step late).
 """
 
 import math
@@ -14,9 +14,9 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.checkpoint import Checkpoints
-from fdp.config import flatten
 from fdp.cost.hardware import detect
 from fdp.data.batches import Prefetcher, batch, eval_batches
+from fdp.hooks import Hook, HookError
 from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
 from fdp.state import TrainState
 
@@ -60,10 +60,10 @@ class _Log:
 
     def __init__(self, arm: Arm, writer: MetricsWriter, progress: Progress, skipped: int):
         self.arm, self.writer, self.progress = arm, writer, progress
+        self.fit = arm.experiment.fit
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self.window = (time.perf_counter(), -1)
-        c = arm.c
-        self.tokens, self.flops = c.train.batch * c.data.seq_len, arm.step_flops()
+        self.tokens, self.flops = self.fit.batch * (arm.data.seq_len or 1), arm.step_flops()
         chip = detect(jax.devices()[0])
         self.peak = chip.peak_bf16_flops * arm.mesh.size if chip else None
         self.skipped = skipped
@@ -80,151 +80,178 @@ class _Log:
             return
         step, metrics = self.pending
         self.pending = None
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values = {k: v if v.ndim else float(v) for k, v in jax.device_get(metrics).items()}
         if values["skipped"] > self.skipped:
             self._non_finite(step, values)
         self.progress.update(step + 1, loss=values["loss"])
-        every = self.arm.c.log.every
-        if (step + 1) % every == 0 or step + 1 == self.arm.c.train.steps:
+        every = self.fit.log_every
+        if (step + 1) % every == 0 or step + 1 == self.fit.steps:
             now, (then, last) = time.perf_counter(), self.window
-            speed = throughput(
-                self.tokens, (now - then) / max(step - last, 1), self.flops, self.peak
-            )
+            seconds = (now - then) / max(step - last, 1)
+            speed = throughput(self.tokens, seconds, self.flops, self.peak)
             self.writer.write(step + 1, values | speed)
             self.window = (now, step)
 
-    def _non_finite(self, step: int, values: dict[str, float]) -> None:
+    def _non_finite(self, step: int, values: dict[str, Any]) -> None:
         self.skipped = int(values["skipped"])
-        row = {
-            "loss": values["loss"],
-            "grad_norm": values["grad_norm"],
-            "skipped": values["skipped"],
-        }
+        row = {name: values[name] for name in ("loss", "grad_norm", "skipped")}
         self.writer.write(step + 1, row)
-        if self.arm.c.train.nan == "stop":
+        if self.fit.nan == "stop":
             raise FloatingPointError(
                 f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; "
-                "the parameters were "
-                f"left as they were. Lower train.lr ({self.arm.c.train.lr}), raise train.warmup, "
-                "or set "
-                "train.nan=skip to drop such steps"
+                "the parameters were left as they were. Lower train.lr, raise train.warmup, or set "
+                "train.nan=skip to drop such steps; a batch whose weights are all 0 has no loss"
             )
 
 
 def evaluate(arm: Arm, state: TrainState) -> float:
-    """Mean validation loss in nats per token over the first eval.batches batches, under fixed
-    noise.
-    """
-    step = arm.eval_function()
-    losses = []
-    for i, tokens_BxL in enumerate(
-        eval_batches(arm.data.val, arm.c.train.batch, arm.c.eval.batches)
-    ):
-        losses.append(step(state.params, arm.place(tokens_BxL), np.int32(i)))
-        jax.block_until_ready(
-            losses[-1]
-        )  # bounds the queue of multi-device programs on virtual devices
-    return float(np.mean([float(x) for x in losses]))
+    """Mean validation loss over the first eval.batches batches, under fixed noise: Σ loss / Σ
+    count, in nats per token for tokens."""
+    step, fit, variables = arm.eval_function(), arm.experiment.fit, state.variables
+    sums = []
+    for i, host in enumerate(eval_batches(arm.data.val, fit.batch, fit.eval_batches)):
+        sums.append(step(variables, arm.place(host), np.int32(i)))
+        # Bounds the queue of multi-device programs on virtual devices.
+        jax.block_until_ready(sums[-1])
+    return sum(float(total) for total, _ in sums) / sum(float(count) for _, count in sums)
 
 
 def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState]:
     """The newest readable checkpoint on this mesh, whatever mesh wrote it, or a fresh state."""
-    found = checkpoints.restore(arm.program.layout.abstract_state())
+    found = checkpoints.restore(arm.program.specs.abstract_state(), arm.init)
     if found is None:
         return 0, arm.init()
     step, state, _ = found
     return step, state
 
 
-def _meta(arm: Arm) -> dict[str, Any]:
-    return {
-        "config": flatten(arm.c),
-        "mesh": dict(arm.mesh.shape),
-        "devices": str(arm.mesh.devices.flat[0].device_kind),
-    }
+def fit(arm: Arm, workdir: Path) -> None:
+    """Train `arm` to its last step, resuming from the workdir; the final state is kept on the host.
 
-
-def fit(arm: Arm, workdir: Path) -> TrainState:
-    """Train `arm` to train.steps, resuming from the workdir; returns the final state (also stored
-    as arm.state).
-
-    Raises Stopped after a signal, FloatingPointError on a non-finite loss, CheckpointError when
-    saving fails."""
-    c = arm.c
-    started = time.perf_counter()
-    checkpoints = Checkpoints(workdir / "checkpoints" / arm.label, keep=c.checkpoint.keep)
-    writer = MetricsWriter(workdir, arm.name, c.seeds[0])
-    with (
-        StopSignal() as stop
-    ):  # from here on: compiling can take minutes, and a signal then must not kill
-        try:
-            start, state = restore_or_init(arm, checkpoints)
-            writer.resume(start)
-            if start:
-                print(f"{arm.label}: resumed at step {start} of {c.train.steps}")
-            if start < c.train.steps:
-                _catch_up(arm, state, start, writer)
-                state = _run(arm, state, start, checkpoints, writer, started, stop)
-            arm.state = state
-        finally:
-            writer.close()
-            checkpoints.close()
-        if stop.requested:
-            raise Stopped(c.train.steps)
-    return state
-
-
-def _catch_up(arm: Arm, state: TrainState, start: int, writer: MetricsWriter) -> None:
-    """Evaluate at `start` where that was due: a signal saves the state of any step, before its
-    evaluation.
+    Raises Stopped after a signal, FloatingPointError on a non-finite loss, HookError for a hook
+    that fails, CheckpointError when saving fails.
     """
-    every, me = arm.c.eval.every, (arm.name, arm.c.seeds[0], start)
-    if start and every and start % every == 0:
-        rows = read_metrics(writer.workdir)
-        if not any((r["arm"], r["seed"], r["step"]) == me and "val_loss" in r for r in rows):
-            writer.write(start, {"val_loss": evaluate(arm, state)})
+    run = _Run(arm, workdir)
+    with StopSignal() as stop:  # from here on: compiling can take minutes, and a signal then must
+        # not kill
+        try:
+            state = run.train(stop)
+            arm.keep(state)
+        finally:
+            run.close()
+        if stop.requested:
+            raise Stopped(arm.experiment.fit.steps)
 
 
-def _run(
-    arm: Arm,
-    state: TrainState,
-    start: int,
-    checkpoints: Checkpoints,
-    writer: MetricsWriter,
-    started: float,
-    stop: StopSignal,
-) -> TrainState:
-    c, total = arm.c, arm.c.train.steps
-    train_step = arm.train_function()
-    draw = lambda step: batch(arm.data.train, step, c.train.batch, c.seeds[0])
-    progress = Progress(total, start, arm.label)
-    log = _Log(arm, writer, progress, int(state.skipped))
-    due = lambda step, every: every > 0 and step % every == 0 and step > start
-    with Prefetcher(draw, arm.place, start) as batches, progress:
-        for step in range(start, total):
-            if due(step, c.eval.every) or due(step, c.checkpoint.every):
-                # a checkpoint of step t promises the rows up to t; both wait for the device anyway
-                log.flush()
-            if due(step, c.eval.every):
-                writer.write(step, {"val_loss": evaluate(arm, state)})
-            if due(step, c.checkpoint.every):
-                checkpoints.save(step, state, _meta(arm))
-            state, metrics = train_step(state, next(batches))
-            if step == start:
-                jax.block_until_ready(metrics)
-                progress.note(f"first step after {time.perf_counter() - started:.1f} s")
-                log.window = (time.perf_counter(), step)
-            log.push(step, metrics)
-            if stop.requested and step + 1 < total:
-                log.flush()
-                checkpoints.save(step + 1, state, _meta(arm))
-                checkpoints.wait()
-                raise Stopped(step + 1)
-        log.flush()
-        val_loss = evaluate(arm, state)
-        writer.write(total, {"val_loss": val_loss})
-        checkpoints.save(total, state, _meta(arm))  # last: a run found complete has all its rows
-        progress.note(
-            f"validation loss {val_loss:.4f} nats/token ({val_loss / math.log(2):.3f} bits)"
-        )
-    return state
+class _Run:
+    """Training of one arm, from the state that the workdir holds to the last step."""
+
+    def __init__(self, arm: Arm, workdir: Path):
+        self.arm, self.fit, self.started = arm, arm.experiment.fit, time.perf_counter()
+        folder = workdir / "checkpoints" / arm.label
+        self.checkpoints = Checkpoints(folder, keep=self.fit.keep)
+        self.writer = MetricsWriter(workdir, arm.name, arm.seed)
+        self.start = 0
+
+    def close(self) -> None:
+        """Finish writing."""
+        self.writer.close()
+        self.checkpoints.close()
+
+    def train(self, stop: StopSignal) -> TrainState:
+        """The state after the last step."""
+        self.start, state = restore_or_init(self.arm, self.checkpoints)
+        self.writer.resume(self.start)
+        if self.start:
+            print(f"{self.arm.label}: resumed at step {self.start} of {self.fit.steps}")
+        if self.start < self.fit.steps:
+            self._catch_up(state)
+            state = self._steps(state, stop)
+        return state
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0 and step > self.start
+
+    def _catch_up(self, state: TrainState) -> None:
+        """Evaluate and run hooks at the start where that was due: a signal saves the state of any
+        step, before its evaluation."""
+        step, every = self.start, self.fit.eval_every
+        if step and every and step % every == 0 and not self._has_row(step, "val_loss"):
+            self.writer.write(step, {"val_loss": evaluate(self.arm, state)})
+        for hook in self.arm.experiment.hooks:
+            if step and step % hook.every == 0 and not self._has_row(step, f"hook/{hook.name}"):
+                self._run_hook(hook, step, state)
+
+    def _has_row(self, step: int, name: str) -> bool:
+        me = (self.arm.name, self.arm.seed, step)
+        rows = read_metrics(self.writer.workdir)
+        return any((r["arm"], r["seed"], r["step"]) == me and name in r for r in rows)
+
+    def _run_hook(self, hook: Hook, step: int, state: TrainState) -> None:
+        try:
+            found = hook.run(self.arm, step, state)
+            self.writer.write(step, {f"hook/{hook.name}": 1} | dict(found))
+        except Exception as error:
+            self._save(step, state)
+            self.checkpoints.wait()
+            raise HookError(
+                f"hook {hook.name!r} at step {step}: {type(error).__name__}: {error}; the state of "
+                f"step {step} is saved"
+            ) from error
+
+    def _save(self, step: int, state: TrainState) -> None:
+        meta = {"mesh": dict(self.arm.mesh.shape), "fit": vars(self.fit)}
+        meta["devices"] = str(self.arm.mesh.devices.flat[0].device_kind)
+        self.checkpoints.save(step, state, meta)
+
+    def _between_steps(self, step: int, state: TrainState, log: _Log) -> None:
+        """What is due before step number `step`."""
+        hooks = [h for h in self.arm.experiment.hooks if self._due(step, h.every)]
+        evaluates = self._due(step, self.fit.eval_every)
+        saves = self._due(step, self.fit.checkpoint_every)
+        if evaluates or saves or hooks:
+            # A checkpoint of step t promises the rows up to t; all wait for the device anyway.
+            log.flush()
+        if evaluates:
+            self.writer.write(step, {"val_loss": evaluate(self.arm, state)})
+        for hook in hooks:
+            self._run_hook(hook, step, state)
+        if saves:
+            self._save(step, state)
+
+    def _steps(self, state: TrainState, stop: StopSignal) -> TrainState:
+        arm, fit, total = self.arm, self.fit, self.fit.steps
+        train_step = arm.train_function()
+        progress = Progress(total, self.start, arm.label)
+        log = _Log(arm, self.writer, progress, int(state.skipped))
+
+        def draw(step: int) -> Any:
+            return batch(arm.data.train, step, fit.batch, fit.seed)
+
+        with Prefetcher(draw, arm.place, self.start) as batches, progress:
+            for step in range(self.start, total):
+                self._between_steps(step, state, log)
+                state, metrics = train_step(state, next(batches))
+                if step == self.start:
+                    jax.block_until_ready(metrics)
+                    seconds = time.perf_counter() - self.started
+                    progress.note(f"first step after {seconds:.1f} s")
+                    log.window = (time.perf_counter(), step)
+                log.push(step, metrics)
+                if stop.requested and step + 1 < total:
+                    log.flush()
+                    self._save(step + 1, state)
+                    self.checkpoints.wait()
+                    raise Stopped(step + 1)
+            log.flush()
+            self._finish(state, progress)
+        return state
+
+    def _finish(self, state: TrainState, progress: Progress) -> None:
+        total, loss = self.fit.steps, evaluate(self.arm, state)
+        self.writer.write(total, {"val_loss": loss})
+        for hook in self.arm.experiment.hooks:
+            self._run_hook(hook, total, state)
+        self._save(total, state)  # last: a run found complete has all its rows
+        unit = f" nats/token ({loss / math.log(2):.3f} bits)" if self.arm.data.seq_len else ""
+        progress.note(f"validation loss {loss:.4f}{unit}")

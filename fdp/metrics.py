@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 _TAGS = ("arm", "seed", "step")
@@ -31,10 +32,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         tmp.unlink(missing_ok=True)
 
 
-def _plain(value: Any) -> int | float | str:
-    """A number as valid JSON, which knows neither NaN nor infinities: those become "nan", "inf" and
-    "-inf".
+class ImpossibleSpeed(RuntimeError):
+    """A step took less time than its FLOPs can take on these chips."""
+
+
+def _plain(value: Any) -> Any:
+    """A number, or an array as nested lists, as valid JSON, which knows neither NaN nor infinities:
+    those become "nan", "inf" and "-inf".
     """
+    if getattr(value, "ndim", 0):
+        return [_plain(x) for x in value]
     if isinstance(value, int):
         return value
     number = float(value)
@@ -60,10 +67,15 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
     Raises ValueError naming the line when a line other than a half-written last one is not JSON.
     """
-    return [
-        {k: float(v) if k != "arm" and v in ("nan", "inf", "-inf") else v for k, v in row.items()}
-        for row in _lines(Path(workdir) / "metrics.jsonl")
-    ]
+    rows = _lines(Path(workdir) / "metrics.jsonl")
+    return [{k: v if k == "arm" else _number(v) for k, v in row.items()} for row in rows]
+
+
+def _number(value: Any) -> Any:
+    """The reverse of `_plain`; arrays stay lists."""
+    if isinstance(value, list):
+        return [_number(x) for x in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 class MetricsWriter:
@@ -78,6 +90,7 @@ class MetricsWriter:
         self.path = self.workdir / "metrics.jsonl"
         self._events: Any = None
         self._purge_step: int | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._drop_half_line()
 
@@ -90,14 +103,16 @@ class MetricsWriter:
                 os.truncate(self.path, end)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one row; `metrics` are scalars, non-finite ones are kept. Raises ValueError on a
-        reserved name.
+        """Append one row; `metrics` are numbers and arrays, non-finite ones are kept. Raises
+        ValueError on a reserved name, and on an array whose shape has changed.
         """
         for name in _TAGS:
             if name in metrics:
                 raise ValueError(
                     f"metric name {name!r} is reserved for the tags of a row: rename the metric"
                 )
+        for name, value in metrics.items():
+            self._check_shape(name, tuple(getattr(value, "shape", ())))
         values = {name: _plain(value) for name, value in metrics.items()}
         row = {"arm": self.arm, "seed": self.seed, "step": int(step)} | values
         with open(
@@ -105,8 +120,19 @@ class MetricsWriter:
         ) as file:  # opened per row: resume() may have replaced the file
             file.write((json.dumps(row) + "\n").encode())
         events = self._event_writer()
-        for name, value in values.items():
-            events.add_scalar(name, float(value), step)
+        for name, value in metrics.items():
+            if getattr(value, "ndim", 0):
+                events.add_histogram(name, np.asarray(value, np.float32), step)
+            else:
+                events.add_scalar(name, float(value), step)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        before = self._shapes.setdefault(name, shape)
+        if before != shape:
+            raise ValueError(
+                f"metric {name!r} has shape {shape} and had {before}: a metric keeps its shape; use "
+                "another name"
+            )
 
     def _event_writer(self) -> Any:
         if self._events is None:
@@ -216,14 +242,27 @@ class Progress:
 
 
 def throughput(
-    tokens_per_step: int, seconds: float, flops_per_step: float, peak_flops: float | None
+    tokens_per_step: int,
+    seconds: float,
+    flops_per_step: float | None,
+    peak_flops: float | None,
 ) -> dict[str, float]:
     """tokens_per_s of a step that took `seconds`, and mfu = FLOP/s over the peak of all devices
-    where that is known.
+    where both are known.
 
-    `peak_flops` is None for a device without a published peak: a utilisation is then not reported,
-    never made up."""
+    A utilisation that is not known is not reported, never made up. Raises ImpossibleSpeed for one
+    above 1: then FLOPs, clock or peak are wrong, or work is silently left out.
+    """
     if seconds <= 0:
         raise ValueError(f"seconds per step = {seconds} must be positive")
     speed = {"tokens_per_s": tokens_per_step / seconds}
-    return speed if peak_flops is None else speed | {"mfu": flops_per_step / seconds / peak_flops}
+    if flops_per_step is None or peak_flops is None:
+        return speed
+    mfu = flops_per_step / seconds / peak_flops
+    if mfu > 1:
+        raise ImpossibleSpeed(
+            f"MFU = FLOPs / seconds / peak = {flops_per_step:.4g} / {seconds:.4g} / "
+            f"{peak_flops:.4g} = {100 * mfu:.0f} % cannot be: the program leaves work out (run "
+            "python -m fdp.audit on this config) or the chip's peak is another"
+        )
+    return speed | {"mfu": mfu}

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from fdp import config as fdp_config
 from fdp import loop, sharding
-from fdp.arm import Arm, load_data
+from fdp.arm import Arm
 from fdp.checkpoint import CheckpointError, bind_workdir
 from fdp.data.batches import default_cache_dir, eval_batches
+from fdp.hooks import HookError
 from fdp.mesh import degrees_equation, is_virtual, make_mesh
+from fdp.metrics import ImpossibleSpeed
 
 
 @dataclasses.dataclass
@@ -46,25 +48,25 @@ def use_compilation_cache() -> None:
 
 def banner(arm: Arm) -> str:
     """Devices, mesh, parameters, batch equation and corpus."""
-    c, mesh, data = arm.c, arm.mesh, arm.data
+    e, mesh, data = arm.experiment, arm.mesh, arm.data
     devices = list(mesh.devices.flat)
-    kind = (
-        "virtual CPU devices (their wall time says nothing about parallel speed)"
-        if is_virtual(devices)
-        else "devices"
-    )
-    count = sum(x.size for x in jax.tree.leaves(arm.program.layout.shapes))
-    per_device = c.train.batch // (c.mesh.dp * c.mesh.ep * c.train.microbatches)
+    virtual = "virtual CPU devices (their wall time says nothing about parallel speed)"
+    kind = virtual if is_virtual(devices) else "devices"
+    count = sum(x.size for x in jax.tree.leaves(arm.program.specs.shapes))
+    ways, micro = e.degrees["dp"] * e.degrees["ep"], e.grads.microbatches
+    tokens = f", of {data.seq_len} tokens" if data.seq_len else ""
+    unit, many = ("sequences", "windows") if data.seq_len else ("examples", "examples")
+    shape = getattr(e.model, "shape", None)
+    dtype = f", {shape.dtype} compute" if shape is not None else ""
     return "\n".join(
         (
             f"devices   {len(devices)} {kind}, {devices[0].device_kind}",
-            f"mesh      {degrees_equation(c.mesh)}, ZeRO-{c.train.zero}",
-            f"model     {count:,} parameters, {c.model.dtype} compute",
-            f"batch     {c.train.batch} sequences = dp·ep {c.mesh.dp * c.mesh.ep} × microbatches "
-            f"{c.train.microbatches}"
-            f" × {per_device}, of {c.data.seq_len} tokens",
+            f"mesh      {degrees_equation(e.degrees)}, ZeRO-{e.zero}",
+            f"model     {count:,} parameters{dtype}",
+            f"batch     {e.fit.batch} {unit} = dp·ep {ways} × microbatches {micro} × "
+            f"{e.fit.batch // (ways * micro)}{tokens}",
             f"corpus    {data.name} (sha256 {data.sha256[:12]}, {data.licence}), "
-            f"{len(data.train):,} train and {len(data.val):,} validation windows",
+            f"{len(data.train):,} train and {len(data.val):,} validation {many}",
         )
     )
 
@@ -74,21 +76,14 @@ def build_arms(
 ) -> dict[str, list[Arm]]:
     """Every arm of the study for every seed, built but not trained."""
     arms: dict[str, list[Arm]] = {}
-    for name, c in study.arms(config).items():
-        fdp_config.validate(c)
-        for seed in config.seeds:
-            one = c.copy_and_resolve_references()
-            one.seeds = (seed,)
-            # An arm may ask for a mesh of its own, such as the one that a planner found for it.
-            arm = Arm(
-                name, one, load_data(one), mesh if one.mesh == config.mesh else make_mesh(one.mesh)
-            )
-            for windows in (
-                arm.data.train,
-                arm.data.val,
-            ):  # too small a split shows now, not after training
-                next(eval_batches(windows, one.train.batch, 1))
-            arms.setdefault(name, []).append(arm)
+    for name, experiment in study.arms(config).items():
+        # An arm may ask for a mesh of its own, such as the one that a planner found for it.
+        same = dict(experiment.degrees) == dict(config.mesh)
+        arm = Arm.of(name, experiment, mesh if same else make_mesh(experiment.degrees))
+        for split in (arm.data.train, arm.data.val):
+            # Too small a split shows now, not after training.
+            next(eval_batches(split, experiment.fit.batch, 1))
+        arms[name] = [arm.with_seed(seed) for seed in config.seeds]
     return arms
 
 
@@ -118,7 +113,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
             if i == 0:
                 print(banner(arm))
                 (workdir / "sharding.txt").write_text(
-                    sharding.report(arm.program.layout.shapes, arm.program.layout.stored, mesh)
+                    sharding.report(arm.program.specs.shapes, arm.program.specs.stored, mesh)
                     + "\n"
                 )
             loop.fit(arm, workdir)
@@ -127,7 +122,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
         return
     except CheckpointError as error:
         raise fdp_config.UserError(str(error)) from error
-    except FloatingPointError as error:
+    except (FloatingPointError, HookError, ImpossibleSpeed) as error:
         raise fdp_config.UserError(
             f"{error}\nThe last checkpoint is intact in {workdir}/checkpoints"
         ) from error

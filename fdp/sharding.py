@@ -1,38 +1,54 @@
-"""Where every parameter lives: PartitionSpecs from the model's metadata, ZeRO storage over dp, and
-a report of both.
+"""Where every array lives: PartitionSpecs from metadata and named dims, ZeRO storage over dp, and a
+report of both.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from tabulate import tabulate
 
 from fdp.collectives import all_gather, vary
-from fdp.mesh import AXES, DATA_AXES, AnyMesh, expand
+from fdp.mesh import AXES, BATCH_AXES, DATA_AXES, AnyMesh, expand
+from fdp.models.module import spec_leaf
 
 P = PartitionSpec
-LAYERS = "layers"  # the stacked part of the parameter tree: leaves are [n_layers, …]
+DIMS = {"batch": BATCH_AXES, "sequence": "cp", None: None}  # mesh axes of a named dim
 
 
-def abstract_params(model: nn.Module, seq_len: int) -> tuple[Any, Any]:
-    """(ShapeDtypeStructs, PartitionSpecs) of the parameters at their global shapes; nothing is
-    computed.
+def batch_specs(batch: Any, dims: Any) -> Any:
+    """PartitionSpecs of a tree whose dims are named by a tree above it: a tuple of names speaks for
+    every array below. Raises ValueError for a name or a key that is not known.
     """
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0), seq_len, unbox=False))
-    return nn.meta.unbox(boxed), nn.get_partition_spec(boxed)
+    if isinstance(dims, Mapping):
+        if unknown := batch.keys() - dims.keys():
+            raise ValueError(
+                f"dims of {sorted(unknown)} are not named: {dict(dims)} names {sorted(dims)}"
+            )
+        return {name: batch_specs(part, dims[name]) for name, part in batch.items()}
+    if unknown := set(dims) - DIMS.keys():
+        raise ValueError(f"dims {sorted(unknown)} are unknown: batch, sequence or None")
+    return jax.tree.map(lambda _: P(*(DIMS[d] for d in dims)), batch)
 
 
-def init_params(model: nn.Module, key: jax.Array, seq_len: int, unbox: bool = True) -> Any:
-    """Parameters at their global shapes, equal on every mesh; jit with out_shardings so that no
-    replica is made.
-    """
-    boxed = model.init(key, jnp.zeros((1, seq_len), jnp.int32), jnp.zeros((1,)))["params"]
-    return nn.meta.unbox(boxed) if unbox else boxed
+def check_dims(batch: Any, dims: Any, degrees: Mapping[str, int]) -> None:
+    """Raises ValueError, with equation, values and fix, unless the degrees divide every named dim of
+    an abstract batch."""
+    specs = jax.tree.leaves(batch_specs(batch, dims), is_leaf=spec_leaf)
+    for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(batch), specs, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if x.ndim != len(spec):
+            raise ValueError(f"{name} has {x.ndim} dims {x.shape}, but {len(spec)} are named: {spec}")
+        for n, entry in zip(x.shape, spec, strict=True):
+            axes = (entry,) if isinstance(entry, str) else entry or ()
+            ways = math.prod(degrees[a] for a in axes)
+            if n % ways:
+                raise ValueError(
+                    f"{name} {x.shape}: {n} is not divisible by {'·'.join(axes)} = {ways}: choose "
+                    f"{-(-n // ways) * ways}, or other degrees of {' and '.join(axes)}"
+                )
 
 
 def zero_dim(shape: tuple[int, ...], spec: PartitionSpec, dp: int) -> int | None:
@@ -61,63 +77,58 @@ def stored_specs(shapes: Any, specs: Any, zero: int, dp: int) -> Any:
     return jax.tree.map(one, shapes, specs)
 
 
-def _gather_tree(params: Any, specs: Any, drop: int = 0) -> Any:
-    """All-gather every leaf over dp along the dim its stored spec names, first `drop` dims already
-    sliced away.
-    """
-
-    def one(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-        dims = [d for d, entry in enumerate(spec) if entry == "dp"]
-        return all_gather(x, "dp", dim=dims[0] - drop) if dims else x
-
-    return jax.tree.map(one, params, specs)
+def _gathered(x: jax.Array, spec: PartitionSpec, drop: int = 0) -> jax.Array:
+    """All-gather over dp along the dim that the stored spec names, first `drop` dims sliced away."""
+    dims = [d for d, entry in enumerate(spec) if entry == "dp"]
+    return all_gather(x, "dp", dim=dims[0] - drop) if dims else x
 
 
-def materialise(stored: Any, specs: Any, zero: int) -> Any:
+def gather(stored: Any, specs: Any, metas: Any, zero: int) -> Any:
     """Inside shard_map: stored parameters → the ones the model computes with.
 
     Marking them as varying first puts the gradient reduction in float32, once a step, outside every
-    scan; the transpose of the gather is the reduce-scatter. ZeRO-3 leaves the stacked layers to
-    `layer_gather`."""
+    scan; the transpose of the gather is the reduce-scatter. ZeRO-3 leaves stacked layers to
+    `LayerGather`.
+    """
     params = vary(stored, DATA_AXES)
-    if zero == 1:
-        return _gather_tree(params, specs)
-    if zero == 3:
-        rest = {k: v for k, v in params.items() if k != LAYERS}
-        return _gather_tree(rest, {k: specs[k] for k in rest}) | {LAYERS: params[LAYERS]}
-    return params
+    if zero == 0:
+        return params
+
+    def one(x: jax.Array, spec: PartitionSpec, meta: Any) -> jax.Array:
+        return x if zero == 3 and meta.stacked else _gathered(x, spec)
+
+    return jax.tree.map(one, params, specs, metas)
 
 
-def layer_gather(specs: Any, zero: int) -> Callable[[Any], Any] | None:
-    """For ZeRO-3, the function that gathers one layer's parameters; None otherwise.
+class LayerGather:
+    """For ZeRO-3: by the name of a stack, the function that gathers the parameters of one period.
 
-    Inside the layer scan the stacked dim is gone, hence drop=1; Linen hands over {"params": one
-    layer}."""
-    if zero != 3:
-        return None
-    return lambda variables: {"params": _gather_tree(variables["params"], specs[LAYERS], drop=1)}
+    Inside the scan the stacked dim is gone, hence drop=1.
+    """
+
+    def __init__(self, specs: Any):
+        self.specs = specs
+
+    def __call__(self, stack: str) -> Callable[[Any], Any]:
+        """Parameters of one period, as stored → whole."""
+        return lambda one: jax.tree.map(lambda x, s: _gathered(x, s, 1), one, self.specs[stack])
 
 
 def shardings(mesh: AnyMesh, specs: Any) -> Any:
     """NamedShardings of a tree of PartitionSpecs."""
-    return jax.tree.map(
-        lambda s: NamedSharding(mesh, expand(mesh, s)),
-        specs,
-        is_leaf=lambda s: isinstance(s, PartitionSpec),
-    )
+    return jax.tree.map(lambda s: NamedSharding(mesh, expand(mesh, s)), specs, is_leaf=spec_leaf)
 
 
 def bytes_per_device(
     shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh, itemsize: int = 4
 ) -> int:
     """Bytes of one device's shard."""
-    ways = math.prod(
-        mesh.shape[a]
-        for entry in spec
-        if entry
-        for a in ((entry,) if isinstance(entry, str) else entry)
-    )
-    return math.prod(shape) * itemsize // ways
+    return math.prod(shape) * itemsize // math.prod(mesh.shape[a] for a in axes_of(spec))
+
+
+def axes_of(spec: PartitionSpec) -> list[str]:
+    """All axes that a spec names."""
+    return [a for e in spec if e for a in ((e,) if isinstance(e, str) else e)]
 
 
 def report(shapes: Any, specs: Any, mesh: AnyMesh) -> str:
@@ -126,12 +137,8 @@ def report(shapes: Any, specs: Any, mesh: AnyMesh) -> str:
     """
     rows, total = [], 0
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    for (path, leaf), spec in zip(
-        leaves, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)), strict=True
-    ):
-        used = {
-            a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)
-        }
+    for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs, is_leaf=spec_leaf), strict=True):
+        used = axes_of(spec)
         unused = [a for a in AXES if mesh.shape[a] > 1 and a not in used]
         size = bytes_per_device(leaf.shape, spec, mesh)
         total += size

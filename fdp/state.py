@@ -1,23 +1,25 @@
 """Training state: what a step turns into the next one and a checkpoint keeps."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 from jax.sharding import PartitionSpec
 
 from fdp import sharding
 from fdp.mesh import AnyMesh
-from fdp.models.transformer import Transformer
+from fdp.models import module
+
+if TYPE_CHECKING:
+    from fdp.experiment import Experiment
 
 
 @flax.struct.dataclass
 class TrainState:
     """step: int32 count of calls; key: of all noise; params: float32 masters; opt_state: optax;
-    skipped: int32 steps.
+    skipped: int32 steps; model: state without gradient, changed by the experiment's rules.
 
     The key is data, not a constant of the program: every seed runs the same compiled step.
     """
@@ -27,39 +29,30 @@ class TrainState:
     params: Any
     opt_state: Any
     skipped: Any
+    model: Any
+
+    @property
+    def variables(self) -> module.Variables:
+        """What a model is applied with."""
+        return {"params": self.params, "state": self.model}
 
 
-def learning_rate(c: ml_collections.ConfigDict) -> optax.Schedule:
-    """Linear warm-up to train.lr, then cosine to a tenth of it at train.steps."""
-    t = c.train
-    warmup = min(t.warmup, max(t.steps - 1, 0))
-    return optax.warmup_cosine_decay_schedule(
-        0.0, t.lr, warmup, max(t.steps, warmup + 1), t.lr / 10
-    )
+class StateSpecs:
+    """Specs and abstract values of an experiment's state on one mesh.
 
+    `shapes`, `specs` and `metas` of the parameters; `stored`: specs in which they rest (ZeRO).
+    """
 
-def optimizer(c: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """AdamW with global-norm clipping; weight decay on matrices only."""
-    t = c.train
-    return optax.chain(
-        optax.clip_by_global_norm(t.clip),
-        optax.adamw(
-            learning_rate(c),
-            b2=t.beta2,
-            weight_decay=t.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 2, params),
-        ),
-    )
-
-
-class Layout:
-    """Specs and abstract values of one model, optimizer and ZeRO stage on one mesh."""
-
-    def __init__(self, c: ml_collections.ConfigDict, model: Transformer, mesh: AnyMesh):
-        self.mesh, self.zero = mesh, c.train.zero
-        self.shapes, self.specs = sharding.abstract_params(model, c.data.seq_len)
-        self.stored = sharding.stored_specs(self.shapes, self.specs, self.zero, mesh.shape["dp"])
-        self.tx = optimizer(c)
+    def __init__(self, experiment: "Experiment", mesh: AnyMesh):
+        self.mesh, self.zero = mesh, experiment.zero
+        self.example = experiment.noised_example()
+        shapes, specs, metas = module.abstract(experiment.model, self.example)
+        self.shapes, self.specs, self.metas = shapes["params"], specs["params"], metas["params"]
+        self.model_shapes, self.model_specs = shapes["state"], specs["state"]
+        self.aux_specs = specs["aux"]
+        dp = mesh.shape["dp"]
+        self.stored = sharding.stored_specs(self.shapes, self.specs, self.zero, dp)
+        self.tx = experiment.optimizer.build(self.metas)
 
     def state_specs(self) -> TrainState:
         """PartitionSpecs of a TrainState: optimizer moments lie where their parameters lie."""
@@ -71,13 +64,12 @@ class Layout:
             self.stored,
             transform_non_params=lambda _: PartitionSpec(),
         )
-        return TrainState(
-            step=PartitionSpec(),
-            key=PartitionSpec(),
-            params=self.stored,
-            opt_state=opt,
-            skipped=PartitionSpec(),
-        )
+        none = PartitionSpec()
+        return TrainState(none, none, self.stored, opt, none, self.model_specs)
+
+    def variable_specs(self) -> module.Variables:
+        """PartitionSpecs of `TrainState.variables`."""
+        return {"params": self.stored, "state": self.model_specs}
 
     def state_shardings(self) -> TrainState:
         """NamedShardings of a TrainState."""
@@ -87,24 +79,25 @@ class Layout:
         """ShapeDtypeStructs with shardings: the target of a restore and the argument of an
         ahead-of-time compile.
         """
-        state = jax.eval_shape(lambda params: self._build(params, jax.random.key(0)), self.shapes)
+        build = lambda v: self._build(v, jax.random.key(0))
+        state = jax.eval_shape(build, {"params": self.shapes, "state": self.model_shapes})
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             state,
             self.state_shardings(),
         )
 
-    def _build(self, params: Any, key: jax.Array) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(
-            step=zero, key=key, params=params, opt_state=self.tx.init(params), skipped=zero
-        )
+    def _build(self, variables: module.Variables, key: jax.Array) -> TrainState:
+        params, zero = variables["params"], jnp.zeros((), jnp.int32)
+        return TrainState(zero, key, params, self.tx.init(params), zero, variables["state"])
 
-    def init(self, model: Transformer, seed: int, seq_len: int) -> TrainState:
-        """A fresh state, created in place on the mesh: the same values on every mesh."""
+    def init(self, model: module.Module, seed: int) -> TrainState:
+        """A fresh state, created in place on the mesh: the same values on every mesh and for every
+        ZeRO stage."""
 
         def build(key: jax.Array) -> TrainState:
             init_key, noise_key = jax.random.split(key)
-            return self._build(sharding.init_params(model, init_key, seq_len), noise_key)
+            example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.example)
+            return self._build(module.init(model, init_key, example), noise_key)
 
         return jax.jit(build, out_shardings=self.state_shardings())(jax.random.key(seed))

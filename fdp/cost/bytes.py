@@ -7,17 +7,16 @@ drawing of noise are not included. Tests hold these formulas equal to the compil
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any
 
 import jax
-import ml_collections
-from jax.sharding import PartitionSpec
 
 from fdp.cost import context
-from fdp.kernels_pallas.masks import Mask
+from fdp.experiment import Experiment
 from fdp.mesh import AXES, DATA_AXES
+from fdp.models.module import spec_leaf
 from fdp.parallel.context_plan import CommPlan
-from fdp.parallel.layouts import SequenceLayout
+from fdp.sharding import axes_of
+from fdp.step import TrainStep
 
 Traffic = dict[tuple[str, tuple[str, ...]], float]
 
@@ -46,25 +45,23 @@ class _Ledger:
         self.total[op, axes] = self.total.get((op, axes), 0.0) + wire
 
 
-def traffic(c: ml_collections.ConfigDict, shapes: Any, stored: Any, head_rows: int) -> Traffic:
-    """Wire bytes per device of one loss-and-gradient evaluation.
+def traffic(p: TrainStep) -> Traffic:
+    """Wire bytes per device of one loss-and-gradient evaluation of a Transformer.
 
-    `shapes`, `stored`: parameter shapes and stored specs (fdp.state.Layout); `head_rows`: rows per
-    device and microbatch that reach the head. Sources: Shoeybi et al. 2019, Korthikanti et al.
-    2022, Rajbhandari et al. 2020."""
-    ledger = _Ledger(c.mesh)
-    _activations(ledger, c, head_rows)
-    _parameters(ledger, c, shapes, stored)
+    Sources: Shoeybi et al. 2019, Korthikanti et al. 2022, Rajbhandari et al. 2020.
+    """
+    e = p.experiment
+    ledger = _Ledger(e.degrees)
+    _activations(ledger, e, p.head_rows())
+    _parameters(ledger, p)
     ledger.add(REDUCE, ("pp", *DATA_AXES), 4)  # the loss
     return ledger.total
 
 
-def _activations(ledger: _Ledger, c: ml_collections.ConfigDict, head_rows: int) -> None:
-    m, t, mesh = c.model, c.train, c.mesh
-    item = 2 if m.dtype == "bfloat16" else 4
-    micro = t.microbatches
-    doubled = 2 if c.objective.name == "block_diffusion" else 1
-    tokens = t.batch // (mesh.dp * mesh.ep * micro) * (doubled * c.data.seq_len // mesh.cp)
+def _activations(ledger: _Ledger, e: Experiment, head_rows: int) -> None:
+    m, d, micro = e.model.shape, e.degrees, e.grads.microbatches
+    item = m.itemsize
+    tokens = e.fit.batch // (d["dp"] * d["ep"] * micro) * (e.input_length // d["cp"])
     hidden = tokens * m.width * item
     # Rematerialised blocks run their forward collectives again, except the last one, whose result
     # nobody reads unless a gate multiplies it.
@@ -72,86 +69,71 @@ def _activations(ledger: _Ledger, c: ml_collections.ConfigDict, head_rows: int) 
     outputs_again = again * (2 if m.time_conditioning else 1)
     sublayers = 2 * m.layers * micro
     if m.sequence_parallel:
-        shard = hidden / mesh.tp
-        ledger.add(
-            SCATTER, ("tp",), shard, micro + sublayers + outputs_again
-        )  # embedding, sublayer outputs
-        ledger.add(
-            GATHER, ("tp",), shard, micro + sublayers + 2 * again
-        )  # sublayer inputs, head input
+        shard = hidden / d["tp"]
+        # embedding, sublayer outputs
+        ledger.add(SCATTER, ("tp",), shard, micro + sublayers + outputs_again)
+        # sublayer inputs, head input
+        ledger.add(GATHER, ("tp",), shard, micro + sublayers + 2 * again)
         ledger.add(GATHER, ("tp",), shard, micro + sublayers)  # transposes of the scatters
         ledger.add(SCATTER, ("tp",), shard, micro + sublayers)  # transposes of the gathers
-        _norm_scales(ledger, c, sequence_parallel=True)
     else:
-        ledger.add(
-            REDUCE, ("tp",), hidden, micro + sublayers + outputs_again
-        )  # embedding, sublayer outputs
+        # embedding, sublayer outputs
+        ledger.add(REDUCE, ("tp",), hidden, micro + sublayers + outputs_again)
         ledger.add(REDUCE, ("tp",), hidden, sublayers)  # gradients of sublayer inputs
-        ledger.add(REDUCE, ("tp",), head_rows * m.width * item, micro)  # gradient of the head input
-        _norm_scales(ledger, c, sequence_parallel=False)
+        ledger.add(REDUCE, ("tp",), head_rows * m.width * item, micro)  # of the head input
+    _norm_scales(ledger, e)
     ledger.add(REDUCE, ("tp",), 4 * head_rows, micro)  # maximum of the logits
     ledger.add(REDUCE, ("tp",), 8 * head_rows, micro)  # sum of exponentials and target logit
-    _context(ledger, c, item, m.layers * micro, again)
+    _context(ledger, e, m.layers * micro, again)
 
 
-def _context(
-    ledger: _Ledger, c: ml_collections.ConfigDict, item: int, times: int, again: int
-) -> None:
+def _context(ledger: _Ledger, e: Experiment, times: int, again: int) -> None:
     """Attention over cp: `times` layers and microbatches, of which `again` run their forward pass
     twice.
     """
-    m, x, mesh = c.model, c.context, c.mesh
-    if mesh.cp == 1:
+    m, d, core, micro = e.model.shape, e.degrees, e.model.core, e.grads.microbatches
+    if d["cp"] == 1:
         return
-    split = mesh.cp if x.plan == "ulysses" else x.head_split
-    layout = SequenceLayout(x.layout, x.stripe if x.layout == "striped" else 1)
-    plan = CommPlan(x.plan, split, layout=layout)
-    batch = c.train.batch // (mesh.dp * mesh.ep * c.train.microbatches)
-    doubled = 2 if c.objective.name == "block_diffusion" else 1
+    batch = e.fit.batch // (d["dp"] * d["ep"] * micro)
+    heads, kv_heads = m.heads // d["tp"], m.kv_heads // d["tp"]
     shape = context.AttentionShape(
-        batch,
-        doubled * c.data.seq_len,
-        m.heads // mesh.tp,
-        m.kv_heads // mesh.tp,
-        m.head_dim,
-        mesh.cp,
-        item,
+        batch, e.input_length, heads, kv_heads, m.head_dim, d["cp"], m.itemsize
     )
-    mask = Mask("causal" if c.objective.name == "autoregressive" else "bidirectional", m.window)
+    plan, mask = core.plan, core.mask
     for op, wire in context.forward_bytes(plan, shape, mask).items():
         ledger.put(op, ("cp",), wire * (times + again))
     for op, wire in context.backward_bytes(plan, shape, mask).items():
         ledger.put(op, ("cp",), wire * times)
-    if plan != CommPlan("all_gather") or m.window:
+    if plan != CommPlan("all_gather") or mask.window:
         for op, wire in context.label_bytes(shape, mask).items():
-            ledger.put(op, ("cp",), wire * c.train.microbatches)
+            ledger.put(op, ("cp",), wire * micro)
 
 
-def _norm_scales(ledger: _Ledger, c: ml_collections.ConfigDict, sequence_parallel: bool) -> None:
+def _norm_scales(ledger: _Ledger, e: Experiment) -> None:
     """Gradients of replicated scales that meet activations which vary over tp."""
-    m, micro = c.model, c.train.microbatches
+    m, micro = e.model.shape, e.grads.microbatches
     if m.qk_norm:
         ledger.add(REDUCE, ("tp",), 4 * m.head_dim, 2 * m.layers * micro)
-    if sequence_parallel:
+    if m.sequence_parallel:
         ledger.add(REDUCE, ("tp",), 4 * m.width, (2 * m.layers + 1) * micro)
         if m.time_conditioning:  # shift, scale and gate of each sublayer, one row a sequence
-            sequences = c.train.batch // (c.mesh.dp * c.mesh.ep * micro)
+            sequences = e.fit.batch // (e.degrees["dp"] * e.degrees["ep"] * micro)
             ledger.add(REDUCE, ("tp",), 4 * sequences * m.width, 3 * 2 * m.layers * micro)
 
 
-def _parameters(ledger: _Ledger, c: ml_collections.ConfigDict, shapes: Any, stored: Any) -> None:
+def _parameters(ledger: _Ledger, p: TrainStep) -> None:
     """Gradient reductions and ZeRO gathers; parameters and their gradients travel in float32."""
-    t = c.train
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    specs = jax.tree.leaves(stored, is_leaf=lambda s: isinstance(s, PartitionSpec))
-    for (path, leaf), spec in zip(leaves, specs, strict=True):
-        used = [e for e in spec if e]
-        shard = 4 * prod(leaf.shape) / prod(c.mesh[a] for a in used)
+    e = p.experiment
+    specs = jax.tree.leaves(p.specs.stored, is_leaf=spec_leaf)
+    metas = jax.tree.leaves(p.specs.metas)
+    for leaf, spec, meta in zip(jax.tree.leaves(p.specs.shapes), specs, metas, strict=True):
+        used = axes_of(spec)
+        shard = 4 * prod(leaf.shape) / prod(e.degrees[a] for a in used)
         ledger.add(REDUCE, [a for a in DATA_AXES if a not in used], shard)
         if "dp" not in used:
             continue
-        per_layer = t.zero == 3 and path[0].key == "layers"
-        backward = t.microbatches if per_layer else 1
-        forward = backward * (2 if per_layer and c.model.remat != "none" else 1)
+        per_layer = e.zero == 3 and meta.stacked
+        backward = e.grads.microbatches if per_layer else 1
+        forward = backward * (2 if per_layer and e.model.shape.remat != "none" else 1)
         ledger.add(GATHER, ("dp",), shard, forward)
         ledger.add(SCATTER, ("dp",), shard, backward)

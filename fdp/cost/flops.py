@@ -4,12 +4,20 @@ Convention, printed with every MFU: matrix products only, 2·m·n·k each; atten
 causal mask is not discounted); the head on the rows it really runs on; backward = every product
 twice; recomputation not counted."""
 
-import ml_collections
+from typing import TYPE_CHECKING
 
-CONVENTION = "model FLOPs: matmuls only, full attention, head on the rows it runs on, backward 2x forward, no recompute"
+from fdp.models.shape import ModelShape
+
+if TYPE_CHECKING:
+    from fdp.experiment import Experiment
+
+CONVENTION = (
+    "model FLOPs: matmuls only, full attention, head on the rows it runs on, backward 2x forward, "
+    "no recompute"
+)
 
 
-def layer_forward(m: ml_collections.ConfigDict, length: int) -> int:
+def layer_forward(m: ModelShape, length: int) -> int:
     """Forward FLOPs of one block on one sequence of `length` positions, without modulation."""
     D, C, H, K, F = m.width, m.head_dim, m.heads, m.kv_heads, m.ffn
     projections = 2 * D * C * (2 * H + 2 * K)  # q, o; k, v
@@ -17,43 +25,45 @@ def layer_forward(m: ml_collections.ConfigDict, length: int) -> int:
     return length * (projections + scores + 6 * D * F)
 
 
-def noise_forward(m: ml_collections.ConfigDict, features: int = 64) -> tuple[int, int]:
+def noise_forward(m: ModelShape, features: int = 64) -> tuple[int, int]:
     """(embedding, modulations) FLOPs of time conditioning on one sequence; (0, 0) without it."""
     if not m.time_conditioning:
         return 0, 0
     return 2 * features * features, m.layers * 2 * 2 * features * 3 * m.width
 
 
-def head_forward(m: ml_collections.ConfigDict, rows: int) -> int:
+def head_forward(m: ModelShape, rows: int) -> int:
     """Forward FLOPs of the vocabulary head on `rows` rows."""
     return 2 * rows * m.width * m.vocab
 
 
-def forward(c: ml_collections.ConfigDict, batch: int, head_rows: int) -> int:
+def forward(e: "Experiment", batch: int, head_rows: int) -> int:
     """Forward FLOPs of `batch` sequences, with the head on `head_rows` rows in all."""
-    length = c.data.seq_len * (2 if c.objective.name == "block_diffusion" else 1)
-    per_sequence = c.model.layers * layer_forward(c.model, length) + sum(noise_forward(c.model))
-    return batch * per_sequence + head_forward(c.model, head_rows)
+    m, length = e.model.shape, e.input_length
+    per_sequence = m.layers * layer_forward(m, length) + sum(noise_forward(m))
+    return batch * per_sequence + head_forward(m, head_rows)
 
 
-def train_step(c: ml_collections.ConfigDict, head_rows: int) -> int:
+def train_step(e: "Experiment", head_rows: int) -> int:
     """FLOPs of one train step on the whole mesh.
 
     Three times the forward, except the noise embedding: its input is data, so one of its backward
-    products is absent."""
-    embedding = c.train.batch * noise_forward(c.model)[0]
-    return 3 * forward(c, c.train.batch, head_rows) - embedding
+    products is absent.
+    """
+    embedding = e.fit.batch * noise_forward(e.model.shape)[0]
+    return 3 * forward(e, e.fit.batch, head_rows) - embedding
 
 
-def parameters(m: ml_collections.ConfigDict, features: int = 64) -> int:
+def parameters(m: ModelShape, features: int = 64) -> int:
     """Parameter count."""
     D, C, H, K = m.width, m.head_dim, m.heads, m.kv_heads
     layer = 2 * D * C * (H + K) + 3 * D * m.ffn + 2 * D + (2 * C if m.qk_norm else 0)
+    if m.bias:
+        layer += C * (H + 2 * K)
     if m.time_conditioning:
         layer += 2 * features * 3 * D
-    return (
-        m.layers * layer + 2 * m.vocab * D + D + (features * features if m.time_conditioning else 0)
-    )
+    tables = (1 if m.tied else 2) * m.vocab * D
+    return m.layers * layer + tables + D + (features * features if m.time_conditioning else 0)
 
 
 def dit_parameters(

@@ -9,10 +9,10 @@ from math import prod
 from typing import Any
 
 import jax
-import ml_collections
-from jax.sharding import PartitionSpec
 
 from fdp.models.attention import LONG
+from fdp.models.module import spec_leaf
+from fdp.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -32,59 +32,52 @@ class Memory:
 
 
 def _local(shapes: Any, specs: Any, degrees: Any) -> int:
-    leaves = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    leaves = jax.tree.leaves(specs, is_leaf=spec_leaf)
     return sum(
         4 * prod(x.shape) // prod(degrees[a] for a in spec if a)
         for x, spec in zip(jax.tree.leaves(shapes), leaves, strict=True)
     )
 
 
-def estimate(
-    c: ml_collections.ConfigDict, shapes: Any, specs: Any, stored: Any, head_rows: int
-) -> Memory:
-    """Memory of one train step; `specs` are the model's, `stored` those at rest, `head_rows` rows
-    the head sees.
-    """
-    held, used = _local(shapes, stored, c.mesh), _local(shapes, specs, c.mesh)
-    layers = _local(shapes["layers"], specs["layers"], c.mesh)
-    if c.train.zero == 0:
+def estimate(p: TrainStep) -> Memory:
+    """Memory of one train step of a Transformer."""
+    e, specs = p.experiment, p.specs
+    held = _local(specs.shapes, specs.stored, e.degrees)
+    used = _local(specs.shapes, specs.specs, e.degrees)
+    layers = _local(specs.shapes["layers"], specs.specs["layers"], e.degrees)
+    if e.zero == 0:
         gathered = held  # the gradients
-    elif c.train.zero == 1:
+    elif e.zero == 1:
         gathered = 2 * used
-    else:  # one layer and its gradient, everything outside the layers, and the scattered gradients
-        gathered = held + 2 * layers // c.model.layers + 2 * (used - layers)
-    return Memory(held, 2 * held, gathered, activations(c, head_rows))
+    else:  # one layer and its gradient, all outside the layers, and the scattered gradients
+        gathered = held + 2 * layers // e.model.shape.layers + 2 * (used - layers)
+    return Memory(held, 2 * held, gathered, activations(p))
 
 
-def activations(c: ml_collections.ConfigDict, head_rows: int) -> int:
+def activations(p: TrainStep) -> int:
     """Bytes of activations at the start of the backward pass, which is their peak (Korthikanti et
     al. 2022, §4).
 
-    Attention probabilities are counted where attention materialises them: in short sequences and
+    Attention probabilities are counted where attention keeps whole scores: in short sequences and
     under masks that more than causality shapes; long ones go block by block."""
-    m, mesh = c.model, c.mesh
-    item = 2 if m.dtype == "bfloat16" else 4
-    doubled = 2 if c.objective.name == "block_diffusion" else 1
-    length = doubled * c.data.seq_len
-    tokens = c.train.batch // (mesh.dp * mesh.ep * c.train.microbatches) * (length // mesh.cp)
+    e = p.experiment
+    m, d, item, length = e.model.shape, e.degrees, e.model.shape.itemsize, e.input_length
+    tokens = e.fit.batch // (d["dp"] * d["ep"] * e.grads.microbatches) * (length // d["cp"])
     hidden = tokens * m.width * item
-    between = hidden // mesh.tp if m.sequence_parallel else hidden
-    heads, kv = m.heads // mesh.tp, m.kv_heads // mesh.tp
-    projections = (
-        tokens * m.head_dim * (2 * heads + kv) * item
-        + 2 * tokens * mesh.cp * kv * m.head_dim * item
-    )
-    planned = c.context.plan != "all_gather" or c.context.layout != "contiguous"
-    blockwise = planned if mesh.cp > 1 else doubled == 1 and length >= LONG
-    scores = (
-        0 if blockwise else heads * tokens * length * (4 + item)
-    )  # float32 logits and the probabilities
-    ffn = 4 * tokens * (m.ffn // mesh.tp) * item  # gate, up, silu(gate), product
+    between = hidden // d["tp"] if m.sequence_parallel else hidden
+    heads, kv = m.heads // d["tp"], m.kv_heads // d["tp"]
+    projections = tokens * m.head_dim * (2 * heads + kv) * item
+    projections += 2 * tokens * d["cp"] * kv * m.head_dim * item
+    plan = e.model.core.plan
+    planned = plan != type(plan)("all_gather")
+    doubled = length != e.data.seq_len
+    blockwise = planned if d["cp"] > 1 else not doubled and length >= LONG
+    scores = 0 if blockwise else heads * tokens * length * (4 + item)  # f32 logits, probabilities
+    ffn = 4 * tokens * (m.ffn // d["tp"]) * item  # gate, up, silu(gate), product
     layer = 2 * between + 2 * hidden + projections + scores + ffn
     products = 2 * between + projections + ffn // 2
     saved = {"none": layer, "dots": between + products, "full": between}[m.remat]
     live = 0 if m.remat == "none" else layer
-    head = head_rows * (
-        m.width * item + 2 * 4 * m.vocab // mesh.tp
-    )  # rows, logits and their gradient
-    return m.layers // mesh.pp * saved + live + hidden + head
+    rows = p.head_rows()
+    head = rows * (m.width * item + 2 * 4 * m.vocab // d["tp"])  # rows, logits and their gradient
+    return m.layers // d["pp"] * saved + live + hidden + head

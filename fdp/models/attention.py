@@ -1,223 +1,210 @@
 """Grouped-query attention: heads over tp, sequence over cp by any plan of `fdp.parallel.context`.
 
-With the collection "kv" mutable, a whole pass leaves its rotated keys and its values there; a pass
-over a few rows (`positions`) then writes those rows' own into it and attends to all of it. Without
-that collection nothing is kept and the program is the plain one.
+Attention projects and rotates; its inner product is a value, `core`: softmax attention under a mask
+by a communication plan (`Softmax`), or what a topic brings.
 
-Legend: B sequences, L local positions (rows of a pass), S all positions, D width, H query heads, K
-key/value heads, C head_dim."""
+Legend: B sequences, L positions (local over cp), S all positions, D width, H query heads, K
+key/value heads, C head_dim.
+"""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from fdp.collectives import all_gather, index, size, vary_like
+from fdp.collectives import all_gather, size, vary, vary_like
 from fdp.kernels_pallas import flash
-from fdp.kernels_pallas.masks import Mask
-from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
-from fdp.objectives.block_diffusion import block_diffusion_mask
-from fdp.parallel import context, layouts
+from fdp.kernels_pallas.masks import Mask, allowed
+from fdp.mesh import BATCH_AXES
+from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, rotary, zeros
+from fdp.models.module import CACHE, Module, compact
+from fdp.models.shape import ModelShape
+from fdp.parallel import context
 from fdp.parallel.context import CommPlan
+from fdp.parallel.layouts import SequenceLayout
 
 Array = jax.Array
-Seen = Array | str | None  # bool [1 or B, 1, L, S]; "causal" for L = S; None = all keys
-CACHE = "kv"  # collection of rotated keys and values: {"k", "v"} of [B, S, K, C] a layer
-# collection of rotated queries and keys: {"q", "k"}, for studies of what is attended to
-PROBE = "probe"
 GATHER = CommPlan("all_gather")
-LONG = (
-    1024  # queries from which on scores are not kept whole; below, XLA's own attention is as fast
-)
-
-# In place of softmax attention: (rotated q_BxLxHxC, rotated k_BxLxKxC, v_BxLxKxC, position_L,
-# choice) → [B, L, H, C], on this device's rows; `choice` is what the caller gave for this layer,
-# such as the number of a plan.
-Mixer = Callable[[Array, Array, Array, Array, Any], Array]
+LONG = 1024  # use the blockwise kernel from this many queries; below it XLA's attention is as fast
 
 
-def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) -> Array | None:
-    """Which keys a query may see, bool [1, 1, L, S]; None = all of them. Indices are global
-    positions in the input.
-    """
-    q, k = q_index_L[:, None], k_index_S[None, :]
-    if kind == "causal":
-        return (k <= q)[None, None]
-    if kind == "block_diffusion":
-        return block_diffusion_mask(q, k, k_index_S.shape[0] // 2, block)[None, None]
-    return None
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Where:
+    """Where the rows of a pass stand, for every layer that mixes positions.
 
-
-def attend(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, mask: Seen) -> Array:
-    """Softmax attention of rotated queries and keys: [B, L, H, C].
-
-    Where no more than causality hides keys, long sequences go to the kernel of the platform: scores
-    are never whole."""
-    if not isinstance(mask, Array) and q_BxLxHxC.shape[1] >= LONG:
-        return flash.attention(
-            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, Mask("bidirectional" if mask is None else mask)
-        )
-    if isinstance(mask, str):
-        return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, is_causal=True)
-    return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=mask)
-
-
-class Attention(nn.Module):
-    """Softmax attention with rotary positions. Heads are split over tp; the output projection is
-    the one reduction.
+    `index`: int [L], or [B, L] for rows of a cache: global place in the model's input, which masks
+    read. `position`: what is rotated, of the same shape. `segment`: document ids [B, L] or None.
+    `given`: data of the whole pass that a topic's layers read.
     """
 
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    kind: str
-    block: int
-    rope_base: float
-    qk_norm: bool
-    dtype: Any
-    sequence_parallel: bool
-    window: int = 0
-    reduction: Reduction | None = None
+    index: Array
+    position: Array
+    segment: Array | None = None
+    given: Any = None
+
+
+class Core(Protocol):
+    """The inner product of attention, a hashable value."""
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """Which positions each device of cp holds."""
+        ...
+
+    def __call__(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v: Array, where: Where, given: Any) -> Array:
+        """Rotated queries and keys and values of this device → [B, L, H, C]. `given`: the layer's
+        input."""
+        ...
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax attention to the keys that `mask` shows, by `plan` over cp."""
+
+    mask: Mask
     plan: CommPlan = GATHER
-    mixer: Mixer | None = None
 
-    @nn.compact
-    def __call__(
-        self, x_BxLxD: Array, positions_BxL: Array | None = None, choice: Any = None
-    ) -> Array:
-        D, C = self.width, self.head_dim
-        H, K = self.heads // size("tp"), self.kv_heads // size("tp")
-        column = partitioned(normal(D**-0.5), None, "tp", None)
-        w_q = self.param("w_q", column, (D, H, C)).astype(self.dtype)
-        w_kv = self.param(
-            "w_kv", partitioned(normal(D**-0.5), None, None, "tp", None), (2, D, K, C)
-        ).astype(self.dtype)
-        row = partitioned(normal((self.heads * C) ** -0.5), "tp", None, None)
-        w_o = self.param("w_o", row, (H, C, D)).astype(self.dtype)
+    @property
+    def layout(self) -> SequenceLayout:
+        """That of the plan."""
+        return self.plan.layout
 
-        x_BxLxD = enter_tp(x_BxLxD, self.sequence_parallel)
+    def __call__(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v: Array, where: Where, given: Any) -> Array:
+        """As `Core`; no input of a layer is read."""
+        segment = where.segment if self.mask.packed else None
+        if (size("cp") == 1 and not self.mask.window) or (size("cp") > 1 and self.plan == GATHER and not self.mask.window):
+            k, v = all_gather(k_BxLxKxC, "cp", dim=1), all_gather(v, "cp", dim=1)
+            if size("cp") == 1 and self.mask.rule is None and not self.mask.packed:
+                if q_BxLxHxC.shape[1] >= LONG:
+                    return flash.attention(q_BxLxHxC, k, v, self.mask)
+                return jax.nn.dot_product_attention(q_BxLxHxC, k, v, is_causal=self.mask.kind == "causal")
+            seen = allowed(self.mask, where.index, jnp.arange(k.shape[1]), *(() if segment is None else (segment, all_gather(segment, "cp", dim=1))))
+            seen = seen.reshape(-1, 1, *seen.shape[-2:])
+            return jax.nn.dot_product_attention(q_BxLxHxC, k, v, mask=None if self.mask.everything else seen)
+        return context.attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, where.index, segment)
+
+    def check(
+        self, shape: ModelShape, batch: int, length: int, degrees: Mapping[str, int]
+    ) -> None:
+        """Raises ValueError, with equation, values and fix, for a plan that `batch` sequences of
+        `length` on a device cannot run."""
+        cp, tp = degrees["cp"], degrees["tp"]
+        if cp == 1 and not self.mask.window:
+            return
+        plan = self.plan if cp > 1 else GATHER
+        heads, kv_heads = shape.heads // tp, shape.kv_heads // tp
+        sizes = {"seq_len": length, "cp": cp, "heads": heads, "kv_heads": kv_heads}
+        context.check(plan, self.mask, **sizes, batch=batch)
+
+    def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
+        """Rows at `index_BxL` against a cache of all positions. Raises ValueError for masks that a
+        cache cannot serve."""
+        if self.mask.packed:
+            raise ValueError(
+                f"no key/value cache for the mask {self.mask}: a row of a cache is one sequence, "
+                "and its rows are positions; use causal or bidirectional attention"
+            )
+        seen_BxLxS = allowed(self.mask, index_BxL, jnp.arange(k_BxSxKxC.shape[1]))
+        return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=seen_BxLxS[:, None])
+
+
+class Attention(Module):
+    """Softmax attention with rotary positions. The output projection holds the one reduction.
+
+    With a cache that is kept, a pass over all rows leaves rotated keys and values there; a pass over
+    rows at given places ([B, L] indices) replaces theirs and attends to all of them.
+    """
+
+    shape: ModelShape
+    core: Core
+    reduction: Reduction | None = None
+
+    @compact
+    def __call__(self, x_BxLxD: Array, where: Where, given: Any = None) -> Array:
+        s, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        D, H, K, C = s.width, s.heads, s.kv_heads, s.head_dim
+        w_q = self.weight("w_q", normal(D**-0.5), (D, H, C), (None, "tp", None)).astype(dtype)
+        w_kv = self.weight("w_kv", normal(D**-0.5), (2, D, K, C), (None, None, "tp", None))
+        w_kv = w_kv.astype(dtype)
+        w_o = self.weight("w_o", normal((H * C) ** -0.5), (H, C, D), ("tp", None, None))
+        w_o = w_o.astype(dtype)
+
+        x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
         q_BxLxHxC = jnp.einsum("bld,dhc->blhc", x_BxLxD, w_q)
         k_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[0])
         v_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[1])
-        if self.qk_norm:
-            q_BxLxHxC, k_BxLxKxC = (
-                RMSNorm(name="q_norm")(q_BxLxHxC),
-                RMSNorm(name="k_norm")(k_BxLxKxC),
-            )
-        if positions_BxL is None and (
-            self.mixer is not None or self.window or self._communicates()
-        ):
-            out_BxLxHxC = self._mix(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, choice)
-            partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
-            return leave_tp(partial_BxLxD, self.sequence_parallel, self.reduction, "attention")
-        if positions_BxL is None:
-            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask = self._whole(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC)
-        else:
-            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask = self._rows(
-                q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, positions_BxL
-            )
-        out_BxLxHxC = attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask)
+        if s.bias:
+            q_BxLxHxC += self.weight("b_q", zeros, (H, C), ("tp", None), decay=False).astype(dtype)
+            b_kv = self.weight("b_kv", zeros, (2, K, C), (None, "tp", None), decay=False)
+            k_BxLxKxC, v_BxLxKxC = k_BxLxKxC + b_kv[0].astype(dtype), v_BxLxKxC + b_kv[1].astype(dtype)
+        if s.qk_norm:
+            q_BxLxHxC = RMSNorm(s.epsilon, name="q_norm")(q_BxLxHxC)
+            k_BxLxKxC = RMSNorm(s.epsilon, name="k_norm")(k_BxLxKxC)
+        turn = lambda x: rotary(x, where.position, s.rope_base, s.rope_scaling)
+        q_BxLxHxC, k_BxLxKxC = turn(q_BxLxHxC), turn(k_BxLxKxC)
+        out_BxLxHxC, attended = self._mix(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, where, given)
         partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
+        return leave_tp(partial_BxLxD, s.sequence_parallel, self.reduction, "attention", attended)
 
-        def weigh(value_BxS: Array) -> Array:
-            values_BxSxKxC = jnp.broadcast_to(value_BxS[..., None, None], (*value_BxS.shape, K, C))
-            values_BxSxKxC = all_gather(values_BxSxKxC.astype(v_BxSxKxC.dtype), "cp", dim=1)
-            return attend(q_BxLxHxC, k_BxSxKxC, values_BxSxKxC, mask)[..., 0].mean(-1)
+    def _mix(self, q: Array, k: Array, v: Array, where: Where, given: Any) -> tuple[Array, Any]:
+        """(out [B, L, H, C], the attention-weighted mean as `Reduction` takes it)."""
+        if self.is_initializing():  # a core has no parameters, and perhaps no input yet
+            return q, None
+        if where.index.ndim == 2:
+            k, v = self._replace_rows(k, v, where.index)
+            mix = lambda v: self.core.rows(q, k, v, where.index)  # type: ignore[attr-defined]
+        else:
+            self.probe("q", q)
+            self.probe("k", k)
+            self._keep(k, v)
+            mix = lambda v: self.core(q, k, v, where, given)
 
-        return leave_tp(partial_BxLxD, self.sequence_parallel, self.reduction, "attention", weigh)
+        def attended(value_BxL: Array) -> Array:
+            spread = jnp.broadcast_to(value_BxL[..., None, None], (*value_BxL.shape, *v.shape[2:]))
+            return mix(spread.astype(v.dtype))[..., 0].mean(-1)
 
-    def _communicates(self) -> bool:
-        """Whether the plan is another than to gather contiguous keys, which needs no more than this
-        file.
-        """
-        return size("cp") > 1 and self.plan != GATHER
+        return mix(v), attended
 
-    def _mix(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, choice: Any) -> Array:
-        """Attention by the plan, or the mixer: [B, L, H, C]. Raises ValueError for block
-        diffusion.
-        """
-        if self.kind == "block_diffusion":
-            raise ValueError(
-                "block diffusion reads [noisy ‖ clean] with a mask of its own: set "
-                "context.plan=all_gather, "
-                "context.layout=contiguous and model.window=0"
-            )
-        position_L = layouts.positions(self.plan.layout, q_BxLxHxC.shape[1])
-        q_BxLxHxC = rotary(q_BxLxHxC, position_L, self.rope_base)
-        k_BxLxKxC = rotary(k_BxLxKxC, position_L, self.rope_base)
-        self.sow(PROBE, "q", q_BxLxHxC)
-        self.sow(PROBE, "k", k_BxLxKxC)
-        if self.mixer is not None and not self.is_initializing():  # parameters need no choice
-            return self.mixer(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, position_L, choice)
-        mask = Mask(self.kind, self.window)
-        return context.attend(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, mask, self.plan, position_L)
-
-    def _whole(
-        self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array
-    ) -> tuple[Array, Array, Array, Seen]:
-        """Rotated queries, rotated keys and values of all positions, and what may be seen; fills a
-        mutable cache.
-        """
-        L = q_BxLxHxC.shape[1]
-        S = L * size("cp")
-        q_index_L = index("cp") * L + jnp.arange(L)
-        # Block diffusion reads [noisy ‖ clean]: both halves carry the same positions.
-        positions_L = q_index_L % (S // 2) if self.kind == "block_diffusion" else q_index_L
-        q_BxLxHxC = rotary(q_BxLxHxC, positions_L, self.rope_base)
-        k_BxSxKxC = all_gather(rotary(k_BxLxKxC, positions_L, self.rope_base), "cp", dim=1)
-        v_BxSxKxC = all_gather(v_BxLxKxC, "cp", dim=1)
-        if self.is_mutable_collection(CACHE) and not self.is_initializing():
+    def _keep(self, k_BxLxKxC: Array, v_BxLxKxC: Array) -> None:
+        if self.is_mutable_collection(CACHE):
             self._check_cache()
-            self.put_variable(CACHE, "k", k_BxSxKxC)
-            self.put_variable(CACHE, "v", v_BxSxKxC)
-        if self.kind == "causal" and size("cp") == 1:
-            return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, "causal"
-        mask = attention_mask(self.kind, q_index_L, jnp.arange(S), self.block)
-        return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask
+            self.cache("k", k_BxLxKxC)
+            self.cache("v", v_BxLxKxC)
 
-    def _rows(
-        self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, positions_BxL: Array
-    ) -> tuple[Array, Array, Array, Seen]:
-        """As `_whole` for rows at `positions_BxL`: their keys and values replace those in the
-        cache.
-        """
+    def _replace_rows(self, k: Array, v: Array, index_BxL: Array) -> tuple[Array, Array]:
+        """Keys and values of the whole cache, with those of these rows replaced."""
         self._check_cache()
-        if not (self.has_variable(CACHE, "k") and self.is_mutable_collection(CACHE)):
-            raise ValueError(
-                "rows at given positions attend to the cache, and there is none that can be "
-                "written: pass "
-                f"{{'params': …, '{CACHE}': cache}} with mutable=['{CACHE}'], the cache from a "
-                "whole pass with "
-                f"mutable=['{CACHE}'] or from fdp.models.transformer.empty_cache"
-            )
-        turn = jax.vmap(rotary, (0, 0, None))
-        q_BxLxHxC = turn(q_BxLxHxC, positions_BxL, self.rope_base)
-        new = {"k": turn(k_BxLxKxC, positions_BxL, self.rope_base), "v": v_BxLxKxC}
-        put = jax.vmap(lambda cache_SxKxC, rows_LxKxC, at_L: cache_SxKxC.at[at_L].set(rows_LxKxC))
-        cache: dict[str, Array] = {}
-        for name, rows_BxLxKxC in new.items():
-            old_BxSxKxC = vary_like(self.get_variable(CACHE, name), rows_BxLxKxC)
-            cache[name] = put(old_BxSxKxC, rows_BxLxKxC, positions_BxL)
-            self.put_variable(CACHE, name, cache[name])
-        if self.kind == "bidirectional":
-            return q_BxLxHxC, cache["k"], cache["v"], None
-        seen_BxLxS = jnp.arange(cache["k"].shape[1]) <= positions_BxL[..., None]
-        return q_BxLxHxC, cache["k"], cache["v"], seen_BxLxS[:, None]
+        put = jax.vmap(lambda all_SxKxC, rows_LxKxC, at_L: all_SxKxC.at[at_L].set(rows_LxKxC))
+        both = []
+        for name, rows in (("k", k), ("v", v)):
+            both.append(put(vary_like(self.cached(name), rows), rows, index_BxL))
+            self.cache(name, both[-1])
+        return both[0], both[1]
 
     def _check_cache(self) -> None:
-        """Raises ValueError where a cache would be wrong or is not there yet."""
+        """Raises ValueError where a cache would be wrong."""
         if size("cp") > 1:
             raise ValueError(
-                "the key/value cache holds whole sequences, S = L·cp = L·1, and cp = "
-                f"{size('cp')}: set mesh.cp=1 and "
-                "give its devices to dp or tp"
+                f"the key/value cache holds whole sequences, S = L·cp = L·1, and cp = {size('cp')}:"
+                " set mesh.cp=1 and give its devices to dp or tp"
             )
-        if self.kind not in ("causal", "bidirectional"):
-            raise ValueError(
-                f"no key/value cache for attention={self.kind!r}: its input is [noisy ‖ clean], "
-                "2·L rows; use "
-                "'causal' or 'bidirectional'"
-            )
+        if not hasattr(self.core, "rows"):
+            raise ValueError(f"{type(self.core).__name__} has no cached decoding: use Softmax")
+
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """Raises ValueError for sizes that the core cannot run on these degrees."""
+        if hasattr(self.core, "check"):
+            self.core.check(self.shape, batch, length, degrees)
+
+    def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
+        """(zeros, PartitionSpecs) of the cache of `batch` sequences before any pass: {"k", "v"} of
+        [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over tp."""
+        s = self.shape
+        shape = (batch, length, s.kv_heads // size("tp"), s.head_dim)
+        zeros = vary(jnp.zeros(shape, jnp.dtype(s.dtype)), (*BATCH_AXES, "tp"))
+        spec = PartitionSpec(BATCH_AXES, None, "tp", None)
+        return {"k": zeros, "v": zeros}, {"k": spec, "v": spec}

@@ -1,187 +1,142 @@
 """One Transformer for every mesh: outside shard_map the single-device reference, inside it the
 sharded program.
 
-Legend: B sequences, L positions (local over cp), R rows of a pass over a few positions, S cached
-positions, D width, V vocabulary and K key/value heads (local over tp), C head_dim."""
+Legend: B sequences, L positions (local over cp), R rows of a pass over a few positions, D width, V
+vocabulary (local over tp).
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import ml_collections
-from jax.sharding import PartitionSpec
 
-from fdp.collectives import all_gather, size, vary
-from fdp.mesh import BATCH_AXES
-from fdp.models.attention import CACHE, GATHER, PROBE, Attention, Mixer
-from fdp.models.layers import (
-    Embedding,
-    Head,
-    Modulation,
-    NoiseEmbedding,
-    Reduction,
-    RMSNorm,
-    SwiGLU,
-)
+from fdp.collectives import all_gather, vary
+from fdp.models.attention import GATHER, Attention, Core, Softmax, Where
+from fdp.models.layers import Embedding, Head, NoiseEmbedding, Reduction, RMSNorm, SwiGLU
+from fdp.models.module import Module
+from fdp.models.shape import ModelShape
+from fdp.models.stack import Block, Layer, Stack, layer
+from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import SequenceLayout
+from fdp.kernels_pallas.masks import Mask
 
 Array = jax.Array
 
-# What the backward pass keeps: everything; only the products with weights; only the block inputs.
-REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
-
-class Block(nn.Module):
-    """Pre-norm residual block; with time conditioning each sublayer is modulated by the noise
-    level.
-
-    `reduction`, where given, replaces the sums over tp of both sublayers and may keep state in a
-    collection of its own."""
-
-    m: ml_collections.FrozenConfigDict
-    attention: str
-    block: int
-    reduction: Reduction | None = None
-    plan: CommPlan = GATHER
-    mixer: Mixer | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BxLxD: Array,
-        noise_BxE: Array | None,
-        positions_BxL: Array | None = None,
-        choice: Any = None,
-    ) -> tuple[Array, None]:
-        m, dtype = self.m, jnp.dtype(self.m.dtype)
-        attention = Attention(
-            m.width,
-            m.heads,
-            m.kv_heads,
-            m.head_dim,
-            self.attention,
-            self.block,
-            m.rope_base,
-            m.qk_norm,
-            dtype,
-            m.sequence_parallel,
-            m.window,
-            self.reduction,
-            self.plan,
-            self.mixer,
-            name="attention",
-        )
-        mlp = SwiGLU(m.width, m.ffn, dtype, m.sequence_parallel, self.reduction, name="mlp")
-        sublayers: Any = {"attention": lambda h: attention(h, positions_BxL, choice), "mlp": mlp}
-        for name, layer in sublayers.items():
-            h_BxLxD = RMSNorm(name=f"{name}_norm")(x_BxLxD)
-            if noise_BxE is None:
-                x_BxLxD = x_BxLxD + layer(h_BxLxD)
-            else:
-                shift, scale, gate = Modulation(m.width, name=f"{name}_modulation")(noise_BxE)
-                h_BxLxD = (h_BxLxD * (1 + scale) + shift).astype(dtype)
-                x_BxLxD = (x_BxLxD + (1 + gate) * layer(h_BxLxD)).astype(dtype)
-        return x_BxLxD, None
-
-
-class Transformer(nn.Module):
+class Transformer(Module):
     """Token ids to vocabulary-parallel logits.
 
-    Attributes: `m`, the frozen `model` section of the config; `attention`, which keys a query sees
-    (causal, bidirectional, block_diffusion); `block`, tokens per block of block diffusion;
-    `gather`, for ZeRO-3, maps the stored parameters of one layer to the whole ones inside the
-    rematerialised scan; `plan`, how attention communicates over cp; `mixer` replaces attention's
-    inner product (`attention.Mixer`)."""
+    `pattern`: the blocks of one period (`fdp.models.stack`). `layout`: which positions each device
+    of cp holds. `position`: rotary positions of indices, by default the indices themselves.
+    `gather`, for ZeRO-3: name of a stack → what gathers the stored parameters of one period.
+    """
 
-    m: ml_collections.FrozenConfigDict
-    attention: str = "bidirectional"
-    block: int = 0
-    gather: Callable[[Any], Any] | None = None
-    plan: CommPlan = GATHER
-    mixer: Mixer | None = None
+    shape: ModelShape
+    pattern: tuple[Layer, ...]
+    layout: layouts.SequenceLayout = layouts.CONTIGUOUS
+    position: Callable[[Array], Array] | None = None
+    gather: Callable[[str], Any] | None = None
+    reduction: Reduction | None = None
 
     def setup(self) -> None:
-        m = self.m
-        dtype = jnp.dtype(m.dtype)
-        self.embed = Embedding(m.vocab, m.width, dtype, m.sequence_parallel)
-        self.norm = RMSNorm()
-        self.head = Head(m.vocab, dtype)
-        if m.time_conditioning:
+        s = self.shape
+        self.embedding = Embedding(s, self.reduction, name="embed")
+        self.norm = RMSNorm(s.epsilon)
+        if not s.tied:
+            self.head = Head(s)
+        if s.time_conditioning:
             self.noise_embedding = NoiseEmbedding()
-        block: Any = Block
-        if self.gather is not None:
-            block = nn.map_variables(block, "params", trans_in_fn=self.gather)
-        if m.remat != "none":
-            block = nn.remat(block, policy=REMAT[m.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, CACHE: 0, PROBE: 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=m.layers // size("pp"),
-            metadata_params={nn.PARTITION_NAME: "pp"},
-        )(m, self.attention, self.block, None, self.plan, self.mixer)
+        gather = None if self.gather is None else self.gather("layers")
+        self.layers = Stack(s, self.pattern).build(gather, "layers")
 
-    def hidden(
-        self,
-        ids_BxL: Array,
-        noise_B: Array,
-        positions_BxL: Array | None = None,
-        choice_N: Any = None,
+    def embed(self, noised: dict[str, Any]) -> Array:
+        """[B, L, D] of noised["inputs"], int32 [B, L]."""
+        # The stacked layers are typed varying over pp.
+        return vary(self.embedding(noised["inputs"]), "pp")
+
+    def stack(
+        self, x_BxLxD: Array, noised: dict[str, Any], inputs_N: Any = None,
+        index_BxR: Array | None = None, given: Any = None,
     ) -> Array:
-        """Final normed activations [B, L, D]; noise_B (any scale) is read only with time
-        conditioning.
+        """This pp shard's layers and the final norm: [B, L, D].
 
-        With the collection "kv" mutable, a whole pass fills the key/value cache. `positions_BxL`
-        (int32, global) makes this a pass over a few rows: they update the cache at their positions
-        and attend to all of it, causally where the model is causal. `choice_N`, a pytree that leads
-        with the layers, goes to the mixer. Raises ValueError without a cache, for cp > 1, and for
-        block diffusion."""
-        noise_BxE = self.noise_embedding(noise_B) if self.m.time_conditioning else None
-        x_BxLxD = vary(self.embed(ids_BxL), "pp")  # the stacked layers are typed varying over pp
-        x_BxLxD, _ = self.layers(x_BxLxD, noise_BxE, positions_BxL, choice_N)
+        Reads noised["noise"], f32 [B] (any scale), with time conditioning, and noised["segments"].
+        `inputs_N`: layer inputs, a pytree that leads with the periods. `index_BxR` makes this a pass
+        over a few rows of a cache. `given`: data of the pass for a topic's layers (`Where`).
+        """
+        s = self.shape
+        noise_BxE = self.noise_embedding(noised["noise"]) if s.time_conditioning else None
+        index = index_BxR
+        if index is None:
+            length = noised["inputs"].shape[1]
+            index = layouts.positions(self.layout, length)
+        position = index if self.position is None else self.position(index)
+        where = Where(index, position, noised.get("segments"), given)
+        x_BxLxD, _ = self.layers(x_BxLxD, (noise_BxE, where), inputs_N)
         x_BxLxD = self.norm(x_BxLxD)
         # Not `enter_tp`: without SP the rows are marked varying in the head, after the caller has
         # selected some.
-        return all_gather(x_BxLxD, "tp", dim=1) if self.m.sequence_parallel else x_BxLxD
+        return all_gather(x_BxLxD, "tp", dim=1) if s.sequence_parallel else x_BxLxD
 
-    def logits(self, x_D: Array) -> Array:
+    def outputs(self, x_D: Array) -> Array:
         """Head on any selection of rows: [..., D] → float32 [..., V/tp]."""
-        return self.head(x_D)
+        return self.embedding.logits(x_D) if self.shape.tied else self.head(x_D)
 
-    def __call__(self, ids_BxL: Array, noise_B: Array) -> Array:
+    def hidden(
+        self, ids_BxL: Array, noise_B: Array, index_BxR: Array | None = None, inputs_N: Any = None,
+        given: Any = None,
+    ) -> Array:
+        """`stack` of `embed` of plain ids, as samplers call it."""
+        noised = {"inputs": ids_BxL, "noise": noise_B}
+        return self.stack(self.embed(noised), noised, inputs_N, index_BxR, given)
+
+    def __call__(self, noised: dict[str, Any]) -> Array:
         """Logits [B, L, V/tp], float32."""
-        return self.logits(self.hidden(ids_BxL, noise_B))
+        return self.outputs(self.stack(self.embed(noised), noised))
+
+    def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
+        """(values, PartitionSpecs) of the cache of `batch` sequences of `length` before any pass.
+
+        A causal model may fill it row by row; a bidirectional one reads all of it, so there a whole
+        pass comes first.
+        """
+        state, specs = Stack(self.shape, self.pattern).decode_state(batch, length)
+        return {"layers": state}, {"layers": specs}
+
+    def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
+        """Raises ValueError for layers that cannot run `batch` sequences a device on `degrees`."""
+        length = noised["inputs"].shape[1]
+        for block in self.pattern:
+            made = block(self.shape, parent=None)
+            if hasattr(made, "check"):
+                made.check(batch, length, degrees)
+
+    @property
+    def core(self) -> Core:
+        """The inner product of the first block. Raises KeyError for other mixing layers."""
+        return dict(dict(self.pattern[0].fields)["mixing"].fields)["core"]
+
+    @property
+    def head_split(self) -> int:
+        """Devices of cp that share out heads or sequences in the first block; 1 for other mixing."""
+        mixing = dict(self.pattern[0].fields).get("mixing")
+        core = dict(mixing.fields).get("core") if isinstance(mixing, Layer) else None
+        plan = getattr(core, "plan", None)
+        return plan.head_split if isinstance(plan, CommPlan) else 1
 
 
-def empty_cache(m: ml_collections.FrozenConfigDict, batch: int, length: int) -> Any:
-    """The key/value cache of `batch` sequences before any pass: zeros [layers, B, S, K/tp, C] in
-    the compute dtype.
-
-    A causal model may fill it row by row; a bidirectional one reads all of it, so there a whole
-    pass comes first."""
-    shape = (m.layers // size("pp"), batch, length, m.kv_heads // size("tp"), m.head_dim)
-    zeros = vary(jnp.zeros(shape, jnp.dtype(m.dtype)), ("pp", *BATCH_AXES, "tp"))
-    return {"layers": {"attention": {"k": zeros, "v": zeros}}}
+def attention_block(core: Core) -> Layer:
+    """The stock block with `core` as its attention's inner product."""
+    return layer(Block, mixing=layer(Attention, core=core), ffn=layer(SwiGLU))
 
 
-def cache_specs() -> Any:
-    """PartitionSpecs of the cache: layers over pp, sequences over (dp, ep), heads over tp."""
-    spec = PartitionSpec("pp", BATCH_AXES, None, "tp", None)
-    return {"layers": {"attention": {"k": spec, "v": spec}}}
+def transformer(
+    shape: ModelShape, mask: Mask, plan: CommPlan = GATHER, position: Any = None
+) -> Transformer:
+    """The stock model: softmax attention under `mask`, by `plan` over cp."""
+    return with_core(Transformer(shape, (), plan.layout, position), Softmax(mask, plan))
 
 
-def from_config(c: ml_collections.ConfigDict, attention: str, block: int = 0) -> Transformer:
-    """The model that config `c` describes, seeing what `attention` allows (the objective
-    decides).
-    """
-    x = c.context
-    layout = SequenceLayout(x.layout, x.stripe if x.layout == "striped" else 1)
-    plan = CommPlan(x.plan, c.mesh.cp if x.plan == "ulysses" else x.head_split, layout=layout)
-    return Transformer(ml_collections.FrozenConfigDict(c.model), attention, block, plan=plan)
+def with_core(model: Transformer, core: Core) -> Transformer:
+    """`model` with another inner product in every layer, and the layout that it reads."""
+    return model.clone(pattern=(attention_block(core),), layout=core.layout)

@@ -1,31 +1,31 @@
 """Losses and noise as pure functions of tokens and logits."""
 
-import ml_collections
+from typing import Any
 
 from fdp.objectives.autoregressive import Autoregressive
-from fdp.objectives.base import Objective
+from fdp.objectives.base import Objective, TokenObjective
 from fdp.objectives.block_diffusion import BlockDiffusion
 from fdp.objectives.mdlm import MDLM
 from fdp.objectives.schedules import schedule
 from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform
 
 
-def from_config(c: ml_collections.ConfigDict, n_ids: int, bos: int) -> Objective:
-    """The objective that config `c` names, for data ids 0..n_ids-1 (id n_ids is the mask) with
-    `bos` as start token.
+def from_section(o: Any, n_ids: int, bos: int) -> TokenObjective:
+    """The objective that a config's `objective` section names, for data ids 0..n_ids-1 (id n_ids is
+    the mask) with `bos` as start token. Raises ValueError for an unknown name.
     """
-    o = c.objective
+    masked = (o.form, schedule(o.schedule), o.antithetic, o.masked_head)
     match o.name:
         case "autoregressive":
             return Autoregressive(n_ids, bos)
         case "mdlm":
-            return MDLM(n_ids, o.form, schedule(o.schedule), o.antithetic)
+            return MDLM(n_ids, *masked)
         case "sedd_absorbing":
-            return SEDDAbsorbing(n_ids, o.form, schedule(o.schedule), o.antithetic)
+            return SEDDAbsorbing(n_ids, *masked)
         case "sedd_uniform":
             return SEDDUniform(n_ids, schedule(o.schedule), o.antithetic)
         case "block_diffusion":
-            return BlockDiffusion(n_ids, o.block, o.form, schedule(o.schedule), o.antithetic)
+            return BlockDiffusion(n_ids, o.block, *masked)
     raise ValueError(f"unknown objective {o.name!r}")
 
 
@@ -36,5 +36,6 @@ __all__ = [
     "Objective",
     "SEDDAbsorbing",
     "SEDDUniform",
-    "from_config",
+    "TokenObjective",
+    "from_section",
 ]

@@ -8,38 +8,34 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from fdp.objectives.base import Batch, Rows
+from fdp.kernels_pallas.masks import Mask
+from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, carried, weighed
 from fdp.parallel.tensor import cross_entropy, suppress
 
 
 @dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(TokenObjective):
     """Causal language modelling. Inputs are the tokens shifted right behind `bos`, so Σ loss is
-    -log p(tokens).
-    """
+    -log p(tokens). Where data tell documents apart, the end of one is the start token of the
+    next."""
 
     n_ids: int
     bos: int
-    attention: str = "causal"
-    block: int = 0
-    sparse_rows: bool = False  # every row carries loss: there is nothing to drop
 
-    def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
-        """Shift; nothing is random and `key` is not used. noise = 0, weights = 1."""
+    def mask(self, length: int) -> Mask:
+        """Keys up to the query."""
+        return Mask("causal")
+
+    def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
+        """Shift; nothing is random and `key` is not used. noise = 0, weights = 1 or the data's."""
         del key
-        tokens_BxL = tokens_BxL.astype(jnp.int32)
+        tokens_BxL = batch["tokens"].astype(jnp.int32)
         inputs_BxL = jnp.roll(tokens_BxL, 1, axis=1).at[:, 0].set(self.bos)
         rows = {"targets": tokens_BxL, "weights": jnp.ones(tokens_BxL.shape, jnp.float32)}
-        return {
-            "inputs": inputs_BxL,
-            "noise": jnp.zeros(tokens_BxL.shape[0], jnp.float32),
-            "rows": rows,
-        }
+        noise_B = jnp.zeros(tokens_BxL.shape[0], jnp.float32)
+        noised = {"inputs": inputs_BxL, "noise": noise_B, "rows": weighed(rows, batch)}
+        return noised | carried(batch)  # type: ignore[return-value]
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """-log p(target) in nats, times the weight: [R..., V/tp] → f32 [R...]."""
         return rows["weights"] * cross_entropy(suppress(logits_RxV, self.n_ids), rows["targets"])
-
-    def capacity(self, batch: int, seq_len: int, shards: int, seq_shards: int = 1) -> int:
-        """Every row of the shard."""
-        return -(-batch // shards) * -(-seq_len // seq_shards)

@@ -1,68 +1,128 @@
-"""What a token objective must offer the train step, and the low-discrepancy strata that they share.
+"""What an objective must offer the train step, what token objectives share, and low-discrepancy
+strata.
 
-Shapes: B sequences, L positions, S model input length (L, or 2L for block diffusion), V vocabulary
-(tp: V/tp columns), R rows (any leading shape), N strata (noise levels drawn for one batch)."""
+Shapes: B sequences, L positions, S model input length (L, or 2L for block diffusion), D width, V
+vocabulary (tp: V/tp columns), R rows (any leading shape), N strata (noise levels of one batch).
+"""
 
 from functools import lru_cache
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdp.kernels_pallas.masks import Mask
+
 # Per-position fields of a batch: "targets" int32 and "weights" f32 always, the rest is the
 # objective's own business.
 Rows = dict[str, jax.Array]
+Batch = dict[str, jax.Array]  # what data yield, by name
 
 
-class Batch(TypedDict):
-    """One corrupted batch, a pytree: inputs int32 [B, S], noise f32 [B], rows of [B, L] arrays."""
+class Noised(TypedDict, total=False):
+    """One corrupted batch of tokens, a pytree: inputs int32 [B, S], noise f32 [B], rows of [B, L]
+    arrays; segments int32 [B, S], document ids, where data have them."""
 
     inputs: jax.Array
     noise: jax.Array
     rows: Rows
+    segments: jax.Array
 
 
-class Objective(Protocol):
-    """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Train on Σ loss / (B·L): every
-    token counts.
+class Objective:
+    """A loss as pure functions of a batch and a model's outputs: minimised is Σ loss / Σ count.
+
+    `dims` names the dims of what `corrupt` returns (`fdp.sharding.batch_specs`).
     """
 
-    @property
-    def n_ids(self) -> int:
-        """Number of data ids; everything from here on must never be predicted."""
-        ...
+    dims: Any = {}
 
-    @property
-    def attention(self) -> str:
-        """Who may attend to whom: "causal", "bidirectional" or "block_diffusion"."""
-        ...
-
-    @property
-    def block(self) -> int:
-        """Block length of block diffusion, 0 elsewhere."""
-        ...
-
-    @property
-    def sparse_rows(self) -> bool:
-        """Whether rows of weight 0 may be dropped before the vocabulary head."""
-        ...
-
-    def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
+    def corrupt(self, key: jax.Array, batch: Batch) -> Any:
         """Draw the noise of one GLOBAL batch: call it outside shard_map, so that every mesh sees
-        the same noise.
-        """
-        ...
+        the same noise."""
+        raise NotImplementedError
 
-    def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
-        """Weighted loss of each row in nats: [R..., V/tp] and rows of shape [R...] → f32 [R...]."""
-        ...
+    def count(self, noised: Any) -> Any:
+        """What the summed loss of a GLOBAL corrupted batch is divided by, an int where it is
+        static."""
+        raise NotImplementedError
 
-    def capacity(self, batch: int, seq_len: int, shards: int, seq_shards: int = 1) -> int:
-        """Static bound on the rows of weight > 0 that one of `shards` x `seq_shards` devices can
-        hold.
-        """
-        ...
+    def rows(self, hidden: jax.Array, noised: Any, capacity: int | None) -> tuple[jax.Array, Any]:
+        """(activations that the model's outputs are needed of, what `loss` reads beside them)."""
+        return hidden, noised["rows"]
+
+    def loss(self, outputs: jax.Array, rows: Any) -> jax.Array:
+        """Summands of the loss, of any shape; in nats for tokens."""
+        raise NotImplementedError
+
+    def capacity(self, batch: int, length: int, shards: int, seq_shards: int = 1) -> int | None:
+        """Static bound on the rows with loss of one of `shards` x `seq_shards` devices; None: all
+        rows go through the model's outputs."""
+        return None
+
+
+class TokenObjective(Objective):
+    """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Every token counts, or as much as
+    its weight where the data weigh tokens."""
+
+    dims = {
+        "inputs": ("batch", "sequence"),
+        "noise": ("batch",),
+        "rows": ("batch", "sequence"),
+        "segments": ("batch", "sequence"),
+    }
+    n_ids: int
+
+    def mask(self, length: int) -> Mask:
+        """Which keys a query may see, of a model whose data are `length` tokens long."""
+        return Mask("bidirectional")
+
+    def position(self, length: int) -> Any:
+        """Rotary positions of the indices of the model's input; None: the indices themselves."""
+        return None
+
+    def count(self, noised: Noised) -> Any:
+        """Tokens, or the sum of their weights where the data weigh them."""
+        rows = noised["rows"]
+        return rows["counted"].sum() if "counted" in rows else rows["targets"].size
+
+    def rows(
+        self, hidden: jax.Array, noised: Noised, capacity: int | None
+    ) -> tuple[jax.Array, Rows]:
+        """The rows that may carry loss, at most `capacity` of them."""
+        rows = noised["rows"]
+        if capacity is not None and capacity < rows["weights"].size:
+            return select_rows(hidden, rows, capacity)
+        return hidden, rows
+
+
+def select_rows(
+    hidden_BxLxD: jax.Array, rows: Rows, capacity: int
+) -> tuple[jax.Array, Rows]:
+    """Gather the ≤ capacity positions whose weight is not 0: [B, L, D] → [capacity, D], rows alike.
+
+    Unused places carry weight 0. The capacity is an exact bound (objective.capacity), so nothing is
+    dropped.
+    """
+    flat = jax.tree.map(lambda x: x.reshape(-1), rows)
+    size = flat["weights"].size
+    (places,) = jnp.nonzero(flat["weights"] > 0, size=capacity, fill_value=size)
+    take = lambda x: jnp.take(x, places, axis=0, mode="fill", fill_value=0)
+    return take(hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])), jax.tree.map(take, flat)
+
+
+def weighed(rows: Rows, batch: Batch) -> Rows:
+    """`rows` with the data's weights of tokens, f32 [B, L], where there are some."""
+    if "weights" not in batch:
+        return rows
+    weights = batch["weights"].astype(jnp.float32)
+    return rows | {"weights": rows["weights"] * weights, "counted": weights}
+
+
+def carried(batch: Batch) -> dict[str, jax.Array]:
+    """What of a batch the model sees uncorrupted: document ids."""
+    return {"segments": batch["segments"]} if "segments" in batch else {}
 
 
 def _bit_reverse(n: int) -> np.ndarray:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.objectives.base import Batch, Rows
+from fdp.kernels_pallas.masks import Mask
+from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, weighed
 from fdp.objectives.mdlm import MDLM, masked_capacity
 from fdp.objectives.schedules import Linear, Schedule
 
@@ -32,7 +33,45 @@ def block_diffusion_mask(q_index: Any, k_index: Any, length: int, block: int) ->
 
 
 @dataclass(frozen=True)
-class BlockDiffusion:
+class BlockDiffusionRule:
+    """`block_diffusion_mask` as a rule of a `Mask`, on indices of [z ‖ x]."""
+
+    length: int
+    block: int
+
+    def __call__(self, q_index: Any, k_index: Any) -> Any:
+        """Whether query q may see key k."""
+        return block_diffusion_mask(q_index, k_index, self.length, self.block)
+
+    def meets(self, q_least: Any, q_most: Any, k_least: Any, k_most: Any) -> Any:
+        """False only where no query of the range sees any key of the range.
+
+        Clean keys are seen by clean queries at or after them and by noisy ones after them; noisy
+        keys by noisy queries of their own block.
+        """
+        L, block = self.length, self.block
+        some_clean_key = k_most >= L
+        first_clean = (k_least >= L) * (k_least - L)
+        within = (q_least >= L) * (q_most - L) + (q_least < L) * (L - 1)  # of a range with clean ones
+        latest = (q_most < L) * q_most + (q_most >= L) * within
+        sees_clean = some_clean_key & (first_clean // block <= latest // block)
+        near = (q_least // block <= k_most // block) & (k_least // block <= q_most // block)
+        return sees_clean | ((q_least < L) & (k_least < L) & near)
+
+
+@dataclass(frozen=True)
+class TwoHalves:
+    """Rotary positions of [z ‖ x]: both halves carry the same ones."""
+
+    length: int
+
+    def __call__(self, index: Any) -> Any:
+        """Position of each index of 2·length."""
+        return index % self.length
+
+
+@dataclass(frozen=True)
+class BlockDiffusion(TokenObjective):
     """BD3-LM NELBO (Arriola et al. 2025): an `MDLM` loss in every block given the clean blocks
     before it.
 
@@ -44,7 +83,6 @@ class BlockDiffusion:
     form: str = "k"
     schedule: Schedule = field(default_factory=Linear)
     antithetic: bool = True
-    attention: str = "block_diffusion"
     sparse_rows: bool = True
 
     def __post_init__(self) -> None:
@@ -55,36 +93,51 @@ class BlockDiffusion:
     @property
     def within(self) -> MDLM:
         """The objective of one block."""
-        return MDLM(self.n_ids, self.form, self.schedule, self.antithetic)
+        return MDLM(self.n_ids, self.form, self.schedule, self.antithetic, self.sparse_rows)
 
-    def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
+    def mask(self, length: int) -> Mask:
+        """What [z ‖ x] may see."""
+        return Mask(rule=BlockDiffusionRule(length, self.block))
+
+    def position(self, length: int) -> TwoHalves:
+        """Both halves are rotated alike."""
+        return TwoHalves(length)
+
+    def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
         """inputs [B, 2L] = [z ‖ x]; rows of [B, L]; noise [B] is the mean level of the sequence's
         blocks.
 
-        Raises ValueError where `block` does not divide L.
+        Raises ValueError where `block` does not divide L, and for documents.
         """
-        batch, length = tokens_BxL.shape
+        tokens_BxL = batch["tokens"]
+        count, length = tokens_BxL.shape
         if length % self.block:
             raise ValueError(f"block length {self.block} does not divide sequence length {length}")
-        blocks = self.within.corrupt(key, tokens_BxL.reshape(-1, self.block))
-        rows = {name: row.reshape(batch, length) for name, row in blocks["rows"].items()}
-        inputs_Bx2L = jnp.concatenate(
-            [blocks["inputs"].reshape(batch, length), rows["targets"]], axis=1
-        )
+        if "segments" in batch:
+            raise ValueError("block diffusion reads [z ‖ x] and no documents: set data.packing=stream")
+        blocks = self.within.corrupt(key, {"tokens": tokens_BxL.reshape(-1, self.block)})
+        rows = {name: row.reshape(count, length) for name, row in blocks["rows"].items()}
+        noisy_BxL = blocks["inputs"].reshape(count, length)
         return {
-            "inputs": inputs_Bx2L,
-            "noise": blocks["noise"].reshape(batch, -1).mean(1),
-            "rows": rows,
+            "inputs": jnp.concatenate([noisy_BxL, rows["targets"]], axis=1),
+            "noise": blocks["noise"].reshape(count, -1).mean(1),
+            "rows": weighed(rows, batch),
         }
+
+    def rows(
+        self, hidden: jax.Array, noised: Noised, capacity: int | None
+    ) -> tuple[jax.Array, Rows]:
+        """Of the noisy half, as `TokenObjective.rows`."""
+        return super().rows(hidden[:, : noised["rows"]["weights"].shape[1]], noised, capacity)
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """w · -log p(target) in nats over the ids 0..n_ids-1: [R..., V/tp] → f32 [R...]."""
         return self.within.loss(logits_RxV, rows)
 
-    def capacity(self, batch: int, seq_len: int, shards: int, seq_shards: int = 1) -> int:
-        """Rows of weight > 0 one device can ever hold, seq_len being L: `masked_capacity` with
-        blocks, else all.
-        """
+    def capacity(self, batch: int, length: int, shards: int, seq_shards: int = 1) -> int | None:
+        """As `MDLM.capacity` with blocks; `length` is L."""
+        if not self.sparse_rows:
+            return None
         if self.form == "k" and self.antithetic:
-            return masked_capacity(batch, seq_len, shards, seq_shards, block=self.block)
-        return -(-batch // shards) * -(-seq_len // seq_shards)
+            return masked_capacity(batch, length, shards, seq_shards, block=self.block)
+        return -(-batch // shards) * -(-length // seq_shards)

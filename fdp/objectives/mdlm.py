@@ -17,7 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.objectives.base import Batch, Rows, shifted_order, stratified_counts, stratified_uniform
+from fdp.objectives.base import (
+    Batch,
+    Noised,
+    Rows,
+    TokenObjective,
+    carried,
+    shifted_order,
+    stratified_counts,
+    stratified_uniform,
+    weighed,
+)
 from fdp.objectives.schedules import Linear, Schedule
 from fdp.parallel.tensor import cross_entropy, suppress
 
@@ -39,7 +49,7 @@ def iid_counts(key: jax.Array, count: int, length: int) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class MDLM:
+class MDLM(TokenObjective):
     """Masked diffusion NELBO (Sahoo et al. 2024; "k" form: Nie et al. 2025).
 
     `antithetic` draws one noise level per stratum of the global batch (fewer than 1/5 of the
@@ -50,8 +60,6 @@ class MDLM:
     form: str = "k"
     schedule: Schedule = field(default_factory=Linear)
     antithetic: bool = True
-    attention: str = "bidirectional"
-    block: int = 0
     sparse_rows: bool = True
 
     def __post_init__(self) -> None:
@@ -74,39 +82,37 @@ class MDLM:
         t = stratified_uniform(key, count) if self.antithetic else jax.random.uniform(key, (count,))
         return self.schedule.mask_prob(t), self.schedule.weight(t)
 
-    def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
-        """Replace tokens by the mask id n_ids. Draw on the global batch; weights are 0 at positions
-        left visible.
-        """
-        batch, length = tokens_BxL.shape
+    def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
+        """Replace tokens by the mask id n_ids; weights are 0 at positions left visible."""
+        tokens_BxL = batch["tokens"].astype(jnp.int32)
+        count, length = tokens_BxL.shape
         key_level, key_mask = jax.random.split(key)
-        noise_B, weight_B = self.levels(key_level, batch, length)
+        noise_B, weight_B = self.levels(key_level, count, length)
         if self.form == "k":
-            masked_BxL = mask_exact_k(
-                key_mask, jnp.round(noise_B * length).astype(jnp.int32), length
-            )
+            counts_B = jnp.round(noise_B * length).astype(jnp.int32)
+            masked_BxL = mask_exact_k(key_mask, counts_B, length)
         else:
             masked_BxL = mask_bernoulli(key_mask, noise_B, length)
-        tokens_BxL = tokens_BxL.astype(jnp.int32)
         # Selecting, not multiplying: at t = 0 the weight is infinite and nothing is masked.
-        rows = {"targets": tokens_BxL, "weights": jnp.where(masked_BxL, weight_B[:, None], 0.0)}
-        return {
-            "inputs": jnp.where(masked_BxL, self.n_ids, tokens_BxL),
-            "noise": noise_B,
-            "rows": rows,
-        }
+        weights_BxL = jnp.where(masked_BxL, weight_B[:, None], 0.0)
+        rows = weighed({"targets": tokens_BxL, "weights": weights_BxL}, batch)
+        inputs_BxL = jnp.where(masked_BxL, self.n_ids, tokens_BxL)
+        noised = {"inputs": inputs_BxL, "noise": noise_B, "rows": rows}
+        return noised | carried(batch)  # type: ignore[return-value]
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """w · -log p(target) in nats over the ids 0..n_ids-1: [R..., V/tp] → f32 [R...]."""
         return rows["weights"] * cross_entropy(suppress(logits_RxV, self.n_ids), rows["targets"])
 
-    def capacity(self, batch: int, seq_len: int, shards: int, seq_shards: int = 1) -> int:
+    def capacity(self, batch: int, length: int, shards: int, seq_shards: int = 1) -> int | None:
         """Rows of weight > 0 one device can ever hold: `masked_capacity` where counts are
-        stratified, else all.
+        stratified, else all. None where `sparse_rows` is off.
         """
+        if not self.sparse_rows:
+            return None
         if self.form == "k" and self.antithetic:
-            return masked_capacity(batch, seq_len, shards, seq_shards)
-        return -(-batch // shards) * -(-seq_len // seq_shards)
+            return masked_capacity(batch, length, shards, seq_shards)
+        return -(-batch // shards) * -(-length // seq_shards)
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import psum
-from fdp.objectives.base import Batch, Rows, stratified_uniform
+from fdp.objectives.base import (
+    Batch,
+    Noised,
+    Rows,
+    TokenObjective,
+    carried,
+    stratified_uniform,
+    weighed,
+)
 from fdp.objectives.mdlm import MDLM
 from fdp.objectives.schedules import Geometric, Schedule
 from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp, vocab_offset
@@ -36,6 +44,10 @@ class SEDDAbsorbing(MDLM):
         )
 
 
+def _uniform(key: jax.Array, n: int) -> jax.Array:
+    return jax.random.uniform(key, (n,))
+
+
 def uniform_ratio(sigma: jax.Array, n_ids: int) -> jax.Array:
     """p(stays)/p(becomes one given other id) = 1 + n_ids/(e^σ - 1) under uniform noise of total
     σ.
@@ -55,7 +67,7 @@ def score_of_mean(logp_RxV: jax.Array, noisy: jax.Array, sigma: jax.Array, n_ids
 
 
 @dataclass(frozen=True)
-class SEDDUniform:
+class SEDDUniform(TokenObjective):
     """Score entropy for uniform noise (Lou et al. 2024 with Q uniform); the logits are the log
     scores.
 
@@ -66,25 +78,17 @@ class SEDDUniform:
     n_ids: int
     schedule: Schedule = field(default_factory=Geometric)
     antithetic: bool = True
-    attention: str = "bidirectional"
-    block: int = 0
-    sparse_rows: bool = False
 
-    def corrupt(self, key: jax.Array, tokens_BxL: jax.Array) -> Batch:
+    def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
         """Replace each token, with probability 1 - e^-σ, by a uniform id (itself included). noise =
         σ(t).
         """
-        batch = tokens_BxL.shape[0]
+        tokens_BxL = batch["tokens"].astype(jnp.int32)
         key_t, key_move, key_id = jax.random.split(key, 3)
-        t_B = (
-            stratified_uniform(key_t, batch)
-            if self.antithetic
-            else jax.random.uniform(key_t, (batch,))
-        )
-        tokens_BxL = tokens_BxL.astype(jnp.int32)
-        moved_BxL = (
-            jax.random.uniform(key_move, tokens_BxL.shape) < self.schedule.mask_prob(t_B)[:, None]
-        )
+        levels = stratified_uniform if self.antithetic else _uniform
+        t_B = levels(key_t, len(tokens_BxL))
+        uniform_BxL = jax.random.uniform(key_move, tokens_BxL.shape)
+        moved_BxL = uniform_BxL < self.schedule.mask_prob(t_B)[:, None]
         ids_BxL = jax.random.randint(key_id, tokens_BxL.shape, 0, self.n_ids, jnp.int32)
         noisy_BxL = jnp.where(moved_BxL, ids_BxL, tokens_BxL)
         sigma_B = self.schedule.sigma(t_B)
@@ -95,7 +99,8 @@ class SEDDUniform:
             "noisy": noisy_BxL,
             "ratio": spread(uniform_ratio(sigma_B, self.n_ids)),
         }
-        return {"inputs": noisy_BxL, "noise": sigma_B, "rows": rows}
+        noised = {"inputs": noisy_BxL, "noise": sigma_B, "rows": weighed(rows, batch)}
+        return noised | carried(batch)  # type: ignore[return-value]
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """σ'/n Σ_{y≠z} [s_y - r_y log s_y + r_y(log r_y - 1)] in nats, r = p(y|x)/p(z|x): [R...,
@@ -122,7 +127,3 @@ class SEDDUniform:
             kept, -(n - 1) / ratio * (jnp.log(ratio) + 1), ratio * (jnp.log(ratio) - 1) - (n - 2)
         )
         return rows["weights"] / n * (score_sum - cross + constant)
-
-    def capacity(self, batch: int, seq_len: int, shards: int, seq_shards: int = 1) -> int:
-        """Every row of the shard."""
-        return -(-batch // shards) * -(-seq_len // seq_shards)

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import vary_like
-from fdp.models.attention import CACHE
-from fdp.models.transformer import Transformer, empty_cache
+from fdp.models import module
+from fdp.models.transformer import Transformer
 from fdp.parallel.tensor import suppress
 from fdp.sampling.masked import choose, initial_state
 from fdp.sampling.noise import categorical, position_keys, uniform
@@ -46,10 +46,9 @@ class BlockDecoder:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.model.attention != "bidirectional":
+        if self.model.core.mask.kind != "bidirectional":
             raise ValueError(
-                "blocks are denoised by a bidirectional model, not "
-                f"attention={self.model.attention!r}"
+                f"blocks are denoised by a bidirectional model, not under {self.model.core.mask}"
             )
         if self.block < 1 or self.per_step < 1:
             raise ValueError(
@@ -80,11 +79,10 @@ class BlockDecoder:
         """One step over all rows: (z after revealing tokens of the block at `start`, the filled
         cache).
         """
-        hidden_BxLxD, kept = self.model.apply(
-            {"params": params}, z_BxL, self._noise(z_BxL), mutable=[CACHE], method="hidden"
-        )
+        args = (self.model, {"params": params}, z_BxL, self._noise(z_BxL))
+        hidden_BxLxD, _, cache = module.run(*args, method="hidden", keep_cache=True)
         rows_BxRxD = jax.lax.dynamic_slice_in_dim(hidden_BxLxD, start, self.block, 1)
-        return self._reveal(params, rows_BxRxD, key, ids_B, z_BxL, step, start), kept[CACHE]
+        return self._reveal(params, rows_BxRxD, key, ids_B, z_BxL, step, start), cache
 
     def reuse(
         self,
@@ -101,15 +99,9 @@ class BlockDecoder:
         """
         rows_BxR = jax.lax.dynamic_slice_in_dim(z_BxL, start, self.block, 1)
         positions_BxR = jnp.broadcast_to(start + jnp.arange(self.block), rows_BxR.shape)
-        rows_BxRxD, kept = self.model.apply(
-            {"params": params, CACHE: cache},
-            rows_BxR,
-            self._noise(z_BxL),
-            positions_BxR,
-            mutable=[CACHE],
-            method="hidden",
-        )
-        return self._reveal(params, rows_BxRxD, key, ids_B, z_BxL, step, start), kept[CACHE]
+        args = (self.model, {"params": params}, rows_BxR, self._noise(z_BxL), positions_BxR)
+        rows_BxRxD, _, cache = module.run(*args, method="hidden", cache=cache)
+        return self._reveal(params, rows_BxRxD, key, ids_B, z_BxL, step, start), cache
 
     def _noise(self, z_BxL: Array) -> Array:
         return (z_BxL == self.n_ids).mean(1)
@@ -124,7 +116,8 @@ class BlockDecoder:
         step: Array,
         start: Array,
     ) -> Array:
-        logits_BxRxV: Any = self.model.apply({"params": params}, rows_BxRxD, method="logits")
+        variables = {"params": params}
+        logits_BxRxV, _, _ = module.run(self.model, variables, rows_BxRxD, method="outputs")
         keys = position_keys(key, ids_B, step, start + jnp.arange(self.block))
         token_BxR = categorical(keys, suppress(logits_BxRxV, self.n_ids), self.temperature)
         rows_BxR = jax.lax.dynamic_slice_in_dim(z_BxL, start, self.block, 1)
@@ -191,6 +184,7 @@ def sample(
         )
         return z_BxL, cache, refreshes + again
 
-    carry = (z_BxL, empty_cache(decoder.model.m, len(ids_B), length), jnp.int32(0))
+    cache, _ = decoder.model.decode_state(len(ids_B), length)
+    carry = (z_BxL, cache, jnp.int32(0))
     z_BxL, _, refreshes = jax.lax.fori_loop(0, total, body, carry)
     return z_BxL, {"refreshes": refreshes, "reuses": total - refreshes}

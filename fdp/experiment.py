@@ -1,0 +1,155 @@
+"""What is trained, as one frozen value. A topic makes such values; nothing below reads a config.
+
+`standard(c)` is the one function that turns the stock sections of a config into an experiment.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import ml_collections
+
+from fdp import config, objectives, optimizer
+from fdp.data.batches import Data, load_text
+from fdp.data.recall import RECALL, recall_data
+from fdp.data.synthetic import markov_data
+from fdp.grads import Grads, plain
+from fdp.hooks import Hook
+from fdp.mesh import AXES
+from fdp.models.module import Module
+from fdp.models.shape import ModelShape
+from fdp.models.transformer import transformer
+from fdp.objectives.base import Objective
+from fdp.optimizer import Optimizer
+from fdp.parallel.context import CommPlan
+from fdp.parallel.layouts import SequenceLayout
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The numbers that the loop reads. `batch`: examples of the whole mesh in a step; evaluation,
+    checkpoints and log rows every so many steps (0: only at the end); `nan`: stop | skip."""
+
+    steps: int
+    batch: int
+    seed: int = 0
+    eval_every: int = 0
+    eval_batches: int = 8
+    checkpoint_every: int = 0
+    keep: int = 3
+    log_every: int = 10
+    nan: str = "stop"
+
+
+# (state without gradient, aux summed over the data axes, step) → the new state
+StateRule = Callable[[Any, Any, jax.Array], Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that one arm of a study trains with.
+
+    model: a `Module` with `embed(noised)`, `stack(x, noised, inputs_N)`, `outputs(x)` and
+    `__call__(noised)`; objective: `fdp.objectives.base.Objective`; degrees: of the five axes; zero:
+    0, 1 or 3; grads: how loss and gradients of a step are found; rules change the model's state
+    without gradient after a step, in order; hooks of the loop.
+    """
+
+    model: Module
+    objective: Objective
+    data: Data
+    optimizer: Optimizer
+    degrees: Mapping[str, int]
+    fit: Fit
+    zero: int = 0
+    grads: Grads = plain(1)
+    rules: tuple[StateRule, ...] = ()
+    hooks: tuple[Hook, ...] = ()
+
+    def batch_example(self, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of the data, abstract."""
+        return {
+            name: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+            for name, x in self.data.example().items()
+        }
+
+    def noised_example(self, batch: int = 1) -> Any:
+        """A corrupted batch, abstract."""
+        key = jax.random.key(0)
+        return jax.eval_shape(self.objective.corrupt, key, self.batch_example(batch))
+
+    @property
+    def input_length(self) -> int:
+        """Positions of the model's input: twice the data's for block diffusion."""
+        return self.noised_example()["inputs"].shape[1]
+
+
+def load_data(c: ml_collections.ConfigDict) -> Data:
+    """Corpus, tokenizer and the two splits of config `c`; synthetic sources need no corpus."""
+    d = c.data
+    if d.source == "markov":
+        return markov_data(d.seq_len)
+    if d.source in RECALL:
+        return recall_data(d.source, d.seq_len)
+    return load_text(
+        d.source, d.tokenizer, d.vocab, d.seq_len, d.val_fraction, d.split_seed, packing=d.packing
+    )
+
+
+def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experiment:
+    """The experiment of the stock sections: a Transformer, a token objective, AdamW.
+
+    `data` replaces what the data section names, where a program is built without reading a corpus.
+    Raises ValueError for sizes that do not fit, and those of loading.
+    """
+    config.validate(c)
+    data = load_data(c) if data is None else data
+    shape, t, length = ModelShape.of(c.model), c.train, c.data.seq_len
+    ids = data.tokenizer
+    if ids is None:
+        raise ValueError(f"data {data.name} are no tokens: the stock model reads token ids")
+    if ids.vocab_size > shape.vocab:
+        raise ValueError(
+            f"model.vocab = {shape.vocab} embedding rows cannot hold {ids.vocab_size} token ids "
+            f"(mask included): set model.vocab={-(-ids.vocab_size // 8) * 8}"
+        )
+    objective = objectives.from_section(c.objective, ids.n_data, ids.eos_id)
+    mask = objective.mask(length)
+    mask = type(mask)(mask.kind, c.model.window, "segments" in data.dims, mask.rule)
+    return Experiment(
+        # The same architecture for every objective; what it may see follows from the objective.
+        model=transformer(shape, mask, comm_plan(c), objective.position(length)),
+        objective=objective,
+        data=data,
+        optimizer=optimizer.adamw(
+            optimizer.warmup_cosine(t.lr, t.warmup, t.steps), t.beta2, t.weight_decay, t.clip
+        ),
+        degrees={axis: c.mesh[axis] for axis in AXES},
+        fit=fit_of(c),
+        zero=t.zero,
+        grads=plain(t.microbatches),
+    )
+
+
+def fit_of(c: ml_collections.ConfigDict) -> Fit:
+    """The loop's numbers of a config, for its first seed."""
+    t = c.train
+    return Fit(
+        steps=t.steps,
+        batch=t.batch,
+        seed=c.seeds[0],
+        eval_every=c.eval.every,
+        eval_batches=c.eval.batches,
+        checkpoint_every=c.checkpoint.every,
+        keep=c.checkpoint.keep,
+        log_every=c.log.every,
+        nan=t.nan,
+    )
+
+
+def comm_plan(c: ml_collections.ConfigDict) -> CommPlan:
+    """How attention communicates over cp."""
+    x = c.context
+    layout = SequenceLayout(x.layout, x.stripe if x.layout == "striped" else 1)
+    return CommPlan(x.plan, c.mesh.cp if x.plan == "ulysses" else x.head_split, layout=layout)

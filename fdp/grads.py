@@ -1,0 +1,73 @@
+"""How loss and gradients of one step are found, as a value: `plain` accumulates microbatches.
+
+What a gradient function works on are the stages of a model on one device, so that a pipeline
+schedule, too, is such a value.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from fdp.collectives import vary, vary_like
+
+LOSS_AXES = ("pp", "dp", "ep", "cp")
+Aux = dict[str, Any]
+
+
+class Stages(NamedTuple):
+    """The stages of a model on this device's share of a microbatch, pure in the parameters.
+
+    embed: (params, noised) → (x, aux); stack: (params, x, noised) → (x, aux), this pp shard's
+    layers; score: (params, x, noised) → (this device's part of the mean loss, aux).
+    """
+
+    embed: Callable[[Any, Any], tuple[Any, Aux]]
+    stack: Callable[[Any, Any, Any], tuple[Any, Aux]]
+    score: Callable[[Any, Any, Any], tuple[jax.Array, Aux]]
+
+    def loss(self, params: Any, noised: Any) -> tuple[jax.Array, Aux]:
+        """All stages in a row."""
+        x, aux = self.embed(params, noised)
+        x, of_layers = self.stack(params, x, noised)
+        loss, of_outputs = self.score(params, x, noised)
+        return loss, aux | of_layers | of_outputs
+
+
+class Grads(Protocol):
+    """(stages, parameters, noised batch of this device) → (part of the mean loss, gradients, aux).
+
+    `microbatches`: into how many a device's examples are cut.
+    """
+
+    @property
+    def microbatches(self) -> int: ...
+
+    def __call__(self, stages: Stages, params: Any, noised: Any) -> tuple[jax.Array, Any, Aux]: ...
+
+
+@dataclass(frozen=True)
+class plain:
+    """Forward and backward of one microbatch after the other, gradients and aux added up."""
+
+    microbatches: int = 1
+
+    def __call__(self, stages: Stages, params: Any, noised: Any) -> tuple[jax.Array, Any, Aux]:
+        """As `Grads`."""
+        find = jax.value_and_grad(stages.loss, has_aux=True)
+        m = self.microbatches
+        if m == 1:
+            (loss, aux), grads = find(params, noised)
+            return loss, grads, aux
+        split = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), noised)
+        zeros = jax.tree.map(lambda p: vary_like(jnp.zeros_like(p), p), params)
+        start = (vary(jnp.zeros(()), LOSS_AXES), zeros)
+
+        def body(carry: Any, microbatch: Any) -> tuple[Any, Aux]:
+            (loss, aux), grads = find(params, microbatch)
+            return jax.tree.map(jnp.add, carry, (loss, grads)), aux
+
+        (loss, grads), aux = jax.lax.scan(body, start, split)
+        return loss, grads, jax.tree.map(lambda x: x.sum(0), aux)

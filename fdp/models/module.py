@@ -1,0 +1,227 @@
+"""The fence around Flax: the one file that imports flax.linen.
+
+A module states each parameter by its GLOBAL shape and the mesh axis of every dim; this device's
+share comes back. What an optimizer or ZeRO must know of a parameter travels with it as metadata.
+
+Four collections: "params" are learned; "state" has no gradient and is changed by rules; "aux"
+leaves a pass as metrics; "cache" is the state of decoding. Nothing that a layer hands out is
+dropped silently: `run` returns all of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+
+from fdp.collectives import size
+
+Array = jax.Array
+Axes = tuple[str | None, ...]
+
+compact, broadcast = nn.compact, nn.broadcast
+initializers, silu = nn.initializers, nn.silu
+
+AUX, CACHE, PROBE = "aux", "cache", "probe"
+COLLECTIONS = ("params", "state", AUX, CACHE, PROBE)
+
+
+class _Boxed(nn.Partitioned):
+    """A variable with the mesh axis of every dim, whether weight decay applies, and whether dim 0
+    stacks layers."""
+
+    decay: bool = flax.struct.field(default=False, pytree_node=False)
+    stacked: bool = flax.struct.field(default=False, pytree_node=False)
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        """The value; shardings are stated where a program is jitted, never here."""
+        return self.value
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "_Boxed":
+        """As in Flax, and remember that a dim of layers leads."""
+        return super().add_axis(index, params).replace(stacked=True)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "_Boxed":
+        """As in Flax: one layer of the stack."""
+        return super().remove_axis(index, params).replace(stacked=False)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What is known of a parameter besides shape and spec."""
+
+    decay: bool
+    stacked: bool
+
+
+class Module(nn.Module):
+    """A pure module, written per shard. Outside shard_map, sizes are 1 and shares are the whole."""
+
+    def weight(
+        self, name: str, init: Callable[..., Array], shape: tuple[int, ...], axes: Axes,
+        decay: bool | None = None,
+    ) -> Array:
+        """This device's share of a float32 parameter of GLOBAL `shape`, sharded by `axes`.
+
+        `decay`: whether weight decay applies, by default to matrices. Raises ValueError where axes
+        and dims differ in number or a degree does not divide its dim.
+        """
+        decay = len(shape) > 1 if decay is None else decay
+        boxed = lambda *args: _Boxed(init(*args), axes, decay=decay)
+        return self.param(name, boxed, _share(name, shape, axes))
+
+    def model_state(
+        self, name: str, init: Callable[..., Array], shape: tuple[int, ...], axes: Axes
+    ) -> Array:
+        """This device's share of state without gradient, such as a router's bias; `init(shape)`."""
+        make = lambda: _Boxed(init(_share(name, shape, axes)), axes)
+        return self.variable("state", name, make).value
+
+    def aux(self, name: str, value: Array) -> None:
+        """Hand out a metric: this device's summand, equal over tp; `stack` leads it with layers."""
+        if self.is_mutable_collection(AUX):
+            self.put_variable(AUX, name, _Boxed(value, (None,) * value.ndim))
+
+    def cached(self, name: str) -> Array:
+        """What decoding kept under `name`. Raises ValueError where there is none to be written."""
+        if not (self.has_variable(CACHE, name) and self.is_mutable_collection(CACHE)):
+            raise ValueError(
+                f"no cache holds {name!r}: give `run` the cache of a pass with keep_cache=True or "
+                "of the model's decode_state"
+            )
+        return self.get_variable(CACHE, name)
+
+    def cache(self, name: str, value: Array) -> None:
+        """Keep `value` for the next decoding step; nothing where no cache is kept."""
+        if self.is_mutable_collection(CACHE) and not self.is_initializing():
+            self.put_variable(CACHE, name, value)
+
+    def probe(self, name: str, value: Array) -> None:
+        """Show `value` to `probed`, for studies; nothing elsewhere."""
+        if self.is_mutable_collection(PROBE) and not self.is_initializing():
+            self.put_variable(PROBE, name, value)
+
+
+def _share(name: str, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+    if len(axes) != len(shape):
+        raise ValueError(f"{name}: {len(shape)} dims {shape} but {len(axes)} axes {axes}")
+    for n, axis in zip(shape, axes, strict=True):
+        if axis and n % size(axis):
+            raise ValueError(f"{name}: dim {n} of {shape} is not divisible by {axis}={size(axis)}")
+    return tuple(n // size(axis) if axis else n for n, axis in zip(shape, axes, strict=True))
+
+
+def stack(
+    block: type[Module],
+    periods: int,
+    remat: Callable[..., bool] | None = None,
+    gather: Callable[[Any], Any] | None = None,
+) -> Any:
+    """`block` scanned over `periods` (global; this pp shard runs its share), as a class.
+
+    Its call is `(carry, shared, per_layer) → (carry, None)`: `per_layer` leads with the periods.
+    `remat`: policy of rematerialisation; `gather` maps the stored parameters of one period to
+    whole ones inside the rematerialised scan (ZeRO-3).
+    """
+    made: Any = block
+    if gather is not None:
+        whole = lambda variables: {"params": gather(variables["params"])}
+        made = nn.map_variables(made, "params", trans_in_fn=whole)
+    if remat is not None:
+        made = nn.remat(made, policy=remat, prevent_cse=False)
+    return nn.scan(
+        made,
+        variable_axes=dict.fromkeys(COLLECTIONS, 0),
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        length=periods // size("pp"),
+        metadata_params={nn.PARTITION_NAME: "pp"},
+    )
+
+
+Variables = dict[str, Any]  # {"params": …} and, where the model has some, {"state": …}
+
+
+def init(model: Module, key: Array, *example: Any) -> Variables:
+    """{"params", "state"} at global shapes, equal on every mesh: jit with out_shardings."""
+    variables = nn.meta.unbox(_boxed(model, key, *example))
+    return {name: variables[name] for name in ("params", "state")}
+
+
+def abstract(model: Module, *example: Any) -> tuple[Variables, Variables, Variables]:
+    """(ShapeDtypeStructs, PartitionSpecs, Metas) of {"params", "state", "aux"}; nothing is computed.
+
+    Aux as `run` hands it out; a dim of stacked layers lies over pp.
+    """
+    boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0), *example))
+    metas = jax.tree.map(lambda b: Meta(b.decay, b.stacked), boxed, is_leaf=_is_boxed)
+    return nn.meta.unbox(boxed), nn.get_partition_spec(boxed), metas
+
+
+def _is_boxed(x: Any) -> bool:
+    return isinstance(x, _Boxed)
+
+
+def _boxed(model: Module, key: Array, *example: Any) -> Variables:
+    variables = model.init(key, *example)
+    return {name: variables.get(name, {}) for name in ("params", "state", AUX)}
+
+
+def run(
+    model: Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    method: str | None = None,
+    cache: Any = None,
+    keep_cache: bool = False,
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """(output, aux, cache) of `method`; the cache is {} unless one is given or kept."""
+    out, new = _apply(model, variables, args, method, cache, keep_cache)
+    return out, nn.meta.unbox(new.get(AUX, {})), dict(new.get(CACHE, {}))
+
+
+def probed(
+    model: Module, variables: Mapping[str, Any], *args: Any, method: str | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """(output, what layers showed with `Module.probe`)."""
+    out, new = model.apply(dict(variables), *args, mutable=[PROBE], method=method)
+    return out, dict(new[PROBE])
+
+
+def _apply(
+    model: Module,
+    variables: Mapping[str, Any],
+    args: tuple[Any, ...],
+    method: str | None,
+    cache: Any = None,
+    keep_cache: bool = False,
+) -> tuple[Any, Any]:
+    given = dict(variables) | ({} if cache is None else {CACHE: cache})
+    mutable = [AUX] + ([CACHE] if keep_cache or cache is not None else [])
+    return model.apply(given, *args, mutable=mutable, method=method)
+
+
+def check_leaves(given: Any, expected: Any, what: str = "parameters") -> None:
+    """Raises ValueError naming the leaves that are missing, unknown or of another shape."""
+    named = lambda tree: {
+        "/".join(str(getattr(k, "key", k)) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    have, want = named(given), named(expected)
+    lines = [f"missing: {name} {want[name].shape}" for name in want.keys() - have.keys()]
+    lines += [f"unknown: {name} {have[name].shape}" for name in have.keys() - want.keys()]
+    lines += [
+        f"{name} has shape {have[name].shape}, not {want[name].shape}"
+        for name in have.keys() & want.keys()
+        if have[name].shape != want[name].shape
+    ]
+    if lines:
+        raise ValueError(f"these {what} are not the model's: " + "; ".join(sorted(lines)))
+
+
+def spec_leaf(x: Any) -> bool:
+    """For `jax.tree.map(…, is_leaf=spec_leaf)`: PartitionSpecs are leaves."""
+    return isinstance(x, PartitionSpec)

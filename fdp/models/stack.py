@@ -1,0 +1,161 @@
+"""Stacks of patterns: residual blocks built from values, scanned over their repeats.
+
+A layer is chosen by a value: `layer(Attention, core=…)` says what a block builds, and compares and
+hashes as what it says, so that equal models compile once.
+
+Legend: B sequences, L positions, D width, E noise features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from fdp.collectives import size, vary
+from fdp.models import module
+from fdp.models.attention import Where
+from fdp.models.layers import Modulation, Reduction, RMSNorm
+from fdp.models.module import Module, compact
+from fdp.models.shape import ModelShape
+
+Array = jax.Array
+
+# What the backward pass keeps: only the products with weights; only the block inputs.
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module to be built: `Layer(cls, fields)(shape, name=…)`; make one with `layer`."""
+
+    cls: type[Module]
+    fields: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, shape: ModelShape, **more: Any) -> Any:
+        """The module, for a model of `shape`."""
+        return self.cls(shape=shape, **(dict(self.fields) | more))
+
+
+def layer(cls: type[Module], **fields: Any) -> Layer:
+    """A layer of `cls` with `fields` besides its shape, all of them hashable."""
+    return Layer(cls, tuple(sorted(fields.items())))
+
+
+class Block(Module):
+    """Pre-norm residual block of a layer that mixes positions and one that does not; with time
+    conditioning each is modulated by the noise level.
+
+    A mixing layer is a module `(x, where, layer input) → y`. `reduction` replaces the all-reduce
+    over tp that ends both layers and may keep state in the cache.
+    """
+
+    shape: ModelShape
+    mixing: Layer
+    ffn: Layer
+    reduction: Reduction | None = None
+
+    @compact
+    def __call__(self, x_BxLxD: Array, shared: tuple, given: Any = None) -> tuple[Array, None]:
+        s, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        noise_BxE, where = shared
+        more = {} if self.reduction is None else {"reduction": self.reduction}
+        attention = self.mixing(s, name="attention", **more)
+        ffn = self.ffn(s, name="mlp", **more)
+
+        def mix(h_BxLxD: Array) -> Array:
+            return attention(h_BxLxD, where, given)
+
+        for name, run in (("attention", mix), ("mlp", ffn)):
+            h_BxLxD = RMSNorm(s.epsilon, name=f"{name}_norm")(x_BxLxD)
+            if noise_BxE is None:
+                x_BxLxD = x_BxLxD + run(h_BxLxD)
+            else:
+                modulation = Modulation(s.width, name=f"{name}_modulation")
+                shift, scale, gate = modulation(noise_BxE)
+                h_BxLxD = (h_BxLxD * (1 + scale) + shift).astype(dtype)
+                x_BxLxD = (x_BxLxD + (1 + gate) * run(h_BxLxD)).astype(dtype)
+        return x_BxLxD, None
+
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """Raises ValueError where the mixing layer cannot run these sizes on these degrees."""
+        mixing = self.mixing(self.shape, parent=None)
+        if hasattr(mixing, "check"):
+            mixing.check(batch, length, degrees)
+
+    def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
+        """(values, PartitionSpecs) of the cache of this block before any pass. Raises ValueError
+        for a mixing layer without cached decoding."""
+        mixing = self.mixing(self.shape, parent=None)
+        if not hasattr(mixing, "decode_state"):
+            raise ValueError(f"{type(mixing).__name__} has no cached decoding")
+        state, specs = mixing.decode_state(batch, length)
+        return {"attention": state}, {"attention": specs}
+
+
+class Pattern(Module):
+    """One period of unlike blocks, by name "0", "1", …; each gets its own layer input, if any."""
+
+    shape: ModelShape
+    blocks: tuple[Layer, ...]
+
+    @compact
+    def __call__(self, x_BxLxD: Array, shared: tuple, given: Any = None) -> tuple[Array, None]:
+        for i, block in enumerate(self.blocks):
+            own = None if given is None else given[i]
+            x_BxLxD, _ = block(self.shape, name=str(i))(x_BxLxD, shared, own)
+        return x_BxLxD, None
+
+    def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
+        """(values, PartitionSpecs) of the caches of all blocks."""
+        blocks = [block(self.shape, parent=None) for block in self.blocks]
+        both = {str(i): b.decode_state(batch, length) for i, b in enumerate(blocks)}
+        return {n: s for n, (s, _) in both.items()}, {n: p for n, (_, p) in both.items()}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`pattern` of blocks, repeated until the shape's layers are there.
+
+    A pattern of one block is scanned as it is, so its parameters are [layers, …]; of several, each
+    block's are [layers / len(pattern), …] under its number. Raises ValueError for a pattern that
+    does not divide the layers.
+    """
+
+    shape: ModelShape
+    pattern: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        n, layers = len(self.pattern), self.shape.layers
+        if not n or layers % n:
+            raise ValueError(
+                f"{layers} layers are not whole patterns: layers % blocks of the pattern = "
+                f"{layers} % {n}; set layers={-(-layers // max(n, 1)) * max(n, 1)}"
+            )
+
+    @property
+    def periods(self) -> int:
+        """How often the pattern is repeated."""
+        return self.shape.layers // len(self.pattern)
+
+    def build(self, gather: Any, name: str) -> Any:
+        """The scanned module, called as `(x, (noise, where), layer inputs) → (x, None)`."""
+        remat = REMAT[self.shape.remat] if self.shape.remat != "none" else None
+        one = self._period()
+        scanned = module.stack(one.cls, self.periods, remat, gather)
+        return scanned(shape=self.shape, name=name, **dict(one.fields))
+
+    def _period(self) -> Layer:
+        return self.pattern[0] if len(self.pattern) == 1 else layer(Pattern, blocks=self.pattern)
+
+    def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
+        """(values, PartitionSpecs) of all caches, led by this pp shard's periods."""
+        state, specs = self._period()(self.shape, parent=None).decode_state(batch, length)
+        n = self.periods // size("pp")
+        many = jax.tree.map(lambda x: vary(jnp.broadcast_to(x, (n, *x.shape)), "pp"), state)
+        return many, jax.tree.map(lambda p: PartitionSpec("pp", *p), specs, is_leaf=module.spec_leaf)
