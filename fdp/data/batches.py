@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fdp.data.text import documents_sha256, load_corpus, split_documents
-from fdp.data.tokenizer import Tokenizer, build_tokenizer, write_atomic
+from fdp.data.tokenizer import Tokenizer, build_tokenizer, write_cache
 
 DOCUMENTS_PER_CALL = 1024  # documents tokenised at once: bounds the memory of a large corpus
 
@@ -247,7 +247,7 @@ def _cached_tokens(
         except (ValueError, OSError, EOFError) as error:
             warnings.warn(f"rebuilding the unreadable token cache {path}: {error}", stacklevel=2)
     tokens_T = _tokenise(documents, tokenizer)
-    write_atomic(path, lambda file: np.save(file, tokens_T))
+    write_cache(path, lambda file: np.save(file, tokens_T))
     return tokens_T
 
 
