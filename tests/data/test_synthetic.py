@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from fdp.data.synthetic import EnumerableJoint, MarkovChain, markov_data
-from fdp.objectives.mdlm import nelbo_exact
+from fdp.data.synthetic import MarkovChain, markov_data
+from tests.oracles import EnumerableJoint, nelbo_exact
 
 pytestmark = pytest.mark.fast
 
