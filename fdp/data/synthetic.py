@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.data.batches import TextData, Windows
+from fdp.data.batches import Data, Windows
 from fdp.data.tokenizer import Tokenizer
 
 NEVER = -1e30  # log of an impossible event: finite, so that its product with 0 is 0
@@ -118,7 +118,7 @@ class MarkovChain:
 
 def markov_data(
     seq_len: int, train: int = 65_536, val: int = 2048, chain: MarkovChain | None = None
-) -> TextData:
+) -> Data:
     """Independent sequences of a Markov chain in place of a corpus, one a window: ids 0..n-1 are
     its states.
 
@@ -128,7 +128,7 @@ def markov_data(
     letters = [bytes([ord("a") + i]) for i in range(chain.n - 1)]
     tokenizer = Tokenizer(letters, lambda texts: [_states(text) for text in texts], repr(chain))
     parts = {"train": chain.sample(0, 0, train, seq_len), "val": chain.sample(1, 0, val, seq_len)}
-    return TextData(
+    return Data(
         name=f"Markov chain of {chain.n} states, exact entropy {chain.nll_floor(seq_len):.4f} "
         "nats/token",
         sha256=hashlib.sha256(parts["train"].tobytes() + parts["val"].tobytes()).hexdigest(),
@@ -136,6 +136,7 @@ def markov_data(
         tokenizer=tokenizer,
         train=Windows(parts["train"].reshape(-1), seq_len, "training sequences"),
         val=Windows(parts["val"].reshape(-1), seq_len, "validation sequences"),
+        dims={"tokens": ("batch", "sequence")},
     )
 
 
