@@ -128,7 +128,8 @@ class Windows:
         if self._eos_id is None:
             return {"tokens": tokens_BxL}
         segments_BxL = np.zeros_like(tokens_BxL)
-        np.cumsum(tokens_BxL[:, :-1] == self._eos_id, axis=1, out=segments_BxL[:, 1:])
+        ends_BxL = tokens_BxL[:, :-1] == self._eos_id
+        np.cumsum(ends_BxL, axis=1, dtype=np.int32, out=segments_BxL[:, 1:])
         return {"tokens": tokens_BxL, "segments": segments_BxL}
 
 
