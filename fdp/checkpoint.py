@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from fdp.config import flatten
-from fdp.metrics import write_atomic
+from fdp.files import write_atomic
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # the name suffix under which Orbax writes before it renames
 

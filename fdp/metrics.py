@@ -12,24 +12,9 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from fdp.files import write_atomic
+
 _TAGS = ("arm", "seed", "step")
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` as a whole: a reader, or a start after kill -9, sees the old file or the new
-    one.
-
-    Raises OSError as the system reports it.
-    """
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 class ImpossibleSpeed(RuntimeError):

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from tabulate import tabulate
 
+from fdp.files import write_atomic
 from fdp.mesh import is_virtual
-from fdp.metrics import write_atomic
 
 VERDICTS = ("holds", "fails", "not testable here")
 EVIDENCE = {

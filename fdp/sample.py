@@ -14,7 +14,8 @@ from fdp import sharding
 from fdp.arm import Arm
 from fdp.collectives import shard_map
 from fdp.mesh import AXES, BATCH_AXES
-from fdp.objectives import SEDDUniform
+from fdp.models import module
+from fdp.objectives import Autoregressive, BlockDiffusion, SEDDUniform
 from fdp.sampling import autoregressive
 from fdp.sampling.masked import first_hitting
 from fdp.sampling.score import analytic_uniform
@@ -46,8 +47,8 @@ def draw(arm: Arm, count: int, mesh: Mesh | None = None) -> np.ndarray:
     diffusion), left to right for autoregressive ones, as many analytic steps as positions for
     uniform noise."""
     mesh = generation_mesh(mesh or arm.mesh)
-    specs = arm.program.layout.specs
-    params = jax.device_put(arm.trained.params, sharding.shardings(mesh, specs))
+    specs = arm.program.specs.specs
+    params = jax.device_put(arm.trained_on_host.params, sharding.shardings(mesh, specs))
     ways = mesh.shape["dp"]
 
     sampler = jax.jit(shard_map(_method(arm), mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
@@ -56,40 +57,37 @@ def draw(arm: Arm, count: int, mesh: Mesh | None = None) -> np.ndarray:
 
 def _method(arm: Arm) -> Any:
     """(params, sample_ids_B) → ids_BxL by the sampler that suits the arm's objective."""
-    objective: Any = arm.objective
-    length, model = arm.c.data.seq_len, arm.model
-    key = jax.random.key(arm.c.seeds[0])
+    objective, model, length = arm.objective, arm.model, arm.data.seq_len
+    key = jax.random.key(arm.seed)
+
+    def run(params: Any, *args: Any, method: str) -> Any:
+        return module.run(model, {"params": params}, *args, method=method)[0]
 
     def logits_at(params: Any, ids_BxL: jax.Array, i: jax.Array) -> Any:
-        hidden_BxLxD: Any = model.apply(
-            {"params": params}, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden"
-        )
-        return model.apply({"params": params}, hidden_BxLxD[:, i], method="logits")
+        hidden_BxLxD = run(params, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
+        return run(params, hidden_BxLxD[:, i], method="outputs")
 
-    if objective.attention == "causal":
+    if isinstance(objective, Autoregressive):
         return lambda params, ids: autoregressive.sample(
-            lambda z, i: logits_at(params, z, i),
-            key,
-            ids,
-            length,
-            objective.bos,
+            lambda z, i: logits_at(params, z, i), key, ids, length, objective.bos,
             n_ids=objective.n_ids,
         )[0]
 
     def denoise(params: Any) -> Any:
-        if objective.attention != "block_diffusion":
-            return lambda z, noise_B: model.apply({"params": params}, z, noise_B)
-        # The clean half is the state itself: a block sees only earlier blocks of it, which are
-        # already revealed.
-        whole: Any = lambda z, noise_B: model.apply(
-            {"params": params}, jnp.concatenate([z, z], 1), noise_B
-        )
-        return lambda z, noise_B: whole(z, noise_B)[:, :length]
+        def logits(z_BxL: jax.Array, noise_B: jax.Array) -> Any:
+            if isinstance(objective, BlockDiffusion):
+                # The clean half is the state itself: a block sees only earlier blocks of it, which
+                # are already revealed.
+                z_BxL = jnp.concatenate([z_BxL, z_BxL], 1)
+            hidden = run(params, z_BxL, noise_B, method="hidden")
+            return run(params, hidden[:, :length], method="outputs")
+
+        return logits
 
     options: dict[str, Any] = {"n_ids": objective.n_ids}
     if isinstance(objective, SEDDUniform):
         options |= {"steps": length, "schedule": objective.schedule}
         return lambda params, ids: analytic_uniform(denoise(params), key, ids, length, **options)[0]
-    if objective.attention == "block_diffusion":
+    if isinstance(objective, BlockDiffusion):
         options["block"] = objective.block
     return lambda params, ids: first_hitting(denoise(params), key, ids, length, **options)[0]

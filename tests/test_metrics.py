@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput, write_atomic
+from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
 
 pytestmark = pytest.mark.fast
 
@@ -76,20 +76,6 @@ def test_reserved_names_are_refused_and_no_file_means_no_rows(tmp_path):
     assert read_metrics(tmp_path) == []
     with pytest.raises(ValueError, match="'step' is reserved"):
         MetricsWriter(tmp_path, "a", 0).write(1, {"step": 2})
-
-
-def test_failed_atomic_write_keeps_the_old_file_and_leaves_no_litter(tmp_path, monkeypatch):
-    path = tmp_path / "x"
-    write_atomic(path, "old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("fdp.metrics.os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_progress_off_a_terminal_prints_every_tenth_with_speed_and_time_left():

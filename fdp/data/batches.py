@@ -1,5 +1,8 @@
 """Index-addressed batches: what a step trains on is a pure function of (seed, step).
 
+A batch is a dict of arrays whose dims have names (`Data.dims`): tokens with document segments or
+loss weights, images with labels, pairs. `Examples` are one split of it, addressed by index.
+
 Legend: B batch size, L sequence length (data.seq_len), N windows, T tokens.
 """
 
@@ -8,22 +11,85 @@ import hashlib
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from fdp.config import closest
 from fdp.data.text import documents_sha256, load_corpus, split_documents
-from fdp.data.tokenizer import Tokenizer, build_tokenizer, write_atomic
+from fdp.data.tokenizer import Tokenizer, build_tokenizer, write_cache
 
+if TYPE_CHECKING:  # jax reads its environment when imported, which the caller may still have to set
+    import jax
+
+DIM_NAMES = ("batch", "sequence")
+PACKINGS = ("stream", "documents")  # data.packing
 DOCUMENTS_PER_CALL = 1024  # documents tokenised at once: bounds the memory of a large corpus
+
+Dims = tuple[str | None, ...]  # "batch": over (dp, ep); "sequence": over cp; None: replicated
+Batch = dict[str, np.ndarray]
+
+
+class Examples(Protocol):
+    """Examples of one split, addressed by index."""
+
+    @property
+    def what(self) -> str:
+        """Names the split in errors: "training split of the corpus"."""
+        ...
+
+    @property
+    def fix(self) -> str:
+        """How to get more of it: "use a larger corpus"."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def take(self, indices_B: Sequence[int]) -> Batch:
+        """The examples at these indices, a copy; every field leads with the batch dim."""
+        ...
+
+
+class Arrays:
+    """Examples held in memory: every field leads with the number of examples."""
+
+    def __init__(self, fields: Batch, what: str, fix: str):
+        """Raises ValueError for fields of unlike length."""
+        lengths = {name: len(field) for name, field in fields.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"fields of the {what} must be equally long: they have {lengths}")
+        self.what = what
+        self.fix = fix
+        self._fields = fields
+        self._n = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        return self._n
+
+    def take(self, indices_B: Sequence[int]) -> Batch:
+        """The examples at these indices, a copy."""
+        at_B = np.asarray(indices_B, dtype=np.int64)
+        return {name: field[at_B] for name, field in self._fields.items()}
 
 
 class Windows:
-    """Non-overlapping windows of one token stream; the tail that fills no window is left out."""
+    """Non-overlapping windows of one token stream; the tail that fills no window is left out.
+
+    Fields: "tokens", int32 [N, L]; with `eos_id` also "segments", int32 [N, L]: the number of the
+    document within the window, from 0. The eos token belongs to the document that it ends, so
+    segments[i] counts the eos among tokens[:i]. A model whose input i is token i - 1 then reads the
+    eos before a document as its start token, predicts every token of the document and its eos from
+    that document alone, and sees nothing of another one when position i attends to the positions of
+    its own segment."""
+
+    # Not grain's packers: they are iterators with state, no function of the index; the ones that do
+    # not split documents pad, and the one that does yields just these windows.
 
     def __init__(
         self,
@@ -31,6 +97,7 @@ class Windows:
         seq_len: int,
         what: str = "corpus",
         fix: str = "use a larger corpus",
+        eos_id: int | None = None,
     ):
         """`what` and `fix` name the stream and its remedy in errors: ValueError when it is shorter
         than one window.
@@ -49,53 +116,87 @@ class Windows:
         self.fix = fix
         self.n_tokens = n_tokens
         self.seq_len = seq_len
+        self._eos_id = eos_id
         self._windows_NxL = np.asarray(tokens_T, dtype=np.int32)[: n * seq_len].reshape(n, seq_len)
 
     def __len__(self) -> int:
         return len(self._windows_NxL)
 
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Window `i`: int32 [L], a copy."""
-        return np.array(self._windows_NxL[i])
-
-    def take(self, indices_B: Sequence[int]) -> np.ndarray:
-        """Several windows: int32 [B, L], a copy."""
-        return self._windows_NxL[np.asarray(indices_B, dtype=np.int64)]
+    def take(self, indices_B: Sequence[int]) -> Batch:
+        """The windows at these indices, a copy."""
+        tokens_BxL = self._windows_NxL[np.asarray(indices_B, dtype=np.int64)]
+        if self._eos_id is None:
+            return {"tokens": tokens_BxL}
+        segments_BxL = np.zeros_like(tokens_BxL)
+        ends_BxL = tokens_BxL[:, :-1] == self._eos_id
+        np.cumsum(ends_BxL, axis=1, dtype=np.int32, out=segments_BxL[:, 1:])
+        return {"tokens": tokens_BxL, "segments": segments_BxL}
 
 
 @dataclass(frozen=True)
-class TextData:
-    """A tokenised corpus with its split, and what a report says of it."""
+class Data:
+    """What an experiment trains on: both splits, the dims of a batch, and what a report says of it.
+
+    `dims` names the dims of exactly the fields that `take` returns, "batch" first. Raises
+    ValueError where it does not, for 64-bit fields, and where the splits differ in shape or
+    type."""
 
     name: str
-    sha256: str  # of all documents
+    sha256: str  # of all examples
     licence: str
-    tokenizer: Tokenizer
-    train: Windows
-    val: Windows
+    tokenizer: Tokenizer | None  # None for what is not text
+    train: Examples
+    val: Examples
+    dims: Mapping[str, Dims]  # {"tokens": ("batch", "sequence")}, {"label": ("batch",)}
+
+    def __post_init__(self) -> None:
+        first, other = _first(self.train), _first(self.val)
+        _check_dims(first, self.dims, self.train.what)
+        for name in {**first, **other}:
+            shapes = [_describe(fields.get(name)) for fields in (first, other)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"{name!r} is {shapes[0]} in the {self.train.what} and {shapes[1]} in the "
+                    f"{self.val.what}: give both splits the same fields"
+                )
+
+    def example(self) -> "dict[str, jax.ShapeDtypeStruct]":
+        """Shapes and types of a batch of one."""
+        import jax  # here, for the reason given above
+
+        return {
+            name: jax.ShapeDtypeStruct(field.shape, field.dtype)
+            for name, field in _first(self.train).items()
+        }
+
+    @property
+    def seq_len(self) -> int | None:
+        """Length of "tokens"; None if there are none."""
+        if "tokens" not in self.dims:
+            return None
+        return _first(self.train)["tokens"].shape[-1]
 
 
-def batch(windows: Windows, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """Training batch of `step`: int32 [B, L].
+def batch(examples: Examples, step: int, batch_size: int, seed: int) -> Batch:
+    """Training batch of `step`: every field leads with B.
 
-    Steps read a sequence of permutations, one an epoch, so every window occurs once an epoch; a
-    batch may reach into the next one. Raises ValueError when an epoch is shorter than a batch."""
-    _check_batch(windows, batch_size)
+    Steps read a sequence of permutations, one an epoch, so every example occurs once an epoch; a
+    batch may reach into the next one. The order depends on the number of examples and the seed
+    alone. Raises ValueError when an epoch is shorter than a batch."""
+    _check_batch(examples, batch_size)
     if step < 0:
         raise ValueError(f"step {step} must be at least 0")
-    order = _order(len(windows), seed)
-    return windows.take([order[i] for i in range(step * batch_size, (step + 1) * batch_size)])
+    order = _order(len(examples), seed)
+    return examples.take([order[i] for i in range(step * batch_size, (step + 1) * batch_size)])
 
 
-def eval_batches(windows: Windows, batch_size: int, max_batches: int) -> Iterator[np.ndarray]:
-    """The first `max_batches` full batches, or as many as there are, in order: int32 [B, L]
-    each.
-    """
-    _check_batch(windows, batch_size)
+def eval_batches(examples: Examples, batch_size: int, max_batches: int) -> Iterator[Batch]:
+    """The first `max_batches` full batches, or as many as there are, in order."""
+    _check_batch(examples, batch_size)
     if max_batches < 1:
         raise ValueError(f"eval.batches={max_batches} must be at least 1")
-    n = min(max_batches, len(windows) // batch_size)
-    return (windows.take(range(i * batch_size, (i + 1) * batch_size)) for i in range(n))
+    n = min(max_batches, len(examples) // batch_size)
+    return (examples.take(range(i * batch_size, (i + 1) * batch_size)) for i in range(n))
 
 
 class Prefetcher:
@@ -178,13 +279,17 @@ def load_text(
     val_fraction: float,
     seed: int,
     cache_dir: Path | str | None = None,
-) -> TextData:
+    packing: str = "stream",
+) -> Data:
     """Corpus → split by document → tokenizer trained on the training side → windows of `seq_len`
     tokens.
 
     `seed` is that of the split. Tokenizer and tokens are cached under `cache_dir` (None:
-    default_cache_dir()). Errors: those of load_corpus, split_documents, build_tokenizer and
-    Windows."""
+    default_cache_dir()). `packing` "stream" yields tokens alone, so attention crosses documents;
+    "documents" the same windows with the segments of `Windows`. Errors: ValueError for another
+    packing, and those of load_corpus, split_documents, build_tokenizer and Windows."""
+    if packing not in PACKINGS:
+        raise ValueError(f"data.packing={packing!r} is unknown: {closest(packing, PACKINGS)}")
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     corpus = load_corpus(source)
     train_docs, val_docs = split_documents(corpus, val_fraction, seed)
@@ -193,22 +298,26 @@ def load_text(
     tokenizer = build_tokenizer(tokenizer_kind, vocab, train_docs, train_sha256, folder)
     train_T = _cached_tokens(train_docs, train_sha256, tokenizer, folder)
     val_T = _cached_tokens(val_docs, documents_sha256(val_docs), tokenizer, folder)
-    return TextData(
+    fields = ("tokens", "segments") if packing == "documents" else ("tokens",)
+    eos_id = tokenizer.eos_id if packing == "documents" else None
+    more, more_val = "use a larger corpus", "raise data.val_fraction"
+    return Data(
         name=corpus.name,
         sha256=corpus.sha256,
         licence=corpus.licence,
         tokenizer=tokenizer,
-        train=Windows(train_T, seq_len, "training split of the corpus"),
-        val=Windows(val_T, seq_len, "validation split of the corpus", "raise data.val_fraction"),
+        train=Windows(train_T, seq_len, "training split of the corpus", more, eos_id),
+        val=Windows(val_T, seq_len, "validation split of the corpus", more_val, eos_id),
+        dims=dict.fromkeys(fields, ("batch", "sequence")),
     )
 
 
 @functools.lru_cache(maxsize=16)
 def _order(n: int, seed: int) -> Any:
-    """Endless shuffled index: order[i] is the window at position i, reshuffled every `n`
+    """Endless shuffled index: order[i] is the example at position i, reshuffled every `n`
     positions.
     """
-    import grain  # here, because it imports jax, whose environment the caller may still have to set
+    import grain  # here, because it imports jax
 
     # grain shuffles epoch e with seed + e: plain seeds 0 and 1 would read the same orders, one
     # epoch apart.
@@ -216,18 +325,64 @@ def _order(n: int, seed: int) -> Any:
     return grain.MapDataset.range(n).shuffle(seed=spread).repeat()
 
 
-def _check_batch(windows: Windows, batch_size: int) -> None:
+def _check_batch(examples: Examples, batch_size: int) -> None:
+    n = len(examples)
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size} must be at least 1")
-    if len(windows) < batch_size:
-        fits = max(windows.n_tokens // batch_size, 1)
+    if n >= batch_size:
+        return
+    if isinstance(examples, Windows):  # shorter windows are more windows
+        fits = max(examples.n_tokens // batch_size, 1)
         raise ValueError(
-            f"a batch of {batch_size} sequences of {windows.seq_len} tokens is longer than the "
-            f"{windows.what} "
-            f"({windows.n_tokens:,} tokens, {len(windows)} sequences): set "
-            f"train.batch={len(windows)}, "
-            f"data.seq_len={2 ** (fits.bit_length() - 1)} or {windows.fix}"
+            f"a batch of {batch_size} sequences of {examples.seq_len} tokens is longer than the "
+            f"{examples.what} ({examples.n_tokens:,} tokens, {n} sequences): set train.batch={n}, "
+            f"data.seq_len={2 ** (fits.bit_length() - 1)} or {examples.fix}"
         )
+    raise ValueError(
+        f"a batch of {batch_size} examples is larger than the {examples.what} ({n} examples): "
+        f"set train.batch={n} or {examples.fix}"
+    )
+
+
+def _first(examples: Examples) -> Batch:
+    if len(examples) == 0:
+        raise ValueError(f"the {examples.what} holds no examples: {examples.fix}")
+    return examples.take([0])
+
+
+def _describe(field: np.ndarray | None) -> str:
+    return "absent" if field is None else f"{field.dtype} {['B', *field.shape[1:]]}"
+
+
+def _check_dims(fields: Batch, dims: Mapping[str, Dims], what: str) -> None:
+    if fields.keys() != dims.keys():
+        raise ValueError(
+            f"the {what} has the fields {', '.join(sorted(fields))} but dims names "
+            f"{', '.join(sorted(dims))}: name the dims of exactly the fields that take() returns"
+        )
+    for name, named in dims.items():
+        shape, dtype = fields[name].shape, fields[name].dtype
+        if dtype.kind in "fiu" and dtype.itemsize > 4:
+            raise ValueError(
+                f"{name!r} of the {what} is {dtype}, but the devices compute in 32 bits: return it "
+                f"as {dtype.name.replace('64', '32')}"
+            )
+        if len(named) != len(shape):
+            raise ValueError(
+                f"{name!r} has {len(shape)} dims, {list(shape)} for a batch of 1, but "
+                f"dims[{name!r}] = {named} names {len(named)}: name each one, None where it has no "
+                "name"
+            )
+        for dim in named:
+            if dim is not None and dim not in DIM_NAMES:
+                raise ValueError(
+                    f"dims[{name!r}] = {named} names {dim!r}: {closest(dim, DIM_NAMES)}"
+                )
+        if named[:1] != ("batch",) or "batch" in named[1:] or shape[0] != 1:
+            raise ValueError(
+                f"dims[{name!r}] = {named} with shape {list(shape)} for a batch of 1: let the "
+                'first dim, and no other, be "batch"'
+            )
 
 
 def _cached_tokens(
@@ -247,7 +402,7 @@ def _cached_tokens(
         except (ValueError, OSError, EOFError) as error:
             warnings.warn(f"rebuilding the unreadable token cache {path}: {error}", stacklevel=2)
     tokens_T = _tokenise(documents, tokenizer)
-    write_atomic(path, lambda file: np.save(file, tokens_T))
+    write_cache(path, lambda file: np.save(file, tokens_T))
     return tokens_T
 
 

@@ -3,9 +3,8 @@ only from it.
 
 A batch is a pure function of (seed, step): `task.sample(seed, step, batch)` returns the tokens,
 int32 [B, L], and the answer mask, f32 [B, L]: mask[b, i] = 1 where the prediction made AT position
-i, of token i + 1, is scored. An objective whose rows are aligned with their targets
-(`Autoregressive`) takes `np.roll(mask, 1, axis=1)` as weights; the last column is never scored, so
-nothing wraps around. A task that cannot be built raises ValueError: equation, values, fix.
+i, of token i + 1, is scored; the last column never is. `recall_data` moves it onto the answers: the
+loss weight of token i + 1. A task that cannot be built raises ValueError: equation, values, fix.
 
 Legend: B sequences, L positions, P pairs (or tokens of a segment, needle or value), Q query slots,
 V vocabulary."""
@@ -16,10 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
-from fdp.data.batches import TextData, Windows
+from fdp.data.batches import Arrays, Batch, Data
 from fdp.data.tokenizer import Tokenizer
 
-Batch = tuple[np.ndarray, np.ndarray]
+Sample = tuple[np.ndarray, np.ndarray]
 
 
 class Task(Protocol):
@@ -35,7 +34,7 @@ class Task(Protocol):
         """Accuracy without memory."""
         ...
 
-    def sample(self, seed: int, step: int, batch: int) -> Batch:
+    def sample(self, seed: int, step: int, batch: int) -> Sample:
         """Tokens int32 [B, L] and answer mask f32 [B, L] of batch number `step`."""
         ...
 
@@ -87,7 +86,7 @@ class AssociativeRecall:
         """Accuracy of a model that knows the format and draws a value: 1 / number of values."""
         return 1 / (self.vocab - 1 - self.keys)
 
-    def sample(self, seed: int, step: int, batch: int) -> Batch:
+    def sample(self, seed: int, step: int, batch: int) -> Sample:
         """Tokens int32 [B, L] and answer mask f32 [B, L] of batch number `step`."""
         rng = np.random.default_rng([seed, step])
         P = self.pairs
@@ -153,7 +152,7 @@ class InductionHeads:
         """Accuracy of a uniform guess: 1 / vocab."""
         return 1 / self.vocab
 
-    def sample(self, seed: int, step: int, batch: int) -> Batch:
+    def sample(self, seed: int, step: int, batch: int) -> Sample:
         """Tokens int32 [B, L] and answer mask f32 [B, L] of batch number `step`."""
         rng = np.random.default_rng([seed, step])
         P, free = self.segment, self.length - 2 * self.segment
@@ -213,7 +212,7 @@ class WordNeedle:
         """Accuracy of a model that knows the format and draws a value: 1 / number of values."""
         return 1 / ((self.vocab - 1) // 3)
 
-    def sample(self, seed: int, step: int, batch: int, depth: float | None = None) -> Batch:
+    def sample(self, seed: int, step: int, batch: int, depth: float | None = None) -> Sample:
         """Tokens int32 [B, L] and answer mask f32 [B, L]; depth in [0, 1], ValueError otherwise."""
         rng = np.random.default_rng([seed, step])
         third = (self.vocab - 1) // 3
@@ -229,93 +228,12 @@ class WordNeedle:
         return np.stack(rows).astype(np.int32), _last_scored(batch, self.length, self.value_words)
 
 
-FILLER = (
-    b"The grass is green. ",
-    b"The sky is blue. ",
-    b"The sun is warm. ",
-    b"Here we go. ",
-    b"There and back. ",
-)
-
-
-@dataclass(frozen=True)
-class ByteNeedle:
-    """One needle in a haystack of English sentences as bytes (the single-key task of RULER, arXiv
-    2404.06654).
-
-    "… The code of KEY is VALUE. …" stands between two sentences of the haystack at `depth`; the
-    text ends with "The code of KEY is VALUE." and VALUE's digits are scored: `digits` answers a
-    sequence. KEY is six random lower-case letters. Depth 0 is before the first sentence, 1 after
-    the last whole one; None draws one of all places. Ids: the byte values, those of
-    `fdp.data.tokenizer`'s byte tokenizer (its eos, 256, is not used): vocab 256. Raises ValueError
-    when the length does not hold the needle, the question and the longest filler sentence."""
-
-    length: int = 256
-    digits: int = 4
-
-    vocab = 256
-    chance = 0.1  # of a digit
-
-    def __post_init__(self) -> None:
-        _at_least_one(digits=self.digits)
-        needle, sentence = len(_needle("k" * 6, "0" * self.digits)), max(map(len, FILLER))
-        if self.hay < sentence:
-            need = self.length - self.hay + sentence
-            raise ValueError(
-                f"length {self.length} < needle {needle} + question with answer {needle - 1} + one "
-                f"sentence {sentence} "
-                f"= {need} bytes: set length={need}"
-            )
-
-    @property
-    def hay(self) -> int:
-        """Bytes of the haystack: what needle and question (a needle without its final space)
-        leave.
-        """
-        return self.length - 2 * len(_needle("k" * 6, "0" * self.digits)) + 1
-
-    def sample(self, seed: int, step: int, batch: int, depth: float | None = None) -> Batch:
-        """Tokens int32 [B, L] and answer mask f32 [B, L]; depth in [0, 1], ValueError otherwise."""
-        rng = np.random.default_rng([seed, step])
-        rows = []
-        for _ in range(batch):
-            sentences: list[bytes] = []
-            while sum(map(len, sentences)) < self.hay:
-                sentences.append(FILLER[rng.integers(len(FILLER))])
-            hay = b"".join(sentences)[: self.hay]
-            starts = np.cumsum([0, *map(len, sentences)])
-            place = int(_places(rng, depth, 1, starts[starts <= self.hay])[0])
-            key = "".join(chr(c) for c in rng.integers(ord("a"), ord("z") + 1, 6))
-            needle = _needle(key, "".join(str(d) for d in rng.integers(0, 10, self.digits)))
-            rows.append(np.frombuffer(hay[:place] + needle + hay[place:] + needle[:-1], np.uint8))
-        mask_BxL = np.roll(
-            _last_scored(batch, self.length, self.digits), -1, axis=1
-        )  # a full stop follows the answer
-        return np.stack(rows).astype(np.int32), mask_BxL
-
-
 def accuracy(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray) -> float:
     """Share of scored tokens predicted right; predictions[b, i] is the guess, made at i, of
     tokens[b, i + 1].
 
     Raises ValueError for shapes that differ, a scored last position or no scored position.
     """
-    right_BxL, scored_BxL = _judged(predictions_BxL, tokens_BxL, mask_BxL)
-    return float(right_BxL[scored_BxL].mean())
-
-
-def exact_match(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray) -> float:
-    """Share of the sequences with scored tokens in which all of them are predicted right; arguments
-    as `accuracy`.
-    """
-    right_BxL, scored_BxL = _judged(predictions_BxL, tokens_BxL, mask_BxL)
-    return float((right_BxL | ~scored_BxL).all(1)[scored_BxL.any(1)].mean())
-
-
-def _judged(
-    predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which predictions are right and which are scored, bool [B, L - 1] each."""
     predictions_BxL, tokens_BxL, mask_BxL = map(np.asarray, (predictions_BxL, tokens_BxL, mask_BxL))
     shapes = [list(x.shape) for x in (predictions_BxL, tokens_BxL, mask_BxL)]
     if shapes[0] != shapes[1] or shapes[1] != shapes[2] or len(shapes[0]) != 2:
@@ -327,7 +245,8 @@ def _judged(
         raise ValueError("the last position has no next token to score: set mask[:, -1] = 0")
     if not mask_BxL.any():
         raise ValueError("no position is scored: the mask is all zero")
-    return predictions_BxL[:, :-1] == tokens_BxL[:, 1:], mask_BxL[:, :-1] > 0
+    right_BxL = predictions_BxL[:, :-1] == tokens_BxL[:, 1:]
+    return float(right_BxL[mask_BxL[:, :-1] > 0].mean())
 
 
 def _at_least_one(**values: int) -> None:
@@ -363,10 +282,6 @@ def _last_scored(batch: int, length: int, answers: int) -> np.ndarray:
     return mask_BxL
 
 
-def _needle(key: str, value: str) -> bytes:
-    return f"The code of {key} is {value}. ".encode()
-
-
 RECALL = ("mqar", "needle", "induction")  # data.source
 
 
@@ -384,19 +299,29 @@ def task_of(source: str, seq_len: int) -> Task:
     raise ValueError(f"recall task {source!r} is unknown: {', '.join(RECALL)}")
 
 
-def recall_data(source: str, seq_len: int, train: int = 8192, val: int = 256) -> TextData:
-    """Sequences of a recall task in place of a corpus, one a window."""
+def recall_data(source: str, seq_len: int, train: int = 8192, val: int = 256) -> Data:
+    """Sequences of a recall task in place of a corpus; the answers alone carry loss.
+
+    Fields: "tokens", int32 [B, L]; "weights", f32 [B, L]: 1 on scored answers, else 0."""
     task = task_of(source, seq_len)
     token_bytes = [f"{i} ".encode() for i in range(task.vocab - 1)]
     tokenizer = Tokenizer(
         token_bytes, lambda texts: [np.array(t.split(), np.int32) for t in texts], repr(task)
     )
-    parts = {"train": task.sample(0, 0, train)[0], "val": task.sample(1, 0, val)[0]}
-    return TextData(
+    parts = [_weighted(*task.sample(0, 0, train)), _weighted(*task.sample(1, 0, val))]
+    content = b"".join(part[field].tobytes() for part in parts for field in sorted(part))
+    fix = "choose another data.source"
+    return Data(
         name=repr(task),
-        sha256=hashlib.sha256(parts["train"].tobytes() + parts["val"].tobytes()).hexdigest(),
+        sha256=hashlib.sha256(content).hexdigest(),
         licence="made here",
         tokenizer=tokenizer,
-        train=Windows(parts["train"].reshape(-1), seq_len, "training sequences"),
-        val=Windows(parts["val"].reshape(-1), seq_len, "validation sequences"),
+        train=Arrays(parts[0], "training sequences", fix),
+        val=Arrays(parts[1], "validation sequences", fix),
+        dims=dict.fromkeys(parts[0], ("batch", "sequence")),
     )
+
+
+def _weighted(tokens_BxL: np.ndarray, mask_BxL: np.ndarray) -> Batch:
+    # The mask's last column is 0, so nothing wraps around.
+    return {"tokens": tokens_BxL, "weights": np.roll(mask_BxL, 1, axis=1)}

@@ -1,5 +1,4 @@
-"""Laws whose likelihood, entropy and posterior under any mask are known exactly: the oracles of
-every test.
+"""A law whose likelihood, entropy and posterior under any mask are known exactly.
 
 Shapes: B sequences, L positions, n states (ids 0..n-1; id n is the mask token), P powers of the
 transition matrix."""
@@ -12,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.data.batches import TextData, Windows
+from fdp.data.batches import Data, Windows
 from fdp.data.tokenizer import Tokenizer
-from fdp.parallel.tensor import NEVER
+
+NEVER = -1e30  # log of an impossible event: finite, so that its product with 0 is 0
 
 
 @lru_cache(maxsize=8)
@@ -116,71 +116,9 @@ class MarkovChain:
         return jnp.where(revealed_BxL[..., None], certain, jax.nn.log_softmax(logp, axis=-1))
 
 
-@dataclass(frozen=True)
-class EnumerableJoint:
-    """A random joint law on n^length sequences, p ~ Dirichlet(concentration): small enough to
-    enumerate everything.
-    """
-
-    n: int = 3
-    length: int = 4
-    concentration: float = 0.3
-    seed: int = 0
-
-    @cached_property
-    def table(self) -> np.ndarray:
-        """p(x): f64 [n] * length."""
-        flat = np.random.default_rng(self.seed).dirichlet(
-            np.full(self.n**self.length, self.concentration)
-        )
-        return flat.reshape([self.n] * self.length)
-
-    @cached_property
-    def states(self) -> np.ndarray:
-        """Every state, masks (id n) included, in mixed-radix order: int32 [(n+1)^length,
-        length].
-        """
-        return np.indices([self.n + 1] * self.length).reshape(self.length, -1).T.astype(np.int32)
-
-    @cached_property
-    def conditionals(self) -> np.ndarray:
-        """p(x_i | z) for every state z of `states`; one-hot where revealed: f64 [(n+1)^length,
-        length, n].
-        """
-        out = np.empty((len(self.states), self.length, self.n))
-        for row, z in enumerate(self.states):
-            kept = self.table[tuple(slice(None) if c == self.n else slice(c, c + 1) for c in z)]
-            for i, c in enumerate(z):
-                marginal = kept.sum(tuple(j for j in range(self.length) if j != i))
-                out[row, i] = marginal / marginal.sum() if c == self.n else np.eye(self.n)[c]
-        return out
-
-    def index(self, z_BxL: jax.Array) -> jax.Array:
-        """Row of `states` (and `conditionals`) that holds z: int [B, L] → int [B]."""
-        return z_BxL @ np.array([(self.n + 1) ** i for i in reversed(range(self.length))], np.int32)
-
-    def sample(self, seed: int, step: int, batch: int) -> np.ndarray:
-        """Batch number `step`: int32 [B, length], a pure function of (seed, step)."""
-        flat = np.random.default_rng([seed, step]).choice(
-            self.table.size, batch, p=self.table.reshape(-1)
-        )
-        return np.stack(np.unravel_index(flat, self.table.shape), 1).astype(np.int32)
-
-    def nll(self, x_BxL: np.ndarray) -> np.ndarray:
-        """-log p(x) in nats: int [B, length] → f64 [B]."""
-        return -np.log(self.table[tuple(np.asarray(x_BxL).T)])
-
-    def denoiser(self, z_BxL: jax.Array) -> jax.Array:
-        """Exact log p(x_i | revealed tokens), as `MarkovChain.denoiser`: int [B, length] → [B,
-        length, n]. Jittable.
-        """
-        logp = np.where(self.conditionals > 0, np.log(np.maximum(self.conditionals, 1e-300)), NEVER)
-        return jnp.asarray(logp)[self.index(z_BxL)]
-
-
 def markov_data(
     seq_len: int, train: int = 65_536, val: int = 2048, chain: MarkovChain | None = None
-) -> TextData:
+) -> Data:
     """Independent sequences of a Markov chain in place of a corpus, one a window: ids 0..n-1 are
     its states.
 
@@ -190,7 +128,7 @@ def markov_data(
     letters = [bytes([ord("a") + i]) for i in range(chain.n - 1)]
     tokenizer = Tokenizer(letters, lambda texts: [_states(text) for text in texts], repr(chain))
     parts = {"train": chain.sample(0, 0, train, seq_len), "val": chain.sample(1, 0, val, seq_len)}
-    return TextData(
+    return Data(
         name=f"Markov chain of {chain.n} states, exact entropy {chain.nll_floor(seq_len):.4f} "
         "nats/token",
         sha256=hashlib.sha256(parts["train"].tobytes() + parts["val"].tobytes()).hexdigest(),
@@ -198,6 +136,7 @@ def markov_data(
         tokenizer=tokenizer,
         train=Windows(parts["train"].reshape(-1), seq_len, "training sequences"),
         val=Windows(parts["val"].reshape(-1), seq_len, "validation sequences"),
+        dims={"tokens": ("batch", "sequence")},
     )
 
 

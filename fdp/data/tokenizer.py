@@ -5,8 +5,6 @@ reserved. `encode` returns text ids only, so a corpus that spells out `<|endofte
 cannot forge either."""
 
 import hashlib
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -18,6 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from fdp.config import closest
+from fdp.files import write_atomic
 
 KINDS = ("byte", "bpe")
 EOS_TEXT = "<|endoftext|>"
@@ -96,31 +95,17 @@ def build_tokenizer(
                 f"rebuilding the unreadable tokenizer cache {path}: {error}", stacklevel=2
             )
     text = _train_bpe(documents, vocab)
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_cache(path, lambda file: file.write(text.encode()))
     return _bpe_from_json(text, vocab)
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a cache file so that readers see all of it or nothing; a full or read-only disk only
-    warns.
-    """
-    scratch = None
+def write_cache(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """`write_atomic` in a folder made where needed; a full or read-only disk only warns."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
-        ) as file:
-            scratch = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        scratch = None
+        write_atomic(path, write)
     except OSError as error:
         warnings.warn(f"going on without the cache file {path}: {error}", stacklevel=2)
-    finally:
-        if scratch is not None:
-            Path(scratch).unlink(missing_ok=True)
 
 
 def _encode_bytes(texts: Sequence[str]) -> list[np.ndarray]:

@@ -8,10 +8,8 @@ weight w(t). "k": exactly k ~ U{1..L} masked tokens, weight L/k. Never mix them:
 Shapes: B sequences, L positions, V vocabulary (tp: V/tp columns), R rows (any leading shape), M
 masks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import comb
 
 import jax
 import jax.numpy as jnp
@@ -149,40 +147,3 @@ def masked_capacity(
         held = np.minimum(per_sequence, seq_len // seq_shards).reshape(shards, -1).sum(1)
         worst = max(worst, int(held.max()))
     return worst
-
-
-def nelbo_exact(
-    denoiser: Callable[[np.ndarray], np.ndarray],
-    x_BxL: np.ndarray,
-    mask_id: int,
-    block: int | None = None,
-) -> np.ndarray:
-    """NELBO of each sequence in nats with no sampling error, by enumerating every mask: int [B, L]
-    → f64 [B].
-
-    `denoiser(z_NxL) -> log-probs [N, L, V]`. L(x) = Σ_{M≠∅} 1/(|M| C(L,|M|)) Σ_{i∈M} -log p(x_i |
-    z); with `block`, the sum over blocks of that bound given the clean blocks before (later blocks
-    fully masked). Equals -log p(x) for exact conditionals (any-order identity). Raises ValueError
-    for blocks longer than 10: 2^L masks."""
-    x_BxL = np.asarray(x_BxL)
-    batch, length = x_BxL.shape
-    block = block or length
-    if block > 10 or length % block:
-        raise ValueError(
-            f"need a block of at most 10 that divides the length {length}, not {block}"
-        )
-    masks_MxK = (np.arange(1, 2**block)[:, None] >> np.arange(block)) & 1 == 1
-    sizes_M = masks_MxK.sum(1)
-    weights_M = 1 / (sizes_M * np.array([comb(block, k) for k in sizes_M]))
-    total_B = np.zeros(batch)
-    for start in range(0, length, block):
-        own = slice(start, start + block)
-        z_BxMxL = np.repeat(x_BxL[:, None], len(masks_MxK), axis=1)
-        z_BxMxL[..., start + block :] = mask_id
-        z_BxMxL[..., own] = np.where(masks_MxK, mask_id, z_BxMxL[..., own])
-        logp = np.asarray(denoiser(z_BxMxL.reshape(-1, length)), np.float64).reshape(
-            *z_BxMxL.shape, -1
-        )[:, :, own]
-        picked_BxMxK = np.take_along_axis(logp, x_BxL[:, None, own, None], axis=-1)[..., 0]
-        total_B += np.where(masks_MxK, -picked_BxMxK, 0).sum(-1) @ weights_M
-    return total_B

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import vary_like
-from fdp.models.attention import CACHE
-from fdp.models.transformer import Transformer, empty_cache
+from fdp.models import module
+from fdp.models.transformer import Transformer
 from fdp.parallel.tensor import suppress
 from fdp.sampling.noise import categorical, position_keys
 
@@ -58,32 +58,26 @@ def sample_cached(
 
     Raises ValueError for a model that is not causal and under cp > 1.
     """
-    if model.attention != "causal":
+    if model.core.mask.kind != "causal":
         raise ValueError(
-            "a cache filled from left to right needs a causal model, not "
-            f"attention={model.attention!r}: later tokens "
-            "would change the keys of earlier ones"
+            "a cache filled from left to right needs a causal model: under "
+            f"{model.core.mask} later tokens would change the keys of earlier ones"
         )
-    batch = sample_ids_B.shape[0]
+    batch, variables = sample_ids_B.shape[0], {"params": params}
     noise_B = vary_like(jnp.zeros(batch), sample_ids_B)
 
     def body(i: jax.Array, carry: tuple) -> tuple:
         tokens_BxL, last_B, cache = carry
-        hidden_Bx1xD, kept = model.apply(
-            {"params": params, CACHE: cache},
-            last_B[:, None],
-            noise_B,
-            jnp.full((batch, 1), i),
-            mutable=[CACHE],
-            method="hidden",
-        )
-        logits_BxV: Any = model.apply({"params": params}, hidden_Bx1xD[:, 0], method="logits")
+        args = (model, variables, last_B[:, None], noise_B, jnp.full((batch, 1), i))
+        hidden_Bx1xD, _, cache = module.run(*args, method="hidden", cache=cache)
+        logits_BxV, _, _ = module.run(model, variables, hidden_Bx1xD[:, 0], method="outputs")
         token_B = _draw(logits_BxV, key, sample_ids_B, i, temperature, n_ids)
-        return tokens_BxL.at[:, i].set(token_B), token_B, kept[CACHE]
+        return tokens_BxL.at[:, i].set(token_B), token_B, cache
 
     first_B = vary_like(jnp.full(batch, bos, jnp.int32), sample_ids_B)
     tokens_BxL = vary_like(jnp.zeros((batch, length), jnp.int32), sample_ids_B)
-    carry = (tokens_BxL, first_B, empty_cache(model.m, batch, length))
+    cache, _ = model.decode_state(batch, length)
+    carry = (tokens_BxL, first_B, cache)
     return jax.lax.fori_loop(0, length, body, carry)[0], {"nfe": jnp.int32(length)}
 
 

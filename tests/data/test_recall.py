@@ -7,22 +7,21 @@ import re
 import numpy as np
 import pytest
 
+from fdp.data.batches import eval_batches
 from fdp.data.recall import (
     RECALL,
     AssociativeRecall,
-    ByteNeedle,
     InductionHeads,
     WordNeedle,
     accuracy,
-    exact_match,
     recall_data,
     task_of,
 )
 
 pytestmark = pytest.mark.fast
 
-TASKS = [AssociativeRecall(), InductionHeads(), WordNeedle(value_words=2), ByteNeedle()]
-ANSWERS = {AssociativeRecall: 8, InductionHeads: 7, WordNeedle: 2, ByteNeedle: 4}
+TASKS = [AssociativeRecall(), InductionHeads(), WordNeedle(value_words=2)]
+ANSWERS = {AssociativeRecall: 8, InductionHeads: 7, WordNeedle: 2}
 
 
 def earlier_continuation(tokens_BxL, context=1):
@@ -63,13 +62,11 @@ def test_batch_is_a_pure_function_of_seed_and_step(task):
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: type(t).__name__)
 def test_an_oracle_that_looks_back_scores_one_and_the_token_itself_scores_nothing(task):
     tokens, mask = task.sample(0, 0, 64)
-    context = {WordNeedle: 2, ByteNeedle: 18}.get(type(task), 1)  # MARK key; "code of KEY is "
+    context = 2 if isinstance(task, WordNeedle) else 1  # MARK key
     oracle = earlier_continuation(tokens, context)
-    assert accuracy(oracle, tokens, mask) == exact_match(oracle, tokens, mask) == 1.0
-    if isinstance(task, AssociativeRecall | InductionHeads | WordNeedle):
-        assert (
-            accuracy(tokens, tokens, mask) < 0.1
-        )  # a mask moved by one would make copying the input right
+    assert accuracy(oracle, tokens, mask) == 1.0
+    # a mask moved by one would make copying the input right
+    assert accuracy(tokens, tokens, mask) < 0.1
     unlike = np.roll(oracle, 1, axis=0)  # another sequence's answers
     assert accuracy(unlike, tokens, mask) < task.chance + 0.15
 
@@ -140,53 +137,29 @@ def test_word_needle_stands_at_its_depth(depth, place):
     assert np.flatnonzero(mask[0]).tolist() == [60]
 
 
-@pytest.mark.parametrize("length", [256, 511, 1000])
-def test_byte_needle_reads_as_text_with_the_needle_at_its_depth(length):
-    task = ByteNeedle(length=length, digits=5)
-    places = {}
-    for depth in (0.0, 0.5, 1.0):
-        tokens, mask = task.sample(1, 0, 4, depth)
-        for row, scored in zip(tokens, mask, strict=True):
-            text = bytes(row.tolist()).decode("ascii")
-            found = re.findall(r"The code of ([a-z]{6}) is (\d{5})\.", text)
-            assert len(found) == 2 and found[0] == found[1] and text.endswith(f" is {found[0][1]}.")
-            place = text.index("The code of")
-            assert place == 0 or text[place - 2 : place] == ". "  # between sentences
-            places.setdefault(depth, []).append(place)
-            at = np.flatnonzero(scored)
-            assert bytes(row[at + 1].tolist()).decode() == found[0][1] and at[-1] == length - 3
-    assert places[0.0] == [0] * 4
-    assert all(abs(p - task.hay / 2) < 21 for p in places[0.5])
-    assert all(0 <= task.hay - p < 21 for p in places[1.0])
-
-
-@pytest.mark.parametrize(
-    "task", [WordNeedle(length=40), ByteNeedle(length=300)], ids=["words", "bytes"]
-)
-def test_without_a_depth_the_needle_is_everywhere(task):
+def test_without_a_depth_the_needle_is_everywhere():
+    task = WordNeedle(length=40)
     tokens, _ = task.sample(0, 0, 400)
-    needle = b"The code of" if isinstance(task, ByteNeedle) else b"\0"
-    first = np.array([bytes(row.tolist()).index(needle) for row in tokens])
+    first = (tokens == 0).argmax(1)
     thirds = np.bincount(3 * first // (task.hay + 1), minlength=3) / 400
     assert thirds.min() > 0.2
     with pytest.raises(ValueError, match=r"depth 1.5 is not in \[0, 1\]"):
         task.sample(0, 0, 1, 1.5)
 
 
-def test_accuracy_counts_tokens_and_exact_match_sequences():
+def test_accuracy_counts_scored_tokens():
     tokens = np.array([[5, 1, 2, 3], [5, 4, 6, 7], [9, 9, 9, 9]])
     mask = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]], np.float32)
     guess = np.array(
         [[0, 2, 3, 0], [4, 0, 0, 0], [1, 1, 1, 1]]
     )  # right, right; right, wrong; nothing scored
     assert accuracy(guess, tokens, mask) == 0.75
-    assert exact_match(guess, tokens, mask) == 0.5
     with pytest.raises(ValueError, match=r"predictions \[3, 3\], tokens \[3, 4\]"):
         accuracy(guess[:, 1:], tokens, mask)
     with pytest.raises(ValueError, match="last position has no next token"):
         accuracy(guess, tokens, np.ones_like(mask))
     with pytest.raises(ValueError, match="no position is scored"):
-        exact_match(guess, tokens, 0 * mask)
+        accuracy(guess, tokens, 0 * mask)
 
 
 @pytest.mark.parametrize(
@@ -216,12 +189,6 @@ def test_accuracy_counts_tokens_and_exact_match_sequences():
             r"length 6 < 2·\(2 \+ value_words\) \+ 1 = 2·\(2 \+ 1\) \+ 1 = 7.*set length=7",
         ),
         (WordNeedle, {"vocab": 3}, "vocab 3 < 4.*set vocab=4"),
-        (
-            ByteNeedle,
-            {"length": 74},
-            r"length 74 < needle 28 \+ .* 27 \+ one sentence 20 = 75 bytes: set length=75",
-        ),
-        (ByteNeedle, {"digits": 0}, "digits=0 must be at least 1"),
     ],
 )
 def test_impossible_tasks_name_the_equation_and_a_fix_that_works(task, wrong, message):
@@ -234,14 +201,24 @@ def test_impossible_tasks_name_the_equation_and_a_fix_that_works(task, wrong, me
 
 
 @pytest.mark.parametrize("source", RECALL)
-def test_recall_as_a_corpus_holds_whole_sequences(source: str) -> None:
+def test_recall_as_a_corpus_holds_whole_sequences_and_weighs_answers_only(source: str) -> None:
     data = recall_data(source, 64, train=16, val=8)
     task = task_of(source, 64)
-    np.testing.assert_array_equal(data.train[3], task.sample(0, 0, 16)[0][3])
-    np.testing.assert_array_equal(data.val[7], task.sample(1, 0, 8)[0][7])
+    for split, seed, n in ((data.train, 0, 16), (data.val, 1, 8)):
+        tokens, mask = task.sample(seed, 0, n)
+        got = split.take(range(n))
+        assert len(split) == n and got["weights"].dtype == np.float32
+        np.testing.assert_array_equal(got["tokens"], tokens)
+        np.testing.assert_array_equal(got["weights"][:, 1:], mask[:, :-1])
+        assert not got["weights"][:, 0].any() and got["tokens"].max() < data.tokenizer.n_data
+        reader = np.roll(earlier_continuation(tokens, 2 if source == "needle" else 1), 1, axis=1)
+        assert (reader == tokens)[got["weights"] > 0].all(), "what is weighed can be looked up"
+    assert dict(data.dims) == dict.fromkeys(("tokens", "weights"), ("batch", "sequence"))
+    assert data.seq_len == 64
     assert data.tokenizer.n_data == task.vocab == 64 and data.name == repr(task)
-    assert data.train.take(range(16)).max() < data.tokenizer.n_data
     assert data.sha256 != recall_data(source, 32, train=16, val=8).sha256
+    with pytest.raises(ValueError, match=r"larger than the validation sequences .* another data"):
+        eval_batches(data.val, 9, 1)
 
 
 def test_an_unknown_recall_task_is_refused() -> None:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import index
-from fdp.data.synthetic import EnumerableJoint, MarkovChain
+from fdp.data.synthetic import MarkovChain
 from fdp.objectives import base
-from fdp.objectives.mdlm import MDLM, mask_exact_k, masked_capacity, nelbo_exact
+from fdp.objectives.mdlm import MDLM, mask_exact_k, masked_capacity
 from fdp.objectives.schedules import schedule
+from tests.oracles import EnumerableJoint, nelbo_exact
 
 pytestmark = pytest.mark.fast
 

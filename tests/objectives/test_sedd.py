@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdp.data.synthetic import EnumerableJoint
 from fdp.objectives.mdlm import MDLM
 from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform, score_of_mean, uniform_ratio
+from tests.oracles import EnumerableJoint
 
 pytestmark = pytest.mark.fast
 

@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import index, size
-from fdp.data.synthetic import EnumerableJoint, MarkovChain
+from fdp.data.synthetic import MarkovChain
 from fdp.objectives.schedules import schedule
 from fdp.sampling import autoregressive, masked, score
+from tests.oracles import EnumerableJoint
 
 pytestmark = pytest.mark.fast
 
