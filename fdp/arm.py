@@ -9,7 +9,6 @@ import numpy as np
 from fdp.cost import flops
 from fdp.data.batches import Data
 from fdp.experiment import Experiment
-from fdp.sharding import shardings
 from fdp.state import TrainState
 from fdp.step import TrainStep
 

@@ -100,6 +100,7 @@ def base() -> ml_collections.ConfigDict:
     d.tokenizer = "bpe"  # byte | bpe
     d.vocab = 1024  # token ids incl. end-of-text and mask (bpe)
     d.seq_len = 64  # L, tokens
+    d.packing = "stream"  # stream | documents
     d.val_fraction = 0.05  # of the documents
     d.split_seed = 0
 

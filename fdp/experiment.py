@@ -42,6 +42,8 @@ class Fit:
     nan: str = "stop"
 
 
+PLAIN = plain(1)
+
 # (state without gradient, aux summed over the data axes, step) → the new state
 StateRule = Callable[[Any, Any, jax.Array], Any]
 
@@ -63,7 +65,7 @@ class Experiment:
     degrees: Mapping[str, int]
     fit: Fit
     zero: int = 0
-    grads: Grads = plain(1)
+    grads: Grads = PLAIN
     rules: tuple[StateRule, ...] = ()
     hooks: tuple[Hook, ...] = ()
 

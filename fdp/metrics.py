@@ -227,10 +227,7 @@ class Progress:
 
 
 def throughput(
-    tokens_per_step: int,
-    seconds: float,
-    flops_per_step: float | None,
-    peak_flops: float | None,
+    tokens_per_step: int, seconds: float, flops_per_step: float | None, peak_flops: float | None
 ) -> dict[str, float]:
     """tokens_per_s of a step that took `seconds`, and mfu = FLOP/s over the peak of all devices
     where both are known.

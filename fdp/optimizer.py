@@ -20,9 +20,7 @@ class Optimizer:
 def warmup_cosine(peak: float, warmup: int, steps: int) -> optax.Schedule:
     """Linear warm-up to `peak`, then cosine to a tenth of it at `steps`."""
     warmup = min(warmup, max(steps - 1, 0))
-    return optax.warmup_cosine_decay_schedule(
-        0.0, peak, warmup, max(steps, warmup + 1), peak / 10
-    )
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), peak / 10)
 
 
 def adamw(

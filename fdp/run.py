@@ -113,8 +113,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
             if i == 0:
                 print(banner(arm))
                 (workdir / "sharding.txt").write_text(
-                    sharding.report(arm.program.specs.shapes, arm.program.specs.stored, mesh)
-                    + "\n"
+                    sharding.report(arm.program.specs.shapes, arm.program.specs.stored, mesh) + "\n"
                 )
             loop.fit(arm, workdir)
     except loop.Stopped as stopped:

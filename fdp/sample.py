@@ -69,7 +69,11 @@ def _method(arm: Arm) -> Any:
 
     if isinstance(objective, Autoregressive):
         return lambda params, ids: autoregressive.sample(
-            lambda z, i: logits_at(params, z, i), key, ids, length, objective.bos,
+            lambda z, i: logits_at(params, z, i),
+            key,
+            ids,
+            length,
+            objective.bos,
             n_ids=objective.n_ids,
         )[0]
 

@@ -40,7 +40,9 @@ def check_dims(batch: Any, dims: Any, degrees: Mapping[str, int]) -> None:
     for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(batch), specs, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if x.ndim != len(spec):
-            raise ValueError(f"{name} has {x.ndim} dims {x.shape}, but {len(spec)} are named: {spec}")
+            raise ValueError(
+                f"{name} has {x.ndim} dims {x.shape}, but {len(spec)} are named: {spec}"
+            )
         for n, entry in zip(x.shape, spec, strict=True):
             axes = (entry,) if isinstance(entry, str) else entry or ()
             ways = math.prod(degrees[a] for a in axes)

@@ -251,7 +251,6 @@ class TrainStep:
         return self._eval
 
 
-
 def named(aux: Aux) -> dict[str, jax.Array]:
     """Aux as metrics: the path through the model, "layers/mlp/load", to the array."""
     leaves = jax.tree_util.tree_leaves_with_path(aux)

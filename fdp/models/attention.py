@@ -55,7 +55,9 @@ class Core(Protocol):
         """Which positions each device of cp holds."""
         ...
 
-    def __call__(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v: Array, where: Where, given: Any) -> Array:
+    def __call__(
+        self, q_BxLxHxC: Array, k_BxLxKxC: Array, v: Array, where: Where, given: Any
+    ) -> Array:
         """Rotated queries and keys and values of this device → [B, L, H, C]. `given`: the layer's
         input."""
         ...
@@ -73,23 +75,34 @@ class Softmax:
         """That of the plan."""
         return self.plan.layout
 
-    def __call__(self, q_BxLxHxC: Array, k_BxLxKxC: Array, v: Array, where: Where, given: Any) -> Array:
+    def __call__(
+        self, q_BxLxHxC: Array, k_BxLxKxC: Array, v: Array, where: Where, given: Any
+    ) -> Array:
         """As `Core`; no input of a layer is read."""
         segment = where.segment if self.mask.packed else None
-        if (size("cp") == 1 and not self.mask.window) or (size("cp") > 1 and self.plan == GATHER and not self.mask.window):
+        if (size("cp") == 1 and not self.mask.window) or (
+            size("cp") > 1 and self.plan == GATHER and not self.mask.window
+        ):
             k, v = all_gather(k_BxLxKxC, "cp", dim=1), all_gather(v, "cp", dim=1)
             if size("cp") == 1 and self.mask.rule is None and not self.mask.packed:
                 if q_BxLxHxC.shape[1] >= LONG:
                     return flash.attention(q_BxLxHxC, k, v, self.mask)
-                return jax.nn.dot_product_attention(q_BxLxHxC, k, v, is_causal=self.mask.kind == "causal")
-            seen = allowed(self.mask, where.index, jnp.arange(k.shape[1]), *(() if segment is None else (segment, all_gather(segment, "cp", dim=1))))
+                return jax.nn.dot_product_attention(
+                    q_BxLxHxC, k, v, is_causal=self.mask.kind == "causal"
+                )
+            seen = allowed(
+                self.mask,
+                where.index,
+                jnp.arange(k.shape[1]),
+                *(() if segment is None else (segment, all_gather(segment, "cp", dim=1))),
+            )
             seen = seen.reshape(-1, 1, *seen.shape[-2:])
-            return jax.nn.dot_product_attention(q_BxLxHxC, k, v, mask=None if self.mask.everything else seen)
+            return jax.nn.dot_product_attention(
+                q_BxLxHxC, k, v, mask=None if self.mask.everything else seen
+            )
         return context.attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, where.index, segment)
 
-    def check(
-        self, shape: ModelShape, batch: int, length: int, degrees: Mapping[str, int]
-    ) -> None:
+    def check(self, shape: ModelShape, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError, with equation, values and fix, for a plan that `batch` sequences of
         `length` on a device cannot run."""
         cp, tp = degrees["cp"], degrees["tp"]
@@ -109,7 +122,9 @@ class Softmax:
                 "and its rows are positions; use causal or bidirectional attention"
             )
         seen_BxLxS = allowed(self.mask, index_BxL, jnp.arange(k_BxSxKxC.shape[1]))
-        return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=seen_BxLxS[:, None])
+        return jax.nn.dot_product_attention(
+            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=seen_BxLxS[:, None]
+        )
 
 
 class Attention(Module):
@@ -140,7 +155,10 @@ class Attention(Module):
         if s.bias:
             q_BxLxHxC += self.weight("b_q", zeros, (H, C), ("tp", None), decay=False).astype(dtype)
             b_kv = self.weight("b_kv", zeros, (2, K, C), (None, "tp", None), decay=False)
-            k_BxLxKxC, v_BxLxKxC = k_BxLxKxC + b_kv[0].astype(dtype), v_BxLxKxC + b_kv[1].astype(dtype)
+            k_BxLxKxC, v_BxLxKxC = (
+                k_BxLxKxC + b_kv[0].astype(dtype),
+                v_BxLxKxC + b_kv[1].astype(dtype),
+            )
         if s.qk_norm:
             q_BxLxHxC = RMSNorm(s.epsilon, name="q_norm")(q_BxLxHxC)
             k_BxLxKxC = RMSNorm(s.epsilon, name="k_norm")(k_BxLxKxC)

@@ -7,12 +7,11 @@ over cp (and over tp between blocks when the sequence is parallel); outside, the
 Parameters are float32; compute happens in `dtype`."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import all_gather, psum, reduce_scatter, size, vary
+from fdp.collectives import all_gather, psum, reduce_scatter, vary
 from fdp.models.module import Module, compact, initializers, silu
 from fdp.models.shape import ModelShape
 from fdp.parallel.tensor import vocab_offset

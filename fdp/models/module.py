@@ -61,7 +61,11 @@ class Module(nn.Module):
     """A pure module, written per shard. Outside shard_map, sizes are 1 and shares are the whole."""
 
     def weight(
-        self, name: str, init: Callable[..., Array], shape: tuple[int, ...], axes: Axes,
+        self,
+        name: str,
+        init: Callable[..., Array],
+        shape: tuple[int, ...],
+        axes: Axes,
         decay: bool | None = None,
     ) -> Array:
         """This device's share of a float32 parameter of GLOBAL `shape`, sharded by `axes`.
@@ -156,7 +160,7 @@ def abstract(model: Module, *example: Any) -> tuple[Variables, Variables, Variab
 
     Aux as `run` hands it out; a dim of stacked layers lies over pp.
     """
-    boxed = jax.eval_shape(lambda: _boxed(model, jax.random.key(0), *example))
+    boxed = jax.eval_shape(lambda *x: _boxed(model, jax.random.key(0), *x), *example)
     metas = jax.tree.map(lambda b: Meta(b.decay, b.stacked), boxed, is_leaf=_is_boxed)
     return nn.meta.unbox(boxed), nn.get_partition_spec(boxed), metas
 

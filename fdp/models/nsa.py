@@ -13,16 +13,19 @@ Legend: B sequences, L positions (local over cp; S of all devices), D width, H q
 key/value heads, G = H/K, C head_dim, M compression block, I compression blocks, J selection blocks.
 Inside shard_map H and K are this device's shares over tp."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fdp.collectives import all_gather, bound, index, size, vary
 from fdp.kernels_pallas.masks import Mask, allowed
-from fdp.models.layers import RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
+from fdp.models.attention import Where
+from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, rotary
+from fdp.models.module import Module, compact
+from fdp.models.shape import ModelShape
 
 Array = jax.Array
 
@@ -168,41 +171,44 @@ def with_halo(kv_2xBxLxKxC: Array, tokens: int) -> Array:
     return jnp.concatenate([kv_2xBxLxKxC, halo], 2)
 
 
-class Compression(nn.Module):
+def check_parts(budget: Budget, length: int, cp: int) -> None:
+    """Raises ValueError unless parts of `length` tokens on cp devices serve the budget."""
+    budget.check_length(length * cp)
+    reach = budget.compress_block - budget.stride
+    if cp > 1 and (length % budget.stride or length < reach):
+        raise ValueError(
+            f"S/cp = {length * cp}/{cp} = {length} tokens of a device must be a multiple of stride "
+            f"{budget.stride} and at least compress_block - stride = {reach}: lower mesh.cp or the "
+            "stride"
+        )
+
+
+class Compression(Module):
     """phi (equation 7): a block of keys or values, with learned positions inside the block, through
     one hidden layer.
 
     Keys and values [2, B, L, K, C] → [2, B, I, K, C]; each of the two and every head has its own
     weights."""
 
-    kv_heads: int
-    head_dim: int
+    shape: ModelShape
     budget: Budget
-    dtype: Any
 
-    @nn.compact
+    @compact
     def __call__(self, kv_2xBxLxKxC: Array) -> Array:
-        C, M, K = self.head_dim, self.budget.compress_block, self.kv_heads // size("tp")
-        heads = (None, "tp", None, None)
-        position = self.param("position", partitioned(normal(0.02), *heads), (2, K, M, C)).astype(
-            self.dtype
-        )
-        w_in = self.param(
-            "w_in", partitioned(normal((M * C) ** -0.5), *heads, None), (2, K, M, C, C)
-        )
-        w_out = self.param("w_out", partitioned(normal(C**-0.5), *heads), (2, K, C, C)).astype(
-            self.dtype
-        )
+        C, M, K = self.shape.head_dim, self.budget.compress_block, self.shape.kv_heads
+        dtype, heads = jnp.dtype(self.shape.dtype), (None, "tp", None, None)
+        position = self.weight("position", normal(0.02), (2, K, M, C), heads).astype(dtype)
+        deep = normal((M * C) ** -0.5)
+        w_in = self.weight("w_in", deep, (2, K, M, C, C), (*heads, None)).astype(dtype)
+        w_out = self.weight("w_out", normal(C**-0.5), (2, K, C, C), heads).astype(dtype)
         first_I = jnp.arange(0, kv_2xBxLxKxC.shape[2] - M + 1, self.budget.stride)
         blocks_2xBxIxMxKxC = kv_2xBxLxKxC[:, :, first_I[:, None] + jnp.arange(M)]
         blocks_2xBxIxMxKxC = blocks_2xBxIxMxKxC + position.swapaxes(1, 2)[:, None, None]
-        hidden = nn.gelu(
-            jnp.einsum("sbimkc,skmcd->sbikd", blocks_2xBxIxMxKxC, w_in.astype(self.dtype))
-        )
+        hidden = jax.nn.gelu(jnp.einsum("sbimkc,skmcd->sbikd", blocks_2xBxIxMxKxC, w_in))
         return jnp.einsum("sbikd,skdc->sbikc", hidden, w_out)
 
 
-class NativeSparseAttention(nn.Module):
+class NativeSparseAttention(Module):
     """Causal grouped-query attention to a budget of tokens, in place of `Attention`: [B, L, D] →
     [B, L, D].
 
@@ -212,69 +218,59 @@ class NativeSparseAttention(nn.Module):
     `Budget.check_length` refuses, and for parts of the sequence that are not whole strides or
     shorter than what a compression block reaches into the next one."""
 
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    shape: ModelShape
     budget: Budget
-    rope_base: float
-    qk_norm: bool
-    dtype: Any
-    sequence_parallel: bool
+    reduction: Reduction | None = None
 
-    @nn.compact
-    def __call__(self, x_BxLxD: Array) -> Array:
-        D, C = self.width, self.head_dim
-        H, K = self.heads // size("tp"), self.kv_heads // size("tp")
-        column = partitioned(normal(D**-0.5), None, "tp", None)
-        w_q = self.param("w_q", column, (D, H, C)).astype(self.dtype)
-        per_branch = partitioned(normal(D**-0.5), None, None, None, "tp", None)
-        w_kv = self.param("w_kv", per_branch, (len(BRANCHES), 2, D, K, C)).astype(self.dtype)
-        w_gate = self.param("w_gate", column, (D, H, len(BRANCHES))).astype(self.dtype)
-        row = partitioned(normal((self.heads * C) ** -0.5), "tp", None, None)
-        w_o = self.param("w_o", row, (H, C, D)).astype(self.dtype)
+    @compact
+    def __call__(self, x_BxLxD: Array, where: Where, given: Any = None) -> Array:
+        s, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        D, H, K, C, n = s.width, s.heads, s.kv_heads, s.head_dim, len(BRANCHES)
+        column, heads = normal(D**-0.5), (None, "tp", None)
+        w_q = self.weight("w_q", column, (D, H, C), heads).astype(dtype)
+        axes = (None, None, None, "tp", None)
+        w_kv = self.weight("w_kv", column, (n, 2, D, K, C), axes).astype(dtype)
+        w_gate = self.weight("w_gate", column, (D, H, n), heads).astype(dtype)
+        row = normal((H * C) ** -0.5)
+        w_o = self.weight("w_o", row, (H, C, D), ("tp", None, None)).astype(dtype)
 
-        x_BxLxD = enter_tp(x_BxLxD, self.sequence_parallel)
-        self._check_parts(x_BxLxD.shape[1])
+        x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
+        check_parts(self.budget, x_BxLxD.shape[1], size("cp"))
         q_BxLxHxC = jnp.einsum("bld,dhc->blhc", x_BxLxD, w_q)
         kv_3x2xBxLxKxC = jnp.einsum("bld,nsdkc->nsblkc", x_BxLxD, w_kv)
         gate_BxLxHx3 = jax.nn.sigmoid(jnp.einsum("bld,dhn->blhn", x_BxLxD, w_gate))
         outputs = self._attend(q_BxLxHxC, kv_3x2xBxLxKxC)
         out_BxLxHxC = sum(gate_BxLxHx3[..., n, None] * out for n, out in enumerate(outputs))
-        return leave_tp(jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o), self.sequence_parallel)
+        partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
+        return leave_tp(partial_BxLxD, s.sequence_parallel, self.reduction, "attention")
 
-    def _check_parts(self, length: int) -> None:
-        b, cp = self.budget, size("cp")
-        b.check_length(length * cp)
-        reach = b.compress_block - b.stride
-        if cp > 1 and (length % b.stride or length < reach):
-            raise ValueError(
-                f"S/cp = {length * cp}/{cp} = {length} tokens of a device must be a multiple of "
-                f"stride {b.stride} and "
-                f"at least compress_block - stride = {reach}: lower mesh.cp or the stride"
-            )
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """Raises ValueError for a length that the budget refuses on cp devices."""
+        if length % degrees["cp"]:
+            raise ValueError(f"S = {length} is not divisible by cp = {degrees['cp']}")
+        check_parts(self.budget, length // degrees["cp"], degrees["cp"])
 
     def _attend(self, q_BxLxHxC: Array, kv_3x2xBxLxKxC: Array) -> tuple[Array, Array, Array]:
         """Outputs of the three branches, in the order of BRANCHES."""
         b, L = self.budget, q_BxLxHxC.shape[1]
         S = L * size("cp")
-        compress = Compression(self.kv_heads, self.head_dim, b, self.dtype, name="compression")
+        compress = Compression(self.shape, b, name="compression")
         blocks = (S - b.compress_block) // b.stride + 1
         compressed_2xBxIxKxC = compress(with_halo(kv_3x2xBxLxKxC[0], b.compress_block - b.stride))
         k_BxIxKxC, v_BxIxKxC = all_gather(compressed_2xBxIxKxC, "cp", dim=2)[:, :, :blocks]
         (k_selected, v_selected), (k_window, v_window) = kv_3x2xBxLxKxC[1], kv_3x2xBxLxKxC[2]
-        if self.qk_norm:
-            q_BxLxHxC = RMSNorm(name="q_norm")(q_BxLxHxC)
+        if self.shape.qk_norm:
+            q_BxLxHxC = RMSNorm(self.shape.epsilon, name="q_norm")(q_BxLxHxC)
             k_BxIxKxC, k_selected, k_window = (
-                RMSNorm(name=f"k_norm_{name}")(k)
+                RMSNorm(self.shape.epsilon, name=f"k_norm_{name}")(k)
                 for name, k in zip(BRANCHES, (k_BxIxKxC, k_selected, k_window), strict=True)
             )
         position_L = index("cp") * L + jnp.arange(L)
         last_I = b.compress_block - 1 + b.stride * jnp.arange(blocks)
-        q_BxLxHxC = rotary(q_BxLxHxC, position_L, self.rope_base)
-        k_BxIxKxC = rotary(k_BxIxKxC, last_I, self.rope_base)
+        q_BxLxHxC = rotary(q_BxLxHxC, position_L, self.shape.rope_base)
+        k_BxIxKxC = rotary(k_BxIxKxC, last_I, self.shape.rope_base)
         k_selected, k_window = (
-            rotary(k, position_L, self.rope_base) for k in (k_selected, k_window)
+            rotary(k, position_L, self.shape.rope_base) for k in (k_selected, k_window)
         )
         k_selected, v_selected, k_window, v_window = all_gather(
             jnp.stack([k_selected, v_selected, k_window, v_window]), "cp", dim=2

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec
 
 from fdp.collectives import size, vary
 from fdp.models import module
-from fdp.models.attention import Where
 from fdp.models.layers import Modulation, Reduction, RMSNorm
 from fdp.models.module import Module, compact
 from fdp.models.shape import ModelShape
@@ -158,4 +157,6 @@ class Stack:
         state, specs = self._period()(self.shape, parent=None).decode_state(batch, length)
         n = self.periods // size("pp")
         many = jax.tree.map(lambda x: vary(jnp.broadcast_to(x, (n, *x.shape)), "pp"), state)
-        return many, jax.tree.map(lambda p: PartitionSpec("pp", *p), specs, is_leaf=module.spec_leaf)
+        return many, jax.tree.map(
+            lambda p: PartitionSpec("pp", *p), specs, is_leaf=module.spec_leaf
+        )

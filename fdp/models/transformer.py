@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from fdp.collectives import all_gather, vary
+from fdp.kernels_pallas.masks import Mask
 from fdp.models.attention import GATHER, Attention, Core, Softmax, Where
 from fdp.models.layers import Embedding, Head, NoiseEmbedding, Reduction, RMSNorm, SwiGLU
 from fdp.models.module import Module
@@ -18,7 +19,6 @@ from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
 from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan
-from fdp.kernels_pallas.masks import Mask
 
 Array = jax.Array
 
@@ -55,8 +55,12 @@ class Transformer(Module):
         return vary(self.embedding(noised["inputs"]), "pp")
 
     def stack(
-        self, x_BxLxD: Array, noised: dict[str, Any], inputs_N: Any = None,
-        index_BxR: Array | None = None, given: Any = None,
+        self,
+        x_BxLxD: Array,
+        noised: dict[str, Any],
+        inputs_N: Any = None,
+        index_BxR: Array | None = None,
+        given: Any = None,
     ) -> Array:
         """This pp shard's layers and the final norm: [B, L, D].
 
@@ -83,7 +87,11 @@ class Transformer(Module):
         return self.embedding.logits(x_D) if self.shape.tied else self.head(x_D)
 
     def hidden(
-        self, ids_BxL: Array, noise_B: Array, index_BxR: Array | None = None, inputs_N: Any = None,
+        self,
+        ids_BxL: Array,
+        noise_B: Array,
+        index_BxR: Array | None = None,
+        inputs_N: Any = None,
         given: Any = None,
     ) -> Array:
         """`stack` of `embed` of plain ids, as samplers call it."""

@@ -97,9 +97,7 @@ class TokenObjective(Objective):
         return hidden, rows
 
 
-def select_rows(
-    hidden_BxLxD: jax.Array, rows: Rows, capacity: int
-) -> tuple[jax.Array, Rows]:
+def select_rows(hidden_BxLxD: jax.Array, rows: Rows, capacity: int) -> tuple[jax.Array, Rows]:
     """Gather the ≤ capacity positions whose weight is not 0: [B, L, D] → [capacity, D], rows alike.
 
     Unused places carry weight 0. The capacity is an exact bound (objective.capacity), so nothing is

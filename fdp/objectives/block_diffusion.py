@@ -52,7 +52,9 @@ class BlockDiffusionRule:
         L, block = self.length, self.block
         some_clean_key = k_most >= L
         first_clean = (k_least >= L) * (k_least - L)
-        within = (q_least >= L) * (q_most - L) + (q_least < L) * (L - 1)  # of a range with clean ones
+        within = (q_least >= L) * (q_most - L) + (q_least < L) * (
+            L - 1
+        )  # of a range with clean ones
         latest = (q_most < L) * q_most + (q_most >= L) * within
         sees_clean = some_clean_key & (first_clean // block <= latest // block)
         near = (q_least // block <= k_most // block) & (k_least // block <= q_most // block)
@@ -114,7 +116,9 @@ class BlockDiffusion(TokenObjective):
         if length % self.block:
             raise ValueError(f"block length {self.block} does not divide sequence length {length}")
         if "segments" in batch:
-            raise ValueError("block diffusion reads [z ‖ x] and no documents: set data.packing=stream")
+            raise ValueError(
+                "block diffusion reads [z ‖ x] and no documents: set data.packing=stream"
+            )
         blocks = self.within.corrupt(key, {"tokens": tokens_BxL.reshape(-1, self.block)})
         rows = {name: row.reshape(count, length) for name, row in blocks["rows"].items()}
         noisy_BxL = blocks["inputs"].reshape(count, length)
