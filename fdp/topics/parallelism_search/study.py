@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from fdp.config import UserError, digest
 from fdp.cost import architecture, hardware, hybrid
+from fdp.experiment import Experiment, standard
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.topics.parallelism_search import counts, figures, fit, landscapes, plan, stages, validate
@@ -23,7 +24,7 @@ from fdp.topics.parallelism_search.measurements import Malformed, published
 ZERO_SHOT = "unseen models at 64-512 GPUs"
 
 
-def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     """The model of the config on the mesh that the planner finds for as many chips as the config's
     mesh has.
 
@@ -42,7 +43,7 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDi
         c.mesh.update(pp=1, dp=p.dp, ep=1, cp=p.cp, tp=p.tp)
         c.model.update(remat=p.recompute, sequence_parallel=p.tp > 1)
         c.train.update(microbatches=c.train.batch // (p.dp * p.microbatch), zero=p.zero)
-    return {"planned": c}
+    return {"planned": standard(c)}
 
 
 def study(run: Run) -> Report:
