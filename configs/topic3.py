@@ -34,7 +34,8 @@ def _cpu(c: ml_collections.ConfigDict) -> None:
     )
     c.data.update(vocab=512, seq_len=256)
     c.train.update(steps=600, batch=8, lr=3e-3)
-    c.eval.update(every=0, batches=4, samples=2, sequences=8)
+    c.eval.update(every=0, batches=4, samples=2)
+    c.profile.update(tasks=("mqar",), sequences=8)
     c.checkpoint.update(every=100, keep=10)
 
 
@@ -43,13 +44,14 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     c.model.update(layers=2, width=32, head_dim=4, ffn=64)
     c.data.seq_len = 128
     c.train.update(steps=30, warmup=5)
-    c.eval.update(batches=2, sequences=2)
+    c.eval.batches, c.profile.sequences = 2, 2
     c.checkpoint.every = 10
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
     c.train.steps = 800
+    c.profile.tasks = ("mqar", "needle", "induction")
     c.seeds = (0, 1, 2)
 
 

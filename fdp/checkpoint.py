@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from fdp.config import flatten
+from fdp.config import FREE_KEYS, flatten
 from fdp.files import write_atomic
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # the name suffix under which Orbax writes before it renames
@@ -338,7 +338,7 @@ def bind_workdir(
     config: Mapping[str, Any],
     config_hash: str,
     allow_other: bool = False,
-    free: tuple[str, ...] = ("mesh", "checkpoint", "log", "train.zero"),
+    free: tuple[str, ...] = FREE_KEYS,
 ) -> None:
     """Create `workdir` and write config.json, or check that the one there belongs to the same
     experiment.

@@ -23,8 +23,8 @@ from fdp.parallel.context_plan import CommPlan
 from fdp.step import loss_sum
 from fdp.topics.adaptive_cp.mixers import indexed, sparse
 from fdp.topics.adaptive_cp.profile import Profile, block_ids, block_masks, profile
+from fdp.topics.adaptive_cp.settings import BLOCKS
 
-BLOCKS = 32  # of a sequence: four for each of eight devices
 TAU = 0.95
 COVERAGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 WIDTHS = (2, 4, 8, 16, BLOCKS)
@@ -89,7 +89,7 @@ def measure(arm: Arm, workdir: Path) -> Measured:
     A third of the sequences yields masks, another chooses the coverage; what is reported is of
     sequences that took part in neither."""
     c = arm.c
-    block, n = c.data.seq_len // BLOCKS, c.eval.sequences
+    block, n = c.data.seq_len // BLOCKS, c.profile.sequences
     (tokens,) = eval_batches(arm.data.val, 3 * n, 1)
     steps, densities, last = [], [], None
     for step, params in _states(arm, workdir):

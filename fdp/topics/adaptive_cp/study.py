@@ -13,23 +13,20 @@ import ml_collections
 from fdp.arm import Arm
 from fdp.config import digest
 from fdp.data.batches import eval_batches
-from fdp.data.recall import RECALL
 from fdp.loop import evaluate
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.topics.adaptive_cp import checks, figures, rows, runtime, simulate
-from fdp.topics.adaptive_cp.measured import BLOCKS, TAU, Measured, measure
+from fdp.topics.adaptive_cp.measured import TAU, Measured, measure
+from fdp.topics.adaptive_cp.settings import BLOCKS
 
 WINDOWS = 4  # of training with sparse attention
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
-    """The same causal model on text and on recall tasks, all of them in `full`; for absent
-    hardware, on text alone.
-    """
+    """The same causal model on text and on each recall task of the config."""
     found = {"text": config.copy_and_resolve_references()}
-    tasks = {"cpu": ("mqar",), "tiny": ("mqar",), "full": RECALL}
-    for task in tasks.get(config.variant, ()):
+    for task in config.profile.tasks:
         found[task] = config.copy_and_resolve_references()
         found[task].data.source = task
     return found
@@ -100,6 +97,6 @@ def study(run: Run) -> Report:
 
 def adapt(arm: Arm, m: Measured) -> runtime.Adapted:
     """Train on with the coverage that was found, for a sixth of the steps in WINDOWS windows."""
-    (tokens,) = eval_batches(arm.data.val, arm.c.eval.sequences, 1)
+    (tokens,) = eval_batches(arm.data.val, arm.c.profile.sequences, 1)
     steps = max(1, arm.c.train.steps // (6 * WINDOWS))
     return runtime.adapt(arm, tokens, BLOCKS, m.coverage, WINDOWS, steps)
