@@ -12,6 +12,8 @@ import jax
 
 from fdp.models.attention import LONG
 from fdp.models.module import spec_leaf
+from fdp.models.transformer import Transformer
+from fdp.sharding import axes_of
 from fdp.step import TrainStep
 
 
@@ -22,36 +24,42 @@ class Memory:
     parameters: int  # float32 masters, as stored
     optimizer: int  # two float32 moments
     gathered: int  # what ZeRO gathers for use, and the gradients before they are scattered
-    activations: int  # saved for the backward pass, one live layer, the head
+    activations: int | None  # saved for the backward pass, one live layer, the head; None: unstated
 
     def total(self) -> int:
         """Everything at once, an upper bound on the peak up to what the compiler adds or fuses
-        away.
+        away; without activations where the model does not state them.
         """
-        return self.parameters + self.optimizer + self.gathered + self.activations
+        return self.parameters + self.optimizer + self.gathered + (self.activations or 0)
 
 
-def _local(shapes: Any, specs: Any, degrees: Any) -> int:
+def _local(p: TrainStep, specs: Any, stacked: bool | None = None) -> int:
+    """Bytes of a device's parameters under `specs`; of those that are stacked, or are not."""
     leaves = jax.tree.leaves(specs, is_leaf=spec_leaf)
+    parts = zip(
+        jax.tree.leaves(p.specs.shapes), leaves, jax.tree.leaves(p.specs.metas), strict=True
+    )
+    degrees = p.experiment.degrees
     return sum(
-        4 * prod(x.shape) // prod(degrees[a] for a in spec if a)
-        for x, spec in zip(jax.tree.leaves(shapes), leaves, strict=True)
+        4 * prod(x.shape) // prod(degrees[a] for a in axes_of(spec))
+        for x, spec, meta in parts
+        if stacked is None or meta.stacked == stacked
     )
 
 
 def estimate(p: TrainStep) -> Memory:
-    """Memory of one train step of a Transformer."""
-    e, specs = p.experiment, p.specs
-    held = _local(specs.shapes, specs.stored, e.degrees)
-    used = _local(specs.shapes, specs.specs, e.degrees)
-    layers = _local(specs.shapes["layers"], specs.specs["layers"], e.degrees)
-    if e.zero == 0:
+    """Memory of one train step; activations of a Transformer."""
+    zero, model = p.experiment.zero, p.experiment.model
+    held, used = _local(p, p.specs.stored), _local(p, p.specs.specs)
+    if zero == 0:
         gathered = held  # the gradients
-    elif e.zero == 1:
+    elif zero == 1:
         gathered = 2 * used
     else:  # one layer and its gradient, all outside the layers, and the scattered gradients
-        gathered = held + 2 * layers // e.model.shape.layers + 2 * (used - layers)
-    return Memory(held, 2 * held, gathered, activations(p))
+        layers = _local(p, p.specs.specs, True)
+        gathered = held + 2 * layers // model.shape.layers + 2 * (used - layers)
+    stated = activations(p) if isinstance(model, Transformer) else None
+    return Memory(held, 2 * held, gathered, stated)
 
 
 def activations(p: TrainStep) -> int:
