@@ -44,7 +44,13 @@ CASES = {
 }
 MODELS = {
     "mdlm": {"objective.name": "mdlm"},
-    "ar": {"objective.name": "autoregressive"},
+    "ar·bias·tied": {
+        "objective.name": "autoregressive",
+        "model.bias": True,
+        "model.tied": True,
+        "model.epsilon": 1e-5,
+        "model.rope_scaling": 4.0,
+    },
     "mdlm·qk_norm·noise": {
         "objective.name": "mdlm",
         "model.qk_norm": True,
