@@ -81,13 +81,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(1)
 
 
+def quiet() -> None:
+    """JAX reports, at level info, each accelerator that is not there; absl's handler would print
+    it.
+    """
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+
+
 def main(argv: list[str]) -> None:
     """Validate, then dry-run or train every arm and write the topic's report."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument(s): {' '.join(argv[1:])}")
     config = CONFIG.value
-    # JAX reports, at level info, each accelerator that is not there; absl's handler would print it.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    quiet()
     try:
         fdp_config.validate(config)
         needed = math.prod(config.mesh.values())

@@ -52,3 +52,9 @@ def check(c: ml_collections.ConfigDict) -> None:
                 known(value)
         except ValueError as error:
             raise UserError(f"{key}: {error}") from error
+
+
+def shrink(c: ml_collections.ConfigDict) -> None:
+    """For the audit: what is planned for does not follow the small model."""
+    c.plan.model = "llama3-70b"
+    c.plan.cluster, c.plan.batch = "h100:32x8", 1024
