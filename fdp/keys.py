@@ -211,7 +211,8 @@ class Several(Key):
         return f"names {next(one for i, one in enumerate(value) if one in value[:i])!r} twice"
 
     def fix(self, name: str, value: Any) -> str:
-        return "" if isinstance(self.each, Choice) and value else super().fix(name, value)
+        held = not isinstance(value, tuple | list) or all(self.each.holds(one) for one in value)
+        return super().fix(name, value) if held or not isinstance(self.each, Choice) else ""
 
     def read(self, text: str) -> Any:
         try:
