@@ -12,7 +12,7 @@ import jax
 import ml_collections
 from jax.sharding import PartitionSpec
 
-from fdp.models.attention import LONG
+from fdp.kernels_pallas.attend import LONG
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def activations(c: ml_collections.ConfigDict, head_rows: int) -> int:
     """Bytes of activations at the start of the backward pass, which is their peak (Korthikanti et
     al. 2022, §4).
 
-    Attention probabilities are counted where attention materialises them: in short sequences and
-    under masks that more than causality shapes; long ones go block by block."""
+    Attention probabilities are counted where attention keeps them: in short sequences on cp = 1;
+    others go tile by tile."""
     m, mesh = c.model, c.mesh
     item = 2 if m.dtype == "bfloat16" else 4
     doubled = 2 if c.objective.name == "block_diffusion" else 1
@@ -74,8 +74,7 @@ def activations(c: ml_collections.ConfigDict, head_rows: int) -> int:
         tokens * m.head_dim * (2 * heads + kv) * item
         + 2 * tokens * mesh.cp * kv * m.head_dim * item
     )
-    planned = c.context.plan != "all_gather" or c.context.layout != "contiguous"
-    blockwise = planned if mesh.cp > 1 else doubled == 1 and length >= LONG
+    blockwise = mesh.cp > 1 or length >= LONG
     scores = (
         0 if blockwise else heads * tokens * length * (4 + item)
     )  # float32 logits and the probabilities

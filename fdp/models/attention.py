@@ -13,24 +13,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdp.collectives import all_gather, index, size, vary_like
-from fdp.kernels_pallas import flash
+from fdp.kernels_pallas import attend as front
 from fdp.kernels_pallas.masks import Mask
 from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, partitioned, rotary
-from fdp.objectives.block_diffusion import block_diffusion_mask
+from fdp.objectives.block_diffusion import BlockDiffusionRule
 from fdp.parallel import context, layouts
 from fdp.parallel.context import CommPlan
 
 Array = jax.Array
-Seen = Array | str | None  # bool [1 or B, 1, L, S]; "causal" for L = S; None = all keys
+Seen = tuple[Mask, Any, Any]  # mask, and positions of queries and keys, None = 0, 1, …
 CACHE = "kv"  # collection of rotated keys and values: {"k", "v"} of [B, S, K, C] a layer
 # collection of rotated queries and keys: {"q", "k"}, for studies of what is attended to
 PROBE = "probe"
 GATHER = CommPlan("all_gather")
-LONG = (
-    1024  # queries from which on scores are not kept whole; below, XLA's own attention is as fast
-)
 
 # In place of softmax attention: (rotated q_BxLxHxC, rotated k_BxLxKxC, v_BxLxKxC, position_L,
 # choice) → [B, L, H, C], on this device's rows; `choice` is what the caller gave for this layer,
@@ -38,30 +36,9 @@ LONG = (
 Mixer = Callable[[Array, Array, Array, Array, Any], Array]
 
 
-def attention_mask(kind: str, q_index_L: Array, k_index_S: Array, block: int) -> Array | None:
-    """Which keys a query may see, bool [1, 1, L, S]; None = all of them. Indices are global
-    positions in the input.
-    """
-    q, k = q_index_L[:, None], k_index_S[None, :]
-    if kind == "causal":
-        return (k <= q)[None, None]
-    if kind == "block_diffusion":
-        return block_diffusion_mask(q, k, k_index_S.shape[0] // 2, block)[None, None]
-    return None
-
-
-def attend(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, mask: Seen) -> Array:
-    """Softmax attention of rotated queries and keys: [B, L, H, C].
-
-    Where no more than causality hides keys, long sequences go to the kernel of the platform: scores
-    are never whole."""
-    if not isinstance(mask, Array) and q_BxLxHxC.shape[1] >= LONG:
-        return flash.attention(
-            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, Mask("bidirectional" if mask is None else mask)
-        )
-    if isinstance(mask, str):
-        return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, is_causal=True)
-    return jax.nn.dot_product_attention(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=mask)
+def attend(q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, seen: Seen) -> Array:
+    """Softmax attention of rotated queries and keys: [B, L, H, C]."""
+    return front.attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, *seen)[0]
 
 
 class Attention(nn.Module):
@@ -173,10 +150,10 @@ class Attention(nn.Module):
             self._check_cache()
             self.put_variable(CACHE, "k", k_BxSxKxC)
             self.put_variable(CACHE, "v", v_BxSxKxC)
-        if self.kind == "causal" and size("cp") == 1:
-            return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, "causal"
-        mask = attention_mask(self.kind, q_index_L, jnp.arange(S), self.block)
-        return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask
+        doubled = self.kind == "block_diffusion"
+        mask = Mask(rule=BlockDiffusionRule(S // 2, self.block)) if doubled else Mask(self.kind)
+        places = (None, None) if size("cp") == 1 else (q_index_L, np.arange(S))
+        return q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, (mask, *places)
 
     def _rows(
         self, q_BxLxHxC: Array, k_BxLxKxC: Array, v_BxLxKxC: Array, positions_BxL: Array
@@ -202,10 +179,8 @@ class Attention(nn.Module):
             old_BxSxKxC = vary_like(self.get_variable(CACHE, name), rows_BxLxKxC)
             cache[name] = put(old_BxSxKxC, rows_BxLxKxC, positions_BxL)
             self.put_variable(CACHE, name, cache[name])
-        if self.kind == "bidirectional":
-            return q_BxLxHxC, cache["k"], cache["v"], None
-        seen_BxLxS = jnp.arange(cache["k"].shape[1]) <= positions_BxL[..., None]
-        return q_BxLxHxC, cache["k"], cache["v"], seen_BxLxS[:, None]
+        seen = Mask(self.kind), positions_BxL, np.arange(cache["k"].shape[1])
+        return q_BxLxHxC, cache["k"], cache["v"], seen
 
     def _check_cache(self) -> None:
         """Raises ValueError where a cache would be wrong or is not there yet."""
