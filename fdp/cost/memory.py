@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from fdp.models.attention import LONG
+from fdp.kernels_pallas.attend import LONG
 from fdp.models.module import spec_leaf
 from fdp.models.transformer import Transformer
 from fdp.sharding import axes_of
@@ -66,8 +66,8 @@ def activations(p: TrainStep) -> int:
     """Bytes of activations at the start of the backward pass, which is their peak (Korthikanti et
     al. 2022, §4).
 
-    Attention probabilities are counted where attention keeps whole scores: in short sequences and
-    under masks that more than causality shapes; long ones go block by block."""
+    Attention probabilities are counted where attention keeps them: in short sequences on cp = 1;
+    others go tile by tile."""
     e = p.experiment
     m, d, item, length = e.model.shape, e.degrees, e.model.shape.itemsize, e.input_length
     tokens = e.fit.batch // (d["dp"] * d["ep"] * e.grads.microbatches) * (length // d["cp"])
@@ -76,10 +76,7 @@ def activations(p: TrainStep) -> int:
     heads, kv = m.heads // d["tp"], m.kv_heads // d["tp"]
     projections = tokens * m.head_dim * (2 * heads + kv) * item
     projections += 2 * tokens * d["cp"] * kv * m.head_dim * item
-    plan = e.model.core.plan
-    planned = plan != type(plan)("all_gather")
-    doubled = length != e.data.seq_len
-    blockwise = planned if d["cp"] > 1 else not doubled and length >= LONG
+    blockwise = d["cp"] > 1 or length >= LONG
     scores = 0 if blockwise else heads * tokens * length * (4 + item)  # f32 logits, probabilities
     ffn = 4 * tokens * (m.ffn // d["tp"]) * item  # gate, up, silu(gate), product
     layer = 2 * between + 2 * hidden + projections + scores + ffn

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.collectives import all_gather, psum, size, vary
+from fdp.config import digest
 from fdp.data.batches import Arrays, Data
 from fdp.experiment import Experiment, standard
 from fdp.hooks import Hook
 from fdp.models.module import Module, compact, initializers
 from fdp.objectives.base import Objective
 from fdp.report import Report, Row
-from fdp.config import digest
 
 X, Y, D = 8, 4, 16
 
