@@ -69,35 +69,6 @@ class BlockDiffusionRule:
 
 
 @dataclass(frozen=True)
-class BlockDiffusionRule:
-    """`block_diffusion_mask` as a rule of a `Mask`, on indices of [z ‖ x]."""
-
-    length: int
-    block: int
-
-    def __call__(self, q_index: Any, k_index: Any) -> Any:
-        """Whether query q may see key k."""
-        return block_diffusion_mask(q_index, k_index, self.length, self.block)
-
-    def meets(self, q_least: Any, q_most: Any, k_least: Any, k_most: Any) -> Any:
-        """False only where no query of the range sees any key of the range.
-
-        Clean keys are seen by clean queries at or after them and by noisy ones after them; noisy
-        keys by noisy queries of their own block.
-        """
-        L, block = self.length, self.block
-        some_clean_key = k_most >= L
-        first_clean = (k_least >= L) * (k_least - L)
-        within = (q_least >= L) * (q_most - L) + (q_least < L) * (
-            L - 1
-        )  # of a range with clean ones
-        latest = (q_most < L) * q_most + (q_most >= L) * within
-        sees_clean = some_clean_key & (first_clean // block <= latest // block)
-        near = (q_least // block <= k_most // block) & (k_least // block <= q_most // block)
-        return sees_clean | ((q_least < L) & (k_least < L) & near)
-
-
-@dataclass(frozen=True)
 class TwoHalves:
     """Rotary positions of [z ‖ x]: both halves carry the same ones."""
 

@@ -7,15 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-from fdp.objectives.block_diffusion import BlockDiffusion, block_diffusion_mask
+from fdp.objectives.block_diffusion import BlockDiffusion, BlockDiffusionRule
 from fdp.objectives.mdlm import MDLM, masked_capacity
 from tests.oracles import EnumerableJoint, nelbo_exact
-=======
-from fdp.data.synthetic import EnumerableJoint
-from fdp.objectives.block_diffusion import BlockDiffusion, BlockDiffusionRule
-from fdp.objectives.mdlm import MDLM, masked_capacity, nelbo_exact
->>>>>>> kernels
 
 pytestmark = pytest.mark.fast
 
