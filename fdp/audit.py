@@ -96,7 +96,7 @@ def batch_of(e: Experiment) -> Batch:
     """Values for every field of the experiment's batch: random tokens, random document boundaries,
     what an in-memory split holds otherwise."""
     rng, n = np.random.default_rng(0), e.fit.batch
-    batch = e.data.train.take(np.arange(n) % len(e.data.train))
+    batch = e.data.train.take([i % len(e.data.train) for i in range(n)])
     if "tokens" in batch and e.data.tokenizer is not None and e.data.name == "blank":
         shape = batch["tokens"].shape
         batch["tokens"] = rng.integers(0, e.data.tokenizer.n_data - 1, shape, np.int32)
@@ -158,7 +158,8 @@ def reach(e: Experiment, variables: Any) -> tuple[bool, str]:
     noised = jax.jit(e.objective.corrupt)(jax.random.key(0), batch_of(e))
     length, layers = noised["inputs"].shape[1], e.model.shape.layers
     at = length // 2
-    other = noised | {"inputs": noised["inputs"].at[:, at].add(1) % e.objective.n_ids}
+    changed = (noised["inputs"].at[:, at].add(1)) % e.model.shape.vocab
+    other = noised | {"inputs": changed}
 
     @jax.jit
     def hidden(variables: Any, noised: Any) -> Any:

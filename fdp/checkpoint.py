@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from fdp.config import FREE_KEYS, flatten
+from fdp.config import FREE_KEYS, declared, flatten
 from fdp.files import write_atomic
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # the name suffix under which Orbax writes before it renames
@@ -325,9 +325,15 @@ def _fields(state: Any) -> dict[str, Any]:
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]
 ) -> list[str]:
+    """Keys whose values differ. One that was added since has had its default all along, and one
+    that is declared no longer means nothing."""
+    defaults = {name: key.default for name, key in declared(str(new.get("topic", ""))).items()}
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if key not in new and key not in defaults:
+            continue
+        before, after = old.get(key, defaults.get(key, "(absent)")), new.get(key, "(absent)")
+        before = list(before) if isinstance(before, tuple) else before
         if before != after and not any(key == f or key.startswith(f + ".") for f in free):
             lines.append(f"{key}: {before!r} -> {after!r}")
     return lines
