@@ -65,10 +65,12 @@ class Core(Protocol):
 
 @dataclass(frozen=True)
 class Softmax:
-    """Softmax attention to the keys that `mask` shows, by `plan` over cp."""
+    """Softmax attention to the keys that `mask` shows, by `plan` over cp. `keeps`: whether a pass
+    that keeps a cache leaves keys and values in it."""
 
     mask: Mask
     plan: CommPlan = GATHER
+    keeps: bool = True
 
     @property
     def layout(self) -> SequenceLayout:
@@ -166,7 +168,7 @@ class Attention(Module):
         return mix(v), attended
 
     def _keep(self, k_BxLxKxC: Array, v_BxLxKxC: Array) -> None:
-        if self.is_mutable_collection(CACHE):
+        if self.is_mutable_collection(CACHE) and getattr(self.core, "keeps", True):
             self._check_cache()
             self.cache("k", k_BxLxKxC)
             self.cache("v", v_BxLxKxC)
