@@ -69,6 +69,7 @@ def base() -> ml_collections.ConfigDict:
     m.vocab = 1024  # embedding rows ≥ token ids (mask included), divisible by tp
     m.rope_base = 10_000.0
     m.qk_norm = False  # RMSNorm on queries and keys
+    m.conv = 0  # taps of a causal convolution before q, k and v; 0 = none
     m.time_conditioning = False  # adaptive norms fed with the noise level
     m.dtype = "float32"  # compute dtype; parameters and logits are always float32
     m.remat = "none"  # none | dots | full: what the backward pass recomputes
