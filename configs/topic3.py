@@ -35,7 +35,6 @@ def _cpu(c: ml_collections.ConfigDict) -> None:
     c.data.update(vocab=512, seq_len=256)
     c.train.update(steps=600, batch=8, lr=3e-3)
     c.eval.update(every=0, batches=4, samples=2, sequences=8)
-    c.checkpoint.update(every=100, keep=10)
 
 
 def _tiny(c: ml_collections.ConfigDict) -> None:
@@ -44,7 +43,6 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     c.data.seq_len = 128
     c.train.update(steps=30, warmup=5)
     c.eval.update(batches=2, sequences=2)
-    c.checkpoint.every = 10
 
 
 def _full(c: ml_collections.ConfigDict) -> None:

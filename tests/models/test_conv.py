@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from build import experiment, tiny
+from build import experiment, program, tiny
 from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import psum, shard_map
@@ -150,19 +150,26 @@ def test_a_model_with_it_trains_as_one_device_and_sends_what_the_formula_says(ca
     assert counted == pytest.approx(dict(formula))
 
 
-def test_what_it_cannot_do_is_refused() -> None:
-    with pytest.raises(UserError, match=r"4 taps reads 3 positions .* L = 2 on cp = 8 .*conv=3"):
-        c = tiny(
-            **{"model.conv": 4, "mesh.cp": 8, "data.seq_len": 32, "context.layout": "zigzag"},
-            **{"objective.name": "autoregressive"},
-        )
-        TrainStep(experiment(c), make_mesh(c.mesh))
-    with pytest.raises(UserError, match=r"model.conv = 1 taps mix no positions: set 0, or 2"):
-        c = tiny(**{"model.conv": 1})
-        TrainStep(experiment(c), make_mesh(c.mesh))
-    with pytest.raises(UserError, match=r"conv = 4 mixes neighbours of one sequence"):
-        c = tiny(**{"model.conv": 4, "objective.name": "block_diffusion", "objective.block": 8})
-        TrainStep(experiment(c), make_mesh(c.mesh))
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"model.conv": 4, "mesh.cp": 8, "context.layout": "zigzag"},
+            r"4 taps reads 3 positions .* L = 2 on cp = 8 .*conv=3",
+        ),
+        ({"model.conv": 1}, r"model.conv = 1 taps mix no positions: set 0, or 2"),
+        (
+            {"model.conv": 4, "objective.name": "block_diffusion", "objective.block": 8},
+            r"conv = 4 mixes neighbours of one sequence",
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        program(tiny(**wrong))
+
+
+def test_cached_decoding_is_refused() -> None:
     model = experiment(tiny(**{"model.conv": 4})).model
     with pytest.raises(ValueError, match=r"model.conv = 4 has no cached decoding: .*set model.con"):
         model.decode_state(1, 32)
