@@ -32,12 +32,12 @@ from tabulate import tabulate
 
 from benchmarks import plain_transformer
 from fdp import config as fdp_config
+from fdp.data.batches import blank
+from fdp.experiment import Experiment, standard
 from fdp.mesh import make_mesh
-from fdp.models import transformer
 from fdp.objectives.autoregressive import Autoregressive
 from fdp.report import versions
-from fdp.state import optimizer
-from fdp.step import Program, tokens_sharding
+from fdp.step import TrainStep
 
 LIMIT = 1.05  # fdp may cost at most 5 % more step time
 BOS = 0
@@ -71,7 +71,7 @@ class Side:
 
     jitted: Callable[[], Any]
     state: Any
-    tokens_BxL: jax.Array
+    batch: Any
     loss: Callable[[Any], float]
     compiled: Any = None
     compile_s: float = float("inf")
@@ -79,13 +79,13 @@ class Side:
     def compile(self) -> None:
         """Trace, lower and compile once more from nothing; keeps the fastest time."""
         start = time.perf_counter()
-        self.compiled = self.jitted().lower(self.state, self.tokens_BxL).compile()
+        self.compiled = self.jitted().lower(self.state, self.batch).compile()
         self.compile_s = min(self.compile_s, time.perf_counter() - start)
 
     def step(self) -> tuple[float, float]:
         """One step: (seconds until every output is there, loss)."""
         start = time.perf_counter()
-        self.state, out = jax.block_until_ready(self.compiled(self.state, self.tokens_BxL))
+        self.state, out = jax.block_until_ready(self.compiled(self.state, self.batch))
         return time.perf_counter() - start, self.loss(out)
 
 
@@ -140,41 +140,44 @@ def benchmark_config(size: dict[str, int]) -> ml_collections.ConfigDict:
     return c
 
 
+def experiment(c: ml_collections.ConfigDict) -> Experiment:
+    """The stock experiment. Every embedding row is a token: the plain side masks no logits."""
+    made = standard(c, blank(c.data.seq_len, c.model.vocab))
+    return dataclasses.replace(made, objective=Autoregressive(c.model.vocab, BOS))
+
+
 def fdp_side(c: ml_collections.ConfigDict, tokens_BxL: np.ndarray) -> Side:
-    """fdp's train step on a mesh of one device. Every embedding row is a token: the plain side
-    masks no logits.
-    """
-    objective = Autoregressive(c.model.vocab, BOS)
-    model = transformer.from_config(c, objective.attention)
-    mesh = make_mesh(c.mesh)
-    program = Program(c, model, objective, mesh)
+    """fdp's train step on a mesh of one device."""
+    made, mesh = experiment(c), make_mesh(c.mesh)
+    program = TrainStep(made, mesh)
     return Side(
-        jitted=lambda: Program(c, model, objective, mesh).jit_train_step(),
-        state=program.layout.init(model, 0, c.data.seq_len),
-        tokens_BxL=jax.device_put(tokens_BxL, tokens_sharding(mesh)),
+        jitted=lambda: TrainStep(made, mesh).jit_train_step(),
+        state=program.init(0),
+        batch=jax.device_put({"tokens": tokens_BxL}, program.batch_shardings()),
         loss=lambda metrics: float(metrics["loss"]),
     )
 
 
-def plain_side(c: ml_collections.ConfigDict, tokens_BxL: np.ndarray, params: Any) -> Side:
-    """The hand-written step on copies of `params`, on the default device, without any sharding."""
-    tx = optimizer(c)
-    params = jax.tree.map(jnp.array, jax.device_get(params))
+def plain_side(c: ml_collections.ConfigDict, tokens_BxL: np.ndarray, state: Any) -> Side:
+    """The hand-written step on copies of the parameters, on the default device, without any
+    sharding, with the same optimizer."""
+    metas = TrainStep(experiment(c), make_mesh(c.mesh)).specs.metas
+    tx = experiment(c).optimizer.build(metas)
+    params = jax.tree.map(jnp.array, jax.device_get(state.params))
     return Side(
         jitted=lambda: plain_transformer.jit_train_step(tx, BOS, c.model.rope_base),
         state=(params, tx.init(params)),
-        tokens_BxL=jnp.array(tokens_BxL),
+        batch=jnp.array(tokens_BxL),
         loss=float,
     )
 
 
 def build(c: ml_collections.ConfigDict) -> dict[str, Side]:
     """Both sides with equal parameters and tokens."""
-    tokens_BxL = np.random.default_rng(0).integers(
-        0, c.model.vocab, (c.train.batch, c.data.seq_len), np.int32
-    )
+    shape = (c.train.batch, c.data.seq_len)
+    tokens_BxL = np.random.default_rng(0).integers(0, c.model.vocab, shape, np.int32)
     fdp = fdp_side(c, tokens_BxL)
-    return {"fdp": fdp, "plain": plain_side(c, tokens_BxL, fdp.state.params)}
+    return {"fdp": fdp, "plain": plain_side(c, tokens_BxL, fdp.state)}
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ print what it needs.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,23 +13,20 @@ from fdp.cost import aot
 aot.prepare_environment()  # before jax is imported
 
 import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from tabulate import tabulate
 
-from fdp import config as fdp_config
-from fdp import objectives
 from fdp.cost import bytes as closed
-from fdp.cost import energy, flops, hlo, hybrid, jaxpr, step_time, workload
+from fdp.cost import energy, flops, hybrid, jaxpr, step_time, workload
 from fdp.cost import memory as analytic
 from fdp.cost.hardware import Chip, chip
 from fdp.cost.workload import Job
-from fdp.mesh import AXES, BATCH_AXES, degrees_equation, make_mesh, use_virtual_devices
-from fdp.models import transformer
+from fdp.count.compare import sent
+from fdp.mesh import AXES, degrees_equation, make_mesh, use_virtual_devices
+from fdp.models.transformer import Transformer
 from fdp.run import study_of
-from fdp.step import Program
+from fdp.step import TrainStep
 
 GIB = 2**30
 
@@ -47,91 +45,69 @@ class Target:
         return isinstance(self.mesh, Mesh)
 
 
-def target_of(c: ml_collections.ConfigDict) -> Target:
-    """The mesh of hardware.topology, of virtual CPU devices where that is empty, or an abstract
-    one.
+def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
+    """The mesh of `topology` (hardware.topology), of virtual CPU devices where that is empty, or an
+    abstract one.
     """
-    topology, needed = c.hardware.topology, math.prod(c.mesh.values())
+    needed = math.prod(degrees.values())
     if not topology:
         use_virtual_devices(needed)
         return Target(
-            make_mesh(c.mesh), None, "compiled for the virtual CPU devices of this machine"
+            make_mesh(degrees), None, "compiled for the virtual CPU devices of this machine"
         )
     name = topology.partition(":")[0]
     try:
         if aot.available(name):
             devices = aot.topology_devices(topology)
             return Target(
-                make_mesh(c.mesh, devices), chip(name), f"compiled ahead of time for {topology}"
+                make_mesh(degrees, devices), chip(name), f"compiled ahead of time for {topology}"
             )
     except ValueError as error:
         raise UserError(f"hardware.topology: {error}") from error
     mesh = AbstractMesh(
-        tuple(c.mesh[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+        tuple(degrees[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
     )
     note = f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, nothing compiled"
     return Target(mesh, chip(name), note)
-
-
-def _program(c: ml_collections.ConfigDict, mesh: Any) -> Program:
-    ids = c.data.vocab if c.data.tokenizer == "bpe" else 258
-    if ids > c.model.vocab:
-        raise UserError(
-            f"data.vocab = {ids} token ids exceed model.vocab = {c.model.vocab} rows: set "
-            f"model.vocab={ids}"
-        )
-    objective = objectives.from_config(c, ids - 1, ids - 2)
-    return Program(
-        c, transformer.from_config(c, objective.attention, objective.block), objective, mesh
-    )
-
-
-def _arguments(p: Program) -> tuple[Any, jax.ShapeDtypeStruct]:
-    sharding = NamedSharding(p.mesh, PartitionSpec(BATCH_AXES, "cp"))
-    return p.layout.abstract_state(), jax.ShapeDtypeStruct(
-        (p.c.train.batch, p.c.data.seq_len), np.int32, sharding=sharding
-    )
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
     """Print, for every arm: memory, bytes per axis and FLOPs per device, analytic and by the
     compiler, and the fit.
     """
-    target = target_of(config)
+    config = config.copy_and_resolve_references()
+    config.data.source = "blank"  # a program is the same whatever it reads
+    target = target_of(config.hardware.topology, config.mesh)
     print(f"target    {config.hardware.topology or 'this machine'}: {target.note}")
     print(f"mesh      {degrees_equation(config.mesh)}, ZeRO-{config.train.zero}")
-    for name, c in study_of(config.topic).arms(config).items():
-        fdp_config.validate(c)
+    for name, experiment in study_of(config.topic).arms(config).items():
         print(f"\narm {name}")
         own = target
-        if c.mesh != config.mesh:  # a mesh of its own, such as a planner's
-            own = target_of(c)
-            print(f"mesh      {degrees_equation(c.mesh)}, ZeRO-{c.train.zero}")
-        print(describe(_program(c, own.mesh), own))
+        if dict(experiment.degrees) != dict(config.mesh):  # of its own, such as a planner's
+            own = target_of(config.hardware.topology, experiment.degrees)
+            print(f"mesh      {degrees_equation(experiment.degrees)}, ZeRO-{experiment.zero}")
+        print(describe(TrainStep(experiment, own.mesh), own))
 
 
-def describe(p: Program, target: Target) -> str:
+def describe(p: TrainStep, target: Target) -> str:
     """The tables of one arm."""
-    rows = p.head_rows()
-    estimate = analytic.estimate(p.c, p.layout.shapes, p.layout.specs, p.layout.stored, rows)
-    state, tokens = _arguments(p)
+    estimate = analytic.estimate(p)
+    state, batch = p.abstract_arguments()
     compiled, overflow = None, None
     if target.compiles:
         try:
-            compiled = aot.compile(p.jit_train_step().lower(state, tokens))
+            compiled = aot.compile(p.jit_train_step().lower(state, batch))
         except Exception as error:
             overflow = aot.hbm_error(error)
             if overflow is None:
                 raise
     planned = aot.memory(compiled) if compiled is not None else None
     parts = [_memory_table(estimate, planned), _fit(estimate, planned, overflow, target.chip)]
+    program = _jaxpr(p)
     if "DOES NOT FIT" in parts[1]:
-        parts.append(_largest(p, state, overflow))
-    parts += [
-        _bytes_table(p, rows, compiled),
-        _flops_line(p, rows, state),
-        _time_line(p, rows, state, target.chip),
-    ]
+        parts.append(_largest(program, overflow))
+    parts += [_bytes_table(p, compiled), _flops_line(p, program)]
+    parts.append(_time_line(p, program, target.chip))
     return "\n".join(part for part in parts if part)
 
 
@@ -154,7 +130,7 @@ def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
         ),
         (
             "activations",
-            _gib(e.activations),
+            "not stated" if e.activations is None else _gib(e.activations),
             "" if planned is None else "activations: temporaries)",
         ),
         (
@@ -181,7 +157,7 @@ def _fit(
     )
 
 
-def _largest(p: Program, state: Any, overflow: aot.HbmError | None) -> str:
+def _largest(program: Any, overflow: aot.HbmError | None) -> str:
     """The largest buffers, from the compiler where it lists them, else the largest arrays of the
     program.
     """
@@ -189,7 +165,7 @@ def _largest(p: Program, state: Any, overflow: aot.HbmError | None) -> str:
         [(b.bytes, f"{b.shape} {b.op_name}") for b in overflow.buffers[:8]] if overflow else []
     )
     source = "largest buffers" if buffers else "largest arrays of the program, before fusion"
-    buffers = buffers or jaxpr.largest_arrays(_jaxpr(p, state), 8)
+    buffers = buffers or jaxpr.largest_arrays(program, 8)
     lines = [f"{source}, GiB per device:"] + [f"  {_gib(size)} {text}" for size, text in buffers]
     lines.append(
         "raise mesh.tp, mesh.cp or train.zero, set model.remat=full, or lower train.batch per "
@@ -198,27 +174,26 @@ def _largest(p: Program, state: Any, overflow: aot.HbmError | None) -> str:
     return "\n".join(lines)
 
 
-def _jaxpr(p: Program, state: Any) -> Any:
-    tokens = jax.ShapeDtypeStruct((p.c.train.batch, p.c.data.seq_len), jnp.int32)
-    batch = jax.eval_shape(p.objective.corrupt, jax.random.key(0), tokens)
-    return jax.make_jaxpr(p.grads)(state.params, batch)
+def _jaxpr(p: TrainStep) -> Any:
+    """Loss and gradients, traced."""
+    state, batch = p.abstract_arguments()
+    noised = jax.eval_shape(p.objective.corrupt, jax.random.key(0), batch)
+    return jax.make_jaxpr(p.grads)(state.variables, noised)
 
 
-def _bytes_table(p: Program, rows: int, compiled: Any) -> str:
-    formula = closed.traffic(p.c, p.layout.shapes, p.layout.stored, rows)
-    shape = dict(zip(AXES, (p.c.mesh[a] for a in AXES), strict=True))
-    counted: dict[Any, float] = {}
-    if compiled is not None:
-        summary = hlo.summary(hlo.collectives(compiled.as_text(), shape))
-        counted = {key: wire for key, (_, _, wire) in summary.items()}
+def _bytes_table(p: TrainStep, compiled: Any) -> str:
+    stated = isinstance(p.experiment.model, Transformer)
+    formula = closed.traffic(p) if stated else {}
+    counted = sent(compiled, p.mesh) if compiled is not None else {}
     keys = sorted(formula.keys() | counted.keys(), key=lambda k: (k[1], k[0]))
+    mib = lambda table, key: f"{table.get(key, 0) / 2**20:,.3f}"
     table = [
         (
-            f"{op} over {'·'.join(axes)}",
-            f"{formula.get((op, axes), 0) / 2**20:,.3f}",
-            f"{counted.get((op, axes), 0) / 2**20:,.3f}" if compiled is not None else "",
+            f"{key[0]} over {'·'.join(key[1])}",
+            mib(formula, key) if stated else "not stated",
+            mib(counted, key) if compiled is not None else "",
         )
-        for op, axes in keys
+        for key in keys
     ]
     heads = (
         "MiB sent per device and step (bytes per axis)",
@@ -228,47 +203,47 @@ def _bytes_table(p: Program, rows: int, compiled: Any) -> str:
     if not table:
         return "bytes     no axis has a degree above 1"
     text = tabulate(table, headers=heads, disable_numparse=True)
-    if compiled is not None and p.c.model.dtype == "bfloat16":
+    if compiled is not None and stated and p.experiment.model.shape.dtype == "bfloat16":
         text += (
             "\n  (the formula counts float32 parameter gathers; a compiler may cast to bfloat16 "
-            "first and send half, "
-            "and run a reduce-scatter as an all-reduce and a slice, which sends twice)"
+            "first and send half, and run a reduce-scatter as an all-reduce and a slice, which "
+            "sends twice)"
         )
     return text
 
 
-def _flops_line(p: Program, rows: int, state: Any) -> str:
-    shards = p.c.mesh.dp * p.c.mesh.ep * p.c.mesh.cp * p.c.train.microbatches
-    total = flops.train_step(p.c, rows * shards)
-    counted = jaxpr.dot_flops(_jaxpr(p, state))
-    return (
-        f"FLOPs     {total / math.prod(p.c.mesh.values()):.4g} per device and step "
-        f"({flops.CONVENTION}); "
-        f"{counted:.4g} in the program, recomputation included"
-    )
+def _model_flops(p: TrainStep) -> int:
+    """Of one train step on the whole mesh."""
+    d = p.experiment.degrees
+    shards = d["dp"] * d["ep"] * d["cp"] * p.experiment.grads.microbatches
+    return flops.train_step(p.experiment, p.head_rows() * shards)
 
 
-def _time_line(p: Program, rows: int, state: Any, target: Chip | None) -> str:
+def _flops_line(p: TrainStep, program: Any) -> str:
+    counted = f"{jaxpr.dot_flops(program):.4g} in the program, recomputation included"
+    if not isinstance(p.experiment.model, Transformer):
+        return f"FLOPs     {counted}"
+    share = _model_flops(p) / math.prod(p.experiment.degrees.values())
+    return f"FLOPs     {share:.4g} per device and step ({flops.CONVENTION}); {counted}"
+
+
+def _time_line(p: TrainStep, program: Any, target: Chip | None) -> str:
     """Step time, MFU, bottleneck and energy by the shipped cost model, and what that model rests
     on.
     """
-    if target is None:
+    if target is None or not isinstance(p.experiment.model, Transformer):
         return ""
-    model, job = (
-        hybrid.shipped(),
-        workload.of_config(p.c, target, p.objective.attention == "causal"),
-    )
+    model, job = hybrid.shipped(), workload.of_experiment(p.experiment, target)
     x = workload.columns([job])
     found = hybrid.predict(model, x)
-    time, chips = float(found.time[0]), job.plan.chips
-    shards = p.c.mesh.dp * p.c.mesh.ep * p.c.mesh.cp * p.c.train.microbatches
-    mfu = flops.train_step(p.c, rows * shards) / chips / target.peak_bf16_flops / time
+    time = float(found.time[0])
+    mfu = _model_flops(p) / job.plan.chips / target.peak_bf16_flops / time
     return (
         f"time      predicted {_ms(time)} ms a step (90 % interval "
         f"{_ms(found.low[0])}-{_ms(found.high[0])}), "
         f"MFU {100 * mfu:.2g} %; bottleneck {found.bottleneck()[0]}; "
-        f"{_energy(p, rows, state, job, x, found)} "
-        f"({_evidence(model, p.c, target)})"
+        f"{_energy(p, program, job, x, found)} "
+        f"({_evidence(model, p.experiment.model.shape.dtype, target)})"
     )
 
 
@@ -277,7 +252,7 @@ def _ms(seconds: float) -> str:
 
 
 def _energy(
-    p: Program, rows: int, state: Any, job: Job, x: workload.Columns, found: hybrid.Prediction
+    p: TrainStep, program: Any, job: Job, x: workload.Columns, found: hybrid.Prediction
 ) -> str:
     """Joules of all chips and hosts in a step, and tokens per joule."""
     c, chips = job.chip, job.plan.chips
@@ -289,9 +264,10 @@ def _energy(
     )
     busy = time * (terms["compute"] + terms["optimizer"]) / sum(terms.values())
     near, far = 0.0, 0.0
-    for (_, axes), sent in closed.traffic(p.c, p.layout.shapes, p.layout.stored, rows).items():
-        inside = math.prod(p.c.mesh[a] for a in AXES[AXES.index(axes[0]) :]) <= c.domain
-        near, far = near + sent * inside, far + sent * (not inside)
+    degrees = p.experiment.degrees
+    for (_, axes), wire in closed.traffic(p).items():
+        inside = math.prod(degrees[a] for a in AXES[AXES.index(axes[0]) :]) <= c.domain
+        near, far = near + wire * inside, far + wire * (not inside)
     per_node = min(chips, c.domain, 4 if c.scale_out_bandwidth is None else 8)
     activity = energy.Activity(
         c.name,
@@ -299,13 +275,14 @@ def _energy(
         -(-chips // per_node),
         time,
         busy,
-        {"bf16": jaxpr.dot_flops(_jaxpr(p, state))},
+        {"bf16": jaxpr.dot_flops(program)},
         _hbm_bytes(job, x),
         near,
         far,
     )
     spent = energy.step_energy(activity)
-    return f"energy {spent.joules:.3g} J a step, {spent.tokens_per_joule(p.tokens):.3g} tokens/J"
+    tokens = p.experiment.fit.batch * (p.experiment.data.seq_len or 1)
+    return f"energy {spent.joules:.3g} J a step, {spent.tokens_per_joule(tokens):.3g} tokens/J"
 
 
 def _hbm_bytes(job: Job, x: workload.Columns) -> float:
@@ -330,7 +307,7 @@ def _hbm_bytes(job: Job, x: workload.Columns) -> float:
     )
 
 
-def _evidence(model: hybrid.Model, c: ml_collections.ConfigDict, target: Chip) -> str:
+def _evidence(model: hybrid.Model, dtype: str, target: Chip) -> str:
     """Where the numbers come from, and what of this program no measurement covers."""
     made = model.provenance
     held = math.expm1(made["held out, |log error|"]["clusters"]["median"])
@@ -341,6 +318,6 @@ def _evidence(model: hybrid.Model, c: ml_collections.ConfigDict, target: Chip) -
     if target.name not in model.effects.get("gemm|chip", {}):
         kind = "TPU" if target.scale_out_bandwidth is None else target.name
         notes.append(f"no {kind} was in the fit")
-    if c.model.dtype == "float32":
+    if dtype == "float32":
         notes.append("priced at bfloat16 rates")
     return "; ".join([*notes, "none of this software: priced without fused attention or overlap"])

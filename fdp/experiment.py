@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from fdp import config, objectives, optimizer
-from fdp.data.batches import Data, load_text
+from fdp.data.batches import Data, blank, load_text
 from fdp.data.recall import RECALL, recall_data
 from fdp.data.synthetic import markov_data
 from fdp.grads import Grads, plain
@@ -43,6 +43,7 @@ class Fit:
 
 
 PLAIN = plain(1)
+BYTE_IDS = 258  # of the byte tokenizer: 256, end-of-text and mask
 
 # (state without gradient, aux summed over the data axes, step) → the new state
 StateRule = Callable[[Any, Any, jax.Array], Any]
@@ -88,8 +89,12 @@ class Experiment:
 
 
 def load_data(c: ml_collections.ConfigDict) -> Data:
-    """Corpus, tokenizer and the two splits of config `c`; synthetic sources need no corpus."""
+    """Corpus, tokenizer and the two splits of config `c`; synthetic sources need no corpus, and
+    "blank" is enough to compile a program."""
     d = c.data
+    if d.source == "blank":
+        ids = d.vocab if d.tokenizer == "bpe" else BYTE_IDS
+        return blank(d.seq_len, ids, d.packing)
     if d.source == "markov":
         return markov_data(d.seq_len)
     if d.source in RECALL:
@@ -110,9 +115,9 @@ def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experime
     shape, t, length = ModelShape.of(c.model), c.train, c.data.seq_len
     ids = data.tokenizer
     if ids is None:
-        raise ValueError(f"data {data.name} are no tokens: the stock model reads token ids")
+        raise config.UserError(f"data {data.name} are no tokens: the stock model reads token ids")
     if ids.vocab_size > shape.vocab:
-        raise ValueError(
+        raise config.UserError(
             f"model.vocab = {shape.vocab} embedding rows cannot hold {ids.vocab_size} token ids "
             f"(mask included): set model.vocab={-(-ids.vocab_size // 8) * 8}"
         )

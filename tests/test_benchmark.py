@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import plain_transformer, step
-from fdp.models import transformer
-from fdp.objectives.autoregressive import Autoregressive
-from fdp.step import Program
+from fdp.mesh import make_mesh
+from fdp.step import TrainStep
 
 pytestmark = pytest.mark.fast
 
@@ -29,13 +28,12 @@ TINY = {
 def test_plain_transformer_has_fdps_loss_and_gradients() -> None:
     c = step.benchmark_config(TINY)
     sides = step.build(c)
-    mesh = sides["fdp"].tokens_BxL.sharding.mesh
-    model = transformer.from_config(c, "causal")
-    program = Program(c, model, Autoregressive(c.model.vocab, step.BOS), mesh)
-    batch = program.corrupt(sides["fdp"].tokens_BxL, jnp.int32(0))
-    want_loss, want = jax.device_get(jax.jit(program.grads)(sides["fdp"].state.params, batch))
+    program = TrainStep(step.experiment(c), make_mesh(c.mesh))
+    noised = program.corrupt(sides["fdp"].batch, jnp.int32(0))
+    variables = sides["fdp"].state.variables
+    want_loss, want, _ = jax.device_get(jax.jit(program.grads)(variables, noised))
     value_and_grad = jax.jit(jax.value_and_grad(plain_transformer.loss), static_argnums=(2, 3))
-    params, tokens_BxL = sides["plain"].state[0], sides["plain"].tokens_BxL
+    params, tokens_BxL = sides["plain"].state[0], sides["plain"].batch
     loss, grads = jax.device_get(value_and_grad(params, tokens_BxL, step.BOS, c.model.rope_base))
     assert loss == pytest.approx(want_loss, rel=1e-6)
     assert jax.tree.structure(grads) == jax.tree.structure(want)

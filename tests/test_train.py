@@ -421,6 +421,58 @@ def test_an_unknown_key_is_one_error_line_and_help_shows_three_flags() -> None:
     assert re.findall(r"^  --(\S+):", own, re.MULTILINE) == ["config", "[no]dry_run", "workdir"]
 
 
+# Runs the command once for each list of arguments, in one process, where jax may not be imported.
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, sys
+from absl import app, flags
+from fdp import train
+sys.modules["jax"] = None
+for arguments in json.loads(sys.argv.pop()):
+    sys.argv[1:] = arguments
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            app.run(train.main, flags_parser=train.parse_flags)
+        except SystemExit as stop:
+            print(json.dumps([stop.code, err.getvalue()]))
+    flags.FLAGS.unparse_flags()
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
+"""
+
+BAD_CONFIGS = {
+    "train.batch=abc": "train.batch='abc' must be an integer of at least 1 (global batch; ",
+    "train.batch=0": "train.batch=0 must be an integer of at least 1 (global batch; sequences): set",
+    "train.batch=12.0": "train.batch=12.0 must be an integer of at least 1 (global batch; sequenc",
+    "train.lr=nan": "train.lr=nan must be a finite number in (0, inf) (peak learning rate): set ",
+    "train.clip=0": "train.clip=0.0 must be a number in (0, inf] (largest global gradient norm): ",
+    "seeds=a": "seeds=('a',) holds 'a', which must be an integer of at least 0 (one run of every",
+    "seeds=0,0": "seeds=(0, 0) names 0 twice: set seeds=(0,)",
+    "model=5": "model='5' replaces a section of keys: set one of them, such as model.layers=4",
+    "model={'layers':3}": "model={'layers': 3} replaces a section of keys: set one of them, such ",
+    "model.vocab=100000000000": "model.vocab=100000000000 must be an integer of at most 2147483647",
+    "sampling.policies=drift": "sampling.policies=('drift',) holds 'drift', which is unknown: did ",
+    "plan.batch=8": "unknown config key 'plan.batch': did you mean 'train.batch'?",
+}
+
+
+def test_a_bad_config_is_one_error_line_before_jax_is_imported() -> None:
+    arguments = [["--config=configs/topic1.py:tiny", f"--config.{bad}"] for bad in BAD_CONFIGS]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    for (bad, start), line in zip(BAD_CONFIGS.items(), done.stdout.splitlines(), strict=True):
+        code, err = json.loads(line)
+        assert code == 1, bad
+        assert err.startswith(f"error: {start}"), err
+        assert err.count("\n") == 1, err
+
+
 MESHES = {
     "dp8": {"dp": 8},
     "dp2·tp4": {"dp": 2, "tp": 4},

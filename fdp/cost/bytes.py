@@ -15,7 +15,6 @@ from fdp.experiment import Experiment
 from fdp.mesh import AXES, DATA_AXES
 from fdp.models.conv import halo_bytes
 from fdp.models.module import spec_leaf
-from fdp.parallel.context_plan import CommPlan
 from fdp.sharding import axes_of
 from fdp.step import TrainStep
 
@@ -106,9 +105,9 @@ def _context(ledger: _Ledger, e: Experiment, times: int, again: int) -> None:
         ledger.put(op, ("cp",), wire * (times + again))
     for op, wire in context.backward_bytes(plan, shape, mask).items():
         ledger.put(op, ("cp",), wire * times)
-    if plan != CommPlan("all_gather") or mask.window:
-        for op, wire in context.label_bytes(shape, mask).items():
-            ledger.put(op, ("cp",), wire * micro)
+    if mask.packed:  # positions are known from the layout, document ids are not
+        wire = (d["cp"] - 1) * 4 * batch * shape.seq_len / d["cp"]
+        ledger.put(GATHER, ("cp",), wire * micro)
 
 
 def _convolution(ledger: _Ledger, e: Experiment, times: int, again: int) -> None:

@@ -8,12 +8,15 @@ a dp rank."""
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import ml_collections
 import numpy as np
 
 from fdp.cost.architecture import Architecture, of_model
 from fdp.cost.hardware import Chip
+
+if TYPE_CHECKING:
+    from fdp.experiment import Experiment
 
 RECOMPUTE = ("none", "selective", "full")
 PRECISIONS = ("fp16", "bf16", "fp8", "fp4")
@@ -67,28 +70,28 @@ class Job:
         return self.batch // (self.plan.dp * self.plan.microbatch)
 
 
-def of_config(c: ml_collections.ConfigDict, chip: Chip, causal: bool) -> Job:
-    """The job of a config of this code base on `chip`. Raises ValueError as `check` does.
+def of_experiment(e: "Experiment", chip: Chip) -> Job:
+    """The job of an experiment of this code base on `chip`. Raises ValueError as `check` does.
 
     Experts are dense here, so that ep is data parallelism; ZeRO shards over dp alone, and ranks of
     ep and cp are replicas. remat=dots recomputes the scores, as selective recomputation does. Block
     diffusion reads twice its length. The XLA attention keeps its scores, as software before 2022
     did: `modern` is False."""
-    m, t, mesh = c.model, c.train, c.mesh
-    dp = mesh.dp * mesh.ep
+    m, d, micro = e.model.shape, e.degrees, e.grads.microbatches
+    dp = d["dp"] * d["ep"]
     plan = Plan(
-        mesh.tp,
-        mesh.pp,
+        d["tp"],
+        d["pp"],
         dp,
-        mesh.cp,
-        microbatch=max(t.batch // (dp * t.microbatches), 1),
-        zero=t.zero,
-        shards=mesh.dp,
+        d["cp"],
+        microbatch=max(e.fit.batch // (dp * micro), 1),
+        zero=e.zero,
+        shards=d["dp"],
         recompute={"none": "none", "dots": "selective", "full": "full"}[m.remat],
         sequence_parallel=m.sequence_parallel,
     )
-    seq = c.data.seq_len * (2 if c.objective.name == "block_diffusion" else 1)
-    job = Job(of_model(m, causal), plan, chip, t.batch, seq, modern=False)
+    causal = e.model.core.mask.kind == "causal"
+    job = Job(of_model(m, causal), plan, chip, e.fit.batch, e.input_length, modern=False)
     check(job)
     return job
 

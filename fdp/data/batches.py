@@ -177,6 +177,34 @@ class Data:
         return _first(self.train)["tokens"].shape[-1]
 
 
+@dataclass(frozen=True)
+class Ids:
+    """What a program must know of a tokenizer: `vocab_size` ids, the last of them the mask and the
+    one before it end-of-text."""
+
+    vocab_size: int
+
+    @property
+    def n_data(self) -> int:
+        """Ids that data may hold."""
+        return self.vocab_size - 1
+
+    @property
+    def eos_id(self) -> int:
+        """End-of-text."""
+        return self.vocab_size - 2
+
+
+def blank(seq_len: int, vocab: int, packing: str = "stream") -> Data:
+    """One sequence of zeros in place of a corpus: enough to build and compile a program."""
+    fields = ("tokens", "segments") if packing == "documents" else ("tokens",)
+    zeros = {name: np.zeros((1, seq_len), np.int32) for name in fields}
+    split = Arrays(zeros, "blank sequence", "name a corpus")
+    ids: Any = Ids(vocab)
+    dims = dict.fromkeys(fields, ("batch", "sequence"))
+    return Data("blank", "", "none", ids, split, split, dims)
+
+
 def batch(examples: Examples, step: int, batch_size: int, seed: int) -> Batch:
     """Training batch of `step`: every field leads with B.
 

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
-from fdp.collectives import all_gather, size, vary, vary_like
-from fdp.kernels_pallas import flash
-from fdp.kernels_pallas.masks import Mask, allowed
+from fdp.collectives import size, vary, vary_like
+from fdp.kernels_pallas import attend as front
+from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import BATCH_AXES
 from fdp.models import conv
 from fdp.models.conv import ShortConvolution
@@ -30,7 +31,6 @@ from fdp.parallel.layouts import SequenceLayout
 
 Array = jax.Array
 GATHER = CommPlan("all_gather")
-LONG = 1024  # use the blockwise kernel from this many queries; below it XLA's attention is as fast
 
 
 @jax.tree_util.register_dataclass
@@ -82,27 +82,7 @@ class Softmax:
     ) -> Array:
         """As `Core`; no input of a layer is read."""
         segment = where.segment if self.mask.packed else None
-        if (size("cp") == 1 and not self.mask.window) or (
-            size("cp") > 1 and self.plan == GATHER and not self.mask.window
-        ):
-            k, v = all_gather(k_BxLxKxC, "cp", dim=1), all_gather(v, "cp", dim=1)
-            if size("cp") == 1 and self.mask.rule is None and not self.mask.packed:
-                if q_BxLxHxC.shape[1] >= LONG:
-                    return flash.attention(q_BxLxHxC, k, v, self.mask)
-                return jax.nn.dot_product_attention(
-                    q_BxLxHxC, k, v, is_causal=self.mask.kind == "causal"
-                )
-            seen = allowed(
-                self.mask,
-                where.index,
-                jnp.arange(k.shape[1]),
-                *(() if segment is None else (segment, all_gather(segment, "cp", dim=1))),
-            )
-            seen = seen.reshape(-1, 1, *seen.shape[-2:])
-            return jax.nn.dot_product_attention(
-                q_BxLxHxC, k, v, mask=None if self.mask.everything else seen
-            )
-        return context.attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, where.index, segment)
+        return context.attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, None, segment)
 
     def check(self, shape: ModelShape, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError, with equation, values and fix, for a plan that `batch` sequences of
@@ -118,15 +98,13 @@ class Softmax:
     def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
         """Rows at `index_BxL` against a cache of all positions. Raises ValueError for masks that a
         cache cannot serve."""
-        if self.mask.packed:
+        if self.mask.packed or self.mask.rule is not None:
             raise ValueError(
                 f"no key/value cache for the mask {self.mask}: a row of a cache is one sequence, "
                 "and its rows are positions; use causal or bidirectional attention"
             )
-        seen_BxLxS = allowed(self.mask, index_BxL, jnp.arange(k_BxSxKxC.shape[1]))
-        return jax.nn.dot_product_attention(
-            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=seen_BxLxS[:, None]
-        )
+        places = index_BxL, np.arange(k_BxSxKxC.shape[1])
+        return front.attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, self.mask, *places)[0]
 
 
 class Attention(Module):

@@ -48,7 +48,7 @@ def layer(cls: type[Module], **fields: Any) -> Layer:
 
 class Block(Module):
     """Pre-norm residual block of a layer that mixes positions and one that does not; with time
-    conditioning each is modulated by the noise level.
+    conditioning each is modulated by the noise level, and starts as the identity (adaLN-zero).
 
     A mixing layer is a module `(x, where, layer input) → y`. `reduction` replaces the all-reduce
     over tp that ends both layers and may keep state in the cache.
@@ -78,7 +78,7 @@ class Block(Module):
                 modulation = Modulation(s.width, name=f"{name}_modulation")
                 shift, scale, gate = modulation(noise_BxE)
                 h_BxLxD = (h_BxLxD * (1 + scale) + shift).astype(dtype)
-                x_BxLxD = (x_BxLxD + (1 + gate) * run(h_BxLxD)).astype(dtype)
+                x_BxLxD = (x_BxLxD + gate * run(h_BxLxD)).astype(dtype)
         return x_BxLxD, None
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdp.objectives.block_diffusion import BlockDiffusion, block_diffusion_mask
+from fdp.objectives.block_diffusion import BlockDiffusion, BlockDiffusionRule
 from fdp.objectives.mdlm import MDLM, masked_capacity
 from tests.oracles import EnumerableJoint, nelbo_exact
 
@@ -84,7 +84,7 @@ def test_estimate_is_unbiased(form, block):
 @pytest.mark.parametrize(("length", "block"), [(6, 2), (8, 4), (5, 1), (4, 4)])
 def test_mask_is_the_union_of_its_three_parts(length, block):
     q, k = np.arange(2 * length)[:, None], np.arange(2 * length)[None]
-    mask = block_diffusion_mask(q, k, length, block)
+    mask = BlockDiffusionRule(length, block)(q, k)
     of = np.tile(np.arange(length) // block, 2)
     blocks = of[:, None] - of[None]
     half = length
@@ -94,8 +94,21 @@ def test_mask_is_the_union_of_its_three_parts(length, block):
     assert not mask[half:, :half].any()
     assert mask.any(1).all()  # no query with nothing to attend to
     np.testing.assert_array_equal(
-        jax.jit(lambda q, k: block_diffusion_mask(q, k, length, block))(q, k), mask
+        jax.jit(lambda q, k: BlockDiffusionRule(length, block)(q, k))(q, k), mask
     )
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (4, 4), (5, 7), (16, 12), (3, 48)])
+def test_ranges_of_positions_meet_exactly_where_a_pair_is_allowed(rows, keys):
+    length, block = 24, 4
+    rule, index = BlockDiffusionRule(length, block), np.arange(2 * length)
+    seen = rule(index[:, None], index[None])
+    first_q, first_k = index[::rows, None], index[None, ::keys]
+    last_q, last_k = np.minimum(first_q + rows, 2 * length) - 1, np.minimum(first_k + keys, 48) - 1
+    tiles = np.add.reduceat(np.add.reduceat(seen, index[::rows], 0, int), index[::keys], 1) > 0
+    np.testing.assert_array_equal(rule.meets(first_q, last_q, first_k, last_k), tiles)
+    with pytest.raises(ValueError, match="block length 5 does not divide sequence length 24"):
+        BlockDiffusionRule(length, 5)
 
 
 def test_clean_tokens_of_the_own_or_a_later_block_never_reach_a_noisy_block():
@@ -104,7 +117,7 @@ def test_clean_tokens_of_the_own_or_a_later_block_never_reach_a_noisy_block():
     """
     length, block, width = 12, 3, 8
     rng = np.random.default_rng(0)
-    mask = block_diffusion_mask(np.arange(24)[:, None], np.arange(24)[None], length, block)
+    mask = BlockDiffusionRule(length, block)(np.arange(24)[:, None], np.arange(24)[None])
     w = rng.normal(size=(3, width, width))
 
     def network(h):

@@ -321,10 +321,9 @@ def test_a_policy_of_unknown_words_or_impossible_numbers_is_refused(wrong: dict)
 
 
 @pytest.mark.fast
-def test_unknown_policy_names_and_uneven_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"eval.policies: 'drfit' is unknown; known: exact"):
-        pareto.chosen(("drfit",))
+def test_policies_are_chosen_by_name_and_uneven_steps_are_refused() -> None:
     assert pareto.chosen(()) == pareto.POLICIES
+    assert [p.name for p in pareto.chosen(("int8", "exact"))] == ["int8", "exact"]
     with pytest.raises(ValueError, match="length 16 is not divisible by per_step = 3"):
         pareto.sampler(an_arm(), make_mesh(dict.fromkeys(AXES, 1)), Policy("exact", "exact"), 3)
 
@@ -382,8 +381,6 @@ def test_scatter_tells_the_estimators_apart() -> None:
         found.losses | {estimators.METHOD: 1.5 * found.losses[estimators.METHOD]}
     )
     assert abs(estimators.z_score([biased])) > 4
-    with pytest.raises(ValueError, match=r"eval.draws = 1 draws have no variance"):
-        estimators.scatter(arm, 1)
 
 
 class _Windows:

@@ -23,7 +23,8 @@ from fdp.parallel.context_plan import CommPlan
 from fdp.parallel.tensor import suppress
 from fdp.step import mean_loss
 from fdp.topics.adaptive_cp.cores import Indexed, Sparse
-from fdp.topics.adaptive_cp.profile import BLOCKS, DENSITY, TAU, block_ids, block_masks, profile
+from fdp.topics.adaptive_cp.profile import DENSITY, TAU, block_ids, block_masks, profile
+from fdp.topics.adaptive_cp.settings import BLOCKS
 
 Variables = module.Variables
 Batch = dict[str, Any]

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.hooks import Hook
 from fdp.kernels_pallas.masks import Mask
 from fdp.models import module
 from fdp.models.transformer import Transformer
@@ -20,11 +19,12 @@ from fdp.objectives.base import Objective
 from fdp.parallel import context_gather
 from fdp.parallel import sparsity_density as density
 from fdp.state import TrainState
+from fdp.topics.adaptive_cp.settings import BLOCKS
 
 Array = jax.Array
 CAUSAL = Mask("causal")
-BLOCKS = 32  # of a sequence: four for each of eight devices
 TAU = 0.95  # of the mass
+DENSITY = "density"  # name of the metric
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,6 @@ class Densities:
         variables = jax.device_get(state.variables)
         found = profile(arm, variables, tokens_BxS, tokens_BxS.shape[1] // BLOCKS, TAU)
         return {DENSITY: found.density_N}
-
-
-DENSITY = "density"  # name of the metric
-
-
-def densities(sequences: int, steps: int) -> Hook:
-    """Densities every 100 steps of a run of `steps`, at least three times and at most about
-    twenty."""
-    return Hook("densities", max(1, min(100, steps // 3), steps // 20), Densities(sequences))
 
 
 def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:

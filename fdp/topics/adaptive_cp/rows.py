@@ -15,10 +15,11 @@ from fdp.parallel.layouts import ZIGZAG
 from fdp.report import Row
 from fdp.topics.adaptive_cp import baselines, checks, planner, runtime, simulate
 from fdp.topics.adaptive_cp.baselines import Baseline
-from fdp.topics.adaptive_cp.measured import ANSWERS, BLOCKS, WIDTHS, Measured
+from fdp.topics.adaptive_cp.measured import ANSWERS, WIDTHS, Measured
 from fdp.topics.adaptive_cp.planner import ModelPlan
 from fdp.topics.adaptive_cp.problem import Masks, Problem
 from fdp.topics.adaptive_cp.profile import spearman
+from fdp.topics.adaptive_cp.settings import BLOCKS
 
 CP = 8
 FAR = 2**17  # positions of the simulated sequence

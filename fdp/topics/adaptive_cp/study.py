@@ -13,8 +13,8 @@ import ml_collections
 
 from fdp.arm import Arm
 from fdp.config import digest
-from fdp.data.recall import RECALL
 from fdp.experiment import Experiment, standard
+from fdp.hooks import Hook
 from fdp.loop import evaluate
 from fdp.models.layers import SwiGLU
 from fdp.models.nsa import Budget, NativeSparseAttention
@@ -24,22 +24,22 @@ from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.topics.adaptive_cp import checks, figures, rows, runtime, simulate
 from fdp.topics.adaptive_cp.measured import Measured, measure
-from fdp.topics.adaptive_cp.profile import BLOCKS, TAU, densities
+from fdp.topics.adaptive_cp.profile import TAU, Densities
+from fdp.topics.adaptive_cp.settings import BLOCKS
 
 WINDOWS = 4  # of training with sparse attention
-TASKS = {"cpu": ("mqar",), "tiny": ("mqar",), "full": RECALL}  # of a variant, beside text
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
-    """The same causal model on text and on recall tasks, all of them in `full`, and native sparse
-    attention on text; for absent hardware, dense attention on text alone.
+    """The same causal model on text and on each recall task of the config, and with native sparse
+    attention on text.
     """
-    text = standard(config)
-    hook = densities(config.eval.sequences, text.fit.steps)
-    found = {"text": replace(text, hooks=(hook,))}
-    for task in TASKS.get(config.variant, ()):
-        found[task] = replace(standard(_recall(config, task)), hooks=(hook,))
-    if config.variant in ("cpu", "full"):
+    text, p = standard(config), config.profile
+    hooks = (Hook("densities", p.every, Densities(p.sequences)),)
+    found = {"text": replace(text, hooks=hooks)}
+    for task in p.tasks:
+        found[task] = replace(standard(_recall(config, task)), hooks=hooks)
+    if p.native_sparse:
         found["nsa"] = native_sparse(text)
     return found
 
@@ -76,7 +76,7 @@ def study(run: Run) -> Report:
     tiny, enough = run.config.variant == "tiny", jax.device_count() >= checks.DEVICES
     dense = {name: arms_ for name, arms_ in run.arms.items() if name != "nsa"}
     for name, arms_ in dense.items():
-        measured = [measure(arm, run.workdir, run.config.eval.sequences) for arm in arms_]
+        measured = [measure(arm, run.workdir, run.config.profile.sequences) for arm in arms_]
         planned, table, plan = rows.planned(name, measured)
         found += [
             *rows.density(name, measured),
@@ -105,7 +105,7 @@ def study(run: Run) -> Report:
             figures.plan_picture(folder / f"plan_{name}.png", plan, f"{name}: plan by layer"),
         ]
         if enough and (name == "text" or not tiny):
-            sequences = run.config.eval.sequences
+            sequences = run.config.profile.sequences
             adapted = [adapt(arm, m, sequences) for arm, m in zip(arms_, measured, strict=True)]
             raw[f"{name} windows"] = [[window.plain() for window in a.windows] for a in adapted]
             found += rows.adapted(name, adapted)

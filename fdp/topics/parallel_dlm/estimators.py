@@ -48,13 +48,9 @@ class Scatter:
 
 
 def scatter(arm: Arm, draws: int) -> Scatter:
-    """`draws` noise draws of every estimator on the first validation batch; every row through the
-    head.
-
-    Raises ValueError for fewer than two draws: they have no variance.
+    """`draws` noise draws of every estimator on the first validation batch, two or more; every row
+    through the head.
     """
-    if draws < 2:
-        raise ValueError(f"eval.draws = {draws} draws have no variance: set eval.draws=2 or more")
     (tokens,) = eval_batches(arm.data.val, arm.c.train.batch, 1)
     tokens_BxL, params = arm.place(tokens), arm.trained.params
     assert isinstance(arm.objective, MDLM)

@@ -28,6 +28,7 @@ from fdp.topics.parallel_dlm import (
     switching_region,
     switching_run,
 )
+from fdp.topics.parallel_dlm.settings import PER_STEP
 from fdp.topics.parallel_dlm.switching import Job
 
 ORACLE_VARIANTS = ("cpu", "full")  # the tiny one has no time for a third model
@@ -83,7 +84,7 @@ def study(run: Run) -> Report:
         name: run.arms[name] for name in ("mdlm", "markov") if name in run.arms
     }
     for name, arms_ in tasks.items():
-        scatters = [estimators.scatter(arm, run.config.eval.draws) for arm in arms_]
+        scatters = [estimators.scatter(arm, run.config.sampling.draws) for arm in arms_]
         raw[f"variance {name}"] = [
             {n: s.variance(n) for n in estimators.ESTIMATORS} for s in scatters
         ]
@@ -115,11 +116,11 @@ def _selective(
     nll: dict[Any, list[float]] = {}
     for name, arms_ in tasks.items():
         # The oracle's model is small, and its exact likelihood deserves little noise.
-        sequences = run.config.eval.sequences * (8 if name == "markov" else 1)
-        for per_step in (4,) if run.config.variant == "tiny" else (1, 4):
+        sequences = run.config.sampling.sequences * (8 if name == "markov" else 1)
+        for per_step in (PER_STEP,) if run.config.variant == "tiny" else (1, PER_STEP):
             task = (name, arms_[0].c.data.seq_len // per_step)
             outcomes[task] = []
-            for policy in pareto.chosen(tuple(run.config.eval.policies)):
+            for policy in pareto.chosen(tuple(run.config.sampling.policies)):
                 outcome = pareto.measure(arms_, policy, per_step, sequences)
                 print(
                     f"{name}, N={outcome.steps}, {policy.name}: {outcome.share:.3f} of the bytes, "

@@ -10,23 +10,22 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
 from fdp import config as fdp_config
-from fdp import objectives
 from fdp.cost import aot, flops, hlo, jaxpr
 from fdp.cost import bytes as closed
 from fdp.cost import memory as analytic
+from fdp.count.compare import sent
+from fdp.data.batches import blank
+from fdp.experiment import standard
 from fdp.mesh import AXES, make_mesh
-from fdp.models import transformer
-from fdp.step import Program, tokens_sharding
+from fdp.step import TrainStep
 
 OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
-SPECIAL_IDS = 2  # end-of-text and mask, behind the ids of the data
 
 
 @dataclass(frozen=True)
@@ -154,34 +153,20 @@ def _random_config(rng: np.random.Generator, devices: int) -> ml_collections.Con
     return c
 
 
-def program(c: ml_collections.ConfigDict) -> Program:
+def program(c: ml_collections.ConfigDict) -> TrainStep:
     """The pure functions of the config on the first devices of this process."""
-    ids = c.model.vocab - SPECIAL_IDS
-    objective = objectives.from_config(c, ids + 1, ids)
-    model = transformer.from_config(c, objective.attention, objective.block)
-    return Program(c, model, objective, make_mesh(c.mesh))
+    experiment = standard(c, blank(c.data.seq_len, c.model.vocab))
+    return TrainStep(experiment, make_mesh(experiment.degrees))
 
 
-def _arguments(p: Program) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
-    """Abstract (state, corrupted batch, tokens)."""
-    shape = (p.c.train.batch, p.c.data.seq_len)
-    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=tokens_sharding(p.mesh))
-    return (
-        p.layout.abstract_state(),
-        jax.eval_shape(p.objective.corrupt, jax.random.key(0), tokens),
-        tokens,
-    )
-
-
-def executed_flops(c: ml_collections.ConfigDict, head_rows: int) -> int:
-    """Matmul FLOPs that all devices together execute in loss and gradients; `head_rows` as for
-    flops.train_step.
+def executed_flops(p: TrainStep) -> int:
+    """Matmul FLOPs that all devices together execute in loss and gradients.
 
     Beyond the model's: what rematerialised blocks compute again (everything but the last product,
     whose result nobody reads unless a gate multiplies it; under "dots" attention's two products),
     and time conditioning, which every cp and tp rank computes for all its sequences."""
-    m, batch = c.model, c.train.batch
-    length = c.data.seq_len * (2 if c.objective.name == "block_diffusion" else 1)
+    e = p.experiment
+    m, d, length = e.model.shape, e.degrees, e.input_length
     embedding, modulations = flops.noise_forward(m)
     last = 0 if m.time_conditioning else 2 * length * m.ffn * m.width
     again = {
@@ -190,9 +175,10 @@ def executed_flops(c: ml_collections.ConfigDict, head_rows: int) -> int:
         "full": m.layers * (flops.layer_forward(m, length) - last),
     }[m.remat]
     noise_again = modulations if m.remat == "full" else 0
-    replicas = c.mesh.cp * c.mesh.tp
+    replicas = d["cp"] * d["tp"]
     noise = (replicas - 1) * (2 * embedding + 3 * modulations) + replicas * noise_again
-    return flops.train_step(c, head_rows) + batch * (again + noise)
+    shards = d["dp"] * d["ep"] * d["cp"] * e.grads.microbatches
+    return flops.train_step(e, p.head_rows() * shards) + e.fit.batch * (again + noise)
 
 
 def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
@@ -201,34 +187,26 @@ def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
 
     Raises ValueError for a config that is not valid, not float32, or needs more devices than are
     here."""
-    fdp_config.validate(c)
     if c.model.dtype != "float32":
         raise ValueError(
             f"model.dtype={c.model.dtype!r}: XLA:CPU widens its collectives; count float32 programs"
         )
     p = program(c)
-    state, batch, tokens = _arguments(p)
-    traced = jax.jit(p.grads).trace(state.params, batch)
+    state, batch = p.abstract_arguments()
+    noised = jax.eval_shape(p.objective.corrupt, jax.random.key(0), batch)
+    traced = jax.jit(p.grads).trace(state.variables, noised)
     compiled = traced.lower().compile(hlo.QUICK)
-    summary = hlo.summary(hlo.collectives(compiled.as_text(), dict(p.mesh.shape)))
-    shards = c.mesh.dp * c.mesh.ep * c.mesh.cp * c.train.microbatches
     sizes: tuple[int, int] | tuple[None, None] = (None, None)
     if memory:
-        planned = aot.memory(p.jit_train_step().lower(state, tokens).compile(hlo.QUICK))
-        sizes = (_estimate(p), planned.peak)
+        planned = aot.memory(p.jit_train_step().lower(state, batch).compile(hlo.QUICK))
+        sizes = (analytic.estimate(p).total(), planned.peak)
     return Comparison(
-        dict(closed.traffic(c, p.layout.shapes, p.layout.stored, p.head_rows())),
-        {key: wire for key, (_, _, wire) in summary.items()},
-        executed_flops(c, p.head_rows() * shards),
+        dict(closed.traffic(p)),
+        sent(compiled, p.mesh),
+        executed_flops(p),
         p.mesh.size * jaxpr.dot_flops(traced.jaxpr),
         *sizes,
     )
-
-
-def _estimate(p: Program) -> int:
-    return analytic.estimate(
-        p.c, p.layout.shapes, p.layout.specs, p.layout.stored, p.head_rows()
-    ).total()
 
 
 def summarise(comparisons: Sequence[Comparison]) -> Summary:

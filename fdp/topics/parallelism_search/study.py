@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from fdp.config import UserError, digest
 from fdp.cost import architecture, hardware, hybrid
+from fdp.experiment import Experiment, standard
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.topics.parallelism_search import counts, figures, fit, landscapes, plan, stages, validate
@@ -23,14 +24,13 @@ from fdp.topics.parallelism_search.measurements import Malformed, published
 ZERO_SHOT = "unseen models at 64-512 GPUs"
 
 
-def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     """The model of the config on the mesh that the planner finds for as many chips as the config's
     mesh has.
 
     Raises UserError where the config asks for a plan that does not exist, before anything is
     trained."""
     plan.for_config(config, hybrid.shipped())
-    _chosen(tuple(config.plan.cases))
     c = config.copy_and_resolve_references()
     chips = int(np.prod(list(c.mesh.values())))
     cluster = hardware.cluster(c.hardware.topology or f"h100:1x{chips}")
@@ -42,7 +42,7 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDi
         c.mesh.update(pp=1, dp=p.dp, ep=1, cp=p.cp, tp=p.tp)
         c.model.update(remat=p.recompute, sequence_parallel=p.tp > 1)
         c.train.update(microbatches=c.train.batch // (p.dp * p.microbatch), zero=p.zero)
-    return {"planned": c}
+    return {"planned": standard(c)}
 
 
 def study(run: Run) -> Report:
@@ -98,21 +98,13 @@ def _untestable(reason: str) -> list[Row]:
     ]
 
 
-def _chosen(names: tuple[str, ...]) -> list[validate.Case]:
-    known = [case.name for case in validate.CASES]
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"plan.cases names {name!r}, which is no hold-out; known: {', '.join(known)}"
-            )
-    return [case for case in validate.CASES if not names or case.name in names]
-
-
 def _measured(run: Run, data: fit.Data, raw: dict) -> tuple[list[Row], list[str]]:
     c = run.config
     print("fitting   hold-outs:")
     fitter, outcomes = fit.Fitter(data), []
-    for case in _chosen(tuple(c.plan.cases)):
+    for case in validate.CASES:
+        if c.plan.cases and case.name not in c.plan.cases:
+            continue
         start = time.perf_counter()
         try:
             outcome = validate.run_case(fitter, case, c.plan.steps)
