@@ -246,13 +246,6 @@ class Checkpoints:
         """The newest complete step that is not known to be damaged."""
         return max(set(self._manager.all_steps()) - self._damaged, default=None)
 
-    def history(self, abstract_state: Any) -> Iterator[tuple[int, Any]]:
-        """(step, state) of every checkpoint that is kept, oldest first: how something came about
-        during training.
-        """
-        for step in sorted(set(self._manager.all_steps()) - self._damaged):
-            yield step, self._read(step, abstract_state)[0]
-
     def restore(
         self, abstract_state: Any, initial: Callable[[], Any] | None = None
     ) -> tuple[int, Any, dict[str, Any]] | None:

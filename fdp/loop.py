@@ -104,13 +104,13 @@ class _Log:
             )
 
 
-def evaluate(arm: Arm, state: TrainState) -> float:
+def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
     """Mean validation loss over the first eval.batches batches, under fixed noise: Σ loss / Σ
-    count, in nats per token for tokens."""
+    count, in nats per token for tokens. `inputs_N`: layer inputs, of a program that takes some."""
     step, fit, variables = arm.eval_function(), arm.experiment.fit, state.variables
     sums = []
     for i, host in enumerate(eval_batches(arm.data.val, fit.batch, fit.eval_batches)):
-        sums.append(step(variables, arm.place(host), np.int32(i)))
+        sums.append(step(variables, arm.place(host), np.int32(i), *inputs_N))
         # Bounds the queue of multi-device programs on virtual devices.
         jax.block_until_ready(sums[-1])
     return sum(float(total) for total, _ in sums) / sum(float(count) for _, count in sums)

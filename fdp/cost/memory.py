@@ -79,7 +79,8 @@ def activations(p: TrainStep) -> int:
     blockwise = d["cp"] > 1 or length >= LONG
     scores = 0 if blockwise else heads * tokens * length * (4 + item)  # f32 logits, probabilities
     ffn = 4 * tokens * (m.ffn // d["tp"]) * item  # gate, up, silu(gate), product
-    layer = 2 * between + 2 * hidden + projections + scores + ffn
+    mixed = hidden if m.conv else 0  # the input of the projections, beside that of the filter
+    layer = 2 * between + 2 * hidden + mixed + projections + scores + ffn
     products = 2 * between + projections + ffn // 2
     saved = {"none": layer, "dots": between + products, "full": between}[m.remat]
     live = 0 if m.remat == "none" else layer

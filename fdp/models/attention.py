@@ -20,6 +20,8 @@ from fdp.collectives import size, vary, vary_like
 from fdp.kernels_pallas import attend as front
 from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import BATCH_AXES
+from fdp.models import conv
+from fdp.models.conv import ShortConvolution
 from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, rotary, zeros
 from fdp.models.module import CACHE, Module, compact
 from fdp.models.shape import ModelShape
@@ -129,6 +131,9 @@ class Attention(Module):
         w_o = w_o.astype(dtype)
 
         x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
+        if s.conv:
+            mix_near = ShortConvolution(s.conv, self.core.layout, name="conv")
+            x_BxLxD = mix_near(x_BxLxD, where.index, where.segment)
         q_BxLxHxC = jnp.einsum("bld,dhc->blhc", x_BxLxD, w_q)
         k_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[0])
         v_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[1])
@@ -192,16 +197,35 @@ class Attention(Module):
             )
         if not hasattr(self.core, "rows"):
             raise ValueError(f"{type(self.core).__name__} has no cached decoding: use Softmax")
+        if self.shape.conv:
+            raise ValueError(conv.refuse_cache(self.shape.conv))
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """Raises ValueError for sizes that the core cannot run on these degrees."""
+        """Raises ValueError for sizes that the core or the convolution cannot run on these degrees."""
+        if self.shape.conv:
+            self._check_conv(length, degrees["cp"])
         if hasattr(self.core, "check"):
             self.core.check(self.shape, batch, length, degrees)
 
+    def _check_conv(self, length: int, cp: int) -> None:
+        taps, rule = self.shape.conv, getattr(getattr(self.core, "mask", None), "rule", None)
+        if taps < 2:
+            raise ValueError(f"model.conv = {taps} taps mix no positions: set 0, or 2 or more")
+        if rule is not None:
+            raise ValueError(
+                f"model.conv = {taps} mixes neighbours of one sequence, and the input under the mask "
+                f"rule {rule} is not one: set model.conv=0"
+            )
+        if cp > 1:
+            conv.hops(self.core.layout, length // cp, cp, taps - 1)
+
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
         """(zeros, PartitionSpecs) of the cache of `batch` sequences before any pass: {"k", "v"} of
-        [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over tp."""
+        [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over tp. Raises
+        ValueError with a convolution, which has none."""
         s = self.shape
+        if s.conv:
+            raise ValueError(conv.refuse_cache(s.conv))
         shape = (batch, length, s.kv_heads // size("tp"), s.head_dim)
         zeros = vary(jnp.zeros(shape, jnp.dtype(s.dtype)), (*BATCH_AXES, "tp"))
         spec = PartitionSpec(BATCH_AXES, None, "tp", None)

@@ -10,7 +10,6 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.cost import context
-from fdp.data.batches import eval_batches
 from fdp.data.recall import task_of
 from fdp.parallel.layouts import ZIGZAG
 from fdp.report import Row
@@ -207,7 +206,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
     fewer of them.
     """
     found = [checks.compare(plan) for plan in (checks.PLANS[::9] if tiny else checks.PLANS)]
-    (tokens,) = eval_batches(arm.data.val, 2, 1)
+    tokens = arm.data.val.take([0, 1])["tokens"]
     rows = [
         Row.judged(
             "every plan equals attention on one device",
@@ -237,7 +236,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
             note="compiled HLO, forward and backward, to the byte",
         ),
     ]
-    if arm.c.model.heads % checks.DEVICES:
+    if arm.model.shape.heads % checks.DEVICES:
         return rows
     switches = [(LISTED, checks.switch_listed(arm, tokens, masks_NxWxW))]
     if not tiny:

@@ -3,7 +3,7 @@
 import ml_collections
 
 from fdp.data.recall import RECALL
-from fdp.keys import UserError, count, section, words
+from fdp.keys import UserError, count, flag, section, words
 
 BLOCKS = 32  # of a sequence: four for each of eight devices
 
@@ -12,6 +12,8 @@ SECTIONS = {
         tasks=words((), RECALL, "recall tasks, one arm each beside the text"),
         # As many choose the coverage, and as many judge it.
         sequences=count(32, "whose attention is profiled", "sequences"),
+        every=count(100, "between profiles of a run", "steps"),
+        native_sparse=flag(False, "an arm with native sparse attention beside the text"),
     )
 }
 

@@ -4,6 +4,7 @@ to?
 Legend: B sequences, S positions, W blocks of a sequence, N layers, T checkpoints.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,59 @@ import ml_collections
 
 from fdp.arm import Arm
 from fdp.config import digest
-from fdp.data.batches import eval_batches
+from fdp.experiment import Experiment, standard
+from fdp.hooks import Hook
 from fdp.loop import evaluate
+from fdp.models.layers import SwiGLU
+from fdp.models.nsa import Budget, NativeSparseAttention
+from fdp.models.stack import Block, layer
+from fdp.parallel.layouts import CONTIGUOUS
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.topics.adaptive_cp import checks, figures, rows, runtime, simulate
-from fdp.topics.adaptive_cp.measured import TAU, Measured, measure
+from fdp.topics.adaptive_cp.measured import Measured, measure
+from fdp.topics.adaptive_cp.profile import TAU, Densities
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 WINDOWS = 4  # of training with sparse attention
 
 
-def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
-    """The same causal model on text and on each recall task of the config."""
-    found = {"text": config.copy_and_resolve_references()}
-    for task in config.profile.tasks:
-        found[task] = config.copy_and_resolve_references()
-        found[task].data.source = task
+def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
+    """The same causal model on text and on each recall task of the config, and with native sparse
+    attention on text.
+    """
+    text, p = standard(config), config.profile
+    hooks = (Hook("densities", p.every, Densities(p.sequences)),)
+    found = {"text": replace(text, hooks=hooks)}
+    for task in p.tasks:
+        found[task] = replace(standard(_recall(config, task)), hooks=hooks)
+    if p.native_sparse:
+        found["nsa"] = native_sparse(text)
     return found
+
+
+def _recall(config: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDict:
+    """The config of a recall task. A convolution lets a key carry the token before it; attention
+    alone does not solve the tasks in so few steps."""
+    c = config.copy_and_resolve_references()
+    c.data.source, c.model.conv = task, 4
+    return c
+
+
+def native_sparse(dense: Experiment) -> Experiment:
+    """The same with native sparse attention in every layer, on a budget that grows with the
+    length."""
+    mixing = layer(NativeSparseAttention, budget=budget(dense.input_length))
+    block = layer(Block, mixing=mixing, ffn=layer(SwiGLU))
+    model = dense.model.clone(pattern=(block,), layout=CONTIGUOUS)
+    return replace(dense, model=model)
+
+
+def budget(length: int) -> Budget:
+    """Compression blocks of 1/16 of the sequence, at every half; four of 32 blocks read in full; a
+    window of 1/16."""
+    part = length // BLOCKS
+    return Budget(2 * part, part, part, selected=4, initial=1, local=1, window=2 * part)
 
 
 def study(run: Run) -> Report:
@@ -38,8 +74,9 @@ def study(run: Run) -> Report:
     raw: dict[str, Any] = {}
     folder, drawn = run.workdir / "plots", []
     tiny, enough = run.config.variant == "tiny", jax.device_count() >= checks.DEVICES
-    for name, arms_ in run.arms.items():
-        measured = [measure(arm, run.workdir) for arm in arms_]
+    dense = {name: arms_ for name, arms_ in run.arms.items() if name != "nsa"}
+    for name, arms_ in dense.items():
+        measured = [measure(arm, run.workdir, run.config.profile.sequences) for arm in arms_]
         planned, table, plan = rows.planned(name, measured)
         found += [
             *rows.density(name, measured),
@@ -68,7 +105,8 @@ def study(run: Run) -> Report:
             figures.plan_picture(folder / f"plan_{name}.png", plan, f"{name}: plan by layer"),
         ]
         if enough and (name == "text" or not tiny):
-            adapted = [adapt(arm, m) for arm, m in zip(arms_, measured, strict=True)]
+            sequences = run.config.profile.sequences
+            adapted = [adapt(arm, m, sequences) for arm, m in zip(arms_, measured, strict=True)]
             raw[f"{name} windows"] = [[window.plain() for window in a.windows] for a in adapted]
             found += rows.adapted(name, adapted)
         if enough and name == "text":
@@ -95,8 +133,8 @@ def study(run: Run) -> Report:
     return Report(run.config.topic, run.config.variant, digest(run.config), found, plots, raw)
 
 
-def adapt(arm: Arm, m: Measured) -> runtime.Adapted:
+def adapt(arm: Arm, m: Measured, sequences: int) -> runtime.Adapted:
     """Train on with the coverage that was found, for a sixth of the steps in WINDOWS windows."""
-    (tokens,) = eval_batches(arm.data.val, arm.c.profile.sequences, 1)
-    steps = max(1, arm.c.train.steps // (6 * WINDOWS))
-    return runtime.adapt(arm, tokens, BLOCKS, m.coverage, WINDOWS, steps)
+    probe_BxS = arm.data.val.take(range(sequences))["tokens"]
+    steps = max(1, arm.experiment.fit.steps // (6 * WINDOWS))
+    return runtime.adapt(arm, probe_BxS, BLOCKS, m.coverage, WINDOWS, steps)
