@@ -156,7 +156,7 @@ def test_uniform_estimate_of_the_exact_score_is_unbiased():
         return jnp.log(rows) - jnp.log(law[here, z_BxL[:, 0], z_BxL[:, 1]])[:, None, None]
 
     def estimate(key):
-        batch = objective.corrupt(key, x_BxL)
+        batch = objective.corrupt(key, {"tokens": x_BxL})
         loss = objective.loss(log_score(batch["inputs"], batch["noise"]), batch["rows"])
         return loss.sum(1).reshape(4, 64).mean(1)
 
@@ -170,7 +170,7 @@ def test_uniform_estimate_of_the_exact_score_is_unbiased():
 def test_uniform_corruption():
     objective = SEDDUniform(5)
     tokens = jnp.zeros((64, 50), jnp.int32)
-    batch = objective.corrupt(jax.random.key(0), tokens)
+    batch = objective.corrupt(jax.random.key(0), {"tokens": tokens})
     noisy, sigma = np.asarray(batch["inputs"]), np.asarray(batch["noise"])
     assert noisy.min() == 0
     assert noisy.max() == 4
