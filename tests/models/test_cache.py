@@ -36,7 +36,7 @@ def build(attention="bidirectional", **changes):
         "vocab": 16,
     }
     c.model.update({**sizes, "dtype": "float32", **changes})
-    model = transformer.from_config(c, attention)
+    model = transformer.from_config(c, attention, 2)
     return model, jax.jit(lambda key: sharding.init_params(model, key, L))(jax.random.key(0))
 
 
@@ -184,7 +184,7 @@ def test_refusals():
         model.apply({"params": params, CACHE: cache}, IDS[:, :1], NOISE, positions, method="hidden")
     blocks, params = build("block_diffusion")
     with pytest.raises(ValueError, match="no key/value cache for attention='block_diffusion'"):
-        whole(transformer.Transformer(blocks.m, "block_diffusion", 2), params, IDS)
+        whole(blocks, params, IDS)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"cp": 2})
     _, specs = sharding.abstract_params(model, L)
     f = shard_map(
