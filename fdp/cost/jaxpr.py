@@ -151,7 +151,7 @@ class _Walk(Generic[T]):
 
     def _while(self, eqn: Any, at: _Place) -> Iterator[T]:
         here = at.inside(eqn)
-        if most := re.search(rf"{AT_MOST}_(\d+)$", str(eqn.source_info.name_stack)):
+        if most := re.search(rf"{AT_MOST}_(\d+)\)*$", str(eqn.source_info.name_stack)):
             yield from self.walk(_open(eqn.params["body_jaxpr"]), at.inside(eqn, int(most[1])))
             return
         for part in ("cond_jaxpr", "body_jaxpr"):
