@@ -203,7 +203,7 @@ def test_other_bad_input():
     with pytest.raises(ValueError, match=r"rows % tp = 9 % 2 = 1"):
         inference.price(LLADA_8B, Work(8, 9, 64, 9), Degrees(2, 1), "h100", sequence_parallel=True)
     with pytest.raises(ValueError, match=r"model\.time_conditioning=False"):
-        inference.shape_of(small(time_conditioning=True).model)
+        inference.shape_of(small(time_conditioning=True))
     with pytest.raises(ValueError, match=r"no held-out error of collectives on b200"):
         inference.network_error("b200", small=True)
     assert inference.network_error("h100", small=False) == pytest.approx((0.099, 0.323))

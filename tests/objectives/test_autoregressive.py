@@ -18,7 +18,8 @@ def test_inputs_are_shifted_and_every_token_counts():
     np.testing.assert_array_equal(batch["inputs"], [[26, 3, 1, 4], [26, 5, 9, 2]])
     np.testing.assert_array_equal(batch["rows"]["targets"], tokens_BxL)
     np.testing.assert_array_equal(batch["rows"]["weights"], np.ones((2, 4)))
-    assert objective.capacity(8, 64, shards=2, seq_shards=4) == 4 * 16
+    assert objective.capacity(8, 64, shards=2, seq_shards=4) is None  # no row can be left out
+    assert objective.count(batch) == 8
 
 
 def test_loss_of_the_true_chain_is_its_nll():

@@ -19,7 +19,7 @@ def test_absorbing_is_mdlm_plus_a_penalty_for_a_score_that_is_not_normalised(for
     n = 7
     logits = jax.random.normal(jax.random.key(0), (6, 10, 12)) * 2
     batch = SEDDAbsorbing(n, form).corrupt(
-        jax.random.key(1), jnp.zeros((6, 10), jnp.int32) + jnp.arange(10) % n
+        jax.random.key(1), {"tokens": jnp.zeros((6, 10), jnp.int32) + jnp.arange(10) % n}
     )
     c = np.exp(np.asarray(logits, np.float64))[..., :n].sum(-1) / n
     penalty = np.asarray(batch["rows"]["weights"], np.float64) * (c - 1 - np.log(c))
@@ -178,4 +178,4 @@ def test_uniform_corruption():
     assert abs((noisy != 0).mean() - expected.mean()) < 0.02
     assert set(batch["rows"]) == {"targets", "weights", "noisy", "ratio"}
     assert all(row.shape == (64, 50) for row in batch["rows"].values())
-    assert objective.capacity(64, 50, 4, 2) == 16 * 25
+    assert objective.capacity(64, 50, 4, 2) is None  # every position carries loss
