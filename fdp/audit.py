@@ -27,8 +27,7 @@ from tabulate import tabulate
 
 from fdp import config as fdp_config
 from fdp.cost import bytes as closed
-from fdp.cost import hlo
-from fdp.count.compare import mismatches, relative_error, sent, silent_axes
+from fdp.count.compare import Comparison, mismatches, outcome, silent_axes
 from fdp.data.batches import Batch
 from fdp.experiment import Experiment
 from fdp.grads import plain
@@ -105,16 +104,6 @@ def batch_of(e: Experiment) -> Batch:
     return batch
 
 
-def outcome(p: TrainStep, variables: Any, batch: Batch) -> tuple[float, Any, Any]:
-    """(loss, gradients on the host, bytes sent) of one program."""
-    state = p.specs.state_shardings()
-    placed = jax.device_put(variables, {"params": state.params, "state": state.model})
-    noised = jax.jit(p.corrupt)(jax.device_put(batch, p.batch_shardings()), jax.random.key(0))
-    compiled = jax.jit(p.grads).lower(placed, noised).compile(hlo.QUICK)
-    loss, grads, _ = compiled(placed, noised)
-    return float(loss), jax.device_get(grads), sent(compiled, p.mesh)
-
-
 def audit_arm(name: str, e: Experiment) -> list[Finding]:
     """All checks of one small experiment."""
     alone = replace(e, degrees=dict.fromkeys(AXES, 1), zero=0, grads=plain(1))
@@ -127,20 +116,20 @@ def audit_arm(name: str, e: Experiment) -> list[Finding]:
         return x + 0.02 * rng.normal(size=x.shape).astype(x.dtype)
 
     variables = jax.tree.map(shaken, jax.device_get(one.init(0).variables))
-    want, want_grads, _ = outcome(one, variables, batch)
-    loss, grads, counted = outcome(p, variables, batch)
+    want, got = outcome(one, variables, batch), outcome(p, variables, batch)
+    formula = closed.traffic(p) if stated(e) else {}
+    c = Comparison.of(name, got, want, formula)
     mesh = degrees_equation(e.degrees)
     found = lambda check, holds, text: Finding(name, mesh, check, holds, text)
-    error, grad_error = abs(loss - want) / abs(want), relative_error(grads, want_grads)
     findings = [
-        found("loss = one device", error <= TOLERANCE, f"relative error {error:.1e}"),
-        found("gradients = one device", grad_error <= TOLERANCE, f"{grad_error:.1e}"),
+        found("loss = one device", c.loss_error <= TOLERANCE, f"{c.loss_error:.1e}"),
+        found("gradients = one device", c.gradient_error <= TOLERANCE, f"{c.gradient_error:.1e}"),
     ]
     if stated(e):
-        wrong = mismatches(closed.traffic(p), counted)
+        wrong = mismatches(formula, got.sent)
         text = "; ".join(f"{op} over {'·'.join(axes)}" for op, axes in wrong)
-        findings.append(found("bytes = formula", not wrong, text or f"{len(counted)} entries"))
-    silent = silent_axes(counted, e.degrees)
+        findings.append(found("bytes = formula", not wrong, text or f"{len(formula)} entries"))
+    silent = silent_axes(got.sent, e.degrees)
     findings.append(found("every axis communicates", not silent, ", ".join(silent) or "yes"))
     if isinstance(e.model, Transformer):
         findings.append(found("positions read what the mask shows", *reach(alone, variables)))

@@ -166,8 +166,7 @@ def test_a_finished_run_computes_nothing_again(data: TextData, tmp_path: Path) -
     state = fit(arm_of(data), tmp_path)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     again = arm_of(data)
-    # type: ignore[method-assign]
-    again.train_function = lambda: pytest.fail("compiled a finished run")
+    again.train_function = lambda: pytest.fail("compiled a finished run")  # type: ignore[method-assign]
     assert_bitwise_equal(fit(again, tmp_path).params, state.params)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -350,8 +349,7 @@ def test_a_signal_inside_a_step_saves_that_step_and_restores_the_handlers(
 def test_a_signal_while_compiling_stops_after_one_step(data: TextData, tmp_path: Path) -> None:
     arm = arm_of(data)
     compiled = arm.train_function()
-    # type: ignore[method-assign]
-    arm.train_function = lambda: (signal.raise_signal(signal.SIGTERM), compiled)[1]
+    arm.train_function = lambda: (signal.raise_signal(signal.SIGTERM), compiled)[1]  # type: ignore[method-assign]
     with pytest.raises(Stopped) as stopped:
         fit(arm, tmp_path)
     assert stopped.value.step == 1

@@ -5,13 +5,14 @@ collectives against what the degrees ask for.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from fdp.cost import hlo
 from fdp.mesh import AXES, AnyMesh
+from fdp.step import TrainStep
 
 Key = tuple[str, tuple[str, ...]]  # (op, mesh axes)
 Sent = dict[Key, float]  # bytes on the wire per device
@@ -46,6 +47,24 @@ def relative_error(got: Any, want: Any) -> float:
     return norm(jax.tree.map(np.subtract, got, want)) / norm(want)
 
 
+class Outcome(NamedTuple):
+    """Loss, gradients on the host and bytes sent of one loss-and-gradient program."""
+
+    loss: float
+    grads: Any
+    sent: Sent
+
+
+def outcome(p: TrainStep, variables: Any, batch: Any) -> Outcome:
+    """Compile and run `p.grads` on host arrays, under the noise of one key."""
+    state = p.specs.state_shardings()
+    placed = jax.device_put(variables, {"params": state.params, "state": state.model})
+    noised = jax.jit(p.corrupt)(jax.device_put(batch, p.batch_shardings()), jax.random.key(0))
+    compiled = jax.jit(p.grads).lower(placed, noised).compile(hlo.QUICK)
+    loss, grads, _ = compiled(placed, noised)
+    return Outcome(float(loss), jax.device_get(grads), sent(compiled, p.mesh))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One program against one device and against its formula of bytes."""
@@ -59,6 +78,12 @@ class Comparison:
     def mismatches(self) -> int:
         """Entries whose bytes differ."""
         return len(mismatches(self.formula, self.counted))
+
+    @classmethod
+    def of(cls, name: str, got: Outcome, want: Outcome, formula: Sent) -> "Comparison":
+        """Of a program's outcome against the one on one device."""
+        error = abs(got.loss - want.loss) / abs(want.loss)
+        return cls(name, error, relative_error(got.grads, want.grads), got.sent, formula)
 
 
 def silent_axes(

@@ -189,10 +189,14 @@ def _arrays(tags: tuple[Any, ...]) -> tuple[Array, ...]:
     return tuple(jnp.asarray(x) for x in tags)
 
 
-def _labels(q: Array, k: Array, mask: Mask, q_tags: Any, k_tags: Any) -> tuple[Any, ...]:
+def _labels(q: Array, k: Array, mask: Mask, q_tags: Any, k_tags: Any) -> blockwise.Labels:
     """Tags as `blockwise` takes them: positions [length] or [B, length], segments [B, length]."""
-    positions = (x[0] if x.ndim == 2 and len(x) == 1 else x for x in (q_tags[0], k_tags[0]))
+    q_position, k_position = (
+        x[0] if x.ndim == 2 and len(x) == 1 else x for x in (q_tags[0], k_tags[0])
+    )
     if not mask.packed:
-        return *positions, None, None
-    segments = (jnp.broadcast_to(tags[1], x.shape[:2]) for tags, x in ((q_tags, q), (k_tags, k)))
-    return *positions, *segments
+        return blockwise.Labels(q_position, k_position)
+    q_segment, k_segment = (
+        jnp.broadcast_to(tags[1], x.shape[:2]) for tags, x in ((q_tags, q), (k_tags, k))
+    )
+    return blockwise.Labels(q_position, k_position, q_segment, k_segment)

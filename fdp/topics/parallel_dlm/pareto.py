@@ -10,12 +10,11 @@ Legend: B sequences, L positions, N denoising steps, V vocabulary (local over tp
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -24,6 +23,8 @@ from fdp.arm import Arm
 from fdp.collectives import psum, shard_map, vary, vary_like
 from fdp.cost import jaxpr
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
+from fdp.models import module
+from fdp.models.shape import ModelShape
 from fdp.parallel.tensor import suppress, vocab_argmax, vocab_logsumexp
 from fdp.sampling.masked import choose, initial_state
 from fdp.sampling.noise import categorical, position_keys, uniform
@@ -60,14 +61,12 @@ def chosen(names: tuple[str, ...]) -> tuple[Policy, ...]:
     return tuple(known[n] for n in names) if names else POLICIES
 
 
-def node(c: ml_collections.ConfigDict) -> dict[str, int]:
+def node(m: ModelShape) -> dict[str, int]:
     """Degrees of the mesh of the study: tp = 8, or the largest power of two that divides the
     model.
     """
     tp = TP
-    while any(
-        n % tp for n in (c.model.heads, c.model.kv_heads, c.model.ffn, c.model.vocab, c.model.width)
-    ):
+    while any(n % tp for n in (m.heads, m.kv_heads, m.ffn, m.vocab, m.width)):
         tp //= 2
     return dict.fromkeys(AXES, 1) | {"tp": tp}
 
@@ -76,9 +75,8 @@ def share_of_bytes(arm: Arm, policy: Policy, per_step: int, sequences: int = 8) 
     """Bytes that a whole run of `policy` sends over tp, as a share of the exact sums; counted in
     the bf16 program.
     """
-    layout, length, mesh_shape = arm.program.layout, arm.c.data.seq_len, node(arm.c)
-    m = ml_collections.FrozenConfigDict(arm.model.m.to_dict() | {"dtype": "bfloat16"})
-    model = arm.model.clone(m=m)
+    specs, length, mesh_shape = arm.program.specs, arm.data.seq_len, node(arm.model.shape)
+    model = arm.model.clone(shape=replace(arm.model.shape, dtype="bfloat16"))
     mesh = AbstractMesh(tuple(mesh_shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     ids = jax.ShapeDtypeStruct((sequences, length), jnp.int32)
     flags = jax.ShapeDtypeStruct((sequences, length), bool)
@@ -97,9 +95,9 @@ def share_of_bytes(arm: Arm, policy: Policy, per_step: int, sequences: int = 8) 
         rows = P(BATCH_AXES)
         # Each device's own activations side by side: they need not agree, so no collective may join
         # them.
-        program = shard_map(run, mesh, (layout.specs, rows, rows, rows), P(BATCH_AXES, None, "tp"))
+        program = shard_map(run, mesh, (specs.specs, rows, rows, rows), P(BATCH_AXES, None, "tp"))
         found = jaxpr.collectives(
-            jax.make_jaxpr(program)(layout.shapes, ids, flags, flags), mesh_shape
+            jax.make_jaxpr(program)(specs.shapes, ids, flags, flags), mesh_shape
         )
         return sum(x.wire_bytes * x.count for x in found)
 
@@ -113,19 +111,21 @@ def sequence_parallel_share(arm: Arm, sequences: int = 8) -> float:
     """Bytes of the exact forward pass with sequence parallelism, as a share of the all-reduces; the
     same count.
     """
-    layout, length, mesh_shape = arm.program.layout, arm.c.data.seq_len, node(arm.c)
+    specs, length, mesh_shape = arm.program.specs, arm.data.seq_len, node(arm.model.shape)
     mesh = AbstractMesh(tuple(mesh_shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     sent = []
     for parallel in (True, False):
-        changes = {"dtype": "bfloat16", "sequence_parallel": parallel}
-        model = arm.model.clone(m=ml_collections.FrozenConfigDict(arm.model.m.to_dict() | changes))
-        run = lambda p, z, m=model: m.apply({"params": p}, z, jnp.zeros(sequences), method="hidden")
+        shape = replace(arm.model.shape, dtype="bfloat16", sequence_parallel=parallel)
+        model = arm.model.clone(shape=shape)
+
+        def hidden(params: Any, z: jax.Array, model: Any = model) -> jax.Array:
+            args = {"params": params}, z, jnp.zeros(sequences)
+            return vary(module.run(model, *args, method="hidden")[0], "tp")
+
         out = P(BATCH_AXES, None, "tp")
-        program = shard_map(
-            lambda p, z, f=run: vary(f(p, z), "tp"), mesh, (layout.specs, P(BATCH_AXES)), out
-        )
+        program = shard_map(hidden, mesh, (specs.specs, P(BATCH_AXES)), out)
         ids = jax.ShapeDtypeStruct((sequences, length), jnp.int32)
-        found = jaxpr.collectives(jax.make_jaxpr(program)(layout.shapes, ids), mesh_shape)
+        found = jaxpr.collectives(jax.make_jaxpr(program)(specs.shapes, ids), mesh_shape)
         sent.append(sum(x.wire_bytes * x.count for x in found))
     return sent[0] / sent[1]
 
@@ -153,13 +153,14 @@ def sampler(
 
     With exact sums, the ids of `fdp.sampling.masked.reveal(order="random")`.
     """
-    model, n_ids, length = arm.model, arm.objective.n_ids, arm.c.data.seq_len
+    model, n_ids, length = arm.model, arm.objective.n_ids, arm.data.seq_len
     if length % per_step:
         raise ValueError(f"length {length} is not divisible by per_step = {per_step} positions")
 
     def draw(params: Any, key: jax.Array, sample_ids_B: jax.Array) -> Any:
-        # type: ignore[arg-type]
-        head = lambda h: suppress(model.apply({"params": params}, h, method="logits"), n_ids)
+        def outputs(x: Any, method: str | None) -> jax.Array:
+            return suppress(module.run(model, {"params": params}, x, method=method)[0], n_ids)
+
         step_to = functools.partial(forward, model, params, policy=policy, per_step=per_step)
         noise_B = vary_like(jnp.zeros(sample_ids_B.shape), sample_ids_B)
 
@@ -174,9 +175,8 @@ def sampler(
                 lambda c: step_to(z, c, step=step),
                 cache,
             )
-            logits = head(hidden)
-            # type: ignore[arg-type]
-            exact = suppress(model.apply({"params": params}, z, noise_B), n_ids)
+            logits = outputs(hidden, "outputs")
+            exact = outputs({"inputs": z, "noise": noise_B}, None)
             sums += _compare(z, read, n_ids, exact, logits)
             return (jnp.where(read, categorical(keys, logits), z), z, cache, sums), None
 
@@ -189,20 +189,20 @@ def sampler(
         )
         return z, sums
 
-    specs = arm.program.layout.specs
+    specs = arm.program.specs.specs
     return jax.jit(shard_map(draw, mesh, (specs, P(), P(BATCH_AXES)), (P(BATCH_AXES), P())))
 
 
 def measure(arms: list[Arm], policy: Policy, per_step: int, sequences: int) -> Outcome:
     """`policy` on the trained arms of every seed: one compiled program for all of them."""
     arm = arms[0]
-    mesh = make_mesh(node(arm.c))
-    specs = arm.program.layout.specs
+    mesh = make_mesh(node(arm.model.shape))
+    specs = arm.program.specs.specs
     run = sampler(arm, mesh, policy, per_step)
     table, ids = [], []
     for a in arms:
-        params = jax.device_put(a.trained.params, sharding.shardings(mesh, specs))
-        key = jax.random.key_data(jax.random.key(a.c.seeds[0]))
+        params = jax.device_put(a.trained_on_host.params, sharding.shardings(mesh, specs))
+        key = jax.random.key_data(jax.random.key(a.seed))
         drawn, sums = jax.block_until_ready(run(params, key, jnp.arange(sequences)))
         table.append(np.asarray(sums, np.float64))
         ids.append(np.asarray(drawn))
@@ -211,4 +211,4 @@ def measure(arms: list[Arm], policy: Policy, per_step: int, sequences: int) -> O
     share = share_of_bytes(arm, policy, per_step)
     column = lambda i, j: [max(float(x), 0.0) for x in means[:, i, j]]
     columns = (column(0, 0), column(1, 0), column(0, 1), column(1, 1))
-    return Outcome(policy.name, arm.c.data.seq_len // per_step, share, *columns, ids)
+    return Outcome(policy.name, arm.data.seq_len // per_step, share, *columns, ids)

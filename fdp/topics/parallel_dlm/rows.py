@@ -59,7 +59,7 @@ def equality(comparisons: list[checks.Comparison]) -> list[Row]:
     wrong = sum(c.mismatches() for c in comparisons)
     kinds = sum(len(c.formula) for c in comparisons)
     meshes = "float32 model of two layers against one device, on " + "; ".join(
-        c.mesh for c in comparisons
+        c.name for c in comparisons
     )
     return [
         Row.judged(
@@ -95,7 +95,7 @@ def equality(comparisons: list[checks.Comparison]) -> list[Row]:
 
 def head(arm: Arm) -> list[Row]:
     """FLOPs and loss of the masked-rows head; bytes and memory of the step beside them."""
-    saving = checks.head_saving(arm.program, batch(arm.data.train, 0, arm.c.train.batch, 0))
+    saving = checks.head_saving(arm.program, batch(arm.data.train, 0, arm.experiment.fit.batch, 0))
     return [
         Row.judged(
             "the masked-rows head halves the head's FLOPs",
