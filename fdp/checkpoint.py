@@ -144,8 +144,8 @@ class Checkpoints:
     """The checkpoints of one arm and seed: directory/<step>, the newest `keep` of them.
 
     A state is a dataclass or dict of pytrees of jax.Arrays (bf16, integers and typed PRNG keys
-    included). On disk it has
-    no mesh: restoring reads, on every process, only the shards that the target shardings ask for.
+    included). On disk it has no mesh: restoring reads, on every process, only the shards that the
+    target shardings ask for.
     """
 
     def __init__(self, directory: Path, keep: int = 3):
