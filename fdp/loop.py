@@ -99,8 +99,9 @@ class _Log:
         if self.fit.nan == "stop":
             raise FloatingPointError(
                 f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; "
-                "the parameters were left as they were. Lower train.lr, raise train.warmup, or set "
-                "train.nan=skip to drop such steps; a batch whose weights are all 0 has no loss"
+                f"the parameters were left as they were. Lower train.lr ({values['lr']:.3g} here), raise "
+                "train.warmup, or set train.nan=skip to drop such steps; a batch whose weights are "
+                "all 0 has no loss"
             )
 
 

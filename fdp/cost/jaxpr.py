@@ -109,6 +109,17 @@ def _open(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
+def _read(jaxpr: Any) -> list[Any]:
+    """The equations that somebody reads, in order: what nobody reads, compilers leave out."""
+    wanted = {v for v in jaxpr.outvars if not hasattr(v, "val")}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or wanted.intersection(eqn.outvars):
+            wanted.update(v for v in eqn.invars if not hasattr(v, "val"))
+            kept.append(eqn)
+    return kept[::-1]
+
+
 @dataclass
 class _Walk(Generic[T]):
     """Depth-first over all equations; `visit` turns one into results, `same` tells whether two
@@ -122,7 +133,7 @@ class _Walk(Generic[T]):
     def walk(self, jaxpr: Any, at: _Place) -> Iterator[T]:
         if not at.count:
             return
-        for eqn in jaxpr.eqns:
+        for eqn in _read(jaxpr):
             yield from self.visit(eqn, at)
             kind = eqn.primitive.name
             if kind == "cond":
@@ -151,7 +162,7 @@ class _Walk(Generic[T]):
 
     def _while(self, eqn: Any, at: _Place) -> Iterator[T]:
         here = at.inside(eqn)
-        if most := re.search(rf"{AT_MOST}_(\d+)$", str(eqn.source_info.name_stack)):
+        if most := re.search(rf"{AT_MOST}_(\d+)\)*$", str(eqn.source_info.name_stack)):
             yield from self.walk(_open(eqn.params["body_jaxpr"]), at.inside(eqn, int(most[1])))
             return
         for part in ("cond_jaxpr", "body_jaxpr"):

@@ -98,15 +98,17 @@ class Softmax:
         context.check(plan, self.mask, **sizes, batch=batch)
 
     def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
-        """Rows at `index_BxL` against a cache of all positions. Raises ValueError for masks that a
-        cache cannot serve."""
+        """Rows at `index_BxL` against a cache of all positions."""
+        places = index_BxL, np.arange(k_BxSxKxC.shape[1])
+        return front.attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, self.mask, *places)[0]
+
+    def check_cache(self) -> None:
+        """Raises ValueError for masks that a cache cannot serve."""
         if self.mask.packed or self.mask.rule is not None:
             raise ValueError(
                 f"no key/value cache for the mask {self.mask}: a row of a cache is one sequence, "
                 "and its rows are positions; use causal or bidirectional attention"
             )
-        places = index_BxL, np.arange(k_BxSxKxC.shape[1])
-        return front.attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, self.mask, *places)[0]
 
 
 class Attention(Module):
@@ -197,6 +199,7 @@ class Attention(Module):
             )
         if not hasattr(self.core, "rows"):
             raise ValueError(f"{type(self.core).__name__} has no cached decoding: use Softmax")
+        self.core.check_cache()
         if self.shape.conv:
             raise ValueError(conv.refuse_cache(self.shape.conv))
 

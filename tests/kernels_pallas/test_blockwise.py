@@ -155,6 +155,27 @@ def test_what_the_mask_hides_is_not_computed(mask: Mask) -> None:
         assert np.isnan(one_tile(mask, None, (own, POSITIONS), soiled)[0]).any()
 
 
+@pytest.mark.fast
+def test_tiles_are_skipped_under_vmap_and_rematerialisation() -> None:
+    """Each example has positions of its own, hence other tiles: as one by one."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 1, LENGTH, 2, 4))
+    places = jnp.arange(LENGTH) + jnp.array([[0], [9]])
+
+    def loss(q, k, v, place):
+        f = lambda q, k, v: attention_lse(
+            q, k, v, Mask("causal", 9), place, jnp.arange(LENGTH), block=TILE
+        )[0]
+        return (jax.checkpoint(f)(q, k, v) ** 2).sum()
+
+    grad = jax.grad(loss, (0, 1, 2))
+    together, one = jax.jit(jax.vmap(grad))(q, k, v, places), jax.jit(grad)
+    for i in range(2):
+        for a, b in zip(together, one(q[i], k[i], v[i], places[i]), strict=True):
+            assert np.abs(b).max() > 0.1 and np.abs(a[i] - b).max() < 1e-5
+    made = jax.make_jaxpr(jax.vmap(loss))(q, k, v, places)
+    assert jaxpr.dot_flops(made) == 2 * 4 * LENGTH**2 * 2 * 4
+
+
 def flops(mask: Mask, length: int) -> int:
     x, places = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32), np.arange(length)
     f = lambda q, k, v: attention_lse(q, k, v, mask, places, places)[0].sum()

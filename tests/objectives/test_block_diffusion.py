@@ -42,7 +42,7 @@ def test_nelbo_is_exact_for_every_block(block):
 def test_block_of_one_is_the_autoregressive_nll_in_every_draw():
     objective = BlockDiffusion(3, block=1)
     for seed in range(3):
-        batch = objective.corrupt(jax.random.key(seed), EVERY_X)
+        batch = objective.corrupt(jax.random.key(seed), {"tokens": EVERY_X})
         assert (batch["inputs"][:, :4] == 3).all()
         loss = objective.loss(exact_logits(batch["inputs"], 1), batch["rows"]).sum(1)
         np.testing.assert_allclose(loss, JOINT.nll(EVERY_X), rtol=3e-6)
@@ -51,7 +51,7 @@ def test_block_of_one_is_the_autoregressive_nll_in_every_draw():
 @pytest.mark.parametrize("form", ["t", "k"])
 def test_block_of_the_whole_sequence_is_mdlm(form):
     block, plain = BlockDiffusion(3, block=4, form=form), MDLM(3, form)
-    ours, theirs = (o.corrupt(jax.random.key(5), EVERY_X) for o in (block, plain))
+    ours, theirs = (o.corrupt(jax.random.key(5), {"tokens": EVERY_X}) for o in (block, plain))
     np.testing.assert_array_equal(ours["inputs"], np.concatenate([theirs["inputs"], EVERY_X], 1))
     np.testing.assert_array_equal(ours["noise"], theirs["noise"])
     jax.tree.map(np.testing.assert_array_equal, ours["rows"], theirs["rows"])
@@ -67,7 +67,7 @@ def test_estimate_is_unbiased(form, block):
     objective, x_BxL, n = BlockDiffusion(3, block=block, form=form), EVERY_X[[3, 30, 79]], 4000
 
     def estimate(key):
-        batch = objective.corrupt(key, x_BxL)
+        batch = objective.corrupt(key, {"tokens": x_BxL})
         return objective.loss(0.5 * exact_logits(batch["inputs"], block), batch["rows"]).sum(1)
 
     draws = np.asarray(
@@ -140,7 +140,7 @@ def test_clean_tokens_of_the_own_or_a_later_block_never_reach_a_noisy_block():
 
 def test_shapes_levels_and_capacity():
     objective = BlockDiffusion(3, block=2)
-    batch = objective.corrupt(jax.random.key(0), EVERY_X[:8])
+    batch = objective.corrupt(jax.random.key(0), {"tokens": EVERY_X[:8]})
     assert batch["inputs"].shape == (8, 8)
     masked = np.asarray(batch["inputs"][:, :4] == 3)
     np.testing.assert_array_equal(batch["inputs"][:, 4:], EVERY_X[:8])
@@ -149,12 +149,12 @@ def test_shapes_levels_and_capacity():
     assert objective.capacity(8, 4, 2) == masked_capacity(8, 4, 2, block=2) == 12
     for seed in range(20):
         masked = np.asarray(
-            objective.corrupt(jax.random.key(seed), EVERY_X[:12])["inputs"][:, :4] == 3
+            objective.corrupt(jax.random.key(seed), {"tokens": EVERY_X[:12]})["inputs"][:, :4] == 3
         )
         assert masked.reshape(4, -1).sum(1).max() <= objective.capacity(12, 4, 4)
         assert masked.reshape(4, 3, 2, 2).sum((1, 3)).max() <= objective.capacity(12, 4, 4, 2)
     with pytest.raises(ValueError, match="does not divide"):
-        BlockDiffusion(3, block=3).corrupt(jax.random.key(0), EVERY_X)
+        BlockDiffusion(3, block=3).corrupt(jax.random.key(0), {"tokens": EVERY_X})
     with pytest.raises(ValueError, match="at least 1"):
         BlockDiffusion(3, block=0)
     with pytest.raises(ValueError, match="form"):

@@ -13,6 +13,7 @@ from fdp.arm import Arm
 from fdp.cost import context
 from fdp.count.compare import Key
 from fdp.data.recall import task_of
+from fdp.models.nsa import Budget
 from fdp.parallel.layouts import ZIGZAG
 from fdp.report import Row
 from fdp.topics.adaptive_cp import baselines, checks, planner, runtime, simulate
@@ -137,8 +138,14 @@ def masks(name: str, measured: list[Measured], seq_len: int) -> list[Row]:
         ),
     ]
     if answers := [m.answers for m in measured if m.answers is not None]:
-        chance = task_of(name, seq_len).chance
-        row = Row.judged(
+        found += _answers(name, answers, seq_len)
+    return found
+
+
+def _answers(name: str, answers: list[tuple[float, float]], seq_len: int) -> list[Row]:
+    chance = task_of(name, seq_len).chance
+    return [
+        Row.judged(
             f"{name}: … and no answers",
             "share of right answers lost",
             [a - b for a, b in answers],
@@ -147,9 +154,17 @@ def masks(name: str, measured: list[Measured], seq_len: int) -> list[Row]:
             "measured",
             note=f"dense attention gives {', '.join(f'{a:.3f}' for a, _ in answers)} of "
             f"the answers of {ANSWERS} fresh sequences; chance {chance:.3f}",
-        )
-        found.append(row)
-    return found
+        ),
+        Row.judged(
+            f"{name}: … which dense attention knows",
+            "share of right answers",
+            [a for a, _ in answers],
+            "",
+            "value >= 0.95",
+            "measured",
+            note=f"length {seq_len}, {ANSWERS} fresh sequences; else the rows above say nothing",
+        ),
+    ]
 
 
 def planned(name: str, measured: list[Measured]) -> tuple[list[Row], list[Baseline], ModelPlan]:
@@ -328,6 +343,24 @@ def adapted(name: str, found: list[runtime.Adapted]) -> list[Row]:
             note="the run's own shape, mean over windows, planned for bytes",
         ),
     ]
+
+
+def native_sparse(dense: list[float], sparse: list[float], budget: Budget, length: int) -> Row:
+    """Training with native sparse attention from the start, validation losses of both."""
+    read, all_keys = budget.tokens(length), (length + 1) / 2
+    return Row.judged(
+        "nsa: a budget of tokens does for training",
+        "relative change of the validation loss",
+        [b / a - 1 for a, b in zip(dense, sparse, strict=True)],
+        "",
+        "value <= 0.005",
+        "measured",
+        note=f"against dense attention after the same steps; a query reads {read:.1f} tokens in the "
+        f"mean, {read / all_keys:.2f} of the {all_keys:.1f} that it sees: blocks of "
+        f"{budget.compress_block} compressed every {budget.stride}, {budget.selected} of "
+        f"{budget.select_block} read in full, a window of {budget.window}; nats/token dense "
+        f"{np.mean(dense):.4f}",
+    )
 
 
 def region(found: simulate.Region) -> Row:
