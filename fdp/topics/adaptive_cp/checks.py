@@ -4,7 +4,7 @@ static ones.
 Legend: B sequences, S positions, H query and K key/value heads, C head_dim.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,12 @@ from fdp.arm import Arm
 from fdp.collectives import shard_map
 from fdp.cost import context as cost
 from fdp.cost import hlo
+from fdp.cost.context import Traffic
 from fdp.cost.context_gather import BlockGather, exact_capacity, listed_bytes
+from fdp.count.compare import Comparison, relative_error
 from fdp.grads import plain
 from fdp.kernels_pallas.masks import Mask
-from fdp.mesh import AXES, factor, make_mesh
+from fdp.mesh import AXES, AnyMesh, factor, make_mesh
 from fdp.models import module
 from fdp.models.transformer import Transformer, with_core
 from fdp.parallel import context_gather, layouts
@@ -48,29 +50,9 @@ PLANS = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One plan against one device: relative errors, and wire bytes per op counted in the HLO and by
-    formula.
-    """
-
-    plan: CommPlan
-    forward_error: float
-    gradient_error: float
-    counted: dict[str, float]
-    formula: dict[str, float]
-
-    def mismatches(self) -> int:
-        """Ops whose bytes differ."""
-        ops = self.counted.keys() | self.formula.keys()
-        return sum(
-            not math.isclose(self.counted.get(op, 0), self.formula.get(op, 0), rel_tol=1e-12)
-            for op in ops
-        )
-
-
 def compare(plan: CommPlan) -> Comparison:
-    """Two layers of causal attention, forward and backward, over cp = 8; float32."""
+    """Two layers of causal attention, forward and backward, over cp = 8; float32. Its loss error is
+    that of the output; bytes by op."""
     mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"cp": DEVICES}), "cp")
     rng = np.random.default_rng(0)
     q, k, v, dout = (rng.normal(size=(2, B, S, h, C)).astype(np.float32) for h in (H, K, K, H))
@@ -92,21 +74,25 @@ def compare(plan: CommPlan) -> Comparison:
     arguments = [x[:, :, order] for x in (q, k, v, dout)]
     compiled = program.lower(*arguments).compile(hlo.QUICK)
     errors = [
-        float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
+        relative_error(np.asarray(a), b)
         for a, b in zip(compiled(*arguments), expected, strict=True)
     ]
-    counted: dict[str, float] = {}
-    for found in hlo.collectives(str(compiled.as_text()), dict(mesh.shape)):
-        counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
     shape = cost.AttentionShape(B, S, H, K, C, DEVICES, 4)
     formula = {op: 2 * wire for op, wire in cost.forward_bytes(plan, shape, CAUSAL).items()}
     for op, wire in cost.backward_bytes(plan, shape, CAUSAL).items():
         formula[op] = formula.get(op, 0.0) + 2 * wire
-    for op, wire in cost.label_bytes(
-        shape, CAUSAL
-    ).items():  # once: the scan hoists what all layers share
+    for op, wire in cost.label_bytes(shape, CAUSAL).items():  # once: all layers share them
         formula[op] = formula.get(op, 0.0) + wire
-    return Comparison(plan, errors[0], max(errors[1:]), counted, formula)
+    name = f"{plan.kind} {plan.layout.kind}"
+    return Comparison(name, errors[0], max(errors[1:]), _by_op(compiled, mesh), formula)
+
+
+def _by_op(compiled: Any, mesh: AnyMesh, branches: Mapping[str, int] | None = None) -> Traffic:
+    """Wire bytes by op in a compiled program, `branches` as in `hlo.collectives`."""
+    counted: Traffic = {}
+    for found in hlo.collectives(str(compiled.as_text()), dict(mesh.shape), branches):
+        counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
+    return counted
 
 
 @dataclass(frozen=True)
@@ -166,29 +152,9 @@ def switch_indexed(arm: Arm, tokens_BxS: np.ndarray, blocks: int, width: int) ->
     return _switching(program, arm, tokens_BxS, choices, expected)
 
 
-@dataclass(frozen=True)
-class Static:
-    """A program compiled for one plan of every layer: relative errors against one device, and wire
-    bytes over cp by op (all-to-all, all-gather, reduce-scatter), counted in the HLO and by
-    formula."""
-
-    loss_error: float
-    gradient_error: float
-    counted: dict[str, float]
-    formula: dict[str, float]
-
-    @property
-    def mismatches(self) -> int:
-        """Ops whose bytes differ."""
-        return sum(
-            not math.isclose(self.counted.get(op, 0), wire, rel_tol=1e-12)
-            for op, wire in self.formula.items()
-        )
-
-
-def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Static:
+def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Comparison:
     """The plans of `switch_listed` by turns, without the gather that overflows, as constants of the
-    program.
+    program. Bytes of all-to-all, all-gather and reduce-scatter.
     """
     block, layers = tokens_BxS.shape[1] // masks_NxWxW.shape[-1], arm.model.shape.layers
     every = listed_plans(masks_NxWxW, block)
@@ -204,13 +170,9 @@ def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> St
     given = (*_placed(program, variables, tokens_BxS), inputs)
     compiled: Any = jax.jit(program.grads).lower(*given).compile(hlo.QUICK)
     errors = _errors(compiled(*given), (loss, unstacked(grads, layers)))
-    counted: dict[str, float] = {}
-    for found in hlo.collectives(
-        str(compiled.as_text()), dict(program.mesh.shape), {context_gather.SCOPE: 0}
-    ):
-        counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
     formula = _static_bytes(chosen, shape_of(arm, *tokens_BxS.shape), block, ids.shape[-1])
-    return Static(*errors, counted, formula)
+    sent = _by_op(compiled, program.mesh, {context_gather.SCOPE: 0})
+    return Comparison("by layer", *errors, {op: sent.get(op, 0.0) for op in formula}, formula)
 
 
 def shape_of(arm: Arm, batch: int, seq_len: int) -> cost.AttentionShape:
@@ -222,7 +184,7 @@ def shape_of(arm: Arm, batch: int, seq_len: int) -> cost.AttentionShape:
 
 def _static_bytes(
     plans: list[CommPlan], shape: cost.AttentionShape, block: int, width: int
-) -> dict[str, float]:
+) -> Traffic:
     """Of all layers; what is the same in every layer (places, positions) is sent once. Reductions
     are left out: those of overflow counts are merged with others."""
     total = {cost.EXCHANGE: 0.0, cost.GATHER: 0.0, cost.SCATTER: 0.0}
@@ -334,8 +296,4 @@ def _placed(
 def _errors(found: Any, expected: Any) -> tuple[float, float]:
     """Relative errors of (loss, gradients)."""
     (loss, grads), (loss_1, grads_1) = jax.device_get(found[:2]), expected
-    norm = lambda tree: math.sqrt(
-        sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
-    )
-    difference = norm(jax.tree.map(np.subtract, grads, grads_1)) / norm(grads_1)
-    return abs(float(loss) - float(loss_1)) / abs(float(loss_1)), difference
+    return relative_error(np.asarray(loss), np.asarray(loss_1)), relative_error(grads, grads_1)

@@ -3,6 +3,7 @@
 Legend: N layers, W blocks of a sequence.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -226,7 +227,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
         Row.judged(
             "every plan equals attention on one device",
             "largest relative error, forward",
-            max(f.forward_error for f in found),
+            max(f.loss_error for f in found),
             "",
             "<= 1e-5",
             "measured",
@@ -294,7 +295,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
         Row.judged(
             "… and sends what its layers' formulas add up to",
             "ops that differ",
-            fixed.mismatches,
+            fixed.mismatches(),
             "",
             "== 0",
             "counted",
@@ -303,8 +304,8 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
     ]
 
 
-def _bytes_text(traffic: dict[str, float]) -> str:
-    return ", ".join(f"{op} {wire:,.0f}" for op, wire in traffic.items() if op != "all-reduce")
+def _bytes_text(traffic: Mapping[str, float]) -> str:
+    return ", ".join(f"{op} {wire:,.0f}" for op, wire in sorted(traffic.items()) if wire)
 
 
 def adapted(name: str, found: list[runtime.Adapted]) -> list[Row]:
