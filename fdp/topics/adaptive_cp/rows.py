@@ -306,7 +306,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
 
 
 def _bytes_text(sent: Mapping[Key, float]) -> str:
-    return ", ".join(f"{op} {wire:,.0f}" for (op, _), wire in sent.items())
+    return ", ".join(f"{op} {wire:,.0f}" for (op, _), wire in sorted(sent.items()) if wire)
 
 
 def adapted(name: str, found: list[runtime.Adapted]) -> list[Row]:
