@@ -20,7 +20,7 @@ from fdp import config, sharding
 from fdp.arm import Arm
 from fdp.collectives import shard_map
 from fdp.cost import hlo
-from fdp.count.compare import outcome
+from fdp.count.compare import outcome, sent
 from fdp.data.batches import Arrays, blank
 from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
@@ -271,17 +271,13 @@ def test_compiled_program_sends_what_the_count_says() -> None:
     program = jax.jit(
         shard_map(f, mesh, (arm.program.specs.specs, *[P()] * 3), P(None, None, "tp"))
     )
-    text = (
-        program.lower(arm.trained_on_host.params, jnp.zeros((8, L), jnp.int32), flags, flags)
-        .compile()
-        .as_text()
-    )
-    sent = sum(wire for _, _, wire in hlo.summary(hlo.collectives(text, dict(mesh.shape))).values())
+    given = arm.trained_on_host.params, jnp.zeros((8, L), jnp.int32), flags, flags
+    wire = sum(sent(program.lower(*given).compile(), mesh).values())
     rows, D, layers = 8 * L, 32, 3
     all_reduce = lambda n, width: 2 * 7 / 8 * 4 * n * width
     scores = all_reduce(rows, 1) * 2 * (layers - 1)
     later = sum(all_reduce(n, D) for n in (8, *[rows / 2] * 2 * (layers - 1), 8, 8)) + scores
-    assert sent == all_reduce(rows, D) * (2 * layers + 1) + later
+    assert wire == all_reduce(rows, D) * (2 * layers + 1) + later
 
 
 @pytest.mark.fast
