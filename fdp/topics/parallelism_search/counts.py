@@ -149,7 +149,8 @@ def executed_flops(p: TrainStep) -> int:
 
     Beyond the model's: what rematerialised blocks compute again (everything but the last product,
     whose result nobody reads unless a gate multiplies it; under "dots" attention's two products),
-    and time conditioning, which every cp and tp rank computes for all its sequences."""
+    time conditioning, which every cp and tp rank computes for all its sequences, and over cp, where
+    attention keeps no scores, those scores and each row's Σ dO·O in the backward pass."""
     e = p.experiment
     m, d, length = e.model.shape, e.degrees, e.input_length
     embedding, modulations = flops.noise_forward(m)
@@ -159,11 +160,13 @@ def executed_flops(p: TrainStep) -> int:
         "dots": m.layers * 4 * length * length * m.heads * m.head_dim,
         "full": m.layers * (flops.layer_forward(m, length) - last),
     }[m.remat]
+    scores = 2 * length * (length + 1) * m.heads * m.head_dim if d["cp"] > 1 else 0
     noise_again = modulations if m.remat == "full" else 0
     replicas = d["cp"] * d["tp"]
     noise = (replicas - 1) * (2 * embedding + 3 * modulations) + replicas * noise_again
     shards = d["dp"] * d["ep"] * d["cp"] * e.grads.microbatches
-    return flops.train_step(e, p.head_rows() * shards) + e.fit.batch * (again + noise)
+    more = again + noise + m.layers * scores
+    return flops.train_step(e, p.head_rows() * shards) + e.fit.batch * more
 
 
 def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
