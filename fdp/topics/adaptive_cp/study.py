@@ -15,6 +15,7 @@ from fdp.config import digest
 from fdp.experiment import Experiment, standard
 from fdp.hooks import Hook
 from fdp.loop import evaluate
+from fdp.metrics import read_metrics
 from fdp.models.layers import SwiGLU
 from fdp.models.nsa import Budget, NativeSparseAttention
 from fdp.models.stack import Block, layer
@@ -39,7 +40,9 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     for task in p.tasks:
         found[task] = replace(standard(_recall(config, task)), hooks=hooks)
     if p.native_sparse:
-        found["nsa"] = native_sparse(text)
+        found["nsa"] = nsa = native_sparse(text)
+        fit = replace(text.fit, eval_every=nsa.fit.steps)
+        found["text"] = replace(found["text"], fit=fit)
     return found
 
 
@@ -54,12 +57,12 @@ def _recall(config: ml_collections.ConfigDict, task: str) -> ml_collections.Conf
 
 
 def native_sparse(dense: Experiment) -> Experiment:
-    """The same with native sparse attention in every layer, on a budget that grows with the
-    length."""
+    """The first third of the same training with native sparse attention in every layer, on a budget
+    that grows with the length."""
     mixing = layer(NativeSparseAttention, budget=budget(dense.input_length))
     block = layer(Block, mixing=mixing, ffn=layer(SwiGLU))
     model = dense.model.clone(pattern=(block,), layout=CONTIGUOUS)
-    return replace(dense, model=model)
+    return replace(dense, model=model, fit=replace(dense.fit, steps=-(-dense.fit.steps // 3)))
 
 
 def budget(length: int) -> Budget:
@@ -132,12 +135,18 @@ def _training_on(run: Run, found: Found, name: str, measured: list[Measured]) ->
 
 
 def _native_sparse(run: Run, found: Found) -> None:
-    losses = {
-        name: [evaluate(arm, arm.trained) for arm in run.arms[name]] for name in ("text", "nsa")
+    """Validation losses after the same steps as dense attention, which went on."""
+    arms_ = run.arms["nsa"]
+    e, written = arms_[0].experiment, read_metrics(run.workdir)
+    dense = {
+        r["seed"]: r["val_loss"]
+        for r in written
+        if (r["arm"], r["step"]) == ("text", e.fit.steps) and "val_loss" in r
     }
-    found.raw["nsa"] = losses
-    length = run.arms["nsa"][0].experiment.input_length
-    found.rows.append(rows.native_sparse(losses["text"], losses["nsa"], budget(length), length))
+    pairs = [(dense[arm.seed], evaluate(arm, arm.trained)) for arm in arms_]
+    found.raw["nsa"] = [{"dense loss": a, "sparse loss": b} for a, b in pairs]
+    length = e.input_length
+    found.rows.append(rows.native_sparse(pairs, e.fit.steps, budget(length), length))
 
 
 def _region(run: Run, found: Found, tiny: bool) -> None:
