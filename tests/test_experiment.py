@@ -2,6 +2,7 @@
 batch, model state, rules and metrics.
 """
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from build import place, toy
+from build import Classify, place, program, tiny, tokens, toy
 
+from fdp.config import UserError
 from fdp.grads import plain
 from fdp.mesh import make_mesh
 from fdp.models import module

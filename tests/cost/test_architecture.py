@@ -1,6 +1,7 @@
 """Parameter counts of published models against the figures their makers print."""
 
 import pytest
+from build import experiment, tiny
 
 from fdp.config import base
 from fdp.cost import architecture, flops
@@ -26,11 +27,11 @@ def test_parameters_are_the_published_ones(name):
 
 
 def test_our_own_model_has_the_parameters_and_flops_of_its_program():
-    c = base()
-    model = architecture.of_model(c.model)
-    assert model.parameters() == flops.parameters(c.model)
-    tokens = c.train.batch * c.data.seq_len
-    assert 3 * model.forward_flops(c.data.seq_len) * tokens == flops.train_step(c, tokens)
+    e = experiment(tiny())
+    model = architecture.of_model(e.model.shape)
+    assert model.parameters() == flops.parameters(e.model.shape)
+    tokens = e.fit.batch * e.data.seq_len
+    assert 3 * model.forward_flops(e.data.seq_len) * tokens == flops.train_step(e, tokens)
 
 
 def test_a_causal_mask_halves_the_scores_only():
