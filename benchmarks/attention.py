@@ -1,31 +1,37 @@
-"""fdp's attention against JAX's own, on the device that is there: forward, forward and backward,
-and block-sparse.
+"""fdp's attention against JAX's own and torch's, on the device that is there: forward, forward and
+backward, and block-sparse; and what a mask saves, counted.
 
     python -m benchmarks.attention                                   # sizes for 2 CPU cores, < 2 min
     python -m benchmarks.attention --seq=32768 --heads=32 --kv_heads=8 --head_dim=128 --dtype=bfloat16  # a GPU
 
 All contenders compute the same function of the same arrays, except block-sparse, which keeps
-`--density` of the blocks. Rounds call every contender once, in random order, so that a neighbour's
-load hits all; figures are medians with a bootstrap interval (95 %). Peak memory is the compiler's
-plan: arguments, results and temporaries.
+`--density` of the blocks. torch's takes part on a CPU where torch is installed. Rounds call every
+contender once, in random order, so that a neighbour's load hits all; figures are medians with a
+bootstrap interval (95 %). Peak memory is the compiler's plan: arguments, results and temporaries.
+Counted figures come from the jaxpr, from the tiles that the program computes, and from compiled
+programs.
 
 Legend: B batch, S tokens, H query heads, K key/value heads, C head_dim; I blocks a side, T capacity
 of a list."""
 
 import argparse
+import importlib.util
 import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from fdp.cost import aot
+from fdp.cost import aot, jaxpr
+from fdp.kernels_pallas.attend import attend
 from fdp.kernels_pallas.block_sparse import BlockLists, block_lists, block_sparse_attention
-from fdp.kernels_pallas.flash import attention, flash_attention
+from fdp.kernels_pallas.blockwise import tiles_computed
 from fdp.kernels_pallas.masks import Mask
+from fdp.parallel import layouts
 from fdp.report import versions
 
 Array = jax.Array
@@ -33,8 +39,8 @@ Attend = Callable[[Array, Array, Array], Array]
 SIZE = {
     "batch": 1,
     "seq": 2048,
-    "heads": 4,
-    "kv_heads": 2,
+    "heads": 8,
+    "kv_heads": 8,
     "head_dim": 64,
     "block": 64,
     "repeats": 15,
@@ -63,8 +69,8 @@ def random_lists(n_blocks: int, share: float, causal: bool) -> BlockLists:
 
 
 def contenders(args: argparse.Namespace) -> dict[str, Attend]:
-    """Name → attention [B, S, H, C]; "fdp" gives (out, lse), as a ring or a merge needs it, and
-    drops the lse.
+    """Name → attention [B, S, H, C]; on a GPU, "fdp" in bfloat16 is cuDNN, and "fdp, our kernel" the
+    one that serves cp and windows.
     """
     mask = Mask("causal" if args.causal else "bidirectional")
     n_blocks = -(-args.seq // args.block)
@@ -76,27 +82,52 @@ def contenders(args: argparse.Namespace) -> dict[str, Attend]:
         YARDSTICK: lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, is_causal=args.causal, implementation="xla"
         ),
-        "fdp": lambda q, k, v: flash_attention(q, k, v, mask)[0],
+        "fdp": lambda q, k, v: attend(q, k, v, mask)[0],
     }
     if jax.default_backend() == "gpu":
-        found["fdp without lse"] = lambda q, k, v: attention(q, k, v, mask)  # cuDNN, in bfloat16
+        place = jnp.arange(args.seq)
+        found["fdp, our kernel"] = lambda q, k, v: attend(q, k, v, mask, place, place)[0]
     return found | {f"fdp, {density:.0%} of blocks": sparse}
 
 
-def compile_modes(attend: Attend, arrays: tuple[Array, ...]) -> dict[str, Any]:
+def compile_modes(call: Attend, arrays: tuple[Array, ...]) -> dict[str, Any]:
     """Both modes, "forward" and "forward + backward", as compiled programs of q, k, v and the
     cotangent of out.
     """
 
     def both(q: Array, k: Array, v: Array, do: Array) -> Any:
-        out, back = jax.vjp(attend, q, k, v)
+        out, back = jax.vjp(call, q, k, v)
         return out, back(do)
 
-    forward = jax.jit(lambda q, k, v, do: attend(q, k, v))
+    forward = jax.jit(lambda q, k, v, do: call(q, k, v))
     return {
         "forward": forward.lower(*arrays).compile(),
         "forward + backward": jax.jit(both).lower(*arrays).compile(),
     }
+
+
+def torch_modes(args: argparse.Namespace, arrays: tuple[Array, ...]) -> dict[str, Any]:
+    """The same modes of torch's scaled_dot_product_attention on copies of the arrays."""
+    import torch
+
+    tensors = [torch.from_numpy(np.array(x, np.float32)).transpose(1, 2) for x in arrays]
+    q, k, v, do = (x.to(getattr(torch, args.dtype)).contiguous() for x in tensors)
+    grouped = args.heads != args.kv_heads
+
+    def forward(*_: Array) -> Any:
+        with torch.no_grad():
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=args.causal, enable_gqa=grouped
+            )
+
+    def both(*_: Array) -> Any:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *inputs, is_causal=args.causal, enable_gqa=grouped
+        )
+        return out, torch.autograd.grad(out, inputs, do)
+
+    return {"forward": forward, "forward + backward": both}
 
 
 def time_interleaved(
@@ -130,7 +161,9 @@ def table(mode: str, programs: dict[str, Any], seconds: dict[str, np.ndarray]) -
     for name, s in seconds.items():
         median, low, high = (1e3 * x for x in median_interval(s))
         ratio = median_interval(seconds[YARDSTICK] / s)
-        memory = f"{aot.memory(programs[name]).peak / 2**20:.1f}"
+        program = programs[name]
+        planned = hasattr(program, "memory_analysis")
+        memory = f"{aot.memory(program).peak / 2**20:.1f}" if planned else "-"
         rows.append(
             (
                 name,
@@ -143,6 +176,59 @@ def table(mode: str, programs: dict[str, Any], seconds: dict[str, np.ndarray]) -
     return tabulate(
         rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right", "right")
     )
+
+
+def step_flops(mask: Mask, args: argparse.Namespace) -> int:
+    """FLOPs of forward and backward tile by tile, positions known before tracing."""
+    shape = (args.batch, args.seq, args.heads, args.head_dim)
+    q = jax.ShapeDtypeStruct(shape, args.dtype)
+    kv = jax.ShapeDtypeStruct((*shape[:2], args.kv_heads, shape[3]), args.dtype)
+    place = np.arange(args.seq)
+    how = {"backend": "xla", "out_type": "float32"}
+    f = lambda q, k, v: attend(q, k, v, mask, place, place, **how)[0].sum()
+    return jaxpr.dot_flops(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(q, kv, kv))
+
+
+def busiest_tiles(layout: layouts.SequenceLayout, seq: int, cp: int) -> int:
+    """Tiles that the busiest device computes in one pass of a causal ring of cp devices."""
+    held = layouts.permutation(layout, seq, cp).reshape(cp, -1)
+    return max(sum(tiles_computed(Mask("causal"), q, k) for k in held) for q in held)
+
+
+def temporary(call: Attend, seq: int, cp: int, args: argparse.Namespace) -> int:
+    """Bytes of temporaries of forward and backward on one device of cp, which gathered all keys."""
+    q, kv = (
+        jax.ShapeDtypeStruct((args.batch, n, heads, args.head_dim), args.dtype)
+        for n, heads in ((seq // cp, args.heads), (seq, args.kv_heads))
+    )
+    return (
+        compile_modes(call, (q, kv, kv, q))["forward + backward"]
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
+
+
+def counted(args: argparse.Namespace) -> str:
+    """What the mask saves: FLOPs, the busiest device of a ring, memory over cp."""
+    causal, full = (step_flops(Mask(kind), args) for kind in ("causal", "bidirectional"))
+    zigzag, contiguous = (
+        busiest_tiles(layout, 8192, 8) for layout in (layouts.ZIGZAG, layouts.CONTIGUOUS)
+    )
+    mask, at, place = Mask("causal"), jnp.arange(2048) + 6144, jnp.arange(8192)
+    seen = (place <= at[:, None])[None, None]
+    tiled = temporary(lambda q, k, v: attend(q, k, v, mask, at, place)[0], 8192, 4, args)
+    whole = temporary(
+        lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=seen), 8192, 4, args
+    )
+    rows = [
+        (f"FLOPs, causal, {args.seq} tokens", f"{causal:.3g}", f"{full:.3g}", "bidirectional"),
+        ("tiles of the busiest device, ring of 8, zig-zag", zigzag, contiguous, "contiguous"),
+        ("temporaries, 8,192 tokens, cp = 4, MiB", tiled >> 20, whole >> 20, "whole scores"),
+    ]
+    ratios = causal / full, zigzag / contiguous, tiled / whole
+    lines = [(*row, f"{ratio:.3f}") for row, ratio in zip(rows, ratios, strict=True)]
+    headers = ("counted, forward + backward", "fdp", "against", "", "ratio")
+    return tabulate(lines, headers=headers, disable_numparse=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -178,10 +264,13 @@ def main(argv: list[str] | None = None) -> None:
     arrays = tuple(
         jax.random.normal(key, s, args.dtype) for key, s in zip(keys, shapes, strict=True)
     )
-    compiled = {name: compile_modes(attend, arrays) for name, attend in contenders(args).items()}
+    compiled = {name: compile_modes(call, arrays) for name, call in contenders(args).items()}
+    if jax.default_backend() == "cpu" and importlib.util.find_spec("torch"):
+        compiled["torch"] = torch_modes(args, arrays)
     for mode in ("forward", "forward + backward"):
         programs = {name: modes[mode] for name, modes in compiled.items()}
         print("\n" + table(mode, programs, time_interleaved(programs, arrays, args.repeats)))
+    print("\n" + counted(args))
 
 
 if __name__ == "__main__":

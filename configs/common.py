@@ -6,8 +6,8 @@ from fdp import config
 
 
 def start(topic: str, variant: str) -> ml_collections.ConfigDict:
-    """The base config of `topic`; raises ValueError for an unknown variant."""
-    c = config.base()
+    """The base config of `topic` with its own sections; raises UserError for an unknown variant."""
+    c = config.base(**config.topic_sections(topic))
     c.topic, c.variant = topic, config.check_variant(variant)
     return c
 

@@ -33,9 +33,10 @@ def _cpu(c: ml_collections.ConfigDict) -> None:
     # without it at 1e-3).
     c.model.qk_norm = True
     c.train.update(steps=400, batch=32, lr=2e-3)
-    c.eval.update(every=200, draws=64, sequences=16)
+    c.eval.every = 200
+    c.sampling.update(draws=64, sequences=16)
     c.checkpoint.every = 200
-    c.eval.policies = (
+    c.sampling.policies = (
         "exact",
         "exact, read rows only",
         "stale, K=3",
@@ -50,15 +51,15 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     c.model.update(layers=2, width=64, heads=8, kv_heads=8, head_dim=8, ffn=128, vocab=512)
     c.data.update(vocab=512, seq_len=32)
     c.train.update(steps=60, batch=16, warmup=10)
-    c.eval.update(every=0, batches=2, samples=2, sequences=8, draws=16)
-    c.eval.policies = ("exact", "stale, K=3", "drift, int8")
+    c.eval.update(every=0, batches=2, samples=2)
+    c.sampling.update(policies=("exact", "stale, K=3", "drift, int8"), sequences=8, draws=16)
     c.checkpoint.every = 30
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
     c.train.steps = 800
-    c.eval.update(policies=(), sequences=32, draws=128)
+    c.sampling.update(policies=(), sequences=32, draws=128)
     c.seeds = (0, 1, 2, 3, 4)
 
 

@@ -34,8 +34,8 @@ def _cpu(c: ml_collections.ConfigDict) -> None:
     )
     c.data.update(vocab=512, seq_len=256)
     c.train.update(steps=600, batch=8, lr=3e-3)
-    c.eval.update(every=0, batches=4, samples=2, sequences=8)
-    c.checkpoint.update(every=100, keep=10)
+    c.eval.update(every=0, batches=4, samples=2)
+    c.profile.update(tasks=("mqar",), sequences=8, every=100, native_sparse=True)
 
 
 def _tiny(c: ml_collections.ConfigDict) -> None:
@@ -43,13 +43,14 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     c.model.update(layers=2, width=32, head_dim=4, ffn=64)
     c.data.seq_len = 128
     c.train.update(steps=30, warmup=5)
-    c.eval.update(batches=2, sequences=2)
-    c.checkpoint.every = 10
+    c.eval.batches = 2
+    c.profile.update(sequences=2, every=10, native_sparse=False)
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
     c.train.steps = 800
+    c.profile.tasks = ("mqar", "needle", "induction")
     c.seeds = (0, 1, 2)
 
 
@@ -58,6 +59,7 @@ def _large(c: ml_collections.ConfigDict) -> None:
     c.data.update(source="hf:HuggingFaceFW/fineweb-edu:sample-10BT", vocab=32_768)
     c.train.update(steps=20_000, lr=3e-4, warmup=2000, weight_decay=0.1, beta2=0.95)
     c.eval.update(every=1000, batches=4)
+    c.profile.every = 1000
     c.checkpoint.every = 1000
 
 

@@ -19,7 +19,7 @@ class Arm:
     def __init__(self, name: str, experiment: Experiment, program: TrainStep):
         self.name, self.experiment, self.program = name, experiment, program
         self.seed = experiment.fit.seed
-        self._state: TrainState | None = None  # on the host
+        self._state: TrainState | None = None  # on the host, the key as its data
 
     @classmethod
     def of(cls, name: str, experiment: Experiment, mesh: Any) -> "Arm":
@@ -65,10 +65,11 @@ class Arm:
 
     @property
     def trained_on_host(self) -> TrainState:
-        """The state after training as NumPy arrays. Raises RuntimeError before `loop.fit`."""
+        """The state after training as NumPy arrays, with a key of its own. Raises RuntimeError before
+        `loop.fit`."""
         if self._state is None:
             raise RuntimeError(f"arm {self.label} has not been trained: call fdp.loop.fit first")
-        return self._state
+        return replace(self._state, key=jax.random.wrap_key_data(self._state.key))
 
     def keep(self, state: TrainState) -> None:
         """Copy `state` to the host: the next arm needs the devices."""
@@ -105,7 +106,6 @@ class Arm:
 
 
 def _host(x: Any) -> Any:
-    """A copy that shares no memory with the device; a key stays what it is."""
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return x
-    return np.array(x)
+    """A copy that shares no memory with the device: a step may donate what it is given."""
+    key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.array(jax.random.key_data(x) if key else x)

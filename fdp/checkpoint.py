@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from fdp.config import flatten
+from fdp.config import FREE_KEYS, declared, flatten
 from fdp.files import write_atomic
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # the name suffix under which Orbax writes before it renames
@@ -143,8 +143,9 @@ def topology(state: Any) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one arm and seed: directory/<step>, the newest `keep` of them.
 
-    A state is a dataclass of pytrees of jax.Arrays (bf16, integers and typed PRNG keys included). On disk it has
-    no mesh: restoring reads, on every process, only the shards that the target shardings ask for.
+    A state is a dataclass or dict of pytrees of jax.Arrays (bf16, integers and typed PRNG keys
+    included). On disk it has no mesh: restoring reads, on every process, only the shards that the
+    target shardings ask for.
     """
 
     def __init__(self, directory: Path, keep: int = 3):
@@ -246,13 +247,6 @@ class Checkpoints:
         """The newest complete step that is not known to be damaged."""
         return max(set(self._manager.all_steps()) - self._damaged, default=None)
 
-    def history(self, abstract_state: Any) -> Iterator[tuple[int, Any]]:
-        """(step, state) of every checkpoint that is kept, oldest first: how something came about
-        during training.
-        """
-        for step in sorted(set(self._manager.all_steps()) - self._damaged):
-            yield step, self._read(step, abstract_state)[0]
-
     def restore(
         self, abstract_state: Any, initial: Callable[[], Any] | None = None
     ) -> tuple[int, Any, dict[str, Any]] | None:
@@ -314,12 +308,17 @@ class Checkpoints:
         if absent and initial is not None:
             fresh = _fields(initial())
             fields |= {name: fresh[name] for name in absent}
+        if isinstance(abstract_state, Mapping):
+            return fields, found.meta
         return dataclasses.replace(abstract_state, **fields), found.meta
 
 
 def _fields(state: Any) -> dict[str, Any]:
-    """The fields of a state (a dataclass) that hold arrays, by name."""
-    parts = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    """The fields of a state (a dataclass or a dict) that hold arrays, by name."""
+    if isinstance(state, Mapping):
+        parts = dict(state)
+    else:
+        parts = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 
@@ -345,9 +344,15 @@ def _check_shapes(held: Any, wanted: Any) -> None:
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]
 ) -> list[str]:
+    """Keys whose values differ. One that was added since has had its default all along, and one
+    that is declared no longer means nothing."""
+    defaults = {name: key.default for name, key in declared(str(new.get("topic", ""))).items()}
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if key not in new and key not in defaults:
+            continue
+        before, after = old.get(key, defaults.get(key, "(absent)")), new.get(key, "(absent)")
+        before = list(before) if isinstance(before, tuple) else before
         if before != after and not any(key == f or key.startswith(f + ".") for f in free):
             lines.append(f"{key}: {before!r} -> {after!r}")
     return lines
@@ -358,7 +363,7 @@ def bind_workdir(
     config: Mapping[str, Any],
     config_hash: str,
     allow_other: bool = False,
-    free: tuple[str, ...] = ("mesh", "checkpoint", "log", "train.zero"),
+    free: tuple[str, ...] = FREE_KEYS,
 ) -> None:
     """Create `workdir` and write config.json, or check that the one there belongs to the same
     experiment.

@@ -1,188 +1,250 @@
-"""The one place where configuration keys, units and defaults live. Imports neither jax nor flax: it
-is read first.
+"""The one place where configuration keys, units and defaults live, and where a config is checked
+before anything starts. Keys that one topic alone reads are declared in the same form in
+`fdp/topics/<name>/settings.py`. Imports neither jax nor flax: it is read first.
 """
 
-import difflib
 import hashlib
+import importlib
+import importlib.util
 import json
+import math
+import pkgutil
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import ml_collections
+
+from fdp.keys import (
+    Key,
+    Section,
+    UserError,
+    at_least,
+    choice,
+    closest,
+    count,
+    flag,
+    integers,
+    positive,
+    section,
+    shown,
+    string,
+    within,
+)
 
 VARIANTS = ("cpu", "tiny", "full", "h100", "pod")
 
 # Keys that may differ between two starts in one workdir: none of them changes what is computed.
 FREE_KEYS = ("mesh", "context", "checkpoint", "log", "hardware", "train.zero")
 
-# Sizes and divisors.
-POSITIVE = (
-    "model.layers",
-    "model.width",
-    "model.heads",
-    "model.kv_heads",
-    "model.head_dim",
-    "model.ffn",
-    "model.vocab",
-    "objective.block",
-    "context.head_split",
-    "context.stripe",
-    "data.seq_len",
-    "train.batch",
-    "train.microbatches",
-    "train.steps",
-    "eval.batches",
-    "eval.sequences",
-    "eval.draws",
-    "checkpoint.keep",
-    "log.every",
-    "plan.batch",
-    "plan.seq_len",
-    "plan.steps",
-    "plan.searches",
-    "plan.counted",
+OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
+SCHEDULES = ("linear", "loglinear", "md4_cosine", "mdlm_cosine", "bd3_cosine", "geometric")
+PLANS = ("all_gather", "ring", "ulysses", "usp", "batch")
+
+MAX_VOCAB = 2**20  # ids of a tokenizer that is trained here; published ones have at most 2**18
+MAX_DEVICES = 2**16
+MAX_BYTES = 2**43  # of one device: neither a device nor a host holds 8 TiB
+
+TOP = section(
+    topic=string("", "folder under fdp/topics"),
+    variant=choice("cpu", VARIANTS, "size of the study"),
+    seeds=integers(0, (0,), "one run of every arm per seed"),
 )
 
+MESH = section(  # degrees of the mesh axes
+    pp=count(1, "pipeline stages"),
+    dp=count(1, "data parallelism"),
+    ep=count(1, "expert parallelism, part of the data axes"),
+    cp=count(1, "context parallelism"),
+    tp=count(1, "tensor parallelism"),
+)
 
-class UserError(ValueError):
-    """A mistake the user can fix: shown as one message, without a traceback."""
+MODEL = section(
+    layers=count(4, "blocks, divisible by pp"),
+    width=count(128, "D, residual stream"),
+    heads=count(4, "query heads, divisible by tp"),
+    kv_heads=count(4, "key/value heads (GQA), divisible by tp, divides heads"),
+    head_dim=count(32, "even (rotary pairs)"),
+    ffn=count(344, "F, SwiGLU hidden width, divisible by tp"),
+    vocab=count(1024, "embedding rows ≥ token ids (mask included), divisible by tp"),
+    rope_base=within("(1, inf)", 10_000.0, "base of the rotary wavelengths"),
+    rope_scaling=within("[1, inf)", 1.0, "positions are divided by this; 1 = none"),
+    epsilon=positive(1e-6, "added to the mean square in norms"),
+    qk_norm=flag(False, "RMSNorm on queries and keys"),
+    bias=flag(False, "biases on q, k and v"),
+    tied=flag(False, "the head is the embedding"),
+    conv=at_least(0, 0, "width of a causal convolution before q, k, v; 0 = none", "positions"),
+    time_conditioning=flag(False, "adaptive norms fed with the noise level"),
+    dtype=choice(
+        "float32", ("float32", "bfloat16"), "of compute; parameters and logits are always float32"
+    ),
+    remat=choice("none", ("none", "dots", "full"), "what the backward pass recomputes"),
+    sequence_parallel=flag(False, "between blocks, shard the sequence over tp (Megatron SP)"),
+    window=at_least(0, 0, "attention to keys less than this far away; 0 = no limit", "positions"),
+)
+
+CONTEXT = section(  # how attention communicates over cp; none of it changes the result
+    plan=choice("all_gather", PLANS, "what attention sends over cp"),
+    # The other devices form a ring; ulysses takes cp.
+    head_split=count(1, "usp, batch: devices that share out heads (or sequences)"),
+    layout=choice(
+        "contiguous", ("contiguous", "zigzag", "striped"), "which positions a device holds"
+    ),
+    stripe=count(1, "striped: length of a block", "positions"),
+)
+
+OBJECTIVE = section(
+    name=choice("mdlm", OBJECTIVES, "what is learnt"),
+    form=choice("k", ("t", "k"), "masks: k (exactly k, weight L/k) | t (continuous time)"),
+    schedule=choice(
+        "linear",
+        SCHEDULES,
+        "of the t form and of sedd_uniform (geometric there); poly<p> is α = 1 - t^p",
+        pattern=r"poly\d+(\.\d+)?",
+    ),
+    antithetic=flag(True, "stratify k or t over the global batch"),
+    block=count(16, "block_diffusion: length of a block", "tokens"),
+    masked_head=flag(True, "run the head on rows that carry loss only"),
+)
+
+DATA = section(
+    source=string(
+        "bible", "bible | stdlib | markov | mqar | needle | induction | blank | hf:<name> | path"
+    ),
+    tokenizer=choice("bpe", ("byte", "bpe"), "bytes, or byte pairs learnt from the corpus"),
+    vocab=count(1024, "token ids of bpe incl. end-of-text and mask", high=MAX_VOCAB),
+    seq_len=count(64, "L", "tokens"),
+    packing=choice(
+        "stream",
+        ("stream", "documents"),
+        "windows of one stream | attention and positions stay inside a document",
+    ),
+    val_fraction=within("(0, 1)", 0.05, "share of the documents kept for validation"),
+    split_seed=at_least(0, 0, "which documents these are"),
+)
+
+TRAIN = section(
+    batch=count(32, "global batch", "sequences"),
+    microbatches=count(1, "gradient accumulation steps inside one train step"),
+    steps=count(1000, "length of the run", "steps"),
+    lr=positive(3e-3, "peak learning rate"),
+    warmup=at_least(0, 50, "linear warm-up, then cosine decay to lr/10", "steps"),
+    weight_decay=within("[0, inf)", 0.01, "decoupled (AdamW), times the learning rate"),
+    beta2=within("[0, 1)", 0.98, "decay of the second moment"),
+    clip=within("(0, inf]", 1.0, "largest global gradient norm", off=math.inf),
+    zero=choice(
+        0,
+        (0, 1, 3),
+        "0: parameters replicated over dp; 1: gathered once a step; 3: gathered layer by layer",
+    ),
+    nan=choice("stop", ("stop", "skip"), "both leave the state untouched; skip goes on and counts"),
+)
+
+EVAL = section(
+    every=at_least(0, 250, "0 = only at the end", "steps"),
+    batches=count(8, "validation batches per evaluation"),
+    samples=count(4, "drawn and stored at the end", "sequences"),
+)
+
+CHECKPOINT = section(
+    every=at_least(0, 250, "0 = only at the end", "steps"),
+    keep=count(3, "newest checkpoints that stay"),
+    allow_config_change=flag(False, "resume although the workdir was made by another config"),
+)
+
+LOG = section(every=count(10, "between metric rows", "steps"))
+
+HARDWARE = section(
+    topology=string(
+        "", '--dry_run target, such as v5p:4x4x8 or h100:8x8; "" = the devices that are here'
+    )
+)
+
+SECTIONS: dict[str, Section] = {
+    "mesh": MESH,
+    "model": MODEL,
+    "context": CONTEXT,
+    "objective": OBJECTIVE,
+    "data": DATA,
+    "train": TRAIN,
+    "eval": EVAL,
+    "checkpoint": CHECKPOINT,
+    "log": LOG,
+    "hardware": HARDWARE,
+}
 
 
-def base() -> ml_collections.ConfigDict:
-    """Every key with its default, locked. A topic config starts here and changes fields;
-    `unlocked()` adds some.
+def base(**sections: Section) -> ml_collections.ConfigDict:
+    """Every core key with its default, and those of a topic's `sections`; locked. A config file
+    starts here and changes values. Raises ValueError for a section that core has.
     """
-    c = ml_collections.ConfigDict()
-    c.topic = ""  # folder under fdp/topics
-    c.variant = "cpu"  # cpu | tiny | full | h100 | pod
-    c.seeds = (0,)  # one run of every arm per seed
-
-    c.mesh = ml_collections.ConfigDict({"pp": 1, "dp": 1, "ep": 1, "cp": 1, "tp": 1})  # degrees
-
-    m = c.model = ml_collections.ConfigDict()
-    m.layers = 4  # divisible by pp
-    m.width = 128  # D, residual stream
-    m.heads = 4  # query heads, divisible by tp
-    m.kv_heads = 4  # key/value heads (GQA), divisible by tp, divides heads
-    m.head_dim = 32  # even (rotary pairs)
-    m.ffn = 344  # F, SwiGLU hidden width, divisible by tp
-    m.vocab = 1024  # embedding rows ≥ token ids (mask included), divisible by tp
-    m.rope_base = 10_000.0
-    m.qk_norm = False  # RMSNorm on queries and keys
-    m.time_conditioning = False  # adaptive norms fed with the noise level
-    m.dtype = "float32"  # compute dtype; parameters and logits are always float32
-    m.remat = "none"  # none | dots | full: what the backward pass recomputes
-    m.sequence_parallel = False  # between blocks, shard the sequence over tp (Megatron SP)
-
-    m.window = 0  # attention to keys less than this many positions away; 0 = no limit
-
-    x = c.context = (
-        ml_collections.ConfigDict()
-    )  # how attention communicates over cp; none of it changes the result
-    x.plan = "all_gather"  # all_gather | ring | ulysses | usp | batch
-    # usp, batch: devices that share out heads (or sequences), the others form a ring; ulysses: cp
-    x.head_split = 1
-    x.layout = "contiguous"  # contiguous | zigzag | striped: which positions a device holds
-    x.stripe = 1  # striped: positions in a block
-
-    o = c.objective = ml_collections.ConfigDict()
-    o.name = "mdlm"  # autoregressive | mdlm | sedd_absorbing | sedd_uniform | block_diffusion
-    o.form = "k"  # masks: k (exactly k, weight L/k) | t (continuous time)
-    o.schedule = (
-        "linear"  # of the t form and of sedd_uniform (geometric there): fdp.objectives.schedules
-    )
-    o.antithetic = True  # stratify k or t over the global batch
-    o.block = 16  # block_diffusion: tokens per block
-    o.masked_head = True  # run the head on rows that carry loss only
-
-    d = c.data = ml_collections.ConfigDict()
-    d.source = "bible"  # bible | stdlib | markov | mqar | needle | induction | hf:<name> | path
-    d.tokenizer = "bpe"  # byte | bpe
-    d.vocab = 1024  # token ids incl. end-of-text and mask (bpe)
-    d.seq_len = 64  # L, tokens
-    d.packing = "stream"  # stream | documents
-    d.val_fraction = 0.05  # of the documents
-    d.split_seed = 0
-
-    t = c.train = ml_collections.ConfigDict()
-    t.batch = 32  # global batch, sequences
-    t.microbatches = 1  # gradient accumulation steps inside one train step
-    t.steps = 1000
-    t.lr = 3e-3
-    t.warmup = 50  # steps of linear warm-up, then cosine decay to lr/10
-    t.weight_decay = 0.01
-    t.beta2 = 0.98
-    t.clip = 1.0  # global gradient norm
-    t.zero = (
-        0  # 0: parameters replicated over dp; 1: gathered once a step; 3: gathered layer by layer
-    )
-    t.nan = "stop"  # stop | skip (both leave the state untouched; skip goes on and counts)
-
-    e = c.eval = ml_collections.ConfigDict()
-    e.every = 250  # steps; 0 = only at the end
-    e.batches = 8  # validation batches per evaluation
-    e.samples = 4  # sequences printed and stored at the end
-    e.sequences = 32  # sequences drawn for each arm of a sampling study
-    e.draws = 256  # noise draws of a study of loss estimators
-    # topic 1: names of the policies measured; () = all (fdp/topics/parallel_dlm/pareto.py)
-    e.policies = ()
-
-    k = c.checkpoint = ml_collections.ConfigDict()
-    k.every = 250  # steps
-    k.keep = 3
-    k.allow_config_change = False  # resume although the workdir was made by another config
-
-    g = c.log = ml_collections.ConfigDict()
-    g.every = 10  # steps between metric rows
-
-    p = c.plan = ml_collections.ConfigDict()  # topic 15: what to find a parallel plan for
-    p.model = ""  # a published model such as llama3-70b or deepseek-v3; "" = the model section
-    p.cluster = (
-        "h100:32x8"  # nodes x chips of each; a TPU slice as v5p:4x8x8; mixed: h100:4x8+a100:4x8
-    )
-    p.batch = 1024  # global batch, sequences
-    p.seq_len = 4096  # tokens
-    p.precision = "bf16"  # bf16 | fp8 | fp4
-    p.measurements = (
-        "../shared/data/planning"  # folder of published measurements to fit on; absent: what ships
-    )
-    p.steps = 200  # optimizer iterations of one fit
-    # names of the hold-outs to run (fdp/topics/parallelism_search/validate.py); () = all
-    p.cases = ()
-    p.searches = 5  # seeds of every search algorithm on every measured landscape
-    p.counted = 100  # random programs whose bytes and FLOPs are compared with the compiler
-
-    h = c.hardware = ml_collections.ConfigDict()
-    h.topology = (
-        ""  # --dry_run target, such as v5p:4x4x8 or h100:8x8; "" = the devices that are here
-    )
+    if taken := sorted(sections.keys() & (SECTIONS.keys() | TOP.keys())):
+        raise ValueError(f"{taken[0]!r} is a section of core: give the topic's another name")
+    c = ml_collections.ConfigDict({name: key.default for name, key in TOP.items()})
+    for name, keys in (SECTIONS | sections).items():
+        c[name] = ml_collections.ConfigDict({k: key.default for k, key in keys.items()})
     return c.lock()
 
 
 def lock(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Validate a finished config and freeze its set of keys."""
+    """Freeze the set of keys."""
     config.lock()
     return config
 
 
-def closest(word: str, known: Any) -> str:
-    """` (did you mean 'x'?)` or the list of known words."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(sorted(known))}"
+def topic_settings(topic: str) -> ModuleType | None:
+    """`fdp.topics.<topic>.settings`, which holds SECTIONS and `check(config)`; None for a topic
+    without keys of its own. Raises UserError with the closest topic for an unknown one.
+    """
+    if not topic:
+        return None
+    topics = importlib.import_module("fdp.topics")
+    known = [module.name for module in pkgutil.iter_modules(topics.__path__) if module.ispkg]
+    if topic not in known:
+        raise UserError(f"topic={shown(topic)} is unknown: {closest(topic, known)}")
+    name = f"fdp.topics.{topic}.settings"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
-def check_keys(keys: Iterable[str]) -> None:
+def topic_sections(topic: str) -> Mapping[str, Section]:
+    """The sections that the topic declares, for `base(**topic_sections(topic))`."""
+    settings = topic_settings(topic)
+    return settings.SECTIONS if settings else {}
+
+
+def declared(topic: str) -> dict[str, Key]:
+    """Every key of a config of this topic, by dotted name."""
+    sections = SECTIONS | dict(topic_sections(topic))
+    nested = {f"{name}.{k}": key for name, keys in sections.items() for k, key in keys.items()}
+    return dict(TOP) | nested
+
+
+def check_keys(keys: Iterable[str], topic: str = "") -> None:
     """Raise UserError naming the closest key for the first of `keys` (dotted) that is neither a key
     nor a section.
     """
-    known = flatten(base())
+    known = declared(topic)
     for key in keys:
         if key not in known and not any(k.startswith(f"{key}.") for k in known):
             raise UserError(f"unknown config key {key!r}: {closest(key, known)}")
 
 
+def check_override(name: str, text: str | None, topic: str = "") -> None:
+    """Raise UserError where `--config.<name>=<text>` of the command line names no key or cannot be
+    read as its value; `text` None is a switch without a value.
+    """
+    check_keys([name], topic)
+    known = declared(topic)
+    if text is None:
+        return
+    if name in known:
+        known[name].check(name, known[name].read(text))
+    else:
+        _refuse_replaced(name, text, known)
+
+
 def check_variant(variant: str) -> str:
-    """Return `variant` or raise ValueError naming the closest one."""
+    """Return `variant` or raise UserError naming the closest one."""
     if variant not in VARIANTS:
         raise UserError(f"unknown variant {variant!r}: {closest(variant, VARIANTS)}")
     return variant
@@ -209,9 +271,60 @@ def digest(config: ml_collections.ConfigDict) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _divides(
-    config: ml_collections.ConfigDict, what: str, value: int, by: str, divisor: int, fix: str
-) -> None:
+# Validation
+# --------------------------------------------------------------------------------------------------
+
+
+def validate(c: ml_collections.ConfigDict) -> None:
+    """Check every key of core and of the config's topic, then what keys ask of one another, before
+    anything starts. Raises UserError with the equation, the values in it and a fix.
+    """
+    TOP["topic"].check("topic", c.topic)
+    settings = topic_settings(c.topic)
+    _check_values(c)
+    _check_divisors(c)
+    _check_sizes(c)
+    if settings:
+        try:
+            settings.check(c)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def _check_values(c: ml_collections.ConfigDict) -> None:
+    """Every declared key is there, nothing else is, and each value is one that its key may have."""
+    known = declared(c.topic)
+    values: dict[str, Any] = {}
+    for name, value in c.to_dict().items():
+        below = isinstance(value, dict)
+        values |= {f"{name}.{k}": v for k, v in value.items()} if below else {name: value}
+    for name in values:
+        if name not in known and any(key.startswith(f"{name}.") for key in known):
+            _refuse_replaced(name, values[name], known)
+    check_keys(values, c.topic)
+    for name, key in known.items():
+        if name not in values:
+            _refuse_missing(name, c, known)
+        key.check(name, values[name])
+
+
+def _refuse_replaced(name: str, value: Any, known: Mapping[str, Key]) -> None:
+    first = next(key for key in known if key.startswith(f"{name}."))
+    raise UserError(
+        f"{name}={shown(value)} replaces a section of keys: set one of them, such as "
+        f"{first}={known[first].default!r}"
+    )
+
+
+def _refuse_missing(name: str, c: ml_collections.ConfigDict, known: Mapping[str, Key]) -> None:
+    parent = name.partition(".")[0]
+    if parent != name and parent in c:
+        _refuse_replaced(parent, c[parent].to_dict(), known)
+    own = f"**fdp.config.topic_sections({c.topic!r})" if c.topic else ""
+    raise UserError(f"the config lacks {name}: start from fdp.config.base({own})")
+
+
+def _divides(what: str, value: int, by: str, divisor: int, fix: str) -> None:
     if value % divisor:
         raise UserError(f"{what} {value} is not divisible by {by} = {divisor}: {fix}")
 
@@ -220,82 +333,39 @@ def _next_multiple(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
-def validate(c: ml_collections.ConfigDict) -> None:
-    """Every divisibility and every closed choice; raises ValueError with the equation, the values
-    and a fix.
-    """
-    _check_choices(c)
-    m, mesh, t = c.model, c.mesh, c.train
-    for axis in ("pp", "dp", "ep", "cp", "tp"):
-        if mesh[axis] < 1:
-            raise UserError(f"mesh.{axis}={mesh[axis]} must be at least 1")
-    _divides(
-        c,
-        "layers",
-        m.layers,
-        "mesh.pp",
-        mesh.pp,
-        f"set model.layers={_next_multiple(m.layers, mesh.pp)}",
-    )
+def _check_divisors(c: ml_collections.ConfigDict) -> None:
+    """What the degrees of the mesh, microbatches, heads and blocks must divide."""
+    m, mesh, t, seq = c.model, c.mesh, c.train, c.data.seq_len
+    tp = mesh.tp
+    layers = _next_multiple(m.layers, mesh.pp)
+    _divides("layers", m.layers, "mesh.pp", mesh.pp, f"set model.layers={layers}")
     if mesh.pp > 1:
         raise UserError(f"mesh.pp={mesh.pp}: this model has no pipeline schedule; set mesh.pp=1")
-    tp, shards = mesh.tp, mesh.dp * mesh.ep
-    for what, value, key in (
-        ("query heads", m.heads, "model.heads"),
-        ("key/value heads", m.kv_heads, "model.kv_heads"),
-        ("FFN width", m.ffn, "model.ffn"),
-        ("vocabulary", m.vocab, "model.vocab"),
+    for what, key in (
+        ("query heads", "heads"),
+        ("key/value heads", "kv_heads"),
+        ("FFN width", "ffn"),
+        ("vocabulary", "vocab"),
     ):
-        _divides(
-            c,
-            what,
-            value,
-            "mesh.tp",
-            tp,
-            f"set {key}={_next_multiple(value, tp)} or another mesh.tp",
-        )
-    _divides(
-        c,
-        "query heads",
-        m.heads,
-        "model.kv_heads",
-        m.kv_heads,
-        "set model.kv_heads to a divisor of model.heads",
-    )
-    _divides(c, "head_dim", m.head_dim, "rotary pairs", 2, f"set model.head_dim={m.head_dim + 1}")
-    seq = c.data.seq_len
+        fix = f"set model.{key}={_next_multiple(m[key], tp)} or another mesh.tp"
+        _divides(what, m[key], "mesh.tp", tp, fix)
+    fix = "set model.kv_heads to a divisor of model.heads"
+    _divides("query heads", m.heads, "model.kv_heads", m.kv_heads, fix)
+    _divides("head_dim", m.head_dim, "rotary pairs", 2, f"set model.head_dim={m.head_dim + 1}")
     split = mesh.cp * (tp if m.sequence_parallel else 1)
-    split_name = "mesh.cp·mesh.tp (sequence_parallel)" if m.sequence_parallel else "mesh.cp"
-    _divides(
-        c,
-        "sequence length",
-        seq,
-        split_name,
-        split,
-        f"set data.seq_len={_next_multiple(seq, split)}",
-    )
-    per_step = shards * t.microbatches
+    by = "mesh.cp·mesh.tp (sequence_parallel)" if m.sequence_parallel else "mesh.cp"
+    fix = f"set data.seq_len={_next_multiple(seq, split)}"
+    _divides("sequence length", seq, by, split, fix)
+    per_step = mesh.dp * mesh.ep * t.microbatches
     equation = f"dp·ep·microbatches = {mesh.dp}·{mesh.ep}·{t.microbatches}"
     fix = f"set train.batch={_next_multiple(t.batch, per_step)} or another mesh.dp"
-    _divides(c, "global batch", t.batch, equation, per_step, fix)
+    _divides("global batch", t.batch, equation, per_step, fix)
     if t.zero:
-        _divides(
-            c,
-            "model width",
-            m.width,
-            "mesh.dp (ZeRO)",
-            mesh.dp,
-            f"set model.width={_next_multiple(m.width, mesh.dp)}",
-        )
+        fix = f"set model.width={_next_multiple(m.width, mesh.dp)}"
+        _divides("model width", m.width, "mesh.dp (ZeRO)", mesh.dp, fix)
     if c.objective.name == "block_diffusion":
-        _divides(
-            c,
-            "sequence length",
-            seq,
-            "objective.block",
-            c.objective.block,
-            "choose a block that divides it",
-        )
+        fix = "choose a block that divides it"
+        _divides("sequence length", seq, "objective.block", c.objective.block, fix)
         if mesh.cp > 1 or m.sequence_parallel:
             raise UserError(
                 "block_diffusion doubles the sequence: set mesh.cp=1 and "
@@ -303,33 +373,38 @@ def validate(c: ml_collections.ConfigDict) -> None:
             )
 
 
-def _check_choices(c: ml_collections.ConfigDict) -> None:
-    closed = {
-        "variant": (c.variant, VARIANTS),
-        "model.dtype": (c.model.dtype, ("float32", "bfloat16")),
-        "model.remat": (c.model.remat, ("none", "dots", "full")),
-        "objective.name": (
-            c.objective.name,
-            ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion"),
-        ),
-        "objective.form": (c.objective.form, ("t", "k")),
-        "data.tokenizer": (c.data.tokenizer, ("byte", "bpe")),
-        "context.plan": (c.context.plan, ("all_gather", "ring", "ulysses", "usp", "batch")),
-        "context.layout": (c.context.layout, ("contiguous", "zigzag", "striped")),
-        "train.nan": (c.train.nan, ("stop", "skip")),
-        "plan.precision": (c.plan.precision, ("bf16", "fp8", "fp4")),
-    }
-    for key, (value, known) in closed.items():
-        if value not in known:
-            raise UserError(f"{key}={value!r} is unknown: {closest(value, known)}")
-    if c.train.zero not in (0, 1, 3):
+def _check_sizes(c: ml_collections.ConfigDict) -> None:
+    """What no machine holds, refused before an allocator meets it."""
+    m, mesh, t = c.model, c.mesh, c.train
+    if (devices := math.prod(mesh.values())) > MAX_DEVICES:
+        equation = "·".join(str(degree) for degree in mesh.values())
         raise UserError(
-            f"train.zero={c.train.zero} is unknown: 0 (replicated), 1 (gathered per step), 3 (per "
-            "layer)"
+            f"pp·dp·ep·cp·tp = {equation} = {devices} devices are more than {MAX_DEVICES}: lower a "
+            "mesh.* degree"
         )
-    if not c.seeds:
-        raise UserError("seeds=() names no run: set seeds=(0,)")
-    values = flatten(c)
-    for key in POSITIVE:
-        if values[key] < 1:
-            raise UserError(f"{key}={values[key]} must be at least 1")
+    layer = m.width * (2 * m.head_dim * (m.heads + m.kv_heads) + 3 * m.ffn)
+    shards = mesh.tp * (mesh.dp if t.zero else 1)
+    state = 12 * (2 * m.vocab * m.width + m.layers * layer) // shards
+    if state > MAX_BYTES:
+        raise UserError(
+            "parameters and AdamW's moments, 12·(2·vocab·width + "
+            "layers·width·(2·head_dim·(heads + kv_heads) + 3·ffn)) bytes over "
+            f"tp{'·dp' if t.zero else ''} = 12·(2·{m.vocab}·{m.width} + {m.layers}·{m.width}·"
+            f"(2·{m.head_dim}·({m.heads} + {m.kv_heads}) + 3·{m.ffn}))/{shards} = "
+            f"{state / 2**40:.3g} TiB a device, exceed {MAX_BYTES / 2**40:.0f} TiB: lower "
+            f"{_largest(m, ('vocab', 'width', 'layers', 'ffn', 'heads', 'head_dim'))}"
+        )
+    tokens = t.batch * c.data.seq_len
+    stream = 4 * tokens * m.width // (mesh.dp * mesh.ep * mesh.cp * t.microbatches)
+    if stream > MAX_BYTES:
+        raise UserError(
+            f"the residual stream, 4·batch·seq_len·width/(dp·ep·cp·microbatches) bytes = "
+            f"4·{t.batch}·{c.data.seq_len}·{m.width}/({mesh.dp}·{mesh.ep}·{mesh.cp}·"
+            f"{t.microbatches}) = {stream / 2**40:.3g} TiB a device, exceeds "
+            f"{MAX_BYTES / 2**40:.0f} TiB: lower train.batch or data.seq_len"
+        )
+
+
+def _largest(m: ml_collections.ConfigDict, names: tuple[str, ...]) -> str:
+    """The key that exceeds its default by the largest factor."""
+    return f"model.{max(names, key=lambda name: m[name] / MODEL[name].default)}"

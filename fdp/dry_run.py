@@ -130,7 +130,7 @@ def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
         ),
         (
             "activations",
-            _gib(e.activations),
+            "not stated" if e.activations is None else _gib(e.activations),
             "" if planned is None else "activations: temporaries)",
         ),
         (

@@ -99,18 +99,20 @@ class _Log:
         if self.fit.nan == "stop":
             raise FloatingPointError(
                 f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; "
-                "the parameters were left as they were. Lower train.lr, raise train.warmup, or set "
-                "train.nan=skip to drop such steps; a batch whose weights are all 0 has no loss"
+                f"the parameters were left as they were. Lower train.lr ({values['lr']:.3g} here), "
+                "raise train.warmup, or set train.nan=skip to drop such steps; a batch whose weights are "
+                "all 0 has no loss"
             )
 
 
-def evaluate(arm: Arm, state: TrainState) -> float:
+def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
     """Mean validation loss over the first eval.batches batches, under fixed noise: Σ loss / Σ
-    count, in nats per token for tokens. Raises FloatingPointError where nothing counts."""
+    count, in nats per token for tokens. `inputs_N`: layer inputs, of a program that takes some.
+    Raises FloatingPointError where nothing counts."""
     step, fit, variables = arm.eval_function(), arm.experiment.fit, state.variables
     sums = []
     for i, host in enumerate(eval_batches(arm.data.val, fit.batch, fit.eval_batches)):
-        sums.append(step(variables, arm.place(host), np.int32(i)))
+        sums.append(step(variables, arm.place(host), np.int32(i), *inputs_N))
         # Bounds the queue of multi-device programs on virtual devices.
         jax.block_until_ready(sums[-1])
     total, count = (sum(float(x[i]) for x in sums) for i in range(2))

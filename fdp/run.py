@@ -32,10 +32,8 @@ class Run:
 
 
 def study_of(topic: str) -> ModuleType:
-    """The topic's study module; raises ValueError naming the closest folder."""
-    folders = sorted(p.parent.name for p in (Path(__file__).parent / "topics").glob("*/study.py"))
-    if topic not in folders:
-        raise fdp_config.UserError(f"unknown topic {topic!r}: {fdp_config.closest(topic, folders)}")
+    """The topic's study module; raises UserError naming the closest folder."""
+    fdp_config.topic_settings(topic)
     return importlib.import_module(f"fdp.topics.{topic}.study")
 
 

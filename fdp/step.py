@@ -103,7 +103,7 @@ class TrainStep:
         e = self.experiment
         shards = e.degrees["dp"] * e.degrees["ep"] * e.grads.microbatches
         length = e.data.seq_len
-        if length is None:
+        if not length:
             return None
         return e.objective.capacity(e.fit.batch, length, shards, e.degrees["cp"])
 

@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -36,6 +37,27 @@ def default_workdir() -> Path:
     return Path("runs") / f"{stem}-{CONFIG.value.variant}"
 
 
+def refused_override(argv: list[str]) -> str:
+    """Why the declaration of a key refuses one of the overrides in `argv`, "" where none does."""
+    words = "\0".join(argv)  # no argument holds this character
+    file = re.search(r"\0--?config[=\0]([^\0]+)", words)
+    overrides = re.finditer(r"\0--?(?:no)?config\.([\w.]+)(?:=([^\0]*)|\0(?!-)([^\0]*))?", words)
+    if file is None:
+        return ""
+    try:
+        config: Any = flags.FLAGS["config"].parser.parse(file[1])
+    except (flags.Error, OSError, ValueError):  # the file itself is refused: the caller says why
+        return ""
+    try:
+        for found in overrides:
+            key, *texts = found.groups()
+            text = next((text for text in texts if text is not None), None)
+            fdp_config.check_override(key, text, config.topic)
+    except fdp_config.UserError as error:
+        return str(error)
+    return ""
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser with every mistake in one `error:` line; a bug inside a config file keeps its
     traceback.
@@ -45,25 +67,25 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         _ = CONFIG.value.topic  # a config file that is not there shows itself at the first access
         return rest
-    except flags.Error as error:
+    except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        if not isinstance(error, flags.Error | OSError) and any(
+            frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)
+        ):
+            raise
         cause: BaseException = error
         while cause.__context__ is not None:
             cause = cause.__context__
-        message = str(cause if isinstance(cause, fdp_config.UserError) else error)
-    except OSError as error:
-        message = " ".join(str(error).split())
-    except (KeyError, AttributeError) as error:
-        if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-        message = " ".join(str(error.args[0]).split())
-        try:
-            fdp_config.check_keys(
-                m[1] for m in (re.match(r"--?(?:no)?config\.([\w.]+)", arg) for arg in argv) if m
-            )
-        except fdp_config.UserError as better:
-            message = str(better)
-    print(f"error: {message}", file=sys.stderr)
+        told = error.args[0] if isinstance(error, KeyError) else error
+        message = " ".join(str(cause if isinstance(cause, fdp_config.UserError) else told).split())
+    print(f"error: {refused_override(argv) or message}", file=sys.stderr)
     sys.exit(1)
+
+
+def quiet() -> None:
+    """JAX reports, at level info, each accelerator that is not there; absl's handler would print
+    it.
+    """
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
 
 
 def main(argv: list[str]) -> None:
@@ -71,8 +93,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument(s): {' '.join(argv[1:])}")
     config = CONFIG.value
-    # JAX reports, at level info, each accelerator that is not there; absl's handler would print it.
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+    quiet()
     try:
         fdp_config.validate(config)
         needed = math.prod(config.mesh.values())

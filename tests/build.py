@@ -18,8 +18,12 @@ from fdp import config
 from fdp.collectives import psum, size, vary
 from fdp.data.batches import Arrays, Data
 from fdp.experiment import Experiment, Fit, standard
+from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, make_mesh
+from fdp.models import module
 from fdp.models.module import Module, compact, initializers, stack
+from fdp.models.shape import ModelShape
+from fdp.models.transformer import Transformer, transformer
 from fdp.objectives.base import Objective
 from fdp.optimizer import adamw, warmup_cosine
 from fdp.step import TrainStep
@@ -73,6 +77,31 @@ def program(c: ml_collections.ConfigDict, **fields: np.ndarray) -> TrainStep:
 def place(p: TrainStep, batch: dict[str, np.ndarray]) -> Any:
     """A host batch on the program's mesh."""
     return jax.device_put(batch, p.batch_shardings())
+
+
+SMALL = {"layers": 2, "width": 16, "heads": 8, "kv_heads": 8, "head_dim": 4, "ffn": 16, "vocab": 16}
+
+
+def model(kind: str = "bidirectional", **sizes: Any) -> Transformer:
+    """The stock model of two small layers; `sizes` are fields of its ModelShape."""
+    return transformer(ModelShape(**(SMALL | sizes)), Mask(kind))
+
+
+def blank_input(length: int) -> dict[str, jax.Array]:
+    """What a model of tokens is initialised with."""
+    return {"inputs": jnp.zeros((1, length), jnp.int32), "noise": jnp.zeros(1)}
+
+
+def parameters(m: Transformer, length: int, seed: int = 0) -> Any:
+    """Initial parameters, global."""
+    init = jax.jit(lambda key: module.init(m, key, blank_input(length))["params"])
+    return init(jax.random.key(seed))
+
+
+def shapes_and_specs(m: Transformer, length: int) -> tuple[Any, Any]:
+    """Abstract parameters and their PartitionSpecs."""
+    shapes, specs, _ = module.abstract(m, blank_input(length))
+    return shapes["params"], specs["params"]
 
 
 class ToyBlock(Module):

@@ -2,6 +2,7 @@
 flags stay put.
 """
 
+import inspect
 import sys
 
 import ml_collections
@@ -9,7 +10,7 @@ import pytest
 from absl import flags
 
 from configs import topic1
-from fdp import config, run, train
+from fdp import checkpoint, config, run, train
 from fdp.config import UserError
 from fdp.mesh import AXES, make_mesh
 
@@ -76,7 +77,10 @@ INDIVISIBLE = {
 }
 
 OUTSIDE = {
-    "degree of 0": ({"mesh.cp": 0}, "mesh.cp=0 must be at least 1"),
+    "degree of 0": (
+        {"mesh.cp": 0},
+        "mesh.cp=0 must be an integer of at least 1 (context parallelism): set mesh.cp=1",
+    ),
     "no schedule for pp": (
         {"mesh.pp": 2},
         "mesh.pp=2: this model has no pipeline schedule; set mesh.pp=1",
@@ -98,9 +102,25 @@ OUTSIDE = {
     "NaN policy": ({"train.nan": "skp"}, "train.nan='skp' is unknown: did you mean 'skip'?"),
     "ZeRO stage": (
         {"train.zero": 2},
-        "train.zero=2 is unknown: 0 (replicated), 1 (gathered per step), 3 (per layer)",
+        "train.zero=2 must be one of 0, 1, 3 (0: parameters replicated over dp; 1: gathered once a "
+        "step; 3: gathered layer by layer): set train.zero=0",
     ),
-    "no seeds": ({"seeds": ()}, "seeds=() names no run: set seeds=(0,)"),
+    "no seeds": (
+        {"seeds": ()},
+        "seeds=() is empty (one run of every arm per seed): set seeds=(0,)",
+    ),
+    "schedule": (
+        {"objective.schedule": "linaer"},
+        "objective.schedule='linaer' is unknown: did you mean 'linear'?",
+    ),
+    "packing": (
+        {"data.packing": "document"},
+        "data.packing='document' is unknown: did you mean 'documents'?",
+    ),
+    "topic": (
+        {"topic": "paralel_dlm"},
+        "topic='paralel_dlm' is unknown: did you mean 'parallel_dlm'?",
+    ),
     "block diffusion over cp": (
         {"objective.name": "block_diffusion", "mesh.cp": 2},
         "block_diffusion doubles the sequence: set mesh.cp=1 and model.sequence_parallel=False",
@@ -122,12 +142,6 @@ def test_a_value_outside_its_choices_is_refused_with_the_closest_one(case: str) 
     with pytest.raises(UserError) as error:
         config.validate(tiny(overrides))
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize("key", config.POSITIVE)
-def test_a_size_of_zero_is_refused(key: str) -> None:
-    with pytest.raises(UserError, match=f"^{key}=0 must be at least 1$"):
-        config.validate(tiny({key: 0}))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +223,49 @@ REFUSED = {
     ),
     "value of another type": (
         ["--config=configs/topic1.py:tiny", "--config.train.steps=many"],
-        "error: flag --config.train.steps=many: invalid literal for int() with base 10: 'many'\n",
+        "error: train.steps='many' must be an integer of at least 1 (length of the run; steps): set "
+        "train.steps=1000\n",
+    ),
+    "value of another type, set apart": (
+        ["--config", "configs/topic1.py:tiny", "--config.train.lr", "fast"],
+        "error: train.lr='fast' must be a finite number in (0, inf) (peak learning rate): set "
+        "train.lr=0.003\n",
+    ),
+    "whole number with a point": (
+        ["--config=configs/topic1.py:tiny", "--config.train.lr=1", "--config.train.batch=16.0"],
+        "error: train.batch=16.0 must be an integer of at least 1 (global batch; sequences): set "
+        "train.batch=16\n",
+    ),
+    "no boolean": (
+        ["--config=configs/topic1.py:tiny", "--config.model.bias=0", "--config.model.tied=maybe"],
+        "error: model.tied='maybe' must be True or False (the head is the embedding): set "
+        "model.tied=False\n",
+    ),
+    "section replaced by a number": (
+        ["--config=configs/topic1.py:tiny", "--config.model=5"],
+        "error: model='5' replaces a section of keys: set one of them, such as model.layers=4\n",
+    ),
+    "key below a key": (
+        ["--config=configs/topic1.py:tiny", "--config.seeds.x=5"],
+        "error: unknown config key 'seeds.x': did you mean 'seeds'?\n",
+    ),
+    "seeds that are no tuple": (
+        ["--config=configs/topic1.py:tiny", "--config.seeds=0 1"],
+        "error: seeds='0 1' must be a tuple, such as (0,) (one run of every arm per seed): set "
+        "seeds=(0,)\n",
+    ),
+    "key of the topic": (
+        ["--config=configs/topic1.py:tiny", "--config.sampling.drawz=3"],
+        "error: unknown config key 'sampling.drawz': did you mean 'sampling.draws'?\n",
+    ),
+    "value of a key of the topic": (
+        ["--config=configs/topic15.py:tiny", "--config.plan.batch=many"],
+        "error: plan.batch='many' must be an integer of at least 1 (global batch; sequences): set "
+        "plan.batch=1024\n",
+    ),
+    "key of another topic": (
+        ["--config=configs/topic3.py:tiny", "--config.plan.batch=3"],
+        "error: unknown config key 'plan.batch': did you mean 'train.batch'?\n",
     ),
 }
 
@@ -265,6 +321,46 @@ def test_an_unknown_topic_is_refused_with_the_closest_folder() -> None:
         UserError, match=r"^unknown topic 'paralel_dlm': did you mean 'parallel_dlm'\?$"
     ):
         run.study_of("paralel_dlm")
+
+
+HUGE = [
+    (
+        {"model.vocab": 2**31 - 1, "model.width": 2048},
+        "12·(2·2147483647·2048 + 2·2048·(2·8·(4 + 4) + 3·64))/1 = 96 TiB a device, exceed 8 TiB: "
+        "lower model.vocab",
+    ),
+    (
+        {"model.layers": 10**9},
+        "12·(2·64·32 + 1000000000·32·(2·8·(4 + 4) + 3·64))/1 = 112 TiB a device, exceed 8 TiB: "
+        "lower model.layers",
+    ),
+    (
+        {"train.batch": 2**31 - 1, "data.seq_len": 64},
+        "4·2147483647·64·32/(1·1·1·1) = 16 TiB a device, exceeds 8 TiB: lower train.batch or data.seq_len",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "end"), HUGE)
+def test_what_no_machine_holds_is_refused_with_its_bytes(
+    overrides: dict[str, object], end: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        config.validate(tiny(overrides))
+    assert str(error.value).endswith(end), str(error.value)
+
+
+def test_the_closed_lists_are_those_of_the_code_that_reads_them() -> None:
+    from fdp.objectives import schedules
+    from fdp.topics.parallelism_search import settings, validate
+
+    assert set(config.SCHEDULES) == schedules.SCHEDULES.keys()
+    assert tuple(case.name for case in validate.CASES) == settings.HOLD_OUTS
+
+
+def test_there_is_one_list_of_free_keys() -> None:
+    default = inspect.signature(checkpoint.bind_workdir).parameters["free"].default
+    assert default is config.FREE_KEYS
 
 
 # A second value for every free key: none of them changes what is computed.

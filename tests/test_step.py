@@ -13,6 +13,7 @@ from build import place, program, tiny, tokens
 from fdp.cost import bytes as closed
 from fdp.cost import flops, hlo, jaxpr
 from fdp.count.compare import sent
+from fdp.models import module
 
 pytestmark = pytest.mark.fast
 
@@ -43,7 +44,13 @@ CASES = {
 }
 MODELS = {
     "mdlm": {"objective.name": "mdlm"},
-    "ar": {"objective.name": "autoregressive"},
+    "ar·bias·tied": {
+        "objective.name": "autoregressive",
+        "model.bias": True,
+        "model.tied": True,
+        "model.epsilon": 1e-5,
+        "model.rope_scaling": 4.0,
+    },
     "mdlm·qk_norm·noise": {
         "objective.name": "mdlm",
         "model.qk_norm": True,
@@ -59,9 +66,11 @@ MORE = {
 
 @functools.cache
 def start(model: str) -> dict:
-    """Initial variables of a model on the host: the same on every mesh."""
+    """Variables of a model on the host: initial values and some noise, because gates start at 0."""
     p = program(tiny(**(MODELS | MORE)[model]))
-    return jax.device_get(p.init(0).variables)
+    rng = np.random.default_rng(0)
+    noisy = lambda x: x + 0.02 * rng.normal(size=x.shape).astype(x.dtype)
+    return jax.tree.map(noisy, jax.device_get(p.init(0).variables))
 
 
 def outcome(c, model: str, steps: int = 0) -> dict:
@@ -156,6 +165,17 @@ def test_flops_equal_the_jaxpr(model: str) -> None:
     assert found["flops"] == flops.train_step(p.experiment, p.head_rows())
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(p.specs.shapes))
     assert count == flops.parameters(p.experiment.model.shape)
+
+
+def test_conditioned_blocks_start_as_the_identity() -> None:
+    p = program(tiny(**MODELS["mdlm·qk_norm·noise"]))
+    variables = p.init(0).variables
+    ids, noise = tokens(tiny()), jnp.full(8, 0.5)
+    x, _, _ = module.run(p.model, variables, ids, noise, method="hidden")
+    embedded, _, _ = module.run(p.model, variables, {"inputs": ids}, method="embed")
+    np.testing.assert_allclose(
+        x, embedded / jnp.sqrt((embedded**2).mean(-1, keepdims=True) + 1e-6), rtol=1e-5
+    )
 
 
 def test_masked_head_changes_no_loss_and_no_gradient() -> None:

@@ -77,13 +77,39 @@ def test_variant_is_valid(name: str, variant: str) -> None:
     c = get_config(name, variant)
     config.validate(c)
     assert c.variant == variant
-    assert config.flatten(c).keys() == config.flatten(config.base()).keys()
+    own = config.topic_sections(c.topic)
+    assert config.flatten(c).keys() == config.flatten(config.base(**own)).keys()
+    assert not own.keys() & config.base().keys()
     with pytest.raises(AttributeError):
         c.mesh.no_such_key = 1
     arms = study_module(c.topic).arms(c)
     assert arms, f"{c.topic} has no arms"
     for arm in arms.values():
         config.validate(arm)
+
+
+@pytest.mark.fast
+def test_configs_and_the_sections_of_topics_are_read_without_jax() -> None:
+    """What is wrong with a config is told before jax looks for devices."""
+    program = f"""
+import importlib, sys
+from fdp import config
+for name in {CONFIGS}:
+    for variant in config.VARIANTS:
+        config.validate(importlib.import_module("configs." + name).get_config(variant))
+sys.exit("jax" in sys.modules or "flax" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.fast
+@each_topic
+def test_a_topic_checks_the_sections_it_declares(topic: str) -> None:
+    settings = config.topic_settings(topic)
+    if settings is not None:
+        assert settings.SECTIONS
+        assert list(inspect.signature(settings.check).parameters) == ["c"]
 
 
 @pytest.mark.fast
@@ -242,6 +268,7 @@ def test_dry_run_without_compilers_is_abstract(name: str, variant: str) -> None:
 # --------------------------------------------------------------------------------------------------
 
 MAY_IMPORT_TOPICS = (
+    "fdp/config.py",
     "fdp/train.py",
     "fdp/run.py",
     "fdp/dry_run.py",

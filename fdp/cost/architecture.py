@@ -124,8 +124,7 @@ class Architecture:
 def _dense(
     name: str, layers: int, width: int, heads: int, kv: int, ffn: int, vocab: int, **more: object
 ) -> Architecture:
-    # type: ignore[arg-type]
-    return Architecture(name, layers, width, heads, kv, width // heads, ffn, vocab, **more)
+    return Architecture(name, layers, width, heads, kv, width // heads, ffn, vocab, **more)  # type: ignore[arg-type]
 
 
 def _mpt(name: str, layers: int, width: int, heads: int) -> Architecture:
@@ -147,8 +146,7 @@ def _moe(
     **more: object,
 ) -> Architecture:
     return Architecture(
-        # type: ignore[arg-type]
-        name, layers, width, heads, kv, head_dim, ffn, vocab, True, experts, topk, moe_ffn, **more
+        name, layers, width, heads, kv, head_dim, ffn, vocab, True, experts, topk, moe_ffn, **more  # type: ignore[arg-type]
     )  # fmt: skip
 
 

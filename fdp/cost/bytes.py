@@ -13,8 +13,8 @@ import jax
 from fdp.cost import context
 from fdp.experiment import Experiment
 from fdp.mesh import AXES, DATA_AXES
+from fdp.models.conv import halo_bytes
 from fdp.models.module import spec_leaf
-from fdp.parallel.context_plan import CommPlan
 from fdp.sharding import axes_of
 from fdp.step import TrainStep
 
@@ -85,6 +85,7 @@ def _activations(ledger: _Ledger, e: Experiment, head_rows: int) -> None:
     ledger.add(REDUCE, ("tp",), 4 * head_rows, micro)  # maximum of the logits
     ledger.add(REDUCE, ("tp",), 8 * head_rows, micro)  # sum of exponentials and target logit
     _context(ledger, e, m.layers * micro, again)
+    _convolution(ledger, e, m.layers * micro, again)
 
 
 def _context(ledger: _Ledger, e: Experiment, times: int, again: int) -> None:
@@ -104,9 +105,25 @@ def _context(ledger: _Ledger, e: Experiment, times: int, again: int) -> None:
         ledger.put(op, ("cp",), wire * (times + again))
     for op, wire in context.backward_bytes(plan, shape, mask).items():
         ledger.put(op, ("cp",), wire * times)
-    if plan != CommPlan("all_gather") or mask.window:
-        for op, wire in context.label_bytes(shape, mask).items():
-            ledger.put(op, ("cp",), wire * micro)
+    if mask.packed:  # positions are known from the layout, document ids are not
+        wire = (d["cp"] - 1) * 4 * batch * shape.seq_len / d["cp"]
+        ledger.put(GATHER, ("cp",), wire * micro)
+
+
+def _convolution(ledger: _Ledger, e: Experiment, times: int, again: int) -> None:
+    """Halos over cp of the convolution before attention, `again` as in `_context`; its weights meet
+    activations that vary over tp."""
+    m, d = e.model.shape, e.degrees
+    if not m.conv:
+        return
+    ledger.add(REDUCE, ("tp",), 4 * m.conv * m.width, times)
+    sequences = e.fit.batch // (d["dp"] * d["ep"] * e.grads.microbatches)
+    at = e.model.layout, e.input_length // d["cp"], d["cp"], m.conv - 1
+    wire = halo_bytes(*at, sequences * m.width * m.itemsize)
+    if "segments" in e.data.dims:  # once: the scan hoists what all layers share
+        wire_of_ids = halo_bytes(*at, sequences * context.LABEL)
+        ledger.put(context.PERMUTE, ("cp",), wire_of_ids * e.grads.microbatches)
+    ledger.put(context.PERMUTE, ("cp",), wire * (2 * times + again))
 
 
 def _norm_scales(ledger: _Ledger, e: Experiment) -> None:

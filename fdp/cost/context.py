@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from fdp.kernels_pallas.masks import Mask
 from fdp.parallel import layouts
-from fdp.parallel.context import CommPlan, check, needed_hops, orders
+from fdp.parallel.context import CommPlan, check, needed_hops
 from fdp.parallel.layouts import SequenceLayout
 
 Traffic = dict[str, float]  # HLO op → wire bytes sent per device
@@ -97,7 +97,7 @@ def label_bytes(shape: AttentionShape, mask: Mask) -> Traffic:
             GATHER: (shape.cp - 1)
             * LABEL
             * n
-            * (int(orders(mask)) + (shape.batch if mask.packed else 0))
+            * (int(mask.orders) + (shape.batch if mask.packed else 0))
         }
     )
 
@@ -161,9 +161,10 @@ def balance(
     head_split devices (neighbours) share out the heads or sequences of all their positions, so they
     work equally long. Raises ValueError for a packed mask: its pairs depend on the documents, see
     `needs`."""
-    if mask.packed:
+    if mask.packed or mask.rule is not None:
         raise ValueError(
-            "the balance of a packed mask depends on its documents: use needs(block_mask, …)"
+            "the balance of a packed mask depends on its documents, and that of a rule on the rule: "
+            "use needs(block_mask, …)"
         )
     position = layouts.permutation(layout, seq_len, cp).astype(np.int64)
     reach = mask.window - 1 if mask.window else seq_len

@@ -58,6 +58,7 @@ def parameters(m: ModelShape, features: int = 64) -> int:
     """Parameter count."""
     D, C, H, K = m.width, m.head_dim, m.heads, m.kv_heads
     layer = 2 * D * C * (H + K) + 3 * D * m.ffn + 2 * D + (2 * C if m.qk_norm else 0)
+    layer += m.conv * D
     if m.bias:
         layer += C * (H + 2 * K)
     if m.time_conditioning:

@@ -491,8 +491,7 @@ class _Evaluator:
         if i.opcode == "get-tuple-element":
             return values[0][int(re.search(r"index=(\d+)", i.attrs)[1])]  # type: ignore[index]
         if i.opcode == "compare":
-            # type: ignore[index]
-            return int(_COMPARE[re.search(r"direction=(\w+)", i.attrs)[1]](*values))
+            return int(_COMPARE[re.search(r"direction=(\w+)", i.attrs)[1]](*values))  # type: ignore[index]
         return values[0] if i.opcode in _SAME else _SCALAR[i.opcode](*values)
 
 

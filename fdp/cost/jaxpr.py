@@ -16,6 +16,7 @@ import numpy as np
 
 from fdp.cost import hlo
 from fdp.cost.hlo import Branches, Collective
+from fdp.kernels_pallas.blockwise import AT_MOST
 
 T = TypeVar("T")
 
@@ -69,7 +70,9 @@ def dot_flops(
     Per device for what stands inside shard_map. Outside it shapes are global and each device's
     share is the partitioner's choice: with `mesh_shape` of more than one device a matmul there
     raises ValueError, without it the global figure is counted. Ragged matmuls count every row once;
-    convolutions count padding as multiplied."""
+    convolutions count padding as multiplied. A loop whose steps are data counts the most steps that
+    it states (scope `at_most_36`): attention whose positions are known at run time alone, hence an
+    upper bound."""
     sharded = mesh_shape is not None and math.prod(mesh_shape.values()) > 1
 
     def visit(eqn: Any, at: _Place) -> list[int]:
@@ -106,6 +109,17 @@ def _open(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
+def _read(jaxpr: Any) -> list[Any]:
+    """The equations that somebody reads, in order: what nobody reads, compilers leave out."""
+    wanted = {v for v in jaxpr.outvars if not hasattr(v, "val")}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or wanted.intersection(eqn.outvars):
+            wanted.update(v for v in eqn.invars if not hasattr(v, "val"))
+            kept.append(eqn)
+    return kept[::-1]
+
+
 @dataclass
 class _Walk(Generic[T]):
     """Depth-first over all equations; `visit` turns one into results, `same` tells whether two
@@ -119,13 +133,13 @@ class _Walk(Generic[T]):
     def walk(self, jaxpr: Any, at: _Place) -> Iterator[T]:
         if not at.count:
             return
-        for eqn in jaxpr.eqns:
+        for eqn in _read(jaxpr):
             yield from self.visit(eqn, at)
             kind = eqn.primitive.name
             if kind == "cond":
                 yield from self._cond(eqn, at)
             elif kind == "while":
-                self._while(eqn, at)
+                yield from self._while(eqn, at)
             elif not _estimate(eqn):
                 here = at.inside(eqn, _repeats(eqn))
                 for inner in _inner(eqn):
@@ -146,8 +160,11 @@ class _Walk(Generic[T]):
             index = 0
         return found[index]
 
-    def _while(self, eqn: Any, at: _Place) -> None:
+    def _while(self, eqn: Any, at: _Place) -> Iterator[T]:
         here = at.inside(eqn)
+        if most := re.search(rf"{AT_MOST}_(\d+)\)*$", str(eqn.source_info.name_stack)):
+            yield from self.walk(_open(eqn.params["body_jaxpr"]), at.inside(eqn, int(most[1])))
+            return
         for part in ("cond_jaxpr", "body_jaxpr"):
             if list(self.walk(_open(eqn.params[part]), here)):
                 raise ValueError(

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 
-from fdp.models.attention import LONG
+from fdp.kernels_pallas.attend import LONG
 from fdp.models.module import spec_leaf
+from fdp.models.transformer import Transformer
+from fdp.sharding import axes_of
 from fdp.step import TrainStep
 
 
@@ -22,44 +24,50 @@ class Memory:
     parameters: int  # float32 masters, as stored
     optimizer: int  # two float32 moments
     gathered: int  # what ZeRO gathers for use, and the gradients before they are scattered
-    activations: int  # saved for the backward pass, one live layer, the head
+    activations: int | None  # saved for the backward pass, one live layer, the head; None: unstated
 
     def total(self) -> int:
         """Everything at once, an upper bound on the peak up to what the compiler adds or fuses
-        away.
+        away; without activations where the model does not state them.
         """
-        return self.parameters + self.optimizer + self.gathered + self.activations
+        return self.parameters + self.optimizer + self.gathered + (self.activations or 0)
 
 
-def _local(shapes: Any, specs: Any, degrees: Any) -> int:
+def _local(p: TrainStep, specs: Any, stacked: bool | None = None) -> int:
+    """Bytes of a device's parameters under `specs`; of those that are stacked, or are not."""
     leaves = jax.tree.leaves(specs, is_leaf=spec_leaf)
+    parts = zip(
+        jax.tree.leaves(p.specs.shapes), leaves, jax.tree.leaves(p.specs.metas), strict=True
+    )
+    degrees = p.experiment.degrees
     return sum(
-        4 * prod(x.shape) // prod(degrees[a] for a in spec if a)
-        for x, spec in zip(jax.tree.leaves(shapes), leaves, strict=True)
+        4 * prod(x.shape) // prod(degrees[a] for a in axes_of(spec))
+        for x, spec, meta in parts
+        if stacked is None or meta.stacked == stacked
     )
 
 
 def estimate(p: TrainStep) -> Memory:
-    """Memory of one train step of a Transformer."""
-    e, specs = p.experiment, p.specs
-    held = _local(specs.shapes, specs.stored, e.degrees)
-    used = _local(specs.shapes, specs.specs, e.degrees)
-    layers = _local(specs.shapes["layers"], specs.specs["layers"], e.degrees)
-    if e.zero == 0:
+    """Memory of one train step; activations of a Transformer."""
+    zero, model = p.experiment.zero, p.experiment.model
+    held, used = _local(p, p.specs.stored), _local(p, p.specs.specs)
+    if zero == 0:
         gathered = held  # the gradients
-    elif e.zero == 1:
+    elif zero == 1:
         gathered = 2 * used
     else:  # one layer and its gradient, all outside the layers, and the scattered gradients
-        gathered = held + 2 * layers // e.model.shape.layers + 2 * (used - layers)
-    return Memory(held, 2 * held, gathered, activations(p))
+        layers = _local(p, p.specs.specs, True)
+        gathered = held + 2 * layers // model.shape.layers + 2 * (used - layers)
+    stated = activations(p) if isinstance(model, Transformer) else None
+    return Memory(held, 2 * held, gathered, stated)
 
 
 def activations(p: TrainStep) -> int:
     """Bytes of activations at the start of the backward pass, which is their peak (Korthikanti et
     al. 2022, §4).
 
-    Attention probabilities are counted where attention keeps whole scores: in short sequences and
-    under masks that more than causality shapes; long ones go block by block."""
+    Attention probabilities are counted where attention keeps them: in short sequences on cp = 1;
+    others go tile by tile."""
     e = p.experiment
     m, d, item, length = e.model.shape, e.degrees, e.model.shape.itemsize, e.input_length
     tokens = e.fit.batch // (d["dp"] * d["ep"] * e.grads.microbatches) * (length // d["cp"])
@@ -68,13 +76,11 @@ def activations(p: TrainStep) -> int:
     heads, kv = m.heads // d["tp"], m.kv_heads // d["tp"]
     projections = tokens * m.head_dim * (2 * heads + kv) * item
     projections += 2 * tokens * d["cp"] * kv * m.head_dim * item
-    plan = e.model.core.plan
-    planned = plan != type(plan)("all_gather")
-    doubled = length != e.data.seq_len
-    blockwise = planned if d["cp"] > 1 else not doubled and length >= LONG
+    blockwise = d["cp"] > 1 or length >= LONG
     scores = 0 if blockwise else heads * tokens * length * (4 + item)  # f32 logits, probabilities
     ffn = 4 * tokens * (m.ffn // d["tp"]) * item  # gate, up, silu(gate), product
-    layer = 2 * between + 2 * hidden + projections + scores + ffn
+    mixed = hidden if m.conv else 0  # the input of the projections, beside that of the filter
+    layer = 2 * between + 2 * hidden + mixed + projections + scores + ffn
     products = 2 * between + projections + ffn // 2
     saved = {"none": layer, "dots": between + products, "full": between}[m.remat]
     live = 0 if m.remat == "none" else layer

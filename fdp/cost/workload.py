@@ -216,5 +216,4 @@ def _row(job: Job) -> dict[str, object]:
 
 def with_plan(job: Job, **changes: object) -> Job:
     """The job with some fields of its plan changed."""
-    # type: ignore[arg-type]
-    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, **changes))
+    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, **changes))  # type: ignore[arg-type]

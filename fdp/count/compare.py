@@ -1,6 +1,133 @@
+"""A program against what it should be: bytes against a formula, values against one device."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
 from fdp.cost import hlo
+from fdp.mesh import AnyMesh
+from fdp.step import TrainStep
+
+Key = tuple[str, tuple[str, ...]]  # (op, mesh axes)
+Sent = dict[Key, float]  # bytes on the wire per device
+
+EXACT = 1e-12  # relative: formulas of integers, added up in floating point
 
 
-def sent(compiled, mesh):
-    summary = hlo.summary(hlo.collectives(compiled.as_text(), dict(mesh.shape)))
+def sent(compiled: Any, mesh: AnyMesh, branches: hlo.Branches | None = None) -> Sent:
+    """Wire bytes per device by (op, axes) in a compiled program, by the axes' names on a mesh with
+    binary sub-axes, too. `branches` and errors: as `hlo.collectives`.
+    """
+    degrees: dict[str, int] = {}
+    for name, n in mesh.shape.items():  # sub-axes follow one another: devices keep their places
+        axis = name.rstrip("0123456789")
+        degrees[axis] = degrees.get(axis, 1) * n
+    summary = hlo.summary(hlo.collectives(compiled.as_text(), degrees, branches))
     return {key: wire for key, (_, _, wire) in summary.items()}
+
+
+# Bytes against a formula
+# -------------------------------------------------------------------------------------------------
+
+
+class Mismatch(NamedTuple):
+    """Bytes that differ."""
+
+    key: Key
+    formula: float
+    counted: float
+
+
+def mismatches(formula: Mapping[Key, float], counted: Mapping[Key, float]) -> list[Mismatch]:
+    """The (op, axes) whose bytes differ, in order; what one side lacks counts as 0 there."""
+    both = (
+        Mismatch(key, formula.get(key, 0.0), counted.get(key, 0.0))
+        for key in sorted(formula.keys() | counted.keys())
+    )
+    return [m for m in both if not math.isclose(m.formula, m.counted, rel_tol=EXACT)]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Wire bytes per device of one program, by formula and counted in its compiled form."""
+
+    formula: Mapping[Key, float]
+    counted: Mapping[Key, float]
+
+    @property
+    def entries(self) -> int:
+        """(op, axes) that either has."""
+        return len(self.formula.keys() | self.counted.keys())
+
+    def mismatches(self) -> list[Mismatch]:
+        """As the function of this name."""
+        return mismatches(self.formula, self.counted)
+
+
+# Values against one device
+# -------------------------------------------------------------------------------------------------
+
+
+def norm(tree: Any) -> float:
+    """Root of the summed squares of all leaves, in float64 on the host: no program is compiled."""
+    squares = (float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
+    return math.sqrt(sum(squares))
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """Norm of the difference of two trees over the norm of `want`; NaN if one holds a NaN.
+
+    Raises ValueError for trees of other structure or shapes."""
+
+    def difference(a: Any, b: Any) -> np.ndarray:
+        if np.shape(a) != np.shape(b):
+            raise ValueError(f"shapes {np.shape(a)} and {np.shape(b)} cannot be compared")
+        return np.asarray(a, np.float64) - np.asarray(b, np.float64)
+
+    off, size = norm(jax.tree.map(difference, got, want)), norm(want)
+    if off == 0:
+        return 0.0
+    return off / size if size else math.inf
+
+
+def against_one_device(got: tuple[Any, Any], want: tuple[Any, Any]) -> tuple[float, float]:
+    """Relative errors of (value, gradients), each as a whole tree."""
+    (value, grads), (value_1, grads_1) = jax.device_get((got, want))
+    return relative_error(value, value_1), relative_error(grads, grads_1)
+
+
+class Outcome(NamedTuple):
+    """Loss, gradients on the host and bytes sent of one loss-and-gradient program."""
+
+    loss: float
+    grads: Any
+    sent: Sent
+
+
+def outcome(p: TrainStep, variables: Any, batch: Any) -> Outcome:
+    """Compile and run `p.grads` on host arrays, under the noise of one key."""
+    state = p.specs.state_shardings()
+    placed = jax.device_put(variables, {"params": state.params, "state": state.model})
+    noised = jax.jit(p.corrupt)(jax.device_put(batch, p.batch_shardings()), jax.random.key(0))
+    compiled = jax.jit(p.grads).lower(placed, noised).compile(hlo.QUICK)
+    loss, grads, _ = compiled(placed, noised)
+    return Outcome(float(loss), jax.device_get(grads), sent(compiled, p.mesh))
+
+
+@dataclass(frozen=True)
+class Comparison(Bytes):
+    """One program against one device and against its formula of bytes. `output_error`: relative, of
+    the loss or of what else was differentiated; `gradient_error`: relative."""
+
+    name: str
+    output_error: float
+    gradient_error: float
+
+    @classmethod
+    def of(cls, name: str, got: Outcome, want: Outcome, formula: Sent) -> "Comparison":
+        """Of a program's outcome against the one on one device."""
+        return cls(formula, got.sent, name, *against_one_device(got[:2], want[:2]))

@@ -170,10 +170,10 @@ class Data:
         }
 
     @property
-    def seq_len(self) -> int | None:
-        """Length of "tokens"; None if there are none."""
+    def seq_len(self) -> int:
+        """Length of "tokens"; 0 if there are none."""
         if "tokens" not in self.dims:
-            return None
+            return 0
         return _first(self.train)["tokens"].shape[-1]
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fdp.kernels_pallas import core, flash, tiles
+from fdp.kernels_pallas import tiles, walks
 from fdp.kernels_pallas.masks import Mask
 
 Array = jax.Array
@@ -104,7 +104,7 @@ def block_sparse_attention(
     lists: BlockLists,
     block_q: int,
     block_k: int,
-    mask: Mask = flash.EVERYTHING,
+    mask: Mask = walks.EVERYTHING,
     q_position_N: Array | None = None,
     k_position_M: Array | None = None,
     q_segment_N: Array | None = None,
@@ -113,20 +113,20 @@ def block_sparse_attention(
     backend: str | None = None,
     interpret: object = False,
 ) -> tuple[Array, Array]:
-    """`flash_attention` over the listed blocks only → (out [B, N, H, C], lse f32 [B, H, N]).
+    """`attend.attend` over the listed blocks only → (out [B, N, H, C], lse f32 [B, H, N]).
 
     Query block i is queries i·block_q … and sees key block j (keys j·block_k …) if j is on its
-    list, and of it the tokens that `mask` allows; positions and segments as in `flash_attention`. A
+    list, and of it the tokens that `mask` allows; positions and segments as in `attend.attend`. A
     row whose list is empty or masked has out = 0, lse = -inf and zero gradients. On the GPU both
     block sizes are powers of two and block_k ≥ 16. Raises ValueError for shapes, sizes and lists
     that do not fit. Source: Yuan et al. 2025 (NSA), section 3.4, for lists shared by a group of
     heads."""
-    core.check_arrays(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC)
+    walks.check_arrays(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC)
     (B, N, H, C), (M, K) = q_BxNxHxC.shape, k_BxMxKxC.shape[1:3]
     _check_lists(lists, (B, K), N, M, block_q, block_k)
-    q_tags = core.gather_tags(mask, "q", (B, N), q_position_N, q_segment_N)
-    k_tags = core.gather_tags(mask, "k", (B, M), k_position_M, k_segment_M)
-    backend = core.choose_backend(backend)
+    q_tags = walks.gather_tags(mask, "q", (B, N), q_position_N, q_segment_N)
+    k_tags = walks.gather_tags(mask, "k", (B, M), k_position_M, k_segment_M)
+    backend = walks.choose_backend(backend)
     if backend == "xla":
         width, G = C, H // K
     else:
@@ -152,8 +152,8 @@ def block_sparse_attention(
     if backend == "xla":
         o_ZxIxXxC, lse_ZxIx1xX = scan_blocks(spec, q, k, v, q_tiles, k_tiles, rows)
     else:
-        k, v = (_poisoned(*core.alike((x, lists.overflow))) for x in (k, v))
-        o_ZxIxXxC, lse_ZxIx1xX = core.attend(spec, q, k, v, q_tiles, k_tiles, rows, keys)
+        k, v = (_poisoned(*walks.alike((x, lists.overflow))) for x in (k, v))
+        o_ZxIxXxC, lse_ZxIx1xX = walks.attend(spec, q, k, v, q_tiles, k_tiles, rows, keys)
 
     def unfold(x_ZxIxXxC: Array) -> Array:
         x_BxNxKxGxC = tiles.unfold_queries(x_ZxIxXxC, B, N, K * G).reshape(B, N, K, G, -1)
@@ -264,7 +264,7 @@ _poisoned.defvjp(_poisoned_forward, _poisoned_backward)
 
 
 def scan_blocks(spec: tiles.Spec, q, k, v, q_tags, k_tags, walk: tiles.Walk) -> tuple[Array, Array]:
-    """`core.attend` in XLA: gathers one key block per row tile and step, O(capacity) work and
+    """`walks.attend` in XLA: gathers one key block per row tile and step, O(capacity) work and
     O(R·Y) memory.
 
     q [Z, I, X, C], k and v [Z, J, Y, C], tags and walk [S, …] → out like q, lse f32 [Z, I, 1, X].
@@ -272,7 +272,7 @@ def scan_blocks(spec: tiles.Spec, q, k, v, q_tags, k_tags, walk: tiles.Walk) -> 
     Z = q.shape[0]
     spread = lambda x: jnp.repeat(x, Z // x.shape[0], 0)
     return _scan_blocks(
-        spec, *core.alike((q, k, v, spread(q_tags), spread(k_tags), jax.tree.map(spread, walk)))
+        spec, *walks.alike((q, k, v, spread(q_tags), spread(k_tags), jax.tree.map(spread, walk)))
     )
 
 
@@ -290,7 +290,7 @@ def _scan_blocks(spec, q, k, v, q_tags, k_tags, walk):
 
     Z, I, X, C = q.shape
     start = jax.tree.map(lambda x: jnp.broadcast_to(x, (Z, I, *x.shape)), tiles.begin(X, C))
-    state, _ = jax.lax.scan(step, core.alike((start, q))[0], _entries(walk))
+    state, _ = jax.lax.scan(step, walks.alike((start, q))[0], _entries(walk))
     o, lse = _each(tiles.finish)(state)
     return o.astype(q.dtype), lse.swapaxes(2, 3)
 
@@ -303,7 +303,7 @@ def _scan_blocks_forward(spec, *args):
 def _scan_blocks_backward(spec, saved, cotangents):
     q, k, v, q_tags, k_tags, walk, o, lse = saved
     do, dlse = cotangents
-    delta, lse = (x.swapaxes(2, 3) for x in core.row_terms(o, lse, do, dlse))
+    delta, lse = (x.swapaxes(2, 3) for x in walks.row_terms(o, lse, do, dlse))
     heads_Zx1 = jnp.arange(q.shape[0])[:, None]
 
     def step(sums, entry):
@@ -330,7 +330,7 @@ def _scan_blocks_backward(spec, saved, cotangents):
         ), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    sums, _ = jax.lax.scan(step, core.alike((start, q))[0], _entries(walk))
+    sums, _ = jax.lax.scan(step, walks.alike((start, q))[0], _entries(walk))
     return *(s.astype(x.dtype) for s, x in zip(sums, (q, k, v), strict=True)), None, None, None
 
 

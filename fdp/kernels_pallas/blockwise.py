@@ -1,44 +1,59 @@
-"""Exact attention one block of keys at a time, and the merge of partial results: the XLA path of
-attention kernels.
+"""Exact attention one tile of queries and keys at a time, and the merge of partial results: the XLA
+path of attention.
 
-Memory is O(S · block) forward and backward: the backward pass recomputes the probabilities from the
+Tiles that the mask hides are not computed, forward or backward. Where positions are known before
+tracing (NumPy) the loop has as many steps as tiles meet, and its FLOPs can be counted; traced
+positions and segments decide at run time, and the loop states the most steps it can take.
+Memory is O(N + M) and one tile of scores: the backward pass recomputes the probabilities from the
 saved log-sum-exp. A partial result is (out, lse): softmax-normalised over the keys seen so far,
 with the logarithm of its normaliser. Rows that saw no key have out 0 and lse -inf. Matmuls
 accumulate in float32 whatever the input type.
 
-Legend: B sequences, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim, R =
-G·N rows, T keys of a block."""
+Legend: B sequences, N queries, M keys, H query heads, K key/value heads, C head_dim, X queries and
+Y keys of a tile. I and J number the tiles, and R = H/K·X the rows of one."""
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from fdp.collectives import in_shard_map, vary, vary_like
-from fdp.kernels_pallas.masks import Mask, allowed
+from fdp.kernels_pallas.masks import Mask, allowed, tiles_meet
 
 Array = jax.Array
 
-# keys of one block: scores of 512 keys stay near the cores, and the scan's overhead below 1 %
-BLOCK = 512
+# Queries and keys of one tile: scores of a head stay near its core, and a step costs more than its
+# overhead.
+BLOCK = 256
+AT_MOST = "at_most"  # scope of a loop whose steps are data: at_most_36 takes 36 steps or fewer
 
 
 class Labels(NamedTuple):
     """Where queries and keys stand: int positions [N] or [B, N], and [M] or [B, M]; segment ids for
-    packed masks.
+    packed masks. NumPy positions are known before tracing.
     """
 
-    q_position: Array
-    k_position: Array
-    q_segment: Array | None = None
-    k_segment: Array | None = None
+    q_position: Any
+    k_position: Any
+    q_segment: Any = None
+    k_segment: Any = None
 
-    def keys(self, part: slice) -> "Labels":
-        """The same queries, a part of the keys."""
-        segment = None if self.k_segment is None else self.k_segment[..., part]
-        return self._replace(k_position=self.k_position[..., part], k_segment=segment)
+
+@dataclass(frozen=True)
+class Tiling:
+    """What is known before tracing: the mask, X and Y, and the pairs (i, j) of tiles that may meet.
+    decided: whether they do meet, so that nothing is left to run time."""
+
+    mask: Mask
+    queries: int
+    keys: int
+    pairs: tuple[tuple[int, int], ...]
+    decided: bool
 
 
 def attention_lse(
@@ -46,10 +61,10 @@ def attention_lse(
     k_BxMxKxC: Array,
     v_BxMxKxC: Array,
     mask: Mask,
-    q_position_N: Array,
-    k_position_M: Array,
-    q_segment: Array | None = None,
-    k_segment: Array | None = None,
+    q_position_N: Any,
+    k_position_M: Any,
+    q_segment: Any = None,
+    k_segment: Any = None,
     block: int = BLOCK,
     out_type: Any = None,
 ) -> tuple[Array, Array]:
@@ -57,14 +72,16 @@ def attention_lse(
 
     Scores are q·k/√C. Positions may also be [B, N] and [B, M], which segment ids for a packed mask
     are. Rows without a key give out 0 and lse -inf, and no gradient. Differentiable in q, k, v
-    through both results. More than `block` keys are scanned. `out_type` defaults to q's; float32
-    keeps partial results exact until they are merged. Raises ValueError for shapes that do not fit.
-    Source: Rabe & Staats 2021; Dao et al. 2022 (FlashAttention), alg. 1."""
+    through both results. A tile has at most `block` queries and keys. `out_type` defaults to q's;
+    float32 keeps partial results exact until they are merged. Raises ValueError for shapes that do
+    not fit. Source: Rabe & Staats 2021; Dao et al. 2022 (FlashAttention), alg. 1."""
     labels = Labels(q_position_N, k_position_M, q_segment, k_segment)
     _check(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, labels, block)
+    tiling = tile(mask, labels, q_BxNxHxC.shape[1], k_BxMxKxC.shape[1], block)
+    labels = Labels(*jax.tree.map(jnp.asarray, labels))
     # Inside shard_map a custom_vjp must return cotangents that vary exactly like its arguments.
     q, k, v = vary_alike((q_BxNxHxC, k_BxMxKxC, v_BxMxKxC), labels)
-    return _attention(mask, block, jnp.dtype(out_type or q.dtype), q, k, v, labels)
+    return _attention(tiling, jnp.dtype(out_type or q.dtype), q, k, v, labels)
 
 
 def attention_backward(
@@ -75,10 +92,10 @@ def attention_backward(
     lse_BxHxN: Array,
     dout_BxNxHxC: Array,
     mask: Mask,
-    q_position_N: Array,
-    k_position_M: Array,
-    q_segment: Array | None = None,
-    k_segment: Array | None = None,
+    q_position_N: Any,
+    k_position_M: Any,
+    q_segment: Any = None,
+    k_segment: Any = None,
     block: int = BLOCK,
     dlse_BxHxN: Array | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -90,9 +107,11 @@ def attention_backward(
     al. 2022, alg. 4."""
     labels = Labels(q_position_N, k_position_M, q_segment, k_segment)
     _check(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, labels, block)
+    tiling = tile(mask, labels, q_BxNxHxC.shape[1], k_BxMxKxC.shape[1], block)
+    labels = Labels(*jax.tree.map(jnp.asarray, labels))
     arrays = (q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, out_BxNxHxC, lse_BxHxN, dout_BxNxHxC)
     q, k, v, out, lse, dout = vary_alike(arrays, labels)
-    return _backward(mask, block, q, k, v, labels, out, lse, dout, dlse_BxHxN)
+    return _backward(tiling, q, k, v, labels, out, lse, dout, dlse_BxHxN)
 
 
 def merge_lse(
@@ -103,13 +122,16 @@ def merge_lse(
 
     Associative and commutative with (0, -inf) as identity, so that rings, trees and gathers agree.
     Source: Milakov & Gimelshein 2018, eq. 4."""
-    top = jax.lax.stop_gradient(jnp.maximum(l1_BxHxN, l2_BxHxN))  # its gradient cancels
+    top = lax.stop_gradient(jnp.maximum(l1_BxHxN, l2_BxHxN))  # its gradient cancels
     top = jnp.where(top == -jnp.inf, 0.0, top)  # exp(-inf - -inf) would be NaN
     w1, w2 = jnp.exp(l1_BxHxN - top), jnp.exp(l2_BxHxN - top)
     total = w1 + w2
     empty = total == 0
     safe = jnp.where(empty, 1.0, total)
-    rows = lambda w_BxHxN: jnp.moveaxis(w_BxHxN / safe, 1, 2)[..., None]
+
+    def rows(w_BxHxN: Array) -> Array:
+        return jnp.moveaxis(w_BxHxN / safe, 1, 2)[..., None]
+
     out = rows(w1) * o1_BxNxHxC.astype(jnp.float32) + rows(w2) * o2_BxNxHxC.astype(jnp.float32)
     return out.astype(o1_BxNxHxC.dtype), jnp.where(empty, -jnp.inf, top + jnp.log(safe))
 
@@ -122,14 +144,11 @@ def _check(q: Array, k: Array, v: Array, mask: Mask, labels: Labels, block: int)
         )
     if H % K:
         raise ValueError(f"{H} query heads are not divisible by {K} key/value heads")
-    if labels.q_position.shape not in ((N,), (B, N)) or labels.k_position.shape not in (
-        (M,),
-        (B, M),
-    ):
+    q_shape, k_shape = labels.q_position.shape, labels.k_position.shape
+    if q_shape not in ((N,), (B, N)) or k_shape not in ((M,), (B, M)):
         raise ValueError(
-            f"positions {labels.q_position.shape} and {labels.k_position.shape} must be [N={N}] "
-            f"and [M={M}], "
-            f"or one row for each of the B={B} sequences"
+            f"positions {q_shape} and {k_shape} must be [N={N}] and [M={M}], or one row for each "
+            f"of the B={B} sequences"
         )
     if mask.packed and (labels.q_segment is None or labels.k_segment is None):
         raise ValueError("a packed mask needs the segment ids of queries and keys")
@@ -147,114 +166,206 @@ def vary_alike(arrays: Any, *others: Any) -> Any:
     return vary(arrays, tuple(axes))
 
 
-# Heads lead, so that every matmul below is a plain batched one and no score is ever transposed
-# -----------------------
+# Which tiles meet
+# -------------------------------------------------------------------------------------------------
 
 
-def _query_rows(x_BxNxHxC: Array, K: int) -> Array:
-    """[B, N, H, C] → [B, K, G·N, C]: the G query heads of a key head are rows of one matmul; keys
-    are not repeated.
-    """
-    B, N, H, C = x_BxNxHxC.shape
-    return jnp.moveaxis(x_BxNxHxC, 1, 2).reshape(B, K, H // K * N, C)
+def tile(mask: Mask, labels: Labels, N: int, M: int, block: int = BLOCK) -> Tiling:
+    """The tiles of N queries and M keys: equal ones of at most `block`, the last one padded.
+
+    Positions in NumPy arrays are judged here; others are left to `meeting`."""
+    X, Y = (-(-length // -(-length // block)) for length in (N, M))
+    I, J = -(-N // X), -(-M // Y)
+    positions = labels.q_position, labels.k_position
+    known = not mask.orders or all(isinstance(x, np.ndarray) for x in positions)
+    live_IxJ = np.ones((I, J), bool)
+    if known and mask.orders:
+        live_IxJ &= _meet(mask, labels, X, Y, np)
+    pairs = tuple((int(i), int(j)) for i, j in np.argwhere(live_IxJ))
+    decided = (known and not mask.packed) or I * J == 1
+    return Tiling(mask, X, Y, pairs, decided)
 
 
-def _from_query_rows(x_BxKxRxC: Array, N: int) -> Array:
-    B, K, R, C = x_BxKxRxC.shape
-    return jnp.moveaxis(x_BxKxRxC.reshape(B, K * R // N, N, C), 2, 1)
+def tiles_computed(mask: Mask, q_position_N: Any, k_position_M: Any, block: int = BLOCK) -> int:
+    """How many tiles of `block` queries and keys the program computes at these positions: what it
+    asks at run time, in NumPy."""
+    labels = Labels(np.asarray(q_position_N), np.asarray(k_position_M))
+    return len(tile(mask, labels, len(q_position_N), len(k_position_M), block).pairs)
 
 
-def _scores(mask: Mask, q_BxKxRxC: Array, k_BxKxTxC: Array, labels: Labels) -> Array:
-    """float32 [B, K, R, T] scores of scaled queries, -inf where a key may not be seen."""
-    s_BxKxRxT = jnp.einsum(
-        "bkrc,bktc->bkrt", q_BxKxRxC, k_BxKxTxC, preferred_element_type=jnp.float32
+def _meet(mask: Mask, labels: Labels, X: int, Y: int, xp: Any) -> Any:
+    """Whether tiles meet, in any sequence: bool [I, J]."""
+
+    def ends(label: Any, size: int, keys: int) -> tuple[Any, Any]:
+        """(least, greatest) of each tile, over all sequences: [I, 1] or [1, J]."""
+        tiled = _tiled(label, -1, size, xp, mode="edge")
+        least, most = tiled.min(-1), tiled.max(-1)
+        least, most = (x if x.ndim == 1 else f(x, 0) for x, f in ((least, xp.min), (most, xp.max)))
+        return xp.expand_dims(least, 1 - keys), xp.expand_dims(most, 1 - keys)
+
+    q_position, k_position, q_segment, k_segment = labels
+    position = *ends(q_position, X, 0), *ends(k_position, Y, 1)
+    segments = None
+    if mask.packed and xp is jnp:
+        segments = *ends(q_segment, X, 0), *ends(k_segment, Y, 1)
+    return tiles_meet(mask, *position, segments)
+
+
+def _over_tiles(step: Callable[..., Any], carry: Any, tiling: Tiling, labels: Labels) -> Any:
+    """Fold step(carry, i, j) over the pairs of tiles that meet. One pair stands in line; decided
+    ones are scanned; others are brought to the front and as many are taken as meet."""
+    if tiling.decided and len(tiling.pairs) == 1:
+        return step(carry, *tiling.pairs[0])
+    pairs_Px2 = jnp.asarray(np.array(tiling.pairs, np.int32).reshape(-1, 2))
+    if tiling.decided:
+        return lax.scan(lambda c, pair: (step(c, pair[0], pair[1]), None), carry, pairs_Px2)[0]
+    live_P = _meet(tiling.mask, labels, tiling.queries, tiling.keys, jnp)
+    live_P = live_P[pairs_Px2[:, 0], pairs_Px2[:, 1]]
+    pairs_Px2 = pairs_Px2[jnp.argsort(~live_P, stable=True)]
+
+    def body(t: Array, carry: Any) -> Any:
+        return step(carry, *lax.dynamic_index_in_dim(pairs_Px2, t, keepdims=False))
+
+    with jax.named_scope(f"{AT_MOST}_{len(tiling.pairs)}"):
+        return lax.fori_loop(0, live_P.sum(dtype=jnp.int32), body, carry)
+
+
+# Tiles lead, then heads, so that every matmul below is a plain batched one
+# -------------------------------------------------------------------------------------------------
+
+
+def _tiled(x: Any, dim: int, size: int, xp: Any = jnp, **padding: Any) -> Any:
+    """`dim` of x as (tiles, size), padded to whole tiles."""
+    dim %= x.ndim
+    missing = -x.shape[dim] % size
+    if missing:
+        x = xp.pad(x, [(0, missing if d == dim else 0) for d in range(x.ndim)], **padding)
+    return x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
+
+
+def _query_tiles(x_BxNxHxC: Array, K: int, X: int) -> Array:
+    """[B, N, H, C] → [I, B, K, R, C]: the G query heads of a key head are rows of one matmul; keys
+    are not repeated."""
+    x = _tiled(x_BxNxHxC, 1, X)
+    B, I, _, H, C = x.shape
+    x = x.reshape(B, I, X, K, H // K, C).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(I, B, K, H // K * X, C)
+
+
+def _from_query_tiles(x_IxBxKxRxC: Array, N: int, X: int) -> Array:
+    """[I, B, K, R, C] → [B, N, H, C]."""
+    I, B, K, R, C = x_IxBxKxRxC.shape
+    x = x_IxBxKxRxC.reshape(I, B, K, R // X, X, C).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(B, I * X, K * R // X, C)[:, :N]
+
+
+def _key_tiles(x_BxMxKxC: Array, Y: int) -> Array:
+    """[B, M, K, C] → [J, B, K, Y, C]."""
+    return _tiled(x_BxMxKxC, 1, Y).transpose(1, 0, 3, 2, 4)
+
+
+def _from_key_tiles(x_JxBxKxYxC: Array, M: int) -> Array:
+    J, B, K, Y, C = x_JxBxKxYxC.shape
+    return x_JxBxKxYxC.transpose(1, 0, 3, 2, 4).reshape(B, J * Y, K, C)[:, :M]
+
+
+def _row_tiles(x_BxHxN: Array, K: int, X: int) -> Array:
+    """[B, H, N] → [I, B, K, R]."""
+    return _query_tiles(jnp.moveaxis(x_BxHxN, 1, 2)[..., None], K, X)[..., 0]
+
+
+def _at(x: Any, i: Any) -> Any:
+    """Tile i of every array."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, keepdims=False), x)
+
+
+def _put(x: Any, tile: Any, i: Any) -> Any:
+    """Every array with tile i replaced."""
+    return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, i, 0), x, tile)
+
+
+def _sight(tiling: Tiling, labels: Labels, M: int) -> Callable[..., Array | None]:
+    """(i, j) → which keys of tile j rows of tile i see, bool [1 or B, 1, 1, X, Y]; None = all."""
+    mask, X, Y = tiling.mask, tiling.queries, tiling.keys
+
+    def tags(label: Any, size: int) -> Any:
+        return None if label is None else jnp.moveaxis(_tiled(label, -1, size), -2, 0)
+
+    q_tags, k_tags = (
+        (tags(position, size), tags(segment if mask.packed else None, size))
+        for position, segment, size in (
+            (labels.q_position, labels.q_segment, X),
+            (labels.k_position, labels.k_segment, Y),
+        )
     )
-    if mask.everything:
-        return s_BxKxRxT
-    seen = allowed(mask, *labels)  # [N, T], or [B, N, T] with segments
-    B, K, R, T = s_BxKxRxT.shape
-    N = seen.shape[-2]
-    seen = seen.reshape(-1, 1, 1, N, T)
-    return jnp.where(seen, s_BxKxRxT.reshape(B, K, R // N, N, T), -jnp.inf).reshape(B, K, R, T)
+
+    def seen(i: Any, j: Any) -> Array | None:
+        see = None
+        if not mask.everything:
+            (q_position, q_segment), (k_position, k_segment) = _at(q_tags, i), _at(k_tags, j)
+            see = allowed(mask, q_position, k_position, q_segment, k_segment)
+        if M % Y:
+            real = jnp.broadcast_to(j * Y + jnp.arange(Y) < M, (X, Y))
+            see = real if see is None else see & real
+        return None if see is None else see.reshape(-1, 1, 1, X, Y)
+
+    return seen
 
 
-def _over_blocks(
-    step: Callable[..., Any], carry: Any, block: int, k: Array, v: Array, labels: Labels
-) -> Any:
-    """Fold `step(carry, k_BxKxTxC, v_BxKxTxC, labels) -> (carry, y)` over blocks of keys; ys joined
-    along dim 2.
-
-    Whole blocks are scanned; what is left over, or the only block, is one more step.
-    """
-    B, K, M, C = k.shape
-    n = M // block
-    whole = n * block if n > 1 else 0
-    ys = []
-    if whole:
-        cut = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * block, block, 2)
-        label = lambda x, i: jax.lax.dynamic_slice_in_dim(x, i * block, block, -1)
-
-        def body(carry: Any, i: Array) -> tuple[Any, Any]:
-            segment = None if labels.k_segment is None else label(labels.k_segment, i)
-            part = labels._replace(k_position=label(labels.k_position, i), k_segment=segment)
-            return step(carry, cut(k, i), cut(v, i), part)
-
-        carry, y = jax.lax.scan(body, carry, jnp.arange(n))
-        ys.append(jax.tree.map(lambda a: jnp.moveaxis(a, 0, 2).reshape(B, K, whole, C), y))
-    if whole < M:
-        carry, y = step(carry, k[:, :, whole:], v[:, :, whole:], labels.keys(slice(whole, None)))
-        ys.append(y)
-    return carry, jax.tree.map(lambda *a: jnp.concatenate(a, 2) if len(a) > 1 else a[0], *ys)
+def _scores(q_BxKxRxC: Array, k_BxKxYxC: Array, seen: Array | None) -> Array:
+    """float32 [B, K, R, Y] scores of scaled queries, -inf where a key may not be seen."""
+    s_BxKxRxY = _dot("bkrc,bkyc->bkry", q_BxKxRxC, k_BxKxYxC)
+    if seen is None:
+        return s_BxKxRxY
+    B, K, R, Y = s_BxKxRxY.shape
+    X = seen.shape[-2]
+    s = jnp.where(seen, s_BxKxRxY.reshape(B, K, R // X, X, Y), -jnp.inf)
+    return s.reshape(B, K, R, Y)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
-    mask: Mask, block: int, out_type: Any, q: Array, k: Array, v: Array, labels: Labels
+    tiling: Tiling, out_type: Any, q: Array, k: Array, v: Array, labels: Labels
 ) -> tuple[Array, Array]:
-    return _forward(mask, block, out_type, q, k, v, labels)
+    return _forward(tiling, out_type, q, k, v, labels)
 
 
 def _forward(
-    mask: Mask, block: int, out_type: Any, q: Array, k: Array, v: Array, labels: Labels
+    tiling: Tiling, out_type: Any, q: Array, k: Array, v: Array, labels: Labels
 ) -> tuple[Array, Array]:
-    (B, N, H, C), K = q.shape, k.shape[2]
-    q_BxKxRxC = _query_rows(q * jnp.asarray(C**-0.5, q.dtype), K)
-    k_BxKxMxC, v_BxKxMxC = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-    zero = vary_like(jnp.zeros(q_BxKxRxC.shape, jnp.float32), q)
+    (_, N, _, C), (_, M, K, _) = q.shape, k.shape
+    X, Y = tiling.queries, tiling.keys
+    q_IxBxKxRxC = _query_tiles(q * jnp.asarray(C**-0.5, q.dtype), K, X)
+    keys = _key_tiles(k, Y), _key_tiles(v, Y)
+    seen = _sight(tiling, labels, M)
 
-    def step(carry: Any, k_BxKxTxC: Array, v_BxKxTxC: Array, part: Labels) -> tuple[Any, None]:
-        top, total, sum_BxKxRxC = carry
-        s_BxKxRxT = _scores(mask, q_BxKxRxC, k_BxKxTxC, part)
-        new_top = jnp.maximum(top, s_BxKxRxT.max(-1))
-        safe = jnp.where(
-            new_top == -jnp.inf, 0.0, new_top
-        )  # no key yet: exp(-inf - 0) = 0, never NaN
-        p_BxKxRxT = jnp.exp(s_BxKxRxT - safe[..., None])
+    def step(state: Any, i: Any, j: Any) -> Any:
+        top, total, sum_BxKxRxC = _at(state, i)
+        k_BxKxYxC, v_BxKxYxC = _at(keys, j)
+        s_BxKxRxY = _scores(_at(q_IxBxKxRxC, i), k_BxKxYxC, seen(i, j))
+        new_top = jnp.maximum(top, s_BxKxRxY.max(-1))
+        safe = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # no key yet: exp(-inf - 0) = 0
+        p_BxKxRxY = jnp.exp(s_BxKxRxY - safe[..., None])
         shrink = jnp.exp(top - safe)
-        product = jnp.einsum(
-            "bkrt,bktc->bkrc",
-            p_BxKxRxT.astype(v.dtype),
-            v_BxKxTxC,
-            preferred_element_type=jnp.float32,
-        )
-        return (
-            new_top,
-            total * shrink + p_BxKxRxT.sum(-1),
-            sum_BxKxRxC * shrink[..., None] + product,
-        ), None
+        product = _dot("bkry,bkyc->bkrc", p_BxKxRxY.astype(v.dtype), v_BxKxYxC)
+        total = total * shrink + p_BxKxRxY.sum(-1)
+        return _put(state, (new_top, total, sum_BxKxRxC * shrink[..., None] + product), i)
 
+    zero = vary_like(jnp.zeros(q_IxBxKxRxC.shape, jnp.float32), q)
     start = (zero[..., 0] - jnp.inf, zero[..., 0], zero)
-    (top, total, sum_BxKxRxC), _ = _over_blocks(step, start, block, k_BxKxMxC, v_BxKxMxC, labels)
+    top, total, sum_IxBxKxRxC = _over_tiles(step, start, tiling, labels)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    out = _from_query_rows((sum_BxKxRxC / total[..., None]).astype(out_type), N)
+    out = _from_query_tiles((sum_IxBxKxRxC / total[..., None]).astype(out_type), N, X)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    return out, lse.reshape(B, H, N)
+    return out, jnp.moveaxis(_from_query_tiles(lse[..., None], N, X)[..., 0], 1, 2)
 
 
 def _backward(
-    mask: Mask,
-    block: int,
+    tiling: Tiling,
     q: Array,
     k: Array,
     v: Array,
@@ -264,45 +375,49 @@ def _backward(
     dout: Array,
     dlse: Any,
 ) -> tuple[Array, Array, Array]:
-    (B, N, H, C), K = q.shape, k.shape[2]
+    (_, N, _, C), (_, M, K, _) = q.shape, k.shape
+    X, Y = tiling.queries, tiling.keys
     scale = C**-0.5
-    rows = lambda x_BxHxN: x_BxHxN.reshape(B, K, H // K * N)[..., None]
     delta_BxHxN = jnp.einsum("bnhc,bnhc->bhn", dout, out, preferred_element_type=jnp.float32)
-    delta = rows(delta_BxHxN if dlse is None else delta_BxHxN - dlse)
-    lse = rows(jnp.where(lse == -jnp.inf, jnp.inf, lse))  # rows without a key: exp(s - inf) = 0
-    q_BxKxRxC = _query_rows(q * jnp.asarray(scale, q.dtype), K)
-    dout_BxKxRxC = _query_rows(dout.astype(v.dtype), K)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-    def step(
-        dq_BxKxRxC: Array, k_BxKxTxC: Array, v_BxKxTxC: Array, part: Labels
-    ) -> tuple[Array, Any]:
-        p_BxKxRxT = jnp.exp(_scores(mask, q_BxKxRxC, k_BxKxTxC, part) - lse)
-        dp_BxKxRxT = dot("bkrc,bktc->bkrt", dout_BxKxRxC, v_BxKxTxC)
-        ds_BxKxRxT = (p_BxKxRxT * (dp_BxKxRxT - delta)).astype(q.dtype)
-        dv_BxKxTxC = dot("bkrt,bkrc->bktc", p_BxKxRxT.astype(v.dtype), dout_BxKxRxC)
-        dk_BxKxTxC = dot("bkrt,bkrc->bktc", ds_BxKxRxT, q_BxKxRxC)
-        return dq_BxKxRxC + dot("bkrt,bktc->bkrc", ds_BxKxRxT, k_BxKxTxC), (dk_BxKxTxC, dv_BxKxTxC)
-
-    start = vary_like(jnp.zeros(q_BxKxRxC.shape, jnp.float32), q)
-    dq_BxKxRxC, (dk, dv) = _over_blocks(
-        step, start, block, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), labels
+    delta_BxHxN = delta_BxHxN if dlse is None else delta_BxHxN - dlse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # rows without a key: exp(s - inf) = 0
+    queries = (
+        _query_tiles(q * jnp.asarray(scale, q.dtype), K, X),
+        _query_tiles(dout.astype(v.dtype), K, X),
+        _row_tiles(lse, K, X)[..., None],
+        _row_tiles(delta_BxHxN, K, X)[..., None],
     )
-    return _from_query_rows(dq_BxKxRxC * scale, N), jnp.moveaxis(dk, 2, 1), jnp.moveaxis(dv, 2, 1)
+    keys = _key_tiles(k, Y), _key_tiles(v, Y)
+    seen = _sight(tiling, labels, M)
+
+    def step(sums: Any, i: Any, j: Any) -> Any:
+        q_BxKxRxC, dout_BxKxRxC, lse, delta = _at(queries, i)
+        k_BxKxYxC, v_BxKxYxC = _at(keys, j)
+        p_BxKxRxY = jnp.exp(_scores(q_BxKxRxC, k_BxKxYxC, seen(i, j)) - lse)
+        dp_BxKxRxY = _dot("bkrc,bkyc->bkry", dout_BxKxRxC, v_BxKxYxC)
+        ds_BxKxRxY = (p_BxKxRxY * (dp_BxKxRxY - delta)).astype(q.dtype)
+        dq = _at(sums[0], i) + _dot("bkry,bkyc->bkrc", ds_BxKxRxY, k_BxKxYxC)
+        dk = _at(sums[1], j) + _dot("bkry,bkrc->bkyc", ds_BxKxRxY, q_BxKxRxC)
+        dv = _at(sums[2], j) + _dot("bkry,bkrc->bkyc", p_BxKxRxY.astype(v.dtype), dout_BxKxRxC)
+        return _put(sums[0], dq, i), _put(sums[1], dk, j), _put(sums[2], dv, j)
+
+    start = tuple(vary_like(jnp.zeros(x.shape, jnp.float32), x) for x in (queries[0], *keys))
+    dq, dk, dv = _over_tiles(step, start, tiling, labels)
+    return (_from_query_tiles(dq * scale, N, X), _from_key_tiles(dk, M), _from_key_tiles(dv, M))
 
 
 def _attention_forward(
-    mask: Mask, block: int, out_type: Any, q: Array, k: Array, v: Array, labels: Labels
+    tiling: Tiling, out_type: Any, q: Array, k: Array, v: Array, labels: Labels
 ) -> Any:
-    out, lse = _forward(mask, block, out_type, q, k, v, labels)
+    out, lse = _forward(tiling, out_type, q, k, v, labels)
     return (out, lse), (q, k, v, labels, out, lse)
 
 
 def _attention_backward(
-    mask: Mask, block: int, out_type: Any, residuals: Any, cotangents: Any
+    tiling: Tiling, out_type: Any, residuals: Any, cotangents: Any
 ) -> tuple[Any, ...]:
     q, k, v, labels, out, lse = residuals
-    dq, dk, dv = _backward(mask, block, q, k, v, labels, out, lse, *cotangents)
+    dq, dk, dv = _backward(tiling, q, k, v, labels, out, lse, *cotangents)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

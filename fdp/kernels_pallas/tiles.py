@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.kernels_pallas.masks import Mask, allowed
+from fdp.kernels_pallas.masks import Mask, allowed, tiles_meet
 
 Array = jax.Array
 GPU_STAGES = 2  # of loads in flight; more does not fit shared memory in f32
@@ -259,6 +259,13 @@ def tile_keys(k_BxMxKxC: Array, Y: int, backend: str) -> Array:
     return k_BxMxKxC.swapaxes(1, 2).reshape(B * K, tiles, Y, C)
 
 
+def untile_keys(x: Array, B: int, M: int, K: int) -> Array:
+    """The inverse of `tile_keys`: [B or Z, J, Y, ·] → [B, M, K, C]."""
+    if x.shape[0] == B:
+        return x.reshape(B, -1, K, x.shape[3] // K)[:, :M]
+    return x.reshape(B, K, -1, x.shape[3]).swapaxes(1, 2)[:, :M]
+
+
 def tile_tags(tags: tuple[Array, ...], repeat: int, size: int, B: int) -> Array:
     """Tags int [length] or [B, length], each entry `repeat` times → int32 [1 or B, tiles, A, size].
 
@@ -281,21 +288,11 @@ def range_walk(mask: Mask, tags_SxIxAxX: Array, other_SxJxAxY: Array, rows_first
     rows_first: `tags` belong to rows and `other` to keys, or the reverse. Judged from the least and
     greatest tag of a tile, so a tile inside the range may still turn out to be empty; none outside
     is needed."""
-    least_SxIx1, most_SxIx1 = tags_SxIxAxX.min(3)[:, :, None], tags_SxIxAxX.max(3)[:, :, None]
-    least_Sx1xJ, most_Sx1xJ = other_SxJxAxY.min(3)[:, None], other_SxJxAxY.max(3)[:, None]
-    low, high = (
-        least_SxIx1 - most_Sx1xJ,
-        most_SxIx1 - least_Sx1xJ,
-    )  # of own tag minus other's: int [S, I, J, A]
-    if not rows_first:
-        low, high = -high, -low
-    live_SxIxJ = low[..., 0] <= high[..., 0]
-    if mask.kind == "causal":
-        live_SxIxJ &= high[..., 0] >= 0
-    if mask.window:
-        live_SxIxJ &= (low[..., 0] < mask.window) & (high[..., 0] > -mask.window)
-    if mask.packed:
-        live_SxIxJ &= (low[..., 1] <= 0) & (high[..., 1] >= 0)
+    own = [x[:, :, None] for x in (tags_SxIxAxX.min(3), tags_SxIxAxX.max(3))]
+    met = [x[:, None] for x in (other_SxJxAxY.min(3), other_SxJxAxY.max(3))]
+    ends = own + met if rows_first else met + own  # of queries, then of keys: int [S, I, J, A]
+    position, *segment = ([x[..., a] for x in ends] for a in range(tags_SxIxAxX.shape[2]))
+    live_SxIxJ = tiles_meet(mask, *position, *segment)
     first_SxI = jnp.argmax(live_SxIxJ, 2).astype(jnp.int32)
     last_SxI = live_SxIxJ.shape[2] - 1 - jnp.argmax(live_SxIxJ[:, :, ::-1], 2).astype(jnp.int32)
     return Walk(first_SxI, jnp.where(live_SxIxJ.any(2), last_SxI - first_SxI + 1, 0))

@@ -13,12 +13,15 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
-from fdp.collectives import all_gather, size, vary, vary_like
-from fdp.kernels_pallas import flash
-from fdp.kernels_pallas.masks import Mask, allowed
+from fdp.collectives import size, vary, vary_like
+from fdp.kernels_pallas import attend as front
+from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import BATCH_AXES
+from fdp.models import conv
+from fdp.models.conv import ShortConvolution
 from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, rotary, zeros
 from fdp.models.module import CACHE, Module, compact
 from fdp.models.shape import ModelShape
@@ -28,7 +31,6 @@ from fdp.parallel.layouts import SequenceLayout
 
 Array = jax.Array
 GATHER = CommPlan("all_gather")
-LONG = 1024  # use the blockwise kernel from this many queries; below it XLA's attention is as fast
 
 
 @jax.tree_util.register_dataclass
@@ -65,10 +67,12 @@ class Core(Protocol):
 
 @dataclass(frozen=True)
 class Softmax:
-    """Softmax attention to the keys that `mask` shows, by `plan` over cp."""
+    """Softmax attention to the keys that `mask` shows, by `plan` over cp. `keeps`: whether a pass
+    that keeps a cache leaves keys and values in it."""
 
     mask: Mask
     plan: CommPlan = GATHER
+    keeps: bool = True
 
     @property
     def layout(self) -> SequenceLayout:
@@ -80,27 +84,7 @@ class Softmax:
     ) -> Array:
         """As `Core`; no input of a layer is read."""
         segment = where.segment if self.mask.packed else None
-        if (size("cp") == 1 and not self.mask.window) or (
-            size("cp") > 1 and self.plan == GATHER and not self.mask.window
-        ):
-            k, v = all_gather(k_BxLxKxC, "cp", dim=1), all_gather(v, "cp", dim=1)
-            if size("cp") == 1 and self.mask.rule is None and not self.mask.packed:
-                if q_BxLxHxC.shape[1] >= LONG:
-                    return flash.attention(q_BxLxHxC, k, v, self.mask)
-                return jax.nn.dot_product_attention(
-                    q_BxLxHxC, k, v, is_causal=self.mask.kind == "causal"
-                )
-            seen = allowed(
-                self.mask,
-                where.index,
-                jnp.arange(k.shape[1]),
-                *(() if segment is None else (segment, all_gather(segment, "cp", dim=1))),
-            )
-            seen = seen.reshape(-1, 1, *seen.shape[-2:])
-            return jax.nn.dot_product_attention(
-                q_BxLxHxC, k, v, mask=None if self.mask.everything else seen
-            )
-        return context.attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, where.index, segment)
+        return context.attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, None, segment)
 
     def check(self, shape: ModelShape, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError, with equation, values and fix, for a plan that `batch` sequences of
@@ -114,17 +98,17 @@ class Softmax:
         context.check(plan, self.mask, **sizes, batch=batch)
 
     def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
-        """Rows at `index_BxL` against a cache of all positions. Raises ValueError for masks that a
-        cache cannot serve."""
-        if self.mask.packed:
+        """Rows at `index_BxL` against a cache of all positions."""
+        places = index_BxL, np.arange(k_BxSxKxC.shape[1])
+        return front.attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, self.mask, *places)[0]
+
+    def check_cache(self) -> None:
+        """Raises ValueError for masks that a cache cannot serve."""
+        if self.mask.packed or self.mask.rule is not None:
             raise ValueError(
                 f"no key/value cache for the mask {self.mask}: a row of a cache is one sequence, "
                 "and its rows are positions; use causal or bidirectional attention"
             )
-        seen_BxLxS = allowed(self.mask, index_BxL, jnp.arange(k_BxSxKxC.shape[1]))
-        return jax.nn.dot_product_attention(
-            q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, mask=seen_BxLxS[:, None]
-        )
 
 
 class Attention(Module):
@@ -149,6 +133,9 @@ class Attention(Module):
         w_o = w_o.astype(dtype)
 
         x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
+        if s.conv:
+            mix_near = ShortConvolution(s.conv, self.core.layout, name="conv")
+            x_BxLxD = mix_near(x_BxLxD, where.index, where.segment)
         q_BxLxHxC = jnp.einsum("bld,dhc->blhc", x_BxLxD, w_q)
         k_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[0])
         v_BxLxKxC = jnp.einsum("bld,dkc->blkc", x_BxLxD, w_kv[1])
@@ -188,7 +175,7 @@ class Attention(Module):
         return mix(v), attended
 
     def _keep(self, k_BxLxKxC: Array, v_BxLxKxC: Array) -> None:
-        if self.is_mutable_collection(CACHE):
+        if self.is_mutable_collection(CACHE) and getattr(self.core, "keeps", True):
             self._check_cache()
             self.cache("k", k_BxLxKxC)
             self.cache("v", v_BxLxKxC)
@@ -212,16 +199,36 @@ class Attention(Module):
             )
         if not hasattr(self.core, "rows"):
             raise ValueError(f"{type(self.core).__name__} has no cached decoding: use Softmax")
+        self.core.check_cache()
+        if self.shape.conv:
+            raise ValueError(conv.refuse_cache(self.shape.conv))
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """Raises ValueError for sizes that the core cannot run on these degrees."""
+        """Raises ValueError for sizes that the core or the convolution cannot run on these degrees."""
+        if self.shape.conv:
+            self._check_conv(length, degrees["cp"])
         if hasattr(self.core, "check"):
             self.core.check(self.shape, batch, length, degrees)
 
+    def _check_conv(self, length: int, cp: int) -> None:
+        taps, rule = self.shape.conv, getattr(getattr(self.core, "mask", None), "rule", None)
+        if taps < 2:
+            raise ValueError(f"model.conv = {taps} taps mix no positions: set 0, or 2 or more")
+        if rule is not None:
+            raise ValueError(
+                f"model.conv = {taps} mixes neighbours of one sequence, and the input under the mask "
+                f"rule {rule} is not one: set model.conv=0"
+            )
+        if cp > 1:
+            conv.hops(self.core.layout, length // cp, cp, taps - 1)
+
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
         """(zeros, PartitionSpecs) of the cache of `batch` sequences before any pass: {"k", "v"} of
-        [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over tp."""
+        [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over tp. Raises
+        ValueError with a convolution, which has none."""
         s = self.shape
+        if s.conv:
+            raise ValueError(conv.refuse_cache(s.conv))
         shape = (batch, length, s.kv_heads // size("tp"), s.head_dim)
         zeros = vary(jnp.zeros(shape, jnp.dtype(s.dtype)), (*BATCH_AXES, "tp"))
         spec = PartitionSpec(BATCH_AXES, None, "tp", None)

@@ -6,7 +6,9 @@ head_dim, V vocabulary. Inside shard_map F, H, K, V are this device's shares ove
 over cp (and over tp between blocks when the sequence is parallel); outside, they are global.
 Parameters are float32; compute happens in `dtype`."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ def enter_tp(x_BxLxD: Array, sequence_parallel: bool) -> Array:
 # In place of the all-reduce over tp that ends a row-parallel layer: (partial_BxLxD, layer,
 # attended) → [B, L, D]. `layer` is "embedding", "attention" or "mlp". Attention also hands over
 # `attended`, the attention-weighted mean over this device's heads: f32 [B, L] of the keys → [B, L].
+# The module behind it is also given the data of the pass, as keyword `given`.
 Reduction = Callable[[Array, str, Callable[[Array], Array] | None], Array]
 
 
@@ -118,21 +121,24 @@ class Embedding(Module):
     `logits` is the head that shares its table."""
 
     shape: ModelShape
-    reduction: Reduction | None = None
+    reduction: Callable[..., Any] | None = None  # builds what replaces the all-reduce
 
     def setup(self) -> None:
         s = self.shape
+        if self.reduction is not None:
+            self.sum = self.reduction(s)
         axes = ("tp", None)
         self.table = self.weight("table", normal(1.0), (s.vocab, s.width), axes, decay=False)
 
-    def __call__(self, ids_BxL: Array) -> Array:
+    def __call__(self, ids_BxL: Array, given: Any = None) -> Array:
         s, table = self.shape, self.table
+        reduce = None if self.reduction is None else functools.partial(self.sum, given=given)
         V = table.shape[0]
         local = ids_BxL - vocab_offset(V)
         mine = (local >= 0) & (local < V)
         x_BxLxD = jnp.where(mine[..., None], table[jnp.clip(local, 0, V - 1)], 0.0)
         x_BxLxD = x_BxLxD.astype(s.dtype)
-        return leave_tp(x_BxLxD, s.sequence_parallel, self.reduction, "embedding")
+        return leave_tp(x_BxLxD, s.sequence_parallel, reduce, "embedding")
 
     def logits(self, x_D: Array) -> Array:
         """[..., D] → float32 [..., V/tp], by the rows of the table over √D."""

@@ -6,6 +6,7 @@ hashes as what it says, so that equal models compile once.
 Legend: B sequences, L positions, D width, E noise features.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from fdp.collectives import size, vary
 from fdp.models import module
-from fdp.models.layers import Modulation, Reduction, RMSNorm
+from fdp.models.layers import Modulation, RMSNorm
 from fdp.models.module import Module, compact
 from fdp.models.shape import ModelShape
 
@@ -48,22 +49,25 @@ def layer(cls: type[Module], **fields: Any) -> Layer:
 
 class Block(Module):
     """Pre-norm residual block of a layer that mixes positions and one that does not; with time
-    conditioning each is modulated by the noise level.
+    conditioning each is modulated by the noise level, and starts as the identity (adaLN-zero).
 
-    A mixing layer is a module `(x, where, layer input) → y`. `reduction` replaces the all-reduce
-    over tp that ends both layers and may keep state in the cache.
+    A mixing layer is a module `(x, where, layer input) → y`. `reduction` builds the module that
+    replaces the all-reduce over tp at the end of both layers and may keep state in the cache.
     """
 
     shape: ModelShape
     mixing: Layer
     ffn: Layer
-    reduction: Reduction | None = None
+    reduction: Layer | None = None
 
     @compact
     def __call__(self, x_BxLxD: Array, shared: tuple, given: Any = None) -> tuple[Array, None]:
         s, dtype = self.shape, jnp.dtype(self.shape.dtype)
         noise_BxE, where = shared
-        more = {} if self.reduction is None else {"reduction": self.reduction}
+        more = {}
+        if self.reduction is not None:
+            reduction = self.reduction(s, name="reduction")
+            more = {"reduction": functools.partial(reduction, given=where.given)}
         attention = self.mixing(s, name="attention", **more)
         ffn = self.ffn(s, name="mlp", **more)
 
@@ -78,7 +82,7 @@ class Block(Module):
                 modulation = Modulation(s.width, name=f"{name}_modulation")
                 shift, scale, gate = modulation(noise_BxE)
                 h_BxLxD = (h_BxLxD * (1 + scale) + shift).astype(dtype)
-                x_BxLxD = (x_BxLxD + (1 + gate) * run(h_BxLxD)).astype(dtype)
+                x_BxLxD = (x_BxLxD + gate * run(h_BxLxD)).astype(dtype)
         return x_BxLxD, None
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:

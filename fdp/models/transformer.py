@@ -13,7 +13,7 @@ import jax
 from fdp.collectives import all_gather, vary
 from fdp.kernels_pallas.masks import Mask
 from fdp.models.attention import GATHER, Attention, Core, Softmax, Where
-from fdp.models.layers import Embedding, Head, NoiseEmbedding, Reduction, RMSNorm, SwiGLU
+from fdp.models.layers import Embedding, Head, NoiseEmbedding, RMSNorm, SwiGLU
 from fdp.models.module import Module
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
@@ -29,6 +29,7 @@ class Transformer(Module):
     `pattern`: the blocks of one period (`fdp.models.stack`). `layout`: which positions each device
     of cp holds. `position`: rotary positions of indices, by default the indices themselves.
     `gather`, for ZeRO-3: name of a stack → what gathers the stored parameters of one period.
+    `reduction` builds what replaces the all-reduce over tp that ends the embedding.
     """
 
     shape: ModelShape
@@ -36,7 +37,7 @@ class Transformer(Module):
     layout: layouts.SequenceLayout = layouts.CONTIGUOUS
     position: Callable[[Array], Array] | None = None
     gather: Callable[[str], Any] | None = None
-    reduction: Reduction | None = None
+    reduction: Layer | None = None
 
     def setup(self) -> None:
         s = self.shape
@@ -49,10 +50,10 @@ class Transformer(Module):
         gather = None if self.gather is None else self.gather("layers")
         self.layers = Stack(s, self.pattern).build(gather, "layers")
 
-    def embed(self, noised: dict[str, Any]) -> Array:
+    def embed(self, noised: dict[str, Any], given: Any = None) -> Array:
         """[B, L, D] of noised["inputs"], int32 [B, L]."""
         # The stacked layers are typed varying over pp.
-        return vary(self.embedding(noised["inputs"]), "pp")
+        return vary(self.embedding(noised["inputs"], given), "pp")
 
     def stack(
         self,
@@ -96,7 +97,7 @@ class Transformer(Module):
     ) -> Array:
         """`stack` of `embed` of plain ids, as samplers call it."""
         noised = {"inputs": ids_BxL, "noise": noise_B}
-        return self.stack(self.embed(noised), noised, inputs_N, index_BxR, given)
+        return self.stack(self.embed(noised, given), noised, inputs_N, index_BxR, given)
 
     def __call__(self, noised: dict[str, Any]) -> Array:
         """Logits [B, L, V/tp], float32."""

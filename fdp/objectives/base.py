@@ -6,7 +6,7 @@ vocabulary (tp: V/tp columns), R rows (any leading shape), N strata (noise level
 """
 
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class Objective:
     `dims` names the dims of what `corrupt` returns (`fdp.sharding.batch_specs`).
     """
 
-    dims: Any = {}
+    dims: ClassVar[Any] = {}
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Any:
         """Draw the noise of one GLOBAL batch: call it outside shard_map, so that every mesh sees
@@ -66,7 +66,7 @@ class TokenObjective(Objective):
     """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Every token counts, or as much as
     its weight where the data weigh tokens."""
 
-    dims = {
+    dims: ClassVar[Any] = {
         "inputs": ("batch", "sequence"),
         "noise": ("batch",),
         "rows": ("batch", "sequence"),

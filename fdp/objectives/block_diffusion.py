@@ -19,46 +19,53 @@ from fdp.objectives.mdlm import MDLM, masked_capacity
 from fdp.objectives.schedules import Linear, Schedule
 
 
-def block_diffusion_mask(q_index: Any, k_index: Any, length: int, block: int) -> Any:
-    """Whether query q may attend to key k in [z ‖ x] of 2·length: integer arrays or ints that
-    broadcast → bool.
-
-    Noisy → noisy of its own block; noisy → clean of strictly earlier blocks; clean → clean of its
-    own block and earlier; clean → noisy never (Arriola et al. 2025)."""
-    q_clean, k_clean = q_index >= length, k_index >= length
-    q_block, k_block = q_index % length // block, k_index % length // block
-    own = (k_block == q_block) & (q_clean == k_clean)
-    earlier_clean = (k_block < q_block) & k_clean
-    return own | earlier_clean
-
-
 @dataclass(frozen=True)
 class BlockDiffusionRule:
-    """`block_diffusion_mask` as a rule of a `Mask`, on indices of [z ‖ x]."""
+    """Which key a query may see in [z ‖ x] of 2·length indices: a `masks.Rule`.
+
+    Noisy → noisy of its own block; noisy → clean of strictly earlier blocks; clean → clean of its
+    own block and earlier; clean → noisy never (Arriola et al. 2025). Raises ValueError where
+    `block` does not divide `length`."""
 
     length: int
     block: int
 
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.length % self.block:
+            raise ValueError(
+                f"block length {self.block} does not divide sequence length {self.length}"
+            )
+
+    def _place(self, index: Any) -> tuple[Any, Any]:
+        """(whether clean, block inside its half). Halves are told by a comparison: no remainder."""
+        clean = index >= self.length
+        return clean, (index - clean * self.length) // self.block
+
     def __call__(self, q_index: Any, k_index: Any) -> Any:
-        """Whether query q may see key k."""
-        return block_diffusion_mask(q_index, k_index, self.length, self.block)
+        """Integers or integer arrays that broadcast → bool."""
+        (q_clean, q_block), (k_clean, k_block) = self._place(q_index), self._place(k_index)
+        own = (k_block == q_block) & (q_clean == k_clean)
+        return own | ((k_block < q_block) & k_clean)
 
     def meets(self, q_least: Any, q_most: Any, k_least: Any, k_most: Any) -> Any:
-        """False only where no query of the range sees any key of the range.
-
-        Clean keys are seen by clean queries at or after them and by noisy ones after them; noisy
-        keys by noisy queries of their own block.
-        """
+        """Ranges are cut at `length`: each pair of halves is judged by its first and last block."""
         L, block = self.length, self.block
-        some_clean_key = k_most >= L
-        first_clean = (k_least >= L) * (k_least - L)
-        within = (q_least >= L) * (q_most - L) + (q_least < L) * (
-            L - 1
-        )  # of a range with clean ones
-        latest = (q_most < L) * q_most + (q_most >= L) * within
-        sees_clean = some_clean_key & (first_clean // block <= latest // block)
-        near = (q_least // block <= k_most // block) & (k_least // block <= q_most // block)
-        return sees_clean | ((q_least < L) & (k_least < L) & near)
+        q_noisy, q_clean = q_least < L, q_most >= L
+        k_noisy, k_clean = k_least < L, k_most >= L
+        noisy = [self._capped(x) // block for x in (q_least, q_most, k_least, k_most)]
+        clean = [self._clean(x) // block for x in (q_least, q_most, k_least, k_most)]
+        same = (noisy[0] <= noisy[3]) & (noisy[1] >= noisy[2]) & q_noisy & k_noisy
+        earlier = (clean[2] < noisy[1]) & q_noisy & k_clean
+        return same | earlier | ((clean[2] <= clean[1]) & q_clean & k_clean)
+
+    def _capped(self, index: Any) -> Any:
+        """The index, or the last noisy one where it is clean."""
+        clean = index >= self.length
+        return index * (1 - clean) + (self.length - 1) * clean
+
+    def _clean(self, index: Any) -> Any:
+        """Place in the clean half, 0 where the index is noisy."""
+        return (index - self.length) * (index >= self.length)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdp.collectives import all_gather, bound, index, pmax, psum, size, vary
-from fdp.kernels_pallas.blockwise import attention_lse
+from fdp.kernels_pallas import attend as front
 from fdp.kernels_pallas.masks import Mask
+from fdp.parallel import layouts
 from fdp.parallel.context_plan import (
     ATTEND,
     DECODE,
@@ -23,7 +24,6 @@ from fdp.parallel.context_plan import (
     check,
     mask_kind,
     needed_hops,
-    orders,
 )
 from fdp.parallel.context_ring import Places, Ring, ring_attention
 
@@ -37,7 +37,6 @@ __all__ = [
     "decode",
     "mask_kind",
     "needed_hops",
-    "orders",
 ]
 
 Array = jax.Array
@@ -49,14 +48,15 @@ def attend(
     v_BxNxKxC: Array,
     mask: Mask,
     plan: CommPlan,
-    q_position_N: Array,
+    q_position_N: Array | None = None,
     segment_BxN: Array | None = None,
 ) -> Array:
     """Softmax attention of the local queries to the keys of all devices of cp: [B, N, H, C], in q's
     type.
 
-    q_position_N: global positions of the local tokens, `layouts.positions(plan.layout, N)`;
-    segment_BxN: document ids for a packed mask. Raises ValueError for what `check` refuses.
+    q_position_N: global positions of the local tokens, which are gathered; None: those of
+    `plan.layout`, known without communication. segment_BxN: document ids for a packed mask. Raises
+    ValueError for what `check` refuses.
     Sources: Liu et al. 2023 (ring), Jacobs et al. 2023 (Ulysses), Fang & Zhao 2024 (USP), Llama 3
     2024 (all-gather)."""
     cp, (B, N, H, _), K = size("cp"), q_BxNxHxC.shape, k_BxNxKxC.shape[2]
@@ -65,21 +65,32 @@ def attend(
             f"plan {plan.kind} is for few replicated queries: call decode, or use "
             f"{', '.join(ATTEND)}"
         )
+    segment_BxN = segment_BxN if mask.packed else None
     if cp == 1:
         labels = (q_position_N, q_position_N, segment_BxN, segment_BxN)
-        return attention_lse(q_BxNxHxC, k_BxNxKxC, v_BxNxKxC, mask, *labels)[0]
+        return front.attend(q_BxNxHxC, k_BxNxKxC, v_BxNxKxC, mask, *labels)[0]
     check(plan, mask, seq_len=N * cp, cp=cp, heads=H, kv_heads=K, batch=B)
-    segment_BxN = segment_BxN if mask.packed else None
-    position_S = (
-        all_gather(q_position_N, "cp", dim=0) if orders(mask) else jnp.zeros(N * cp, jnp.int32)
-    )
+    q_position_N, position_S = _positions(mask, plan, q_position_N, N)
     segment_BxS = None if segment_BxN is None else all_gather(segment_BxN, "cp", dim=1)
     kv = jnp.stack([k_BxNxKxC, v_BxNxKxC])
     if plan.kind == "all_gather":
         k_BxSxKxC, v_BxSxKxC = all_gather(kv, "cp", dim=2)
         labels = (q_position_N, position_S, segment_BxN, segment_BxS)
-        return attention_lse(q_BxNxHxC, k_BxSxKxC, v_BxSxKxC, mask, *labels)[0]
+        return front.attend(q_BxNxHxC, k_BxSxKxC, v_BxSxKxC, mask, *labels)[0]
     return _exchange_and_ring(q_BxNxHxC, kv, mask, plan, position_S, segment_BxS)
+
+
+def _positions(
+    mask: Mask, plan: CommPlan, q_position_N: Array | None, N: int
+) -> tuple[Array | None, Array | None]:
+    """(of the local queries, of the tokens of all devices); None where the mask reads none."""
+    if not mask.orders:
+        return None, None
+    if q_position_N is not None:
+        return q_position_N, all_gather(q_position_N, "cp", dim=0)
+    cp = size("cp")
+    held = jax.vmap(lambda device: layouts.held(plan.layout, N, cp, device, jnp))
+    return layouts.positions(plan.layout, N), held(jnp.arange(cp)).reshape(-1)
 
 
 def _exchange_and_ring(
@@ -87,7 +98,7 @@ def _exchange_and_ring(
     kv: Array,
     mask: Mask,
     plan: CommPlan,
-    position_S: Array,
+    position_S: Array | None,
     segment_BxS: Array | None,
 ) -> Array:
     """Heads (or sequences) against positions over the trailing sub-axes, a ring over the others,
@@ -110,14 +121,14 @@ def _exchange_and_ring(
                 segment_BxS, index(split_axes) * (B // u), B // u, 0
             )
         segment_BxS = segment_BxS.reshape(segment_BxS.shape[0], r, -1)
-    places = Places(position_S.reshape(r, -1), segment_BxS)
     if r > 1:
+        position_rxL = None if position_S is None else position_S.reshape(r, -1)
+        places = Places(position_rxL, segment_BxS)
         out_BxLxHxC = ring_attention(Ring(mask, ring_axes, plan.hops), q_BxLxHxC, kv, places)
     else:
-        position, segment = places.member(0)
-        out_BxLxHxC = attention_lse(
-            q_BxLxHxC, kv[0], kv[1], mask, position, position, segment, segment
-        )[0]
+        segment = None if segment_BxS is None else segment_BxS[:, 0]
+        labels = position_S, position_S, segment, segment
+        out_BxLxHxC = front.attend(q_BxLxHxC, kv[0], kv[1], mask, *labels)[0]
     return _all_to_all(out_BxLxHxC, split_axes, 1, dim)
 
 
@@ -168,7 +179,7 @@ def decode(
             "cache"
         )
     labels = (q_position_T, k_position_M)
-    out, lse_BxHxT = attention_lse(
+    out, lse_BxHxT = front.attend(
         q_BxTxHxC, k_BxMxKxC, v_BxMxKxC, mask, *labels, out_type=jnp.float32
     )
     if cp == 1:

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from fdp.collectives import all_gather, bound, index, psum, size, vary
-from fdp.kernels_pallas import core
+from fdp.kernels_pallas import walks
 from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention
 from fdp.kernels_pallas.blockwise import vary_alike
 from fdp.kernels_pallas.masks import Mask
@@ -168,7 +168,7 @@ def check_shapes(
     q: Array, k: Array, v: Array, ids: Array, capacity: int, block: int, position: Array
 ) -> int:
     """J, after the checks."""
-    core.check_arrays(q, k, v)
+    walks.check_arrays(q, k, v)
     (B, N), K = q.shape[:2], k.shape[2]
     if k.shape[1] != N or position.shape != (N,):
         raise ValueError(

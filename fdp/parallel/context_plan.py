@@ -23,7 +23,7 @@ LISTED = (
     "ulysses",
     "all_gather",
 )  # of those with lists of key blocks: fdp.parallel.context_sparse
-MASKS = ("bidirectional", "causal", "bidirectional window", "causal window", "packed")
+MASKS = ("bidirectional", "causal", "bidirectional window", "causal window", "packed", "rule")
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,9 @@ SUPPORT: dict[tuple[str, str, str], str] = {
 
 def mask_kind(mask: Mask) -> str:
     """The mask's row of SUPPORT."""
-    return "packed" if mask.packed else f"{mask.kind} window" if mask.window else mask.kind
-
-
-def orders(mask: Mask) -> bool:
-    """Whether the mask reads positions at all: if not, none have to be gathered."""
-    return mask.kind == "causal" or mask.window > 0
+    if mask.packed or mask.rule is not None:
+        return "packed" if mask.packed else "rule"
+    return f"{mask.kind} window" if mask.window else mask.kind
 
 
 def check(

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdp.collectives import index, size, vary_like
-from fdp.kernels_pallas.blockwise import attention_backward, attention_lse, merge_lse, vary_alike
+from fdp.kernels_pallas.attend import attend, attend_backward
+from fdp.kernels_pallas.blockwise import merge_lse, vary_alike
 from fdp.kernels_pallas.masks import Mask
 
 Array = jax.Array
@@ -47,17 +48,19 @@ class Ring:
 
 class Places(NamedTuple):
     """Positions int [r, L] of every ring member, and segment ids int [B, r, L] for a packed
-    mask.
+    mask; None where the mask reads none.
     """
 
-    position_rxL: Array
+    position_rxL: Array | None
     segment_BxrxL: Array | None
 
-    def member(self, i: Any) -> tuple[Array, Array | None]:
+    def member(self, i: Any) -> tuple[Array | None, Array | None]:
         """Positions [L] and segments [B, L] of ring member i."""
-        segment = self.segment_BxrxL
-        take = functools.partial(lax.dynamic_index_in_dim, index=i, keepdims=False)
-        return take(self.position_rxL, axis=0), None if segment is None else take(segment, axis=1)
+
+        def take(x: Array | None, axis: int) -> Array | None:
+            return None if x is None else lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
+
+        return take(self.position_rxL, 0), take(self.segment_BxrxL, 1)
 
 
 def ring_attention(ring: Ring, q_BxLxHxC: Array, kv: Array, places: Places) -> Array:
@@ -85,7 +88,7 @@ def _forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Ar
     def block(kv: Array, offset: Any) -> tuple[Array, Array]:
         k_position, k_segment = places.member((here - offset) % n)
         labels = (q_position, k_position, q_segment, k_segment)
-        return attention_lse(q, kv[0], kv[1], ring.mask, *labels, out_type=jnp.float32)
+        return attend(q, kv[0], kv[1], ring.mask, *labels, out_type=jnp.float32)
 
     if ring.jumps is not None:
         state = block(kv, 0)
@@ -125,7 +128,7 @@ def _ring_backward(ring: Ring, residuals: Any, dout: Array) -> tuple[Array, Arra
         """(dq, dkv) that the keys of the member `offset` places before contribute."""
         k_position, k_segment = places.member((here - offset) % n)
         labels = (q_position, k_position, q_segment, k_segment)
-        dq, dk, dv = attention_backward(q, kv[0], kv[1], out, lse, dout, ring.mask, *labels)
+        dq, dk, dv = attend_backward(q, kv[0], kv[1], out, lse, dout, ring.mask, *labels)
         return dq, jnp.stack([dk, dv])
 
     dq, dkv = (_jumps_backward if ring.jumps is not None else _turns_backward)(ring, n, kv, block)

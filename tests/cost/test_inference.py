@@ -6,18 +6,19 @@ import csv
 import gzip
 from pathlib import Path
 
+import build as builders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from fdp import config, sharding
 from fdp.collectives import shard_map
 from fdp.cost import flops, hardware, inference, jaxpr
 from fdp.cost.inference import GQA_70B, LLADA_8B, Degrees, Work
+from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
-from fdp.models import transformer
+from fdp.models.transformer import transformer
 from fdp.sampling import autoregressive
 from fdp.sampling.cached import BlockDecoder
 
@@ -27,32 +28,22 @@ B, L, R = 8, 12, 4
 
 
 def small(**changes):
-    c = config.base()
-    sizes = {
-        "layers": 3,
-        "width": 16,
-        "heads": 8,
-        "kv_heads": 4,
-        "head_dim": 4,
-        "ffn": 32,
-        "vocab": 32,
-    }
-    c.model.update({**sizes, "dtype": "float32", **changes})
-    return c
+    sizes = {"layers": 3, "kv_heads": 4, "ffn": 32, "vocab": 32}
+    return builders.model("bidirectional", **{**sizes, **changes}).shape
 
 
 def program(c, mesh, kind):
     """Jaxpr of one refresh, reuse or autoregressive step inside shard_map."""
-    model = transformer.from_config(c, "bidirectional")
+    model = transformer(c, Mask())
     how, key = BlockDecoder(model, 30, R), jax.random.key(0)
-    shapes, specs = sharding.abstract_params(model, L)
-    state, cache = P(BATCH_AXES), transformer.cache_specs()
+    shapes, specs = builders.shapes_and_specs(model, L)
+    state, (_, cache) = P(BATCH_AXES), model.decode_state(B, L)
     z, ids = jax.ShapeDtypeStruct((B, L), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
     if kind == "refresh":
         step = lambda params, ids, z: how.refresh(params, key, ids, z, jnp.int32(0), jnp.int32(R))
         f = shard_map(step, mesh, (specs, state, state), (state, cache))
         return jax.make_jaxpr(f)(shapes, ids, z)
-    whole = jax.eval_shape(lambda: transformer.empty_cache(model.m, B, L))
+    whole = jax.eval_shape(lambda: model.decode_state(B, L)[0])
     step = lambda params, cache, ids, z: how.reuse(
         params, cache, key, ids, z, jnp.int32(0), jnp.int32(R)
     )
@@ -77,7 +68,7 @@ def test_flops_and_collectives_are_those_of_the_programs(kind, dp, tp, changes):
     c = small(**changes)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"dp": dp, "tp": tp})
     made = program(c, mesh, kind)
-    shape, degrees = inference.shape_of(c.model), Degrees(tp, dp)
+    shape, degrees = inference.shape_of(c), Degrees(tp, dp)
     work = Work(B, L if kind == "refresh" else R, L, R)
     assert inference.flops(shape, work, degrees) == jaxpr.dot_flops(made)
     counted: dict = {}
@@ -93,32 +84,32 @@ def test_flops_and_collectives_are_those_of_the_programs(kind, dp, tp, changes):
 
 def test_an_autoregressive_step_is_one_row():
     c = small()
-    model = transformer.from_config(c, "causal")
-    shapes, specs = sharding.abstract_params(model, L)
+    model = transformer(c, Mask("causal"))
+    shapes, specs = builders.shapes_and_specs(model, L)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": 4})
     run = lambda p, ids: autoregressive.sample_cached(
         model, p, jax.random.key(0), ids, L, 31, n_ids=30
     )[0]
     made = jax.make_jaxpr(shard_map(run, mesh, (specs, P()), P()))(shapes, jnp.arange(2))
-    one = inference.flops(inference.shape_of(c.model), Work(2, 1, L, 1), Degrees(4, 1))
+    one = inference.flops(inference.shape_of(c), Work(2, 1, L, 1), Degrees(4, 1))
     assert jaxpr.dot_flops(made) == L * one
 
 
 def test_a_whole_pass_is_the_models_forward():
     c = small()
-    c.data.seq_len = L
-    shape = inference.shape_of(c.model)
-    assert inference.flops(shape, Work(B, L, L, L), Degrees(1, 1)) == flops.forward(c, B, B * L)
+    shape = inference.shape_of(c)
+    whole = B * c.layers * flops.layer_forward(c, L) + flops.head_forward(c, B * L)
+    assert inference.flops(shape, Work(B, L, L, L), Degrees(1, 1)) == whole
     norms = (2 * shape.layers + 1) * shape.width
-    assert inference.weight_bytes(shape, 1) == 4 * (flops.parameters(c.model) - norms)
+    assert inference.weight_bytes(shape, 1) == 4 * (flops.parameters(c) - norms)
 
 
 def test_the_cache_and_parameters_have_the_bytes_of_their_arrays():
     c = small(dtype="bfloat16")
-    model = transformer.from_config(c, "bidirectional")
-    arrays = jax.tree.leaves(jax.eval_shape(lambda: transformer.empty_cache(model.m, B, L)))
+    model = transformer(c, Mask())
+    arrays = jax.tree.leaves(jax.eval_shape(lambda: model.decode_state(B, L)[0]))
     total = sum(a.size * a.dtype.itemsize for a in arrays)
-    shape = inference.shape_of(c.model)
+    shape = inference.shape_of(c)
     assert inference.cache_bytes(shape, B, L, Degrees(1, 1)) == total
     assert inference.cache_bytes(shape, B, L, Degrees(4, 2)) == total // 8
     assert inference.weight_bytes(LLADA_8B, 1) == pytest.approx(2 * 8.0e9, rel=0.02)
@@ -212,7 +203,7 @@ def test_other_bad_input():
     with pytest.raises(ValueError, match=r"rows % tp = 9 % 2 = 1"):
         inference.price(LLADA_8B, Work(8, 9, 64, 9), Degrees(2, 1), "h100", sequence_parallel=True)
     with pytest.raises(ValueError, match=r"model\.time_conditioning=False"):
-        inference.shape_of(small(time_conditioning=True).model)
+        inference.shape_of(small(time_conditioning=True))
     with pytest.raises(ValueError, match=r"no held-out error of collectives on b200"):
         inference.network_error("b200", small=True)
     assert inference.network_error("h100", small=False) == pytest.approx((0.099, 0.323))

@@ -5,6 +5,7 @@ Legend: B sequences, N queries, M keys, H query heads, K key heads, C head_dim.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdp.kernels_pallas.blockwise import attention_backward, attention_lse, merge_lse
+from fdp.cost import jaxpr
+from fdp.kernels_pallas.blockwise import (
+    attention_backward,
+    attention_lse,
+    merge_lse,
+    tiles_computed,
+)
 from fdp.kernels_pallas.masks import Mask
+from fdp.objectives.block_diffusion import BlockDiffusionRule
+from fdp.parallel import layouts
+from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG
 
 B, N, M, H, K, C = 2, 12, 22, 6, 2, 8
-MASKS = [Mask(), Mask("causal"), Mask("causal", 5), Mask(window=4), Mask("causal", packed=True)]
-PLACES = (
-    jnp.arange(N) + 10,
-    jnp.arange(M)[::-1] + 3,
-)  # any order: positions decide; some queries see no key
+RULE = Mask(rule=BlockDiffusionRule(12, 3))
+MASKS = [Mask(), Mask("causal"), Mask("causal", 5), Mask(window=4), RULE]
+MASKS.append(Mask("causal", packed=True))
+# In any order, as positions decide; some queries see no key, under the rule all do.
+PLACES = np.arange(N) + 10, np.arange(M)[::-1] + 3
 
 
 def inputs(dtype=jnp.float32):
@@ -38,71 +48,164 @@ def segments():
     return rng.integers(0, 3, (B, N)), rng.integers(0, 3, (B, M))
 
 
-def dense(mask: Mask, q, k, v):
+def seen_of(mask: Mask) -> np.ndarray:
+    """Who sees whom, bool [B, N, M], pair by pair."""
+    a, b = segments()
+    seen = np.zeros((B, N, M), bool)
+    for n, m in itertools.product(range(N), range(M)):
+        q, k = int(PLACES[0][n]), int(PLACES[1][m])
+        one = (mask.kind != "causal" or k <= q) and (not mask.window or abs(q - k) < mask.window)
+        one = one and (mask.rule is None or bool(mask.rule(q, k)))
+        seen[:, n, m] = one & ((a[:, n] == b[:, m]) if mask.packed else True)
+    return seen
+
+
+def dense(seen, q, k, v):
     """The oracle: (out, lse) from all scores, rows without a key out 0 and lse -inf."""
     k, v = (jnp.repeat(x, H // K, axis=2) for x in (k, v))
-    apart = np.asarray(PLACES[0])[:, None] - np.asarray(PLACES[1])[None]
-    seen = np.ones((1, 1, N, M), bool)
-    if mask.kind == "causal":
-        seen = seen & (apart >= 0)
-    if mask.window:
-        seen = seen & (abs(apart) < mask.window)
-    if mask.packed:
-        a, b = segments()
-        seen = seen & (a[:, None, :, None] == b[:, None, None, :])
+    seen = jnp.broadcast_to(seen[:, None], (B, H, N, M))
     some = seen.any(-1)
     s = jnp.where(seen, jnp.einsum("bnhc,bmhc->bhnm", q, k) / C**0.5, -1e30)
     out = jnp.einsum("bhnm,bmhc->bnhc", jax.nn.softmax(s), v)
     lse = jnp.where(some, jax.nn.logsumexp(s, -1), -jnp.inf)
-    return jnp.where(jnp.moveaxis(jnp.broadcast_to(some, lse.shape), 1, 2)[..., None], out, 0), lse
+    return jnp.where(jnp.moveaxis(some, 1, 2)[..., None], out, 0), lse
 
 
-def ours(mask: Mask, block: int):
-    a, b = segments()
-    labels = (*PLACES, a, b) if mask.packed else PLACES
-    return lambda q, k, v: attention_lse(q, k, v, mask, *labels, block=block)
-
-
-def loss(f, dout, dlse):
-    """Uses both results; rows without a key give lse -inf and are left out."""
+def with_gradients(f, dout, dlse):
+    """(q, k, v) → ((out, lse), gradients through both); rows without a key give lse -inf, left
+    out."""
 
     def run(q, k, v):
-        out, lse = f(q, k, v)
-        return (out * dout).sum() + jnp.where(lse == -jnp.inf, 0.0, lse * dlse).sum()
+        (out, lse), pull = jax.vjp(f, q, k, v)
+        return (out, lse), pull((dout, jnp.where(lse == -jnp.inf, 0.0, dlse)))
 
     return run
 
 
+@jax.jit
+def wanted(seen, q, k, v, dout, dlse):
+    return with_gradients(functools.partial(dense, seen), dout, dlse)(q, k, v)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def traced(mask: Mask, block: int, places, q, k, v, dout, dlse):
+    """With positions that are data."""
+    labels = (*places, *(segments() if mask.packed else ()))
+    f = lambda q, k, v: attention_lse(q, k, v, mask, *labels, block=block)
+    return with_gradients(f, dout, dlse)(q, k, v)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def known(mask: Mask, block: int, q, k, v, dout, dlse):
+    """With positions that are known before tracing."""
+    labels = (*PLACES, *(segments() if mask.packed else ()))
+    f = lambda q, k, v: attention_lse(q, k, v, mask, *labels, block=block)
+    return with_gradients(f, dout, dlse)(q, k, v)
+
+
+CASES = [(mask, 4) for mask in MASKS] + [(MASKS[2], 11), (MASKS[2], 100)]
+
+
 @pytest.mark.fast
-@pytest.mark.parametrize("block", [4, 11, 100])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "block"), CASES)
 def test_values_and_gradients_equal_dense_attention(mask: Mask, block: int) -> None:
-    """Blocks that divide the keys, leave a rest, or are one dense block; gradients through out and
-    lse.
-    """
-    q, k, v, dout, dlse = inputs()
-    got, want = jax.jit(ours(mask, block))(q, k, v), dense(mask, q, k, v)
-    assert np.allclose(got[0], want[0], atol=1e-5)
-    assert (np.isneginf(got[1]) == np.isneginf(want[1])).all()
-    assert np.allclose(got[1], want[1], atol=1e-5)
-    grads = jax.jit(jax.grad(loss(ours(mask, block), dout, dlse), (0, 1, 2)))(q, k, v)
-    for a, b in zip(
-        grads,
-        jax.grad(loss(lambda *x: dense(mask, *x), dout, dlse), (0, 1, 2))(q, k, v),
-        strict=True,
-    ):
-        assert np.abs(a - b).max() <= 1e-5 * max(1.0, np.abs(b).max())
+    """Tiles that divide the keys, leave a rest, or are the whole; gradients through out and lse."""
+    arrays = inputs()
+    (out, lse), want = wanted(seen_of(mask), *arrays)
+    runs = [traced(mask, block, PLACES, *arrays)]
+    runs += [known(mask, block, *arrays)] if block == 4 and mask.orders else []
+    for got, grads in runs:
+        assert np.allclose(got[0], out, atol=1e-5)
+        assert (np.isneginf(got[1]) == np.isneginf(lse)).all()
+        assert np.allclose(got[1], lse, atol=1e-5)
+        for a, b in zip(grads, want, strict=True):
+            assert np.abs(a - b).max() <= 1e-5 * max(1.0, np.abs(b).max())
+
+
+LENGTH, TILE = 32, 8
+POSITIONS = np.asarray(layouts.permutation(ZIGZAG, LENGTH, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def one_tile(mask: Mask, at: int | None, places, k):
+    """(out, dq, dv) of one tile of queries, the one that starts at `at` if that is known before
+    tracing."""
+    q, v, dout = jax.random.normal(jax.random.key(0), (3, 1, LENGTH, 2, 4))
+    places = places if at is None else (POSITIONS[at:][:TILE], POSITIONS)
+    f = lambda q, v: attention_lse(q, k, v, mask, *places, block=TILE)[0]
+    out, pull = jax.vjp(f, q[:, :TILE], v)
+    return out, *pull(dout[:, :TILE])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("mask", [Mask("causal"), Mask("causal", 9), Mask(window=9)])
+def test_what_the_mask_hides_is_not_computed(mask: Mask) -> None:
+    """Forward and backward, with positions known before tracing and without: a NaN in a hidden tile
+    reaches nobody. Negative control: it reaches those who see its tile."""
+    k = jax.random.normal(jax.random.key(1), (1, LENGTH, 2, 4))
+    for start, ways in ((0, (None,)), (2 * TILE, (None, 2 * TILE))):
+        own = POSITIONS[start:][:TILE]
+        met = [tiles_computed(mask, own, tile, TILE) == 1 for tile in POSITIONS.reshape(-1, TILE)]
+        assert not all(met)
+        hidden = np.repeat(~np.array(met), TILE)[None, :, None, None]
+        for way in ways:
+            for x in one_tile(mask, way, (own, POSITIONS), jnp.where(hidden, jnp.nan, k)):
+                assert np.isfinite(x).all()
+        soiled = k.at[:, int(np.argmax(met)) * TILE].set(jnp.nan)
+        assert np.isnan(one_tile(mask, None, (own, POSITIONS), soiled)[0]).any()
+
+
+@pytest.mark.fast
+def test_tiles_are_skipped_under_vmap_and_rematerialisation() -> None:
+    """Each example has positions of its own, hence other tiles: as one by one."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 1, LENGTH, 2, 4))
+    places = jnp.arange(LENGTH) + jnp.array([[0], [9]])
+
+    def loss(q, k, v, place):
+        f = lambda q, k, v: attention_lse(
+            q, k, v, Mask("causal", 9), place, jnp.arange(LENGTH), block=TILE
+        )[0]
+        return (jax.checkpoint(f)(q, k, v) ** 2).sum()
+
+    grad = jax.grad(loss, (0, 1, 2))
+    together, one = jax.jit(jax.vmap(grad))(q, k, v, places), jax.jit(grad)
+    for i in range(2):
+        for a, b in zip(together, one(q[i], k[i], v[i], places[i]), strict=True):
+            assert np.abs(b).max() > 0.1 and np.abs(a[i] - b).max() < 1e-5
+    made = jax.make_jaxpr(jax.vmap(loss))(q, k, v, places)
+    assert jaxpr.dot_flops(made) == 2 * 4 * LENGTH**2 * 2 * 4
+
+
+def flops(mask: Mask, length: int) -> int:
+    x, places = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32), np.arange(length)
+    f = lambda q, k, v: attention_lse(q, k, v, mask, places, places)[0].sum()
+    return jaxpr.dot_flops(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(x, x, x))
+
+
+@pytest.mark.fast
+def test_a_mask_saves_its_flops_and_zigzag_halves_those_of_the_busiest_device() -> None:
+    assert flops(Mask("causal"), 2048) <= 0.6 * flops(Mask(), 2048)
+    assert flops(Mask("causal", 256), 2048) <= 0.25 * flops(Mask(), 2048)
+    x = jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)
+    f = lambda q, k, v: attention_lse(q, k, v, Mask("causal"), jnp.arange(512), jnp.arange(512))
+    assert jaxpr.dot_flops(jax.make_jaxpr(f)(x, x, x)) == 4 * 512 * 512 * 2 * 8  # at most
+
+    def busiest(layout) -> int:
+        """Tiles of the device that computes most, over the hops of a ring of 8."""
+        held = layouts.permutation(layout, 8192, 8).reshape(8, -1)
+        return max(sum(tiles_computed(Mask("causal"), q, k) for k in held) for q in held)
+
+    assert busiest(ZIGZAG) <= 0.6 * busiest(CONTIGUOUS)
 
 
 @pytest.mark.fast
 def test_rows_without_a_key_are_zero_and_send_no_gradient() -> None:
     q, k, v, dout, dlse = inputs()
-    nobody = (jnp.zeros(N, jnp.int32), jnp.arange(M) + 1)
-    f = jax.jit(lambda q, k, v: attention_lse(q, k, v, Mask("causal"), *nobody, block=8))
-    out, lse = f(q, k, v)
-    assert (out == 0).all() and np.isneginf(lse).all()
-    for g in jax.vjp(f, q, k, v)[1]((dout, dlse)):
-        assert (g == 0).all()
+    nobody = np.zeros(N, int), np.arange(M) + 1
+    for block in (4, 100):  # no tile is computed; one is
+        (out, lse), grads = traced(Mask("causal"), block, nobody, q, k, v, dout, dlse)
+        assert (out == 0).all() and np.isneginf(lse).all()
+        assert all((g == 0).all() for g in grads)
 
 
 @pytest.mark.fast

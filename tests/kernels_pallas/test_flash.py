@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from fdp.kernels_pallas import core, flash, tiles
-from fdp.kernels_pallas.flash import flash_attention, reference, seen_by
+from fdp.kernels_pallas import flash, tiles
+from fdp.kernels_pallas.attend import attend
+from fdp.kernels_pallas.flash import reference, seen_by
 from fdp.kernels_pallas.masks import Mask
+from fdp.objectives.block_diffusion import BlockDiffusionRule
 from tests.kernels_pallas.compiled import PLATFORMS, compiled_text, kernels
 from tests.kernels_pallas.oracle import assert_close, inputs, with_gradients
 
@@ -29,10 +31,8 @@ def small_tiles(monkeypatch):
 
 @partial(jax.jit, static_argnames=("mask", "backend"))  # one program for all cases of a mask
 def kernel(arrays, tags, mask, backend):
-    """`flash_attention` in interpret mode."""
-    f = lambda q, k, v: flash_attention(
-        q, k, v, mask, **tags, backend=backend, interpret=backend != "xla"
-    )
+    """The kernels in interpret mode."""
+    f = lambda q, k, v: attend(q, k, v, mask, **tags, backend=backend, interpret=True)
     return with_gradients(f, *arrays)
 
 
@@ -71,13 +71,14 @@ CASES = {
     "window": (Mask(window=7), Q, K - 3),
     "causal window": (Mask("causal", window=9), Q, K),
     "packed": (Mask("causal", packed=True), Q, K, documents(37, 7), documents(43, 8)),
+    "rule": (Mask(rule=BlockDiffusionRule(24, 4)), Q, K),
 }
 
 
 def arguments(name):
     """(mask, tags) of a case; positions for every sequence, so that cases share a program."""
     mask, *tags = CASES[name]
-    names = ("q_position_N", "k_position_M", "q_segment_N", "k_segment_M")
+    names = ("q_position", "k_position", "q_segment", "k_segment")
     return mask, {
         key: jnp.broadcast_to(x, (2, x.shape[-1])) for key, x in zip(names, tags, strict=False)
     }
@@ -98,21 +99,11 @@ def test_values_and_gradients(name, backend):
 def test_bfloat16_and_padded_heads(backend):
     """head_dim 24 is padded to 32, three heads share one key head."""
     arrays = inputs(B=1, H=3, K=1, C=24, dtype=jnp.bfloat16)
-    f = lambda q, k, v: flash_attention(q, k, v, CAUSAL, backend=backend, interpret=True)
+    f = lambda q, k, v: attend(q, k, v, CAUSAL, backend=backend, interpret=True)
     got = jax.jit(partial(with_gradients, f))(*arrays)
     wide = [x.astype(jnp.float32) for x in arrays]
-    tags = {"q_position_N": Q, "k_position_M": K}
+    tags = {"q_position": Q, "k_position": K}
     assert_close(got, oracle(wide, tags, CAUSAL), forward=0.03, backward=0.03)
-
-
-def test_defaults_take_the_xla_path_on_cpu():
-    mask, tags = arguments("zig-zag")
-    arrays = inputs()
-    assert core.choose_backend(None) == "xla"
-    assert_close(kernel(arrays, tags, mask, "xla"), oracle(arrays, tags, mask))
-    q, k, v = arrays[:3]
-    out = flash.attention(q, k, v, CAUSAL)
-    np.testing.assert_allclose(out, reference(q, k, v, seen_by(CAUSAL, (Q,), (K,)))[0], atol=1e-5)
 
 
 @fast
@@ -129,60 +120,7 @@ def test_ranges_hold_every_tile_that_is_needed_and_skip_the_others(name):
         tile = np.arange(live.shape[2])
         walked = (tile >= first) & (tile < first + count)
         assert (walked >= live).all()
-        assert walked.sum() <= (1.7 if name == "zig-zag" else 1.3) * live.sum()
-
-
-@fast
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"k": (2, 43, 3, 16)},
-            r"H = 4 query heads are not a multiple of K = 3 key heads: H mod K = 1, choose K \| H",
-        ),
-        ({"k": (2, 43, 2, 8)}, r"q \(2, 37, 4, 16\), k \(2, 43, 2, 8\).*: make B and C agree"),
-        ({"k": (2, 0, 2, 16)}, "over an empty dim"),
-        ({"dtype": jnp.float16}, "must be equal, float32 or bfloat16: cast them"),
-        (
-            {"q_position_N": jnp.arange(36)},
-            r"q_position has shape \(36,\) but q has B = 2, length = 37: pass \[37\]",
-        ),
-        (
-            {"k_position_M": jnp.arange(43.0)},
-            "k_position has dtype float32: token indices are integers, cast to int32",
-        ),
-        (
-            {"mask": Mask(packed=True)},
-            "mask.packed = True but q_segment is NoneType: pass the segment ids",
-        ),
-        (
-            {"q_segment_N": jnp.arange(37)},
-            r"mask.packed = False but q_segment is .*: use Mask\(packed=True\)",
-        ),
-        ({"backend": "cuda"}, "backend = 'cuda' is unknown: xla, tpu, gpu or None"),
-    ],
-)
-def test_bad_input_says_what_to_change(change, message):
-    shape, dtype = change.pop("k", (2, 43, 2, 16)), change.pop("dtype", jnp.float32)
-    with pytest.raises(ValueError, match=message):
-        flash_attention(
-            jnp.zeros((2, 37, 4, 16), dtype), jnp.zeros(shape), jnp.zeros(shape), **change
-        )
-
-
-@fast
-def test_cudnn_is_taken_only_where_it_covers_the_case(monkeypatch):
-    q, k = jnp.zeros((1, 8, 4, 64), jnp.bfloat16), jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
-    assert not flash.cudnn_covers(
-        q, k, CAUSAL, "gpu"
-    )  # this process has no GPU: it compiles for an absent one
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert flash.cudnn_covers(q, k, CAUSAL, "gpu") and flash.cudnn_covers(
-        q, k[:, :4], Mask(), "gpu"
-    )
-    assert not flash.cudnn_covers(q, k[:, :4], CAUSAL, "gpu")
-    assert not flash.cudnn_covers(q, k, Mask("causal", window=4), "gpu")
-    assert not flash.cudnn_covers(q.astype(jnp.float32), k, CAUSAL, "gpu")
+        assert walked.sum() <= {"zig-zag": 1.7, "rule": 2.5}.get(name, 1.3) * live.sum()
 
 
 def test_inside_shard_map():
@@ -193,7 +131,7 @@ def test_inside_shard_map():
     q, k, v, do, dlse = inputs(B=2, N=16, M=16, H=2, K=1)
     k, v = k[:1], v[:1]
     mesh = Mesh(np.array(jax.devices()[:2]), ("dp",), axis_types=(AxisType.Auto,))
-    local = partial(flash_attention, mask=CAUSAL, backend="gpu", interpret=True)
+    local = partial(attend, mask=CAUSAL, backend="gpu", interpret=True)
     specs = {"in_specs": (P("dp"), P(), P()), "out_specs": P("dp")}
     sharded = jax.shard_map(local, mesh=mesh, **specs, check_vma=False)
     whole = lambda q, k, v: reference(
@@ -219,7 +157,9 @@ def test_forward_and_backward_compile(platform, dtype, C, monkeypatch):
     monkeypatch.undo()
 
     def local(q, k, v, segment):
-        return flash_attention(q, k, v, Mask("causal", packed=True), None, None, segment, segment)
+        mask = Mask("causal", packed=True, rule=BlockDiffusionRule(500, 4))
+        places = jnp.arange(1000)
+        return attend(q, k, v, mask, places, places, segment, segment)
 
     avals = [((2, 1000, H, C), dtype, P("dp")) for H in (8, 2, 2)] + [
         ((2, 1000), jnp.int32, P("dp"))
@@ -231,5 +171,6 @@ def test_forward_and_backward_compile(platform, dtype, C, monkeypatch):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_replicated_keys_compile(platform):
     """Keys that do not vary over the mesh axis over which queries vary."""
+    local = lambda q, k, v: attend(q, k, v, CAUSAL, jnp.arange(64), jnp.arange(64))
     avals = [((2, 64, 4, 64), jnp.bfloat16, P("dp")), *[((1, 64, 4, 64), jnp.bfloat16, P())] * 2]
-    assert kernels(compiled_text(platform, partial(flash_attention, mask=CAUSAL), *avals)) == 3
+    assert kernels(compiled_text(platform, local, *avals)) == 3

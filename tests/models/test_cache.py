@@ -4,60 +4,50 @@ read it.
 
 import functools
 
+import build as builders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from fdp import config, sharding
 from fdp.collectives import shard_map
 from fdp.cost import jaxpr
+from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
-from fdp.models import transformer
-from fdp.models.attention import CACHE
+from fdp.models import module
+from fdp.models.transformer import transformer
+from fdp.objectives.block_diffusion import BlockDiffusionRule
 
 pytestmark = pytest.mark.fast
 B, L = 4, 8
+KEY = jax.random.key(0)
 IDS = jax.random.randint(jax.random.key(1), (B, L), 0, 16)
 NOISE = jnp.linspace(0.1, 0.9, B)
 
 
 @functools.cache
 def build(attention="bidirectional", **changes):
-    c = config.base()
-    sizes = {
-        "layers": 2,
-        "width": 16,
-        "heads": 4,
-        "kv_heads": 2,
-        "head_dim": 8,
-        "ffn": 16,
-        "vocab": 16,
-    }
-    c.model.update({**sizes, "dtype": "float32", **changes})
-    model = transformer.from_config(c, attention)
-    return model, jax.jit(lambda key: sharding.init_params(model, key, L))(jax.random.key(0))
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+    model = builders.model(attention, **{**sizes, **changes})
+    return model, builders.parameters(model, L)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def whole(model, params, ids):
     """(hidden, cache) of a pass over all rows."""
-    hidden, kept = model.apply(
-        {"params": params}, ids, NOISE[: len(ids)], mutable=[CACHE], method="hidden"
-    )
-    return hidden, kept[CACHE]
+    args = model, {"params": params}, ids, NOISE[: len(ids)]
+    hidden, _, cache = module.run(*args, method="hidden", keep_cache=True)
+    return hidden, cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def rows(model, params, cache, ids, positions):
     """(hidden, cache) of a pass over the rows at `positions` [B, R]."""
     at = jnp.take_along_axis(ids, positions, 1)
-    variables = {"params": params, CACHE: cache}
-    hidden, kept = model.apply(
-        variables, at, NOISE[: len(ids)], positions, mutable=[CACHE], method="hidden"
-    )
-    return hidden, kept[CACHE]
+    args = model, {"params": params}, at, NOISE[: len(ids)], positions
+    hidden, _, cache = module.run(*args, method="hidden", cache=cache)
+    return hidden, cache
 
 
 @pytest.mark.parametrize(
@@ -67,7 +57,8 @@ def rows(model, params, cache, ids, positions):
 def test_rows_against_a_fresh_cache_are_those_of_a_whole_pass(attention, changes):
     model, params = build(attention, **changes)
     hidden, cache = whole(model, params, IDS)
-    plain = jax.jit(lambda p: model.apply({"params": p}, IDS, NOISE, method="hidden"))(params)
+    args = IDS, NOISE
+    plain = jax.jit(lambda p: module.run(model, {"params": p}, *args, method="hidden")[0])(params)
     np.testing.assert_array_equal(hidden, plain)  # to fill the cache changes nothing
     positions = jnp.array(
         [[5, 2], [0, 7], [3, 4], [1, 6]]
@@ -118,7 +109,7 @@ def test_causal_rows_do_not_see_what_lies_behind_them():
 def test_a_causal_cache_filled_row_by_row_is_that_of_a_whole_pass():
     model, params = build("causal")
     hidden, expected = whole(model, params, IDS)
-    cache = transformer.empty_cache(model.m, B, L)
+    cache = model.decode_state(B, L)[0]
     step = jax.jit(lambda cache, i: rows(model, params, cache, IDS, jnp.full((B, 1), i)))
     for i in range(L):
         one, cache = step(cache, i)
@@ -130,8 +121,8 @@ def test_a_causal_cache_filled_row_by_row_is_that_of_a_whole_pass():
 def test_on_a_mesh_the_cache_is_sharded_and_the_values_are_equal(changes):
     model, params = build(**changes)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"dp": 2, "tp": 2})
-    _, specs = sharding.abstract_params(model, L)
-    state, kv = P(BATCH_AXES), transformer.cache_specs()
+    _, specs = builders.shapes_and_specs(model, L)
+    state, (_, kv) = P(BATCH_AXES), model.decode_state(B, L)
     positions = jnp.broadcast_to(jnp.array([2, 5]), (B, 2))
     changed = IDS.at[:, 2].add(1) % 16
     plain, _ = build()
@@ -139,15 +130,14 @@ def test_on_a_mesh_the_cache_is_sharded_and_the_values_are_equal(changes):
     expected, after = rows(plain, params, cache, changed, positions)
 
     def body(params, ids, noise):
-        apply = lambda variables, *args: model.apply(
-            variables, *args, mutable=[CACHE], method="hidden"
-        )
-        first, kept = apply({"params": params}, ids[0], noise)
-        at = jnp.take_along_axis(ids[1], positions[: len(noise)], 1)
-        second, again = apply({"params": params} | kept, at, noise, positions[: len(noise)])
-        if model.m.sequence_parallel:  # gathered, so typed varying over tp: equal on all of it
+        variables, at = {"params": params}, positions[: len(noise)]
+        args = model, variables, ids[0], noise
+        first, _, kept = module.run(*args, method="hidden", keep_cache=True)
+        args = model, variables, jnp.take_along_axis(ids[1], at, 1), noise, at
+        second, _, again = module.run(*args, method="hidden", cache=kept)
+        if model.shape.sequence_parallel:  # gathered, so typed varying over tp: equal on all of it
             first, second = (jax.lax.pmax(x, "tp") for x in (first, second))
-        return first, second, kept[CACHE], again[CACHE]
+        return first, second, kept, again
 
     f = jax.jit(shard_map(body, mesh, (specs, P(None, BATCH_AXES), state), (state, state, kv, kv)))
     got = f(params, jnp.stack([IDS, changed]), NOISE)
@@ -161,32 +151,28 @@ def test_on_a_mesh_the_cache_is_sharded_and_the_values_are_equal(changes):
 
 def test_the_plain_program_keeps_nothing():
     model, params = build()
-    assert set(jax.eval_shape(model.init, jax.random.key(0), IDS, NOISE)) == {"params"}
-    _, cache = whole(model, params, 0 * IDS)
-    apply = jax.jit(lambda variables: model.apply(variables, IDS, NOISE))
-    np.testing.assert_array_equal(
-        apply({"params": params}), apply({"params": params, CACHE: cache})
-    )
+    variables = jax.eval_shape(lambda: module.init(model, KEY, builders.blank_input(L)))
+    assert set(variables) == {"params", "state"} and variables["state"] == {}
+    args = model, {"params": params}, IDS, NOISE
     filling = jax.make_jaxpr(lambda: whole(model, params, IDS))()
-    plain = jax.make_jaxpr(lambda: model.apply({"params": params}, IDS, NOISE, method="hidden"))()
+    plain = jax.make_jaxpr(lambda: module.run(*args, method="hidden")[0])()
+    assert module.run(*args, method="hidden")[2] == {}
     assert jaxpr.dot_flops(filling) == jaxpr.dot_flops(plain)
 
 
 def test_refusals():
     model, params = build()
     positions = jnp.zeros((B, 1), jnp.int32)
-    with pytest.raises(ValueError, match=r"there is none that can be written: .* mutable=\['kv'\]"):
-        model.apply(
-            {"params": params}, IDS[:, :1], NOISE, positions, method="hidden", mutable=[CACHE]
-        )
-    _, cache = whole(model, params, IDS)
-    with pytest.raises(ValueError, match="there is none that can be written"):
-        model.apply({"params": params, CACHE: cache}, IDS[:, :1], NOISE, positions, method="hidden")
-    blocks, params = build("block_diffusion")
-    with pytest.raises(ValueError, match="no key/value cache for attention='block_diffusion'"):
-        whole(transformer.Transformer(blocks.m, "block_diffusion", 2), params, IDS)
+    args = {"params": params}, IDS[:, :1], NOISE, positions
+    with pytest.raises(ValueError, match=r"no cache holds .k.*decode_state"):
+        module.run(model, *args, method="hidden", keep_cache=True)
+    with pytest.raises(ValueError, match="no cache holds 'k'"):
+        module.run(model, *args, method="hidden")
+    rule = Mask(rule=BlockDiffusionRule(4, 2))
+    with pytest.raises(ValueError, match=r"no key/value cache for the mask .*BlockDiffusionRule"):
+        whole(transformer(model.shape, rule), params, IDS)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"cp": 2})
-    _, specs = sharding.abstract_params(model, L)
+    _, specs = builders.shapes_and_specs(model, L)
     f = shard_map(
         lambda p, ids: whole(model, p, ids)[0], mesh, (specs, P(None, "cp")), P(None, "cp")
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdp.objectives.block_diffusion import BlockDiffusion, block_diffusion_mask
+from fdp.objectives.block_diffusion import BlockDiffusion, BlockDiffusionRule
 from fdp.objectives.mdlm import MDLM, masked_capacity
 from tests.oracles import EnumerableJoint, nelbo_exact
 
@@ -42,7 +42,7 @@ def test_nelbo_is_exact_for_every_block(block):
 def test_block_of_one_is_the_autoregressive_nll_in_every_draw():
     objective = BlockDiffusion(3, block=1)
     for seed in range(3):
-        batch = objective.corrupt(jax.random.key(seed), EVERY_X)
+        batch = objective.corrupt(jax.random.key(seed), {"tokens": EVERY_X})
         assert (batch["inputs"][:, :4] == 3).all()
         loss = objective.loss(exact_logits(batch["inputs"], 1), batch["rows"]).sum(1)
         np.testing.assert_allclose(loss, JOINT.nll(EVERY_X), rtol=3e-6)
@@ -51,7 +51,7 @@ def test_block_of_one_is_the_autoregressive_nll_in_every_draw():
 @pytest.mark.parametrize("form", ["t", "k"])
 def test_block_of_the_whole_sequence_is_mdlm(form):
     block, plain = BlockDiffusion(3, block=4, form=form), MDLM(3, form)
-    ours, theirs = (o.corrupt(jax.random.key(5), EVERY_X) for o in (block, plain))
+    ours, theirs = (o.corrupt(jax.random.key(5), {"tokens": EVERY_X}) for o in (block, plain))
     np.testing.assert_array_equal(ours["inputs"], np.concatenate([theirs["inputs"], EVERY_X], 1))
     np.testing.assert_array_equal(ours["noise"], theirs["noise"])
     jax.tree.map(np.testing.assert_array_equal, ours["rows"], theirs["rows"])
@@ -67,7 +67,7 @@ def test_estimate_is_unbiased(form, block):
     objective, x_BxL, n = BlockDiffusion(3, block=block, form=form), EVERY_X[[3, 30, 79]], 4000
 
     def estimate(key):
-        batch = objective.corrupt(key, x_BxL)
+        batch = objective.corrupt(key, {"tokens": x_BxL})
         return objective.loss(0.5 * exact_logits(batch["inputs"], block), batch["rows"]).sum(1)
 
     draws = np.asarray(
@@ -84,7 +84,7 @@ def test_estimate_is_unbiased(form, block):
 @pytest.mark.parametrize(("length", "block"), [(6, 2), (8, 4), (5, 1), (4, 4)])
 def test_mask_is_the_union_of_its_three_parts(length, block):
     q, k = np.arange(2 * length)[:, None], np.arange(2 * length)[None]
-    mask = block_diffusion_mask(q, k, length, block)
+    mask = BlockDiffusionRule(length, block)(q, k)
     of = np.tile(np.arange(length) // block, 2)
     blocks = of[:, None] - of[None]
     half = length
@@ -94,8 +94,21 @@ def test_mask_is_the_union_of_its_three_parts(length, block):
     assert not mask[half:, :half].any()
     assert mask.any(1).all()  # no query with nothing to attend to
     np.testing.assert_array_equal(
-        jax.jit(lambda q, k: block_diffusion_mask(q, k, length, block))(q, k), mask
+        jax.jit(lambda q, k: BlockDiffusionRule(length, block)(q, k))(q, k), mask
     )
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 1), (4, 4), (5, 7), (16, 12), (3, 48)])
+def test_ranges_of_positions_meet_exactly_where_a_pair_is_allowed(rows, keys):
+    length, block = 24, 4
+    rule, index = BlockDiffusionRule(length, block), np.arange(2 * length)
+    seen = rule(index[:, None], index[None])
+    first_q, first_k = index[::rows, None], index[None, ::keys]
+    last_q, last_k = np.minimum(first_q + rows, 2 * length) - 1, np.minimum(first_k + keys, 48) - 1
+    tiles = np.add.reduceat(np.add.reduceat(seen, index[::rows], 0, int), index[::keys], 1) > 0
+    np.testing.assert_array_equal(rule.meets(first_q, last_q, first_k, last_k), tiles)
+    with pytest.raises(ValueError, match="block length 5 does not divide sequence length 24"):
+        BlockDiffusionRule(length, 5)
 
 
 def test_clean_tokens_of_the_own_or_a_later_block_never_reach_a_noisy_block():
@@ -104,7 +117,7 @@ def test_clean_tokens_of_the_own_or_a_later_block_never_reach_a_noisy_block():
     """
     length, block, width = 12, 3, 8
     rng = np.random.default_rng(0)
-    mask = block_diffusion_mask(np.arange(24)[:, None], np.arange(24)[None], length, block)
+    mask = BlockDiffusionRule(length, block)(np.arange(24)[:, None], np.arange(24)[None])
     w = rng.normal(size=(3, width, width))
 
     def network(h):
@@ -127,7 +140,7 @@ def test_clean_tokens_of_the_own_or_a_later_block_never_reach_a_noisy_block():
 
 def test_shapes_levels_and_capacity():
     objective = BlockDiffusion(3, block=2)
-    batch = objective.corrupt(jax.random.key(0), EVERY_X[:8])
+    batch = objective.corrupt(jax.random.key(0), {"tokens": EVERY_X[:8]})
     assert batch["inputs"].shape == (8, 8)
     masked = np.asarray(batch["inputs"][:, :4] == 3)
     np.testing.assert_array_equal(batch["inputs"][:, 4:], EVERY_X[:8])
@@ -136,12 +149,12 @@ def test_shapes_levels_and_capacity():
     assert objective.capacity(8, 4, 2) == masked_capacity(8, 4, 2, block=2) == 12
     for seed in range(20):
         masked = np.asarray(
-            objective.corrupt(jax.random.key(seed), EVERY_X[:12])["inputs"][:, :4] == 3
+            objective.corrupt(jax.random.key(seed), {"tokens": EVERY_X[:12]})["inputs"][:, :4] == 3
         )
         assert masked.reshape(4, -1).sum(1).max() <= objective.capacity(12, 4, 4)
         assert masked.reshape(4, 3, 2, 2).sum((1, 3)).max() <= objective.capacity(12, 4, 4, 2)
     with pytest.raises(ValueError, match="does not divide"):
-        BlockDiffusion(3, block=3).corrupt(jax.random.key(0), EVERY_X)
+        BlockDiffusion(3, block=3).corrupt(jax.random.key(0), {"tokens": EVERY_X})
     with pytest.raises(ValueError, match="at least 1"):
         BlockDiffusion(3, block=0)
     with pytest.raises(ValueError, match="form"):

@@ -80,7 +80,7 @@ def test_estimators_are_unbiased_for_each_row_of_a_fixed_batch(name):
     x_BxL = EVERY_X[[5, 17, 33, 48, 60, 77]]
 
     def estimate(key):
-        batch = objective.corrupt(key, x_BxL)
+        batch = objective.corrupt(key, {"tokens": x_BxL})
         return objective.loss(rough(batch["inputs"]), batch["rows"]).sum(1)
 
     draws = np.asarray(
@@ -99,7 +99,7 @@ def test_stratified_counts_have_a_fifth_of_the_variance_of_independent_times():
 
     def spread(objective):
         def estimate(key):
-            batch = objective.corrupt(key, x_BxL)
+            batch = objective.corrupt(key, {"tokens": x_BxL})
             return objective.loss(chain.denoiser(batch["inputs"]), batch["rows"]).sum() / x_BxL.size
 
         return np.asarray(
@@ -194,7 +194,8 @@ def test_real_draws_stay_within_capacity():
     objective = MDLM(5)
     count = jax.jit(
         lambda key: (
-            objective.corrupt(key, jnp.zeros((16, 24), jnp.int32))["rows"]["weights"] > 0
+            objective.corrupt(key, {"tokens": jnp.zeros((16, 24), jnp.int32)})["rows"]["weights"]
+            > 0
         ).sum(1)
     )
     for seed in range(50):
@@ -206,7 +207,7 @@ def test_real_draws_stay_within_capacity():
 @pytest.mark.parametrize("form", ["t", "k"])
 def test_permuting_or_padding_the_batch_leaves_each_row_alone(form):
     objective = MDLM(3, form)
-    batch = objective.corrupt(jax.random.key(0), EVERY_X[:10])
+    batch = objective.corrupt(jax.random.key(0), {"tokens": EVERY_X[:10]})
     loss = lambda b: objective.loss(rough(b["inputs"]), b["rows"])
     order = np.random.default_rng(0).permutation(10)
     shuffled = jax.tree.map(lambda a: a[order], batch)
@@ -218,7 +219,9 @@ def test_permuting_or_padding_the_batch_leaves_each_row_alone(form):
 
 def test_corruption_is_consistent():
     for form, antithetic in itertools.product("tk", (True, False)):
-        batch = MDLM(3, form, antithetic=antithetic).corrupt(jax.random.key(2), EVERY_X[:16])
+        batch = MDLM(3, form, antithetic=antithetic).corrupt(
+            jax.random.key(2), {"tokens": EVERY_X[:16]}
+        )
         masked = np.asarray(batch["inputs"] == 3)
         np.testing.assert_array_equal(masked, np.asarray(batch["rows"]["weights"]) > 0)
         np.testing.assert_array_equal(np.where(masked, EVERY_X[:16], batch["inputs"]), EVERY_X[:16])
@@ -243,7 +246,7 @@ def test_loss_and_gradient_do_not_depend_on_the_vocabulary_shards(tp):
     logits = jax.random.normal(jax.random.key(0), (4, 6, 16)) * 2
     tokens = jax.random.randint(jax.random.key(1), (4, 6), 0, 11)
     for objective in (MDLM(11), SEDDAbsorbing(11), SEDDUniform(11)):
-        rows = objective.corrupt(jax.random.key(2), tokens)["rows"]
+        rows = objective.corrupt(jax.random.key(2), {"tokens": tokens})["rows"]
         total = lambda l, r, o=objective: o.loss(l, r).sum()
         sharded = jax.jit(
             jax.shard_map(

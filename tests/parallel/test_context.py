@@ -19,8 +19,10 @@ from jax.sharding import PartitionSpec as P
 from fdp.collectives import shard_map
 from fdp.cost import context as cost
 from fdp.cost import hlo, jaxpr
+from fdp.kernels_pallas import blockwise
 from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import factor, make_mesh
+from fdp.objectives.block_diffusion import BlockDiffusionRule
 from fdp.parallel import layouts
 from fdp.parallel.context import SUPPORT, CommPlan, attend, check, decode, mask_kind, needed_hops
 from fdp.parallel.layouts import SequenceLayout
@@ -33,6 +35,7 @@ MASKS = {
     "causal window": Mask("causal", window=6),
     "bidirectional window": Mask(window=6),
     "packed": Mask("causal", packed=True),
+    "rule": Mask(rule=BlockDiffusionRule(S // 2, 4)),
 }
 PLANS = {
     "ring": CommPlan("ring"),
@@ -42,6 +45,21 @@ PLANS = {
     "all_gather": CommPlan("all_gather"),
     "batch": CommPlan("batch", 2),
 }
+
+
+# Every plan with documents, which are data: with one document a packed mask is the causal one. Masks
+# are told apart by the front alone, so that each of them needs a gather or a ring.
+PAIRS = [(plan, "packed") for plan in PLANS]
+PAIRS += [(plan, mask) for plan in ("ring", "usp2", "all_gather") for mask in list(MASKS)[:2]]
+PAIRS += [("all_gather", "bidirectional window"), ("ring", "rule")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles():
+    """Several tiles of queries and of keys on a device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "BLOCK", 3)
+        yield
 
 
 def mesh_of(degrees: tuple[tuple[str, int], ...], split: bool = True):
@@ -74,6 +92,8 @@ def dense(mask: Mask, q, k, v, segment):
         seen = seen & (abs(i - j) < mask.window)
     if mask.packed:
         seen = seen & (segment[:, :, None] == segment[:, None, :])
+    if mask.rule is not None:
+        seen = seen & mask.rule(i, j)
     s = jnp.einsum("bnhc,bmhc->bhnm", q, k) / C**0.5
     return jnp.einsum("bhnm,bmhc->bnhc", jax.nn.softmax(jnp.where(seen[:, None], s, -1e30)), v)
 
@@ -184,14 +204,16 @@ def assert_bytes(program, degrees, plan: CommPlan, mask: Mask, split: bool = Tru
     )
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_every_plan_mask_and_layout_equals_one_device(plan: CommPlan, mask: Mask) -> None:
-    degrees = (("cp", 8),)
-    program = compiled(degrees, plan, mask)  # positions are data: one program serves all layouts
+@pytest.mark.parametrize(("plan", "mask"), PAIRS)
+def test_every_plan_mask_and_layout_equals_one_device(plan: str, mask: str) -> None:
+    degrees, p, m = (("cp", 8),), PLANS[plan], MASKS[mask]
+    program = compiled(degrees, p, m)  # positions are data: one program serves all layouts
     for layout in LAYOUTS:
-        assert_equal(outcome(program, layout, 8), wanted(mask))
-    assert_bytes(program, degrees, plan, mask)
+        assert_equal(outcome(program, layout, 8), wanted(m))
+    if m.packed:
+        one = np.zeros((B, S), np.int32)
+        assert_equal(outcome(program, LAYOUTS[1], 8, segment=one), wanted(MASKS["causal"]))
+    assert_bytes(program, degrees, p, m)
 
 
 SMALLER = [
@@ -256,16 +278,30 @@ def test_an_unfactored_axis_runs_a_ring(cp: int) -> None:
     assert_equal([np.asarray(x) for x in got], [np.asarray(x) for x in want])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_positions_of_the_layout_are_what_a_shard_holds(layout: SequenceLayout) -> None:
-    mesh, mask = mesh_of((("cp", 4),)), MASKS["causal"]
-    plan = CommPlan("usp", 2, layout=layout)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        CommPlan("all_gather", layout=LAYOUTS[0]),
+        CommPlan("usp", 2, layout=LAYOUTS[1]),
+        CommPlan("ring", layout=LAYOUTS[2]),
+    ],
+)
+def test_without_positions_those_of_the_layout_are_meant_and_none_is_gathered(plan) -> None:
+    mesh, mask, layout = mesh_of((("cp", 4),)), MASKS["causal"], plan.layout
     act, _, _ = specs(mesh)
-    f = lambda q, k, v: layers(plan, mask)(q, k, v, layouts.positions(layout, q.shape[2]), None)
+    f = shard_map(
+        lambda q, k, v: layers(plan, mask)(q, k, v, None, None), mesh, (act, act, act), act
+    )
     d = data()
     order = layouts.permute([d["q"], d["k"], d["v"]], layout, 4, dim=2)
-    out = np.asarray(jax.jit(shard_map(f, mesh, (act, act, act), act))(*order))
+    out = np.asarray(jax.jit(f)(*order))
     assert np.abs(layouts.permute(out, layout, 4, dim=2, undo=True) - wanted(mask)[0]).max() <= 1e-5
+    forward = cost.forward_bytes(plan, shape_of(4), mask)
+    made, shape = jax.make_jaxpr(f)(*order), dict(mesh.shape)
+    assert wire(jaxpr.collectives(made, shape)) == total(forward, forward)
+    # At most all pairs, a little more where tiles are padded: 8 queries are three tiles of 3.
+    pairs = 2 * 4 * B * H * C * S // 4 * S
+    assert pairs <= jaxpr.dot_flops(made, shape) <= 1.5 * pairs
 
 
 @pytest.mark.parametrize("plan", ["ring", "usp2", "all_gather"])
@@ -290,7 +326,7 @@ def test_wrong_positions_are_noticed(plan: str) -> None:
     assert forward > 0.01 and gradient > 0.01
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["ring", "usp2", "all_gather"])
 def test_nan_in_a_key_reaches_every_query_that_sees_it(plan: str) -> None:
     program = compiled((("cp", 8),), PLANS[plan], MASKS["bidirectional"])
     k = data()["k"].copy()
@@ -326,7 +362,25 @@ def temporary(cp: int, plan: CommPlan, local: int) -> int:
         jax.ShapeDtypeStruct((1, local * cp), jnp.int32),
     )
     f = with_gradients(sharded(mesh, plan, MASKS["causal"]))
-    return jax.jit(f).lower(q, kv, kv, q, *labels).compile().memory_analysis().temp_size_in_bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "BLOCK", 256)
+        lowered = jax.jit(f).lower(q, kv, kv, q, *labels)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_the_default_plan_keeps_no_whole_scores() -> None:
+    """8,192 positions on four devices: temporaries are less than an eighth of those with scores."""
+    tiled = temporary(4, CommPlan("all_gather"), 2048)
+    x, y = (jax.ShapeDtypeStruct((1, n, 4, 16), jnp.float32) for n in (2048, 8192))
+
+    def whole(q, k, v, dout):
+        seen = jnp.arange(8192)[None] <= 6144 + jnp.arange(2048)[:, None]
+        f = lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
+        out, pull = jax.vjp(f, q, k, v)
+        return out, pull(dout)
+
+    dense = jax.jit(whole).lower(x, y, y, x).compile().memory_analysis().temp_size_in_bytes
+    assert tiled <= dense / 8
 
 
 def test_ring_memory_does_not_grow_with_the_ring() -> None:

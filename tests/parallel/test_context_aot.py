@@ -1,6 +1,7 @@
 """Compiled ahead of time for absent TPUs and GPUs: the ring's permutes overlap with attention in
 the schedule, and attention to listed blocks compiles at 128K positions."""
 
+import math
 import re
 
 import jax
@@ -9,11 +10,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fdp.collectives import shard_map
 from fdp.cost import aot
+from fdp.kernels_pallas import attend as front
 from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, expand, factor, make_mesh
 from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan, attend
 from fdp.parallel.context_sparse import attend_blocks
+from tests.kernels_pallas.compiled import kernels
 
 WORK = re.compile(r" (fusion|while|custom-call|dot|convolution|call|conditional)\(")
 
@@ -72,6 +75,57 @@ def test_ring_permutes_overlap_with_attention(topology: str) -> None:
     total, found = overlapped(aot.compile(lowered).as_text())
     assert total >= 2, "the program has no asynchronous permutes"
     assert found >= total / 2, f"only {found} of {total} permutes have work between start and done"
+
+
+PLANS = {
+    "all_gather": (CommPlan("all_gather"), Mask("causal")),
+    "ring": (CommPlan("ring", layout=layouts.ZIGZAG), Mask("causal", packed=True)),
+    "usp": (CommPlan("usp", 2), Mask("causal", window=1024)),
+    "one device": (None, Mask("causal", window=1024)),
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "h100:4"])
+def test_every_plan_runs_the_kernels_of_the_platform(topology: str) -> None:
+    """Four devices of cp, forward and backward, and a window without cp: our kernels are in the
+    program, and no array is as large as one head's scores."""
+    devices = aot.topology_devices(topology)
+    assert len(devices) == 4
+    mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"cp": 4}, devices), "cp")
+    local, length = 4096, 4 * 4096
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> list[jax.Array]:
+        outs = []
+        for plan, mask in PLANS.values():
+            segments = (segment, segment) if mask.packed else (None, None)
+            if plan is None:
+                outs.append(front.attend(q, k, v, mask, None, None, *segments)[0])
+            else:
+                outs.append(attend(q, k, v, mask, plan, None, segments[0]))
+        return outs
+
+    spec, tags = PartitionSpec(None, "cp"), PartitionSpec(None, "cp")
+    run = shard_map(one, mesh, (spec, spec, spec, tags), [spec] * len(PLANS))
+    array = lambda shape, dtype, s: jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, expand(mesh, s))
+    )
+    q, k = (array((1, length, heads, 128), "bfloat16", spec) for heads in (8, 2))
+    segment = array((1, length), "int32", tags)
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array) -> tuple:
+        out, pull = jax.vjp(lambda q, k, v: run(q, k, v, segment), q, k, v)
+        return pull(out)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(both).lower(q, k, k, segment)
+    text = aot.compile(lowered).as_text()
+    # All-gather and the window alone: forward, dq, dkv. Rings: each of them in a loop and out of
+    # it, so that the last hop sends nothing.
+    assert kernels(text) >= 3 * len(PLANS)
+    sizes = re.findall(r"\b(?:f32|bf16|pred|s32)\[([\d,]+)\]", text)
+    largest = max(math.prod(map(int, shape.split(","))) for shape in sizes)
+    assert largest < local * length, f"an array of {largest} elements"
 
 
 @pytest.mark.aot

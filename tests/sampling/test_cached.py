@@ -5,16 +5,16 @@ mesh.
 import dataclasses
 import functools
 
+import build as builders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from fdp import config, sharding
 from fdp.collectives import shard_map
 from fdp.mesh import AXES, make_mesh
-from fdp.models import transformer
+from fdp.models import module
 from fdp.sampling import autoregressive, cached, masked
 
 pytestmark = pytest.mark.fast
@@ -28,20 +28,8 @@ def build(attention="bidirectional", **changes):
     """(model, parameters) of two small layers with weights large enough that tokens depend on one
     another.
     """
-    c = config.base()
-    sizes = {
-        "layers": 2,
-        "width": 16,
-        "heads": 8,
-        "kv_heads": 8,
-        "head_dim": 4,
-        "ffn": 16,
-        "vocab": 16,
-    }
-    c.model.update({**sizes, "dtype": "float32", **changes})
-    model = transformer.from_config(c, attention)
-    init = jax.jit(lambda key: jax.tree.map(lambda x: 2 * x, sharding.init_params(model, key, L)))
-    return model, init(jax.random.key(0))
+    model = builders.model(attention, **changes)
+    return model, jax.tree.map(lambda x: 2 * x, builders.parameters(model, L))
 
 
 @functools.cache
@@ -60,7 +48,9 @@ def draw(made, ids=IDS, length=L, **options):
 def recomputed(made, ids=IDS, **options):
     """Ids of the sampler without a cache."""
     how, params = made
-    denoise = lambda z, noise: how.model.apply({"params": params}, z, noise)
+    denoise = lambda z, noise: module.run(
+        how.model, {"params": params}, {"inputs": z, "noise": noise}
+    )[0]
     options = {
         "n_ids": N_IDS,
         "order": "random",
@@ -145,7 +135,7 @@ def on_mesh(made, f, **degrees):
     """`f(params, ids)` inside shard_map over `degrees`."""
     how, params = made
     mesh = make_mesh({a: degrees.get(a, 1) for a in AXES})
-    _, specs = sharding.abstract_params(how if hasattr(how, "logits") else how.model, L)
+    _, specs = builders.shapes_and_specs(getattr(how, "model", how), L)
     return jax.jit(shard_map(f, mesh, (specs, P("dp")), P("dp")))(params, IDS)
 
 
@@ -164,8 +154,9 @@ def test_sequence_parallel_passes_are_the_same():
 
 def recomputed_causal(model, params, ids, bos):
     def logits_at(z, i):
-        hidden = model.apply({"params": params}, z, jnp.zeros(len(z)), method="hidden")
-        return model.apply({"params": params}, hidden[:, i], method="logits")
+        args = model, {"params": params}
+        hidden = module.run(*args, z, jnp.zeros(len(z)), method="hidden")[0]
+        return module.run(*args, hidden[:, i], method="outputs")[0]
 
     return autoregressive.sample(logits_at, KEY, ids, L, bos, n_ids=N_IDS)
 
@@ -188,7 +179,7 @@ def test_the_cached_autoregressive_sampler_reproduces_the_recomputing_one(change
 def test_bad_arguments():
     how, params = decoder(4)
     causal, _ = build("causal")
-    with pytest.raises(ValueError, match="bidirectional model, not attention='causal'"):
+    with pytest.raises(ValueError, match="bidirectional model, not under Mask"):
         cached.BlockDecoder(causal, N_IDS, 4)
     with pytest.raises(ValueError, match="at least 1, not 0 and 1"):
         dataclasses.replace(how, block=0)
@@ -200,10 +191,10 @@ def test_bad_arguments():
         cached.sample(how, params, KEY, IDS, L, prompt_BxP=jnp.zeros((8, L), jnp.int32))
     with pytest.raises(ValueError, match="refresh_every=0 must be at least 1"):
         cached.sample(how, params, KEY, IDS, L, refresh_every=0)
-    with pytest.raises(ValueError, match="needs a causal model, not attention='bidirectional'"):
+    with pytest.raises(ValueError, match="needs a causal model: under Mask"):
         autoregressive.sample_cached(how.model, params, KEY, IDS, L, 14, n_ids=N_IDS)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"cp": 2})
-    _, specs = sharding.abstract_params(how.model, L)
+    _, specs = builders.shapes_and_specs(how.model, L)
     f = shard_map(lambda p, ids: cached.sample(how, p, KEY, ids, L)[0], mesh, (specs, P()), P())
     with pytest.raises(ValueError, match=r"cp = 2: set mesh.cp=1"):
         jax.eval_shape(f, params, IDS)

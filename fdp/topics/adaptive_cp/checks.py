@@ -4,8 +4,7 @@ static ones.
 Legend: B sequences, S positions, H query and K key/value heads, C head_dim.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,14 +17,18 @@ from fdp.collectives import shard_map
 from fdp.cost import context as cost
 from fdp.cost import hlo
 from fdp.cost.context_gather import BlockGather, exact_capacity, listed_bytes
+from fdp.count.compare import Comparison, Key, Sent, against_one_device, relative_error, sent
+from fdp.grads import plain
 from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, factor, make_mesh
-from fdp.models.attention import Mixer
+from fdp.models import module
+from fdp.models.transformer import Transformer, with_core
 from fdp.parallel import context_gather, layouts
 from fdp.parallel.context import CommPlan, attend
 from fdp.parallel.layouts import SequenceLayout
-from fdp.step import Program, loss_sum
-from fdp.topics.adaptive_cp.mixers import Planned, indexed, listed, sparse, switched
+from fdp.sharding import shardings
+from fdp.step import TrainStep, mean_loss
+from fdp.topics.adaptive_cp.cores import Indexed, Listed, Sparse, Switched, by_layer, unstacked
 from fdp.topics.adaptive_cp.profile import block_ids
 
 DEVICES = 8
@@ -43,27 +46,6 @@ PLANS = tuple(
         ("batch", 2),
     )
 )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One plan against one device: relative errors, and wire bytes per op counted in the HLO and by
-    formula.
-    """
-
-    plan: CommPlan
-    forward_error: float
-    gradient_error: float
-    counted: dict[str, float]
-    formula: dict[str, float]
-
-    def mismatches(self) -> int:
-        """Ops whose bytes differ."""
-        ops = self.counted.keys() | self.formula.keys()
-        return sum(
-            not math.isclose(self.counted.get(op, 0), self.formula.get(op, 0), rel_tol=1e-12)
-            for op in ops
-        )
 
 
 def compare(plan: CommPlan) -> Comparison:
@@ -88,22 +70,22 @@ def compare(plan: CommPlan) -> Comparison:
     program = jax.jit(shard_map(local, mesh, (spec,) * 4, (spec,) * 4))
     arguments = [x[:, :, order] for x in (q, k, v, dout)]
     compiled = program.lower(*arguments).compile(hlo.QUICK)
-    errors = [
-        float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
-        for a, b in zip(compiled(*arguments), expected, strict=True)
-    ]
-    counted: dict[str, float] = {}
-    for found in hlo.collectives(str(compiled.as_text()), dict(mesh.shape)):
-        counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
+    pairs = zip(jax.device_get(compiled(*arguments)), expected, strict=True)
+    errors = [relative_error(got, want) for got, want in pairs]
     shape = cost.AttentionShape(B, S, H, K, C, DEVICES, 4)
-    formula = {op: 2 * wire for op, wire in cost.forward_bytes(plan, shape, CAUSAL).items()}
-    for op, wire in cost.backward_bytes(plan, shape, CAUSAL).items():
-        formula[op] = formula.get(op, 0.0) + 2 * wire
-    for op, wire in cost.label_bytes(
-        shape, CAUSAL
-    ).items():  # once: the scan hoists what all layers share
-        formula[op] = formula.get(op, 0.0) + wire
-    return Comparison(plan, errors[0], max(errors[1:]), counted, formula)
+    formula: Sent = {}
+    forward, backward = (f(plan, shape, CAUSAL) for f in (cost.forward_bytes, cost.backward_bytes))
+    # Labels once: the scan hoists what all layers share.
+    for times, part in ((2, forward), (2, backward), (1, cost.label_bytes(shape, CAUSAL))):
+        for op, wire in part.items():
+            formula[over_cp(op)] = formula.get(over_cp(op), 0.0) + times * wire
+    counted = sent(compiled, mesh)
+    return Comparison(formula, counted, str(plan), errors[0], max(errors[1:]))
+
+
+def over_cp(op: str) -> Key:
+    """Key of `op` over the one axis of these meshes."""
+    return op, ("cp",)
 
 
 @dataclass(frozen=True)
@@ -122,11 +104,9 @@ def switch_plans(arm: Arm, tokens_BxS: np.ndarray) -> Switching:
     """Loss and gradients of the trained model under several plan arrays in one program, against one
     device.
     """
-    plans = tuple(
-        CommPlan(kind, u, layout=layouts.ZIGZAG)
-        for kind, u in (("ring", 1), ("usp", 2), ("ulysses", 8))
-    )
-    program = program_over_cp(arm, len(tokens_BxS), switched(plans), layouts.ZIGZAG, P())
+    kinds = (("ring", 1), ("usp", 2), ("ulysses", 8))
+    plans = tuple(CommPlan(kind, u, layout=layouts.ZIGZAG) for kind, u in kinds)
+    program = program_over_cp(arm, len(tokens_BxS), with_core(arm.model, Switched(plans)), P())
     expected = _on_one_device(arm, tokens_BxS, arm.model)
     return _switching(program, arm, tokens_BxS, _numbers(arm, len(plans)), expected)
 
@@ -135,14 +115,13 @@ def switch_listed(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> 
     """The same with attention to measured blocks: gathers that fit, gathers that overflow, Ulysses
     and all-gather.
     """
-    block, layout = tokens_BxS.shape[1] // masks_NxWxW.shape[-1], layouts.ZIGZAG
-    program = program_over_cp(
-        arm, len(tokens_BxS), listed(listed_plans(masks_NxWxW, block), block), layout, CHOICE
-    )
-    one: Any = arm.model.clone(mixer=sparse(block))
-    expected = _on_one_device(arm, tokens_BxS, one, jnp.asarray(block_ids(masks_NxWxW)))
-    ids = place_ids(masks_NxWxW, block, layout)
-    choices = [(numbers, ids) for numbers in _numbers(arm, len(listed_plans(masks_NxWxW, block)))]
+    block = tokens_BxS.shape[1] // masks_NxWxW.shape[-1]
+    plans = listed_plans(masks_NxWxW, block)
+    model = with_core(arm.model, Listed(plans, block))
+    program = program_over_cp(arm, len(tokens_BxS), model, CHOICE)
+    expected = _listed_on_one_device(arm, tokens_BxS, masks_NxWxW)
+    ids = place_ids(masks_NxWxW, block, layouts.ZIGZAG)
+    choices = [(numbers, ids) for numbers in _numbers(arm, len(plans))]
     return _switching(program, arm, tokens_BxS, choices, expected)
 
 
@@ -150,82 +129,57 @@ def switch_indexed(arm: Arm, tokens_BxS: np.ndarray, blocks: int, width: int) ->
     """The same with lists made from each input: gathers of half of a device's blocks, Ulysses and
     all-gather.
     """
-    block, layout, layers = tokens_BxS.shape[1] // blocks, layouts.ZIGZAG, arm.c.model.layers
+    block, layers = tokens_BxS.shape[1] // blocks, arm.model.shape.layers
     kinds = (
         ("gather", 1, max(blocks // DEVICES // 2, 1)),
         ("ulysses", DEVICES, 0),
         ("all_gather", 1, 0),
     )
-    plans = tuple(CommPlan(kind, u, capacity=c, layout=layout) for kind, u, c in kinds)
-    program = program_over_cp(
-        arm, len(tokens_BxS), indexed(plans, block, width), layout, (P(), P())
-    )
-    one: Any = arm.model.clone(mixer=indexed(plans[2:], block, width))
+    plans = tuple(CommPlan(kind, u, capacity=c, layout=layouts.ZIGZAG) for kind, u, c in kinds)
+    model = with_core(arm.model, Indexed(plans, block, width))
+    program = program_over_cp(arm, len(tokens_BxS), model, (P(), P()))
+    one = with_core(arm.model, Indexed(plans[2:], block, width))
     kept = np.full(layers, width, np.int32)
-    expected = _on_one_device(
-        arm, tokens_BxS, one, (jnp.zeros(layers, jnp.int32), jnp.asarray(kept))
-    )
+    expected = _on_one_device(arm, tokens_BxS, one, (np.zeros(layers, np.int32), kept))
     choices = [(numbers, kept) for numbers in _numbers(arm, len(plans))]
     return _switching(program, arm, tokens_BxS, choices, expected)
 
 
-@dataclass(frozen=True)
-class Static:
-    """A program compiled for one plan of every layer: relative errors against one device, and wire
-    bytes over cp by op (all-to-all, all-gather, reduce-scatter), counted in the HLO and by
-    formula."""
-
-    loss_error: float
-    gradient_error: float
-    counted: dict[str, float]
-    formula: dict[str, float]
-
-    @property
-    def mismatches(self) -> int:
-        """Ops whose bytes differ."""
-        return sum(
-            not math.isclose(self.counted.get(op, 0), wire, rel_tol=1e-12)
-            for op, wire in self.formula.items()
-        )
-
-
-def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Static:
+def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Comparison:
     """The plans of `switch_listed` by turns, without the gather that overflows, as constants of the
-    program.
+    program. Bytes: of all-to-all, all-gather and reduce-scatter.
     """
-    block, layout = tokens_BxS.shape[1] // masks_NxWxW.shape[-1], layouts.ZIGZAG
+    block, layers = tokens_BxS.shape[1] // masks_NxWxW.shape[-1], arm.model.shape.layers
     every = listed_plans(masks_NxWxW, block)
     plans = (every[0], *every[-2:])
-    numbers, ids = _numbers(arm, len(plans))[-1], place_ids(masks_NxWxW, block, layout)
-    program = program_over_cp(
-        arm, len(tokens_BxS), listed(plans, block), layout, CHOICE[1], numbers
-    )
-    one: Any = arm.model.clone(mixer=sparse(block))
-    expected = _on_one_device(arm, tokens_BxS, one, jnp.asarray(block_ids(masks_NxWxW)))
-    params, batch = _placed(program, arm, tokens_BxS)
-    compiled: Any = jax.jit(program.grads).lower(params, batch, ids).compile(hlo.QUICK)
-    errors = _errors(compiled(params, batch, ids), expected)
-    counted: dict[str, float] = {}
-    for found in hlo.collectives(
-        str(compiled.as_text()), dict(program.mesh.shape), {context_gather.SCOPE: 0}
-    ):
-        counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
-    formula = _static_bytes(
-        [plans[n] for n in numbers], shape_of(arm, *tokens_BxS.shape), block, ids.shape[-1]
-    )
-    return Static(*errors, counted, formula)
+    chosen = [plans[n] for n in _numbers(arm, len(plans))[-1]]
+    model = by_layer(arm.model, [Listed((plan,), block) for plan in chosen])
+    program = program_over_cp(arm, len(tokens_BxS), model, (CHOICE,) * layers)
+    loss, grads = _listed_on_one_device(arm, tokens_BxS, masks_NxWxW)
+    variables = arm.trained_on_host.variables
+    variables = variables | {"params": unstacked(variables["params"], layers)}
+    ids = place_ids(masks_NxWxW, block, layouts.ZIGZAG)
+    inputs = tuple((np.zeros(1, np.int32), ids[i : i + 1]) for i in range(layers))
+    given = (*_placed(program, variables, tokens_BxS), inputs)
+    compiled: Any = jax.jit(program.grads).lower(*given).compile(hlo.QUICK)
+    expected = loss, unstacked(grads, layers)
+    errors = against_one_device(compiled(*given)[:2], expected)
+    formula = _static_bytes(chosen, shape_of(arm, *tokens_BxS.shape), block, ids.shape[-1])
+    counted = sent(compiled, program.mesh, {context_gather.SCOPE: 0})
+    counted = {key: wire for key, wire in counted.items() if key in formula}
+    return Comparison(formula, counted, "plans by layer", *errors)
 
 
 def shape_of(arm: Arm, batch: int, seq_len: int) -> cost.AttentionShape:
     """Attention of the arm's model over DEVICES of cp."""
-    m = arm.c.model
-    itemsize = jnp.dtype(m.dtype).itemsize
-    return cost.AttentionShape(batch, seq_len, m.heads, m.kv_heads, m.head_dim, DEVICES, itemsize)
+    m = arm.model.shape
+    heads = m.heads, m.kv_heads, m.head_dim
+    return cost.AttentionShape(batch, seq_len, *heads, DEVICES, m.itemsize)
 
 
 def _static_bytes(
     plans: list[CommPlan], shape: cost.AttentionShape, block: int, width: int
-) -> dict[str, float]:
+) -> Sent:
     """Of all layers; what is the same in every layer (places, positions) is sent once. Reductions
     are left out: those of overflow counts are merged with others."""
     total = {cost.EXCHANGE: 0.0, cost.GATHER: 0.0, cost.SCATTER: 0.0}
@@ -236,7 +190,8 @@ def _static_bytes(
         for part in listed_bytes(plan, BlockGather(shape, block, plan.capacity), width, CAUSAL):
             total = {op: wire + part.get(op, 0.0) for op, wire in total.items()}
     again = (len(plans) - 1) * places + max(sum(whole) - 1, 0) * positions
-    return total | {cost.GATHER: total[cost.GATHER] - again}
+    total[cost.GATHER] -= again
+    return {over_cp(op): wire for op, wire in total.items()}
 
 
 CHOICE = (P(), P(None, None, None, "cp"))  # specs of plan numbers [N] and block ids [N, b, k, W, L]
@@ -270,65 +225,65 @@ def place_ids(
     )
 
 
-def program_over_cp(
-    arm: Arm, batch: int, mixer: Mixer, layout: SequenceLayout, choice: Any, numbers: Any = None
-) -> Program:
-    """The arm's loss and step with `mixer` for attention, on a mesh of cp = DEVICES alone,
-    factored.
+def program_over_cp(arm: Arm, batch: int, model: Transformer, inputs: Any) -> TrainStep:
+    """The arm's loss and step with another `model`, on a mesh of cp = DEVICES alone, factored.
 
-    `numbers`: plans of the layers, as constants of the program.
+    `inputs`: specs of its layer inputs.
     """
-    c = arm.c.copy_and_resolve_references()
-    c.mesh.update(dict.fromkeys(AXES, 1) | {"cp": DEVICES})
-    c.train.update(batch=batch, microbatches=1, zero=0)
-    model = arm.model.clone(mixer=mixer, plan=CommPlan("all_gather", layout=layout))
-    if numbers is not None:
-        model = Planned.of(model, numbers)
-    return Program(c, model, arm.objective, factor(make_mesh(c.mesh), "cp"), choice)
+    e = arm.experiment
+    degrees = dict.fromkeys(AXES, 1) | {"cp": DEVICES}
+    fit = replace(e.fit, batch=batch)
+    e = replace(e, model=model, degrees=degrees, zero=0, grads=plain(1), fit=fit)
+    return TrainStep(e, factor(make_mesh(degrees), "cp"), inputs)
 
 
 def _numbers(arm: Arm, plans: int) -> list[np.ndarray]:
     """Every plan in all layers, and all of them by turns."""
-    layers = arm.c.model.layers
+    layers = arm.model.shape.layers
     uniform = [np.full(layers, i, np.int32) for i in range(plans)]
     return [*uniform, np.arange(layers, dtype=np.int32) % plans]
 
 
+def _listed_on_one_device(
+    arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray
+) -> tuple[Any, Any]:
+    """(mean loss, gradients) with attention to measured blocks."""
+    core = Sparse(tokens_BxS.shape[1] // masks_NxWxW.shape[-1])
+    return _on_one_device(arm, tokens_BxS, with_core(arm.model, core), block_ids(masks_NxWxW))
+
+
 def _on_one_device(
-    arm: Arm, tokens_BxS: np.ndarray, model: Any, choice_N: Any = None
+    arm: Arm, tokens_BxS: np.ndarray, model: Transformer, inputs_N: Any = None
 ) -> tuple[Any, Any]:
     """(mean loss, gradients) of the trained parameters."""
-    batch = arm.objective.corrupt(jax.random.key(0), jnp.asarray(tokens_BxS))
-    mean = lambda p: loss_sum(model, arm.objective, None, p, batch, choice_N) / tokens_BxS.size
-    return jax.device_get(jax.jit(jax.value_and_grad(mean))(jax.device_get(arm.trained.params)))
+    variables = arm.trained_on_host.variables
+
+    def mean(params: Any, tokens: jax.Array, inputs_N: Any) -> jax.Array:
+        noised = arm.objective.corrupt(jax.random.key(0), {"tokens": tokens})
+        return mean_loss(model, arm.objective, variables | {"params": params}, noised, inputs_N)
+
+    run = jax.jit(jax.value_and_grad(mean))
+    return jax.device_get(run(variables["params"], tokens_BxS, inputs_N))
 
 
 def _switching(
-    program: Program, arm: Arm, tokens_BxS: np.ndarray, choices: list, expected: Any
+    program: TrainStep, arm: Arm, tokens_BxS: np.ndarray, choices: list, expected: Any
 ) -> Switching:
-    params, batch = _placed(program, arm, tokens_BxS)
+    variables, noised = _placed(program, arm.trained_on_host.variables, tokens_BxS)
     step: Any = jax.jit(program.grads, compiler_options=hlo.QUICK)
     errors = [
-        _errors(jax.block_until_ready(step(params, batch, choice)), expected) for choice in choices
+        against_one_device(jax.block_until_ready(step(variables, noised, choice))[:2], expected)
+        for choice in choices
     ]
     return Switching(
         max(e[0] for e in errors), max(e[1] for e in errors), len(choices), step._cache_size()
     )
 
 
-def _placed(program: Program, arm: Arm, tokens_BxS: np.ndarray) -> tuple[Any, Any]:
-    """(trained parameters, corrupted batch) on the program's mesh."""
-    batch = jax.jit(program.corrupt)(tokens_BxS, jax.random.key(0))
-    return jax.device_put(
-        jax.device_get(arm.trained.params), program.layout.state_shardings().params
-    ), batch
-
-
-def _errors(found: Any, expected: Any) -> tuple[float, float]:
-    """Relative errors of (loss, gradients)."""
-    (loss, grads), (loss_1, grads_1) = jax.device_get(found), expected
-    norm = lambda tree: math.sqrt(
-        sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
-    )
-    difference = norm(jax.tree.map(np.subtract, grads, grads_1)) / norm(grads_1)
-    return abs(float(loss) - float(loss_1)) / abs(float(loss_1)), difference
+def _placed(
+    program: TrainStep, variables: module.Variables, tokens_BxS: np.ndarray
+) -> tuple[Any, Any]:
+    """(variables, corrupted batch) on the program's mesh."""
+    noised = jax.jit(program.corrupt)({"tokens": tokens_BxS}, jax.random.key(0))
+    specs = program.specs.variable_specs()
+    return jax.device_put(variables, shardings(program.mesh, specs)), noised

@@ -1,9 +1,8 @@
 """What a trained model attends to, and the sparsest block masks that cost it little.
 
-Legend: B sequences, S positions, W blocks of a sequence, N layers, T checkpoints.
+Legend: B sequences, S positions, W blocks of a sequence, N layers, T steps of training.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,26 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.checkpoint import Checkpoints
 from fdp.data.batches import eval_batches
 from fdp.data.recall import RECALL, accuracy, task_of
-from fdp.models.transformer import Transformer
-from fdp.objectives.base import Objective
+from fdp.metrics import read_metrics
+from fdp.models import module
+from fdp.models.transformer import Transformer, with_core
+from fdp.objectives.base import TokenObjective
 from fdp.parallel.context_plan import CommPlan
-from fdp.step import loss_sum
-from fdp.topics.adaptive_cp.mixers import indexed, sparse
-from fdp.topics.adaptive_cp.profile import Profile, block_ids, block_masks, profile
+from fdp.parallel.tensor import suppress
+from fdp.step import mean_loss
+from fdp.topics.adaptive_cp.cores import Indexed, Sparse
+from fdp.topics.adaptive_cp.profile import DENSITY, TAU, block_ids, block_masks, profile
+from fdp.topics.adaptive_cp.settings import BLOCKS
 
-BLOCKS = 32  # of a sequence: four for each of eight devices
-TAU = 0.95
+Variables = module.Variables
+Batch = dict[str, Any]
 COVERAGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 WIDTHS = (2, 4, 8, 16, BLOCKS)
 GAP = 0.005  # relative loss that sparsity may cost
-CHOOSE, JUDGE, ANSWERS = (
-    2,
-    3,
-    64,
-)  # seeds of fresh recall sequences (0 and 1 are those of the data), and how many
+# Seeds of fresh recall sequences (0 and 1 are those of the data), and how many.
+CHOOSE, JUDGE, ANSWERS = 2, 3, 64
 
 
 @dataclass(frozen=True)
@@ -72,127 +71,137 @@ class Measured:
         }
 
 
-def _states(arm: Arm, workdir: Path) -> Iterator[tuple[int, Any]]:
-    """Parameters of every kept checkpoint, on the host."""
-    checkpoints = Checkpoints(workdir / "checkpoints" / arm.label, keep=arm.c.checkpoint.keep)
-    try:
-        for step, state in checkpoints.history(arm.program.layout.abstract_state()):
-            yield step, jax.device_get(state.params)
-    finally:
-        checkpoints.close()
+def history(arm: Arm, workdir: Path) -> tuple[list[int], np.ndarray]:
+    """Steps, and the density of every layer [N, T] that the hook of the run wrote there. Raises
+    RuntimeError where there is none."""
+    me = (arm.name, arm.seed)
+    rows = read_metrics(workdir)
+    found = {r["step"]: r[DENSITY] for r in rows if (r["arm"], r["seed"]) == me and DENSITY in r}
+    if not found:
+        raise RuntimeError(f"{workdir} holds no densities of arm {arm.label}: train it with a hook")
+    steps = sorted(found)
+    return steps, np.array([found[step] for step in steps], np.float32).T
 
 
-def measure(arm: Arm, workdir: Path) -> Measured:
+def measure(arm: Arm, workdir: Path, sequences: int) -> Measured:
     """Densities over training, then the sparsest block masks whose loss stays within GAP on
     held-out sequences, and with it the share of right answers.
 
-    A third of the sequences yields masks, another chooses the coverage; what is reported is of
-    sequences that took part in neither."""
-    c = arm.c
-    block, n = c.data.seq_len // BLOCKS, c.eval.sequences
-    (tokens,) = eval_batches(arm.data.val, 3 * n, 1)
-    steps, densities, last = [], [], None
-    for step, params in _states(arm, workdir):
-        last = profile(arm, params, tokens[:n], block, TAU)
-        steps.append(step)
-        densities.append(last.density_N)
-    assert isinstance(last, Profile)
-    params = jax.device_get(arm.trained.params)
-    choose, judge = tokens[n : 2 * n], tokens[2 * n :]
-    recall = arm.c.data.source in RECALL
-    dense, right = (
-        loss_of(arm, params, choose, None),
-        answers_of(arm, params, CHOOSE, None) if recall else 0.0,
-    )
-    for coverage in COVERAGES:
-        masks = block_masks(last.mass_NxWxW, coverage)
-        close = (
-            loss_of(arm, params, choose, masks) <= (1 + GAP / 2) * dense
-        )  # half, so that others meet the whole
-        if close and (not recall or answers_of(arm, params, CHOOSE, masks) >= right - GAP / 2):
-            break
-    for width in WIDTHS:
-        if indexed_loss(arm, params, choose, width) <= (1 + GAP / 2) * dense:
-            break
-    losses = loss_of(arm, params, judge, None), loss_of(arm, params, judge, masks)
-    both = lambda: (answers_of(arm, params, JUDGE, None), answers_of(arm, params, JUDGE, masks))
-    answers = both() if recall else None
+    Of three times `sequences`, a third yields masks, another chooses the coverage; what is reported
+    is of sequences that took part in neither."""
+    (batch,) = eval_batches(arm.data.val, 3 * sequences, 1)
+    third = lambda i: {k: x[i * sequences : (i + 1) * sequences] for k, x in batch.items()}
+    first, choose, judge = map(third, range(3))
+    variables = arm.trained_on_host.variables
+    steps, density_NxT = history(arm, workdir)
+    block = first["tokens"].shape[1] // BLOCKS
+    mass_NxWxW = profile(arm, variables, first["tokens"], block, TAU).mass_NxWxW
+    coverage, masks = _sparsest(arm, variables, choose, mass_NxWxW)
+    width = _shortest(arm, variables, choose)
+    answers = None
+    if arm.name in RECALL:
+        both = [answers_of(arm, variables, JUDGE, m) for m in (None, masks)]
+        answers = (both[0], both[1])
     return Measured(
-        np.stack(densities, 1),
+        density_NxT,
         steps,
         masks,
         coverage,
-        *losses,
+        loss_of(arm, variables, judge, None),
+        loss_of(arm, variables, judge, masks),
         answers,
         width,
-        indexed_loss(arm, params, judge, width),
+        indexed_loss(arm, variables, judge, width),
     )
 
 
-def loss_of(arm: Arm, params: Any, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray | None) -> float:
+def _sparsest(
+    arm: Arm, variables: Variables, batch: Batch, mass_NxWxW: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """The least coverage, and its masks, that cost at most half of GAP, so that other sequences
+    meet the whole."""
+    recall, dense = arm.name in RECALL, loss_of(arm, variables, batch, None)
+    right = answers_of(arm, variables, CHOOSE, None) if recall else 0.0
+    for coverage in COVERAGES:
+        masks = block_masks(mass_NxWxW, coverage)
+        close = loss_of(arm, variables, batch, masks) <= (1 + GAP / 2) * dense
+        if close and (not recall or answers_of(arm, variables, CHOOSE, masks) >= right - GAP / 2):
+            break
+    return coverage, masks
+
+
+def _shortest(arm: Arm, variables: Variables, batch: Batch) -> int:
+    """The least width of lists made from each input that costs at most half of GAP."""
+    dense = loss_of(arm, variables, batch, None)
+    for width in WIDTHS:
+        if indexed_loss(arm, variables, batch, width) <= (1 + GAP / 2) * dense:
+            break
+    return width
+
+
+def loss_of(arm: Arm, variables: Variables, batch: Batch, masks_NxWxW: np.ndarray | None) -> float:
     """Mean loss in nats per token on one device, with the layers' block masks or with dense
     attention.
     """
     model, ids = _model(arm, masks_NxWxW)
-    run = _loss(model, arm.objective)  # type: ignore[arg-type]
-    return float(run(params, jnp.asarray(tokens_BxS), ids))
+    return float(_loss(model, arm.objective)(variables, batch, ids))
 
 
-def indexed_loss(arm: Arm, params: Any, tokens_BxS: np.ndarray, width: int) -> float:
+def indexed_loss(arm: Arm, variables: Variables, batch: Batch, width: int) -> float:
     """As `loss_of` with the `width` key blocks that each input chooses
     (`context_sparse.topk_ids`).
     """
-    mixer = indexed(
-        (CommPlan("all_gather"),), tokens_BxS.shape[1] // BLOCKS, BLOCKS
-    )  # one program for all widths
-    run = _loss(arm.model.clone(mixer=mixer), arm.objective)  # type: ignore[arg-type]
-    zeros = jnp.zeros(arm.c.model.layers, jnp.int32)
-    return float(run(params, jnp.asarray(tokens_BxS), (zeros, zeros + width)))
+    block = batch["tokens"].shape[1] // BLOCKS
+    core = Indexed((CommPlan("all_gather"),), block, BLOCKS)  # one program for all widths
+    zeros = jnp.zeros(arm.model.shape.layers, jnp.int32)
+    run = _loss(with_core(arm.model, core), arm.objective)
+    return float(run(variables, batch, (zeros, zeros + width)))
 
 
-def answers_of(arm: Arm, params: Any, seed: int, masks_NxWxW: np.ndarray | None) -> float:
+def answers_of(arm: Arm, variables: Variables, seed: int, masks_NxWxW: np.ndarray | None) -> float:
     """Share of the scored tokens of ANSWERS fresh sequences of the arm's recall task that are
     predicted right.
     """
     model, ids = _model(arm, masks_NxWxW)
-    tokens_BxS, scored_BxS = task_of(arm.c.data.source, arm.c.data.seq_len).sample(seed, 0, ANSWERS)
-    return accuracy(np.asarray(_guesses(model)(params, tokens_BxS, ids)), tokens_BxS, scored_BxS)
+    task = task_of(arm.name, arm.experiment.input_length)
+    tokens_BxS, scored_BxS = task.sample(seed, 0, ANSWERS)
+    guesses = np.asarray(_guesses(model, arm.objective)(variables, tokens_BxS, ids))
+    return accuracy(guesses, tokens_BxS, scored_BxS)
 
 
-def _model(arm: Arm, masks_NxWxW: np.ndarray | None) -> tuple[Any, Any]:
+def _model(arm: Arm, masks_NxWxW: np.ndarray | None) -> tuple[Transformer, Any]:
     """(model, lists of key blocks): dense, or with block masks."""
     if masks_NxWxW is None:
         return arm.model, None
-    return arm.model.clone(mixer=sparse(arm.c.data.seq_len // BLOCKS)), block_ids(
-        masks_NxWxW, BLOCKS
-    )
+    core = Sparse(arm.experiment.input_length // BLOCKS)
+    return with_core(arm.model, core), block_ids(masks_NxWxW, BLOCKS)
 
 
 @lru_cache(maxsize=8)
-def _guesses(model: Transformer) -> Any:
-    """(params, tokens [B, S], lists of key blocks) → the likeliest next token at every position,
+def _guesses(model: Transformer, objective: TokenObjective) -> Any:
+    """(variables, tokens [B, S], lists of key blocks) → the likeliest next token at every position,
     int [B, S].
     """
 
     @jax.jit
-    def run(params: Any, tokens: jax.Array, ids: Any) -> jax.Array:
-        variables = {"params": params}
-        hidden: Any = model.apply(
-            variables, tokens, jnp.zeros(len(tokens)), choice_N=ids, method="hidden"
-        )
-        logits: Any = model.apply(variables, hidden, method="logits")
-        return logits.argmax(-1)
+    def run(variables: Variables, tokens: jax.Array, ids: Any) -> jax.Array:
+        noised = objective.corrupt(jax.random.key(0), {"tokens": tokens})
+        x, _, _ = module.run(model, variables, noised, method="embed")
+        x, _, _ = module.run(model, variables, x, noised, ids, method="stack")
+        logits, _, _ = module.run(model, variables, x, method="outputs")
+        guesses = suppress(logits, objective.n_ids).argmax(-1)
+        return jnp.roll(guesses, -1, axis=1)  # a row predicts the token of its own place
 
     return run
 
 
 @lru_cache(maxsize=8)  # compiled once for all masks
-def _loss(model: Transformer, objective: Objective) -> Any:
-    """(params, tokens [B, S], lists of key blocks) → mean loss."""
+def _loss(model: Transformer, objective: TokenObjective) -> Any:
+    """(variables, batch, lists of key blocks) → mean loss."""
 
     @jax.jit
-    def run(params: Any, tokens: jax.Array, ids: Any) -> jax.Array:
-        batch = objective.corrupt(jax.random.key(0), tokens)
-        return loss_sum(model, objective, None, params, batch, ids) / tokens.size
+    def run(variables: Variables, batch: Batch, ids: Any) -> jax.Array:
+        noised = objective.corrupt(jax.random.key(0), batch)
+        return mean_loss(model, objective, variables, noised, ids)
 
     return run

@@ -12,16 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.kernels_pallas.blockwise import attention_lse
 from fdp.kernels_pallas.masks import Mask
-from fdp.models.attention import PROBE
+from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
 from fdp.parallel import context_gather
 from fdp.parallel import sparsity_density as density
+from fdp.state import TrainState
+from fdp.topics.adaptive_cp.settings import BLOCKS
 
 Array = jax.Array
 CAUSAL = Mask("causal")
+TAU = 0.95  # of the mass
+DENSITY = "density"  # name of the metric
 
 
 @dataclass(frozen=True)
@@ -35,34 +38,30 @@ class Profile:
     tau: float
 
 
-def plain(q: Array, k: Array, v: Array, position: Array, choice: Any) -> Array:
-    """Causal attention as a mixer: what the probe looks at while it happens."""
-    return attention_lse(q, k, v, CAUSAL, position, position)[0]
-
-
-def profile(arm: Arm, params: Any, tokens_BxS: np.ndarray, block: int, tau: float) -> Profile:
-    """Exact masses over all rows of `tokens_BxS`, one sequence at a time. Parameters on one device.
+def profile(
+    arm: Arm, variables: module.Variables, tokens_BxS: np.ndarray, block: int, tau: float
+) -> Profile:
+    """Exact masses over all rows of `tokens_BxS`, one sequence at a time. Variables on one device
+    or the host.
 
     Raises ValueError where `block` does not divide the sequence.
     """
-    one: Any = _probe(arm.model, arm.objective, block, tau)  # type: ignore[arg-type]
-    parts = [jax.device_get(one(params, tokens_BxS[i : i + 1])) for i in range(len(tokens_BxS))]
+    one = _probe(arm.model, arm.objective, block, tau)
+    parts = [jax.device_get(one(variables, tokens_BxS[i : i + 1])) for i in range(len(tokens_BxS))]
     return Profile(np.mean([p[0] for p in parts], 0), np.mean([p[1] for p in parts], 0), tau)
 
 
-@lru_cache(maxsize=8)  # compiled once for all checkpoints and windows
+@lru_cache(maxsize=8)  # compiled once for all steps and windows
 def _probe(model: Transformer, objective: Objective, block: int, tau: float) -> Any:
-    """(params, tokens [1, S]) → (mass [N, W, W], density [N])."""
-    model = model.clone(mixer=plain)
+    """(variables, tokens [1, S]) → (mass [N, W, W], density [N])."""
 
     @jax.jit
-    def one(params: Any, tokens_1xS: Array) -> tuple[Array, Array]:
+    def one(variables: module.Variables, tokens_1xS: Array) -> tuple[Array, Array]:
         S = tokens_1xS.shape[1]
         position = jnp.arange(S)
-        batch = objective.corrupt(jax.random.key(0), tokens_1xS)
-        args = ({"params": params}, batch["inputs"], batch["noise"])
-        _, seen = model.apply(*args, method="hidden", mutable=[PROBE])
-        found = seen[PROBE]["layers"]["attention"]
+        noised = objective.corrupt(jax.random.key(0), {"tokens": tokens_1xS})
+        _, seen = module.probed(model, variables, noised)
+        found = seen["layers"]["attention"]
         visible = density.blocks_visible(position, position, CAUSAL, block)
 
         def layer(q: Array, k: Array) -> tuple[Array, Array]:
@@ -71,9 +70,24 @@ def _probe(model: Transformer, objective: Objective, block: int, tau: float) -> 
             rows = mass_BxHxSxW.mean((0, 1)).reshape(S // block, block, -1).mean(1)
             return rows, density.density(needed, visible).mean()
 
-        return jax.lax.map(lambda qk: layer(*qk), (found["q"][0], found["k"][0]))
+        return jax.lax.map(lambda qk: layer(*qk), (found["q"], found["k"]))
 
     return one
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Run of a hook: the density of every layer, [N], on the first `sequences` of the validation
+    split."""
+
+    sequences: int
+
+    def __call__(self, arm: Arm, step: int, state: TrainState) -> dict[str, np.ndarray]:
+        """As `Hook`."""
+        tokens_BxS = arm.data.val.take(range(self.sequences))["tokens"]
+        variables = jax.device_get(state.variables)
+        found = profile(arm, variables, tokens_BxS, tokens_BxS.shape[1] // BLOCKS, TAU)
+        return {DENSITY: found.density_N}
 
 
 def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.data.batches import batch, eval_batches
+from fdp.data.batches import batch
 from fdp.loop import evaluate
+from fdp.models.transformer import with_core
 from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan
 from fdp.sharding import shardings
-from fdp.step import tokens_sharding
 from fdp.topics.adaptive_cp import baselines, checks, simulate
-from fdp.topics.adaptive_cp.mixers import listed
+from fdp.topics.adaptive_cp.cores import Listed
 from fdp.topics.adaptive_cp.price import Price
 from fdp.topics.adaptive_cp.problem import Masks, Problem
-from fdp.topics.adaptive_cp.profile import block_masks, profile
+from fdp.topics.adaptive_cp.profile import TAU, block_masks, profile
 from fdp.topics.adaptive_cp.schedule import Scheduler
 
 LAYOUT = layouts.ZIGZAG
@@ -61,14 +60,14 @@ class Adapted:
         return sum(a.plans != b.plans for a, b in zip(self.windows, self.windows[1:], strict=False))
 
 
-def branches(c: Any, blocks: int) -> tuple[CommPlan, ...]:
+def branches(heads: int, blocks: int) -> tuple[CommPlan, ...]:
     """What the step compiles: gathers of 1, 2, 4, … blocks a pair of devices, less than a device
     holds, Ulysses where heads allow it, and all-gather."""
     held = blocks // checks.DEVICES
     plans = [
         CommPlan("gather", capacity=2**i, layout=LAYOUT) for i in range((held - 1).bit_length())
     ]
-    if c.model.heads % checks.DEVICES == 0:
+    if heads % checks.DEVICES == 0:
         plans.append(CommPlan("ulysses", checks.DEVICES, layout=LAYOUT))
     return (*plans, CommPlan("all_gather", layout=LAYOUT))
 
@@ -81,56 +80,45 @@ def adapt(
 
     probe_BxS: held-out sequences from which masks of `coverage` are measured. The plans minimise
     bytes, with the hysteresis of `Scheduler`. The arm's own state stays as it is."""
-    c, block = arm.c, block_of(arm, blocks)
-    plans = branches(c, blocks)
-    program = checks.program_over_cp(
-        arm, c.train.batch, listed(plans, block), LAYOUT, checks.CHOICE
-    )
-    place = lambda choice: jax.device_put(choice, shardings(program.mesh, checks.CHOICE))
-    state = jax.device_put(jax.device_get(arm.trained), program.layout.state_shardings())
-    dense, step = jax.tree.map(jnp.copy, arm.trained), None
-    scheduler, done, ran = Scheduler(plans, windows=2), c.train.steps, []
-    for _ in range(windows):
-        mass = profile(arm, jax.device_get(state.params), probe_BxS, block, 0.95).mass_NxWxW
-        masks = block_masks(mass, coverage)
+    fit, block = arm.experiment.fit, block_of(probe_BxS.shape[1], blocks)
+    plans = branches(arm.model.shape.heads, blocks)
+    model = with_core(arm.model, Listed(plans, block))
+    program = checks.program_over_cp(arm, fit.batch, model, checks.CHOICE)
+    other = Arm(arm.name, program.experiment, program)
+    # One program each: it takes any plans and lists of these shapes.
+    step, dense_step = program.jit_train_step(), arm.train_function()
+    state = jax.device_put(arm.trained_on_host, program.specs.state_shardings())
+    dense, scheduler, ran = arm.trained, Scheduler(plans, windows=2), []
+    for window in range(windows):
+        variables = jax.device_get(state.variables)
+        masks = block_masks(profile(arm, variables, probe_BxS, block, TAU).mass_NxWxW, coverage)
         problem = _problem(arm, masks)
         numbers = scheduler.observe(problem)
-        choice = place((numbers, checks.place_ids(masks, block, LAYOUT, blocks)))
+        choice: Any = (numbers, checks.place_ids(masks, block, LAYOUT, blocks))
+        choice = jax.device_put(choice, shardings(program.mesh, checks.CHOICE))
         ran.append(_window(problem, plans, numbers, masks))
-        for _ in range(steps):
-            host = batch(arm.data.train, done, c.train.batch, c.seeds[0])
-            tokens = jax.device_put(host, tokens_sharding(program.mesh))
-            if (
-                step is None
-            ):  # compiled once: it takes any plans and lists of these shapes, and nothing else
-                step = program.jit_train_step().lower(state, tokens, choice).compile()
-            state, _ = jax.block_until_ready(step(state, tokens, choice))
-            dense, _ = jax.block_until_ready(arm.train_function()(dense, arm.place(host)))
-            done += 1
-    loss = jax.jit(program.eval_step)
-    found = [
-        float(loss(state.params, tokens, np.int32(i), choice))
-        for i, tokens in enumerate(eval_batches(arm.data.val, c.train.batch, c.eval.batches))
-    ]
-    return Adapted(ran, windows * steps, float(np.mean(found)), evaluate(arm, dense))
+        for i in range(fit.steps + window * steps, fit.steps + (window + 1) * steps):
+            host = batch(arm.data.train, i, fit.batch, arm.seed)
+            state, _ = jax.block_until_ready(step(state, other.place(host), choice))
+            dense, _ = jax.block_until_ready(dense_step(dense, arm.place(host)))
+    return Adapted(ran, windows * steps, evaluate(other, state, choice), evaluate(arm, dense))
 
 
-def block_of(arm: Arm, blocks: int) -> int:
+def block_of(length: int, blocks: int) -> int:
     """Positions of a block. Raises ValueError when the sequence is not whole blocks, or devices do
     not share them.
     """
-    S = arm.c.data.seq_len
-    if S % blocks or blocks % (2 * checks.DEVICES):
+    if length % blocks or blocks % (2 * checks.DEVICES):
         raise ValueError(
-            f"data.seq_len = {S} must be a multiple of {blocks} blocks, and they of 2·cp = "
+            f"data.seq_len = {length} must be a multiple of {blocks} blocks, and they of 2·cp = "
             f"{2 * checks.DEVICES}"
         )
-    return S // blocks
+    return length // blocks
 
 
 def _problem(arm: Arm, masks_NxWxW: np.ndarray) -> Problem:
     """The arm's own attention over DEVICES, planned for bytes."""
-    shape = checks.shape_of(arm, arm.c.train.batch, arm.c.data.seq_len)
+    shape = checks.shape_of(arm, arm.experiment.fit.batch, arm.experiment.input_length)
     on = simulate.machine(simulate.INFINIBAND)
     return Problem(Masks(masks_NxWxW), shape, on, objective="bytes", layouts=(LAYOUT,))
 

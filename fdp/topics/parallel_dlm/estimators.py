@@ -17,7 +17,8 @@ from fdp.arm import Arm
 from fdp.collectives import psum, shard_map
 from fdp.data.batches import eval_batches
 from fdp.objectives.mdlm import MDLM
-from fdp.step import LOSS_AXES, P, batch_specs, loss_sum
+from fdp.sharding import batch_specs
+from fdp.step import LOSS_AXES, P, stages
 
 BASELINE, METHOD = "iid t", "antithetic exact k"
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -48,23 +49,19 @@ class Scatter:
 
 
 def scatter(arm: Arm, draws: int) -> Scatter:
-    """`draws` noise draws of every estimator on the first validation batch; every row through the
-    head.
-
-    Raises ValueError for fewer than two draws: they have no variance.
+    """`draws` noise draws of every estimator on the first validation batch, two or more; every row
+    through the head.
     """
-    if draws < 2:
-        raise ValueError(f"eval.draws = {draws} draws have no variance: set eval.draws=2 or more")
-    (tokens,) = eval_batches(arm.data.val, arm.c.train.batch, 1)
-    tokens_BxL, params = arm.place(tokens), arm.trained.params
+    (host,) = eval_batches(arm.data.val, arm.experiment.fit.batch, 1)
+    batch, params = arm.place(host), arm.trained.params
     assert isinstance(arm.objective, MDLM)
     found = {}
     for name, options in ESTIMATORS.items():
         objective = dataclasses.replace(arm.objective, **options)
         run = jax.jit(functools.partial(_losses, arm, objective))
-        keys_R = jax.random.split(jax.random.key(arm.c.seeds[0]), math.ceil(draws / CHUNK) * CHUNK)
+        keys_R = jax.random.split(jax.random.key(arm.seed), math.ceil(draws / CHUNK) * CHUNK)
         parts = [
-            np.asarray(run(params, tokens_BxL, keys_R[i : i + CHUNK]))
+            np.asarray(run(params, batch, keys_R[i : i + CHUNK]))
             for i in range(0, len(keys_R), CHUNK)
         ]
         found[name] = np.concatenate(parts).astype(np.float64)[:draws]
@@ -72,15 +69,18 @@ def scatter(arm: Arm, draws: int) -> Scatter:
 
 
 def _losses(
-    arm: Arm, objective: MDLM, params: object, tokens_BxL: jax.Array, keys_R: jax.Array
+    arm: Arm, objective: MDLM, params: Any, batch: dict[str, jax.Array], keys_R: jax.Array
 ) -> jax.Array:
     """Mean loss of the batch in nats per token under each key: f32 [R]."""
+    whole = stages(arm.model, objective, {}, 1)
+
+    def local(params: Any, noised: Any) -> jax.Array:
+        return psum(whole.loss(params, noised)[0], LOSS_AXES)
 
     def one(key: jax.Array) -> jax.Array:
-        batch = objective.corrupt(key, tokens_BxL)
-        local = lambda p, b: psum(loss_sum(arm.model, objective, None, p, b), LOSS_AXES)
-        specs = (arm.program.layout.specs, batch_specs(batch))
-        return shard_map(local, arm.mesh, specs, P())(params, batch) / tokens_BxL.size
+        noised = objective.corrupt(key, batch)
+        specs = (arm.program.specs.specs, batch_specs(noised, objective.dims))
+        return shard_map(local, arm.mesh, specs, P())(params, noised) / objective.count(noised)
 
     return jax.lax.map(one, keys_R)
 

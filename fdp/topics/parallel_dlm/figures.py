@@ -16,6 +16,7 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.metrics import read_metrics
+from fdp.models import module
 from fdp.report import figure, plot_curves, save_plot
 from fdp.sampling.masked import first_hitting
 from fdp.topics.parallel_dlm.checks import Comparison
@@ -57,7 +58,7 @@ def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
     path in the workdir.
     """
     fig, axes = figure(width=8.0, height=4.0)
-    names = [c.mesh.replace(", ", "\n") for c in comparisons]
+    names = [c.name.replace(", ", "\n") for c in comparisons]
     base = np.zeros(len(names))
     kinds = sorted({key for c in comparisons for key in c.counted}, key=str)
     for i, (op, mesh_axes) in enumerate(kinds):
@@ -122,6 +123,8 @@ def film_strip(workdir: Path, arm: Arm, frames: int = 6) -> str:
     """
     states_TxL, mask_id = trace(arm), arm.objective.n_ids
     length = states_TxL.shape[1]
+    assert arm.data.tokenizer is not None
+    decode = arm.data.tokenizer.decode
     columns = max(4, round(math.sqrt(length) / 2))
     born_L = (states_TxL == mask_id).sum(0) - 1  # the step after which the token was there
     fig, panels = figure(columns=frames, width=2.1, height=3.4)
@@ -131,7 +134,7 @@ def film_strip(workdir: Path, arm: Arm, frames: int = 6) -> str:
         axes.imshow(grid, cmap="viridis", vmin=0, vmax=length, aspect="auto", alpha=0.45)
         for i, token in enumerate(states_TxL[t]):
             if token != mask_id:
-                text = printable(arm.data.tokenizer.decode([token]))
+                text = printable(decode([token]))
                 axes.text(
                     i % columns, i // columns, text[:7], fontsize=4.5, ha="center", va="center"
                 )
@@ -148,13 +151,16 @@ def printable(text: str) -> str:
 
 def trace(arm: Arm) -> np.ndarray:
     """Every state of one first-hitting sample on one device: int32 [L + 1, L]."""
-    key, length, n_ids = jax.random.key(arm.c.seeds[0]), arm.c.data.seq_len, arm.objective.n_ids
+    key, length, n_ids = jax.random.key(arm.seed), arm.data.seq_len, arm.objective.n_ids
 
     @jax.jit
     def run(params: Any) -> jax.Array:
-        denoise: Any = lambda z, noise_B: arm.model.apply({"params": params}, z, noise_B)
+        def denoise(z: jax.Array, noise_B: jax.Array) -> Any:
+            noised = {"inputs": z, "noise": noise_B}
+            return module.run(arm.model, {"params": params}, noised)[0]
+
         return first_hitting(denoise, key, jnp.arange(1), length, n_ids=n_ids, trace=True)[1][
             "trace"
         ]
 
-    return np.asarray(run(jax.device_get(arm.trained.params)))[:, 0]
+    return np.asarray(run(arm.trained_on_host.params))[:, 0]

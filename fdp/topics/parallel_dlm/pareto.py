@@ -10,12 +10,11 @@ Legend: B sequences, L positions, N denoising steps, V vocabulary (local over tp
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -24,32 +23,18 @@ from fdp.arm import Arm
 from fdp.collectives import psum, shard_map, vary, vary_like
 from fdp.cost import jaxpr
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
+from fdp.models import module
+from fdp.models.shape import ModelShape
 from fdp.parallel.tensor import suppress, vocab_argmax, vocab_logsumexp
 from fdp.sampling.masked import choose, initial_state
 from fdp.sampling.noise import categorical, position_keys, uniform
+from fdp.topics.parallel_dlm import settings
 from fdp.topics.parallel_dlm.selective import Policy, Step, forward
 
 P = PartitionSpec
 TP = 8  # a node
 
-EXACT = "exact"
-# The policies that the claims speak of. 0.8 of the rows is the largest round share that keeps every
-# task below 35 % of the bytes; with 0.55 a quarter of the steps takes 35.5 % on the short chain.
-# K-refresh sends 34 to 38 %.
-HEADLINE, EVERY_ROW, REFRESH = "drift, int8", "drift, int8, every row", "stale, K=3"
-POLICIES = (
-    Policy(EXACT, "exact"),
-    Policy("exact, read rows only", rows=1.0),
-    *(Policy(f"stale, K={k}", "stale", refresh=k) for k in (2, 3, 4)),
-    Policy("channels, 1/2", "channels", refresh=2),
-    Policy("int8", "exact", int8=True),
-    Policy("skip tokens", rule="attention", rows=0.4, skip=True),
-    Policy("window", rule="window", rows=0.4),
-    Policy("attention", rule="attention", rows=0.4),
-    *(Policy(f"drift {rows}", rows=rows) for rows in (0.25, 0.4)),
-    Policy(HEADLINE, rows=0.8, int8=True),
-    Policy(EVERY_ROW, rows=0.55, lean=False, int8=True),
-)
+POLICIES = tuple(Policy(name, **options) for name, options in settings.POLICIES.items())
 
 
 @dataclass(frozen=True)
@@ -71,21 +56,17 @@ class Outcome:
 
 
 def chosen(names: tuple[str, ...]) -> tuple[Policy, ...]:
-    """The policies of `names`, all for (). Raises ValueError naming the known ones."""
+    """The policies of `names`, all for ()."""
     known = {p.name: p for p in POLICIES}
-    if unknown := [n for n in names if n not in known]:
-        raise ValueError(f"eval.policies: {unknown[0]!r} is unknown; known: {', '.join(known)}")
     return tuple(known[n] for n in names) if names else POLICIES
 
 
-def node(c: ml_collections.ConfigDict) -> dict[str, int]:
+def node(m: ModelShape) -> dict[str, int]:
     """Degrees of the mesh of the study: tp = 8, or the largest power of two that divides the
     model.
     """
     tp = TP
-    while any(
-        n % tp for n in (c.model.heads, c.model.kv_heads, c.model.ffn, c.model.vocab, c.model.width)
-    ):
+    while any(n % tp for n in (m.heads, m.kv_heads, m.ffn, m.vocab, m.width)):
         tp //= 2
     return dict.fromkeys(AXES, 1) | {"tp": tp}
 
@@ -94,9 +75,8 @@ def share_of_bytes(arm: Arm, policy: Policy, per_step: int, sequences: int = 8) 
     """Bytes that a whole run of `policy` sends over tp, as a share of the exact sums; counted in
     the bf16 program.
     """
-    layout, length, mesh_shape = arm.program.layout, arm.c.data.seq_len, node(arm.c)
-    m = ml_collections.FrozenConfigDict(arm.model.m.to_dict() | {"dtype": "bfloat16"})
-    model = arm.model.clone(m=m)
+    specs, length, mesh_shape = arm.program.specs, arm.data.seq_len, node(arm.model.shape)
+    model = arm.model.clone(shape=replace(arm.model.shape, dtype="bfloat16"))
     mesh = AbstractMesh(tuple(mesh_shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     ids = jax.ShapeDtypeStruct((sequences, length), jnp.int32)
     flags = jax.ShapeDtypeStruct((sequences, length), bool)
@@ -115,35 +95,37 @@ def share_of_bytes(arm: Arm, policy: Policy, per_step: int, sequences: int = 8) 
         rows = P(BATCH_AXES)
         # Each device's own activations side by side: they need not agree, so no collective may join
         # them.
-        program = shard_map(run, mesh, (layout.specs, rows, rows, rows), P(BATCH_AXES, None, "tp"))
+        program = shard_map(run, mesh, (specs.specs, rows, rows, rows), P(BATCH_AXES, None, "tp"))
         found = jaxpr.collectives(
-            jax.make_jaxpr(program)(layout.shapes, ids, flags, flags), mesh_shape
+            jax.make_jaxpr(program)(specs.shapes, ids, flags, flags), mesh_shape
         )
         return sum(x.wire_bytes * x.count for x in found)
 
     steps = length // per_step
     full, first = policy.refreshes(steps), sent(policy, 1)
     later = sent(policy, 2) - first if full < steps else 0.0
-    return (full * first + (steps - full) * later) / (steps * sent(Policy(EXACT, "exact"), 1))
+    return (full * first + (steps - full) * later) / (steps * sent(Policy("exact", "exact"), 1))
 
 
 def sequence_parallel_share(arm: Arm, sequences: int = 8) -> float:
     """Bytes of the exact forward pass with sequence parallelism, as a share of the all-reduces; the
     same count.
     """
-    layout, length, mesh_shape = arm.program.layout, arm.c.data.seq_len, node(arm.c)
+    specs, length, mesh_shape = arm.program.specs, arm.data.seq_len, node(arm.model.shape)
     mesh = AbstractMesh(tuple(mesh_shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     sent = []
     for parallel in (True, False):
-        changes = {"dtype": "bfloat16", "sequence_parallel": parallel}
-        model = arm.model.clone(m=ml_collections.FrozenConfigDict(arm.model.m.to_dict() | changes))
-        run = lambda p, z, m=model: m.apply({"params": p}, z, jnp.zeros(sequences), method="hidden")
+        shape = replace(arm.model.shape, dtype="bfloat16", sequence_parallel=parallel)
+        model = arm.model.clone(shape=shape)
+
+        def hidden(params: Any, z: jax.Array, model: Any = model) -> jax.Array:
+            args = {"params": params}, z, jnp.zeros(sequences)
+            return vary(module.run(model, *args, method="hidden")[0], "tp")
+
         out = P(BATCH_AXES, None, "tp")
-        program = shard_map(
-            lambda p, z, f=run: vary(f(p, z), "tp"), mesh, (layout.specs, P(BATCH_AXES)), out
-        )
+        program = shard_map(hidden, mesh, (specs.specs, P(BATCH_AXES)), out)
         ids = jax.ShapeDtypeStruct((sequences, length), jnp.int32)
-        found = jaxpr.collectives(jax.make_jaxpr(program)(layout.shapes, ids), mesh_shape)
+        found = jaxpr.collectives(jax.make_jaxpr(program)(specs.shapes, ids), mesh_shape)
         sent.append(sum(x.wire_bytes * x.count for x in found))
     return sent[0] / sent[1]
 
@@ -171,13 +153,14 @@ def sampler(
 
     With exact sums, the ids of `fdp.sampling.masked.reveal(order="random")`.
     """
-    model, n_ids, length = arm.model, arm.objective.n_ids, arm.c.data.seq_len
+    model, n_ids, length = arm.model, arm.objective.n_ids, arm.data.seq_len
     if length % per_step:
         raise ValueError(f"length {length} is not divisible by per_step = {per_step} positions")
 
     def draw(params: Any, key: jax.Array, sample_ids_B: jax.Array) -> Any:
-        # type: ignore[arg-type]
-        head = lambda h: suppress(model.apply({"params": params}, h, method="logits"), n_ids)
+        def outputs(x: Any, method: str | None) -> jax.Array:
+            return suppress(module.run(model, {"params": params}, x, method=method)[0], n_ids)
+
         step_to = functools.partial(forward, model, params, policy=policy, per_step=per_step)
         noise_B = vary_like(jnp.zeros(sample_ids_B.shape), sample_ids_B)
 
@@ -192,9 +175,8 @@ def sampler(
                 lambda c: step_to(z, c, step=step),
                 cache,
             )
-            logits = head(hidden)
-            # type: ignore[arg-type]
-            exact = suppress(model.apply({"params": params}, z, noise_B), n_ids)
+            logits = outputs(hidden, "outputs")
+            exact = outputs({"inputs": z, "noise": noise_B}, None)
             sums += _compare(z, read, n_ids, exact, logits)
             return (jnp.where(read, categorical(keys, logits), z), z, cache, sums), None
 
@@ -207,20 +189,20 @@ def sampler(
         )
         return z, sums
 
-    specs = arm.program.layout.specs
+    specs = arm.program.specs.specs
     return jax.jit(shard_map(draw, mesh, (specs, P(), P(BATCH_AXES)), (P(BATCH_AXES), P())))
 
 
 def measure(arms: list[Arm], policy: Policy, per_step: int, sequences: int) -> Outcome:
     """`policy` on the trained arms of every seed: one compiled program for all of them."""
     arm = arms[0]
-    mesh = make_mesh(node(arm.c))
-    specs = arm.program.layout.specs
+    mesh = make_mesh(node(arm.model.shape))
+    specs = arm.program.specs.specs
     run = sampler(arm, mesh, policy, per_step)
     table, ids = [], []
     for a in arms:
-        params = jax.device_put(a.trained.params, sharding.shardings(mesh, specs))
-        key = jax.random.key_data(jax.random.key(a.c.seeds[0]))
+        params = jax.device_put(a.trained_on_host.params, sharding.shardings(mesh, specs))
+        key = jax.random.key_data(jax.random.key(a.seed))
         drawn, sums = jax.block_until_ready(run(params, key, jnp.arange(sequences)))
         table.append(np.asarray(sums, np.float64))
         ids.append(np.asarray(drawn))
@@ -229,4 +211,4 @@ def measure(arms: list[Arm], policy: Policy, per_step: int, sequences: int) -> O
     share = share_of_bytes(arm, policy, per_step)
     column = lambda i, j: [max(float(x), 0.0) for x in means[:, i, j]]
     columns = (column(0, 0), column(1, 0), column(0, 1), column(1, 1))
-    return Outcome(policy.name, arm.c.data.seq_len // per_step, share, *columns, ids)
+    return Outcome(policy.name, arm.data.seq_len // per_step, share, *columns, ids)

@@ -14,7 +14,14 @@ from fdp.cost import inference
 from fdp.data.batches import batch
 from fdp.data.synthetic import MarkovChain
 from fdp.report import Row
-from fdp.topics.parallel_dlm import checks, estimators, pareto, switching_region, switching_run
+from fdp.topics.parallel_dlm import (
+    checks,
+    estimators,
+    pareto,
+    settings,
+    switching_region,
+    switching_run,
+)
 
 Task = tuple[str, int]  # arm and denoising steps
 
@@ -47,12 +54,12 @@ def indivisible_heads(heads: int, kv_heads: int) -> Row:
 
 def equality(comparisons: list[checks.Comparison]) -> list[Row]:
     """Loss, gradients and bytes of the small model on every mesh."""
-    loss = max(c.loss_error for c in comparisons)
+    loss = max(c.output_error for c in comparisons)
     gradient = max(c.gradient_error for c in comparisons)
-    wrong = sum(c.mismatches() for c in comparisons)
+    wrong = sum(len(c.mismatches()) for c in comparisons)
     kinds = sum(len(c.formula) for c in comparisons)
     meshes = "float32 model of two layers against one device, on " + "; ".join(
-        c.mesh for c in comparisons
+        c.name for c in comparisons
     )
     return [
         Row.judged(
@@ -88,7 +95,7 @@ def equality(comparisons: list[checks.Comparison]) -> list[Row]:
 
 def head(arm: Arm) -> list[Row]:
     """FLOPs and loss of the masked-rows head; bytes and memory of the step beside them."""
-    saving = checks.head_saving(arm.program, batch(arm.data.train, 0, arm.c.train.batch, 0))
+    saving = checks.head_saving(arm.program, batch(arm.data.train, 0, arm.experiment.fit.batch, 0))
     return [
         Row.judged(
             "the masked-rows head halves the head's FLOPs",
@@ -210,7 +217,7 @@ def selective(
     `sequence_parallel`: bytes of TP with sequence parallelism, as a share of its all-reduces.
     """
     heads = {
-        task: next(o for o in found if o.policy == pareto.HEADLINE)
+        task: next(o for o in found if o.policy == settings.HEADLINE)
         for task, found in outcomes.items()
     }
     share = max(o.share for o in heads.values())
@@ -237,8 +244,8 @@ def _one_task(
     task: Task, found: dict[str, pareto.Outcome], nll: Mapping[Any, list[float]]
 ) -> list[Row]:
     name, label = task[0], f"{task[0]}, N={task[1]}"
-    mine, exact = found[pareto.HEADLINE], found[pareto.EXACT]
-    stale = found[pareto.REFRESH]
+    mine, exact = found[settings.HEADLINE], found[settings.EXACT]
+    stale = found[settings.REFRESH]
     entropy = lambda o: np.mean([unigram_entropy(ids) for ids in o.ids])
     rows = [
         Row.judged(
@@ -276,7 +283,7 @@ def _one_task(
             f"{np.mean(stale.kl_read):.3g} nats",
         ),
     ]
-    if every := found.get(pareto.EVERY_ROW):
+    if every := found.get(settings.EVERY_ROW):
         rows.append(
             Row.judged(
                 f"{label}: … also on masked rows that are not read",

@@ -20,20 +20,23 @@ Legend: B sequences and L positions of this device, D width, A rows sent, V voca
 tp)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from fdp.collectives import psum, vary
-from fdp.models.layers import Embedding, RMSNorm
-from fdp.models.transformer import Block, Transformer
+from fdp.models.attention import Attention
+from fdp.models.layers import SwiGLU
+from fdp.models.module import Module, compact, run
+from fdp.models.shape import ModelShape
+from fdp.models.stack import Block, Layer, layer
+from fdp.models.transformer import Transformer
 from fdp.parallel.compressed import int8_psum
 
 Array = jax.Array
-Cache = list[Any]
+Cache = Any
 RULES = ("drift", "attention", "window")
 
 
@@ -88,6 +91,7 @@ class Policy:
         return math.ceil(steps / self.refresh) if self.refresh and self.kind != "channels" else 1
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Step:
     """What all devices of a tp group know of a denoising step: rows changed and rows to be read,
@@ -98,89 +102,95 @@ class Step:
     read_BxL: Array
     number: Array
 
+    def forced(self, which: str) -> Array:
+        """Rows that must be sent: "changed", "read" or "changed or read"."""
+        rows = {"changed": self.changed_BxL, "read": self.read_BxL}
+        return rows[which] if which in rows else self.changed_BxL | self.read_BxL
 
-class SelectiveSum(nn.Module):
-    """Replaces the sum over tp (`fdp.models.layers.Reduction`), with its state in the collection
-    "cache".
 
-    `capacity`: rows sent; `step` None sends all. Rows of `forced_BxL` come first; there must be at
-    most `capacity`, and where there are as many (`spare` False), no other row is looked at."""
+class SelectiveSum(Module):
+    """Replaces the all-reduce over tp (`fdp.models.layers.Reduction`), with its state in the cache.
 
+    `capacity`: rows sent. Those that `Step.forced` names come first, at most `capacity`; where
+    there are as many (`spare` False), no other row is looked at. `given` None sends all.
+    """
+
+    shape: ModelShape
     policy: Policy
     capacity: int
-    step: Step | None
-    forced_BxL: Array | None
+    forced: str
     spare: bool
 
-    @nn.compact
-    def __call__(self, partial_BxLxD: Array, site: str, weigh: Any = None) -> Array:
+    @compact
+    def __call__(
+        self, partial_BxLxD: Array, layer: str, attended: Any = None, given: Step | None = None
+    ) -> Array:
         partial_BxLxD = vary(partial_BxLxD, "tp")
-        rest = self.variable("cache", f"{site}_rest", jnp.zeros_like, partial_BxLxD)
-        own = self.variable("cache", f"{site}_own", jnp.zeros_like, partial_BxLxD)
-        mass = self.variable(
-            "cache", "mass", lambda: jnp.zeros_like(partial_BxLxD[..., 0], jnp.float32)
-        )
-        if self.step is None:
+
+        def keep(rest: Array, own: Array) -> None:
+            self.cache(f"{layer}_rest", rest)
+            self.cache(f"{layer}_own", own)
+
+        if given is None:
             total = self._sum(partial_BxLxD)
-            rest.value, own.value = total - partial_BxLxD, partial_BxLxD
+            keep(total - partial_BxLxD, partial_BxLxD)
+            self.cache("mass", jnp.zeros_like(partial_BxLxD[..., 0], jnp.float32))
             return total
-        stale_BxLxD = (own.value if self.policy.skip else partial_BxLxD) + rest.value
+        rest, own = self.cached(f"{layer}_rest"), self.cached(f"{layer}_own")
+        stale_BxLxD = (own if self.policy.skip else partial_BxLxD) + rest
         if self.policy.kind == "channels":
-            return self._channels(partial_BxLxD, rest)
+            return self._channels(partial_BxLxD, rest, layer, given)
         if self.capacity == 0:
             return stale_BxLxD
         score_BxL: Any = jnp.float32(0)
-        assert self.forced_BxL is not None  # it comes with the step
         if self.spare:
-            score_BxL = self._score(partial_BxLxD - own.value, weigh, mass)
-        score_BxL = jnp.where(self.forced_BxL, jnp.inf, score_BxL)
+            score_BxL = self._score(partial_BxLxD - own, attended, given)
+        score_BxL = jnp.where(given.forced(self.forced), jnp.inf, score_BxL)
         _, rows_A = jax.lax.top_k(score_BxL.reshape(-1), self.capacity)
         flat = lambda x: x.reshape(-1, x.shape[-1])
         sent_AxD = flat(partial_BxLxD)[rows_A]
         total_AxD = self._sum(sent_AxD)
         put = lambda x, new: flat(x).at[rows_A].set(new).reshape(x.shape)
-        rest.value, own.value = put(rest.value, total_AxD - sent_AxD), put(own.value, sent_AxD)
+        keep(put(rest, total_AxD - sent_AxD), put(own, sent_AxD))
         return put(stale_BxLxD, total_AxD)
 
     def _sum(self, partial: Array) -> Array:
         return vary(int8_psum(partial, "tp") if self.policy.int8 else psum(partial, "tp"), "tp")
 
-    def _score(self, moved_BxLxD: Array, weigh: Any, mass: Any) -> Array:
+    def _score(self, moved_BxLxD: Array, attended: Any, step: Step) -> Array:
         """Who else needs sending, f32 [B, L], equal on every device of the tp group."""
-        assert self.step is not None
-        changed_BxL = self.step.changed_BxL.astype(jnp.float32)
+        changed_BxL = step.changed_BxL.astype(jnp.float32)
         if self.policy.rule == "drift":
             return psum((moved_BxLxD.astype(jnp.float32) ** 2).sum(-1), "tp")
         if self.policy.rule == "window":
             position_L = jnp.arange(changed_BxL.shape[1])
             distance_LxL = jnp.abs(position_L[:, None] - position_L)
-            return (
-                -jnp.where(self.step.changed_BxL[:, None, :], distance_LxL, distance_LxL.size).min(
-                    -1
-                )
-                * 1.0
-            )
-        if weigh is not None:  # once a layer, before its FFN: both sublayers send the same rows
-            mass.value = vary(psum(weigh(changed_BxL).astype(jnp.float32), "tp"), "tp")
-        return mass.value
+            far = jnp.where(step.changed_BxL[:, None, :], distance_LxL, distance_LxL.size)
+            return -1.0 * far.min(-1)
+        if attended is not None:  # once a layer, before its FFN: both sublayers send the same rows
+            mass = psum(attended(changed_BxL).astype(jnp.float32), "tp")
+            self.cache("mass", vary(mass, "tp"))
+        return self.cached("mass")
 
-    def _channels(self, partial_BxLxD: Array, rest: Any) -> Array:
+    def _channels(self, partial_BxLxD: Array, rest: Array, layer: str, step: Step) -> Array:
         """Partial synchronisation (as in CAAT-Net, there trained): the channels whose turn it is,
         the rest stale.
         """
-        assert self.step is not None
         ways, D = self.policy.refresh, partial_BxLxD.shape[-1]
         if D % ways:
             raise ValueError(f"width {D} is not divisible by refresh = {ways} groups of channels")
-        turn = self.step.number % ways
+        turn = step.number % ways
         group = lambda x: x.reshape(*x.shape[:-1], ways, D // ways)
         sent = jax.lax.dynamic_index_in_dim(group(partial_BxLxD), turn, -2, keepdims=False)
         total = self._sum(sent)
-        put = lambda x, new: jax.lax.dynamic_update_index_in_dim(
-            group(x), new, turn, x.ndim - 1
-        ).reshape(x.shape)
-        rest.value = put(rest.value, total - sent)
-        return put(partial_BxLxD + rest.value, total)
+
+        def put(x: Array, new: Array) -> Array:
+            axis = x.ndim - 1
+            return jax.lax.dynamic_update_index_in_dim(group(x), new, turn, axis).reshape(x.shape)
+
+        rest = put(rest, total - sent)
+        self.cache(f"{layer}_rest", rest)
+        return put(partial_BxLxD + rest, total)
 
 
 def capacities(policy: Policy, layers: int, rows: int, per_step: int, length: int) -> list[int]:
@@ -204,6 +214,25 @@ def capacities(policy: Policy, layers: int, rows: int, per_step: int, length: in
     return [read] + [inner] * (layers - 1) + [read if policy.lean else inner]
 
 
+def selective(model: Transformer, policy: Policy, sizes: tuple[int, ...]) -> Transformer:
+    """`model` with selective sums: `sizes` rows of the embedding, then of every layer.
+
+    A pattern of unlike blocks, because the last one sends other rows than the rest.
+    """
+    core, last = replace(model.core, keeps=False), len(sizes) - 1
+
+    def sums(i: int) -> Layer:
+        lean = policy.lean and i == last
+        # The embedding and every layer but the last carry what later layers read of changed rows.
+        forced = "changed" if i == 0 else "read" if lean else "changed or read"
+        fields = {"capacity": sizes[i], "forced": forced, "spare": i > 0 and not lean}
+        return layer(SelectiveSum, policy=policy, **fields)
+
+    mixing, ffn = layer(Attention, core=core), layer(SwiGLU)
+    block = lambda i: layer(Block, mixing=mixing, ffn=ffn, reduction=sums(i))
+    return model.clone(pattern=tuple(block(i) for i in range(1, last + 1)), reduction=sums(0))
+
+
 def forward(
     model: Transformer,
     params: Any,
@@ -215,38 +244,14 @@ def forward(
 ) -> tuple[Array, Cache]:
     """Final normed activations [B, L, D] and the new cache; `step` None sends everything (and fills
     a first cache).
-
-    Layers are unrolled, not scanned: the last one sends other rows than the rest.
     """
-    m, dtype = model.m, jnp.dtype(model.m.dtype)
-    sizes = capacities(policy, m.layers, z_BxL.size, per_step, z_BxL.shape[1])
-    new: Cache = []
-
-    def run(i: int, make: Any, params: Any, *inputs: Any) -> Any:
-        forced = None
-        if step is not None:
-            last = policy.lean and i == m.layers
-            # The embedding and every layer but the last carry what later layers read of the changed
-            # rows.
-            forced = (
-                step.changed_BxL
-                if i == 0
-                else step.read_BxL
-                if last
-                else step.changed_BxL | step.read_BxL
-            )
-        state = {} if cache is None else {"cache": cache[i]}
-        spare = i > 0 and not (policy.lean and i == m.layers)
-        layer = make(SelectiveSum(policy, sizes[i], step, forced, spare))
-        out, mutated = layer.apply({"params": params} | state, *inputs, mutable=["cache"])
-        new.append(mutated["cache"])
-        return out
-
-    embedding = lambda reduction: Embedding(m.vocab, m.width, dtype, False, reduction)
-    block = lambda reduction: Block(m, model.attention, model.block, reduction)
-    x_BxLxD = vary(run(0, embedding, params["embed"], z_BxL), "tp")
-    for i in range(m.layers):
-        layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
-        x_BxLxD, _ = run(i + 1, block, layer, x_BxLxD, None)
-    normed: Any = RMSNorm().apply({"params": params["norm"]}, x_BxLxD)
-    return normed, new
+    layers, length = model.shape.layers, z_BxL.shape[1]
+    sizes = capacities(policy, layers, z_BxL.size, per_step, length)
+    of_layer = lambda i: jax.tree.map(lambda p: p[i : i + 1], params["layers"])
+    split = {**params, "layers": {str(i): of_layer(i) for i in range(layers)}}
+    args = z_BxL, jnp.zeros(len(z_BxL)), None, None, step
+    sums = selective(model, policy, tuple(sizes))
+    out, _, cache = run(
+        sums, {"params": split}, *args, method="hidden", cache=cache, keep_cache=True
+    )
+    return out, cache

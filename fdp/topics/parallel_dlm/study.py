@@ -14,6 +14,7 @@ import numpy as np
 from fdp.arm import Arm
 from fdp.config import digest
 from fdp.cost.inference import LLADA_8B, Degrees
+from fdp.experiment import Experiment, standard
 from fdp.loop import evaluate
 from fdp.report import Report, Row
 from fdp.run import Run
@@ -28,12 +29,13 @@ from fdp.topics.parallel_dlm import (
     switching_region,
     switching_run,
 )
+from fdp.topics.parallel_dlm.settings import PER_STEP
 from fdp.topics.parallel_dlm.switching import Job
 
 ORACLE_VARIANTS = ("cpu", "full")  # the tiny one has no time for a third model
 
 
-def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     """The masked diffusion LM and the autoregressive LM: same architecture, parameters, tokens and
     optimizer.
 
@@ -41,13 +43,14 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDi
     likelihood is known."""
     ar = config.copy_and_resolve_references()
     ar.objective.name = "autoregressive"
-    found = {"mdlm": config.copy_and_resolve_references(), "ar": ar}
+    mdlm = standard(config)
+    found = {"mdlm": mdlm, "ar": standard(ar, mdlm.data)}
     if config.variant in ORACLE_VARIANTS:
         found["markov"] = oracle_arm(config)
     return found
 
 
-def oracle_arm(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def oracle_arm(config: ml_collections.ConfigDict) -> Experiment:
     """A small masked diffusion LM of the Markov chain, whose likelihood is known."""
     markov = config.copy_and_resolve_references()
     markov.data.update(source="markov", seq_len=32)
@@ -63,7 +66,7 @@ def oracle_arm(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         dtype="float32",
     )
     markov.train.batch = 64
-    return markov
+    return standard(markov)
 
 
 def study(run: Run) -> Report:
@@ -73,7 +76,7 @@ def study(run: Run) -> Report:
     raw: dict[str, Any] = {}
     plots: list[str | Path] = [figures.curves(run.workdir)]
     if jax.device_count() >= checks.DEVICES:
-        comparisons = checks.compare_meshes(mdlm[0].c, mdlm[0].objective)
+        comparisons = checks.compare_meshes(run.config)
         found += rows.equality(comparisons)
         plots.append(figures.traffic(run.workdir, comparisons))
     else:
@@ -83,7 +86,7 @@ def study(run: Run) -> Report:
         name: run.arms[name] for name in ("mdlm", "markov") if name in run.arms
     }
     for name, arms_ in tasks.items():
-        scatters = [estimators.scatter(arm, run.config.eval.draws) for arm in arms_]
+        scatters = [estimators.scatter(arm, run.config.sampling.draws) for arm in arms_]
         raw[f"variance {name}"] = [
             {n: s.variance(n) for n in estimators.ESTIMATORS} for s in scatters
         ]
@@ -115,11 +118,11 @@ def _selective(
     nll: dict[Any, list[float]] = {}
     for name, arms_ in tasks.items():
         # The oracle's model is small, and its exact likelihood deserves little noise.
-        sequences = run.config.eval.sequences * (8 if name == "markov" else 1)
-        for per_step in (4,) if run.config.variant == "tiny" else (1, 4):
-            task = (name, arms_[0].c.data.seq_len // per_step)
+        sequences = run.config.sampling.sequences * (8 if name == "markov" else 1)
+        for per_step in (PER_STEP,) if run.config.variant == "tiny" else (1, PER_STEP):
+            task = (name, arms_[0].data.seq_len // per_step)
             outcomes[task] = []
-            for policy in pareto.chosen(tuple(run.config.eval.policies)):
+            for policy in pareto.chosen(tuple(run.config.sampling.policies)):
                 outcome = pareto.measure(arms_, policy, per_step, sequences)
                 print(
                     f"{name}, N={outcome.steps}, {policy.name}: {outcome.share:.3f} of the bytes, "
@@ -185,12 +188,12 @@ def switched_samples(arm: Arm) -> tuple[switching_run.Execution, switching_run.E
     """Eight sequences with fixed degrees dp1·tp8, and with dp4·tp2 in refresh steps and dp1·tp8 in
     reuse steps.
     """
-    length = arm.c.data.seq_len
+    length = arm.data.seq_len
     decoder = BlockDecoder(arm.model, arm.objective.n_ids, block=length // 4)
     run = lambda refresh: switching_run.execute(
         decoder,
-        jax.device_get(arm.trained.params),
-        jax.random.key(arm.c.seeds[0]),
+        arm.trained_on_host.params,
+        jax.random.key(arm.seed),
         checks.DEVICES,
         length,
         refresh,
@@ -219,7 +222,7 @@ def _likelihood_row(mdlm: list[Arm], ar: list[Arm]) -> tuple[Row, dict[str, list
 
 
 def _entropy_row(name: str, arm: Arm, ids: np.ndarray) -> Row:
-    text = np.concatenate([arm.data.val[i] for i in range(min(len(ids), len(arm.data.val)))])
+    text = arm.data.val.take(range(min(len(ids), len(arm.data.val))))["tokens"]
     return Row.judged(
         f"{name} samples are as diverse as text",
         "unigram entropy of the samples",
@@ -236,7 +239,9 @@ def _entropy_row(name: str, arm: Arm, ids: np.ndarray) -> Row:
 def _write_samples(run: Run, samples: dict[str, np.ndarray]) -> None:
     lines = []
     for name, ids_BxL in samples.items():
-        decode = run.arms[name][0].data.tokenizer.decode
+        tokenizer = run.arms[name][0].data.tokenizer
+        assert tokenizer is not None
+        decode = tokenizer.decode
         lines += [f"[{name}] {' '.join(decode(row).split())}" for row in ids_BxL]
     (run.workdir / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf8")
     print("\nsamples\n" + "\n".join(lines) + "\n")

@@ -23,7 +23,7 @@ from fdp.collectives import shard_map
 from fdp.cost import hlo, inference, jaxpr
 from fdp.cost.inference import Degrees
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
-from fdp.models.transformer import cache_specs
+from fdp.models import module
 from fdp.sampling.cached import BlockDecoder, refresh_period, start_state
 from fdp.topics.parallel_dlm.switching import Job, exchange_ranks, moved_cache_bytes
 
@@ -121,7 +121,8 @@ class _Phases:
         self, decoder: BlockDecoder, params: Any, key: jax.Array, length: int, meshes: Meshes
     ):
         self.decoder, self.meshes, self.key = decoder, meshes, key
-        _, specs = sharding.abstract_params(decoder.model, length)
+        noised = {"inputs": jnp.zeros((1, length), jnp.int32), "noise": jnp.zeros(1)}
+        specs = module.abstract(decoder.model, noised)[1]["params"]
         place = lambda mesh: jax.device_put(params, sharding.shardings(mesh, specs))
         self.params = {"refresh": place(meshes.refresh), "reuse": place(meshes.reuse)}
         self.state = {n: NamedSharding(getattr(meshes, n), P("dp")) for n in ("refresh", "reuse")}
@@ -129,7 +130,8 @@ class _Phases:
             n: NamedSharding(getattr(meshes, n), P(None, "dp", None, "tp", None))
             for n in self.state
         }
-        cache, scalar, outs = cache_specs(), P(), (STATE, cache_specs())
+        _, cache = decoder.model.decode_state(1, length)
+        scalar, outs = P(), (STATE, cache)
         build = lambda name, f, specs: jax.jit(
             shard_map(f, getattr(meshes, name), specs, outs),
             out_shardings=(self.state[name], self.cache[name]),
@@ -174,7 +176,7 @@ def execute(
     Equal degrees are the fixed plan: nothing moves. Raises ValueError for lengths that are not
     whole blocks, degrees that do not divide the model or the requests, and meshes as `Meshes.of`.
     """
-    shape, period = inference.shape_of(decoder.model.m), refresh_period(decoder, refresh_every)
+    shape, period = inference.shape_of(decoder.model.shape), refresh_period(decoder, refresh_every)
     job = Job(shape, requests, length, period - 1, decoder.block, devices=refresh.tp * refresh.dp)
     for kind, d in (("refresh", refresh), ("reuse", reuse)):
         inference.check(shape, job.work(kind), d)

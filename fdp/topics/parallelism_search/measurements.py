@@ -180,8 +180,7 @@ def to_architecture(row: Mapping[str, str]) -> Architecture:
         return shapes.replace(known, **sizes)
     # Unknown models: a plain FFN is four times as wide as the model, gated ones are not.
     gated = bool(experts) or sizes["ffn"] != 4 * width
-    # type: ignore[arg-type]
-    return Architecture(name=name or "unnamed", head_dim=width // heads, gated=gated, **sizes)
+    return Architecture(name=name or "unnamed", head_dim=width // heads, gated=gated, **sizes)  # type: ignore[arg-type]
 
 
 def _precision(text: str) -> str:

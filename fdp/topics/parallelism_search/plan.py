@@ -540,22 +540,15 @@ def _shorter(model: Model, job: Job, cluster: Cluster) -> str:
 
 def for_config(config: ml_collections.ConfigDict, model: Model) -> Ranking:
     """Rank the plans for `config.plan`, of a published model or of the config's own. Raises
-    UserError.
+    UserError where there is none.
     """
-    c = config.plan
-    try:
-        causal = config.objective.name == "autoregressive"
-        a = (
-            architectures.architecture(c.model)
-            if c.model
-            else architectures.of_model(config.model, causal)
-        )
-    except ValueError as error:
-        raise UserError(f"plan.model: {error}") from error
-    try:
-        cluster = hardware.cluster(c.cluster)
-    except ValueError as error:
-        raise UserError(f"plan.cluster: {error}") from error
+    c, cluster = config.plan, hardware.cluster(config.plan.cluster)
+    causal = config.objective.name == "autoregressive"
+    a = (
+        architectures.architecture(c.model)
+        if c.model
+        else architectures.of_model(config.model, causal)
+    )
     return rank(model, job_on(a, cluster, c.batch, c.seq_len, c.precision), cluster)
 
 
@@ -718,7 +711,7 @@ def _config_text(ranking: Ranking, p: Plan) -> str:
             "",
             "",
             'def get_config(variant="pod"):',
-            "    c = config.base()",
+            '    c = config.base(**config.topic_sections("parallel_dlm"))',
             '    c.topic, c.variant = "parallel_dlm", config.check_variant(variant)',
             f"    c.model.update({shape})",
             f'    c.model.update(dtype="bfloat16", remat="{p.recompute}", '

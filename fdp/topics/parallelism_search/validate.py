@@ -14,7 +14,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fdp.cost import hybrid
-from fdp.topics.parallelism_search import anchors, fit
+from fdp.topics.parallelism_search import anchors, fit, settings
 from fdp.topics.parallelism_search.measurements import Measurement
 
 Choice = Callable[[Measurement], bool]
@@ -42,22 +42,12 @@ def _mid_size(m: Measurement) -> bool:
     return 64 <= m.job.plan.chips <= 512
 
 
-MODELS = (
-    "gpt-3.6b",
-    "gpt-39.1b",
-    "ultrascale-1b",
-    "ultrascale-3b",
-    "ultrascale-8b",
-    "llama3-70b",
-    "llama3.1-405b",
-)
-MIXTURES = ("deepseek-v3", "qwen3-235b-a22b", "qwen3-30b-a3b", "gpt-oss-120b")
 CASES = (
-    *(Case(name, "model", _named(name), _mid_size) for name in MODELS),
-    *(Case(name, "moe", _named(name)) for name in MIXTURES),
-    Case("sequences of 16k and more", "long", lambda m: m.job.seq >= 16_384),
-    Case("release 26.04.01", "release", lambda m: m.job.stack.endswith("/26.04.01")),
-    Case("cluster of DGX Cloud", "cluster", lambda m: m.job.cluster == "dgxc"),
+    *(Case(name, "model", _named(name), _mid_size) for name in settings.MODELS),
+    *(Case(name, "moe", _named(name)) for name in settings.MIXTURES),
+    Case(settings.LONG, "long", lambda m: m.job.seq >= 16_384),
+    Case(settings.RELEASE, "release", lambda m: m.job.stack.endswith("/26.04.01")),
+    Case(settings.CLUSTER, "cluster", lambda m: m.job.cluster == "dgxc"),
 )
 
 

@@ -1,13 +1,15 @@
-"""Differentiable attention over walks of tiles: what flash, block-sparse, decode and ring attention
-have in common.
+"""Differentiable attention over walks of tiles: what the flash and the block-sparse kernel have in
+common, and the checks and the choice of platform of all attention.
 
 Legend as in tiles.py; additionally q_BxNxHxC, k_BxMxKxC, v_BxMxKxC as the callers see them.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fdp.kernels_pallas import tpu, triton
@@ -17,6 +19,7 @@ from fdp.kernels_pallas.tiles import Spec, Walk
 Array = jax.Array
 BACKENDS = ("xla", "tpu", "gpu")
 DTYPES = (jnp.float32, jnp.bfloat16)
+EVERYTHING = Mask()
 
 
 def platform() -> str:
@@ -66,11 +69,11 @@ def check_arrays(q_BxNxHxC: Array, k_BxMxKxC: Array, v_BxMxKxC: Array) -> None:
 
 def gather_tags(
     mask: Mask, name: str, shape: tuple[int, ...], position, segment
-) -> tuple[Array, ...]:
+) -> tuple[Any, ...]:
     """(position, then segment for a packed mask), each int [length] or [B, length] with (B, length)
     = `shape`.
 
-    position None means 0 … length - 1. Raises ValueError for other shapes and for missing or
+    position None means 0 … length - 1, in NumPy. Raises ValueError for other shapes and for missing or
     useless segments."""
     B, length = shape
     if mask.packed != (segment is not None):
@@ -82,7 +85,7 @@ def gather_tags(
         raise ValueError(
             f"mask.packed = {mask.packed} but {name}_segment is {type(segment).__name__}: {advice}"
         )
-    tags = (jnp.arange(length) if position is None else position,) + (
+    tags = (np.arange(length, dtype=np.int32) if position is None else position,) + (
         (segment,) if mask.packed else ()
     )
     for tag, what in zip(tags, ("position", "segment"), strict=False):
@@ -126,9 +129,22 @@ def attend(
     return _attend(spec, *alike((q, k, v, q_tags, k_tags, row_walk, key_walk)))
 
 
-def forward(spec: Spec, q, k, v, q_tags, k_tags, row_walk: Walk) -> tuple[Array, Array]:
-    """`attend` where no gradient is asked for, hence without the transposed walk."""
-    return _kernels(spec).forward(spec, *alike((q, k, v, q_tags, k_tags, row_walk)))
+def gradients(
+    spec: Spec, q, k, v, q_tags, k_tags, row_walk: Walk, key_walk: Walk, o, lse, do
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv) that these keys contribute, given each row's out and lse over ALL keys; f32 where
+    `spec.partial`. Shapes as in `attend`."""
+    operands, rest = (q, k, v, q_tags, k_tags), (row_walk, key_walk, o, lse, do)
+    operands, (row_walk, key_walk, o, lse, do) = alike((operands, rest))
+    return _gradients(spec, operands, row_walk, key_walk, o, lse, do, 0.0)
+
+
+def _gradients(spec, operands, row_walk, key_walk, o, lse, do, dlse):
+    delta, lse = row_terms(o, lse, do, dlse)
+    do = do.astype(operands[0].dtype)
+    dq = _kernels(spec).query_gradient(spec, *operands, row_walk, do, lse, delta)
+    dk, dv = _kernels(spec).key_gradients(spec, *operands, key_walk, do, lse, delta)
+    return dq, dk, dv
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,13 +158,10 @@ def _attend_forward(spec, q, k, v, q_tags, k_tags, row_walk, key_walk):
 
 
 def _attend_backward(spec, saved, cotangents):
-    q, k, v, q_tags, k_tags, row_walk, key_walk, o, lse = saved
-    do, dlse = cotangents
-    delta, lse = row_terms(o, lse, do, dlse)
-    operands = (q, k, v, q_tags, k_tags)
-    dq = _kernels(spec).query_gradient(spec, *operands, row_walk, do, lse, delta)
-    dk, dv = _kernels(spec).key_gradients(spec, *operands, key_walk, do, lse, delta)
-    return dq, dk, dv, None, None, None, None
+    *operands, row_walk, key_walk, o, lse = saved
+    grads = _gradients(spec, operands, row_walk, key_walk, o, lse, *cotangents)
+    typed = (g.astype(x.dtype) for g, x in zip(grads, operands[:3], strict=True))
+    return *typed, None, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

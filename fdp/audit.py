@@ -1,0 +1,211 @@
+"""Is a config's program right? python -m fdp.audit --config=configs/topic3.py[:variant] [--config.key=…]
+
+Every arm is shrunk to at most eight virtual devices (degrees and sizes cut, structure kept), in
+float32, and four things are shown: loss and gradients are those of one device; bytes on the wire
+are what the closed formula says; every axis of degree > 1 has the collectives that it must have and
+no others; and what a position reads of the others is what the mask allows. Exit status 1 if one
+fails.
+
+Legend: B sequences, L positions.
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+os.environ.setdefault("NPROC", "64")  # before jax is imported, as in fdp.train
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import app, flags
+from tabulate import tabulate
+
+from fdp import config as fdp_config
+from fdp.cost import bytes as closed
+from fdp.count.compare import Comparison, Key, outcome
+from fdp.count.requirements import is_stock, missing, required_of, unexpected
+from fdp.data.batches import Batch
+from fdp.experiment import Experiment
+from fdp.grads import plain
+from fdp.kernels_pallas.masks import allowed
+from fdp.mesh import AXES, degrees_equation, make_mesh, use_virtual_devices
+from fdp.models import module
+from fdp.models.transformer import Transformer
+from fdp.run import study_of, use_compilation_cache
+from fdp.step import TrainStep
+from fdp.train import CONFIG, parse_flags, quiet
+
+DEVICES = 8
+TOLERANCE = 1e-4  # of float32 sums in another order, relative, by norm
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check of one arm on one mesh."""
+
+    arm: str
+    mesh: str
+    check: str
+    holds: bool
+    found: str
+
+
+def small_degrees(degrees: Mapping[str, int]) -> list[dict[str, int]]:
+    """Meshes of at most DEVICES devices on which every axis in use keeps degree 2: one, or two that
+    share the axes out where four are in use."""
+    used = [a for a in AXES if degrees[a] > 1]
+    cut = {a: min(degrees[a], 2) for a in AXES}
+    if 2 ** len(used) <= DEVICES:
+        return [cut]
+    return (
+        [cut | {"dp": 1}, cut | {"ep": 1}]
+        if "ep" in used and "dp" in used
+        else [cut | {used[0]: 1}, cut | {used[-1]: 1}]
+    )
+
+
+def small(c: ml_collections.ConfigDict, degrees: Mapping[str, int]) -> ml_collections.ConfigDict:
+    """The config on `degrees` with sizes cut; ratios of heads, switches and plans are kept."""
+    c = c.copy_and_resolve_references()
+    m, x, tp, cp = c.model, c.context, degrees["tp"], degrees["cp"]
+    c.mesh.update(degrees)
+    c.hardware.topology = ""
+    group = m.heads // m.kv_heads
+    x.head_split = min(x.head_split, cp)
+    kv_heads = tp * (cp if x.plan in ("ulysses", "usp") else 1)
+    m.update(layers=2, kv_heads=kv_heads, heads=kv_heads * min(group, 2), head_dim=8, width=32)
+    m.update(ffn=32 * tp, vocab=72, dtype="float32", window=min(m.window, 8))
+    x.stripe = min(x.stripe, 4)
+    c.data.update(source="blank", vocab=64, tokenizer="bpe", seq_len=32 * cp)
+    c.train.microbatches = min(c.train.microbatches, 2)
+    c.train.batch = 2 * degrees["dp"] * degrees["ep"] * c.train.microbatches
+    c.train.batch *= x.head_split if x.plan == "batch" else 1
+    settings = fdp_config.topic_settings(c.topic)
+    if settings is not None and hasattr(settings, "shrink"):
+        settings.shrink(c)
+    return c
+
+
+def batch_of(e: Experiment) -> Batch:
+    """Values for every field of the experiment's batch: random tokens, random document boundaries,
+    what an in-memory split holds otherwise."""
+    rng, n = np.random.default_rng(0), e.fit.batch
+    batch = e.data.train.take([i % len(e.data.train) for i in range(n)])
+    if "tokens" in batch and e.data.tokenizer is not None and e.data.name == "blank":
+        shape = batch["tokens"].shape
+        batch["tokens"] = rng.integers(0, e.data.tokenizer.n_data - 1, shape, np.int32)
+        if "segments" in batch:
+            batch["segments"] = (rng.random(shape) < 0.1).cumsum(1).astype(np.int32)
+    return batch
+
+
+def audit_arm(name: str, e: Experiment) -> list[Finding]:
+    """All checks of one small experiment."""
+    alone = replace(e, degrees=dict.fromkeys(AXES, 1), zero=0, grads=plain(1))
+    one = TrainStep(alone, make_mesh(alone.degrees, jax.devices()[:1]))
+    p, batch = TrainStep(e, make_mesh(e.degrees)), batch_of(e)
+    rng = np.random.default_rng(1)
+
+    def shaken(x: np.ndarray) -> np.ndarray:
+        """Gates and biases that start at 0 would hide what they multiply."""
+        return x + 0.02 * rng.normal(size=x.shape).astype(x.dtype)
+
+    variables = jax.tree.map(shaken, jax.device_get(one.init(0).variables))
+    want, got = outcome(one, variables, batch), outcome(p, variables, batch)
+    formula = closed.traffic(p) if is_stock(e.model) else {}
+    c = Comparison.of(name, got, want, formula)
+    mesh = degrees_equation(e.degrees)
+    found = lambda check, holds, text: Finding(name, mesh, check, holds, text)
+    findings = [
+        found("loss = one device", c.output_error <= TOLERANCE, f"{c.output_error:.1e}"),
+        found("gradients = one device", c.gradient_error <= TOLERANCE, f"{c.gradient_error:.1e}"),
+    ]
+    if is_stock(e.model):
+        wrong = c.mismatches()
+        text = "; ".join(f"{_name(m.key)} {m.counted:,.0f}, not {m.formula:,.0f}" for m in wrong)
+        findings.append(found("bytes = formula", not wrong, text or f"{len(formula)} entries"))
+    needs = required_of(p)
+    silent, other = missing(needs, got.sent), unexpected(needs, got.sent)
+    text = "; ".join(r.describe(got.sent) for r in silent) or f"{len(needs)} of {len(needs)}"
+    findings.append(found("every axis has its collectives", not silent, text))
+    findings.append(found("and no others", not other, ", ".join(map(_name, other)) or "none"))
+    if isinstance(e.model, Transformer):
+        findings.append(found("positions read what the mask shows", *reach(alone, variables)))
+    return findings
+
+
+def _name(key: Key) -> str:
+    return f"{key[0]} over {'·'.join(key[1])}"
+
+
+def reach(e: Experiment, variables: Any) -> tuple[bool, str]:
+    """Change one token of the model's input on one device and see which positions notice: exactly
+    those that the mask lets reach it within the model's layers, and no other."""
+    noised = jax.jit(e.objective.corrupt)(jax.random.key(0), batch_of(e))
+    length, layers = noised["inputs"].shape[1], e.model.shape.layers
+    at = length // 2
+    changed = (noised["inputs"].at[:, at].add(1)) % e.model.shape.vocab
+    other = noised | {"inputs": changed}
+
+    @jax.jit
+    def hidden(variables: Any, noised: Any) -> Any:
+        x, _, _ = module.run(e.model, variables, noised, method="embed")
+        return module.run(e.model, variables, x, noised, method="stack")[0]
+
+    moved = np.asarray(jnp.abs(hidden(variables, other) - hidden(variables, noised)).max(-1)) > 0
+    if not is_stock(e.model):
+        return bool(moved[:, at].all()), f"{moved.mean():.0%} of the positions notice"
+    index, segment = jnp.arange(length), noised.get("segments")
+    args = () if segment is None else (segment, segment)
+    seen = np.broadcast_to(allowed(e.model.core.mask, index, index, *args), (1, length, length))
+    reached = np.eye(length, dtype=bool)[None] | seen
+    for _ in range(math.ceil(math.log2(max(layers, 2)))):
+        reached = (reached[:, :, :, None] & reached[:, None]).any(2)
+    if 2 ** math.ceil(math.log2(max(layers, 2))) != layers:
+        return not (moved & ~reached[..., at]).any(), "none beyond the mask notices"
+    wrong = int((moved != reached[..., at]).sum())
+    return wrong == 0, f"{int(moved.sum())} of {moved.size} notice, {wrong} wrongly"
+
+
+def audit(config: ml_collections.ConfigDict) -> list[Finding]:
+    """Findings of every arm on every small mesh."""
+    findings = []
+    study = study_of(config.topic)
+    for degrees in small_degrees(config.mesh):
+        c = small(config, degrees)
+        fdp_config.validate(c)
+        for name, e in study.arms(c).items():
+            findings += audit_arm(name, e)
+    return findings
+
+
+def main(argv: list[str]) -> None:
+    """Audit the config, print the table, exit with 1 if anything fails."""
+    del argv
+    quiet()
+    started = time.perf_counter()
+    try:
+        fdp_config.validate(CONFIG.value)
+        use_virtual_devices(DEVICES)
+        use_compilation_cache()
+        findings = audit(CONFIG.value)
+    except fdp_config.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    rows = [(f.arm, f.mesh, f.check, "holds" if f.holds else "FAILS", f.found) for f in findings]
+    print(tabulate(rows, headers=("arm", "mesh", "check", "verdict", "found")))
+    failed = sum(not f.holds for f in findings)
+    seconds = time.perf_counter() - started
+    print(f"\n{len(findings)} checks, {failed} failed, {seconds:.0f} s, at reduced size in float32")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

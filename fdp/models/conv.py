@@ -1,0 +1,135 @@
+"""A short causal convolution over positions, one filter a channel, with a halo over cp in every
+layout.
+
+Arora et al. 2023 (arXiv 2312.04927) put such a filter before attention, so that a key can be found
+by the token before it.
+
+Legend: B sequences, L positions (local over cp), D width, W taps, R runs of consecutive positions
+that a device holds, N positions of a run, T = W - 1 positions before a run.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fdp.collectives import bound, index, size, vary
+from fdp.models.layers import normal
+from fdp.models.module import Module, compact
+from fdp.parallel.layouts import SequenceLayout
+
+Array = jax.Array
+
+
+def runs(layout: SequenceLayout, length: int, cp: int) -> tuple[int, int]:
+    """(R, N): how many runs of consecutive positions a device holds of `length` local ones, and
+    their length."""
+    if cp == 1 or layout.kind == "contiguous":
+        return 1, length
+    if layout.kind == "zigzag":
+        return 2, length // 2
+    return length // layout.block, layout.block
+
+
+def hops(layout: SequenceLayout, length: int, cp: int, reach: int) -> list[tuple[int, int]]:
+    """(devices between, positions of every run), nearest run first, that hold the `reach` positions
+    before each run. Raises ValueError for runs shorter than that, unless they are dealt out."""
+    _, n = runs(layout, length, cp)
+    if layout.kind != "striped" and n < reach:
+        raise ValueError(
+            f"a convolution of {reach + 1} taps reads {reach} positions before each run, and a run "
+            f"of the {layout.kind} layout has L = {n} on cp = {cp} devices: set model.conv={n + 1}, "
+            "lower mesh.cp, or use the striped layout"
+        )
+    far = range(-(-reach // n))
+    return [((hop + 1) % cp, min(n, reach - hop * n)) for hop in far]
+
+
+def halo_bytes(
+    layout: SequenceLayout, length: int, cp: int, reach: int, bytes_of_position: int
+) -> int:
+    """Wire bytes that a device sends for one halo, and again for its gradient: the last positions
+    of each run, once to every device that needs them."""
+    if cp == 1:
+        return 0
+    sent: dict[int, int] = {}
+    for ahead, tail in hops(layout, length, cp, reach):
+        sent.setdefault(ahead, tail if ahead else 0)
+    return runs(layout, length, cp)[0] * sum(sent.values()) * bytes_of_position
+
+
+def before(x_BxRxNxD: Array, layout: SequenceLayout, reach: int) -> Array:
+    """The `reach` positions before every run: [B, R, T, D]. What lies before position 0 is
+    undefined."""
+    count, n = x_BxRxNxD.shape[1:3]
+    cp, me = size("cp"), index("cp")
+    if cp == 1:
+        return jnp.zeros_like(x_BxRxNxD[:, :, :1]).repeat(reach, axis=2)
+    if layout.kind == "zigzag":
+        hops(layout, count * n, cp, reach)
+        # Chunk i follows chunk i - 1; chunk 2cp - 1 - i follows that of device i + 1, but the
+        # middle two chunks are both on the last device.
+        early, late = x_BxRxNxD[:, 0, -reach:], x_BxRxNxD[:, 1, -reach:]
+        late = jnp.where(me == cp - 1, early, _shift(late, cp - 1))
+        return jnp.stack([_shift(early, 1), late], 1)
+    arrived: dict[int, Array] = {}
+    parts = []
+    for hop, (ahead, tail) in enumerate(hops(layout, count * n, cp, reach), 1):
+        if ahead not in arrived:  # a farther hop of the same distance needs no more
+            arrived[ahead] = _shift(x_BxRxNxD[:, :, -tail:], ahead)
+        # Runs are dealt round-robin: `hop` runs back lies in this row or in one above.
+        rows_above = -((me - hop) // cp)
+        parts.append(jnp.roll(arrived[ahead][:, :, -tail:], rows_above, axis=1))
+    return jnp.concatenate(parts[::-1], axis=2)
+
+
+def _shift(x: Array, ahead: int) -> Array:
+    """What the device `ahead` places before this one holds."""
+    if not ahead:
+        return x
+    n = size("cp")
+    return lax.ppermute(vary(x, "cp"), bound("cp"), [(i, (i + ahead) % n) for i in range(n)])
+
+
+class ShortConvolution(Module):
+    """y[p] = Σ_d w[d] · x[p - d], d < `taps`, channel by channel: [B, L, D] → [B, L, D].
+
+    Nothing before the sequence, or before the document where `segment` tells them apart, is read.
+    Raises ValueError for runs that are shorter than what a tap reaches (`hops`), and for rows of a
+    cache, which hold no neighbours."""
+
+    taps: int
+    layout: SequenceLayout
+
+    @compact
+    def __call__(self, x_BxLxD: Array, index_L: Array, segment_BxL: Array | None = None) -> Array:
+        if index_L.ndim == 2:
+            raise ValueError(refuse_cache(self.taps))
+        B, L, D = x_BxLxD.shape
+        w_WxD = self.weight("w", normal(self.taps**-0.5), (self.taps, D), (None, None))
+        w_WxD = w_WxD.astype(x_BxLxD.dtype)
+        shape = runs(self.layout, L, size("cp"))
+        with_halo = lambda x: jnp.concatenate([before(x, self.layout, self.taps - 1), x], axis=2)
+        x = with_halo(x_BxLxD.reshape(B, *shape, D))
+        segment = None
+        if segment_BxL is not None:
+            segment = with_halo(segment_BxL.reshape(B, *shape, 1))
+        index = index_L.reshape(*shape, 1)
+
+        def tap(d: int, y: Array) -> Array:
+            return lax.slice_in_dim(y, self.taps - 1 - d, self.taps - 1 - d + shape[1], axis=2)
+
+        out = w_WxD[0] * tap(0, x)
+        for d in range(1, self.taps):
+            seen = index >= d
+            if segment is not None:
+                seen = seen & (tap(d, segment) == tap(0, segment))
+            out = out + w_WxD[d] * jnp.where(seen, tap(d, x), 0)
+        return out.reshape(B, L, D)
+
+
+def refuse_cache(taps: int) -> str:
+    """Why there is no cached decoding, and what to do."""
+    return (
+        f"model.conv = {taps} has no cached decoding: rows of a cache do not hold the {taps - 1} "
+        "positions before them; set model.conv=0 or sample without a cache"
+    )

@@ -1,0 +1,28 @@
+"""Configuration of topic 3: what is profiled, and on which tasks. Imports neither jax nor flax."""
+
+import ml_collections
+
+from fdp.data.recall import RECALL
+from fdp.keys import UserError, count, flag, section, words
+
+BLOCKS = 32  # of a sequence: four for each of eight devices
+
+SECTIONS = {
+    "profile": section(
+        tasks=words((), RECALL, "recall tasks, one arm each beside the text"),
+        # As many choose the coverage, and as many judge it.
+        sequences=count(32, "whose attention is profiled", "sequences"),
+        every=count(100, "between profiles of a run", "steps"),
+        native_sparse=flag(False, "an arm with native sparse attention beside the text"),
+    )
+}
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+    """Raise UserError for a length that has no whole blocks."""
+    length = c.data.seq_len
+    if length % BLOCKS:
+        raise UserError(
+            f"sequence length {length} is not divisible by blocks of a mask = {BLOCKS}: set "
+            f"data.seq_len={-(-length // BLOCKS) * BLOCKS}"
+        )
