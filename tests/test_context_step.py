@@ -7,12 +7,11 @@ import functools
 import jax
 import numpy as np
 import pytest
-from build import place, program, tiny, tokens
+from build import program, tiny, tokens
 
 from fdp import config
 from fdp.cost import bytes as closed
-from fdp.cost import hlo
-from fdp.count.compare import sent
+from fdp.count import compare
 
 BASE = {"model.heads": 8}  # for plans that share out heads over eight devices
 CASES = {
@@ -40,22 +39,8 @@ def outcome(variables: dict | None, **overrides: object) -> tuple:
     p = program(c)
     if variables is None:
         variables = jax.device_get(p.init(0).variables)
-    shardings = p.specs.state_shardings()
-    placed = jax.device_put(variables, {"params": shardings.params, "state": {}})
-    noised = jax.jit(p.corrupt)(place(p, {"tokens": tokens(c)}), jax.random.key(0))
-    compiled = jax.jit(p.grads).lower(placed, noised).compile(hlo.QUICK)
-    loss, grads, _ = compiled(placed, noised)
-    counted = sent(compiled, p.mesh)
-    return float(loss), jax.device_get(grads), by_axis(counted), dict(closed.traffic(p)), variables
-
-
-def by_axis(counted: dict) -> dict:
-    """Wire bytes by (op, logical axes): cp0·cp1·… and any part of it count as cp."""
-    found: dict = {}
-    for (op, axes), wire in counted.items():
-        key = op, tuple(dict.fromkeys(a.rstrip("0123456789") for a in axes))
-        found[key] = found.get(key, 0.0) + wire
-    return found
+    found = compare.outcome(p, variables, {"tokens": tokens(c)})
+    return *found, dict(closed.traffic(p)), variables
 
 
 @functools.cache

@@ -55,6 +55,8 @@ def traffic(p: TrainStep) -> Traffic:
     _activations(ledger, e, p.head_rows())
     _parameters(ledger, p)
     ledger.add(REDUCE, ("pp", *DATA_AXES), 4)  # the loss
+    if "weights" in e.data.dims:
+        ledger.add(REDUCE, DATA_AXES, 4)  # what it is divided by
     return ledger.total
 
 
@@ -101,8 +103,11 @@ def _context(ledger: _Ledger, e: Experiment, times: int, again: int) -> None:
         batch, e.input_length, heads, kv_heads, m.head_dim, d["cp"], m.itemsize
     )
     plan, mask = core.plan, core.mask
+    # The one hop of a ring of two is the first of the backward pass, too: XLA makes it once.
+    merged = plan.ring_degree(d["cp"]) == 2
     for op, wire in context.forward_bytes(plan, shape, mask).items():
-        ledger.put(op, ("cp",), wire * (times + again))
+        once = merged and op == context.PERMUTE
+        ledger.put(op, ("cp",), wire * (times + (0 if once else again)))
     for op, wire in context.backward_bytes(plan, shape, mask).items():
         ledger.put(op, ("cp",), wire * times)
     if mask.packed:  # positions are known from the layout, document ids are not

@@ -11,6 +11,7 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.cost import context
+from fdp.count.compare import Key
 from fdp.data.recall import task_of
 from fdp.models.nsa import Budget
 from fdp.parallel.layouts import ZIGZAG
@@ -227,7 +228,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
         Row.judged(
             "every plan equals attention on one device",
             "largest relative error, forward",
-            max(f.loss_error for f in found),
+            max(f.output_error for f in found),
             "",
             "<= 1e-5",
             "measured",
@@ -245,7 +246,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
         Row.judged(
             "bytes of every plan equal the closed formula",
             "ops that differ",
-            sum(f.mismatches() for f in found),
+            sum(len(f.mismatches()) for f in found),
             "",
             "== 0",
             "counted",
@@ -285,7 +286,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
         Row.judged(
             "a program compiled for one plan agrees",
             "largest relative error",
-            max(fixed.loss_error, fixed.gradient_error),
+            max(fixed.output_error, fixed.gradient_error),
             "",
             "<= 1e-4",
             "measured",
@@ -295,7 +296,7 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
         Row.judged(
             "… and sends what its layers' formulas add up to",
             "ops that differ",
-            fixed.mismatches(),
+            len(fixed.mismatches()),
             "",
             "== 0",
             "counted",
@@ -304,8 +305,8 @@ def exactness(arm: Arm, masks_NxWxW: np.ndarray, tiny: bool) -> list[Row]:
     ]
 
 
-def _bytes_text(traffic: Mapping[str, float]) -> str:
-    return ", ".join(f"{op} {wire:,.0f}" for op, wire in sorted(traffic.items()) if wire)
+def _bytes_text(sent: Mapping[Key, float]) -> str:
+    return ", ".join(f"{op} {wire:,.0f}" for (op, _), wire in sorted(sent.items()) if wire)
 
 
 def adapted(name: str, found: list[runtime.Adapted]) -> list[Row]:

@@ -19,7 +19,7 @@ from fdp import config as fdp_config
 from fdp.cost import aot, flops, hlo, jaxpr
 from fdp.cost import bytes as closed
 from fdp.cost import memory as analytic
-from fdp.count.compare import sent
+from fdp.count.compare import Bytes, sent
 from fdp.data.batches import blank
 from fdp.experiment import standard
 from fdp.mesh import AXES, make_mesh
@@ -29,30 +29,15 @@ OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Bytes):
     """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices, see
     `executed_flops`. Memory: bytes per device at the peak of the train step, None where it was not
     compiled."""
 
-    formula: dict[tuple[str, tuple[str, ...]], float]
-    counted: dict[tuple[str, tuple[str, ...]], float]
     formula_flops: float
     counted_flops: float
     formula_memory: float | None = None
     counted_memory: float | None = None
-
-    @property
-    def entries(self) -> int:
-        """Number of (op, axes) that the formula or the compiled program has."""
-        return len(self.formula.keys() | self.counted.keys())
-
-    def mismatches(self) -> list[tuple[str, tuple[str, ...]]]:
-        """The (op, axes) whose bytes differ."""
-        keys = self.formula.keys() | self.counted.keys()
-        same = lambda k: math.isclose(
-            self.formula.get(k, 0.0), self.counted.get(k, 0.0), rel_tol=1e-12
-        )
-        return sorted(k for k in keys if not same(k))
 
     @property
     def flops_error(self) -> float:
@@ -164,7 +149,8 @@ def executed_flops(p: TrainStep) -> int:
 
     Beyond the model's: what rematerialised blocks compute again (everything but the last product,
     whose result nobody reads unless a gate multiplies it; under "dots" attention's two products),
-    and time conditioning, which every cp and tp rank computes for all its sequences."""
+    time conditioning, which every cp and tp rank computes for all its sequences, and over cp, where
+    attention keeps no scores, those scores and each row's Σ dO·O in the backward pass."""
     e = p.experiment
     m, d, length = e.model.shape, e.degrees, e.input_length
     embedding, modulations = flops.noise_forward(m)
@@ -174,11 +160,13 @@ def executed_flops(p: TrainStep) -> int:
         "dots": m.layers * 4 * length * length * m.heads * m.head_dim,
         "full": m.layers * (flops.layer_forward(m, length) - last),
     }[m.remat]
+    scores = 2 * length * (length + 1) * m.heads * m.head_dim if d["cp"] > 1 else 0
     noise_again = modulations if m.remat == "full" else 0
     replicas = d["cp"] * d["tp"]
     noise = (replicas - 1) * (2 * embedding + 3 * modulations) + replicas * noise_again
     shards = d["dp"] * d["ep"] * d["cp"] * e.grads.microbatches
-    return flops.train_step(e, p.head_rows() * shards) + e.fit.batch * (again + noise)
+    more = again + noise + m.layers * scores
+    return flops.train_step(e, p.head_rows() * shards) + e.fit.batch * more
 
 
 def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
