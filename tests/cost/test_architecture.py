@@ -4,6 +4,7 @@ import pytest
 
 from fdp.config import base
 from fdp.cost import architecture, flops
+from fdp.count.step import microbatch
 from fdp.data.batches import blank
 from fdp.experiment import standard
 
@@ -30,7 +31,7 @@ def test_parameters_are_the_published_ones(name):
 def test_our_own_model_has_the_parameters_and_flops_of_its_program():
     e = standard(base(), blank(64, 1024))
     model = architecture.of_model(e.model.shape)
-    assert model.parameters() == flops.parameters(e.model.shape)
+    assert model.parameters() == microbatch(e, 0).parameters
     tokens = e.fit.batch * e.data.seq_len
     assert 3 * model.forward_flops(e.data.seq_len) * tokens == flops.train_step(e, tokens)
 
