@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from fdp.cost import flops
+from fdp.count.counts import Unstated
 from fdp.data.batches import Data
 from fdp.experiment import Experiment
 from fdp.state import TrainState
@@ -82,11 +83,12 @@ class Arm:
         return self.program.head_rows() * ways
 
     def step_flops(self) -> int | None:
-        """Model FLOPs of one train step on the whole mesh (convention: fdp.cost.flops); None for a
-        model that does not state its shape."""
-        if not hasattr(self.model, "shape"):
+        """Model FLOPs of one train step on the whole mesh (convention: fdp.count.counts); None where
+        a layer does not state them."""
+        try:
+            return flops.train_step(self.experiment, self.head_rows())
+        except Unstated:
             return None
-        return flops.train_step(self.experiment, self.head_rows())
 
     def place(self, batch: Any) -> Any:
         """A host batch onto the mesh, as its dims are named."""

@@ -23,8 +23,10 @@ from fdp.cost import memory as analytic
 from fdp.cost.hardware import Chip, chip
 from fdp.cost.workload import Job
 from fdp.count.compare import sent
+from fdp.count.counts import CONVENTION
+from fdp.count.step import unstated
 from fdp.mesh import AXES, degrees_equation, make_mesh, use_virtual_devices
-from fdp.models.transformer import Transformer
+from fdp.models.shape import ModelShape
 from fdp.run import study_of
 from fdp.step import TrainStep
 
@@ -106,8 +108,10 @@ def describe(p: TrainStep, target: Target) -> str:
     program = _jaxpr(p)
     if "DOES NOT FIT" in parts[1]:
         parts.append(_largest(program, overflow))
-    parts += [_bytes_table(p, compiled), _flops_line(p, program)]
-    parts.append(_time_line(p, program, target.chip))
+    missing = unstated(p.experiment)
+    parts.append(_bytes_table(p, compiled, not missing))
+    parts.append(_flops_line(p, program, not missing))
+    parts.append(f"counts    not stated: {missing}" if missing else _time_line(p, program, target))
     return "\n".join(part for part in parts if part)
 
 
@@ -181,8 +185,7 @@ def _jaxpr(p: TrainStep) -> Any:
     return jax.make_jaxpr(p.grads)(state.variables, noised)
 
 
-def _bytes_table(p: TrainStep, compiled: Any) -> str:
-    stated = isinstance(p.experiment.model, Transformer)
+def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
     formula = closed.traffic(p) if stated else {}
     counted = sent(compiled, p.mesh) if compiled is not None else {}
     keys = sorted(formula.keys() | counted.keys(), key=lambda k: (k[1], k[0]))
@@ -203,7 +206,8 @@ def _bytes_table(p: TrainStep, compiled: Any) -> str:
     if not table:
         return "bytes     no axis has a degree above 1"
     text = tabulate(table, headers=heads, disable_numparse=True)
-    if compiled is not None and stated and p.experiment.model.shape.dtype == "bfloat16":
+    shape = getattr(p.experiment.model, "shape", None)
+    if compiled is not None and stated and getattr(shape, "dtype", "") == "bfloat16":
         text += (
             "\n  (the formula counts float32 parameter gathers; a compiler may cast to bfloat16 "
             "first and send half, and run a reduce-scatter as an all-reduce and a slice, which "
@@ -219,21 +223,22 @@ def _model_flops(p: TrainStep) -> int:
     return flops.train_step(p.experiment, p.head_rows() * shards)
 
 
-def _flops_line(p: TrainStep, program: Any) -> str:
+def _flops_line(p: TrainStep, program: Any, stated: bool) -> str:
     counted = f"{jaxpr.dot_flops(program):.4g} in the program, recomputation included"
-    if not isinstance(p.experiment.model, Transformer):
+    if not stated:
         return f"FLOPs     {counted}"
     share = _model_flops(p) / math.prod(p.experiment.degrees.values())
-    return f"FLOPs     {share:.4g} per device and step ({flops.CONVENTION}); {counted}"
+    return f"FLOPs     {share:.4g} per device and step ({CONVENTION}); {counted}"
 
 
-def _time_line(p: TrainStep, program: Any, target: Chip | None) -> str:
+def _time_line(p: TrainStep, program: Any, on: Target) -> str:
     """Step time, MFU, bottleneck and energy by the shipped cost model, and what that model rests
-    on.
+    on; nothing for a model that has no shape to be priced by.
     """
-    if target is None or not isinstance(p.experiment.model, Transformer):
+    target, e = on.chip, p.experiment
+    if target is None or not isinstance(getattr(e.model, "shape", None), ModelShape):
         return ""
-    model, job = hybrid.shipped(), workload.of_experiment(p.experiment, target)
+    model, job = hybrid.shipped(), workload.of_experiment(e, target)
     x = workload.columns([job])
     found = hybrid.predict(model, x)
     time = float(found.time[0])
@@ -243,7 +248,7 @@ def _time_line(p: TrainStep, program: Any, target: Chip | None) -> str:
         f"{_ms(found.low[0])}-{_ms(found.high[0])}), "
         f"MFU {100 * mfu:.2g} %; bottleneck {found.bottleneck()[0]}; "
         f"{_energy(p, program, job, x, found)} "
-        f"({_evidence(model, p.experiment.model.shape.dtype, target)})"
+        f"({_evidence(model, e.model, target)})"
     )
 
 
@@ -307,7 +312,7 @@ def _hbm_bytes(job: Job, x: workload.Columns) -> float:
     )
 
 
-def _evidence(model: hybrid.Model, dtype: str, target: Chip) -> str:
+def _evidence(model: hybrid.Model, priced: Any, target: Chip) -> str:
     """Where the numbers come from, and what of this program no measurement covers."""
     made = model.provenance
     held = math.expm1(made["held out, |log error|"]["clusters"]["median"])
@@ -318,6 +323,8 @@ def _evidence(model: hybrid.Model, dtype: str, target: Chip) -> str:
     if target.name not in model.effects.get("gemm|chip", {}):
         kind = "TPU" if target.scale_out_bandwidth is None else target.name
         notes.append(f"no {kind} was in the fit")
-    if dtype == "float32":
+    if priced.shape.dtype == "float32":
         notes.append("priced at bfloat16 rates")
+    if not getattr(priced, "stock", False):
+        notes.append("priced as softmax attention and SwiGLU of the same shape")
     return "; ".join([*notes, "none of this software: priced without fused attention or overlap"])

@@ -49,7 +49,7 @@ class StateSpecs:
         shapes, specs, metas = module.abstract(experiment.model, self.example)
         self.shapes, self.specs, self.metas = shapes["params"], specs["params"], metas["params"]
         self.model_shapes, self.model_specs = shapes["state"], specs["state"]
-        self.aux_specs = specs["aux"]
+        self.aux_shapes, self.aux_specs = shapes["aux"], specs["aux"]
         dp = mesh.shape["dp"]
         self.stored = sharding.stored_specs(self.shapes, self.specs, self.zero, dp)
         self.tx = experiment.optimizer.build(self.metas)

@@ -13,6 +13,7 @@ from build import place, program, tiny, tokens
 from fdp.cost import bytes as closed
 from fdp.cost import flops, hlo, jaxpr
 from fdp.count.compare import sent
+from fdp.count.step import microbatch
 from fdp.models import module
 
 pytestmark = pytest.mark.fast
@@ -164,7 +165,7 @@ def test_flops_equal_the_jaxpr(model: str) -> None:
     p = found["program"]
     assert found["flops"] == flops.train_step(p.experiment, p.head_rows())
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(p.specs.shapes))
-    assert count == flops.parameters(p.experiment.model.shape)
+    assert count == microbatch(p.experiment, 0).parameters
 
 
 def test_conditioned_blocks_start_as_the_identity() -> None:

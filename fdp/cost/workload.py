@@ -90,7 +90,8 @@ def of_experiment(e: "Experiment", chip: Chip) -> Job:
         recompute={"none": "none", "dots": "selective", "full": "full"}[m.remat],
         sequence_parallel=m.sequence_parallel,
     )
-    causal = e.model.core.mask.kind == "causal"
+    mask = getattr(e.objective, "mask", None)  # of token objectives; others see everything
+    causal = mask is not None and mask(e.data.seq_len or 1).kind == "causal"
     job = Job(of_model(m, causal), plan, chip, e.fit.batch, e.input_length, modern=False)
     check(job)
     return job

@@ -9,11 +9,9 @@ import jax
 import numpy as np
 
 from fdp.cost import hlo
+from fdp.count.counts import Key, Sent
 from fdp.mesh import AnyMesh
 from fdp.step import TrainStep
-
-Key = tuple[str, tuple[str, ...]]  # (op, mesh axes)
-Sent = dict[Key, float]  # bytes on the wire per device
 
 EXACT = 1e-12  # relative: formulas of integers, added up in floating point
 

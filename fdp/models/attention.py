@@ -17,12 +17,25 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from fdp.collectives import size, vary, vary_like
+from fdp.cost import context as cost
+from fdp.count.counts import Counts, Degrees, Ledger, Rows, Work, merged, of
 from fdp.kernels_pallas import attend as front
 from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import BATCH_AXES
 from fdp.models import conv
 from fdp.models.conv import ShortConvolution
-from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, rotary, zeros
+from fdp.models.layers import (
+    Reduction,
+    RMSNorm,
+    enter_tp,
+    entered,
+    hidden_bytes,
+    leave_tp,
+    left,
+    normal,
+    rotary,
+    zeros,
+)
 from fdp.models.module import CACHE, Module, compact
 from fdp.models.shape import ModelShape
 from fdp.parallel import context
@@ -97,6 +110,39 @@ class Softmax:
         sizes = {"seq_len": length, "cp": cp, "heads": heads, "kv_heads": kv_heads}
         context.check(plan, self.mask, **sizes, batch=batch)
 
+    def counts(self, shape: ModelShape, rows: Rows, degrees: Degrees) -> Counts:
+        """The two products with all keys, and bytes over cp (`fdp.cost.context`). Saved are the
+        output, all keys and values, and in short sequences on one device of cp the probabilities
+        and their logits; otherwise tiles of them are computed again, and the sums of the output
+        times its gradient."""
+        cp, tp, S, C = degrees["cp"], degrees["tp"], rows.length, shape.head_dim
+        heads, kv_heads, tokens = shape.heads // tp, shape.kv_heads // tp, rows.tokens(degrees)
+        flops = 4 * rows.positions * S * shape.heads * C
+        there, back, once = (Ledger(degrees) for _ in range(3))
+        if cp > 1:
+            at = cost.AttentionShape(rows.batch, S, heads, kv_heads, C, cp, shape.itemsize)
+            for ledger, find in ((there, cost.forward_bytes), (back, cost.backward_bytes)):
+                for op, wire in find(self.plan, at, self.mask).items():
+                    # The one hop of a ring of two is the first of the backward pass, too: XLA
+                    # makes it once, whatever is rematerialised.
+                    single = op == cost.PERMUTE and self.plan.ring_degree(cp) == 2
+                    (back if single else ledger).put(op, ("cp",), wire)
+            if self.mask.packed:  # positions are known from the layout, document ids are not
+                once.put(cost.GATHER, ("cp",), (cp - 1) * cost.LABEL * tokens)
+        forward = Work(flops, batched=flops, sent=there.sent)
+        kept = tokens * C * (heads + 2 * cp * kv_heads) * shape.itemsize
+        blockwise = cp > 1 or front.LONG <= S
+        scores = 0 if blockwise else heads * tokens * S * (4 + shape.itemsize)
+        tiles = flops // 2 + 2 * rows.positions * shape.heads * C if blockwise else 0
+        return Counts(
+            forward=forward,
+            backward=forward.backward(back.sent),
+            again=Work(tiles, batched=tiles),
+            once=once.sent,
+            saved=kept + scores,
+            kept=kept,
+        )
+
     def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
         """Rows at `index_BxL` against a cache of all positions."""
         places = index_BxL, np.arange(k_BxSxKxC.shape[1])
@@ -154,6 +200,35 @@ class Attention(Module):
         out_BxLxHxC, attended = self._mix(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, where, given)
         partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
         return leave_tp(partial_BxLxD, s.sequence_parallel, self.reduction, "attention", attended)
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Projections, their biases and norms, the convolution, and what the core states."""
+        s, tp, C = self.shape, degrees["tp"], self.shape.head_dim
+        into, out = s.width * C * (s.heads + 2 * s.kv_heads), s.heads * C * s.width
+        (enter, enter_back), (leave, leave_back) = (
+            entered(s, rows, degrees),
+            left(s, rows, degrees, self.reduction),
+        )
+        last = Work(2 * rows.positions * out, sent=leave)
+        forward = Work(2 * rows.positions * into, sent=enter) + last
+        between, inside = hidden_bytes(s, rows, degrees)
+        kept = between + rows.tokens(degrees) * C * (s.heads + s.kv_heads) // tp * s.itemsize
+        found = Counts(
+            into + out + (C * (s.heads + 2 * s.kv_heads) if s.bias else 0),
+            forward,
+            forward.backward(merged(enter_back, leave_back)),
+            last,
+            saved=kept + inside,
+            kept=kept,
+        )
+        found += of(self.core, s, rows, degrees)
+        if s.qk_norm:
+            norm = RMSNorm(s.epsilon, parent=None).counts(C, True, degrees)
+            found += norm + norm
+        if s.conv:
+            filter = ShortConvolution(s.conv, self.core.layout, parent=None)
+            found += filter.counts(s, rows, degrees)
+        return found
 
     def _mix(self, q: Array, k: Array, v: Array, where: Where, given: Any) -> tuple[Array, Any]:
         """(out [B, L, H, C], the attention-weighted mean as `Reduction` takes it)."""

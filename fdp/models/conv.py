@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from fdp.collectives import bound, index, size, vary
-from fdp.models.layers import normal
+from fdp.count.counts import PERMUTE, REDUCE, Counts, Degrees, Ledger, Rows, Work
+from fdp.models.layers import hidden_bytes, normal
 from fdp.models.module import Module, compact
+from fdp.models.shape import ModelShape
 from fdp.parallel.layouts import SequenceLayout
 
 Array = jax.Array
@@ -125,6 +127,22 @@ class ShortConvolution(Module):
                 seen = seen & (tap(d, segment) == tap(0, segment))
             out = out + w_WxD[d] * jnp.where(seen, tap(d, x), 0)
         return out.reshape(B, L, D)
+
+    def counts(self, shape: ModelShape, rows: Rows, degrees: Degrees) -> Counts:
+        """Of a filter of the model's width. The halo of document ids is the same in all layers. The
+        weights meet activations that vary over tp."""
+        at = self.layout, rows.length // degrees["cp"], degrees["cp"], self.taps - 1
+        ledger = lambda wire: Ledger(degrees).put(PERMUTE, ("cp",), wire)
+        halo = halo_bytes(*at, rows.batch * shape.width * shape.itemsize)
+        back = ledger(halo).add(REDUCE, ("tp",), 4 * self.taps * shape.width)
+        ids = halo_bytes(*at, rows.batch * 4) if rows.segments else 0
+        return Counts(
+            self.taps * shape.width,
+            Work(sent=ledger(halo).sent),
+            Work(sent=back.sent),
+            once=ledger(ids).sent,
+            saved=hidden_bytes(shape, rows, degrees)[1],
+        )
 
 
 def refuse_cache(taps: int) -> str:

@@ -14,12 +14,26 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import all_gather, psum, reduce_scatter, vary
+from fdp.count.counts import (
+    GATHER,
+    REDUCE,
+    SCATTER,
+    Counts,
+    Degrees,
+    Ledger,
+    Rows,
+    Sent,
+    Unstated,
+    Work,
+    merged,
+)
 from fdp.models.module import Module, compact, initializers, silu
 from fdp.models.shape import ModelShape
 from fdp.parallel.tensor import vocab_offset
 
 Array = jax.Array
 normal, ones, zeros = initializers.normal, initializers.ones, initializers.zeros
+NOISE_FEATURES = 64
 
 
 def enter_tp(x_BxLxD: Array, sequence_parallel: bool) -> Array:
@@ -56,6 +70,34 @@ def leave_tp(
     return psum(partial_BxLxD, "tp")
 
 
+def hidden_bytes(s: ModelShape, rows: Rows, degrees: Degrees) -> tuple[int, int]:
+    """(between layers, inside one): bytes of a device's [B, L, D] in the compute dtype."""
+    inside = rows.tokens(degrees) * s.width * s.itemsize
+    return (inside // degrees["tp"] if s.sequence_parallel else inside), inside
+
+
+def entered(s: ModelShape, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
+    """What `enter_tp` sends, (forward, backward)."""
+    there, back, hidden = Ledger(degrees), Ledger(degrees), hidden_bytes(s, rows, degrees)[1]
+    if s.sequence_parallel:
+        shard = hidden / degrees["tp"]
+        return there.add(GATHER, ("tp",), shard).sent, back.add(SCATTER, ("tp",), shard).sent
+    return {}, back.add(REDUCE, ("tp",), hidden).sent
+
+
+def left(
+    s: ModelShape, rows: Rows, degrees: Degrees, reduction: Reduction | None = None
+) -> tuple[Sent, Sent]:
+    """What `leave_tp` sends, (forward, backward). Raises Unstated for a sum that is replaced."""
+    if reduction is not None:
+        raise Unstated("a sum over tp that is replaced has no counts")
+    there, back, hidden = Ledger(degrees), Ledger(degrees), hidden_bytes(s, rows, degrees)[1]
+    if s.sequence_parallel:
+        shard = hidden / degrees["tp"]
+        return there.add(SCATTER, ("tp",), shard).sent, back.add(GATHER, ("tp",), shard).sent
+    return there.add(REDUCE, ("tp",), hidden).sent, {}
+
+
 class RMSNorm(Module):
     """Root-mean-square norm over the last dim with a learned scale (Zhang & Sennrich 2019);
     statistics in float32."""
@@ -69,6 +111,14 @@ class RMSNorm(Module):
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.epsilon)
         return (x32 * scale).astype(x.dtype)
 
+    def counts(self, width: int, varies: bool, degrees: Degrees) -> Counts:
+        """Of a norm over `width`; `varies`: whether devices of tp norm different activations, and so
+        reduce the gradient of the scale."""
+        ledger = Ledger(degrees)
+        if varies:
+            ledger.add(REDUCE, ("tp",), 4 * width)
+        return Counts(width, backward=Work(sent=ledger.sent))
+
 
 class Modulation(Module):
     """Shift, scale and gate from the noise embedding, zero at initialisation (adaLN-zero, Peebles &
@@ -81,11 +131,21 @@ class Modulation(Module):
         w = self.weight("w", zeros, (noise_BxE.shape[-1], 3 * self.width), (None, None))
         return tuple(jnp.split((noise_BxE @ w)[:, None, :], 3, axis=-1))  # type: ignore[return-value]
 
+    def counts(self, rows: Rows, degrees: Degrees, varies: bool) -> Counts:
+        """`varies`: whether devices of tp modulate different activations, and so reduce the
+        gradients of shift, scale and gate, one row a sequence."""
+        weights = NOISE_FEATURES * 3 * self.width
+        forward = Work(2 * rows.batch * weights, replicated=2 * rows.batch * weights)
+        ledger = Ledger(degrees)
+        if varies:
+            ledger.add(REDUCE, ("tp",), 4 * rows.batch * self.width, 3)
+        return Counts(weights, forward, forward.backward(ledger.sent))
+
 
 class NoiseEmbedding(Module):
     """Sinusoidal features of the noise level, then one hidden layer: noise_B → [B, E]."""
 
-    features: int = 64
+    features: int = NOISE_FEATURES
 
     @compact
     def __call__(self, noise_B: Array) -> Array:
@@ -95,6 +155,12 @@ class NoiseEmbedding(Module):
         n = self.features
         w = self.weight("w", normal(n**-0.5), (n, n), (None, None), decay=False)
         return silu(x @ w)
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Its input is data, so the backward pass lacks one of the two products."""
+        flops = 2 * rows.batch * self.features**2
+        forward = Work(flops, replicated=flops)
+        return Counts(self.features**2, forward, forward)
 
 
 class SwiGLU(Module):
@@ -113,6 +179,27 @@ class SwiGLU(Module):
         x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
         h_BxLxF = silu(x_BxLxD @ w_in[0]) * (x_BxLxD @ w_in[1])
         return leave_tp(h_BxLxF @ w_out, s.sequence_parallel, self.reduction, "mlp")
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Gate, up, silu(gate) and their product are saved; "dots" keeps gate and up."""
+        s = self.shape
+        weights = s.width * s.ffn
+        (enter, enter_back), (leave, leave_back) = (
+            entered(s, rows, degrees),
+            left(s, rows, degrees, self.reduction),
+        )
+        last = Work(2 * rows.positions * weights, sent=leave)
+        forward = Work(4 * rows.positions * weights, sent=enter) + last
+        between, inside = hidden_bytes(s, rows, degrees)
+        wide = rows.tokens(degrees) * (s.ffn // degrees["tp"]) * s.itemsize
+        return Counts(
+            3 * weights,
+            forward,
+            forward.backward(merged(enter_back, leave_back)),
+            last,
+            saved=between + inside + 4 * wide,
+            kept=between + 2 * wide,
+        )
 
 
 class Embedding(Module):
@@ -146,6 +233,15 @@ class Embedding(Module):
         w = (self.table.T * self.shape.width**-0.5).astype(dtype)
         return jnp.matmul(x_D.astype(dtype), w, preferred_element_type=jnp.float32)
 
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Of the lookup."""
+        s = self.shape
+        if self.reduction is not None:
+            raise Unstated("a sum over tp that is replaced has no counts")
+        there, back = left(s, rows, degrees)
+        saved = hidden_bytes(s, rows, degrees)[1]
+        return Counts(s.vocab * s.width, Work(sent=there), Work(sent=back), saved=saved)
+
 
 class Head(Module):
     """Vocabulary-parallel projection to float32 logits: [..., D] → [..., V/tp]."""
@@ -158,6 +254,18 @@ class Head(Module):
         w = self.weight("w", normal(D**-0.5), (D, self.shape.vocab), (None, "tp"), decay=False)
         w = w.astype(dtype)
         return jnp.matmul(x_D.astype(dtype), w, preferred_element_type=jnp.float32)
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """The rows, their logits and the logits' gradient are saved. Without sequence parallelism
+        the rows are marked varying here, after the objective has selected them."""
+        s, row = self.shape, self.shape.width * self.shape.itemsize
+        ledger = Ledger(degrees)
+        if not s.sequence_parallel:
+            ledger.add(REDUCE, ("tp",), rows.head * row)
+        weights = s.width * s.vocab
+        forward = Work(2 * rows.head * degrees["cp"] * weights)
+        saved = rows.head * (row + 2 * 4 * s.vocab // degrees["tp"])
+        return Counts(weights, forward, forward.backward(ledger.sent), saved=saved)
 
 
 def rotary(x_BxLxHxC: Array, position: Array, base: float, scaling: float = 1.0) -> Array:

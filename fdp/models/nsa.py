@@ -22,9 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.collectives import all_gather, bound, index, size, vary
+from fdp.count.counts import GATHER, PERMUTE, SCATTER, Counts, Degrees, Ledger, Rows, Work, merged
 from fdp.kernels_pallas.masks import Mask, allowed
 from fdp.models.attention import Where
-from fdp.models.layers import Reduction, RMSNorm, enter_tp, leave_tp, normal, rotary
+from fdp.models.layers import (
+    Reduction,
+    RMSNorm,
+    enter_tp,
+    entered,
+    hidden_bytes,
+    leave_tp,
+    left,
+    normal,
+    rotary,
+)
 from fdp.models.module import Module, compact
 from fdp.models.shape import ModelShape
 
@@ -78,6 +89,10 @@ class Budget:
         others = np.minimum(t // self.select_block, self.selected - 1)
         selected = others * self.select_block + t % self.select_block + 1
         return float((compressed + selected + np.minimum(t + 1, self.window)).mean())
+
+    def blocks(self, length: int) -> int:
+        """I: compression blocks of `length` tokens."""
+        return (length - self.compress_block) // self.stride + 1
 
     def check_length(self, length: int) -> None:
         """Raise ValueError unless `length` tokens are whole selection blocks and hold a compression
@@ -217,6 +232,25 @@ class Compression(Module):
         hidden = jax.nn.gelu(jnp.einsum("sbimkc,skmcd->sbikd", blocks_2xBxIxMxKxC, w_in))
         return jnp.einsum("sbikd,skdc->sbikc", hidden, w_out)
 
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Its products are batched over heads. The input is cast to blocks, which overlap, and saved
+        so."""
+        s, M, C = self.shape, self.budget.compress_block, self.shape.head_dim
+        cp, tp, K = degrees["cp"], degrees["tp"], self.shape.kv_heads
+        blocks = rows.batch * self.budget.blocks(rows.length)
+        flops = 2 * blocks * 2 * K * (M * C * C + C * C)
+        there, back = Ledger(degrees), Ledger(degrees)
+        position = rows.batch * (K // tp) * C * s.itemsize  # of keys, or of values
+        if cp > 1:
+            halo = 2 * (M - self.budget.stride) * position
+            compressed = 2 * rows.length // self.budget.stride // cp * position
+            there.put(PERMUTE, ("cp",), halo).add(GATHER, ("cp",), compressed)
+            back.put(PERMUTE, ("cp",), halo).add(SCATTER, ("cp",), compressed)
+        forward = Work(flops, batched=flops, sent=there.sent)
+        saved = 2 * blocks // cp * (K // tp) * (M + 3) * C * s.itemsize
+        parameters = 2 * K * (M * C + M * C * C + C * C)
+        return Counts(parameters, forward, forward.backward(back.sent), saved=saved)
+
 
 class NativeSparseAttention(Module):
     """Causal grouped-query attention to a budget of tokens, in place of `Attention`: [B, L, D] →
@@ -254,6 +288,40 @@ class NativeSparseAttention(Module):
         partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
         return leave_tp(partial_BxLxD, s.sequence_parallel, self.reduction, "attention")
 
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Selected and near keys are counted as the program reads them: all of them, under a mask.
+        Over cp the compression of blocks that reach over the end is computed, but not counted."""
+        s, n, S = self.shape, len(BRANCHES), rows.length
+        D, H, K, C, tp, cp = s.width, s.heads, s.kv_heads, s.head_dim, degrees["tp"], degrees["cp"]
+        into, out = D * H * C + 2 * n * D * K * C + D * H * n, H * C * D
+        enter, enter_back = entered(s, rows, degrees)
+        leave, leave_back = left(s, rows, degrees, self.reduction)
+        there, back = Ledger(degrees), Ledger(degrees)
+        of_keys = 4 * rows.tokens(degrees) * (K // tp) * C * s.itemsize  # of two branches
+        there.add(GATHER, ("cp",), of_keys)
+        back.add(SCATTER, ("cp",), of_keys)
+        last = Work(2 * rows.positions * out, sent=leave)
+        scores = 4 * rows.positions * (self.budget.blocks(S) + 2 * S) * H * C
+        forward = Work(2 * rows.positions * into, sent=merged(enter, there.sent)) + last
+        forward += Work(scores, batched=scores)
+        between, inside = hidden_bytes(s, rows, degrees)
+        heads = H + n * H + 2 * n * K  # queries, outputs, keys and values
+        kept = between + rows.tokens(degrees) * heads * C // tp * s.itemsize
+        probabilities = scores // (4 * cp * tp * C) * (4 + s.itemsize)
+        found = Counts(
+            into + out,
+            forward,
+            forward.backward(merged(enter_back, leave_back, back.sent)),
+            last,
+            saved=kept + inside + cp * of_keys + probabilities,
+            kept=kept,
+        )
+        found += Compression(s, self.budget, parent=None).counts(rows, degrees)
+        if s.qk_norm:
+            norm = RMSNorm(s.epsilon, parent=None).counts(C, True, degrees)
+            found = sum([norm] * (1 + n), found)
+        return found
+
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError for a length that the budget refuses on cp devices."""
         if length % degrees["cp"]:
@@ -265,7 +333,7 @@ class NativeSparseAttention(Module):
         b, L = self.budget, q_BxLxHxC.shape[1]
         S = L * size("cp")
         compress = Compression(self.shape, b, name="compression")
-        blocks = (S - b.compress_block) // b.stride + 1
+        blocks = b.blocks(S)
         compressed_2xBxIxKxC = compress(with_halo(kv_3x2xBxLxKxC[0], b.compress_block - b.stride))
         k_BxIxKxC, v_BxIxKxC = all_gather(compressed_2xBxIxKxC, "cp", dim=2)[:, :, :blocks]
         (k_selected, v_selected), (k_window, v_window) = kv_3x2xBxLxKxC[1], kv_3x2xBxLxKxC[2]

@@ -8,7 +8,7 @@ Legend: B sequences, L positions, D width, E noise features.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fdp.collectives import size, vary
+from fdp.count.counts import Counts, Degrees, Rows, Unstated, Work, of
 from fdp.models import module
-from fdp.models.layers import Modulation, RMSNorm
+from fdp.models.layers import Modulation, RMSNorm, hidden_bytes
 from fdp.models.module import Module, compact
 from fdp.models.shape import ModelShape
 
@@ -84,6 +85,21 @@ class Block(Module):
                 h_BxLxD = (h_BxLxD * (1 + scale) + shift).astype(dtype)
                 x_BxLxD = (x_BxLxD + gate * run(h_BxLxD)).astype(dtype)
         return x_BxLxD, None
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Both layers, norms and modulations. Nobody reads the block's last sum again, unless a gate
+        multiplies it."""
+        s = self.shape
+        if self.reduction is not None:
+            raise Unstated(f"{self.reduction.cls.__name__} has no counts")
+        mixing = of(self.mixing(s, parent=None), rows, degrees)
+        ffn = of(self.ffn(s, parent=None), rows, degrees)
+        norm = RMSNorm(s.epsilon, parent=None).counts(s.width, s.sequence_parallel, degrees)
+        found = mixing + norm + ffn + norm
+        if s.time_conditioning:
+            one = Modulation(s.width, parent=None).counts(rows, degrees, s.sequence_parallel)
+            found += one + one
+        return replace(found, last=Work() if s.time_conditioning else ffn.last)
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError where the mixing layer cannot run these sizes on these degrees."""
@@ -152,6 +168,13 @@ class Stack:
         one = self._period()
         scanned = module.stack(one.cls, self.periods, remat, gather)
         return scanned(shape=self.shape, name=name, **dict(one.fields))
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """All blocks, and what rematerialisation of each period repeats."""
+        blocks = [of(block(self.shape, parent=None), rows, degrees) for block in self.pattern]
+        period = replace(sum(blocks, Counts()), last=blocks[-1].last)
+        inputs, _ = hidden_bytes(self.shape, rows, degrees)
+        return period.repeated(self.periods, self.shape.remat, inputs, degrees["pp"])
 
     def _period(self) -> Layer:
         return self.pattern[0] if len(self.pattern) == 1 else layer(Pattern, blocks=self.pattern)

@@ -6,14 +6,16 @@ vocabulary (local over tp).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from fdp.collectives import all_gather, vary
+from fdp.count.counts import Counts, Degrees, Rows, Unstated, Work
 from fdp.kernels_pallas.masks import Mask
 from fdp.models.attention import GATHER, Attention, Core, Softmax, Where
-from fdp.models.layers import Embedding, Head, NoiseEmbedding, RMSNorm, SwiGLU
+from fdp.models.layers import Embedding, Head, NoiseEmbedding, RMSNorm, SwiGLU, entered
 from fdp.models.module import Module
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
@@ -112,6 +114,23 @@ class Transformer(Module):
         state, specs = Stack(self.shape, self.pattern).decode_state(batch, length)
         return {"layers": state}, {"layers": specs}
 
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Embedding, stack, last norm with its gather, and head. Raises Unstated, naming what in a
+        block states no counts."""
+        s = self.shape
+        if self.reduction is not None:
+            raise Unstated(f"{self.reduction.cls.__name__} has no counts")
+        found = Embedding(s, parent=None).counts(rows, degrees)
+        found += Stack(s, self.pattern).counts(rows, degrees)
+        found += RMSNorm(s.epsilon, parent=None).counts(s.width, s.sequence_parallel, degrees)
+        if s.sequence_parallel:
+            there, back = entered(s, rows, degrees)
+            found += Counts(forward=Work(sent=there), backward=Work(sent=back))
+        if s.time_conditioning:
+            found += NoiseEmbedding(parent=None).counts(rows, degrees)
+        head = Head(s, parent=None).counts(rows, degrees)
+        return found + (replace(head, parameters=0) if s.tied else head)
+
     def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
         """Raises ValueError for layers that cannot run `batch` sequences a device on `degrees`."""
         length = noised["inputs"].shape[1]
@@ -121,6 +140,12 @@ class Transformer(Module):
                 made.check(batch, length, degrees)
 
     @property
+    def stock(self) -> bool:
+        """Whether every block is softmax attention and SwiGLU."""
+        cores = [(block, _core_of(block)) for block in self.pattern]
+        return all(isinstance(c, Softmax) and block == attention_block(c) for block, c in cores)
+
+    @property
     def core(self) -> Core:
         """The inner product of the first block. Raises KeyError for other mixing layers."""
         return dict(dict(self.pattern[0].fields)["mixing"].fields)["core"]
@@ -128,10 +153,14 @@ class Transformer(Module):
     @property
     def head_split(self) -> int:
         """Devices of cp that share out heads or sequences in the first block; 1 for other mixing."""
-        mixing = dict(self.pattern[0].fields).get("mixing")
-        core = dict(mixing.fields).get("core") if isinstance(mixing, Layer) else None
-        plan = getattr(core, "plan", None)
+        plan = getattr(_core_of(self.pattern[0]), "plan", None)
         return plan.head_split if isinstance(plan, CommPlan) else 1
+
+
+def _core_of(block: Layer) -> Any:
+    """The core of a block's attention; None for other mixing."""
+    mixing = dict(block.fields).get("mixing")
+    return dict(mixing.fields).get("core") if isinstance(mixing, Layer) else None
 
 
 def attention_block(core: Core) -> Layer:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Work
+from fdp.count.counts import Rows as CountedRows
 from fdp.kernels_pallas.masks import Mask
 
 # Per-position fields of a batch: "targets" int32 and "weights" f32 always, the rest is the
@@ -86,6 +88,12 @@ class TokenObjective(Objective):
         """Tokens, or the sum of their weights where the data weigh them."""
         rows = noised["rows"]
         return rows["counted"].sum() if "counted" in rows else rows["targets"].size
+
+    def counts(self, rows: CountedRows, degrees: Degrees) -> Counts:
+        """Of the vocabulary-parallel loss: the maximum of a row's logits, then the sum of their
+        exponentials and the target's logit, in float32."""
+        ledger = Ledger(degrees).add(REDUCE, ("tp",), (4 + 8) * rows.head)
+        return Counts(forward=Work(sent=ledger.sent))
 
     def rows(
         self, hidden: jax.Array, noised: Noised, capacity: int | None

@@ -5,6 +5,7 @@ from build import experiment, tiny
 
 from fdp.config import base
 from fdp.cost import architecture, flops
+from fdp.count.step import microbatch
 
 pytestmark = pytest.mark.fast
 
@@ -29,7 +30,7 @@ def test_parameters_are_the_published_ones(name):
 def test_our_own_model_has_the_parameters_and_flops_of_its_program():
     e = experiment(tiny())
     model = architecture.of_model(e.model.shape)
-    assert model.parameters() == flops.parameters(e.model.shape)
+    assert model.parameters() == microbatch(e, 0).parameters
     tokens = e.fit.batch * e.data.seq_len
     assert 3 * model.forward_flops(e.data.seq_len) * tokens == flops.train_step(e, tokens)
 

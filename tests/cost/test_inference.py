@@ -14,8 +14,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import shard_map
-from fdp.cost import flops, hardware, inference, jaxpr
+from fdp.cost import hardware, inference, jaxpr
 from fdp.cost.inference import GQA_70B, LLADA_8B, Degrees, Work
+from fdp.count.counts import Rows
 from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models.transformer import transformer
@@ -98,10 +99,11 @@ def test_an_autoregressive_step_is_one_row():
 def test_a_whole_pass_is_the_models_forward():
     c = small()
     shape = inference.shape_of(c)
-    whole = B * c.layers * flops.layer_forward(c, L) + flops.head_forward(c, B * L)
-    assert inference.flops(shape, Work(B, L, L, L), Degrees(1, 1)) == whole
+    degrees = dict.fromkeys(AXES, 1)
+    whole = transformer(c, Mask()).counts(Rows(B, L, B * L), degrees)
+    assert inference.flops(shape, Work(B, L, L, L), Degrees(1, 1)) == whole.forward.flops
     norms = (2 * shape.layers + 1) * shape.width
-    assert inference.weight_bytes(shape, 1) == 4 * (flops.parameters(c) - norms)
+    assert inference.weight_bytes(shape, 1) == 4 * (whole.parameters - norms)
 
 
 def test_the_cache_and_parameters_have_the_bytes_of_their_arrays():

@@ -30,8 +30,8 @@ OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block
 
 @dataclass(frozen=True)
 class Comparison(Bytes):
-    """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices, see
-    `executed_flops`. Memory: bytes per device at the peak of the train step, None where it was not
+    """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices. Memory:
+    bytes per device at the peak of the train step, None where it was not
     compiled."""
 
     formula_flops: float
@@ -144,31 +144,6 @@ def program(c: ml_collections.ConfigDict) -> TrainStep:
     return TrainStep(experiment, make_mesh(experiment.degrees))
 
 
-def executed_flops(p: TrainStep) -> int:
-    """Matmul FLOPs that all devices together execute in loss and gradients.
-
-    Beyond the model's: what rematerialised blocks compute again (everything but the last product,
-    whose result nobody reads unless a gate multiplies it; under "dots" attention's two products),
-    time conditioning, which every cp and tp rank computes for all its sequences, and over cp, where
-    attention keeps no scores, those scores and each row's Σ dO·O in the backward pass."""
-    e = p.experiment
-    m, d, length = e.model.shape, e.degrees, e.input_length
-    embedding, modulations = flops.noise_forward(m)
-    last = 0 if m.time_conditioning else 2 * length * m.ffn * m.width
-    again = {
-        "none": 0,
-        "dots": m.layers * 4 * length * length * m.heads * m.head_dim,
-        "full": m.layers * (flops.layer_forward(m, length) - last),
-    }[m.remat]
-    scores = 2 * length * (length + 1) * m.heads * m.head_dim if d["cp"] > 1 else 0
-    noise_again = modulations if m.remat == "full" else 0
-    replicas = d["cp"] * d["tp"]
-    noise = (replicas - 1) * (2 * embedding + 3 * modulations) + replicas * noise_again
-    shards = d["dp"] * d["ep"] * d["cp"] * e.grads.microbatches
-    more = again + noise + m.layers * scores
-    return flops.train_step(e, p.head_rows() * shards) + e.fit.batch * more
-
-
 def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
     """Formulas against the program of one config: loss and gradients, with `memory` the whole train
     step as well.
@@ -191,7 +166,7 @@ def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
     return Comparison(
         dict(closed.traffic(p)),
         sent(compiled, p.mesh),
-        executed_flops(p),
+        flops.executed(p),
         p.mesh.size * jaxpr.dot_flops(traced.jaxpr),
         *sizes,
     )

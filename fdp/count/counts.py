@@ -1,0 +1,213 @@
+"""What a layer costs, as it states it beside its code, and how that adds up to a model.
+
+A layer, a core of attention or an objective has `counts`; what has none is named by `Unstated` and
+reported as not stated. Tests hold the sums equal to the jaxpr and to the compiled program.
+
+FLOPs, one convention: products of matrices only, 2·m·n·k each; attention over all keys, so that a
+causal mask is not discounted; the head on the rows it runs on; in model FLOPs nothing is counted
+that is computed twice, by rematerialisation or by devices that hold the same. The program may
+execute fewer: in long sequences attention skips tiles that the mask hides.
+
+Bytes on the wire are those of ring algorithms, as in `fdp.cost.hlo`: all-reduce 2(n-1)/n of its
+payload, all-gather and reduce-scatter (n-1) shards, a permute its payload.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from fdp.mesh import AXES
+
+CONVENTION = (
+    "model FLOPs: matmuls only, full attention, head on the rows it runs on, backward 2x forward, "
+    "no recompute"
+)
+
+Degrees = Mapping[str, int]
+Key = tuple[str, tuple[str, ...]]  # (op, mesh axes)
+Sent = dict[Key, float]  # bytes on the wire per device
+
+REDUCE, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
+PERMUTE = "collective-permute"
+
+
+class Unstated(ValueError):
+    """Something in a model or objective states no counts."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a device computes on in one microbatch: `batch` sequences, all `length` positions of
+    which its group of cp holds, and `head` rows that reach the outputs. `segments`: whether the
+    batch has document ids."""
+
+    batch: int
+    length: int
+    head: int
+    segments: bool = False
+
+    @property
+    def positions(self) -> int:
+        """Of all sequences, on all devices of cp."""
+        return self.batch * self.length
+
+    def tokens(self, degrees: Degrees) -> int:
+        """Positions of one device."""
+        return self.positions // degrees["cp"]
+
+
+class Ledger:
+    """Adds up wire bytes; axes of degree 1 move nothing and are left out of the key."""
+
+    def __init__(self, degrees: Degrees):
+        self.degrees = degrees
+        self.sent: Sent = {}
+
+    def add(self, op: str, axes: Iterable[str], payload: float, times: int = 1) -> "Ledger":
+        """payload: bytes of the whole operand for all-reduce, of one shard for all-gather and
+        reduce-scatter.
+        """
+        live = tuple(a for a in AXES if a in axes and self.degrees[a] > 1)
+        n = prod(self.degrees[a] for a in live)
+        if live:
+            return self.put(
+                op, live, times * payload * (2 * (n - 1) / n if op == REDUCE else n - 1)
+            )
+        return self
+
+    def put(self, op: str, axes: tuple[str, ...], wire: float) -> "Ledger":
+        """wire: bytes that the device sends, whatever the algorithm."""
+        if wire:
+            self.sent[op, axes] = self.sent.get((op, axes), 0.0) + wire
+        return self
+
+
+def merged(*parts: Mapping[Key, float]) -> Sent:
+    """Their sum."""
+    out: Sent = {}
+    for part in parts:
+        for key, wire in part.items():
+            out[key] = out.get(key, 0.0) + wire
+    return out
+
+
+@dataclass(frozen=True)
+class Work:
+    """A part of a pass. FLOPs of all devices of cp and tp that share the rows, and bytes of one
+    device.
+
+    `batched`: FLOPs of those products that have batch dims, which remat="dots" does not keep.
+    `replicated`: FLOPs of those that every device of cp and tp computes alike, counted once."""
+
+    flops: int = 0
+    batched: int = 0
+    replicated: int = 0
+    sent: Sent = field(default_factory=dict)
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.flops + other.flops,
+            self.batched + other.batched,
+            self.replicated + other.replicated,
+            merged(self.sent, other.sent),
+        )
+
+    def times(self, n: int, of_device: int | None = None) -> "Work":
+        """`n` such parts, of which each device runs `of_device`."""
+        many = n if of_device is None else of_device
+        sent = {key: wire * many for key, wire in self.sent.items()}
+        return Work(self.flops * n, self.batched * n, self.replicated * n, sent)
+
+    def __sub__(self, other: "Work") -> "Work":
+        return self + other.times(-1)
+
+    def backward(self, sent: Sent) -> "Work":
+        """Its backward pass: every product twice, and what that sends."""
+        return Work(2 * self.flops, 2 * self.batched, 2 * self.replicated, sent)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one microbatch. `parameters`: of the whole mesh. Bytes are those of one device.
+
+    `last`: what of the forward pass only yields the output; rematerialisation leaves it out where
+    nobody reads the output. `again`: what is computed and sent again besides, as by
+    rematerialisation. `once`: bytes that all layers
+    share, sent once a pass. `saved`: bytes kept for the backward pass, `kept`: those of remat="dots";
+    `live`: bytes besides, of what is being recomputed."""
+
+    parameters: int = 0
+    forward: Work = Work()
+    backward: Work = Work()
+    last: Work = Work()
+    again: Work = Work()
+    once: Sent = field(default_factory=dict)
+    saved: int = 0
+    kept: int = 0
+    live: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        once = {
+            key: max(self.once.get(key, 0.0), other.once.get(key, 0.0))
+            for key in self.once.keys() | other.once.keys()
+        }
+        return Counts(
+            self.parameters + other.parameters,
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.last + other.last,
+            self.again + other.again,
+            once,
+            self.saved + other.saved,
+            self.kept + other.kept,
+            self.live + other.live,
+        )
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs, forward and backward."""
+        return self.forward.flops + self.backward.flops
+
+    @property
+    def sent(self) -> Sent:
+        """Bytes of the whole microbatch."""
+        passes = (self.forward, self.backward, self.again)
+        return merged(self.once, *(part.sent for part in passes))
+
+    def executed(self, degrees: Degrees) -> int:
+        """FLOPs of all devices of cp and tp, with all that is computed more than once."""
+        passes = (self.forward, self.backward, self.again)
+        others = degrees["cp"] * degrees["tp"] - 1
+        return sum(part.flops + others * part.replicated for part in passes)
+
+    def repeated(self, periods: int, remat: str, inputs: int, pp: int) -> "Counts":
+        """`periods` of these layers scanned over pp, rematerialised one by one.
+
+        `remat`: none | dots | full; `inputs`: bytes of a period's input."""
+        local = periods // pp
+        again, saved, live = Work(), self.saved, 0
+        if remat != "none":
+            again = self.forward - self.last
+            live, saved = self.saved, inputs
+        if remat == "dots":
+            again = replace(again, flops=again.batched, replicated=0)
+            saved = inputs + self.kept
+        return Counts(
+            self.parameters * periods,
+            self.forward.times(periods, local),
+            self.backward.times(periods, local),
+            Work(),
+            (self.again + again).times(periods, local),
+            self.once,
+            saved * local,
+            self.kept * local,
+            live,
+        )
+
+
+def of(part: Any, *args: Any) -> Counts:
+    """`part.counts(*args)`. Raises Unstated, naming it, where it has none."""
+    if not hasattr(part, "counts"):
+        raise Unstated(f"{type(part).__name__} has no counts")
+    return part.counts(*args)

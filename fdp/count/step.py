@@ -1,0 +1,30 @@
+"""Counts of an experiment: what its model and its objective state for one microbatch."""
+
+from fdp.count.counts import Counts, Degrees, Rows, Unstated, of
+from fdp.experiment import Experiment
+from fdp.mesh import AXES
+
+ONE_DEVICE = dict.fromkeys(AXES, 1)
+
+
+def microbatch(
+    e: Experiment, head_rows: int, degrees: Degrees = ONE_DEVICE, microbatches: int = 1
+) -> Counts:
+    """Counts of one device's rows, of which `head_rows` reach the outputs.
+
+    Raises Unstated, naming the layer, core or objective that states none."""
+    noised = e.noised_example()
+    inputs = noised.get("inputs")
+    length = 0 if inputs is None else inputs.shape[1]
+    batch = e.fit.batch // (degrees["dp"] * degrees["ep"] * microbatches)
+    rows = Rows(batch, length, head_rows, "segments" in noised)
+    return of(e.model, rows, degrees) + of(e.objective, rows, degrees)
+
+
+def unstated(e: Experiment) -> str:
+    """What keeps the experiment's counts from being known; empty where all of it is stated."""
+    try:
+        microbatch(e, 0, e.degrees, e.grads.microbatches)
+    except Unstated as missing:
+        return str(missing)
+    return ""
