@@ -318,7 +318,7 @@ def test_a_bug_inside_a_config_file_keeps_its_traceback(
 
 def test_an_unknown_topic_is_refused_with_the_closest_folder() -> None:
     with pytest.raises(
-        UserError, match=r"^unknown topic 'paralel_dlm': did you mean 'parallel_dlm'\?$"
+        UserError, match=r"^topic='paralel_dlm' is unknown: did you mean 'parallel_dlm'\?$"
     ):
         run.study_of("paralel_dlm")
 
