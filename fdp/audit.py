@@ -2,8 +2,9 @@
 
 Every arm is shrunk to at most eight virtual devices (degrees and sizes cut, structure kept), in
 float32, and four things are shown: loss and gradients are those of one device; bytes on the wire
-are what the closed formula says; every axis of degree > 1 has collectives of its own; and what a
-position reads of the others is what the mask allows. Exit status 1 if one fails.
+are what the closed formula says; every axis of degree > 1 has the collectives that it must have and
+no others; and what a position reads of the others is what the mask allows. Exit status 1 if one
+fails.
 
 Legend: B sequences, L positions.
 """
@@ -27,7 +28,8 @@ from tabulate import tabulate
 
 from fdp import config as fdp_config
 from fdp.cost import bytes as closed
-from fdp.count.compare import Comparison, mismatches, outcome, silent_axes
+from fdp.count.compare import Comparison, Key, outcome
+from fdp.count.requirements import is_stock, missing, required_of, unexpected
 from fdp.count.step import unstated
 from fdp.data.batches import Batch
 from fdp.experiment import Experiment
@@ -35,7 +37,6 @@ from fdp.grads import plain
 from fdp.kernels_pallas.masks import allowed
 from fdp.mesh import AXES, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models import module
-from fdp.models.attention import Softmax
 from fdp.models.transformer import Transformer
 from fdp.run import study_of, use_compilation_cache
 from fdp.step import TrainStep
@@ -80,7 +81,7 @@ def small(c: ml_collections.ConfigDict, degrees: Mapping[str, int]) -> ml_collec
     x.head_split = min(x.head_split, cp)
     kv_heads = tp * (cp if x.plan in ("ulysses", "usp") else 1)
     m.update(layers=2, kv_heads=kv_heads, heads=kv_heads * min(group, 2), head_dim=8, width=32)
-    m.update(ffn=32 * tp, vocab=64, dtype="float32", window=min(m.window, 8))
+    m.update(ffn=32 * tp, vocab=72, dtype="float32", window=min(m.window, 8))
     x.stripe = min(x.stripe, 4)
     c.data.update(source="blank", vocab=64, tokenizer="bpe", seq_len=32 * cp)
     c.train.microbatches = min(c.train.microbatches, 2)
@@ -118,24 +119,31 @@ def audit_arm(name: str, e: Experiment) -> list[Finding]:
 
     variables = jax.tree.map(shaken, jax.device_get(one.init(0).variables))
     want, got = outcome(one, variables, batch), outcome(p, variables, batch)
-    missing = unstated(e)
-    formula = {} if missing else closed.traffic(p)
+    reason = unstated(e)
+    formula = {} if reason else closed.traffic(p)
     c = Comparison.of(name, got, want, formula)
     mesh = degrees_equation(e.degrees)
     found = lambda check, holds, text: Finding(name, mesh, check, holds, text)
     findings = [
-        found("loss = one device", c.loss_error <= TOLERANCE, f"{c.loss_error:.1e}"),
+        found("loss = one device", c.output_error <= TOLERANCE, f"{c.output_error:.1e}"),
         found("gradients = one device", c.gradient_error <= TOLERANCE, f"{c.gradient_error:.1e}"),
     ]
-    wrong = mismatches(formula, got.sent)
-    text = "; ".join(f"{op} over {'·'.join(axes)}" for op, axes in wrong)
-    holds, text = (None, missing) if missing else (not wrong, text or f"{len(formula)} entries")
+    wrong = c.mismatches()
+    text = "; ".join(f"{_name(m.key)} {m.counted:,.0f}, not {m.formula:,.0f}" for m in wrong)
+    holds, text = (None, reason) if reason else (not wrong, text or f"{len(formula)} entries")
     findings.append(found("bytes = formula", holds, text))
-    silent = silent_axes(got.sent, e.degrees)
-    findings.append(found("every axis communicates", not silent, ", ".join(silent) or "yes"))
+    needs = required_of(p)
+    silent, other = missing(needs, got.sent), unexpected(needs, got.sent)
+    text = "; ".join(r.describe(got.sent) for r in silent) or f"{len(needs)} of {len(needs)}"
+    findings.append(found("every axis has its collectives", not silent, text))
+    findings.append(found("and no others", not other, ", ".join(map(_name, other)) or "none"))
     if isinstance(e.model, Transformer):
         findings.append(found("positions read what the mask shows", *reach(alone, variables)))
     return findings
+
+
+def _name(key: Key) -> str:
+    return f"{key[0]} over {'·'.join(key[1])}"
 
 
 def reach(e: Experiment, variables: Any) -> tuple[bool, str]:
@@ -153,7 +161,7 @@ def reach(e: Experiment, variables: Any) -> tuple[bool, str]:
         return module.run(e.model, variables, x, noised, method="stack")[0]
 
     moved = np.asarray(jnp.abs(hidden(variables, other) - hidden(variables, noised)).max(-1)) > 0
-    if not isinstance(getattr(e.model, "core", None), Softmax):
+    if not is_stock(e.model):
         return bool(moved[:, at].all()), f"{moved.mean():.0%} of the positions notice"
     index, segment = jnp.arange(length), noised.get("segments")
     args = () if segment is None else (segment, segment)

@@ -143,8 +143,9 @@ def topology(state: Any) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one arm and seed: directory/<step>, the newest `keep` of them.
 
-    A state is a dataclass of pytrees of jax.Arrays (bf16, integers and typed PRNG keys included). On disk it has
-    no mesh: restoring reads, on every process, only the shards that the target shardings ask for.
+    A state is a dataclass or dict of pytrees of jax.Arrays (bf16, integers and typed PRNG keys
+    included). On disk it has no mesh: restoring reads, on every process, only the shards that the
+    target shardings ask for.
     """
 
     def __init__(self, directory: Path, keep: int = 3):
@@ -264,13 +265,16 @@ class Checkpoints:
             )
         reasons = []
         for step in steps:
-            try:
-                state, meta = self._read(step, abstract_state, initial)
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                raise  # the machine failed, not the checkpoint
-            except Exception as error:
-                self._damaged.add(step)
-                reasons.append(f"step {step}: {_first_line(error)}")
+            # Around the handler: what the error holds is collected after the error is gone.
+            with _without_stray_tracebacks():
+                try:
+                    state, meta = self._read(step, abstract_state, initial)
+                except (MemoryError, jax.errors.JaxRuntimeError):
+                    raise  # the machine failed, not the checkpoint
+                except Exception as error:
+                    self._damaged.add(step)
+                    reasons.append(f"step {step}: {_first_line(error)}")
+            if step in self._damaged:
                 continue
             if reasons:
                 warnings.warn(
@@ -294,25 +298,47 @@ class Checkpoints:
         self, step: int, abstract_state: Any, initial: Callable[[], Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         wanted = _fields(abstract_state)
-        with _without_stray_tracebacks():
-            held = self._manager.item_metadata(step).state
-            absent = set() if held is None or initial is None else wanted.keys() - set(held)
-            read = {name: part for name, part in wanted.items() if name not in absent}
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(read), meta=ocp.args.JsonRestore()
-            )
-            found = self._manager.restore(step, args=args)
+        held = self._manager.item_metadata(step).state
+        absent = set() if held is None or initial is None else wanted.keys() - set(held)
+        read = {name: part for name, part in wanted.items() if name not in absent}
+        _check_shapes(held, read)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(read), meta=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=args)
         fields = dict(found.state)
         if absent and initial is not None:
             fresh = _fields(initial())
             fields |= {name: fresh[name] for name in absent}
+        if isinstance(abstract_state, Mapping):
+            return fields, found.meta
         return dataclasses.replace(abstract_state, **fields), found.meta
 
 
 def _fields(state: Any) -> dict[str, Any]:
-    """The fields of a state (a dataclass) that hold arrays, by name."""
-    parts = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    """The fields of a state (a dataclass or a dict) that hold arrays, by name."""
+    if isinstance(state, Mapping):
+        parts = dict(state)
+    else:
+        parts = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
+
+
+def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by path of what has one; keys have another on disk."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
+        for path, x in leaves
+        if getattr(x, "shape", None) is not None
+        and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    }
+
+
+def _check_shapes(held: Any, wanted: Any) -> None:
+    """Raises ValueError naming an array whose shape is another in the checkpoint."""
+    stored = _named_shapes(held)
+    for name, shape in _named_shapes(wanted).items():
+        if stored.get(name, shape) != shape:
+            raise ValueError(f"{name} has shape {stored[name]} there, not {shape}")
 
 
 def _differences(

@@ -99,21 +99,29 @@ class _Log:
         if self.fit.nan == "stop":
             raise FloatingPointError(
                 f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; "
-                "the parameters were left as they were. Lower train.lr, raise train.warmup, or set "
-                "train.nan=skip to drop such steps; a batch whose weights are all 0 has no loss"
+                f"the parameters were left as they were. Lower train.lr ({values['lr']:.3g} here), "
+                "raise train.warmup, or set train.nan=skip to drop such steps; a batch whose weights are "
+                "all 0 has no loss"
             )
 
 
 def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
     """Mean validation loss over the first eval.batches batches, under fixed noise: Σ loss / Σ
-    count, in nats per token for tokens. `inputs_N`: layer inputs, of a program that takes some."""
+    count, in nats per token for tokens. `inputs_N`: layer inputs, of a program that takes some.
+    Raises FloatingPointError where nothing counts."""
     step, fit, variables = arm.eval_function(), arm.experiment.fit, state.variables
     sums = []
     for i, host in enumerate(eval_batches(arm.data.val, fit.batch, fit.eval_batches)):
         sums.append(step(variables, arm.place(host), np.int32(i), *inputs_N))
         # Bounds the queue of multi-device programs on virtual devices.
         jax.block_until_ready(sums[-1])
-    return sum(float(total) for total, _ in sums) / sum(float(count) for _, count in sums)
+    total, count = (sum(float(x[i]) for x in sums) for i in range(2))
+    if not count > 0:
+        raise FloatingPointError(
+            f"{arm.data.val.what}: the counts of {len(sums)} batches are {count:g} in sum: Σ loss / "
+            "Σ count has no value. Give examples whose weights are not all 0, or raise eval.batches"
+        )
+    return total / count
 
 
 def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState]:
@@ -164,8 +172,8 @@ class _Run:
         self.writer.resume(self.start)
         if self.start:
             print(f"{self.arm.label}: resumed at step {self.start} of {self.fit.steps}")
+        self._catch_up(state)
         if self.start < self.fit.steps:
-            self._catch_up(state)
             state = self._steps(state, stop)
         return state
 
@@ -173,13 +181,18 @@ class _Run:
         return every > 0 and step % every == 0 and step > self.start
 
     def _catch_up(self, state: TrainState) -> None:
-        """Evaluate and run hooks at the start where that was due: a signal saves the state of any
-        step, before its evaluation."""
-        step, every = self.start, self.fit.eval_every
-        if step and every and step % every == 0 and not self._has_row(step, "val_loss"):
+        """Evaluate and run hooks at the start where that was due: a signal or a hook that fails
+        saves the state of any step, before what is due there has its row."""
+        step, last = self.start, self.start == self.fit.steps
+
+        def due(every: int, name: str) -> bool:
+            then = last or (every > 0 and step % every == 0)
+            return step > 0 and then and not self._has_row(step, name)
+
+        if due(self.fit.eval_every, "val_loss"):
             self.writer.write(step, {"val_loss": evaluate(self.arm, state)})
         for hook in self.arm.experiment.hooks:
-            if step and step % hook.every == 0 and not self._has_row(step, f"hook/{hook.name}"):
+            if due(hook.every, f"hook/{hook.name}"):
                 self._run_hook(hook, step, state)
 
     def _has_row(self, step: int, name: str) -> bool:
@@ -192,8 +205,9 @@ class _Run:
             found = hook.run(self.arm, step, state)
             self.writer.write(step, {f"hook/{hook.name}": 1} | dict(found))
         except Exception as error:
-            self._save(step, state)
-            self.checkpoints.wait()
+            if step != self.checkpoints.latest_step():  # else this start resumed from it
+                self._save(step, state)
+                self.checkpoints.wait()
             raise HookError(
                 f"hook {hook.name!r} at step {step}: {type(error).__name__}: {error}; the state of "
                 f"step {step} is saved"

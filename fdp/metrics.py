@@ -107,7 +107,10 @@ class MetricsWriter:
         events = self._event_writer()
         for name, value in metrics.items():
             if getattr(value, "ndim", 0):
-                events.add_histogram(name, np.asarray(value, np.float32), step)
+                array = np.asarray(value, np.float32)
+                finite = array[np.isfinite(array)]  # all that a histogram can show
+                if finite.size:
+                    events.add_histogram(name, finite, step)
             else:
                 events.add_scalar(name, float(value), step)
 
@@ -141,6 +144,9 @@ class MetricsWriter:
         ]
         if len(kept) < len(rows):
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        for row in kept:
+            if (row["arm"], row["seed"]) == (self.arm, self.seed):
+                self._shapes |= {name: np.shape(value) for name, value in row.items()}
         self._purge_step = step + 1
 
     def close(self) -> None:

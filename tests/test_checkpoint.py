@@ -34,6 +34,20 @@ class State:
     key: jax.Array
 
 
+@flax.struct.dataclass
+class Small:
+    """A state of one array, and perhaps model state."""
+
+    params: Any
+    model: Any = flax.struct.field(default_factory=dict)
+
+
+def target_of(state):
+    """Its abstract value on one device."""
+    sharding = NamedSharding(mesh_of(), PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
 def mesh_of(**degrees):
     devices = jax.devices()[: int(np.prod(list(degrees.values()) or [1]))]
     return make_mesh({a: degrees.get(a, 1) for a in AXES}, devices)
@@ -139,27 +153,24 @@ def test_nothing_saved_restores_to_none_and_keep_bounds_the_steps(checkpoints):
     assert checkpoints.restore(abstract(mesh, PartitionSpec())) is None
     assert checkpoints.latest_step() is None
     for step in range(1, 6):
-        checkpoints.save(step, {"x": jnp.float32(step)}, {})
+        checkpoints.save(step, Small(jnp.float32(step)), {})
     checkpoints.wait()
     assert sorted(p.name for p in checkpoints.directory.iterdir()) == ["3", "4", "5"]
     with pytest.raises(CheckpointError, match="5 exists and is complete"):
-        checkpoints.save(5, {"x": jnp.float32(0)}, {})
+        checkpoints.save(5, Small(jnp.float32(0)), {})
     with pytest.raises(TypeError, match="not JSON serializable"):
-        checkpoints.save(6, {"x": jnp.float32(0)}, {"bad": object()})
+        checkpoints.save(6, Small(jnp.float32(0)), {"bad": object()})
 
 
 @pytest.mark.fast
 def test_donating_the_state_right_after_save_does_not_change_the_checkpoint(checkpoints):
-    saved = {"x": jax.random.normal(jax.random.key(0), (512, 512))}
-    expected = np.array(saved["x"])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), saved
-    )
+    saved = Small(jax.random.normal(jax.random.key(0), (512, 512)))
+    expected, target = np.array(saved.params), target_of(saved)
     checkpoints.save(1, saved, {})
-    overwritten = jax.jit(lambda s: {"x": s["x"] * 0 - 1}, donate_argnums=0)(saved)
+    overwritten = jax.jit(lambda s: s.replace(params=s.params * 0 - 1), donate_argnums=0)(saved)
     jax.block_until_ready(overwritten)
     checkpoints.wait()
-    np.testing.assert_array_equal(checkpoints.restore(target)[1]["x"], expected)
+    np.testing.assert_array_equal(checkpoints.restore(target)[1].params, expected)
 
 
 @pytest.mark.fast
@@ -191,14 +202,16 @@ def test_truncated_checkpoint_falls_back_and_its_step_can_be_saved_again(tmp_pat
 @pytest.mark.fast
 @pytest.mark.filterwarnings("ignore:fell back")
 def test_no_truncated_file_ever_yields_another_state(tmp_path):
+    """The largest file of every folder, which are of unlike kinds: metadata, manifests, arrays."""
     mesh = mesh_of(**DP8)
     written = Checkpoints(tmp_path / "ck")
     for step in (1, 2):
         written.save(step, state_on(mesh, ROWS, seed=step), META)
     written.close()
     expected, steps = {1: build(1), 2: build(2)}, []
-    files = [p for p in sorted((tmp_path / "ck" / "2").rglob("*")) if p.is_file()]
-    for path in files:
+    files = sorted(p for p in (tmp_path / "ck" / "2").rglob("*") if p.is_file())
+    largest = {p.parent: p for p in sorted(files, key=lambda p: p.stat().st_size)}
+    for path in largest.values():
         content = path.read_bytes()
         os.truncate(path, len(content) // 2)
         opened = Checkpoints(tmp_path / "ck")
@@ -207,7 +220,7 @@ def test_no_truncated_file_ever_yields_another_state(tmp_path):
         path.write_bytes(content)
         assert_same(state, expected[step])
         steps.append(step)
-    assert set(steps) == {1, 2}, "some files are needed (fall back to 1), some are not (2)"
+    assert 3 <= len(steps) < len(files) and 1 in steps
 
 
 @pytest.mark.fast
@@ -225,12 +238,32 @@ def test_no_readable_checkpoint_is_an_error_and_never_a_fresh_start(checkpoints)
 
 
 @pytest.mark.fast
-def test_another_model_is_refused(checkpoints):
-    checkpoints.save(1, {"w": jnp.zeros((4, 4))}, {})
+@pytest.mark.parametrize("field", ["params", "model"])
+def test_an_array_of_another_shape_is_named(checkpoints, field, capfd):
+    wanted = {"params": {"w": jnp.zeros((4, 4))}, "model": {"bias": jnp.zeros(3)}}
+    checkpoints.save(1, Small(**wanted), {})
     checkpoints.wait()
-    sharding = NamedSharding(mesh_of(), PartitionSpec())
-    with pytest.raises(CheckpointError, match=r"\(4, 4\)"):
-        checkpoints.restore({"w": jax.ShapeDtypeStruct((4, 5), jnp.float32, sharding=sharding)})
+    ((name, array),) = wanted[field].items()
+    wanted[field] = {name: jnp.zeros((*array.shape[:-1], 5))}
+    message = rf"step 1: ValueError: {field}/{name} has shape \(.*\) there, not \(.*5,?\)"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(target_of(Small(**wanted)))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.fast
+def test_what_an_older_checkpoint_does_not_hold_is_initial(checkpoints):
+    """Model state that was added since starts at its initial value, on the mesh that asks."""
+    checkpoints.save(1, Small({"w": jnp.arange(4.0)}), {})
+    checkpoints.wait()
+    fresh = Small({"w": jnp.zeros(4)}, {"bias": jnp.full(3, 7.0)})
+    _, got, _ = checkpoints.restore(target_of(fresh), lambda: fresh)
+    np.testing.assert_array_equal(got.params["w"], np.arange(4.0))
+    np.testing.assert_array_equal(got.model["bias"], np.full(3, 7.0))
+    checkpoints.save(2, got, {})
+    checkpoints.wait()
+    _, again, _ = checkpoints.restore(target_of(fresh), lambda: pytest.fail("all fields are there"))
+    np.testing.assert_array_equal(again.model["bias"], np.full(3, 7.0))
 
 
 @pytest.mark.fast
@@ -238,8 +271,8 @@ def test_full_disk_is_reported_and_earlier_checkpoints_survive(checkpoints, capf
     """A file size limit stands for the full disk: the write fails in the same place, with EFBIG for
     ENOSPC.
     """
-    small = {"x": jnp.arange(4.0)}
-    big = {"x": jax.random.normal(jax.random.key(0), (400, 400))}
+    small = Small(jnp.arange(4.0))
+    big = Small(jax.random.normal(jax.random.key(0), (400, 400)))
     checkpoints.save(1, small, {})
     checkpoints.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -277,14 +310,19 @@ def test_a_file_in_the_way_names_path_reason_and_fix(tmp_path):
 
 def test_kill_9_during_a_save_keeps_the_earlier_step(tmp_path):
     script = textwrap.dedent(f"""
-        import os, signal, threading
+        import dataclasses, os, signal, threading
         import jax, jax.numpy as jnp
         from pathlib import Path
         from fdp.checkpoint import Checkpoints
 
+        @jax.tree_util.register_dataclass
+        @dataclasses.dataclass
+        class Small:
+            params: jax.Array
+
         directory = Path({str(tmp_path)!r})
         checkpoints = Checkpoints(directory)
-        checkpoints.save(1, {{"x": jnp.arange(8.0)}}, {{}})
+        checkpoints.save(1, Small(jnp.arange(8.0)), {{}})
         checkpoints.wait()
         big = jax.random.normal(jax.random.key(0), (16, 1024, 1024))
 
@@ -294,7 +332,7 @@ def test_kill_9_during_a_save_keeps_the_earlier_step(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
         threading.Thread(target=kill, daemon=True).start()
-        checkpoints.save(2, {{"x": big}}, {{}})
+        checkpoints.save(2, Small(big), {{}})
         checkpoints.wait()
     """)
     done = subprocess.run(
@@ -304,13 +342,9 @@ def test_kill_9_during_a_save_keeps_the_earlier_step(tmp_path):
     assert any(p.name.startswith("2.") for p in tmp_path.iterdir())
     opened = Checkpoints(tmp_path)
     assert opened.latest_step() == 1
-    target = {
-        "x": jax.ShapeDtypeStruct(
-            (8,), jnp.float32, sharding=NamedSharding(mesh_of(), PartitionSpec())
-        )
-    }
-    np.testing.assert_array_equal(opened.restore(target)[1]["x"], np.arange(8.0))
-    opened.save(2, {"x": jnp.zeros(8)}, {})
+    target = target_of(Small(jnp.zeros(8)))
+    np.testing.assert_array_equal(opened.restore(target)[1].params, np.arange(8.0))
+    opened.save(2, Small(jnp.zeros(8)), {})
     opened.close()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
@@ -320,7 +354,7 @@ def test_an_unfinished_first_save_is_mentioned(tmp_path):
     (tmp_path / "1.orbax-checkpoint-tmp").mkdir()
     opened = Checkpoints(tmp_path)
     with pytest.warns(UserWarning, match=r"only an unfinished save \(1.orbax-checkpoint-tmp\)"):
-        assert opened.restore({}) is None
+        assert opened.restore(Small({})) is None
     opened.close()
 
 

@@ -2,29 +2,18 @@
 formula.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from build import program, tiny, tokens
 
 from fdp import config
 from fdp.cost import bytes as closed
-from fdp.cost import hlo
-from fdp.mesh import make_mesh
-from fdp.models import transformer
-from fdp.objectives import from_config
-from fdp.step import Program, tokens_sharding
+from fdp.count import compare
 
-BASE = {
-    "model.layers": 2,
-    "model.width": 32,
-    "model.heads": 8,
-    "model.kv_heads": 4,
-    "model.head_dim": 8,
-    "model.ffn": 64,
-    "model.vocab": 64,
-    "data.seq_len": 32,
-    "train.batch": 8,
-}
+BASE = {"model.heads": 8}  # for plans that share out heads over eight devices
 CASES = {
     "ring, zig-zag": {"mesh.cp": 4, "context.plan": "ring", "context.layout": "zigzag"},
     "ulysses": {"mesh.cp": 4, "context.plan": "ulysses"},
@@ -41,66 +30,51 @@ CASES = {
 }
 
 
-def program(objective: str, **overrides: object) -> Program:
-    c = config.base()
-    c.update_from_flattened_dict(BASE | {"objective.name": objective} | overrides)
-    config.validate(c)
-    o = from_config(c, 62, 61)
-    return Program(c, transformer.from_config(c, o.attention, o.block), o, make_mesh(c.mesh))
+OBJECTIVES = ("autoregressive", "mdlm")
 
 
-def outcome(p: Program) -> tuple:
-    tokens = np.random.default_rng(0).integers(0, 62, (8, 32), np.int32)
-    batch = jax.jit(p.corrupt)(jax.device_put(tokens, tokens_sharding(p.mesh)), jax.random.key(0))
-    compiled = jax.jit(p.grads).lower(p.init(0).params, batch).compile()
-    loss, grads = compiled(p.init(0).params, batch)
-    return float(loss), jax.device_get(grads), compiled
+def outcome(variables: dict | None, **overrides: object) -> tuple:
+    """(loss, gradients, bytes, formula, variables) from the same initial values on every mesh."""
+    c = tiny(**BASE | overrides)
+    p = program(c)
+    if variables is None:
+        variables = jax.device_get(p.init(0).variables)
+    found = compare.outcome(p, variables, {"tokens": tokens(c)})
+    return *found, dict(closed.traffic(p)), variables
 
 
-@pytest.fixture(scope="module")
-def reference() -> dict:
-    return {
-        (name, w): outcome(program(name, **{"model.window": w}))[:2]
-        for name, w in (("autoregressive", 0), ("mdlm", 0), ("autoregressive", 9))
-    }
+@functools.cache
+def reference(objective: str, window: int = 0) -> tuple:
+    """One device."""
+    variables = (
+        None if (objective, window) == ("autoregressive", 0) else reference(OBJECTIVES[0])[4]
+    )
+    return outcome(variables, **{"objective.name": objective, "model.window": window})
 
 
-def by_axis(compiled, mesh) -> dict:
-    """Wire bytes by (op, logical axes): cp0·cp1·… and any part of it count as cp."""
-    found: dict = {}
-    for (op, axes), (_, _, wire) in hlo.summary(
-        hlo.collectives(compiled.as_text(), dict(mesh.shape))
-    ).items():
-        key = op, tuple(dict.fromkeys(a.rstrip("0123456789") for a in axes))
-        found[key] = found.get(key, 0.0) + wire
-    return found
+def assert_equal(got: tuple, want: tuple) -> None:
+    assert got[0] == pytest.approx(want[0], rel=1e-5)
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("objective", ["autoregressive", "mdlm"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_plan_trains_as_one_device_and_sends_what_the_formula_says(
-    objective: str, case: str, reference: dict
+    objective: str, case: str
 ) -> None:
-    p = program(objective, **CASES[case])
-    loss, grads, compiled = outcome(p)
-    expected_loss, expected = reference[objective, 0]
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
-    formula = closed.traffic(p.c, p.layout.shapes, p.layout.stored, p.head_rows())
-    counted = by_axis(compiled, p.mesh)
-    for key in formula.keys() | counted.keys():
-        assert counted.get(key, 0) == pytest.approx(formula.get(key, 0), rel=1e-12), key
+    want = reference(objective)
+    got = outcome(want[4], **{"objective.name": objective}, **CASES[case])
+    assert_equal(got, want)
+    assert got[2] == pytest.approx(got[3], rel=1e-12)
 
 
 @pytest.mark.parametrize("case", ["ring, zig-zag", "ulysses"])
-def test_a_window_trains_as_one_device(case: str, reference: dict) -> None:
-    loss, grads, _ = outcome(program("autoregressive", **CASES[case], **{"model.window": 9}))
-    expected_loss, expected = reference["autoregressive", 9]
-    assert expected_loss != pytest.approx(reference["autoregressive", 0][0], rel=1e-4)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+def test_a_window_trains_as_one_device(case: str) -> None:
+    want = reference("autoregressive", 9)
+    assert want[0] != pytest.approx(reference("autoregressive")[0], rel=1e-4)
+    window = {"objective.name": "autoregressive", "model.window": 9}
+    assert_equal(outcome(want[4], **window, **CASES[case]), want)
 
 
 @pytest.mark.fast
@@ -131,7 +105,7 @@ def test_a_window_trains_as_one_device(case: str, reference: dict) -> None:
 )
 def test_plans_that_cannot_run_are_refused_before_training(wrong: dict, message: str) -> None:
     with pytest.raises(config.UserError, match=message):
-        program("autoregressive", **wrong)
+        program(tiny(**BASE | {"objective.name": "autoregressive"} | wrong))
 
 
 @pytest.mark.fast
@@ -139,6 +113,6 @@ def test_unknown_words_are_refused_with_the_closest() -> None:
     with pytest.raises(
         config.UserError, match=r"context.plan='rings' is unknown: did you mean 'ring'"
     ):
-        program("mdlm", **{"context.plan": "rings"})
+        tiny(**{"context.plan": "rings"})
     with pytest.raises(config.UserError, match=r"block_diffusion doubles"):
-        program("block_diffusion", **{"mesh.cp": 2})
+        tiny(**{"mesh.cp": 2, "objective.name": "block_diffusion"})

@@ -2,6 +2,7 @@
 compilers find.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -14,6 +15,9 @@ from fdp import dry_run
 from fdp.config import UserError
 from fdp.cost import aot, flops, workload
 from fdp.cost.hardware import chip
+from fdp.experiment import standard
+from fdp.kernels_pallas.masks import Mask
+from fdp.models.transformer import transformer
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("topic*.py"))
@@ -129,21 +133,28 @@ def test_the_time_line_says_what_is_not_known_of_a_tpu(monkeypatch, capsys) -> N
 
 
 @pytest.mark.fast
-def test_a_config_becomes_the_job_that_is_priced() -> None:
+def test_an_experiment_becomes_the_job_that_is_priced() -> None:
     c = config("topic1", "pod")
-    c.mesh.ep, c.train.microbatches = 2, 2
-    job = workload.of_config(c, chip("h100"), causal=False)
+    c.mesh.ep, c.train.microbatches, c.data.source = 2, 2, "blank"
+    e = standard(c)
+    job = workload.of_experiment(e, chip("h100"))
     p = job.plan
     assert (p.chips, p.tp, p.dp, p.cp, p.ep, p.shards) == (256, 4, 32, 2, 1, 16)
     assert (p.microbatch, job.microbatches, job.batch, job.seq) == (1, 2, 64, 4096)
     assert (p.zero, p.recompute, p.sequence_parallel) == (3, "full", True)
-    assert job.architecture.parameters() == pytest.approx(flops.parameters(c.model), rel=1e-5)
-    c.objective.name, c.mesh.cp, c.model.remat = "block_diffusion", 1, "dots"
-    job = workload.of_config(c, chip("h100"), causal=True)
-    assert job.seq == 8192 and job.plan.recompute == "selective" and job.architecture.causal
-    c.train.batch = 63
+    assert job.architecture.parameters() == pytest.approx(flops.parameters(e.model.shape), rel=1e-5)
+    assert not job.architecture.causal
+    causal = dataclasses.replace(e, model=transformer(e.model.shape, Mask("causal")))
+    assert workload.of_experiment(causal, chip("h100")).architecture.causal
+    c.mesh.cp, c.model.remat, c.model.sequence_parallel = 1, "dots", False
+    c.topic, c.objective.name = "", "block_diffusion"
+    with c.unlocked():
+        del c.sampling  # the topic's, whose study judges other objectives
+    job = workload.of_experiment(standard(c), chip("h100"))
+    assert job.seq == 8192 and job.plan.recompute == "selective"
+    uneven = dataclasses.replace(e, fit=dataclasses.replace(e.fit, batch=63))
     with pytest.raises(ValueError, match="batch 63 is not divisible"):
-        workload.of_config(c, chip("h100"), causal=True)
+        workload.of_experiment(uneven, chip("h100"))
 
 
 @pytest.mark.aot

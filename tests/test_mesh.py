@@ -4,21 +4,22 @@ device.
 
 import math
 import re
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
+from build import program, tiny
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from fdp import config, sharding
+from fdp import sharding
 from fdp.collectives import index, psum, size
 from fdp.mesh import AXES, factor, is_virtual, make_mesh, use_virtual_devices
-from fdp.models import transformer
 from fdp.sample import generation_mesh
-from fdp.state import Layout
+from fdp.state import StateSpecs, TrainState
+from fdp.step import TrainStep
 
 pytestmark = pytest.mark.fast
 P = PartitionSpec
@@ -28,14 +29,10 @@ def mesh_of(**degrees: int) -> Mesh:
     return make_mesh({a: degrees.get(a, 1) for a in AXES})
 
 
-def layout_of(zero: int = 0, **degrees: int) -> tuple[Layout, transformer.Transformer]:
-    """Layout of a two-layer model and the model itself."""
-    c: ml_collections.ConfigDict = config.base()
-    c.model.update(layers=2, width=32, heads=8, kv_heads=8, head_dim=4, ffn=64, vocab=64)
-    c.data.seq_len, c.train.zero = 16, zero
-    c.mesh.update(degrees)
-    model = transformer.from_config(c, "bidirectional", 1)
-    return Layout(c, model, make_mesh(c.mesh)), model
+def program_of(zero: int = 0, **degrees: int) -> TrainStep:
+    """A two-layer model."""
+    c = {"model.heads": 8, "model.kv_heads": 8, "model.head_dim": 4, "train.zero": zero}
+    return program(tiny(**c, **{f"mesh.{axis}": n for axis, n in degrees.items()}))
 
 
 def test_all_five_axes_exist_outermost_first_and_are_automatic() -> None:
@@ -127,7 +124,11 @@ def test_generation_folds_the_data_axes_into_dp_on_the_same_devices() -> None:
 
 
 MESHES = {
+    "one device": {},
+    "dp2": {"dp": 2},
+    "dp2, ZeRO-1": {"dp": 2, "zero": 1},
     "dp8": {"dp": 8},
+    "dp8, ZeRO-3": {"dp": 8, "zero": 3},
     "tp8": {"tp": 8},
     "ep2·cp4": {"ep": 2, "cp": 4},
     "dp2·cp2·tp2, ZeRO-1": {"dp": 2, "cp": 2, "tp": 2, "zero": 1},
@@ -135,69 +136,57 @@ MESHES = {
 }
 
 
-def test_parameters_are_initialised_equal_up_to_rounding_on_every_mesh() -> None:
-    layout, model = layout_of()
-    want = jax.device_get(layout.init(model, 0, 16).params)
-    for name, options in MESHES.items():
-        layout, model = layout_of(**options)
-        params = layout.init(model, 0, 16).params
-        # The random bits are equal; on jax 0.12 the rounding of a float depends on how XLA
-        # vectorised its shard.
-        jax.tree.map(
-            partial(np.testing.assert_array_max_ulp, maxulp=2), jax.device_get(params), want
-        )
-        for leaf, wanted in zip(
-            jax.tree.leaves(params), jax.tree.leaves(layout.state_shardings().params), strict=True
-        ):
-            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
+@cache
+def initial(name: str) -> tuple[StateSpecs, TrainState]:
+    """Specs and the fresh state on one of the meshes."""
+    p = program_of(**MESHES[name])
+    return p.specs, p.init(0)
 
 
-def stored_bytes(layout: Layout) -> int:
-    """Bytes of parameters that really lie on device 0 after initialisation."""
-    model = layout_of()[1]
-    params = layout.init(model, 0, 16).params
-    return sum(
-        s.data.nbytes
-        for x in jax.tree.leaves(params)
-        for s in x.addressable_shards
-        if s.device.id == 0
+@pytest.mark.parametrize("name", [n for n in MESHES if n != "one device"])
+def test_parameters_are_initialised_equal_up_to_rounding_on_every_mesh(name: str) -> None:
+    specs, state = initial(name)
+    # The random bits are equal; on jax 0.12 the rounding of a float depends on how XLA vectorised
+    # its shard.
+    jax.tree.map(
+        partial(np.testing.assert_array_max_ulp, maxulp=2),
+        *(jax.device_get(s.params) for s in (state, initial("one device")[1])),
     )
+    for leaf, wanted in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(specs.state_shardings().params), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), name
+
+
+def stored_bytes(tree: Any) -> int:
+    """Bytes that really lie on device 0, scalars aside."""
+    shards = (s for x in jax.tree.leaves(tree) if x.ndim for s in x.addressable_shards)
+    return sum(s.data.nbytes for s in shards if s.device.id == 0)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_the_report_names_every_parameter_with_the_bytes_that_lie_on_a_device(name: str) -> None:
-    layout, _ = layout_of(**MESHES[name])
-    lines = sharding.report(layout.shapes, layout.stored, layout.mesh).splitlines()
+    specs, state = initial(name)
+    lines = sharding.report(specs.shapes, specs.stored, specs.mesh).splitlines()
     rows = {cells[0]: cells for cells in (re.split(r" {2,}", line.strip()) for line in lines[2:])}
     total = int(rows.pop("total")[1].replace(",", ""))
-    leaves = jax.tree_util.tree_leaves_with_path(layout.shapes)
+    leaves = jax.tree_util.tree_leaves_with_path(specs.shapes)
     assert rows.keys() == {"/".join(str(k.key) for k in path) for path, _ in leaves}
-    assert (
-        sum(int(cells[3].replace(",", "")) for cells in rows.values())
-        == total
-        == stored_bytes(layout)
-    )
+    listed = sum(int(cells[3].replace(",", "")) for cells in rows.values())
+    assert listed == total == stored_bytes(state.params)
 
 
-@pytest.mark.parametrize("zero", [1, 3])
-@pytest.mark.parametrize("dp", [2, 8])
-def test_zero_stores_a_dp_th_of_parameters_and_moments(zero: int, dp: int) -> None:
-    whole = stored_bytes(layout_of(dp=dp)[0])
-    layout, model = layout_of(zero=zero, dp=dp)
-    assert stored_bytes(layout) * dp == whole
-    state = layout.init(model, 0, 16)
-    moments = sum(
-        s.data.nbytes
-        for x in jax.tree.leaves(state.opt_state)
-        if x.ndim
-        for s in x.addressable_shards
-        if s.device.id == 0
-    )
-    assert moments * dp == 2 * whole
+@pytest.mark.parametrize(("whole", "sharded"), [("dp2", "dp2, ZeRO-1"), ("dp8", "dp8, ZeRO-3")])
+def test_zero_stores_a_dp_th_of_parameters_and_moments(whole: str, sharded: str) -> None:
+    stored = stored_bytes(initial(whole)[1].params)
+    _, state = initial(sharded)
+    dp = MESHES[sharded]["dp"]
+    assert stored_bytes(state.params) * dp == stored
+    assert stored_bytes(state.opt_state) * dp == 2 * stored
 
 
 def test_zero_adds_to_tensor_parallelism_and_leaves_indivisible_parameters_whole() -> None:
-    layout, _ = layout_of(zero=1, dp=4, tp=2)
+    layout = program_of(zero=1, dp=4, tp=2).specs
     for shape, spec, stored in zip(
         jax.tree.leaves(layout.shapes),
         jax.tree.leaves(layout.specs, is_leaf=lambda s: isinstance(s, P)),

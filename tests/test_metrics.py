@@ -6,9 +6,10 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 
-from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
+from fdp.metrics import ImpossibleSpeed, MetricsWriter, Progress, read_metrics, throughput
 
 pytestmark = pytest.mark.fast
 
@@ -114,3 +115,29 @@ def test_throughput_reports_utilisation_only_against_a_known_peak():
     assert throughput(4096, 0.5, 1e12, 4e12) == {"tokens_per_s": 8192.0, "mfu": 0.5}
     with pytest.raises(ValueError, match="must be positive"):
         throughput(1, 0.0, 1.0, None)
+
+
+def test_a_utilisation_above_one_is_an_error_with_its_equation():
+    assert throughput(4096, 0.5, 2e12, 4e12)["mfu"] == 1.0
+    message = (
+        r"MFU = FLOPs / seconds / peak = 3.6e\+12 / 0.5 / 4e\+12 = 180 % cannot be: .*fdp.audit"
+    )
+    with pytest.raises(ImpossibleSpeed, match=message):
+        throughput(4096, 0.5, 3.6e12, 4e12)
+
+
+def test_arrays_survive_and_keep_their_shape_within_an_arm_also_after_a_resume(tmp_path):
+    load = np.array([[1.0, np.nan], [np.inf, 2.0]], np.float32)
+    writer = MetricsWriter(tmp_path, "a", 0)
+    writer.write(1, {"load": load, "nothing": np.full(2, np.nan)})
+    writer.write(2, {"load": load})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    json.loads(text.splitlines()[0], parse_constant=lambda name: pytest.fail(f"{name}: no JSON"))
+    np.testing.assert_array_equal(read_metrics(tmp_path)[0]["load"], load)
+    resumed = MetricsWriter(tmp_path, "a", 0)
+    resumed.resume(1)
+    with pytest.raises(ValueError, match=r"metric 'load' has shape \(3,\) and had \(2, 2\)"):
+        resumed.write(2, {"load": np.zeros(3)})
+    MetricsWriter(tmp_path, "b", 0).write(2, {"load": np.zeros(3)})  # another arm, another model
+    assert [(r["arm"], r["step"]) for r in read_metrics(tmp_path)] == [("a", 1), ("b", 2)]

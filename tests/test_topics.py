@@ -324,6 +324,27 @@ def test_imports_run_one_way() -> None:
 
 
 @pytest.mark.fast
+def test_one_file_imports_flax_linen() -> None:
+    found = [
+        p.relative_to(ROOT).as_posix()
+        for p in SOURCES
+        if p.is_relative_to(ROOT / "fdp")
+        and any(
+            inside(name, "flax.linen")
+            for name in imports(ast.parse(p.read_text(encoding="utf8")), "fdp")
+        )
+    ]
+    assert found == ["fdp/models/module.py"]
+
+
+@pytest.mark.fast
+def test_core_names_no_topic() -> None:
+    words = re.compile(rf"\b({'|'.join(TOPICS)})\b")
+    core = [p for p in SOURCES if p.is_relative_to(ROOT / "fdp") and "topics" not in p.parts]
+    assert not [p for p in core if words.search(p.read_text(encoding="utf8"))]
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("source", "path"),
     [

@@ -13,7 +13,7 @@ import jax
 
 from fdp.count.counts import GATHER, REDUCE, SCATTER, Ledger, Sent, merged
 from fdp.count.step import microbatch
-from fdp.mesh import DATA_AXES
+from fdp.mesh import BATCH_AXES, DATA_AXES
 from fdp.models.module import spec_leaf
 from fdp.sharding import axes_of
 from fdp.step import TrainStep
@@ -31,6 +31,9 @@ def traffic(p: TrainStep) -> Sent:
     ledger = Ledger(e.degrees)
     _parameters(ledger, p)
     ledger.add(REDUCE, ("pp", *DATA_AXES), 4)  # the loss
+    if "weights" in e.data.dims:  # what it is divided by
+        dims = e.data.dims["weights"]
+        ledger.add(REDUCE, DATA_AXES if "sequence" in dims else BATCH_AXES, 4)
     for leaf, spec in _leaves(p.specs.aux_shapes, p.specs.aux_specs):
         shard = leaf.dtype.itemsize * prod(leaf.shape) / prod(e.degrees[a] for a in axes_of(spec))
         ledger.add(REDUCE, DATA_AXES, shard)

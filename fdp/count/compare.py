@@ -1,9 +1,7 @@
-"""A program against what it should be: bytes against a formula, values against one device,
-collectives against what the degrees ask for.
-"""
+"""A program against what it should be: bytes against a formula, values against one device."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,37 +10,92 @@ import numpy as np
 
 from fdp.cost import hlo
 from fdp.count.counts import Key, Sent
-from fdp.mesh import AXES, AnyMesh
+from fdp.mesh import AnyMesh
 from fdp.step import TrainStep
 
 EXACT = 1e-12  # relative: formulas of integers, added up in floating point
 
 
-def sent(compiled: Any, mesh: AnyMesh) -> Sent:
-    """Wire bytes per device by (op, axes) in a compiled program."""
-    summary = hlo.summary(hlo.collectives(compiled.as_text(), dict(mesh.shape)))
+def sent(compiled: Any, mesh: AnyMesh, branches: hlo.Branches | None = None) -> Sent:
+    """Wire bytes per device by (op, axes) in a compiled program, by the axes' names on a mesh with
+    binary sub-axes, too. `branches` and errors: as `hlo.collectives`.
+    """
+    degrees: dict[str, int] = {}
+    for name, n in mesh.shape.items():  # sub-axes follow one another: devices keep their places
+        axis = name.rstrip("0123456789")
+        degrees[axis] = degrees.get(axis, 1) * n
+    summary = hlo.summary(hlo.collectives(compiled.as_text(), degrees, branches))
     return {key: wire for key, (_, _, wire) in summary.items()}
 
 
-def mismatches(formula: Mapping[Any, float], counted: Mapping[Any, float]) -> list[Any]:
-    """The keys whose bytes differ, in order."""
-    keys = formula.keys() | counted.keys()
+# Bytes against a formula
+# -------------------------------------------------------------------------------------------------
 
-    def same(key: Any) -> bool:
-        return math.isclose(formula.get(key, 0.0), counted.get(key, 0.0), rel_tol=EXACT)
 
-    return sorted(key for key in keys if not same(key))
+class Mismatch(NamedTuple):
+    """Bytes that differ."""
+
+    key: Key
+    formula: float
+    counted: float
+
+
+def mismatches(formula: Mapping[Key, float], counted: Mapping[Key, float]) -> list[Mismatch]:
+    """The (op, axes) whose bytes differ, in order; what one side lacks counts as 0 there."""
+    both = (
+        Mismatch(key, formula.get(key, 0.0), counted.get(key, 0.0))
+        for key in sorted(formula.keys() | counted.keys())
+    )
+    return [m for m in both if not math.isclose(m.formula, m.counted, rel_tol=EXACT)]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Wire bytes per device of one program, by formula and counted in its compiled form."""
+
+    formula: Mapping[Key, float]
+    counted: Mapping[Key, float]
+
+    @property
+    def entries(self) -> int:
+        """(op, axes) that either has."""
+        return len(self.formula.keys() | self.counted.keys())
+
+    def mismatches(self) -> list[Mismatch]:
+        """As the function of this name."""
+        return mismatches(self.formula, self.counted)
+
+
+# Values against one device
+# -------------------------------------------------------------------------------------------------
 
 
 def norm(tree: Any) -> float:
-    """Root of the summed squares of all leaves, in float64 on the host."""
+    """Root of the summed squares of all leaves, in float64 on the host: no program is compiled."""
     squares = (float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
     return math.sqrt(sum(squares))
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """Norm of the difference of two trees on the host over the norm of `want`."""
-    return norm(jax.tree.map(np.subtract, got, want)) / norm(want)
+    """Norm of the difference of two trees over the norm of `want`; NaN if one holds a NaN.
+
+    Raises ValueError for trees of other structure or shapes."""
+
+    def difference(a: Any, b: Any) -> np.ndarray:
+        if np.shape(a) != np.shape(b):
+            raise ValueError(f"shapes {np.shape(a)} and {np.shape(b)} cannot be compared")
+        return np.asarray(a, np.float64) - np.asarray(b, np.float64)
+
+    off, size = norm(jax.tree.map(difference, got, want)), norm(want)
+    if off == 0:
+        return 0.0
+    return off / size if size else math.inf
+
+
+def against_one_device(got: tuple[Any, Any], want: tuple[Any, Any]) -> tuple[float, float]:
+    """Relative errors of (value, gradients), each as a whole tree."""
+    (value, grads), (value_1, grads_1) = jax.device_get((got, want))
+    return relative_error(value, value_1), relative_error(grads, grads_1)
 
 
 class Outcome(NamedTuple):
@@ -64,42 +117,15 @@ def outcome(p: TrainStep, variables: Any, batch: Any) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One program against one device and against its formula of bytes."""
+class Comparison(Bytes):
+    """One program against one device and against its formula of bytes. `output_error`: relative, of
+    the loss or of what else was differentiated; `gradient_error`: relative."""
 
     name: str
-    loss_error: float
+    output_error: float
     gradient_error: float
-    counted: Mapping[Any, float]
-    formula: Mapping[Any, float]
-
-    def mismatches(self) -> int:
-        """Entries whose bytes differ."""
-        return len(mismatches(self.formula, self.counted))
 
     @classmethod
     def of(cls, name: str, got: Outcome, want: Outcome, formula: Sent) -> "Comparison":
         """Of a program's outcome against the one on one device."""
-        error = abs(got.loss - want.loss) / abs(want.loss)
-        return cls(name, error, relative_error(got.grads, want.grads), got.sent, formula)
-
-
-def silent_axes(
-    counted: Iterable[Key], degrees: Mapping[str, int], alone: Iterable[str] = ("cp", "tp")
-) -> list[str]:
-    """Axes of degree > 1 that no collective of the program serves.
-
-    Every axis reduces gradients or gathers parameters; those of `alone` must, besides, exchange
-    activations by a collective of their own: a context parallelism that is silently off still
-    reduces its gradients over cp, together with dp.
-    """
-    served = {a for _, axes in counted for a in axes}
-    own = {axes[0] for _, axes in counted if len(set(map(_logical, axes))) == 1}
-    live = [a for a in AXES if degrees[a] > 1]
-    missing = [a for a in live if a not in set(map(_logical, served))]
-    return missing + [a for a in live if a in alone and a not in set(map(_logical, own))]
-
-
-def _logical(axis: str) -> str:
-    """The axis of a binary sub-axis."""
-    return axis.rstrip("0123456789")
+        return cls(formula, got.sent, name, *against_one_device(got[:2], want[:2]))

@@ -118,12 +118,17 @@ class Softmax:
         cp, tp, S, C = degrees["cp"], degrees["tp"], rows.length, shape.head_dim
         heads, kv_heads, tokens = shape.heads // tp, shape.kv_heads // tp, rows.tokens(degrees)
         flops = 4 * rows.positions * S * shape.heads * C
-        there, back, once = (Ledger(degrees) for _ in range(3))
+        there, back, once, again = (Ledger(degrees) for _ in range(4))
         if cp > 1:
             at = cost.AttentionShape(rows.batch, S, heads, kv_heads, C, cp, shape.itemsize)
             for ledger, find in ((there, cost.forward_bytes), (back, cost.backward_bytes)):
                 for op, wire in find(self.plan, at, self.mask).items():
                     ledger.put(op, ("cp",), wire)
+            if shape.remat != "none" and self.plan.ring_degree(cp) == 2:
+                # The one hop of a ring of two is the first of the backward pass, too: XLA makes it
+                # once, and rematerialisation does not repeat it.
+                hop = there.sent.get((cost.PERMUTE, ("cp",)), 0.0)
+                again.put(cost.PERMUTE, ("cp",), -hop)
             if self.mask.packed:  # positions are known from the layout, document ids are not
                 once.put(cost.GATHER, ("cp",), (cp - 1) * cost.LABEL * tokens)
         forward = Work(flops, batched=flops, sent=there.sent)
@@ -134,7 +139,7 @@ class Softmax:
         return Counts(
             forward=forward,
             backward=forward.backward(back.sent),
-            again=Work(tiles, batched=tiles),
+            again=Work(tiles, batched=tiles, sent=again.sent),
             once=once.sent,
             saved=kept + scores,
             kept=kept,

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdp.collectives import all_gather, bound, index, size, vary
 from fdp.count.counts import GATHER, PERMUTE, SCATTER, Counts, Degrees, Ledger, Rows, Work, merged
@@ -83,6 +84,15 @@ class Budget:
     def blocks(self, length: int) -> int:
         """I: compression blocks of `length` tokens."""
         return (length - self.compress_block) // self.stride + 1
+
+    def tokens(self, length: int) -> float:
+        """Mean of what a query reads of `length` tokens, a compressed block as one and every branch
+        on its own; dense causal attention reads (length + 1) / 2."""
+        t = np.arange(length)
+        compressed = np.maximum((t + 1 - self.compress_block) // self.stride + 1, 0)
+        others = np.minimum(t // self.select_block, self.selected - 1)
+        selected = others * self.select_block + t % self.select_block + 1
+        return float((compressed + selected + np.minimum(t + 1, self.window)).mean())
 
     def check_length(self, length: int) -> None:
         """Raise ValueError unless `length` tokens are whole selection blocks and hold a compression

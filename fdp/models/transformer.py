@@ -141,7 +141,9 @@ class Transformer(Module):
 
     @property
     def stock(self) -> bool:
-        """Whether every block is softmax attention and SwiGLU."""
+        """Whether every block is softmax attention and SwiGLU, and sums over tp are exact."""
+        if self.reduction is not None:
+            return False
         cores = [(block, _core_of(block)) for block in self.pattern]
         return all(isinstance(c, Softmax) and block == attention_block(c) for block, c in cores)
 

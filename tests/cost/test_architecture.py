@@ -1,12 +1,11 @@
 """Parameter counts of published models against the figures their makers print."""
 
 import pytest
+from build import experiment, tiny
 
 from fdp.config import base
 from fdp.cost import architecture, flops
 from fdp.count.step import microbatch
-from fdp.data.batches import blank
-from fdp.experiment import standard
 
 pytestmark = pytest.mark.fast
 
@@ -29,7 +28,7 @@ def test_parameters_are_the_published_ones(name):
 
 
 def test_our_own_model_has_the_parameters_and_flops_of_its_program():
-    e = standard(base(), blank(64, 1024))
+    e = experiment(tiny())
     model = architecture.of_model(e.model.shape)
     assert model.parameters() == microbatch(e, 0).parameters
     tokens = e.fit.batch * e.data.seq_len

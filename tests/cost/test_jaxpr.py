@@ -226,8 +226,21 @@ def test_flops_of_scans_gradients_and_remat():
 
     one = 2 * 4 * 8 * 8
     assert flops(f, (4, 8), (8, 8)) == 6 * one
-    assert flops(jax.grad(f, (0, 1)), (4, 8), (8, 8)) == 18 * one
-    assert flops(jax.grad(jax.checkpoint(f), (0, 1)), (4, 8), (8, 8)) == 24 * one
+    both = jax.value_and_grad(f, (0, 1))
+    again = jax.value_and_grad(jax.checkpoint(f), (0, 1))
+    assert flops(both, (4, 8), (8, 8)) == 18 * one
+    assert flops(again, (4, 8), (8, 8)) == 24 * one
+    # Without the value nobody reads the forward pass that will be run again.
+    assert flops(jax.grad(jax.checkpoint(f), (0, 1)), (4, 8), (8, 8)) == 18 * one
+
+
+def test_what_nobody_reads_is_not_counted():
+    def f(a, b):
+        _ = jax.nn.logsumexp(a @ b)
+        return a.sum()
+
+    assert flops(f, (4, 8), (8, 8)) == 0
+    assert flops(lambda a, b: (f(a, b), a @ b), (4, 8), (8, 8)) == 2 * 4 * 8 * 8
 
 
 def test_flops_of_convolution_and_ragged_matmul():
@@ -239,7 +252,8 @@ def test_flops_of_convolution_and_ragged_matmul():
     assert flops(conv, (2, 8, 8, 3), (3, 3, 3, 5)) == 2 * (2 * 6 * 6 * 5) * (3 * 3 * 3)
     x, w, sizes = jnp.zeros((10, 4)), jnp.zeros((3, 4, 6)), jnp.array([5, 2, 3])
     assert jaxpr.dot_flops(jax.make_jaxpr(lax.ragged_dot)(x, w, sizes)) == 2 * 10 * 4 * 6
-    grad = jax.make_jaxpr(jax.grad(lambda x, w: lax.ragged_dot(x, w, sizes).sum(), (0, 1)))(x, w)
+    total = lambda x, w: lax.ragged_dot(x, w, sizes).sum()
+    grad = jax.make_jaxpr(jax.value_and_grad(total, (0, 1)))(x, w)
     assert jaxpr.dot_flops(grad) == 3 * (2 * 10 * 4 * 6)
 
 

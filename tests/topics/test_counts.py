@@ -79,7 +79,9 @@ def test_summary_of_known_comparisons() -> None:
     wrong = Comparison({key: 8.0}, {key: 9.0, other: 1.0}, 102, 100, 130, 100)
     bare = Comparison({}, {}, 99, 100)
     assert (
-        wrong.mismatches() == [other, key] and not right.mismatches() and bare.memory_error is None
+        [m.key for m in wrong.mismatches()] == [other, key]
+        and not right.mismatches()
+        and bare.memory_error is None
     )
     got = counts.summarise([right, wrong, bare])
     assert dataclasses.astuple(got)[:4] == (3, 3, 2, 1)
@@ -144,9 +146,8 @@ def test_what_xla_merges_in_one_layer_the_program_itself_still_asks_for() -> Non
     p = counts.program(c)
     state, batch = p.abstract_arguments()
     noised = jax.eval_shape(p.objective.corrupt, jax.random.key(0), batch)
-    asked = hlo.summary(
-        jaxpr.collectives(jax.make_jaxpr(p.grads)(state.variables, noised), dict(p.mesh.shape))
-    )
+    program = jax.make_jaxpr(p.grads)(state.variables, noised)
+    asked = hlo.summary(jaxpr.collectives(program, dict(p.mesh.shape)))
     want = dict(closed.traffic(p))
     assert {k: wire for k, (_, _, wire) in asked.items() if wire} == pytest.approx(want)
 

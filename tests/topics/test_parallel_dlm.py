@@ -4,68 +4,66 @@ estimators, the int8 sum.
 Legend: B sequences, L positions, R rows, V vocabulary.
 """
 
+import dataclasses
 import functools
-import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
 from jax.sharding import PartitionSpec as P
 
-from fdp import config, objectives, sharding
+from fdp import config, sharding
+from fdp.arm import Arm
 from fdp.collectives import shard_map
 from fdp.cost import hlo
+from fdp.count.compare import outcome, sent
+from fdp.data.batches import Arrays, blank
+from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
-from fdp.models import transformer
+from fdp.models import module
 from fdp.parallel.compressed import int8_psum, quantise
 from fdp.parallel.tensor import cross_entropy, suppress
 from fdp.sampling.masked import reveal
 from fdp.sampling.noise import categorical, categorical_confidence, position_keys
-from fdp.step import Program, tokens_sharding
+from fdp.step import TrainStep
 from fdp.topics.parallel_dlm import checks, estimators, figures, pareto, rows
 from fdp.topics.parallel_dlm.selective import Policy, Step, capacities, forward
 
 L = 16
 
 
-def tiny(**overrides: object) -> ml_collections.ConfigDict:
+def tiny(**overrides: object) -> Experiment:
     c = config.base()
     c.model.update(layers=3, width=32, heads=8, kv_heads=8, head_dim=4, ffn=64, vocab=32)
     c.data.seq_len, c.train.batch = L, 8
     c.update_from_flattened_dict(overrides)
-    config.validate(c)
-    return c
+    return standard(c, blank(L, 31))
 
 
 @functools.cache
-def an_arm() -> types.SimpleNamespace:
-    """What the study reads of an arm, with initial parameters made large enough for sharp
-    distributions.
-    """
-    c = tiny()
-    objective = objectives.from_config(c, 30, 29)
-    model = transformer.from_config(c, "bidirectional")
-    program = Program(c, model, objective, make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1]))
-    params = jax.tree.map(lambda p: 1.3 * p, program.init(0).params)
-    return types.SimpleNamespace(
-        c=c,
-        objective=objective,
-        model=model,
-        program=program,
-        mesh=program.mesh,
-        trained=types.SimpleNamespace(params=jax.device_get(params)),
-    )
+def an_arm() -> Arm:
+    """With initial parameters made large enough for sharp distributions, as if trained."""
+    e = tiny()
+    arm = Arm.of("mdlm", e, make_mesh(e.degrees, jax.devices()[:1]))
+    state = arm.init()
+    arm.keep(state.replace(params=jax.tree.map(lambda p: 1.3 * p, state.params)))
+    return arm
+
+
+def variables() -> Any:
+    return {"params": an_arm().trained_on_host.params, "state": {}}
 
 
 def run(policy: Policy, per_step: int = 1, tp: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """(ids, comparison with exact sums) of eight sequences on a mesh of `tp` devices."""
     arm = an_arm()
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": tp, "dp": 8 // tp})
-    params = jax.device_put(arm.trained.params, sharding.shardings(mesh, arm.program.layout.specs))
+    specs = arm.program.specs.specs
+    params = jax.device_put(arm.trained_on_host.params, sharding.shardings(mesh, specs))
     key = jax.random.key_data(jax.random.key(0))
     ids, sums = pareto.sampler(arm, mesh, policy, per_step)(params, key, jnp.arange(8))
     return np.asarray(ids), np.asarray(sums)
@@ -77,17 +75,12 @@ def run(policy: Policy, per_step: int = 1, tp: int = 4) -> tuple[np.ndarray, np.
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_loss_and_gradients_equal_one_device_for_every_tp(tp: int) -> None:
-    arm = an_arm()
-    tokens = np.random.default_rng(0).integers(0, 30, (8, L), np.int32)
-    params = jax.device_get(arm.trained.params)
-    batch = jax.device_get(jax.jit(arm.objective.corrupt)(jax.random.key(0), tokens))
-    whole = checks._loss_and_grads(arm.program, params, batch)
-    c = tiny(**{"mesh.tp": tp})
-    split = checks._loss_and_grads(
-        Program(c, arm.model, arm.objective, make_mesh(c.mesh)), params, batch
-    )
-    assert split[0] == pytest.approx(whole[0], rel=1e-5)
-    for a, b in zip(jax.tree.leaves(split[1]), jax.tree.leaves(whole[1]), strict=True):
+    batch = {"tokens": np.random.default_rng(0).integers(0, 30, (8, L), np.int32)}
+    whole = outcome(an_arm().program, variables(), batch)
+    e = tiny(**{"mesh.tp": tp})
+    split = outcome(TrainStep(e, make_mesh(e.degrees)), variables(), batch)
+    assert split.loss == pytest.approx(whole.loss, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(split.grads), jax.tree.leaves(whole.grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
 
 
@@ -113,19 +106,15 @@ def test_vocabulary_parallel_loss_is_the_sum_of_shards_done_by_hand(tp: int) -> 
 
 def test_masked_rows_head_is_the_full_head_on_those_rows() -> None:
     arm = an_arm()
-    tokens = np.random.default_rng(1).integers(0, 30, (8, L), np.int32)
-    batch = arm.program.corrupt(jnp.asarray(tokens), jax.random.key(3))
-    hidden = arm.model.apply(
-        {"params": arm.trained.params}, batch["inputs"], batch["noise"], method="hidden"
-    )
-    full = arm.objective.loss(
-        arm.model.apply({"params": arm.trained.params}, hidden, method="logits"), batch["rows"]
-    )
-    saving = checks.head_saving(arm.program, tokens)
+    batch = {"tokens": np.random.default_rng(1).integers(0, 30, (8, L), np.int32)}
+    noised = arm.program.corrupt(batch, jax.random.key(3))
+    logits, _, _ = module.run(arm.model, variables(), noised)
+    full = arm.objective.loss(logits, noised["rows"])
+    saving = checks.head_saving(arm.program, batch)
     assert saving.loss_error < 1e-6
     assert saving.masked.flops < saving.whole.flops
     assert saving.flops / saving.full_flops <= 0.6
-    assert float(full[batch["rows"]["weights"] == 0].sum()) == 0
+    assert float(full[noised["rows"]["weights"] == 0].sum()) == 0
 
 
 # T1.4: selective sums
@@ -154,10 +143,12 @@ def outputs(
         exact, _ = forward(arm.model, params, new, None, Policy("exact", "exact"), per_step, None)
         return exact, x
 
-    specs = (arm.program.layout.specs, *[P(BATCH_AXES)] * 4)
+    specs = (arm.program.specs.specs, *[P(BATCH_AXES)] * 4)
     each = P(BATCH_AXES, None, "tp")  # every device's own activations, side by side
     program = jax.jit(shard_map(f, mesh, specs, (each, each)))
-    exact, x = program(arm.trained.params, before, after, jnp.asarray(changed), jnp.asarray(read))
+    exact, x = program(
+        arm.trained_on_host.params, before, after, jnp.asarray(changed), jnp.asarray(read)
+    )
     return np.asarray(exact), np.asarray(x)
 
 
@@ -209,8 +200,8 @@ def test_refresh_in_every_step_is_exact(policy: Policy) -> None:
 @pytest.mark.parametrize("per_step", [1, 4])
 def test_exact_policies_draw_the_ids_of_the_core_sampler(per_step: int) -> None:
     arm = an_arm()
-    params = jax.tree.map(jnp.asarray, arm.trained.params)
-    denoise = lambda z, noise: arm.model.apply({"params": params}, z, noise)
+    given = jax.tree.map(jnp.asarray, variables())
+    denoise = lambda z, noise: module.run(arm.model, given, {"inputs": z, "noise": noise})[0]
     ids, _ = reveal(
         denoise, jax.random.key(0), jnp.arange(8), L, n_ids=30, order="random", per_step=per_step
     )
@@ -247,7 +238,7 @@ def test_channels_take_turns() -> None:
 @pytest.mark.fast
 def test_shares_of_bytes_follow_from_the_rows_that_are_sent() -> None:
     arm = an_arm()
-    D, sites, steps = arm.c.model.width, 2 * arm.c.model.layers + 1, L
+    D, sites, steps = arm.model.shape.width, 2 * arm.model.shape.layers + 1, L
     share = lambda policy: pareto.share_of_bytes(arm, policy, 1)
     assert share(Policy("exact", "exact")) == 1
     assert share(Policy("stale", "stale", refresh=4)) == pytest.approx(1 / 4)
@@ -278,19 +269,15 @@ def test_compiled_program_sends_what_the_count_says() -> None:
 
     flags = jnp.zeros((8, L), bool)
     program = jax.jit(
-        shard_map(f, mesh, (arm.program.layout.specs, *[P()] * 3), P(None, None, "tp"))
+        shard_map(f, mesh, (arm.program.specs.specs, *[P()] * 3), P(None, None, "tp"))
     )
-    text = (
-        program.lower(arm.trained.params, jnp.zeros((8, L), jnp.int32), flags, flags)
-        .compile()
-        .as_text()
-    )
-    sent = sum(wire for _, _, wire in hlo.summary(hlo.collectives(text, dict(mesh.shape))).values())
+    given = arm.trained_on_host.params, jnp.zeros((8, L), jnp.int32), flags, flags
+    wire = sum(sent(program.lower(*given).compile(), mesh).values())
     rows, D, layers = 8 * L, 32, 3
     all_reduce = lambda n, width: 2 * 7 / 8 * 4 * n * width
     scores = all_reduce(rows, 1) * 2 * (layers - 1)
     later = sum(all_reduce(n, D) for n in (8, *[rows / 2] * 2 * (layers - 1), 8, 8)) + scores
-    assert sent == all_reduce(rows, D) * (2 * layers + 1) + later
+    assert wire == all_reduce(rows, D) * (2 * layers + 1) + later
 
 
 @pytest.mark.fast
@@ -368,9 +355,10 @@ def test_sampling_sends_a_thousandth_of_the_logits() -> None:
 
 
 def test_scatter_tells_the_estimators_apart() -> None:
-    arm = an_arm()
-    arm.place = lambda x: jax.device_put(x, tokens_sharding(arm.mesh))
-    arm.data = types.SimpleNamespace(val=_Windows())
+    ids = np.random.default_rng(0).integers(0, 30, (8, L)).astype(np.int32)
+    arm, val = an_arm(), Arrays({"tokens": ids}, "random ids", "draw more")
+    data = dataclasses.replace(arm.data, train=val, val=val)
+    arm.experiment = dataclasses.replace(arm.experiment, data=data)
     found = estimators.scatter(arm, 40)
     assert {name: x.shape for name, x in found.losses.items()} == dict.fromkeys(
         estimators.ESTIMATORS, (40,)
@@ -381,18 +369,6 @@ def test_scatter_tells_the_estimators_apart() -> None:
         found.losses | {estimators.METHOD: 1.5 * found.losses[estimators.METHOD]}
     )
     assert abs(estimators.z_score([biased])) > 4
-
-
-class _Windows:
-    """Eight sequences of random ids, as `eval_batches` reads them."""
-
-    seq_len, n_tokens, what, fix = L, 8 * L, "test", "none"
-
-    def __len__(self) -> int:
-        return 8
-
-    def take(self, indices: object) -> np.ndarray:
-        return np.random.default_rng(0).integers(0, 30, (8, L), np.int32)
 
 
 @pytest.mark.parametrize("tp", [2, 8])

@@ -5,16 +5,15 @@ equal ids.
 import dataclasses
 import functools
 
+import build as builders
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fdp import config, sharding
 from fdp.cost import hlo, inference
 from fdp.cost.inference import GQA_70B, LLADA_8B, Degrees
-from fdp.models import transformer
 from fdp.sampling import cached
 from fdp.topics.parallel_dlm import switching, switching_region, switching_run
 from fdp.topics.parallel_dlm.switching import Job
@@ -26,21 +25,8 @@ KEY, B, L, N_IDS = jax.random.key(3), 8, 12, 13
 
 @functools.cache
 def made():
-    c = config.base()
-    sizes = {
-        "layers": 2,
-        "width": 16,
-        "heads": 8,
-        "kv_heads": 8,
-        "head_dim": 4,
-        "ffn": 16,
-        "vocab": 16,
-    }
-    c.model.update({**sizes, "dtype": "float32"})
-    model = transformer.from_config(c, "bidirectional")
-    params = jax.jit(
-        lambda key: jax.tree.map(lambda x: 2 * x, sharding.init_params(model, key, L))
-    )(jax.random.key(0))
+    model = builders.model()
+    params = jax.tree.map(lambda x: 2 * x, builders.parameters(model, L))
     return cached.BlockDecoder(model, N_IDS, 4), params
 
 

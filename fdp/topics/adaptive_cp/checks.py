@@ -4,7 +4,6 @@ static ones.
 Legend: B sequences, S positions, H query and K key/value heads, C head_dim.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from fdp.collectives import shard_map
 from fdp.cost import context as cost
 from fdp.cost import hlo
 from fdp.cost.context_gather import BlockGather, exact_capacity, listed_bytes
+from fdp.count.compare import Comparison, Key, Sent, against_one_device, relative_error, sent
 from fdp.grads import plain
 from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, factor, make_mesh
@@ -48,27 +48,6 @@ PLANS = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One plan against one device: relative errors, and wire bytes per op counted in the HLO and by
-    formula.
-    """
-
-    plan: CommPlan
-    forward_error: float
-    gradient_error: float
-    counted: dict[str, float]
-    formula: dict[str, float]
-
-    def mismatches(self) -> int:
-        """Ops whose bytes differ."""
-        ops = self.counted.keys() | self.formula.keys()
-        return sum(
-            not math.isclose(self.counted.get(op, 0), self.formula.get(op, 0), rel_tol=1e-12)
-            for op in ops
-        )
-
-
 def compare(plan: CommPlan) -> Comparison:
     """Two layers of causal attention, forward and backward, over cp = 8; float32."""
     mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"cp": DEVICES}), "cp")
@@ -91,22 +70,22 @@ def compare(plan: CommPlan) -> Comparison:
     program = jax.jit(shard_map(local, mesh, (spec,) * 4, (spec,) * 4))
     arguments = [x[:, :, order] for x in (q, k, v, dout)]
     compiled = program.lower(*arguments).compile(hlo.QUICK)
-    errors = [
-        float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
-        for a, b in zip(compiled(*arguments), expected, strict=True)
-    ]
-    counted: dict[str, float] = {}
-    for found in hlo.collectives(str(compiled.as_text()), dict(mesh.shape)):
-        counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
+    pairs = zip(jax.device_get(compiled(*arguments)), expected, strict=True)
+    errors = [relative_error(got, want) for got, want in pairs]
     shape = cost.AttentionShape(B, S, H, K, C, DEVICES, 4)
-    formula = {op: 2 * wire for op, wire in cost.forward_bytes(plan, shape, CAUSAL).items()}
-    for op, wire in cost.backward_bytes(plan, shape, CAUSAL).items():
-        formula[op] = formula.get(op, 0.0) + 2 * wire
-    for op, wire in cost.label_bytes(
-        shape, CAUSAL
-    ).items():  # once: the scan hoists what all layers share
-        formula[op] = formula.get(op, 0.0) + wire
-    return Comparison(plan, errors[0], max(errors[1:]), counted, formula)
+    formula: Sent = {}
+    forward, backward = (f(plan, shape, CAUSAL) for f in (cost.forward_bytes, cost.backward_bytes))
+    # Labels once: the scan hoists what all layers share.
+    for times, part in ((2, forward), (2, backward), (1, cost.label_bytes(shape, CAUSAL))):
+        for op, wire in part.items():
+            formula[over_cp(op)] = formula.get(over_cp(op), 0.0) + times * wire
+    counted = sent(compiled, mesh)
+    return Comparison(formula, counted, str(plan), errors[0], max(errors[1:]))
+
+
+def over_cp(op: str) -> Key:
+    """Key of `op` over the one axis of these meshes."""
+    return op, ("cp",)
 
 
 @dataclass(frozen=True)
@@ -166,29 +145,9 @@ def switch_indexed(arm: Arm, tokens_BxS: np.ndarray, blocks: int, width: int) ->
     return _switching(program, arm, tokens_BxS, choices, expected)
 
 
-@dataclass(frozen=True)
-class Static:
-    """A program compiled for one plan of every layer: relative errors against one device, and wire
-    bytes over cp by op (all-to-all, all-gather, reduce-scatter), counted in the HLO and by
-    formula."""
-
-    loss_error: float
-    gradient_error: float
-    counted: dict[str, float]
-    formula: dict[str, float]
-
-    @property
-    def mismatches(self) -> int:
-        """Ops whose bytes differ."""
-        return sum(
-            not math.isclose(self.counted.get(op, 0), wire, rel_tol=1e-12)
-            for op, wire in self.formula.items()
-        )
-
-
-def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Static:
+def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Comparison:
     """The plans of `switch_listed` by turns, without the gather that overflows, as constants of the
-    program.
+    program. Bytes: of all-to-all, all-gather and reduce-scatter.
     """
     block, layers = tokens_BxS.shape[1] // masks_NxWxW.shape[-1], arm.model.shape.layers
     every = listed_plans(masks_NxWxW, block)
@@ -203,14 +162,12 @@ def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> St
     inputs = tuple((np.zeros(1, np.int32), ids[i : i + 1]) for i in range(layers))
     given = (*_placed(program, variables, tokens_BxS), inputs)
     compiled: Any = jax.jit(program.grads).lower(*given).compile(hlo.QUICK)
-    errors = _errors(compiled(*given), (loss, unstacked(grads, layers)))
-    counted: dict[str, float] = {}
-    for found in hlo.collectives(
-        str(compiled.as_text()), dict(program.mesh.shape), {context_gather.SCOPE: 0}
-    ):
-        counted[found.op] = counted.get(found.op, 0.0) + found.wire_bytes * found.count
+    expected = loss, unstacked(grads, layers)
+    errors = against_one_device(compiled(*given)[:2], expected)
     formula = _static_bytes(chosen, shape_of(arm, *tokens_BxS.shape), block, ids.shape[-1])
-    return Static(*errors, counted, formula)
+    counted = sent(compiled, program.mesh, {context_gather.SCOPE: 0})
+    counted = {key: wire for key, wire in counted.items() if key in formula}
+    return Comparison(formula, counted, "plans by layer", *errors)
 
 
 def shape_of(arm: Arm, batch: int, seq_len: int) -> cost.AttentionShape:
@@ -222,7 +179,7 @@ def shape_of(arm: Arm, batch: int, seq_len: int) -> cost.AttentionShape:
 
 def _static_bytes(
     plans: list[CommPlan], shape: cost.AttentionShape, block: int, width: int
-) -> dict[str, float]:
+) -> Sent:
     """Of all layers; what is the same in every layer (places, positions) is sent once. Reductions
     are left out: those of overflow counts are merged with others."""
     total = {cost.EXCHANGE: 0.0, cost.GATHER: 0.0, cost.SCATTER: 0.0}
@@ -233,7 +190,8 @@ def _static_bytes(
         for part in listed_bytes(plan, BlockGather(shape, block, plan.capacity), width, CAUSAL):
             total = {op: wire + part.get(op, 0.0) for op, wire in total.items()}
     again = (len(plans) - 1) * places + max(sum(whole) - 1, 0) * positions
-    return total | {cost.GATHER: total[cost.GATHER] - again}
+    total[cost.GATHER] -= again
+    return {over_cp(op): wire for op, wire in total.items()}
 
 
 CHOICE = (P(), P(None, None, None, "cp"))  # specs of plan numbers [N] and block ids [N, b, k, W, L]
@@ -314,7 +272,7 @@ def _switching(
     variables, noised = _placed(program, arm.trained_on_host.variables, tokens_BxS)
     step: Any = jax.jit(program.grads, compiler_options=hlo.QUICK)
     errors = [
-        _errors(jax.block_until_ready(step(variables, noised, choice)), expected)
+        against_one_device(jax.block_until_ready(step(variables, noised, choice))[:2], expected)
         for choice in choices
     ]
     return Switching(
@@ -329,13 +287,3 @@ def _placed(
     noised = jax.jit(program.corrupt)({"tokens": tokens_BxS}, jax.random.key(0))
     specs = program.specs.variable_specs()
     return jax.device_put(variables, shardings(program.mesh, specs)), noised
-
-
-def _errors(found: Any, expected: Any) -> tuple[float, float]:
-    """Relative errors of (loss, gradients)."""
-    (loss, grads), (loss_1, grads_1) = jax.device_get(found[:2]), expected
-    norm = lambda tree: math.sqrt(
-        sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
-    )
-    difference = norm(jax.tree.map(np.subtract, grads, grads_1)) / norm(grads_1)
-    return abs(float(loss) - float(loss_1)) / abs(float(loss_1)), difference

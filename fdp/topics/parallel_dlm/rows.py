@@ -54,9 +54,9 @@ def indivisible_heads(heads: int, kv_heads: int) -> Row:
 
 def equality(comparisons: list[checks.Comparison]) -> list[Row]:
     """Loss, gradients and bytes of the small model on every mesh."""
-    loss = max(c.loss_error for c in comparisons)
+    loss = max(c.output_error for c in comparisons)
     gradient = max(c.gradient_error for c in comparisons)
-    wrong = sum(c.mismatches() for c in comparisons)
+    wrong = sum(len(c.mismatches()) for c in comparisons)
     kinds = sum(len(c.formula) for c in comparisons)
     meshes = "float32 model of two layers against one device, on " + "; ".join(
         c.name for c in comparisons

@@ -19,7 +19,7 @@ from fdp import config as fdp_config
 from fdp.cost import aot, flops, hlo, jaxpr
 from fdp.cost import bytes as closed
 from fdp.cost import memory as analytic
-from fdp.count.compare import sent
+from fdp.count.compare import Bytes, sent
 from fdp.data.batches import blank
 from fdp.experiment import standard
 from fdp.mesh import AXES, make_mesh
@@ -29,30 +29,15 @@ OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices. Memory: bytes
-    per device at the peak of the train step, None where it was not
+class Comparison(Bytes):
+    """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices. Memory:
+    bytes per device at the peak of the train step, None where it was not
     compiled."""
 
-    formula: dict[tuple[str, tuple[str, ...]], float]
-    counted: dict[tuple[str, tuple[str, ...]], float]
     formula_flops: float
     counted_flops: float
     formula_memory: float | None = None
     counted_memory: float | None = None
-
-    @property
-    def entries(self) -> int:
-        """Number of (op, axes) that the formula or the compiled program has."""
-        return len(self.formula.keys() | self.counted.keys())
-
-    def mismatches(self) -> list[tuple[str, tuple[str, ...]]]:
-        """The (op, axes) whose bytes differ."""
-        keys = self.formula.keys() | self.counted.keys()
-        same = lambda k: math.isclose(
-            self.formula.get(k, 0.0), self.counted.get(k, 0.0), rel_tol=1e-12
-        )
-        return sorted(k for k in keys if not same(k))
 
     @property
     def flops_error(self) -> float:
