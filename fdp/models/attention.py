@@ -120,7 +120,7 @@ class Softmax:
         flops = 4 * rows.positions * S * shape.heads * C
         there, back, once, again = (Ledger(degrees) for _ in range(4))
         if cp > 1:
-            at = cost.AttentionShape(rows.batch, S, heads, kv_heads, C, cp, shape.itemsize)
+            at = cost.AttentionShape.of(shape, rows.batch, S, cp, tp)
             for ledger, find in ((there, cost.forward_bytes), (back, cost.backward_bytes)):
                 for op, wire in find(self.plan, at, self.mask).items():
                     ledger.put(op, ("cp",), wire)

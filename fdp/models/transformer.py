@@ -173,7 +173,9 @@ def attention_block(core: Core) -> Layer:
 def transformer(
     shape: ModelShape, mask: Mask, plan: CommPlan = GATHER, position: Any = None
 ) -> Transformer:
-    """The stock model: softmax attention under `mask`, by `plan` over cp."""
+    """The stock model: softmax attention under `mask`, by `plan` over cp. Raises ValueError, by
+    name, for what of `shape` the stock blocks lack."""
+    shape.check()
     return with_core(Transformer(shape, (), plan.layout, position), Softmax(mask, plan))
 
 

@@ -21,13 +21,13 @@ import ml_collections
 import numpy as np
 from tabulate import tabulate
 
-from fdp.config import UserError
+from fdp.config import MODEL, UserError
 from fdp.cost import architecture as architectures
 from fdp.cost import energy, hardware, hybrid, network, step_time, workload
-from fdp.cost.architecture import Architecture
 from fdp.cost.hardware import GIB, Chip, Cluster
 from fdp.cost.hybrid import Model, Prediction
 from fdp.cost.workload import RECOMPUTE, Columns, Job, Plan
+from fdp.models.shape import SIZES, ModelShape
 
 Space = dict[str, np.ndarray]  # "tp", "pp", … (N,) integers; "recompute" indexes RECOMPUTE
 
@@ -42,6 +42,7 @@ CP_SHARE = 256
 # plans priced at once: one compiled program, whose radial basis functions stay in a cache of 8 MB
 CHUNK = 2048
 KEPT = 10
+PLANNED = ("dtype", "remat", "sequence_parallel")  # of a ModelShape, by the plan
 LIKELY = 0.5  # least probability of running that is ranked
 # Most that the compiler takes for a step of this code base, over `footprint.memory` of the same
 # plan: float32 gradients and the FFN's float32 intermediates. Compiled for v5p and H100 by the
@@ -64,7 +65,7 @@ def _keep(points: Space, mask: np.ndarray) -> Space:
     return {k: v[mask] for k, v in points.items()}
 
 
-def _degrees(a: Architecture, chips: int, seq: int) -> Space:
+def _degrees(a: ModelShape, chips: int, seq: int) -> Space:
     """(tp, pp, cp, dp) with tp·pp·cp·dp = chips that the model's shapes allow, before the batch is
     looked at.
     """
@@ -79,7 +80,7 @@ def _degrees(a: Architecture, chips: int, seq: int) -> Space:
     return points | {"dp": chips // (points["tp"] * points["pp"] * points["cp"])}
 
 
-def space(a: Architecture, chips: int, batch: int, seq: int) -> Space:
+def space(a: ModelShape, chips: int, batch: int, seq: int) -> Space:
     """Every structurally valid plan of `chips` chips: integer arrays (N,) under `KEYS`, N = 0 where
     there is none.
 
@@ -212,7 +213,14 @@ def domain_of(cluster: Cluster) -> int:
     )
 
 
-def job_on(a: Architecture, cluster: Cluster, batch: int, seq: int, precision: str = "bf16") -> Job:
+def job_on(
+    a: ModelShape,
+    cluster: Cluster,
+    batch: int,
+    seq: int,
+    precision: str = "bf16",
+    causal: bool = True,
+) -> Job:
     """The job to plan for; its own plan is a placeholder. Raises UserError where a chip lacks the
     precision.
     """
@@ -231,7 +239,8 @@ def job_on(a: Architecture, cluster: Cluster, batch: int, seq: int, precision: s
             f"{cluster.name} has a chip without {precision}: set plan.precision=bf16 or take one "
             f"of {able}"
         )
-    return Job(a, Plan(dp=cluster.size), chip, batch, seq, precision, domain_of(cluster))
+    domain = domain_of(cluster)
+    return Job(a, Plan(dp=cluster.size), chip, batch, seq, precision, domain, causal=causal)
 
 
 def traffic(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -299,10 +308,10 @@ def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.nd
         * job.seq
         * a.heads
         * (a.head_dim + (a.value_dim or a.head_dim))
-        * (0.5 if a.causal else 1.0)
+        * (0.5 if job.causal else 1.0)
     )
     head = 2.0 * a.vocab * a.width
-    linear = (3 + x["full"]) * (a.forward_flops(job.seq) - scores - head) * tokens
+    linear = (3 + x["full"]) * (a.forward_flops(job.seq, job.causal) - scores - head) * tokens
     rest = (3 * head + (3.5 + x["full"] + x["selective"]) * scores) * tokens
     k = {n: float(v) for n, v in hybrid.bounded(model.time, step_time.BOUNDS).items()}
     ffn = (a.layers - a.moe_layers) * a.ffn + a.moe_layers * (a.topk + a.shared_experts) * a.moe_ffn
@@ -543,13 +552,9 @@ def for_config(config: ml_collections.ConfigDict, model: Model) -> Ranking:
     UserError where there is none.
     """
     c, cluster = config.plan, hardware.cluster(config.plan.cluster)
-    causal = config.objective.name == "autoregressive"
-    a = (
-        architectures.architecture(c.model)
-        if c.model
-        else architectures.of_model(config.model, causal)
-    )
-    return rank(model, job_on(a, cluster, c.batch, c.seq_len, c.precision), cluster)
+    a = architectures.architecture(c.model) if c.model else ModelShape.of(config.model)
+    causal = bool(c.model) or config.objective.name == "autoregressive"
+    return rank(model, job_on(a, cluster, c.batch, c.seq_len, c.precision, causal), cluster)
 
 
 def name_of(plan: Plan) -> str:
@@ -627,26 +632,11 @@ def _evidence(cluster: Cluster) -> str:
     return f"simulated: cost model fitted on published runs; intervals cover 90 % of held-out models{foreign}"
 
 
-def untrainable(a: Architecture) -> list[str]:
-    """What of the model this code base cannot build yet: its transformer is dense SwiGLU with an
-    untied head.
-    """
-    parts = {
-        f"a mixture of {a.experts} experts": a.experts,
-        "an FFN that is not gated": not a.gated,
-        "a head tied to the embedding": a.tied,
-        "latent attention": a.kv_rank or a.q_rank,
-        "values of another width than keys": a.value_dim not in (0, a.head_dim),
-        "an odd head_dim": a.head_dim % 2,
-    }
-    return [part for part, present in parts.items() if present]
-
-
 def trainable(job: Job, points: Space) -> np.ndarray:
     """(N,) whether this code base can train the plan: no pipeline, no expert axes, whole heads, FFN
     and vocabulary per rank, and a recomputation that it has."""
     a, tp = job.architecture, points["tp"]
-    if untrainable(a):
+    if a.unbuildable:
         return np.zeros(size_of(points), bool)
     ok = (points["pp"] == 1) & (points["ep"] == 1) & (points["etp"] == 1)
     ok &= (a.kv_heads % tp == 0) & (a.ffn % tp == 0) & (a.vocab % tp == 0)
@@ -670,7 +660,7 @@ def fragment(ranking: Ranking) -> str:
     r = ranking.trainable
     if r is None:
         missing = (
-            ", ".join(untrainable(job.architecture))
+            ", ".join(job.architecture.unbuildable)
             or "nothing of the model, but no plan without pipeline fits"
         )
         lines += [
@@ -694,8 +684,9 @@ def fragment(ranking: Ranking) -> str:
 
 def _config_text(ranking: Ranking, p: Plan) -> str:
     job, a = ranking.job, ranking.job.architecture
-    keys = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")
-    shape = ", ".join(f"{k}={getattr(a, k)}" for k in keys)
+    switches = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != f.default]
+    switches = [k for k in switches if k in MODEL and k not in (*SIZES, *PLANNED)]
+    shape = ", ".join(f"{k}={getattr(a, k)!r}" for k in (*SIZES, *switches))
     topology = ranking.cluster.name if len(ranking.cluster.groups) == 1 else ""
     target = (
         []
@@ -716,7 +707,7 @@ def _config_text(ranking: Ranking, p: Plan) -> str:
             f"    c.model.update({shape})",
             f'    c.model.update(dtype="bfloat16", remat="{p.recompute}", '
             f"sequence_parallel={p.tp > 1})",
-            f'    c.objective.name = "{"autoregressive" if a.causal else "mdlm"}"',
+            f'    c.objective.name = "{"autoregressive" if job.causal else "mdlm"}"',
             f"    c.mesh.update(pp=1, dp={p.dp}, ep=1, cp={p.cp}, tp={p.tp})",
             f"    c.data.update(seq_len={job.seq}, vocab={min(1024, a.vocab)})",
             f"    c.train.update(batch={job.batch}, "
