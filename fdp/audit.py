@@ -119,8 +119,8 @@ def audit_arm(name: str, e: Experiment) -> list[Finding]:
 
     variables = jax.tree.map(shaken, jax.device_get(one.init(0).variables))
     want, got = outcome(one, variables, batch), outcome(p, variables, batch)
-    reason = unstated(e)
-    formula = {} if reason else closed.traffic(p)
+    unknown = unstated(e)
+    formula = {} if unknown else closed.traffic(p)
     c = Comparison.of(name, got, want, formula)
     mesh = degrees_equation(e.degrees)
     found = lambda check, holds, text: Finding(name, mesh, check, holds, text)
@@ -130,7 +130,7 @@ def audit_arm(name: str, e: Experiment) -> list[Finding]:
     ]
     wrong = c.mismatches()
     text = "; ".join(f"{_name(m.key)} {m.counted:,.0f}, not {m.formula:,.0f}" for m in wrong)
-    holds, text = (None, reason) if reason else (not wrong, text or f"{len(formula)} entries")
+    holds, text = (None, unknown) if unknown else (not wrong, text or f"{len(formula)} entries")
     findings.append(found("bytes = formula", holds, text))
     needs = required_of(p)
     silent, other = missing(needs, got.sent), unexpected(needs, got.sent)

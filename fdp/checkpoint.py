@@ -143,9 +143,9 @@ def topology(state: Any) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one arm and seed: directory/<step>, the newest `keep` of them.
 
-    A state is a dataclass or dict of pytrees of jax.Arrays (bf16, integers and typed PRNG keys
-    included). On disk it has no mesh: restoring reads, on every process, only the shards that the
-    target shardings ask for.
+    A state is a dataclass of pytrees of jax.Arrays (bf16, integers and typed PRNG keys included).
+    On disk it has no mesh: restoring reads, on every process, only the shards that the target
+    shardings ask for.
     """
 
     def __init__(self, directory: Path, keep: int = 3):
@@ -308,17 +308,12 @@ class Checkpoints:
         if absent and initial is not None:
             fresh = _fields(initial())
             fields |= {name: fresh[name] for name in absent}
-        if isinstance(abstract_state, Mapping):
-            return fields, found.meta
         return dataclasses.replace(abstract_state, **fields), found.meta
 
 
 def _fields(state: Any) -> dict[str, Any]:
-    """The fields of a state (a dataclass or a dict) that hold arrays, by name."""
-    if isinstance(state, Mapping):
-        parts = dict(state)
-    else:
-        parts = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    """The fields of a state (a dataclass) that hold arrays, by name."""
+    parts = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
 

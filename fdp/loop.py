@@ -214,7 +214,7 @@ class _Run:
             ) from error
 
     def _save(self, step: int, state: TrainState) -> None:
-        meta = {"mesh": dict(self.arm.mesh.shape), "fit": vars(self.fit)}
+        meta: dict[str, Any] = {"mesh": dict(self.arm.mesh.shape), "fit": vars(self.fit)}
         meta["devices"] = str(self.arm.mesh.devices.flat[0].device_kind)
         self.checkpoints.save(step, state, meta)
 

@@ -1,4 +1,5 @@
-"""One process, eight virtual CPU devices, one compilation cache for the whole suite.
+"""One process, eight virtual CPU devices, one compilation cache for the whole suite, kept between
+runs beside the one of `fdp.train`.
 
 The environment must be complete before jax is imported: NPROC >= 2 x devices keeps XLA's CPU thread
 pool from starving when several multi-device programs are queued (jax < 0.12)."""
@@ -9,7 +10,8 @@ from pathlib import Path
 os.environ.setdefault("NPROC", "32")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jaxcache"))
+cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdp" / "xla-tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax

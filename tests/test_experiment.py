@@ -202,8 +202,10 @@ def test_segments_and_weights_of_tokens_reach_every_device_and_microbatch() -> N
     got, want = found["dp2·cp2·tp2·2"], found["one"]
     assert_close(got[0], want[0], "loss")
     assert_close(got[1], want[1], "gradients", 1e-4)
-    logits = jax.jit(lambda ids: module.run(one.model, variables, noised | {"inputs": ids})[0])
+    run = jax.jit(lambda variables, noised: module.run(one.model, variables, noised)[0])
     changed = np.where(segments == 1, (noised["inputs"] + 1) % 60, noised["inputs"])
-    before, after = (np.asarray(logits(x)) for x in (noised["inputs"], changed))
+    before, after = (
+        np.asarray(run(variables, noised | {"inputs": x})) for x in (noised["inputs"], changed)
+    )
     np.testing.assert_array_equal(after[segments != 1], before[segments != 1])
     assert (after[segments == 1] != before[segments == 1]).any()

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -44,12 +45,28 @@ def top_level_asserts(cell: nbformat.NotebookNode) -> list[ast.Assert]:
     return [node for node in ast.parse(cell.source).body if isinstance(node, ast.Assert)]
 
 
-def execute(nb: nbformat.NotebookNode, folder: Path, scratch: Path) -> None:
-    """Run every cell in `folder` with this interpreter; raises CellExecutionError with the cell's
-    traceback.
+# Before each notebook: no names, devices or modules of the one before, and a working directory.
+FRESH = """%reset -f
+import os, sys
+os.chdir({folder!r})
+sys.path[:] = [p for p in sys.path if p not in (".", "..")]
+for name in [m for m in sys.modules if m.split(".")[0] in ("fdp", "configs")]:
+    del sys.modules[name]
+if "jax" in sys.modules:
+    import jax.extend
+    jax.extend.backend.clear_backends()
+    jax.config.update("jax_num_cpu_devices", -1)
+%reset -f
+"""
 
-    The kernel is described in `scratch`, so no kernel needs to be installed. It does not inherit
-    the number of devices: a notebook asks for its own."""
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NotebookClient]:
+    """One kernel of this interpreter for all notebooks, shut down after the last.
+
+    The kernel is described in a folder of its own, so no kernel needs to be installed. It does not
+    inherit the number of devices: a notebook asks for its own."""
+    scratch = tmp_path_factory.mktemp("kernel")
     spec = scratch / "kernels" / "fdp-tests"
     spec.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -64,10 +81,22 @@ def execute(nb: nbformat.NotebookNode, folder: Path, scratch: Path) -> None:
         if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "MPLBACKEND")
     }
     env["IPYTHONDIR"] = str(scratch)  # no start-up files of the user
-    client = NotebookClient(
-        nb, km=manager, timeout=TIMEOUT, resources={"metadata": {"path": str(folder)}}
+    empty = nbformat.v4.new_notebook()
+    resources = {"metadata": {"path": str(ROOT)}}
+    made = NotebookClient(
+        empty, km=manager, timeout=TIMEOUT, interrupt_on_timeout=True, resources=resources
     )
-    client.execute(env=env)
+    made.execute(env=env)
+    yield made
+    made.nb = empty
+    made.execute(cleanup_kc=True)
+
+
+def execute(client: NotebookClient, nb: nbformat.NotebookNode, folder: Path) -> None:
+    """Run every cell in `folder`; raises CellExecutionError with the cell's traceback."""
+    fresh = nbformat.v4.new_code_cell(FRESH.format(folder=str(folder)))
+    for client.nb in (nbformat.v4.new_notebook(cells=[fresh]), nb):
+        client.execute()
 
 
 @pytest.mark.fast
@@ -112,11 +141,11 @@ def test_first_cell_makes_the_devices(path: Path) -> None:
 
 
 @each_notebook
-def test_notebook_runs_and_its_asserts_hold(path: Path, tmp_path: Path) -> None:
+def test_notebook_runs_and_its_asserts_hold(path: Path, client: NotebookClient) -> None:
     nb = read(path)
     for cell in code_cells(nb):
         cell.execution_count, cell.outputs = None, []
-    execute(nb, path.parent, tmp_path)
+    execute(client, nb, path.parent)
     cells = code_cells(nb)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     errors = [output for cell in cells for output in cell.outputs if output.output_type == "error"]
@@ -132,14 +161,14 @@ def test_notebook_runs_and_its_asserts_hold(path: Path, tmp_path: Path) -> None:
 
 
 @each_notebook
-def test_notebook_starts_from_the_root_too(path: Path, tmp_path: Path) -> None:
+def test_notebook_starts_from_the_root_too(path: Path, client: NotebookClient) -> None:
     nb = read(path)
     first = nb.cells.index(code_cells(nb)[0])
     nb.cells = [
         *nb.cells[: first + 1],
         nbformat.v4.new_code_cell("import jax\nassert jax.device_count() == 8"),
     ]
-    execute(nb, ROOT, tmp_path)
+    execute(client, nb, ROOT)
     assert nb.cells[-1].execution_count == 2
 
 

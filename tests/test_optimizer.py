@@ -51,12 +51,27 @@ def test_three_steps_equal_adamw_in_numpy() -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got, params)
 
 
-@pytest.mark.parametrize("made", [toy_program, lambda: program(tiny(**{"model.qk_norm": True}))])
-def test_matrices_decay_and_vectors_do_not_stacked_or_not(made) -> None:
+@pytest.mark.parametrize(
+    ("made", "stack", "decayed"),
+    [
+        (toy_program, "blocks", {"blocks/w_in", "blocks/w_out", "w_embed", "w_head"}),
+        # Of the stock model: the matrices of layers, and neither embeddings nor stacked vectors.
+        (lambda: program(tiny(**{"model.qk_norm": True})), "layers", None),
+    ],
+    ids=["toy", "transformer"],
+)
+def test_matrices_decay_and_stacked_vectors_do_not(made, stack, decayed) -> None:
     specs = made().specs
     leaves = jax.tree_util.tree_leaves_with_path(specs.shapes)
     metas = jax.tree.leaves(specs.metas, is_leaf=lambda m: isinstance(m, Meta))
-    for (path, x), meta in zip(leaves, metas, strict=True):
-        name = jax.tree_util.keystr(path)
-        assert meta.stacked == ("layers" in name or "blocks" in name), name
-        assert meta.decay == (len(x.shape) - meta.stacked > 1), name
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (x, meta)
+        for (path, x), meta in zip(leaves, metas, strict=True)
+    }
+    assert {n for n, (_, meta) in named.items() if meta.stacked} == {
+        n for n in named if n.startswith(f"{stack}/")
+    }
+    if decayed is None:
+        decayed = {n for n, (x, meta) in named.items() if meta.stacked and len(x.shape) > 2}
+        assert len(decayed) >= 4
+    assert {n for n, (_, meta) in named.items() if meta.decay} == decayed

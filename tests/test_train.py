@@ -377,34 +377,7 @@ def test_the_workdir_of_another_config_is_refused_unless_allowed(
     assert mine == list(range(1, STEPS + 3))
 
 
-def test_a_bad_corpus_is_one_error_line(tmp_path: Path) -> None:
-    workdir, text = tmp_path / "run", tmp_path / "text.txt"
-    assert refused(flags(tmp_path / "absent.txt", workdir)) == (
-        f"error: data.source='{tmp_path / 'absent.txt'}': no such file or folder "
-        f"({tmp_path / 'absent.txt'}); "
-        "sources are bible, stdlib, hf:<name> and paths of text"
-    )
-    text.write_text(" \n")
-    assert refused(flags(text, workdir)) == (
-        f"error: data.source='{text}' holds no text: give files of UTF-8 text with something in "
-        "them"
-    )
-    text.write_text("\n\n".join("abcdefghij"))
-    message = refused(flags(text, workdir, "--config.data.seq_len=4096"))
-    assert message.startswith(
-        "error: sequence length 4096 is longer than the training split of the corpus ("
-    )
-    assert "set data.seq_len=16 or use a larger corpus" in message
-    text.write_text("\n\n".join(["a long first paragraph " * 40, "a short second one"]))
-    message = refused(flags(text, workdir, "--config.data.seq_len=8"))
-    assert "a batch of 8 sequences of 8 tokens is longer than the validation split" in message
-    assert not workdir.exists(), "a refused command binds no workdir to its config"
-
-
-def test_an_unknown_key_is_one_error_line_and_help_shows_three_flags() -> None:
-    assert refused(["--config=configs/topic1.py:tiny", "--config.train.stepz=3"]) == (
-        "error: unknown config key 'train.stepz': did you mean 'train.steps'?"
-    )
+def test_no_config_is_one_error_line_and_help_shows_three_flags() -> None:
     assert (
         refused([]) == "error: flag --config=None: Flag --config must have a value other than None."
     )
@@ -413,12 +386,11 @@ def test_an_unknown_key_is_one_error_line_and_help_shows_three_flags() -> None:
     assert re.findall(r"^  --(\S+):", own, re.MULTILINE) == ["config", "[no]dry_run", "workdir"]
 
 
-# Runs the command once for each list of arguments, in one process, where jax may not be imported.
+# Runs the command once for each list of arguments, in one process.
 ONE_AFTER_ANOTHER = """
 import contextlib, io, json, sys
 from absl import app, flags
 from fdp import train
-sys.modules["jax"] = None
 for arguments in json.loads(sys.argv.pop()):
     sys.argv[1:] = arguments
     with contextlib.redirect_stderr(io.StringIO()) as err:
@@ -431,7 +403,60 @@ for arguments in json.loads(sys.argv.pop()):
         delattr(flags.FLAGS, name)
 """
 
+WITHOUT_JAX = f'import sys\nsys.modules["jax"] = None\n{ONE_AFTER_ANOTHER}'
+
+
+def refusals(script: str, commands: list[list[str]]) -> list[str]:
+    """The one error line of each of several commands that refuse to run, from one process."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(commands)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [code for code, _ in found] == [1] * len(commands)
+    for _, err in found:
+        assert err.startswith("error: ") and err.count("\n") == 1, err
+    return [err.removeprefix("error: ") for _, err in found]
+
+
+def test_a_bad_corpus_is_one_error_line(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    texts = {
+        "absent": None,
+        "empty": " \n",
+        "short": "\n\n".join("abcdefghij"),
+        "lopsided": "\n\n".join(["a long first paragraph " * 40, "a short second one"]),
+    }
+    paths = {name: tmp_path / f"{name}.txt" for name in texts}
+    for name, text in texts.items():
+        if text is not None:
+            paths[name].write_text(text)
+    more = {"short": ("--config.data.seq_len=4096",), "lopsided": ("--config.data.seq_len=8",)}
+    commands = [flags(path, workdir, *more.get(name, ())) for name, path in paths.items()]
+    absent, empty, short, lopsided = refusals(ONE_AFTER_ANOTHER, commands)
+    assert absent.strip() == (
+        f"data.source='{paths['absent']}': no such file or folder ({paths['absent']}); "
+        "sources are bible, stdlib, hf:<name> and paths of text"
+    )
+    assert empty.strip() == (
+        f"data.source='{paths['empty']}' holds no text: give files of UTF-8 text with something in "
+        "them"
+    )
+    assert short.startswith(
+        "sequence length 4096 is longer than the training split of the corpus ("
+    )
+    assert "set data.seq_len=16 or use a larger corpus" in short
+    assert "a batch of 8 sequences of 8 tokens is longer than the validation split" in lopsided
+    assert not workdir.exists(), "a refused command binds no workdir to its config"
+
+
 BAD_CONFIGS = {
+    "train.stepz=3": "unknown config key 'train.stepz': did you mean 'train.steps'?",
     "train.batch=abc": "train.batch='abc' must be an integer of at least 1 (global batch; ",
     "train.batch=0": "train.batch=0 must be an integer of at least 1 (global batch; sequences): set",
     "train.batch=12.0": "train.batch=12.0 must be an integer of at least 1 (global batch; sequenc",
@@ -448,18 +473,6 @@ BAD_CONFIGS = {
 
 
 def test_a_bad_config_is_one_error_line_before_jax_is_imported() -> None:
-    arguments = [["--config=configs/topic1.py:tiny", f"--config.{bad}"] for bad in BAD_CONFIGS]
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(arguments)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    for (bad, start), line in zip(BAD_CONFIGS.items(), done.stdout.splitlines(), strict=True):
-        code, err = json.loads(line)
-        assert code == 1, bad
-        assert err.startswith(f"error: {start}"), err
-        assert err.count("\n") == 1, err
+    commands = [["--config=configs/topic1.py:tiny", f"--config.{bad}"] for bad in BAD_CONFIGS]
+    for start, err in zip(BAD_CONFIGS.values(), refusals(WITHOUT_JAX, commands), strict=True):
+        assert err.startswith(start), err

@@ -31,12 +31,12 @@ def traffic(p: TrainStep) -> Sent:
     ledger = Ledger(e.degrees)
     _parameters(ledger, p)
     ledger.add(REDUCE, ("pp", *DATA_AXES), 4)  # the loss
-    if "weights" in e.data.dims:  # what it is divided by
-        dims = e.data.dims["weights"]
-        ledger.add(REDUCE, DATA_AXES if "sequence" in dims else BATCH_AXES, 4)
     for leaf, spec in _leaves(p.specs.aux_shapes, p.specs.aux_specs):
         shard = leaf.dtype.itemsize * prod(leaf.shape) / prod(e.degrees[a] for a in axes_of(spec))
         ledger.add(REDUCE, DATA_AXES, shard)
+    if "weights" in e.data.dims:  # what the loss is divided by
+        axes = DATA_AXES if "sequence" in e.data.dims["weights"] else BATCH_AXES
+        ledger.add(REDUCE, axes, 4)
     return merged({key: micro * wire for key, wire in each.items()}, ledger.sent)
 
 

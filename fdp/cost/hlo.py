@@ -18,26 +18,20 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-# Chooses the executed branch of a conditional: {name or scope in its op_name: index}, or (op_name,
-# branches) -> index. For programs that are compiled to be counted or to run once: only the
-# generation of machine code, which costs most, is cut. It comes after the passes over collectives,
-# and changes planned memory by about 0.1 %.
+from fdp.cost.hlo_text import Instruction, Module, ints, replica_groups
+
+# For programs that are compiled to be counted or to run once: only the generation of machine code,
+# which costs most, is cut. It comes after the passes over collectives, and changes planned memory
+# by about 0.1 %.
 QUICK: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
 
+# Chooses the executed branch of a conditional: {name or scope in its op_name: index}, or (op_name,
+# branches) -> index.
 Branches = Mapping[str, int] | Callable[[str, int], int]
 
-OPS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 MAX_TRIPS = 1_000_000
 
 
@@ -51,7 +45,7 @@ class Collective:
     buffer, an upper bound, as the sizes sent are data. wire_bytes: bytes this device SENDS in ONE
     execution by the ring algorithm, see `wire_bytes`."""
 
-    op: str  # one of OPS
+    op: str  # one of hlo_text.OPS
     axes: tuple[str, ...]  # mesh axes that vary inside a group, in mesh order
     group_size: int  # devices of one group; of a permute, the product of the degrees of `axes`
     payload_bytes: int
@@ -105,7 +99,7 @@ def collectives(
         raise ValueError(
             f"the program has {m[1]} partitions but the mesh {dict(mesh_shape)} has {total} devices"
         )
-    return _Audit(_Module(text), dict(mesh_shape), branches, dict(trip_counts or {})).run()
+    return _Audit(Module(text), dict(mesh_shape), branches, dict(trip_counts or {})).run()
 
 
 def summary(
@@ -200,214 +194,6 @@ def varying_axes(groups: Iterable[Sequence[int]], mesh_shape: Mapping[str, int])
     return tuple(a for a, moves in zip(mesh_shape, moving, strict=True) if moves)
 
 
-# Replica groups: one function per spelling
-# ---------------------------------------------------------------------------
-
-
-def _ints(text: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", text)]
-
-
-def _iota(dims: str, transpose: str | None) -> np.ndarray:
-    """`[4,2]T(1,0)` → arange(8).reshape(4, 2).transpose(1, 0), flattened."""
-    ids = np.arange(math.prod(_ints(dims))).reshape(_ints(dims))
-    return (ids.transpose(_ints(transpose)) if transpose else ids).reshape(-1)
-
-
-def _named_mesh_groups(mesh: str, order: str, use: str) -> list[list[int]]:
-    """`'dp'=2,'tp'=4`, device order, `'tp':(2)2` → groups. A sub-axis `:(pre)size` splits its axis
-    into three parts.
-    """
-    degrees = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    ids = np.arange(math.prod(degrees.values()))
-    if m := re.search(r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?", order):
-        ids = _iota(m[2] or m[1], m[3])
-    elif order:
-        ids = np.array(_ints(order))
-    wanted = [
-        (a, int(pre or 1), int(n or degrees[a]))
-        for a, pre, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", use)
-    ]
-    dims: list[int] = []
-    grouped: dict[tuple[str, int], int] = {}
-    for axis, degree in degrees.items():
-        done = 1
-        for _, pre, size in sorted(w for w in wanted if w[0] == axis):
-            dims += [pre // done, size]
-            grouped[axis, pre] = len(dims) - 1
-            done = pre * size
-        dims.append(degree // done)
-    inner = [grouped[a, pre] for a, pre, _ in wanted]
-    outer = [i for i in range(len(dims)) if i not in inner]
-    return (
-        ids.reshape(dims)
-        .transpose(outer + inner)
-        .reshape(-1, math.prod(dims[i] for i in inner))
-        .tolist()
-    )
-
-
-def replica_groups(attrs: str, total: int) -> list[list[int]]:
-    """Groups of device ids of an instruction's attributes, in any of XLA's spellings; pairs for a
-    permute.
-    """
-    if m := re.search(r"source_target_pairs=\{((?:\{\d+,\s*\d+\},?\s*)*)\}", attrs):
-        return [_ints(pair) for pair in re.findall(r"\{([^}]*)\}", m[1])]
-    if m := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attrs):
-        return _iota(m[2], m[3]).reshape(_ints(m[1])[0], -1).tolist()
-    if m := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:,?\s*device_ids=\((.*?)\)(?=\s*\{))?\s*\{([^}]*)\}",
-        attrs,
-    ):
-        return _named_mesh_groups(m[1], m[2] or "", m[3])
-    if m := re.search(r"replica_groups=\{((?:\{[\d,\s]*\},?\s*)*)\}", attrs):
-        groups = [_ints(g) for g in re.findall(r"\{([^}]*)\}", m[1])]
-        # Without global ids a group lists replicas, and every partition of them takes part: {{0}}
-        # means everyone.
-        replicas_only = "channel_id=" in attrs and "use_global_device_ids=true" not in attrs
-        if groups and not (groups == [[0]] and replicas_only and "to_apply=" in attrs):
-            return groups
-    elif "replica_groups=" in attrs:
-        raise ValueError(f"unreadable replica groups: {attrs[:200]}")
-    return [list(range(total))]
-
-
-# The text, parsed
-# -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str  # result type with layout
-    opcode: str
-    args: tuple[str, ...]  # operands as written, or the literal of a constant
-    attrs: str
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        return tuple(a.split()[-1].lstrip("%") if a else "" for a in self.args)
-
-    @property
-    def op_name(self) -> str:
-        m = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attrs)
-        return m[1] if m else ""
-
-    @property
-    def called(self) -> list[str]:
-        """Computations this instruction runs; a reducer (`to_apply` of a reduction) holds no
-        collective, no harm.
-        """
-        names = [m for _, m in re.findall(r"\b(calls|to_apply)=%?([\w.\-]+)", self.attrs)]
-        lists = re.findall(r"\bcalled_computations=\{([^}]*)\}", self.attrs)
-        return names + [
-            n.strip().lstrip("%") for group in lists for n in group.split(",") if n.strip()
-        ]
-
-    @property
-    def branches(self) -> list[tuple[str, str]]:
-        """(computation, operand) of every branch of a conditional in JAX's order: index 0 is
-        False.
-        """
-        if m := re.search(r"branch_computations=\{([^}]*)\}", self.attrs):
-            names = [n.strip().lstrip("%") for n in m[1].split(",")]
-            return list(zip(names, self.operands[1:], strict=True))
-        true, false = (
-            re.search(rf"{which}_computation=%?([\w.\-]+)", self.attrs)[1]
-            for which in ("true", "false")
-        )  # type: ignore[index]
-        return [(false, self.operands[2]), (true, self.operands[1])]
-
-    @property
-    def collective(self) -> tuple[str, bool] | None:
-        """(op, is_async), None for anything else and for the `-done` half."""
-        op = self.opcode.removesuffix("-start")
-        if (
-            op == "send" and "_xla_send_recv_source_target_pairs" in self.attrs
-        ):  # a permute the compiler pipelined
-            return "collective-permute", True
-        # XLA:GPU keeps the start/done spelling for collectives it runs synchronously, and says so.
-        is_async = op != self.opcode and not re.search(r'"is_sync":\s*true', self.attrs)
-        return (op, is_async) if op in OPS else None
-
-
-def _close(text: str, start: int) -> int:
-    """Position after the bracket that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] in "({[") - (text[i] in ")}]")
-        if depth == 0:
-            return i + 1
-    return len(text)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    """Split at top-level commas."""
-    parts, depth, begin = [], 0, 0
-    for i, c in enumerate(text):
-        depth += (c in "({[") - (c in ")}]")
-        if c == "," and depth == 0:
-            parts.append(text[begin:i].strip())
-            begin = i + 1
-    return (*parts, text[begin:].strip())
-
-
-def _parse_line(line: str) -> tuple[_Instruction, bool] | None:
-    """One instruction and whether it is its computation's root; None for any other line."""
-    m = re.match(r"\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*(?=[(a-z])", line)
-    if not m:
-        return None
-    line = re.sub(r"/\*.*?\*/", "", line)
-    begin = m.end()
-    end = _close(line, begin) if line[begin] == "(" else line.find(" ", begin)
-    call = re.compile(r"\s*([\w\-]+)\(").match(line, end)
-    if not call:
-        return None
-    stop = _close(line, call.end() - 1)
-    args = line[call.end() : stop - 1]
-    parts = (args,) if call[1] == "constant" else _split(args)
-    return _Instruction(m[2], line[begin:end], call[1], parts, line[stop:]), bool(m[1])
-
-
-class _Module:
-    """Computations by name, in schedule order."""
-
-    def __init__(self, text: str) -> None:
-        self.computations: dict[str, dict[str, _Instruction]] = {}
-        self.roots: dict[str, _Instruction] = {}
-        self.entry = ""
-        current = ""
-        for line in text.splitlines():
-            if m := re.match(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*)?\{\s*$", line):
-                current = m[2]
-                self.computations[current] = {}
-                self.entry = current if m[1] else self.entry
-            elif current and (parsed := _parse_line(line)):
-                self.computations[current][parsed[0].name] = parsed[0]
-                if parsed[1] or current not in self.roots:
-                    self.roots[current] = parsed[0]
-        if not self.entry:
-            raise ValueError(
-                "no ENTRY computation: expected the text of a compiled program, compiled.as_text()"
-            )
-
-    def parameter(self, computation: str, index: int) -> str:
-        for i in self.computations[computation].values():
-            if i.opcode == "parameter" and i.args[0] == str(index):
-                return i.name
-        return ""
-
-    def operand_types(self, computation: str, instruction: _Instruction) -> Iterator[str]:
-        """Types of the operands, from their definitions or, in older text, written inline."""
-        for written, name in zip(instruction.args, instruction.operands, strict=True):
-            known = self.computations[computation].get(name)
-            if known is None and " " not in written:
-                raise ValueError(
-                    f"operand {name} of {instruction.name} is not defined in {computation}"
-                )
-            yield known.type if known else written.rsplit(" ", 1)[0]
-
-
 # Trip counts: constant propagation through the scalars of a loop
 # -----------------------------------------------------
 
@@ -449,7 +235,7 @@ _SAME = (
 class _Evaluator:
     """Values of integer scalars in one computation whose parameters are (partly) known."""
 
-    module: _Module
+    module: Module
     computation: str
     params: Sequence[Value]
     memo: dict[str, Value] = field(default_factory=dict)
@@ -460,7 +246,7 @@ class _Evaluator:
             self.memo[name] = self._compute(instruction) if instruction else None
         return self.memo[name]
 
-    def _compute(self, i: _Instruction) -> Value:
+    def _compute(self, i: Instruction) -> Value:
         if not re.match(r"\(|(?:[su]\d+|pred)\[\]", i.type):  # arrays do not steer a counted loop
             return None
         if i.opcode == "parameter":
@@ -481,7 +267,7 @@ class _Evaluator:
             return self._apply(i, [self.value(o) for o in i.operands])
         return None
 
-    def _apply(self, i: _Instruction, values: list[Value]) -> Value:
+    def _apply(self, i: Instruction, values: list[Value]) -> Value:
         if i.opcode == "tuple":
             return tuple(values)
         if i.opcode in ("fusion", "call"):
@@ -495,7 +281,7 @@ class _Evaluator:
         return values[0] if i.opcode in _SAME else _SCALAR[i.opcode](*values)
 
 
-def run(module: _Module, computation: str, params: Sequence[Value]) -> Value:
+def run(module: Module, computation: str, params: Sequence[Value]) -> Value:
     """Value of a computation's root, None where it is not a scalar known from `params` and
     constants.
     """
@@ -510,7 +296,7 @@ def run(module: _Module, computation: str, params: Sequence[Value]) -> Value:
 class _Audit:
     """Walks the computations from the entry, multiplying executions."""
 
-    module: _Module
+    module: Module
     mesh_shape: dict[str, int]
     branches: Branches | None
     trip_counts: dict[str, int]
@@ -554,7 +340,7 @@ class _Audit:
                         yield from self.walk(c, count, values, later)
 
     def leaf(
-        self, computation: str, i: _Instruction, count: int, is_async: bool
+        self, computation: str, i: Instruction, count: int, is_async: bool
     ) -> Iterator[Collective]:
         op, split = i.collective  # type: ignore[misc]
         if op == "all-reduce" and computation.startswith("all-reduce-scatter"):
@@ -570,9 +356,7 @@ class _Audit:
         arrays = re.findall(
             r"\b([a-z]\w*)\[([^\]]*)\]", " ".join(types[:1] if op == "ragged-all-to-all" else types)
         )
-        payload = sum(
-            (math.prod(_ints(dims)) * type_bits(dtype) + 7) // 8 for dtype, dims in arrays
-        )
+        payload = sum((math.prod(ints(dims)) * type_bits(dtype) + 7) // 8 for dtype, dims in arrays)
         payload *= size if op == "all-gather" else 1
         dtype = "+".join(sorted({d for d, _ in arrays}))
         wire = wire_bytes(op, size, payload)
@@ -580,12 +364,12 @@ class _Audit:
             op, axes, size, payload, wire, count, dtype, computation, split or is_async
         )
 
-    def loop(self, i: _Instruction) -> tuple[str, str]:
+    def loop(self, i: Instruction) -> tuple[str, str]:
         """(condition, body) computations of a while instruction."""
         names = [re.search(rf"\b{part}=%?([\w.\-]+)", i.attrs) for part in ("condition", "body")]
         return names[0][1], names[1][1]  # type: ignore[index]
 
-    def while_loop(self, i: _Instruction, count: int, known: _Evaluator) -> Iterator[Collective]:
+    def while_loop(self, i: Instruction, count: int, known: _Evaluator) -> Iterator[Collective]:
         condition, body = self.loop(i)
         if not (self.communicates(condition) or self.communicates(body)):
             return
@@ -595,7 +379,7 @@ class _Audit:
         yield from self.walk(body, count * trips, unchanged, False)
         yield from self.walk(condition, count * (trips + 1), unchanged, False)
 
-    def trips(self, i: _Instruction, condition: str, body: str, state: Value) -> int:
+    def trips(self, i: Instruction, condition: str, body: str, state: Value) -> int:
         """Iterations: given by the caller or the compiler, else by running the loop's scalars."""
         if i.name in self.trip_counts:
             return self.trip_counts[i.name]
@@ -637,7 +421,7 @@ class _Audit:
             for n, (v, o) in enumerate(zip(state, root.operands, strict=True))
         )
 
-    def conditional(self, i: _Instruction, count: int, known: _Evaluator) -> Iterator[Collective]:
+    def conditional(self, i: Instruction, count: int, known: _Evaluator) -> Iterator[Collective]:
         found = [
             list(self.walk(c, count, (known.value(operand),), False))
             if self.communicates(c)
@@ -665,7 +449,7 @@ class _Audit:
                 return f"{m[1]}/{channel[1] if channel else ''}"
         return None
 
-    def _continues(self, i: _Instruction, computation: str, chains: set[str]) -> bool:
+    def _continues(self, i: Instruction, computation: str, chains: set[str]) -> bool:
         """Whether this fusion only carries on a collective already counted in the same
         computation.
         """

@@ -6,8 +6,8 @@ with intervals.
 θ lies within the bounds of fdp.cost.step_time on a logit scale; chips, clusters and software stacks
 shift it by fitted effects that are zero for what was never measured. A pipeline on a cluster where
 stalls were observed has two regimes (see `stall_features`); memory comes from fdp.cost.footprint,
-feasibility from its distance to the chip's HBM. Fitting: fdp.topics.parallelism_search.fit. What
-ships: coefficients/step_time.json, with its provenance.
+feasibility from its distance to the chip's HBM. What ships, fitted
+elsewhere: coefficients/step_time.json, with its provenance.
 
 Legend: N jobs, K features, M centres, E members; times in seconds, memory in bytes.
 """

@@ -123,12 +123,10 @@ class Softmax:
             at = cost.AttentionShape.of(shape, rows.batch, S, cp, tp)
             for ledger, find in ((there, cost.forward_bytes), (back, cost.backward_bytes)):
                 for op, wire in find(self.plan, at, self.mask).items():
-                    ledger.put(op, ("cp",), wire)
-            if shape.remat != "none" and self.plan.ring_degree(cp) == 2:
-                # The one hop of a ring of two is the first of the backward pass, too: XLA makes it
-                # once, and rematerialisation does not repeat it.
-                hop = there.sent.get((cost.PERMUTE, ("cp",)), 0.0)
-                again.put(cost.PERMUTE, ("cp",), -hop)
+                    # The one hop of a ring of two is the first of the backward pass, too: XLA
+                    # makes it once, whatever is rematerialised.
+                    single = op == cost.PERMUTE and self.plan.ring_degree(cp) == 2
+                    (back if single else ledger).put(op, ("cp",), wire)
             if self.mask.packed:  # positions are known from the layout, document ids are not
                 once.put(cost.GATHER, ("cp",), (cp - 1) * cost.LABEL * tokens)
         forward = Work(flops, batched=flops, sent=there.sent)

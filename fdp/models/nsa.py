@@ -81,10 +81,6 @@ class Budget:
                 f"set selected={self.initial + self.local} or more"
             )
 
-    def blocks(self, length: int) -> int:
-        """I: compression blocks of `length` tokens."""
-        return (length - self.compress_block) // self.stride + 1
-
     def tokens(self, length: int) -> float:
         """Mean of what a query reads of `length` tokens, a compressed block as one and every branch
         on its own; dense causal attention reads (length + 1) / 2."""
@@ -93,6 +89,10 @@ class Budget:
         others = np.minimum(t // self.select_block, self.selected - 1)
         selected = others * self.select_block + t % self.select_block + 1
         return float((compressed + selected + np.minimum(t + 1, self.window)).mean())
+
+    def blocks(self, length: int) -> int:
+        """I: compression blocks of `length` tokens."""
+        return (length - self.compress_block) // self.stride + 1
 
     def check_length(self, length: int) -> None:
         """Raise ValueError unless `length` tokens are whole selection blocks and hold a compression

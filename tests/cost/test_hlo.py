@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fdp.cost import hlo
+from fdp.cost.hlo_text import replica_groups
 
 pytestmark = pytest.mark.fast
 
@@ -259,8 +260,7 @@ DP_TP_GROUPS = [[0, 1, 4, 5], [2, 3, 6, 7]]
 )
 def test_replica_group_spellings(spelling, groups):
     assert (
-        hlo.replica_groups(f", channel_id=1, {spelling}, dimensions={{0}}, metadata={{}}", 8)
-        == groups
+        replica_groups(f", channel_id=1, {spelling}, dimensions={{0}}, metadata={{}}", 8) == groups
     )
 
 

@@ -215,7 +215,7 @@ def test_images_are_batched_like_text():
     """Batches, evaluation and prefetching need nothing but `len` and `take`."""
     images = Images()
     data = data_of(images, IMAGE_DIMS)
-    assert data.seq_len is None and data.tokenizer is None
+    assert data.seq_len == 0 and data.tokenizer is None
     labels = [batch(images, step, 4, 7)["label"].tolist() for step in range(5)]
     assert labels == [numbers(batch(windows_of(10), step, 4, 7)) for step in range(5)]
     for one in eval_batches(images, 4, 8):

@@ -13,6 +13,7 @@ from fdp.topics.adaptive_cp.timing import Link, Machine
 W, BLOCK = 16, 8
 STRIPED = SequenceLayout("striped", BLOCK)
 SHAPE = AttentionShape(4, W * BLOCK, 8, 4, 16, cp=4)
+FULL, OWN = np.tri(W, dtype=bool), np.eye(W, dtype=bool)
 SLOW, FAST = Machine(1e12, Link(1e9, 1e-6)), Machine(1e10, Link(1e12, 1e-9))
 
 

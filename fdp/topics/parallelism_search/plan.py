@@ -2,14 +2,14 @@
 priced and ranked.
 
     here = cluster("h100:32x8")
-    print(describe(rank(hybrid.shipped(), job_on(architecture("llama3-70b"), here, 1024, 4096), here)))
+    job = job_on(architecture("llama3-70b"), here, 1024, 4096)
+    print(ranking_text.describe(rank(hybrid.shipped(), job, here)))
 
 Search space and its divisibility: Narayanan et al. 2021 (arXiv 2104.04473; interleaving),
 Korthikanti et al. 2022 (sequence parallelism, recomputation), Rajbhandari et al. 2020 (ZeRO),
 Megatron Core's parallel folding of experts.
 
-Legend: N plans of the space, K of them ranked, T tokens of a microbatch on a device, D width;
-seconds, bytes, joules."""
+Legend: N plans of the space, K of them ranked; seconds, bytes, joules."""
 
 import dataclasses
 import time
@@ -19,20 +19,19 @@ from typing import Any
 
 import ml_collections
 import numpy as np
-from tabulate import tabulate
 
-from fdp.config import MODEL, UserError
+from fdp.config import UserError
 from fdp.cost import architecture as architectures
-from fdp.cost import energy, hardware, hybrid, network, step_time, workload
+from fdp.cost import hardware, hybrid, workload
 from fdp.cost.hardware import GIB, Chip, Cluster
 from fdp.cost.hybrid import Model, Prediction
 from fdp.cost.workload import RECOMPUTE, Columns, Job, Plan
-from fdp.models.shape import SIZES, ModelShape
+from fdp.models.shape import ModelShape
+from fdp.topics.parallelism_search.traffic import AXES, joules, traffic
 
 Space = dict[str, np.ndarray]  # "tp", "pp", … (N,) integers; "recompute" indexes RECOMPUTE
 
 KEYS = ("tp", "pp", "dp", "cp", "ep", "etp", "virtual", "microbatch", "recompute", "zero")
-AXES = ("tp", "cp", "ep", "pp", "dp")
 # chunks a stage; published runs hold hardly any above, and their cost per chunk is not known
 VIRTUAL_LIMIT = 12
 # more ranks than this leave matmuls too thin for any chip; fewer are priced, also across nodes
@@ -42,7 +41,6 @@ CP_SHARE = 256
 # plans priced at once: one compiled program, whose radial basis functions stay in a cache of 8 MB
 CHUNK = 2048
 KEPT = 10
-PLANNED = ("dtype", "remat", "sequence_parallel")  # of a ModelShape, by the plan
 LIKELY = 0.5  # least probability of running that is ranked
 # Most that the compiler takes for a step of this code base, over `footprint.memory` of the same
 # plan: float32 gradients and the FFN's float32 intermediates. Compiled for v5p and H100 by the
@@ -241,119 +239,6 @@ def job_on(
         )
     domain = domain_of(cluster)
     return Job(a, Plan(dp=cluster.size), chip, batch, seq, precision, domain, causal=causal)
-
-
-def traffic(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Bytes (N,) that a device sends per step over each axis, as fdp.cost.step_time prices them
-    (ring wire bytes).
-
-    tp: four all-reduces of 2·T·D a layer and microbatch, six with full recomputation (Shoeybi et
-    al. 2019); cp: keys and values round the ring, once forward and twice backward; ep: four
-    all-to-alls an expert layer, six with full recomputation; pp: two messages a microbatch and
-    chunk; dp: gradients, or ZeRO's gathers and scatters, over dp·cp."""
-    T, D, t, m = x["microbatch"] * x["seq"] / x["cp"], x["width"], x["tp"], x["microbatches"]
-    layers, moe = m * x["layers"] / x["pp"], m * x["moe_layers"] / x["pp"]
-    again = 4 + 2 * x["full"]
-
-    def ring(n: Any) -> Any:
-        return 2 * (n - 1) / n
-
-    plain, experts, embedding = step_time.local_parameters(x)
-    ranks, body, g = x["dp"] * x["cp"], plain + embedding, np.where(x["fp16"] > 0, 2.0, 4.0)
-    expert_ranks = np.maximum(ranks * t / (x["ep"] * x["etp"]), 1.0)
-    last = body * (g + np.where(x["zero"] >= 1, 2.0, g)) / 2 * ring(ranks)
-    shards = x["shards"]
-    every = body * (2 + g / 2) * m * ring(shards) + body * g / shards * ring(ranks / shards)
-    once, each = (experts * n * ring(expert_ranks) for n in ((g + 2) / 2, (2 + g / 2) * m))
-    out = {
-        "tp": step_time.reductions(x) * ring(t) * 2 * T * D * layers,
-        "cp": 3 * (x["cp"] - 1) * 4 * T * step_time.kv_width(x) * layers,
-        "ep": again * 2 * T / t * x["topk"] * D * (x["ep"] - 1) / x["ep"] * moe,
-        "pp": np.where(
-            x["pp"] > 1, 2 * x["virtual"] * m * 2 * T * D / np.where(x["sp"] > 0, t, 1.0), 0.0
-        ),
-        "dp": np.where(x["lora"] > 0, 0.0, np.where(x["zero"] >= 3, every + each, last + once)),
-    }
-    return {k: np.asarray(v, float) for k, v in out.items()}
-
-
-def _leaving(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Share (N,) of each axis's bytes that leaves the scale-up domain: of a ring one link in every
-    `local`.
-    """
-    degrees = {"tp": x["tp"], "cp": x["cp"], "ep": x["ep"], "pp": x["pp"], "dp": x["dp"] * x["cp"]}
-    inner = {
-        "tp": 1.0,
-        "cp": x["tp"],
-        "ep": x["etp"],
-        "pp": x["tp"] * x["cp"] * x["dp"],
-        "dp": x["tp"],
-    }
-    out = {}
-    for axis, n in degrees.items():
-        local = network.local_ranks(n, inner[axis], x["domain"])
-        crossing = (n - local) / np.maximum(n - 1, 1) if axis == "ep" else 1 / local
-        out[axis] = np.where(n > local, crossing, 0.0)
-    return out
-
-
-def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({"linear", "rest"} FLOPs, HBM bytes) of a chip in a step, recomputation included, mean over
-    chips.
-    """
-    a, tokens = job.architecture, job.batch * job.seq / (x["tp"] * x["pp"] * x["dp"] * x["cp"])
-    scores = (
-        2
-        * a.layers
-        * job.seq
-        * a.heads
-        * (a.head_dim + (a.value_dim or a.head_dim))
-        * (0.5 if job.causal else 1.0)
-    )
-    head = 2.0 * a.vocab * a.width
-    linear = (3 + x["full"]) * (a.forward_flops(job.seq, job.causal) - scores - head) * tokens
-    rest = (3 * head + (3.5 + x["full"] + x["selective"]) * scores) * tokens
-    k = {n: float(v) for n, v in hybrid.bounded(model.time, step_time.BOUNDS).items()}
-    ffn = (a.layers - a.moe_layers) * a.ffn + a.moe_layers * (a.topk + a.shared_experts) * a.moe_ffn
-    split = np.where(
-        x["sp"] > 0, 1.0, x["tp"]
-    )  # without sequence parallelism every tensor rank repeats it
-    streams = tokens * (
-        a.layers * a.width * k["bytes_width"] * split
-        + (a.layers * a.heads * a.head_dim + ffn) * k["bytes_hidden"]
-    )
-    plain, experts, embedding = (np.asarray(v) for v in step_time.local_parameters(x))
-    held = plain + experts + embedding
-    shards = np.where(x["zero"] >= 1, x["shards"], 1.0)
-    weights = 2 * held * (3 + x["full"]) * x["microbatches"]
-    return {"linear": linear, "rest": rest}, (
-        3 + x["full"]
-    ) * streams + weights + 30 * held / shards + 24 * tokens * a.vocab
-
-
-def joules(model: Model, job: Job, cluster: Cluster, x: Columns, p: Prediction) -> np.ndarray:
-    """Energy (K,) of a step over all nodes and chips; nan where a chip's power is not published."""
-    total = np.zeros(len(p.time))
-    if any(g.chip.peak_power is None for g in cluster.groups):
-        return total + np.nan
-    flops, hbm = _work(model, job, x)
-    moved, leaving = traffic(x), _leaving(x)
-    out = sum(moved[a] * leaving[a] for a in AXES)
-    up = sum(moved.values()) - out
-    busy = (p.terms["compute"] + p.terms["optimizer"]) / sum(p.terms.values()) * p.time
-    low = job.precision if job.precision in ("fp8", "fp4") else "bf16"
-    done = (
-        {"bf16": flops["linear"] + flops["rest"]}
-        if low == "bf16"
-        else {low: flops["linear"], "bf16": flops["rest"]}
-    )
-    for g in cluster.groups:  # a faster chip computes as much in less time, then waits
-        active = np.clip(busy * job.chip.peak_bf16_flops / g.chip.peak_bf16_flops, 0.0, p.time)
-        activity = energy.Activity(
-            g.chip.name, g.count * g.chips, g.count, p.time, active, done, hbm, up, out
-        )
-        total = total + energy.step_energy(activity, g.host_power).joules
-    return total
 
 
 @dataclass(frozen=True)
@@ -569,69 +454,6 @@ def name_of(plan: Plan) -> str:
     )
 
 
-def describe(ranking: Ranking) -> str:
-    """The table for the terminal and, below it, why each plan lost to the first."""
-    job, heads = (
-        ranking.job,
-        ("", "plan", "s/step", "90 %", "GiB", "kJ", "tokens/J", "GB by axis", "bottleneck"),
-    )
-    rows = []
-    for i, r in enumerate(ranking.plans, 1):
-        power = (
-            (f"{r.joules / 1e3:.4g}", f"{r.tokens_per_joule:.2f}")
-            if np.isfinite(r.joules)
-            else ("–", "–")
-        )
-        moved = " ".join(f"{a} {v / 1e9:.3g}" for a, v in r.traffic.items() if v > 0) or "none"
-        interval = f"{r.low:.3g}–{r.high:.3g}"
-        rows.append(
-            (
-                i,
-                name_of(r.plan),
-                f"{r.time:.3g}",
-                interval,
-                f"{r.memory / GIB:.0f}",
-                *power,
-                moved,
-                r.bottleneck,
-            )
-        )
-    mixed = (
-        " (a mixed cluster, priced with its weakest chip)"
-        if len({g.chip.name for g in ranking.cluster.groups}) > 1
-        else ""
-    )
-    title = (
-        f"{job.architecture.name} on {ranking.cluster.name}{mixed}: {ranking.cluster.size} chips, "
-        f"batch {job.batch} × "
-        f"{job.seq} tokens, {job.precision}; {ranking.valid} valid plans, {ranking.feasible} "
-        "probably run"
-    )
-    lost = [f"{i:2d}  {r.why}" for i, r in enumerate(ranking.plans, 1)]
-    table = tabulate(rows, heads, disable_numparse=True)
-    return "\n".join(
-        [
-            title,
-            table,
-            _evidence(ranking.cluster),
-            "",
-            "against the first, in % of its time:",
-            *lost,
-        ]
-    )
-
-
-def _evidence(cluster: Cluster) -> str:
-    """What the numbers of a plan are worth."""
-    unfitted = sorted({g.chip.name for g in cluster.groups if g.chip.scale_out_bandwidth is None})
-    foreign = (
-        f"; no {' or '.join(unfitted)}, no TPU at all, was in the fit: an extrapolation"
-        if unfitted
-        else ""
-    )
-    return f"simulated: cost model fitted on published runs; intervals cover 90 % of held-out models{foreign}"
-
-
 def trainable(job: Job, points: Space) -> np.ndarray:
     """(N,) whether this code base can train the plan: no pipeline, no expert axes, whole heads, FFN
     and vocabulary per rank, and a recomputation that it has."""
@@ -644,78 +466,6 @@ def trainable(job: Job, points: Space) -> np.ndarray:
         ok
         & (points["recompute"] != RECOMPUTE.index("selective"))
         & ((points["zero"] == 0) | (a.width % points["dp"] == 0))
-    )
-
-
-def fragment(ranking: Ranking) -> str:
-    """Text of a config file for `python -m fdp.train --config=FILE --dry_run` with the fastest plan
-    that this code base can train (pp = ep = etp = 1); comments alone where it cannot build the
-    model or no such plan fits."""
-    job, best = ranking.job, ranking.plans[0]
-    lines = [
-        f'"""{job.architecture.name} on {ranking.cluster.name}: written by the planner."""',
-        "",
-    ]
-    lines.append(f"# Fastest plan: {name_of(best.plan)}, {best.time:.3g} s a step (predicted).")
-    r = ranking.trainable
-    if r is None:
-        missing = (
-            ", ".join(job.architecture.unbuildable)
-            or "nothing of the model, but no plan without pipeline fits"
-        )
-        lines += [
-            f"# This code base cannot train it; what is missing: {missing}.",
-            f"PLAN = {dataclasses.asdict(best.plan)!r}",
-        ]
-        return "\n".join(lines) + "\n"
-    slower = 100 * (r.time / best.time - 1)
-    lines += [
-        "# Below: the fastest plan that this code base can train (pp = ep = etp = 1, attention "
-        "that is not fused),",
-        f"# {name_of(r.plan)}, {r.time:.3g} s a step (predicted), {slower:.0f} % slower.",
-    ]
-    if job.precision in ("fp8", "fp4"):
-        lines.append(
-            f"# Planned in {job.precision}; this code base trains in bfloat16, so it will be "
-            "slower than predicted."
-        )
-    return "\n".join([*lines, _config_text(ranking, r.plan)]) + "\n"
-
-
-def _config_text(ranking: Ranking, p: Plan) -> str:
-    job, a = ranking.job, ranking.job.architecture
-    switches = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != f.default]
-    switches = [k for k in switches if k in MODEL and k not in (*SIZES, *PLANNED)]
-    shape = ", ".join(f"{k}={getattr(a, k)!r}" for k in (*SIZES, *switches))
-    topology = ranking.cluster.name if len(ranking.cluster.groups) == 1 else ""
-    target = (
-        []
-        if topology
-        else [
-            "    # hardware.topology holds one kind of chip, so a mixed cluster cannot be named "
-            "there."
-        ]
-    )
-    return "\n".join(
-        [
-            "from fdp import config",
-            "",
-            "",
-            'def get_config(variant="pod"):',
-            '    c = config.base(**config.topic_sections("parallel_dlm"))',
-            '    c.topic, c.variant = "parallel_dlm", config.check_variant(variant)',
-            f"    c.model.update({shape})",
-            f'    c.model.update(dtype="bfloat16", remat="{p.recompute}", '
-            f"sequence_parallel={p.tp > 1})",
-            f'    c.objective.name = "{"autoregressive" if job.causal else "mdlm"}"',
-            f"    c.mesh.update(pp=1, dp={p.dp}, ep=1, cp={p.cp}, tp={p.tp})",
-            f"    c.data.update(seq_len={job.seq}, vocab={min(1024, a.vocab)})",
-            f"    c.train.update(batch={job.batch}, "
-            f"microbatches={job.batch // (p.dp * p.microbatch)}, zero={p.zero})",
-            *target,
-            f'    c.hardware.topology = "{topology}"',
-            "    return config.lock(c)",
-        ]
     )
 
 

@@ -19,7 +19,16 @@ from fdp.experiment import Experiment, standard
 from fdp.models.shape import ModelShape
 from fdp.report import Report, Row
 from fdp.run import Run
-from fdp.topics.parallelism_search import counts, figures, fit, landscapes, plan, stages, validate
+from fdp.topics.parallelism_search import (
+    counts,
+    figures,
+    fit,
+    landscapes,
+    plan,
+    ranking_text,
+    stages,
+    validate,
+)
 from fdp.topics.parallelism_search.measurements import Malformed, published
 
 ZERO_SHOT = "unseen models at 64-512 GPUs"
@@ -52,9 +61,9 @@ def study(run: Run) -> Report:
     """
     c = run.config
     ranking = plan.for_config(c, hybrid.shipped())
-    print(f"\n{plan.describe(ranking)}\n")
+    print(f"\n{ranking_text.describe(ranking)}\n")
     fragment = run.workdir / "planned.py"
-    fragment.write_text(plan.fragment(ranking), encoding="utf8")
+    fragment.write_text(ranking_text.fragment(ranking), encoding="utf8")
     print(f"config    {fragment}")
     rows: list[Row] = []
     raw: dict[str, Any] = {}

@@ -1,0 +1,154 @@
+"""Mistakes that training would survive without a word, each with the test that must notice it.
+
+    python tests/mutations.py
+
+makes each mistake in a copy of the package and expects that its test fails there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` becomes `new` in fdp/`file`; `test` fails then."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+OPTIMIZER, TOY, HOOKS = (
+    "tests/test_optimizer.py::",
+    "tests/test_experiment.py::",
+    "tests/test_hooks.py::",
+)
+MUTATIONS = (
+    Mutation(
+        "the learning rate rises to ten times its peak",
+        "optimizer.py",
+        "peak / 10",
+        "peak * 10",
+        f"{OPTIMIZER}test_the_rate_rises_to_its_peak_and_falls_to_a_tenth_along_a_cosine",
+    ),
+    Mutation(
+        "gradients are not clipped",
+        "optimizer.py",
+        "optax.clip_by_global_norm(clip)",
+        "optax.identity()",
+        f"{OPTIMIZER}test_three_steps_equal_adamw_in_numpy",
+    ),
+    Mutation(
+        "weight decay on everything",
+        "optimizer.py",
+        "mask=decayed",
+        "mask=None",
+        f"{OPTIMIZER}test_three_steps_equal_adamw_in_numpy",
+    ),
+    Mutation(
+        "vectors ask for weight decay",
+        "models/module.py",
+        "decay = len(shape) > 1 if decay is None else decay",
+        "decay = True if decay is None else decay",
+        f"{OPTIMIZER}test_matrices_decay_and_stacked_vectors_do_not",
+    ),
+    Mutation(
+        "a gradient with a NaN is applied where the loss is finite",
+        "step.py",
+        "finite = jnp.isfinite(loss) & jnp.isfinite(norm)",
+        "finite = jnp.isfinite(loss)",
+        f"{TOY}test_a_gradient_that_is_not_finite_is_not_applied_although_the_loss_is_finite",
+    ),
+    Mutation(
+        "rules change the model's state in a step that is left out",
+        "step.py",
+        "model=jax.tree.map(keep, model, state.model)",
+        "model=model",
+        f"{TOY}test_a_gradient_that_is_not_finite_is_not_applied_although_the_loss_is_finite",
+    ),
+    Mutation(
+        "the same noise in every train step",
+        "step.py",
+        "jax.random.fold_in(state.key, state.step)",
+        "state.key",
+        f"{TOY}test_every_step_and_every_evaluation_batch_has_noise_of_its_own",
+    ),
+    Mutation(
+        "the same noise for every evaluation batch",
+        "step.py",
+        "jax.random.fold_in(jax.random.key(1_000_003), index)",
+        "jax.random.key(1_000_003)",
+        f"{TOY}test_every_step_and_every_evaluation_batch_has_noise_of_its_own",
+    ),
+    Mutation(
+        "the loss is divided by rows instead of their weights",
+        "step.py",
+        "return objective.loss(outputs, rows).sum() / count, aux",
+        "return objective.loss(outputs, rows).mean() * 1.0, aux",
+        f"{TOY}test_the_mean_is_weighted_over_microbatches_and_devices",
+    ),
+    Mutation(
+        "a hook that was due at the last step is not made up for",
+        "loop.py",
+        "then = last or (every > 0 and step % every == 0)",
+        "then = every > 0 and step % every == 0",
+        f"{HOOKS}test_a_hook_that_raises_is_named_and_the_run_resumes_from_its_step",
+    ),
+)
+
+
+def copied(folder: Path) -> None:
+    """What the tests need, in `folder`."""
+    for name in ("fdp", "tests", "configs"):
+        unread = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=unread)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def tested(folder: Path, *tests: str) -> subprocess.CompletedProcess:
+    """Outcome of `tests` on the copy."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def survives(mutation: Mutation) -> str:
+    """What speaks against the tests: "" when the mutation's test notices it."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        copied(folder)
+        path = folder / "fdp" / mutation.file
+        text = path.read_text()
+        if text.count(mutation.old) != 1:
+            return (
+                f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times, not once"
+            )
+        path.write_text(text.replace(mutation.old, mutation.new))
+        done = tested(folder, mutation.test)
+    noticed = done.returncode == 1 and f"FAILED {mutation.test}" in done.stdout
+    return "" if noticed else f"{mutation.test} does not notice:\n{done.stdout[-1000:]}"
+
+
+def healthy() -> str:
+    """What speaks against the copy itself: "" when all tests named here pass without a mutation."""
+    with tempfile.TemporaryDirectory() as made:
+        copied(Path(made))
+        done = tested(Path(made), *{m.test: None for m in MUTATIONS})
+    return "" if done.returncode == 0 else done.stdout[-3000:]
+
+
+if __name__ == "__main__":
+    wrong = 0
+    for name, found in [("no mutation", healthy()), *((m.name, survives(m)) for m in MUTATIONS)]:
+        wrong += bool(found)
+        print(f"{'SURVIVES' if found else 'ok':9}{name}{found and ': ' + found}", flush=True)
+    sys.exit(wrong > 0)

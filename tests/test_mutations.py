@@ -1,0 +1,15 @@
+"""Every mutation of tests/mutations.py is noticed by the test that it names."""
+
+import pytest
+from mutations import MUTATIONS, Mutation, healthy, survives
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_named_tests_pass_in_a_copy_without_mutation() -> None:
+    assert healthy() == ""
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_a_mutation_is_noticed(mutation: Mutation) -> None:
+    assert survives(mutation) == ""
