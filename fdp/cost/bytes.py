@@ -13,7 +13,7 @@ import jax
 
 from fdp.count.counts import GATHER, REDUCE, SCATTER, Ledger, Sent, merged
 from fdp.count.step import microbatch
-from fdp.mesh import DATA_AXES
+from fdp.mesh import BATCH_AXES, DATA_AXES
 from fdp.models.module import spec_leaf
 from fdp.sharding import axes_of
 from fdp.step import TrainStep
@@ -34,8 +34,9 @@ def traffic(p: TrainStep) -> Sent:
     for leaf, spec in _leaves(p.specs.aux_shapes, p.specs.aux_specs):
         shard = leaf.dtype.itemsize * prod(leaf.shape) / prod(e.degrees[a] for a in axes_of(spec))
         ledger.add(REDUCE, DATA_AXES, shard)
-    if "weights" in e.data.dims:
-        ledger.add(REDUCE, DATA_AXES, 4)  # what the loss is divided by
+    if "weights" in e.data.dims:  # what the loss is divided by
+        axes = DATA_AXES if "sequence" in e.data.dims["weights"] else BATCH_AXES
+        ledger.add(REDUCE, axes, 4)
     return merged({key: micro * wire for key, wire in each.items()}, ledger.sent)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from tabulate import tabulate
 
 from fdp.kernels_pallas.masks import Mask
+from fdp.models.shape import ModelShape
 from fdp.parallel import layouts
 from fdp.parallel.context import CommPlan, check, needed_hops
 from fdp.parallel.layouts import SequenceLayout
@@ -43,6 +44,12 @@ class AttentionShape:
     head_dim: int
     cp: int
     itemsize: int = 2
+
+    @classmethod
+    def of(cls, m: ModelShape, batch: int, seq_len: int, cp: int, tp: int = 1) -> "AttentionShape":
+        """Of a layer of the model on one device of tp and cp."""
+        heads = m.heads // tp, m.kv_heads // tp
+        return cls(batch, seq_len, *heads, m.head_dim, cp, m.itemsize)
 
     @property
     def unit(self) -> float:

@@ -289,21 +289,13 @@ def radial(z_NxK: Array, centres_MxK: Array) -> Array:
     return jnp.exp(-square / (2 * LENGTH**2 * z_NxK.shape[-1] / 10))
 
 
-@functools.partial(jax.jit, static_argnames="smooth")
+@jax.jit
 def _evaluate(
-    x: Any,
-    raw: Any,
-    shift: Any,
-    memory_raw: Any,
-    memory_shift: Any,
-    gate: Any,
-    residual: Any,
-    smooth: bool,
+    x: Any, raw: Any, shift: Any, memory_raw: Any, memory_shift: Any, gate: Any, residual: Any
 ) -> Any:
     k = time_coefficients(x, raw, shift)
     terms = {
-        n: jnp.broadcast_to(v, x["layers"].shape)
-        for n, v in step_time.step_time(x, k, smooth).items()
+        n: jnp.broadcast_to(v, x["layers"].shape) for n, v in step_time.step_time(x, k).items()
     }
     used = {n: memory_raw[n] + memory_shift.get(n, 0.0) for n in footprint.BOUNDS}
     memory = footprint.memory(x, bounded(used, footprint.BOUNDS))
@@ -317,7 +309,7 @@ def _evaluate(
     return terms, memory, pressure, stalled, corrections
 
 
-def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
+def predict(model: Model, x: Columns) -> Prediction:
     """Price the jobs of `x` (fdp.cost.workload.columns); float64 where the caller has enabled it,
     else float32.
     """
@@ -333,14 +325,7 @@ def predict(model: Model, x: Columns, smooth: bool = False) -> Prediction:
     terms, memory, pressure, stalled, corrections = jax.tree.map(
         np.asarray,
         _evaluate(
-            inputs,
-            model.time,
-            shift,
-            model.memory,
-            memory_shift,
-            model.gate,
-            model.residual,
-            smooth,
+            inputs, model.time, shift, model.memory, memory_shift, model.gate, model.residual
         ),
     )
     # The regime with the smaller expected relative error: a stall is a factor, so it needs odds

@@ -24,9 +24,10 @@ head_dim, F FFN hidden, V vocabulary, t = tp; bytes and FLOPs are per device, of
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from fdp.cost import hardware, hybrid, network, step_time
+from fdp.cost.architecture import architecture
+from fdp.models.shape import ModelShape
 
 KERNEL = 4e-6  # s a kernel: the shortest of the H100 matmuls above
 # a layer: qkv, attention, output, gate-up, down; norms with residuals (2), rotary with cache write,
@@ -41,45 +42,9 @@ LOGIT_BYTES = 8  # traffic of one float32 logit: written, and read by the draw
 USABLE = 0.9  # share of the HBM, as serving engines reserve it
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Transformer without time conditioning. `itemsize`: bytes of a weight, an activation and a
-    cached value.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    itemsize: int = 2
-
-    @property
-    def layer_parameters(self) -> int:
-        """Elements of the matrices of one layer."""
-        return (
-            2 * self.width * self.head_dim * (self.heads + self.kv_heads)
-            + 3 * self.width * self.ffn
-        )
-
-
-LLADA_8B = Shape(32, 4096, 32, 32, 128, 12288, 126_464)  # Nie et al. 2025 (arXiv 2502.09992)
-GQA_70B = Shape(80, 8192, 64, 8, 128, 28672, 128_256)  # the shape of Llama 3 70B
-
-
-def shape_of(m: Any) -> Shape:
-    """Shape of the `model` section of a config. Raises ValueError for time conditioning, which is
-    not priced.
-    """
-    if m.time_conditioning:
-        raise ValueError(
-            "inference steps are priced without time conditioning: set "
-            "model.time_conditioning=False"
-        )
-    sizes = (m.layers, m.width, m.heads, m.kv_heads, m.head_dim, m.ffn, m.vocab)
-    return Shape(*sizes, 2 if m.dtype == "bfloat16" else 4)
+# Nie et al. 2025 (arXiv 2502.09992)
+LLADA_8B = ModelShape(32, 4096, 32, 32, 128, 12288, 126_464, dtype="bfloat16", name="llada-8b")
+GQA_70B = architecture("llama3-70b")
 
 
 @dataclass(frozen=True, order=True)
@@ -109,8 +74,15 @@ class Work:
     head_rows: int
 
 
-def check(shape: Shape, work: Work, degrees: Degrees) -> None:
-    """Raises ValueError where the degrees do not divide the model or exceed the requests."""
+def check(shape: ModelShape, work: Work, degrees: Degrees) -> None:
+    """Raises ValueError for a model that is not priced (dense attention and SwiGLU without time
+    conditioning are), and where the degrees do not divide it or exceed the requests."""
+    if shape.time_conditioning:
+        raise ValueError(
+            "inference steps are priced without time conditioning: set "
+            "model.time_conditioning=False"
+        )
+    shape.check()
     for name in ("heads", "kv_heads", "ffn", "vocab"):
         size = getattr(shape, name)
         if degrees.tp < 1 or size % degrees.tp:
@@ -142,7 +114,7 @@ def check(shape: Shape, work: Work, degrees: Degrees) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
-def matmuls(shape: Shape, work: Work, degrees: Degrees) -> list[tuple[int, int, int, int]]:
+def matmuls(shape: ModelShape, work: Work, degrees: Degrees) -> list[tuple[int, int, int, int]]:
     """(M rows, N columns, K depth, times) of the products with weights, q, k, v and gate, up each
     as one.
     """
@@ -156,7 +128,7 @@ def matmuls(shape: Shape, work: Work, degrees: Degrees) -> list[tuple[int, int, 
     ]
 
 
-def attention_flops(shape: Shape, work: Work, degrees: Degrees) -> int:
+def attention_flops(shape: ModelShape, work: Work, degrees: Degrees) -> int:
     """q·kᵀ and p·v of one layer, every key counted."""
     return (
         4
@@ -169,14 +141,14 @@ def attention_flops(shape: Shape, work: Work, degrees: Degrees) -> int:
     )
 
 
-def flops(shape: Shape, work: Work, degrees: Degrees) -> int:
+def flops(shape: ModelShape, work: Work, degrees: Degrees) -> int:
     """Matmul FLOPs of the step (2·m·n·k each)."""
     products = sum(2 * m * n * k * times for m, n, k, times in matmuls(shape, work, degrees))
     return products + shape.layers * attention_flops(shape, work, degrees)
 
 
 def collectives(
-    shape: Shape, work: Work, degrees: Degrees, sequence_parallel: bool
+    shape: ModelShape, work: Work, degrees: Degrees, sequence_parallel: bool
 ) -> list[tuple[str, int, int]]:
     """(op of fdp.cost.network, payload bytes, times) over tp: sublayer sums, and two numbers a row
     to draw a token.
@@ -201,16 +173,17 @@ def wire_bytes(found: list[tuple[str, int, int]], ranks: int) -> float:
     )
 
 
-def weight_bytes(shape: Shape, tp: int) -> int:
+def weight_bytes(shape: ModelShape, tp: int) -> int:
     """Embedding, layers and head; the norms' scales, some thousands, are left out."""
+    layer = sum(shape.attention_parameters()) + shape.ffn_parameters()
     return (
         shape.itemsize
-        * (shape.layers * shape.layer_parameters + 2 * shape.vocab * shape.width)
+        * (shape.layers * layer + (1 if shape.tied else 2) * shape.vocab * shape.width)
         // tp
     )
 
 
-def cache_bytes(shape: Shape, requests: int, keys: int, degrees: Degrees) -> int:
+def cache_bytes(shape: ModelShape, requests: int, keys: int, degrees: Degrees) -> int:
     """Keys and values that the busiest device holds."""
     heads = shape.kv_heads // degrees.tp
     return (
@@ -224,7 +197,7 @@ def cache_bytes(shape: Shape, requests: int, keys: int, degrees: Degrees) -> int
     )
 
 
-def workspace_bytes(shape: Shape, work: Work, degrees: Degrees) -> int:
+def workspace_bytes(shape: ModelShape, work: Work, degrees: Degrees) -> int:
     """Activations alive at once in one layer, and the float32 logits."""
     s, t, b = shape, degrees.tp, degrees.sequences(work.requests)
     widths = 4 * s.width + ((s.heads + 2 * s.kv_heads) * s.head_dim + 3 * s.ffn) // t
@@ -319,7 +292,7 @@ def matmul_bounds(m: int, n: int, k: int, chip: str, itemsize: int = 2) -> tuple
 
 
 def price(
-    shape: Shape, work: Work, degrees: Degrees, chip: str, sequence_parallel: bool = False
+    shape: ModelShape, work: Work, degrees: Degrees, chip: str, sequence_parallel: bool = False
 ) -> Step:
     """Seconds of one step on a node of `chip`, all ranks in one scale-up domain.
 
@@ -352,7 +325,7 @@ def price(
 
 
 def _attention(
-    terms: dict[str, float], shape: Shape, work: Work, degrees: Degrees, chip: str
+    terms: dict[str, float], shape: ModelShape, work: Work, degrees: Degrees, chip: str
 ) -> None:
     c, b = hardware.chip(chip), degrees.sequences(work.requests)
     compute = attention_flops(shape, work, degrees) / (
@@ -368,7 +341,7 @@ def _attention(
     )
 
 
-def _elementwise(shape: Shape, work: Work, degrees: Degrees, chip: str, split: int) -> float:
+def _elementwise(shape: ModelShape, work: Work, degrees: Degrees, chip: str, split: int) -> float:
     """Norms, residuals, rotary, gating and the draw; `split`: tp where the sequence is parallel
     between sublayers.
     """
@@ -380,7 +353,7 @@ def _elementwise(shape: Shape, work: Work, degrees: Degrees, chip: str, split: i
     return moved / (hardware.chip(chip).hbm_bandwidth * coefficient("hbm", chip))
 
 
-def fastest(shape: Shape, work: Work, degrees: Degrees, chip: str) -> Step:
+def fastest(shape: ModelShape, work: Work, degrees: Degrees, chip: str) -> Step:
     """The faster of the plain and, where tp divides the rows, the sequence-parallel program."""
     steps = [price(shape, work, degrees, chip)]
     if degrees.tp > 1 and work.rows % degrees.tp == 0:

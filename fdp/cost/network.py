@@ -37,34 +37,9 @@ def all_reduce(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
     return 2 * (n - 1) * alpha + 2 * (n - 1) / n * nbytes / beta
 
 
-def all_reduce_tree(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
-    """Double binary tree: 2·log2(n)·α + 2N/β seconds (Sanders, Speck & Träff 2009), 0 for one
-    rank.
-    """
-    xp = _xp(nbytes, n, alpha, beta)
-    return 2 * xp.log2(n) * alpha + 2 * nbytes / beta * xp.minimum(n - 1, 1)
-
-
-def all_reduce_hierarchical(
-    nbytes: Any, g: Any, k: Any, alphas: tuple[Any, Any], betas: tuple[Any, Any]
-) -> Any:
-    """Reduce-scatter among `g` ranks of a node, all-reduce of N/g among `k` nodes, all-gather in
-    the node; seconds.
-
-    `alphas` and `betas` are (in the node, between nodes); between nodes every rank drives its own
-    NIC."""
-    inside = 2 * (g - 1) * alphas[0] + 2 * (g - 1) / g * nbytes / betas[0]
-    return inside + all_reduce(nbytes / g, k, alphas[1], betas[1])
-
-
 def all_gather(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
     """Ring: (n−1)α + (n−1)/n·N/β seconds; N is the gathered array."""
     return (n - 1) * alpha + (n - 1) / n * nbytes / beta
-
-
-def all_gather_recursive(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
-    """Recursive doubling: log2(n)·α + (n−1)/n·N/β seconds (Thakur, Rabenseifner & Gropp 2005)."""
-    return _xp(nbytes, n, alpha, beta).log2(n) * alpha + (n - 1) / n * nbytes / beta
 
 
 def all_gather_torus(nbytes: Any, n: Any, alpha: Any, link: Any) -> Any:
@@ -90,11 +65,6 @@ def all_to_all_torus(nbytes: Any, n: Any, alpha: Any, link: Any) -> Any:
 def reduce_scatter(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
     """Ring: the all-gather backwards, same seconds; N is the array before it is scattered."""
     return all_gather(nbytes, n, alpha, beta)
-
-
-def reduce_scatter_recursive(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:
-    """Recursive halving: the recursive all-gather backwards, same seconds."""
-    return all_gather_recursive(nbytes, n, alpha, beta)
 
 
 def all_to_all(nbytes: Any, n: Any, alpha: Any, beta: Any) -> Any:

@@ -296,17 +296,8 @@ def _data_parallel(x: Mapping[str, Array], k: Mapping[str, Array], backward: Arr
     return jnp.where(x["lora"] > 0, 0.0, exposed)
 
 
-def _ceil(value: Array, smooth: bool) -> Array:
-    """Whole layers a stage has to take; the relaxation keeps the fraction, so that a gradient
-    exists.
-    """
-    return value if smooth else jnp.ceil(value - 1e-6)
-
-
-def step_time(x: Mapping[str, Array], k: Mapping[str, Array], smooth: bool = False) -> Terms:
-    """Seconds a step by term: the sum is under `total`. `k` as `coefficients` gives; `smooth`
-    relaxes whole layers.
-    """
+def step_time(x: Mapping[str, Array], k: Mapping[str, Array]) -> Terms:
+    """Seconds a step by term: the sum is under `total`. `k` as `coefficients` gives."""
     p, m, layers = x["pp"], x["microbatches"], x["layers"]
     compute = layer_compute(x, k)
     matmul = jnp.where(x["lora"] > 0, 2.0, 3.0) + x["full"]
@@ -325,7 +316,7 @@ def step_time(x: Mapping[str, Array], k: Mapping[str, Array], smooth: bool = Fal
     passes, columns = jnp.where(x["lora"] > 0, 2.0, 3.0), x["vocab"] / x["tp"]
     matmul = _gemm(2 * T * x["width"] * columns, T, columns, x["width"], x["peak16"] * k["gemm"], k)
     head = passes * matmul + 24 * T * columns / (x["hbm"] * k["hbm"])
-    held = _ceil(layers / p, smooth)
+    held = jnp.ceil(layers / p - 1e-6)  # whole layers of a stage
     work = layer + layer_wire
     mean = (layers * work + head) / p
     slowest = (1 - k["balanced"]) * (held * work + head) + k["balanced"] * jnp.maximum(mean, head)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fdp.cost.architecture import Architecture, of_model
 from fdp.cost.hardware import Chip
+from fdp.models.shape import ModelShape
 
 if TYPE_CHECKING:
     from fdp.experiment import Experiment
@@ -47,11 +47,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, how, and on what. `modern`: fused attention, sequence parallelism and
-    overlap (after 2022).
+    """What is trained, how, and on what. `causal`: whether a token sees only earlier ones, as its
+    objective allows. `modern`: fused attention, sequence parallelism and overlap (after 2022).
     """
 
-    architecture: Architecture
+    architecture: ModelShape
     plan: Plan
     chip: Chip
     batch: int
@@ -63,6 +63,7 @@ class Job:
     scale_out: float = 0.0  # bytes/s per chip between nodes; 0: as the chip has
     stack: str = ""  # software and release, where its speed was fitted
     cluster: str = ""  # where its network was fitted
+    causal: bool = True
 
     @property
     def microbatches(self) -> int:
@@ -92,7 +93,7 @@ def of_experiment(e: "Experiment", chip: Chip) -> Job:
     )
     mask = getattr(e.objective, "mask", None)  # of token objectives; others see everything
     causal = mask is not None and mask(e.data.seq_len or 1).kind == "causal"
-    job = Job(of_model(m, causal), plan, chip, e.fit.batch, e.input_length, modern=False)
+    job = Job(m, plan, chip, e.fit.batch, e.input_length, causal=causal, modern=False)
     check(job)
     return job
 
@@ -170,7 +171,7 @@ def _row(job: Job) -> dict[str, object]:
         "kv_width": a.kv_heads * a.head_dim,
         "head_dim": a.head_dim,
         "value_dim": a.value_dim or a.head_dim,
-        "causal": a.causal,
+        "causal": job.causal,
         "into": into,
         "out": out,
         "ffn": a.ffn,

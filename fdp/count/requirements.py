@@ -15,7 +15,6 @@ import jax
 from fdp.cost.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.count.compare import EXACT, Key, Sent
 from fdp.mesh import AXES, DATA_AXES
-from fdp.models.attention import Softmax
 from fdp.models.module import spec_leaf
 from fdp.models.transformer import Transformer
 from fdp.parallel.context import CommPlan
@@ -117,13 +116,8 @@ def required_of(p: TrainStep) -> list[Requirement]:
 
 
 def is_stock(model: Any) -> bool:
-    """Whether every block is the stock one: the closed formulas speak of such models."""
-    if not isinstance(model, Transformer) or len(model.pattern) > 1 or model.reduction is not None:
-        return False
-    try:
-        return isinstance(model.core, Softmax)
-    except KeyError:
-        return False
+    """Whether the model is one stock block, repeated."""
+    return isinstance(model, Transformer) and len(model.pattern) == 1 and model.stock
 
 
 def _gradients(p: TrainStep) -> tuple[dict[str, float], float]:

@@ -118,9 +118,9 @@ class Softmax:
         cp, tp, S, C = degrees["cp"], degrees["tp"], rows.length, shape.head_dim
         heads, kv_heads, tokens = shape.heads // tp, shape.kv_heads // tp, rows.tokens(degrees)
         flops = 4 * rows.positions * S * shape.heads * C
-        there, back, once = (Ledger(degrees) for _ in range(3))
+        there, back, once, again = (Ledger(degrees) for _ in range(4))
         if cp > 1:
-            at = cost.AttentionShape(rows.batch, S, heads, kv_heads, C, cp, shape.itemsize)
+            at = cost.AttentionShape.of(shape, rows.batch, S, cp, tp)
             for ledger, find in ((there, cost.forward_bytes), (back, cost.backward_bytes)):
                 for op, wire in find(self.plan, at, self.mask).items():
                     # The one hop of a ring of two is the first of the backward pass, too: XLA
@@ -137,7 +137,7 @@ class Softmax:
         return Counts(
             forward=forward,
             backward=forward.backward(back.sent),
-            again=Work(tiles, batched=tiles),
+            again=Work(tiles, batched=tiles, sent=again.sent),
             once=once.sent,
             saved=kept + scores,
             kept=kept,

@@ -28,12 +28,11 @@ from fdp.count.counts import (
     merged,
 )
 from fdp.models.module import Module, compact, initializers, silu
-from fdp.models.shape import ModelShape
+from fdp.models.shape import NOISE_FEATURES, ModelShape
 from fdp.parallel.tensor import vocab_offset
 
 Array = jax.Array
 normal, ones, zeros = initializers.normal, initializers.ones, initializers.zeros
-NOISE_FEATURES = 64
 
 
 def enter_tp(x_BxLxD: Array, sequence_parallel: bool) -> Array:

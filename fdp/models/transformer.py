@@ -141,7 +141,9 @@ class Transformer(Module):
 
     @property
     def stock(self) -> bool:
-        """Whether every block is softmax attention and SwiGLU."""
+        """Whether every block is softmax attention and SwiGLU, and sums over tp are exact."""
+        if self.reduction is not None:
+            return False
         cores = [(block, _core_of(block)) for block in self.pattern]
         return all(isinstance(c, Softmax) and block == attention_block(c) for block, c in cores)
 
@@ -171,7 +173,9 @@ def attention_block(core: Core) -> Layer:
 def transformer(
     shape: ModelShape, mask: Mask, plan: CommPlan = GATHER, position: Any = None
 ) -> Transformer:
-    """The stock model: softmax attention under `mask`, by `plan` over cp."""
+    """The stock model: softmax attention under `mask`, by `plan` over cp. Raises ValueError, by
+    name, for what of `shape` the stock blocks lack."""
+    shape.check()
     return with_core(Transformer(shape, (), plan.layout, position), Softmax(mask, plan))
 
 

@@ -74,8 +74,8 @@ def topk_ids(
     K, I, width], -1 unused, as `attend_blocks` takes them.
 
     The G queries of a key head share a list, by the sum of their softmax weights.
-    `sparsity.block_topk` for a sequence in any layout: what is sent is a mean key of each block,
-    1/(2·block) of an all-gather of keys and values. Selection is not differentiated. Source:
+    The sequence may be in any layout: what is sent is a mean key of each block, 1/(2·block) of an
+    all-gather of keys and values. Selection is not differentiated. Source:
     MInference, Jiang et al. 2024, arXiv 2407.02490, Alg. 3. Raises ValueError for a block that does
     not divide the local positions, or a width outside 2 … W."""
     (B, N, H, C), K = q_BxNxHxC.shape, k_BxNxKxC.shape[2]

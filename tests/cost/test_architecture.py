@@ -1,11 +1,15 @@
 """Parameter counts of published models against the figures their makers print."""
 
+import dataclasses
+
 import pytest
 from build import experiment, tiny
 
-from fdp.config import base
 from fdp.cost import architecture, flops
 from fdp.count.step import microbatch
+from fdp.kernels_pallas.masks import Mask
+from fdp.models.shape import ModelShape
+from fdp.models.transformer import transformer
 
 pytestmark = pytest.mark.fast
 
@@ -16,6 +20,10 @@ PUBLISHED = {
     "qwen3-30b-a3b": (30.53, 3.35), "qwen3-235b-a22b": (235.09, 22.2), "deepseek-v3": (671.03, 37.55),
     "gpt-oss-20b": (20.91, None), "gpt-oss-120b": (116.8, None), "gpt3-175b": (174.6, None),
 }  # fmt: skip
+
+
+def tiny_shape():
+    return ModelShape.of(tiny().model)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -29,17 +37,46 @@ def test_parameters_are_the_published_ones(name):
 
 def test_our_own_model_has_the_parameters_and_flops_of_its_program():
     e = experiment(tiny())
-    model = architecture.of_model(e.model.shape)
+    model = e.model.shape
     assert model.parameters() == microbatch(e, 0).parameters
     tokens = e.fit.batch * e.data.seq_len
-    assert 3 * model.forward_flops(e.data.seq_len) * tokens == flops.train_step(e, tokens)
+    per_token = model.forward_flops(e.data.seq_len, causal=False)
+    assert 3 * per_token * tokens == flops.train_step(e, tokens)
+
+
+def test_switches_have_the_parameters_of_their_layers():
+    switches = {"model.qk_norm": True, "model.bias": True, "model.tied": True, "model.conv": 4}
+    switches["model.time_conditioning"] = True
+    e = experiment(tiny(**switches))
+    assert e.model.shape.parameters() == microbatch(e, 0).parameters
 
 
 def test_a_causal_mask_halves_the_scores_only():
-    full = architecture.of_model(base().model)
-    causal = architecture.of_model(base().model, causal=True)
-    scores = 4 * 64 * full.heads * full.head_dim * full.layers
-    assert full.forward_flops(64) - causal.forward_flops(64) == scores / 2
+    m = tiny_shape()
+    scores = 4 * 64 * m.heads * m.head_dim * m.layers
+    assert m.forward_flops(64, causal=False) - m.forward_flops(64, causal=True) == scores / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacking"),
+    [
+        ({"experts": 4, "topk": 2}, "a mixture of 4 experts"),
+        ({"gated": False}, "an FFN that is not gated"),
+        ({"kv_rank": 8, "value_dim": 4}, "latent attention, values of another width than keys"),
+        ({"head_dim": 7}, "an odd head_dim"),
+    ],
+)
+def test_what_the_builder_lacks_is_refused_by_name(changes, lacking):
+    shape = dataclasses.replace(tiny_shape(), **changes)
+    with pytest.raises(ValueError, match=f"'this model' cannot be built: .* lack {lacking}; give"):
+        transformer(shape, Mask())
+    assert shape.parameters() > 0 and not tiny_shape().unbuildable
+
+
+def test_published_models_are_built_where_the_stock_blocks_suffice():
+    names = {name for name, m in architecture.ARCHITECTURES.items() if not m.unbuildable}
+    assert {"llama3-8b", "qwen2.5-7b", "ultrascale-1b"} <= names
+    assert not names & {"gpt3-175b", "mixtral-8x7b", "deepseek-v3", "nemotron4-15b"}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +89,7 @@ def test_a_causal_mask_halves_the_scores_only():
 )
 def test_impossible_shapes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        architecture.replace(architecture.architecture("llama3-8b"), **changes)
+        dataclasses.replace(architecture.architecture("llama3-8b"), **changes)
 
 
 def test_an_unknown_model_names_the_closest():

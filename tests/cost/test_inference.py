@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import shard_map
 from fdp.cost import hardware, inference, jaxpr
+from fdp.cost.architecture import architecture
 from fdp.cost.inference import GQA_70B, LLADA_8B, Degrees, Work
 from fdp.count.counts import Rows
 from fdp.kernels_pallas.masks import Mask
@@ -69,7 +70,7 @@ def test_flops_and_collectives_are_those_of_the_programs(kind, dp, tp, changes):
     c = small(**changes)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"dp": dp, "tp": tp})
     made = program(c, mesh, kind)
-    shape, degrees = inference.shape_of(c), Degrees(tp, dp)
+    shape, degrees = c, Degrees(tp, dp)
     work = Work(B, L if kind == "refresh" else R, L, R)
     assert inference.flops(shape, work, degrees) == jaxpr.dot_flops(made)
     counted: dict = {}
@@ -92,13 +93,13 @@ def test_an_autoregressive_step_is_one_row():
         model, p, jax.random.key(0), ids, L, 31, n_ids=30
     )[0]
     made = jax.make_jaxpr(shard_map(run, mesh, (specs, P()), P()))(shapes, jnp.arange(2))
-    one = inference.flops(inference.shape_of(c), Work(2, 1, L, 1), Degrees(4, 1))
+    one = inference.flops(c, Work(2, 1, L, 1), Degrees(4, 1))
     assert jaxpr.dot_flops(made) == L * one
 
 
 def test_a_whole_pass_is_the_models_forward():
     c = small()
-    shape = inference.shape_of(c)
+    shape = c
     degrees = dict.fromkeys(AXES, 1)
     whole = transformer(c, Mask()).counts(Rows(B, L, B * L), degrees)
     assert inference.flops(shape, Work(B, L, L, L), Degrees(1, 1)) == whole.forward.flops
@@ -111,7 +112,7 @@ def test_the_cache_and_parameters_have_the_bytes_of_their_arrays():
     model = transformer(c, Mask())
     arrays = jax.tree.leaves(jax.eval_shape(lambda: model.decode_state(B, L)[0]))
     total = sum(a.size * a.dtype.itemsize for a in arrays)
-    shape = inference.shape_of(c)
+    shape = c
     assert inference.cache_bytes(shape, B, L, Degrees(1, 1)) == total
     assert inference.cache_bytes(shape, B, L, Degrees(4, 2)) == total // 8
     assert inference.weight_bytes(LLADA_8B, 1) == pytest.approx(2 * 8.0e9, rel=0.02)
@@ -205,7 +206,9 @@ def test_other_bad_input():
     with pytest.raises(ValueError, match=r"rows % tp = 9 % 2 = 1"):
         inference.price(LLADA_8B, Work(8, 9, 64, 9), Degrees(2, 1), "h100", sequence_parallel=True)
     with pytest.raises(ValueError, match=r"model\.time_conditioning=False"):
-        inference.shape_of(small(time_conditioning=True))
+        inference.price(small(time_conditioning=True), Work(8, 1, 1, 1), Degrees(1, 8), "h100")
+    with pytest.raises(ValueError, match="lack a mixture of 8 experts"):
+        inference.check(architecture("mixtral-8x7b"), Work(8, 1, 1, 1), Degrees(1, 8))
     with pytest.raises(ValueError, match=r"no held-out error of collectives on b200"):
         inference.network_error("b200", small=True)
     assert inference.network_error("h100", small=False) == pytest.approx((0.099, 0.323))

@@ -33,19 +33,12 @@ def data():
     ("seconds", "expected"),
     [
         (network.all_reduce(N, 8, A, B), 14 * A + 2 * 7 / 8 * N / B),
-        (network.all_reduce_tree(N, 8, A, B), 6 * A + 2 * N / B),
         (network.all_gather(N, 8, A, B), 7 * A + 7 / 8 * N / B),
         (network.reduce_scatter(N, 8, A, B), 7 * A + 7 / 8 * N / B),
-        (network.all_gather_recursive(N, 8, A, B), 3 * A + 7 / 8 * N / B),
-        (network.reduce_scatter_recursive(N, 8, A, B), 3 * A + 7 / 8 * N / B),
         (network.all_to_all(N, 8, A, B), 7 * A + 7 / 8 * N / B),
         (network.point_to_point(N, A, B), A + N / B),
         (network.all_gather_torus(N, 8, A, B), 4 * A + 7 / 8 * N / (2 * B)),
         (network.all_to_all_torus(N, 8, A, B), 4 * A + N / B),
-        (
-            network.all_reduce_hierarchical(N, 8, 4, (A, 3 * A), (9 * B, B)),
-            14 * A + 2 * 7 / 8 * N / (9 * B) + 18 * A + 2 * 3 / 4 * N / 8 / B,
-        ),
         (network.all_to_all_nodes(N, 16, 8, A, (9 * B, B)), 15 * A + 8 / 16 * N / B),
         (network.all_to_all_nodes(N, 8, 8, A, (9 * B, B)), 7 * A + 7 / 8 * N / (9 * B)),
     ],
@@ -57,8 +50,6 @@ def test_closed_forms(seconds, expected):
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather():
     both = network.reduce_scatter(N, 16, A, B) + network.all_gather(N, 16, A, B)
     assert network.all_reduce(N, 16, A, B) == pytest.approx(both)
-    assert network.all_reduce_hierarchical(N, 16, 1, (A, 9), (B, 1)) == pytest.approx(both)
-    assert network.all_reduce_hierarchical(N, 1, 16, (9, A), (1, B)) == pytest.approx(both)
 
 
 @pytest.mark.parametrize("n", [2, 4, 6, 16])
@@ -69,14 +60,8 @@ def test_a_torus_all_to_all_counts_every_link_crossed(n):
 
 
 def test_one_rank_costs_nothing():
-    for f in (
-        network.all_reduce,
-        network.all_reduce_tree,
-        network.all_gather,
-        network.all_gather_recursive,
-    ):
-        assert f(N, 1, A, B) == 0
-    for f in (network.all_to_all, network.all_gather_torus, network.all_to_all_torus):
+    rings = (network.all_reduce, network.all_gather, network.all_to_all)
+    for f in (*rings, network.all_gather_torus, network.all_to_all_torus):
         assert f(N, 1, A, B) == 0
     for op in network.OPS:
         assert network.collective_time(op, N, 1, 1, "h100") == 0

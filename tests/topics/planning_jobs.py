@@ -1,6 +1,8 @@
 """Models, jobs and points that the tests of the planner share."""
 
-from fdp.cost.architecture import architecture, replace
+from dataclasses import replace
+
+from fdp.cost.architecture import architecture
 from fdp.cost.hardware import cluster
 from fdp.topics.parallelism_search import plan as planner
 

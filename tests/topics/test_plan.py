@@ -3,15 +3,17 @@
 import dataclasses
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fdp import config as fdp_config
 from fdp.cost import hybrid, network, workload
-from fdp.cost.architecture import architecture, of_model, replace
+from fdp.cost.architecture import architecture
 from fdp.cost.hardware import cluster
 from fdp.cost.workload import RECOMPUTE
+from fdp.models.shape import ModelShape
 from fdp.topics.parallelism_search import plan as planner
 from fdp.topics.parallelism_search import ranking_text, settings
 from tests.topics.planning_jobs import EXPERTS, SMALL, job_of, tuples
@@ -114,7 +116,7 @@ def test_llama_70b_on_256_h100_is_planned_sensibly(llama):
     assert not (first.plan.tp == first.plan.pp == 1 and first.plan.zero == 0)
     times = [r.time for r in llama.plans]
     assert times == sorted(times) and all(r.low < r.time < r.high for r in llama.plans)
-    flops = 3 * architecture("llama3-70b").forward_flops(4096) * 1024 * 4096
+    flops = 3 * architecture("llama3-70b").forward_flops(4096, causal=True) * 1024 * 4096
     assert 0.25 < flops / (256 * 989e12 * first.time) < 0.65  # the MFU of published runs
     for r in llama.plans:
         workload.check(dataclasses.replace(llama.job, plan=r.plan))
@@ -235,9 +237,10 @@ def test_config_plans_its_own_model(model):
     c = fdp_config.base(**settings.SECTIONS)
     c.plan.update(model="", cluster="h100:1x8", batch=64, seq_len=1024)
     ranking = planner.for_config(c, model)
-    assert ranking.job.architecture == of_model(c.model, causal=False) and ranking.cluster.size == 8
+    assert ranking.job.architecture == ModelShape.of(c.model) and ranking.cluster.size == 8
+    assert not ranking.job.causal
     c.objective.name = "autoregressive"
-    assert planner.for_config(c, model).job.architecture.causal
+    assert planner.for_config(c, model).job.causal
 
 
 def test_512_chips_are_ranked_within_two_seconds(model):

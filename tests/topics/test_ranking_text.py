@@ -2,12 +2,14 @@
 config."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
 from fdp import config as fdp_config
 from fdp.cost import hybrid
-from fdp.cost.architecture import architecture, replace
+from fdp.cost.architecture import architecture
+from fdp.models.shape import ModelShape
 from fdp.topics.parallelism_search import plan as planner
 from fdp.topics.parallelism_search import ranking_text
 from tests.topics.planning_jobs import SMALL, job_of
@@ -86,6 +88,17 @@ def test_fragment_takes_no_plan_that_validation_refuses(changes):
             assert not ok, plan
         else:
             assert ok, plan
+
+
+def test_fragment_keeps_the_switches_of_the_model(model):
+    a = replace(SMALL, kv_heads=8, tied=True, qk_norm=True, rope_base=5e5)
+    job, here = job_of(a, "h100:1x8", 16, 1024)
+    text = ranking_text.fragment(planner.rank(model, dataclasses.replace(job, causal=False), here))
+    exec(compile(text, "fragment", "exec"), names := {})
+    c = names["get_config"]()
+    built = ModelShape.of(c.model)
+    chosen = {k: getattr(built, k) for k in ranking_text.PLANNED}
+    assert built == replace(a, name=built.name, **chosen) and c.objective.name == "mdlm"
 
 
 def test_table_tells_plans_and_reasons(llama):

@@ -3,13 +3,14 @@ cluster."""
 
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
 from fdp.cost import hybrid, step_time, workload
-from fdp.cost.architecture import architecture, replace
+from fdp.cost.architecture import architecture
 from fdp.cost.hardware import cluster
 from fdp.cost.workload import Job, Plan
 from fdp.topics.parallelism_search import plan as planner
@@ -120,13 +121,13 @@ def test_work_of_all_chips_is_that_of_the_model_whatever_the_degrees(model):
     """
     a = architecture("llama3-8b")
     scores, head = 2 * 32 * 4096 * 32 * 256 * 0.5, 2.0 * a.vocab * a.width
-    extra = {"none": 0.0, "selective": scores, "full": a.forward_flops(4096) - head}
+    extra = {"none": 0.0, "selective": scores, "full": a.forward_flops(4096, causal=True) - head}
     for degrees, (recompute, more) in itertools.product(
         ({"dp": 8}, {"tp": 4, "pp": 2}, {"cp": 8}), extra.items()
     ):
         job = Job(a, Plan(**degrees, recompute=recompute), cluster("h100:1x8").chip, 64, 4096)
         flops, hbm = spent._work(model, job, workload.columns([job]))
-        expected = 64 * 4096 * (3 * a.forward_flops(4096) + 0.5 * scores + more)
+        expected = 64 * 4096 * (3 * a.forward_flops(4096, causal=True) + 0.5 * scores + more)
         assert 8 * float(flops["linear"][0] + flops["rest"][0]) == pytest.approx(expected, rel=1e-9)
         # At least the weights and Adam's state once, at most all of the step at the rate of the
         # memory.

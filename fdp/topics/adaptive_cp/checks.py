@@ -172,9 +172,7 @@ def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Co
 
 def shape_of(arm: Arm, batch: int, seq_len: int) -> cost.AttentionShape:
     """Attention of the arm's model over DEVICES of cp."""
-    m = arm.model.shape
-    heads = m.heads, m.kv_heads, m.head_dim
-    return cost.AttentionShape(batch, seq_len, *heads, DEVICES, m.itemsize)
+    return cost.AttentionShape.of(arm.model.shape, batch, seq_len, DEVICES)
 
 
 def _static_bytes(

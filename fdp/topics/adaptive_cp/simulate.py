@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 
 from fdp.cost import hardware, inference, network
+from fdp.cost.architecture import architecture
 from fdp.cost.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
+from fdp.models.shape import ModelShape
 from fdp.topics.adaptive_cp import baselines, planner, synthetic
 from fdp.topics.adaptive_cp.planner import ModelPlan
 from fdp.topics.adaptive_cp.problem import Masks, Problem, dense, sparse
 from fdp.topics.adaptive_cp.timing import Machine
 
-GQA_8B = inference.Shape(32, 4096, 32, 8, 128, 14336, 128_256)  # the shape of Llama 3 8B
+GQA_8B = architecture("llama3-8b")
 OPS = {
     GATHER: "all_gather",
     SCATTER: "reduce_scatter",
@@ -104,7 +106,7 @@ def machine(fabric: Fabric, chip: str = "h100", draws: int = 1, seed: int = 0) -
 
 
 @lru_cache
-def rest_seconds(model: inference.Shape, seq_len: int, cp: int, chip: str = "h100") -> float:
+def rest_seconds(model: ModelShape, seq_len: int, cp: int, chip: str = "h100") -> float:
     """Seconds of everything but attention in a step of one sequence, on each of cp devices."""
     rows = seq_len // cp
     step = inference.price(
@@ -114,19 +116,12 @@ def rest_seconds(model: inference.Shape, seq_len: int, cp: int, chip: str = "h10
 
 
 def problem(
-    model: inference.Shape,
-    masks: Masks,
-    seq_len: int,
-    cp: int,
-    on: Machine,
-    objective: str = "seconds",
+    model: ModelShape, masks: Masks, seq_len: int, cp: int, on: Machine, objective: str = "seconds"
 ) -> Problem:
     """Planning problem of a model's layers at one sequence a device. Raises ValueError for sizes
     that do not fit.
     """
-    shape = AttentionShape(
-        1, seq_len, model.heads, model.kv_heads, model.head_dim, cp, model.itemsize
-    )
+    shape = AttentionShape.of(model, 1, seq_len, cp)
     return Problem(masks, shape, on, objective=objective)
 
 
@@ -149,7 +144,7 @@ class Prediction:
         return self.adaptive / self.uniform
 
 
-def predict(model: inference.Shape, found: Problem, level: float = 0.95) -> Prediction:
+def predict(model: ModelShape, found: Problem, level: float = 0.95) -> Prediction:
     """Step time of the adaptive plan against the best uniform one, of all kinds.
 
     L masks stand for the model's layers, each for layers/L of them. Plans are chosen at nominal
@@ -203,7 +198,7 @@ class Region:
 
 
 def region(
-    model: inference.Shape = GQA_8B,
+    model: ModelShape = GQA_8B,
     fabrics: tuple[Fabric, ...] = (NVLINK, INFINIBAND, CONGESTED),
     densities: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0),
     lengths: tuple[int, ...] = LENGTHS,

@@ -15,8 +15,9 @@ import functools
 from dataclasses import dataclass
 
 from fdp.cost import hardware, inference
-from fdp.cost.inference import Degrees, Shape, Step, Work
+from fdp.cost.inference import Degrees, Step, Work
 from fdp.cost.network import collective_time
+from fdp.models.shape import ModelShape
 
 KINDS = ("refresh", "reuse")
 
@@ -27,7 +28,7 @@ class Job:
     every refresh.
     """
 
-    shape: Shape
+    shape: ModelShape
     requests: int
     length: int
     reuse_steps: int
@@ -74,7 +75,7 @@ class Entry:
 
 
 @functools.lru_cache(maxsize=4096)
-def _entry(shape: Shape, work: Work, kind: str, degrees: Degrees, chip: str) -> Entry:
+def _entry(shape: ModelShape, work: Work, kind: str, degrees: Degrees, chip: str) -> Entry:
     step = inference.fastest(shape, work, degrees, chip)
     found = inference.collectives(shape, work, degrees, step.sequence_parallel)
     wire = inference.wire_bytes(found, degrees.tp)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from fdp.cost import inference
-from fdp.cost.inference import BOUND, Degrees, Shape, Step
+from fdp.cost.inference import BOUND, Degrees, Step
+from fdp.models.shape import ModelShape
 from fdp.report import figure, save_plot
 from fdp.topics.parallel_dlm.switching import KINDS, Choice, Job, candidates, plan, profile
 
@@ -112,7 +113,7 @@ class Region:
 
 
 def region(
-    shape: Shape,
+    shape: ModelShape,
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096),
     requests: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
     reuse_steps: tuple[int, ...] = (1, 3, 7, 15, 31),

@@ -176,7 +176,7 @@ def execute(
     Equal degrees are the fixed plan: nothing moves. Raises ValueError for lengths that are not
     whole blocks, degrees that do not divide the model or the requests, and meshes as `Meshes.of`.
     """
-    shape, period = inference.shape_of(decoder.model.shape), refresh_period(decoder, refresh_every)
+    shape, period = decoder.model.shape, refresh_period(decoder, refresh_every)
     job = Job(shape, requests, length, period - 1, decoder.block, devices=refresh.tp * refresh.dp)
     for kind, d in (("refresh", refresh), ("reuse", reuse)):
         inference.check(shape, job.work(kind), d)

@@ -256,7 +256,7 @@ def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
     chips = x["tp"] * x["pp"] * x["dp"] * x["cp"]
     flops = np.array(
         [
-            3 * m.job.architecture.forward_flops(m.job.seq) * m.job.batch * m.job.seq
+            3 * m.job.architecture.forward_flops(m.job.seq, m.job.causal) * m.job.batch * m.job.seq
             for m in data.measurements
         ]
     )

@@ -10,14 +10,16 @@ gpu, seq, gbs and the degrees are needed; the rest has defaults."""
 import csv
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fdp.config import UserError
 from fdp.cost import architecture as shapes
-from fdp.cost.architecture import ARCHITECTURES, Architecture
+from fdp.cost.architecture import ARCHITECTURES
 from fdp.cost.hardware import chip
 from fdp.cost.workload import Job, Plan
+from fdp.models.shape import ModelShape
 
 # Scale-out GB/s per chip of clusters whose owners state it; elsewhere the chip's own figure holds.
 CLUSTERS = {
@@ -151,7 +153,7 @@ def _whole(row: Mapping[str, str], name: str, default: int | None = None) -> int
     return int(value)
 
 
-def to_architecture(row: Mapping[str, str]) -> Architecture:
+def to_architecture(row: Mapping[str, str]) -> ModelShape:
     """Shapes from the row's own columns, completed by the table of known models."""
     name = (row.get("model") or "").strip()
     name = PLAYBOOK.get(name, name) if _group(row) == "playbook" else name
@@ -165,7 +167,7 @@ def to_architecture(row: Mapping[str, str]) -> Architecture:
         return known or shapes.architecture(name)  # raises, with the closest name
     width, heads = _whole(row, "hidden"), _whole(row, "heads")
     experts, ffn = _whole(row, "experts", 0), _whole(row, "ffn", 0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "layers": _whole(row, "layers"),
         "width": width,
         "heads": heads,
@@ -177,10 +179,10 @@ def to_architecture(row: Mapping[str, str]) -> Architecture:
         "moe_ffn": _whole(row, "moe_ffn", 0) or (ffn if experts else 0),
     }
     if known is not None:
-        return shapes.replace(known, **sizes)
+        return replace(known, **sizes)
     # Unknown models: a plain FFN is four times as wide as the model, gated ones are not.
     gated = bool(experts) or sizes["ffn"] != 4 * width
-    return Architecture(name=name or "unnamed", head_dim=width // heads, gated=gated, **sizes)  # type: ignore[arg-type]
+    return ModelShape(name=name or "unnamed", head_dim=width // heads, gated=gated, **sizes)
 
 
 def _precision(text: str) -> str:

@@ -23,10 +23,10 @@ import numpy as np
 from fdp.config import UserError
 from fdp.cost import architecture as architectures
 from fdp.cost import hardware, hybrid, workload
-from fdp.cost.architecture import Architecture
 from fdp.cost.hardware import GIB, Chip, Cluster
 from fdp.cost.hybrid import Model, Prediction
 from fdp.cost.workload import RECOMPUTE, Columns, Job, Plan
+from fdp.models.shape import ModelShape
 from fdp.topics.parallelism_search.traffic import AXES, joules, traffic
 
 Space = dict[str, np.ndarray]  # "tp", "pp", … (N,) integers; "recompute" indexes RECOMPUTE
@@ -63,7 +63,7 @@ def _keep(points: Space, mask: np.ndarray) -> Space:
     return {k: v[mask] for k, v in points.items()}
 
 
-def _degrees(a: Architecture, chips: int, seq: int) -> Space:
+def _degrees(a: ModelShape, chips: int, seq: int) -> Space:
     """(tp, pp, cp, dp) with tp·pp·cp·dp = chips that the model's shapes allow, before the batch is
     looked at.
     """
@@ -78,7 +78,7 @@ def _degrees(a: Architecture, chips: int, seq: int) -> Space:
     return points | {"dp": chips // (points["tp"] * points["pp"] * points["cp"])}
 
 
-def space(a: Architecture, chips: int, batch: int, seq: int) -> Space:
+def space(a: ModelShape, chips: int, batch: int, seq: int) -> Space:
     """Every structurally valid plan of `chips` chips: integer arrays (N,) under `KEYS`, N = 0 where
     there is none.
 
@@ -211,7 +211,14 @@ def domain_of(cluster: Cluster) -> int:
     )
 
 
-def job_on(a: Architecture, cluster: Cluster, batch: int, seq: int, precision: str = "bf16") -> Job:
+def job_on(
+    a: ModelShape,
+    cluster: Cluster,
+    batch: int,
+    seq: int,
+    precision: str = "bf16",
+    causal: bool = True,
+) -> Job:
     """The job to plan for; its own plan is a placeholder. Raises UserError where a chip lacks the
     precision.
     """
@@ -230,7 +237,8 @@ def job_on(a: Architecture, cluster: Cluster, batch: int, seq: int, precision: s
             f"{cluster.name} has a chip without {precision}: set plan.precision=bf16 or take one "
             f"of {able}"
         )
-    return Job(a, Plan(dp=cluster.size), chip, batch, seq, precision, domain_of(cluster))
+    domain = domain_of(cluster)
+    return Job(a, Plan(dp=cluster.size), chip, batch, seq, precision, domain, causal=causal)
 
 
 @dataclass(frozen=True)
@@ -429,13 +437,9 @@ def for_config(config: ml_collections.ConfigDict, model: Model) -> Ranking:
     UserError where there is none.
     """
     c, cluster = config.plan, hardware.cluster(config.plan.cluster)
-    causal = config.objective.name == "autoregressive"
-    a = (
-        architectures.architecture(c.model)
-        if c.model
-        else architectures.of_model(config.model, causal)
-    )
-    return rank(model, job_on(a, cluster, c.batch, c.seq_len, c.precision), cluster)
+    a = architectures.architecture(c.model) if c.model else ModelShape.of(config.model)
+    causal = bool(c.model) or config.objective.name == "autoregressive"
+    return rank(model, job_on(a, cluster, c.batch, c.seq_len, c.precision, causal), cluster)
 
 
 def name_of(plan: Plan) -> str:
@@ -450,26 +454,11 @@ def name_of(plan: Plan) -> str:
     )
 
 
-def untrainable(a: Architecture) -> list[str]:
-    """What of the model this code base cannot build yet: its transformer is dense SwiGLU with an
-    untied head.
-    """
-    parts = {
-        f"a mixture of {a.experts} experts": a.experts,
-        "an FFN that is not gated": not a.gated,
-        "a head tied to the embedding": a.tied,
-        "latent attention": a.kv_rank or a.q_rank,
-        "values of another width than keys": a.value_dim not in (0, a.head_dim),
-        "an odd head_dim": a.head_dim % 2,
-    }
-    return [part for part, present in parts.items() if present]
-
-
 def trainable(job: Job, points: Space) -> np.ndarray:
     """(N,) whether this code base can train the plan: no pipeline, no expert axes, whole heads, FFN
     and vocabulary per rank, and a recomputation that it has."""
     a, tp = job.architecture, points["tp"]
-    if untrainable(a):
+    if a.unbuildable:
         return np.zeros(size_of(points), bool)
     ok = (points["pp"] == 1) & (points["ep"] == 1) & (points["etp"] == 1)
     ok &= (a.kv_heads % tp == 0) & (a.ffn % tp == 0) & (a.vocab % tp == 0)

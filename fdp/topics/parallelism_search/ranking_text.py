@@ -6,9 +6,13 @@ import dataclasses
 import numpy as np
 from tabulate import tabulate
 
+from fdp.config import MODEL
 from fdp.cost.hardware import GIB, Cluster
 from fdp.cost.workload import Plan
-from fdp.topics.parallelism_search.plan import Ranking, name_of, untrainable
+from fdp.models.shape import SIZES
+from fdp.topics.parallelism_search.plan import Ranking, name_of
+
+PLANNED = ("dtype", "remat", "sequence_parallel")  # of a ModelShape, by the plan
 
 
 def describe(ranking: Ranking) -> str:
@@ -87,7 +91,7 @@ def fragment(ranking: Ranking) -> str:
     r = ranking.trainable
     if r is None:
         missing = (
-            ", ".join(untrainable(job.architecture))
+            ", ".join(job.architecture.unbuildable)
             or "nothing of the model, but no plan without pipeline fits"
         )
         lines += [
@@ -111,8 +115,9 @@ def fragment(ranking: Ranking) -> str:
 
 def _config_text(ranking: Ranking, p: Plan) -> str:
     job, a = ranking.job, ranking.job.architecture
-    keys = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")
-    shape = ", ".join(f"{k}={getattr(a, k)}" for k in keys)
+    switches = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != f.default]
+    switches = [k for k in switches if k in MODEL and k not in (*SIZES, *PLANNED)]
+    shape = ", ".join(f"{k}={getattr(a, k)!r}" for k in (*SIZES, *switches))
     topology = ranking.cluster.name if len(ranking.cluster.groups) == 1 else ""
     target = (
         []
@@ -133,7 +138,7 @@ def _config_text(ranking: Ranking, p: Plan) -> str:
             f"    c.model.update({shape})",
             f'    c.model.update(dtype="bfloat16", remat="{p.recompute}", '
             f"sequence_parallel={p.tp > 1})",
-            f'    c.objective.name = "{"autoregressive" if a.causal else "mdlm"}"',
+            f'    c.objective.name = "{"autoregressive" if job.causal else "mdlm"}"',
             f"    c.mesh.update(pp=1, dp={p.dp}, ep=1, cp={p.cp}, tp={p.tp})",
             f"    c.data.update(seq_len={job.seq}, vocab={min(1024, a.vocab)})",
             f"    c.train.update(batch={job.batch}, "

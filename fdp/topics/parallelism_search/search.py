@@ -194,30 +194,6 @@ def evaluations_to(order: Sequence[int], landscape: Landscape, within: float) ->
     return float(hits[0] + 1) if len(hits) else np.inf
 
 
-def random_evaluations(landscape: Landscape, within: float) -> float:
-    """Expected `evaluations_to` of random search without repetition: (N + 1) / (G + 1) with G good
-    plans of N.
-
-    The G good plans cut a random order into G + 1 gaps of equal expected length (N - G) / (G + 1);
-    add the hit itself."""
-    return (len(landscape.plans) + 1) / (int(_good(landscape, within).sum()) + 1)
-
-
-def top_k_regret(prior: Prior, landscape: Landscape, k: int) -> float:
-    """Regret of running the k best plans of the prior: fastest first, those that probably fail
-    last; inf if all fail.
-
-    Raises ValueError unless 1 <= k <= N and the prior has N plans.
-    """
-    count = len(landscape.plans)
-    if not 1 <= k <= count or len(prior.log_time_N) != count:
-        raise ValueError(
-            f"top {k} of a prior of {len(prior.log_time_N)} plans on a landscape of {count}"
-        )
-    order_N = np.lexsort((prior.log_time_N, np.asarray(prior.feasible_N) < 0.5))
-    return float(regret_curve(order_N[:k].tolist(), landscape)[-1])
-
-
 def _good(landscape: Landscape, within: float) -> np.ndarray:
     if not within >= 0:
         raise ValueError(f"within = {within}: give a share >= 0, such as 0.05 for 5 %")
@@ -280,14 +256,6 @@ def relief(plans: Sequence[Plan]) -> np.ndarray:
 
 # Algorithms
 # -------------------------------------------------------------------------------------------------
-
-
-def exhaustive(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
-    """Every plan in the given order: the oracle, and no competitor, for the given order may know
-    something.
-    """
-    for index in range(len(plans)):  # noqa: UP028 (a range cannot receive times)
-        yield index
 
 
 def random(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:

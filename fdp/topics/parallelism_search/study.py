@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from fdp.config import UserError, digest
 from fdp.cost import architecture, hardware, hybrid
 from fdp.experiment import Experiment, standard
+from fdp.models.shape import ModelShape
 from fdp.report import Report, Row
 from fdp.run import Run
 from fdp.topics.parallelism_search import (
@@ -43,8 +44,8 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     c = config.copy_and_resolve_references()
     chips = int(np.prod(list(c.mesh.values())))
     cluster = hardware.cluster(c.hardware.topology or f"h100:1x{chips}")
-    model = architecture.of_model(c.model, causal=c.objective.name == "autoregressive")
-    job = plan.job_on(model, cluster, c.train.batch, c.data.seq_len)
+    sizes = ModelShape.of(c.model), cluster, c.train.batch, c.data.seq_len
+    job = plan.job_on(*sizes, causal=c.objective.name == "autoregressive")
     best = plan.rank(hybrid.shipped(), job, cluster).trainable
     if best is not None:
         p = best.plan
@@ -420,7 +421,7 @@ def _search_rows(traces: landscapes.Comparison) -> list[Row]:
 def _stages() -> list[Row]:
     """A pipeline of llama3-8b, its head as one more layer of as many FLOPs, over four stages."""
     a, p, m = architecture.architecture("llama3-8b"), 4, 16
-    layer = (a.forward_flops(8192) - 2 * a.vocab * a.width) / a.layers
+    layer = (a.forward_flops(8192, causal=True) - 2 * a.vocab * a.width) / a.layers
     times_L = np.array([1.0] * a.layers + [2 * a.vocab * a.width / layer])
     program, integer = stages.partition_dp(times_L, p, m), stages.partition_ilp(times_L, p, m)
     equal = [a.layers // p * 1.0] * (p - 1) + [a.layers // p + float(times_L[-1])]

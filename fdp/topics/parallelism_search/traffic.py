@@ -81,10 +81,10 @@ def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.nd
         * job.seq
         * a.heads
         * (a.head_dim + (a.value_dim or a.head_dim))
-        * (0.5 if a.causal else 1.0)
+        * (0.5 if job.causal else 1.0)
     )
     head = 2.0 * a.vocab * a.width
-    linear = (3 + x["full"]) * (a.forward_flops(job.seq) - scores - head) * tokens
+    linear = (3 + x["full"]) * (a.forward_flops(job.seq, job.causal) - scores - head) * tokens
     rest = (3 * head + (3.5 + x["full"] + x["selective"]) * scores) * tokens
     k = {n: float(v) for n, v in hybrid.bounded(model.time, step_time.BOUNDS).items()}
     ffn = (a.layers - a.moe_layers) * a.ffn + a.moe_layers * (a.topk + a.shared_experts) * a.moe_ffn
