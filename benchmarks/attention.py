@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from fdp.cost import aot, jaxpr
+from fdp.count import aot, jaxpr
 from fdp.kernels_pallas.attend import attend
 from fdp.kernels_pallas.block_sparse import BlockLists, block_lists, block_sparse_attention
 from fdp.kernels_pallas.blockwise import tiles_computed
-from fdp.kernels_pallas.masks import Mask
-from fdp.parallel import layouts
-from fdp.report import versions
+from fdp.parallel.context import layouts
+from fdp.parallel.masks import Mask
+from fdp.study.report import versions
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]

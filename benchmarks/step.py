@@ -36,8 +36,8 @@ from fdp.data.batches import blank
 from fdp.experiment import Experiment, standard
 from fdp.mesh import make_mesh
 from fdp.objectives.autoregressive import Autoregressive
-from fdp.report import versions
 from fdp.step import TrainStep
+from fdp.study.report import versions
 
 LIMIT = 1.05  # fdp may cost at most 5 % more step time
 BOS = 0

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fdp.cost import flops
+from fdp.count import flops
 from fdp.count.counts import Unstated
 from fdp.data.batches import Data
 from fdp.experiment import Experiment

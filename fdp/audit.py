@@ -27,17 +27,17 @@ from absl import app, flags
 from tabulate import tabulate
 
 from fdp import config as fdp_config
-from fdp.cost import bytes as closed
+from fdp.count import bytes as closed
 from fdp.count.compare import Comparison, Key, outcome
 from fdp.count.requirements import is_stock, missing, required_of, unexpected
 from fdp.count.step import unstated
 from fdp.data.batches import Batch
 from fdp.experiment import Experiment
 from fdp.grads import plain
-from fdp.kernels_pallas.masks import allowed
 from fdp.mesh import AXES, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models import module
 from fdp.models.transformer import Transformer
+from fdp.parallel.masks import allowed
 from fdp.run import study_of, use_compilation_cache
 from fdp.step import TrainStep
 from fdp.train import CONFIG, parse_flags, quiet

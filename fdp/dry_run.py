@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fdp.config import UserError
-from fdp.cost import aot
+from fdp.count import aot
 
 aot.prepare_environment()  # before jax is imported
 
@@ -17,16 +17,17 @@ import ml_collections
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from tabulate import tabulate
 
-from fdp.cost import bytes as closed
-from fdp.cost import energy, flops, hybrid, jaxpr, step_time, workload
-from fdp.cost import memory as analytic
-from fdp.cost.hardware import Chip, chip
-from fdp.cost.workload import Job
+from fdp.count import bytes as closed
+from fdp.count import flops, jaxpr
+from fdp.count import memory as analytic
 from fdp.count.compare import sent
 from fdp.count.counts import CONVENTION
 from fdp.count.step import unstated
 from fdp.mesh import AXES, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models.shape import ModelShape
+from fdp.price import energy, hybrid, step_time, workload
+from fdp.price.hardware import Chip, chip
+from fdp.price.workload import Job
 from fdp.run import study_of
 from fdp.step import TrainStep
 
@@ -294,7 +295,7 @@ def _hbm_bytes(job: Job, x: workload.Columns) -> float:
     """HBM bytes of a device in a step: activations by the fitted bytes an element, weights,
     gradients, optimizer.
     """
-    a, p = job.architecture, job.plan
+    a, p = job.shape, job.plan
     k = {
         name: float(v)
         for name, v in hybrid.bounded(hybrid.shipped().time, step_time.BOUNDS).items()

@@ -22,8 +22,8 @@ from fdp.models.shape import ModelShape
 from fdp.models.transformer import transformer
 from fdp.objectives.base import Objective
 from fdp.optimizer import Optimizer
-from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import SequenceLayout
+from fdp.parallel.context.layouts import SequenceLayout
+from fdp.parallel.context.plan import CommPlan
 
 
 @dataclass(frozen=True)

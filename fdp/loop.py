@@ -14,10 +14,10 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.checkpoint import Checkpoints
-from fdp.cost.hardware import detect
 from fdp.data.batches import Prefetcher, batch, eval_batches
 from fdp.hooks import Hook, HookError
 from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
+from fdp.price.hardware import detect
 from fdp.state import TrainState
 
 

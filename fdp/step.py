@@ -21,7 +21,7 @@ from fdp.grads import LOSS_AXES, Aux, Stages
 from fdp.mesh import DATA_AXES, AnyMesh, factor
 from fdp.models import module
 from fdp.objectives.base import Objective
-from fdp.parallel import layouts
+from fdp.parallel.context import layouts
 from fdp.state import StateSpecs, TrainState
 
 P = PartitionSpec

@@ -18,7 +18,6 @@ from fdp import config
 from fdp.collectives import psum, size, vary
 from fdp.data.batches import Arrays, Data
 from fdp.experiment import Experiment, Fit, standard
-from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, make_mesh
 from fdp.models import module
 from fdp.models.module import Module, compact, initializers, stack
@@ -26,6 +25,7 @@ from fdp.models.shape import ModelShape
 from fdp.models.transformer import Transformer, transformer
 from fdp.objectives.base import Objective
 from fdp.optimizer import adamw, warmup_cosine
+from fdp.parallel.masks import Mask
 from fdp.step import TrainStep
 
 

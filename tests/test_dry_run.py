@@ -10,11 +10,12 @@ import pytest
 
 from fdp import dry_run
 from fdp.config import UserError
-from fdp.cost import aot, workload
-from fdp.cost.hardware import chip
+from fdp.count import aot
 from fdp.count.step import microbatch
 from fdp.experiment import standard
 from fdp.objectives.autoregressive import Autoregressive
+from fdp.price import workload
+from fdp.price.hardware import chip
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("topic*.py"))
@@ -125,7 +126,7 @@ def test_an_experiment_becomes_the_job_that_is_priced() -> None:
     assert (p.chips, p.tp, p.dp, p.cp, p.ep, p.shards) == (256, 4, 32, 2, 1, 16)
     assert (p.microbatch, job.microbatches, job.batch, job.seq) == (1, 2, 64, 4096)
     assert (p.zero, p.recompute, p.sequence_parallel) == (3, "full", True)
-    assert job.architecture.parameters() == microbatch(e, 0).parameters
+    assert job.shape.parameters() == microbatch(e, 0).parameters
     assert not job.causal
     causal = dataclasses.replace(e, objective=Autoregressive(e.objective.n_ids, 0))
     assert workload.of_experiment(causal, chip("h100")).causal

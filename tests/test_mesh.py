@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from fdp import sharding
 from fdp.collectives import index, psum, size
 from fdp.mesh import AXES, factor, is_virtual, make_mesh, use_virtual_devices
-from fdp.sample import generation_mesh
+from fdp.sampling.draw import generation_mesh
 from fdp.state import StateSpecs, TrainState
 from fdp.step import TrainStep
 

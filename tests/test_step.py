@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from build import place, program, tiny, tokens
 
-from fdp.cost import bytes as closed
-from fdp.cost import flops, hlo, jaxpr
+from fdp.count import bytes as closed
+from fdp.count import flops, hlo, jaxpr
 from fdp.count.compare import sent
 from fdp.count.step import microbatch
 from fdp.models import module

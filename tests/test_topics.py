@@ -19,10 +19,11 @@ import matplotlib.image
 import ml_collections
 import pytest
 
-from fdp import config, report
-from fdp.cost import aot
+from fdp import config
+from fdp.count import aot
 from fdp.dry_run import dry_run
 from fdp.experiment import Experiment
+from fdp.study import report
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("topic*.py"))
@@ -250,7 +251,7 @@ MAY_IMPORT_TOPICS = (
     "fdp/run.py",
     "fdp/dry_run.py",
 )  # and only by a name made at run time
-BOTTOM = ("fdp.kernels_pallas", "fdp.collectives", "fdp.mesh")
+BOTTOM = ("fdp.kernels_pallas", "fdp.parallel.masks", "fdp.collectives", "fdp.mesh")
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[str]:
@@ -346,7 +347,7 @@ def test_a_wrong_import_is_found(source: str, path: str) -> None:
     ("source", "path"),
     [
         ("import importlib\nimportlib.import_module(f'fdp.topics.{x}.study')", "fdp/run.py"),
-        ("from fdp.topics.a import checks\nfrom fdp.cost import hlo", "fdp/topics/a/study.py"),
+        ("from fdp.topics.a import checks\nfrom fdp.count import hlo", "fdp/topics/a/study.py"),
         ("from . import checks", "fdp/topics/a/study.py"),
         ("from fdp.collectives import psum\nimport jax", "fdp/kernels_pallas/flash.py"),
     ],

@@ -23,8 +23,8 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from fdp import report
 from fdp.metrics import read_metrics
+from fdp.study import report
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fdp.cost import hlo
+from fdp.count import hlo
 from fdp.count.counts import Key, Sent
 from fdp.mesh import AnyMesh
 from fdp.step import TrainStep

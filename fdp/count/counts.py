@@ -8,7 +8,7 @@ causal mask is not discounted; the head on the rows it runs on; in model FLOPs n
 that is computed twice, by rematerialisation or by devices that hold the same. The program may
 execute fewer: in long sequences attention skips tiles that the mask hides.
 
-Bytes on the wire are those of ring algorithms, as in `fdp.cost.hlo`: all-reduce 2(n-1)/n of its
+Bytes on the wire are those of ring algorithms, as in `fdp.count.hlo`: all-reduce 2(n-1)/n of its
 payload, all-gather and reduce-scatter (n-1) shards, a permute its payload.
 """
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 
-from fdp.cost.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.count.compare import EXACT, Key, Sent
+from fdp.count.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.mesh import AXES, DATA_AXES
 from fdp.models.module import spec_leaf
 from fdp.models.transformer import Transformer
-from fdp.parallel.context import CommPlan
+from fdp.parallel.context.plan import CommPlan
 from fdp.sharding import axes_of
 from fdp.step import TrainStep
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from fdp.kernels_pallas import blockwise, flash, walks
-from fdp.kernels_pallas.masks import Mask
+from fdp.parallel.masks import Mask
 
 Array = jax.Array
 EVERYTHING = walks.EVERYTHING

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from fdp.kernels_pallas import tiles, walks
-from fdp.kernels_pallas.masks import Mask
+from fdp.parallel.masks import Mask
 
 Array = jax.Array
 SHARED_BYTES = (

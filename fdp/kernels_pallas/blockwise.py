@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from fdp.collectives import in_shard_map, vary, vary_like
-from fdp.kernels_pallas.masks import Mask, allowed, tiles_meet
+from fdp.parallel.masks import Mask, allowed, tiles_meet
 
 Array = jax.Array
 

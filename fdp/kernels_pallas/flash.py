@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fdp.kernels_pallas import tiles, walks
-from fdp.kernels_pallas.masks import Mask, allowed
+from fdp.parallel.masks import Mask, allowed
 
 Array = jax.Array
 Tags = tuple[Array, ...]  # positions, and segments for a packed mask: see `walks.gather_tags`

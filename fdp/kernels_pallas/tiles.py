@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.kernels_pallas.masks import Mask, allowed, tiles_meet
+from fdp.parallel.masks import Mask, allowed, tiles_meet
 
 Array = jax.Array
 GPU_STAGES = 2  # of loads in flight; more does not fit shared memory in f32

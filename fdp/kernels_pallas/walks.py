@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 
 from fdp.kernels_pallas import tpu, triton
-from fdp.kernels_pallas.masks import Mask
 from fdp.kernels_pallas.tiles import Spec, Walk
+from fdp.parallel.masks import Mask
 
 Array = jax.Array
 BACKENDS = ("xla", "tpu", "gpu")

@@ -1,4 +1,4 @@
-"""Grouped-query attention: heads over tp, sequence over cp by any plan of `fdp.parallel.context`.
+"""Grouped-query attention: heads over tp, sequence over cp by any plan of `fdp.parallel.context.attend`.
 
 Attention projects and rotates; its inner product is a value, `core`: softmax attention under a mask
 by a communication plan (`Softmax`), or what a topic brings.
@@ -17,10 +17,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from fdp.collectives import size, vary, vary_like
-from fdp.cost import context as cost
+from fdp.count import context as cost
 from fdp.count.counts import Counts, Degrees, Ledger, Rows, Work, merged, of
 from fdp.kernels_pallas import attend as front
-from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import BATCH_AXES
 from fdp.models import conv
 from fdp.models.conv import ShortConvolution
@@ -38,9 +37,10 @@ from fdp.models.layers import (
 )
 from fdp.models.module import CACHE, Module, compact
 from fdp.models.shape import ModelShape
-from fdp.parallel import context
-from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import SequenceLayout
+from fdp.parallel.context.attend import attend
+from fdp.parallel.context.layouts import SequenceLayout
+from fdp.parallel.context.plan import CommPlan, check
+from fdp.parallel.masks import Mask
 
 Array = jax.Array
 GATHER = CommPlan("all_gather")
@@ -97,7 +97,7 @@ class Softmax:
     ) -> Array:
         """As `Core`; no input of a layer is read."""
         segment = where.segment if self.mask.packed else None
-        return context.attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, None, segment)
+        return attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, None, segment)
 
     def check(self, shape: ModelShape, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError, with equation, values and fix, for a plan that `batch` sequences of
@@ -108,10 +108,10 @@ class Softmax:
         plan = self.plan if cp > 1 else GATHER
         heads, kv_heads = shape.heads // tp, shape.kv_heads // tp
         sizes = {"seq_len": length, "cp": cp, "heads": heads, "kv_heads": kv_heads}
-        context.check(plan, self.mask, **sizes, batch=batch)
+        check(plan, self.mask, **sizes, batch=batch)
 
     def counts(self, shape: ModelShape, rows: Rows, degrees: Degrees) -> Counts:
-        """The two products with all keys, and bytes over cp (`fdp.cost.context`). Saved are the
+        """The two products with all keys, and bytes over cp (`fdp.count.context`). Saved are the
         output, all keys and values, and in short sequences on one device of cp the probabilities
         and their logits; otherwise tiles of them are computed again, and the sums of the output
         times its gradient."""

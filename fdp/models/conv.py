@@ -17,7 +17,7 @@ from fdp.count.counts import PERMUTE, REDUCE, Counts, Degrees, Ledger, Rows, Wor
 from fdp.models.layers import hidden_bytes, normal
 from fdp.models.module import Module, compact
 from fdp.models.shape import ModelShape
-from fdp.parallel.layouts import SequenceLayout
+from fdp.parallel.context.layouts import SequenceLayout
 
 Array = jax.Array
 

@@ -23,7 +23,6 @@ import numpy as np
 
 from fdp.collectives import all_gather, bound, index, size, vary
 from fdp.count.counts import GATHER, PERMUTE, SCATTER, Counts, Degrees, Ledger, Rows, Work, merged
-from fdp.kernels_pallas.masks import Mask, allowed
 from fdp.models.attention import Where
 from fdp.models.layers import (
     Reduction,
@@ -38,6 +37,7 @@ from fdp.models.layers import (
 )
 from fdp.models.module import Module, compact
 from fdp.models.shape import ModelShape
+from fdp.parallel.masks import Mask, allowed
 
 Array = jax.Array
 

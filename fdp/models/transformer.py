@@ -13,14 +13,14 @@ import jax
 
 from fdp.collectives import all_gather, vary
 from fdp.count.counts import Counts, Degrees, Rows, Unstated, Work
-from fdp.kernels_pallas.masks import Mask
 from fdp.models.attention import GATHER, Attention, Core, Softmax, Where
 from fdp.models.layers import Embedding, Head, NoiseEmbedding, RMSNorm, SwiGLU, entered
 from fdp.models.module import Module
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
-from fdp.parallel import layouts
-from fdp.parallel.context import CommPlan
+from fdp.parallel.context import layouts
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.masks import Mask
 
 Array = jax.Array
 

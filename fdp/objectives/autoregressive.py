@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from fdp.kernels_pallas.masks import Mask
 from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, carried, weighed
+from fdp.parallel.masks import Mask
 from fdp.parallel.tensor import cross_entropy, suppress
 
 

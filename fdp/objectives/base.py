@@ -14,7 +14,7 @@ import numpy as np
 
 from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Work
 from fdp.count.counts import Rows as CountedRows
-from fdp.kernels_pallas.masks import Mask
+from fdp.parallel.masks import Mask
 
 # Per-position fields of a batch: "targets" int32 and "weights" f32 always, the rest is the
 # objective's own business.

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.kernels_pallas.masks import Mask
 from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, weighed
 from fdp.objectives.mdlm import MDLM, masked_capacity
 from fdp.objectives.schedules import Linear, Schedule
+from fdp.parallel.masks import Mask
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,11 @@ from build import experiment, tiny
 from fdp import audit, dry_run
 from fdp.arm import Arm
 from fdp.collectives import psum
-from fdp.cost import bytes as closed
-from fdp.cost import flops, hlo, jaxpr, memory
-from fdp.cost.hardware import chip
+from fdp.count import bytes as closed
+from fdp.count import flops, hlo, jaxpr, memory
 from fdp.count.compare import sent
 from fdp.count.counts import GATHER, REDUCE, SCATTER, Counts, Ledger, Unstated, Work, merged
 from fdp.count.step import microbatch, unstated
-from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, make_mesh
 from fdp.models.attention import Attention, Softmax
 from fdp.models.layers import SwiGLU, enter_tp, entered, hidden_bytes, leave_tp, left, normal
@@ -28,7 +26,9 @@ from fdp.models.module import Module, compact
 from fdp.models.nsa import Budget, NativeSparseAttention
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, layer
-from fdp.parallel.layouts import CONTIGUOUS
+from fdp.parallel.context.layouts import CONTIGUOUS
+from fdp.parallel.masks import Mask
+from fdp.price.hardware import chip
 from fdp.step import TrainStep
 
 pytestmark = pytest.mark.fast

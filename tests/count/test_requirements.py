@@ -8,16 +8,16 @@ import jax
 import pytest
 from build import experiment, tiny
 
-from fdp.cost import context, hlo
-from fdp.cost.context import GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
+from fdp.count import context, hlo
 from fdp.count.compare import Sent, sent
+from fdp.count.context import GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
 from fdp.count.requirements import exchanges, missing, required, required_of, unexpected
 from fdp.kernels_pallas import attend
-from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, make_mesh
 from fdp.models.attention import Softmax
 from fdp.models.transformer import with_core
-from fdp.parallel.context import CommPlan
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.masks import Mask
 from fdp.step import TrainStep
 
 pytestmark = pytest.mark.fast

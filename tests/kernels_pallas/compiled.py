@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fdp.cost import aot
+from fdp.count import aot
 
 OVER_BATCH = PartitionSpec("dp")
 PLATFORMS = ("v5e:2x2", "h100:2")

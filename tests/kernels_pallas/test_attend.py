@@ -15,8 +15,8 @@ from fdp.kernels_pallas import attend as front
 from fdp.kernels_pallas import blockwise, flash, walks
 from fdp.kernels_pallas.attend import attend, attend_backward
 from fdp.kernels_pallas.flash import reference, seen_by
-from fdp.kernels_pallas.masks import Mask
 from fdp.objectives.block_diffusion import BlockDiffusionRule
+from fdp.parallel.masks import Mask
 from tests.kernels_pallas.compiled import PLATFORMS, compiled_text, kernels
 from tests.kernels_pallas.oracle import assert_close, inputs, with_gradients
 

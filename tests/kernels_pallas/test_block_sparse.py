@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from fdp.kernels_pallas import block_sparse
 from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention, selected
 from fdp.kernels_pallas.flash import reference
-from fdp.kernels_pallas.masks import Mask, allowed
+from fdp.parallel.masks import Mask, allowed
 from tests.kernels_pallas.compiled import PLATFORMS, compiled_text, kernels
 from tests.kernels_pallas.oracle import assert_close, inputs, with_gradients
 

@@ -14,17 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdp.cost import jaxpr
+from fdp.count import jaxpr
 from fdp.kernels_pallas.blockwise import (
     attention_backward,
     attention_lse,
     merge_lse,
     tiles_computed,
 )
-from fdp.kernels_pallas.masks import Mask
 from fdp.objectives.block_diffusion import BlockDiffusionRule
-from fdp.parallel import layouts
-from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG
+from fdp.parallel.context import layouts
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG
+from fdp.parallel.masks import Mask
 
 B, N, M, H, K, C = 2, 12, 22, 6, 2, 8
 RULE = Mask(rule=BlockDiffusionRule(12, 3))

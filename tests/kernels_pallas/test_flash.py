@@ -13,8 +13,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from fdp.kernels_pallas import flash, tiles
 from fdp.kernels_pallas.attend import attend
 from fdp.kernels_pallas.flash import reference, seen_by
-from fdp.kernels_pallas.masks import Mask
 from fdp.objectives.block_diffusion import BlockDiffusionRule
+from fdp.parallel.masks import Mask
 from tests.kernels_pallas.compiled import PLATFORMS, compiled_text, kernels
 from tests.kernels_pallas.oracle import assert_close, inputs, with_gradients
 

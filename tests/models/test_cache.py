@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import shard_map
-from fdp.cost import jaxpr
-from fdp.kernels_pallas.masks import Mask
+from fdp.count import jaxpr
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models import module
 from fdp.models.transformer import transformer
 from fdp.objectives.block_diffusion import BlockDiffusionRule
+from fdp.parallel.masks import Mask
 
 pytestmark = pytest.mark.fast
 B, L = 4, 8

@@ -15,14 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import psum, shard_map
 from fdp.config import UserError
-from fdp.cost import bytes as closed
-from fdp.cost import hlo
+from fdp.count import bytes as closed
+from fdp.count import hlo
 from fdp.count.compare import sent
 from fdp.count.step import microbatch
 from fdp.mesh import AXES, make_mesh
 from fdp.models import conv, module
 from fdp.models.conv import ShortConvolution
-from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout, permutation, positions
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout, permutation, positions
 from fdp.step import TrainStep
 
 pytestmark = pytest.mark.fast

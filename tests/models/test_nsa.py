@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import psum, shard_map
-from fdp.cost import hlo
+from fdp.count import hlo
 from fdp.mesh import AXES, make_mesh
 from fdp.models import module, nsa
 from fdp.models.attention import Where

@@ -17,7 +17,7 @@ from fdp.experiment import Experiment, standard
 from fdp.hooks import Hook
 from fdp.models.module import Module, compact, initializers
 from fdp.objectives.base import Objective
-from fdp.report import Report, Row
+from fdp.study.report import Report, Row
 
 X, Y, D = 8, 4, 16
 

@@ -5,8 +5,8 @@ Legend: L layers, J lists, W blocks, D devices, N draws.
 
 import numpy as np
 
-from fdp.cost.context import AttentionShape
-from fdp.parallel.layouts import SequenceLayout
+from fdp.count.context import AttentionShape
+from fdp.parallel.context.layouts import SequenceLayout
 from fdp.topics.adaptive_cp.problem import Masks, Problem
 from fdp.topics.adaptive_cp.timing import Link, Machine
 

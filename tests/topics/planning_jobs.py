@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from fdp.cost.architecture import architecture
-from fdp.cost.hardware import cluster
+from fdp.price.hardware import cluster
+from fdp.price.shapes import named
 from fdp.topics.parallelism_search import plan as planner
 
 SMALL = replace(
-    architecture("llama3-8b"),
+    named("llama3-8b"),
     name="small",
     layers=6,
     heads=8,
@@ -20,12 +20,8 @@ SMALL = replace(
 EXPERTS = replace(SMALL, name="experts", experts=8, topk=2, moe_ffn=512, first_dense=2)
 
 
-def job_of(name_or_architecture, text, batch=1024, seq=4096, precision="bf16"):
-    a = (
-        architecture(name_or_architecture)
-        if isinstance(name_or_architecture, str)
-        else name_or_architecture
-    )
+def job_of(name_or_shape, text, batch=1024, seq=4096, precision="bf16"):
+    a = named(name_or_shape) if isinstance(name_or_shape, str) else name_or_shape
     here = cluster(text)
     return planner.job_on(a, here, batch, seq, precision), here
 

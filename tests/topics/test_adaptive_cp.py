@@ -17,16 +17,16 @@ from build import experiment, tiny
 from configs.topic3 import get_config
 from fdp import loop
 from fdp.arm import Arm
-from fdp.cost import hlo
+from fdp.count import hlo
 from fdp.count.compare import relative_error
 from fdp.experiment import Experiment
 from fdp.hooks import Hook
-from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
 from fdp.models.attention import Softmax, Where
-from fdp.parallel import layouts
-from fdp.parallel.context import CommPlan
+from fdp.parallel.context import layouts
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.masks import Mask
 from fdp.sharding import shardings
 from fdp.step import TrainStep
 from fdp.topics.adaptive_cp import checks, measured, runtime, study

@@ -1,4 +1,4 @@
-"""Adaptive context plans: prices against brute force and fdp.cost.context, optimality.
+"""Adaptive context plans: prices against brute force and fdp.count.context, optimality.
 
 Legend: L layers, J lists, W blocks, D devices, N draws.
 """
@@ -9,13 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fdp.cost import context as cost
-from fdp.cost.context import EXCHANGE, PERMUTE, AttentionShape
-from fdp.cost.context_gather import BlockGather
-from fdp.kernels_pallas.masks import Mask
-from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
-from fdp.topics.adaptive_cp import baselines, planner, simulate, timing
+from fdp.count import context as cost
+from fdp.count.context import EXCHANGE, PERMUTE, AttentionShape
+from fdp.count.gather import BlockGather
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.masks import Mask
+from fdp.topics.adaptive_cp import baselines, planner, timing
+from fdp.topics.adaptive_cp import predict as simulate
 from fdp.topics.adaptive_cp.planner import ModelPlan
 from fdp.topics.adaptive_cp.price import (
     BLOCKS,

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import ZIGZAG
+from fdp.parallel.context.layouts import ZIGZAG
+from fdp.parallel.context.plan import CommPlan
+from fdp.topics.adaptive_cp.hysteresis import Scheduler, decode, encode
 from fdp.topics.adaptive_cp.price import BLOCKS
 from fdp.topics.adaptive_cp.problem import Masks, Problem
-from fdp.topics.adaptive_cp.schedule import Scheduler, decode, encode
 from tests.topics.adaptive_cp_problems import FULL, OWN, SHAPE, SLOW
 
 pytestmark = pytest.mark.fast

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdp.cost import inference, network
-from fdp.cost.context import EXCHANGE, GATHER, PERMUTE
-from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG
-from fdp.topics.adaptive_cp import baselines, figures, planner, rows, simulate, synthetic
+from fdp.count.context import EXCHANGE, GATHER, PERMUTE
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG
+from fdp.price import inference, network
+from fdp.topics.adaptive_cp import baselines, figures, planner, rows, synthetic
+from fdp.topics.adaptive_cp import predict as simulate
 from fdp.topics.adaptive_cp.problem import Masks, Problem
 from tests.topics.adaptive_cp_problems import SHAPE, SLOW, W, mixed, random_masks
 

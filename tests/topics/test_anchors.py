@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdp.cost.architecture import ARCHITECTURES
-from fdp.cost.hardware import chip
-from fdp.cost.hybrid import BOTTLENECKS, Prediction
-from fdp.cost.workload import Job, Plan, with_plan
+from fdp.price.hardware import chip
+from fdp.price.hybrid import BOTTLENECKS, Prediction
+from fdp.price.shapes import PUBLISHED
+from fdp.price.workload import Job, Plan, with_plan
 from fdp.topics.parallelism_search.anchors import correct, correlation, posterior
 
 pytestmark = pytest.mark.fast
 
 LLAMA = Job(
-    ARCHITECTURES["llama3-8b"],
+    PUBLISHED["llama3-8b"],
     Plan(tp=2, pp=2, dp=16),
     chip("h100"),
     256,
@@ -28,7 +28,7 @@ LLAMA = Job(
     cluster="a",
 )
 NEIGHBOUR = with_plan(LLAMA, tp=4, dp=8)
-OTHER_MODEL = replace(LLAMA, architecture=ARCHITECTURES["llama3-70b"])
+OTHER_MODEL = replace(LLAMA, shape=PUBLISHED["llama3-70b"])
 ELSEWHERE = replace(OTHER_MODEL, chip=chip("a100"), stack="c/d/1", cluster="c")
 JOBS = [LLAMA, NEIGHBOUR, OTHER_MODEL, ELSEWHERE]
 
@@ -73,7 +73,7 @@ def test_what_resembles_the_anchor_moves_more():
         ({"stack": "a/b/2"}, 1 - 0.01),
         ({"stack": "", "cluster": ""}, 1 - 0.02),
         ({"chip": chip("h200")}, 0.03),
-        ({"architecture": ARCHITECTURES["llama3-70b"]}, 0.02),
+        ({"shape": PUBLISHED["llama3-70b"]}, 0.02),
     ],
 )
 def test_correlation_is_the_sum_of_what_is_shared(changes, expected):
@@ -90,7 +90,7 @@ def test_correlation_falls_with_the_distance_of_plans():
 
 
 def test_two_models_of_one_name_are_not_the_same():
-    small = replace(LLAMA, architecture=replace(LLAMA.architecture, layers=16))
+    small = replace(LLAMA, shape=replace(LLAMA.shape, layers=16))
     assert correlation([small], [LLAMA])[0, 0] < 0.5
 
 

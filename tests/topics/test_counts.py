@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from fdp import config
-from fdp.cost import bytes as closed
-from fdp.cost import flops, hlo, jaxpr
+from fdp.count import bytes as closed
+from fdp.count import flops, hlo, jaxpr
 from fdp.count.counts import GATHER, REDUCE, SCATTER, Counts, Ledger
 from fdp.models.layers import Head, RMSNorm
 from fdp.topics.parallelism_search import counts

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from fdp.cost import hybrid, step_time
-from fdp.cost.architecture import architecture
-from fdp.cost.hardware import chip
-from fdp.cost.workload import Job, Plan, columns
+from fdp.price import hybrid, step_time
+from fdp.price.hardware import chip
+from fdp.price.shapes import named
+from fdp.price.workload import Job, Plan, columns
 from fdp.topics.parallelism_search import fit, validate
 from fdp.topics.parallelism_search.measurements import Measurement, published
 
@@ -30,13 +30,7 @@ def jobs() -> list[Job]:
                         plan = Plan(tp=tp, pp=pp, dp=chips // tp // pp, microbatch=mbs)
                         out.append(
                             Job(
-                                architecture(name),
-                                plan,
-                                chip(kind),
-                                512,
-                                4096,
-                                stack="s/f/1",
-                                cluster="c",
+                                named(name), plan, chip(kind), 512, 4096, stack="s/f/1", cluster="c"
                             )
                         )
     return out
@@ -62,7 +56,7 @@ def synthetic() -> fit.Data:
         k = hybrid.time_coefficients(hybrid.numeric(x), truth(), {})
         seconds = np.asarray(step_time.step_time(hybrid.numeric(x), k)["total"])
     noisy = seconds * np.exp(0.02 * np.random.default_rng(0).standard_normal(len(seconds)))
-    names = [f"{j.architecture.name}|{j.chip.name}" for j in work]
+    names = [f"{j.shape.name}|{j.chip.name}" for j in work]
     rows = zip(names, work, noisy, strict=True)
     return fit.gather(
         [Measurement(i, name, job, float(s)) for i, (name, job, s) in enumerate(rows)]
@@ -73,12 +67,12 @@ def synthetic() -> fit.Data:
 def fitted(synthetic) -> tuple[fit.Fitter, hybrid.Model]:
     with jax.enable_x64(True):
         fitter = fit.Fitter(synthetic)
-        seen = np.array([m.job.architecture.name != "llama2-7b" for m in synthetic.measurements])
+        seen = np.array([m.job.shape.name != "llama2-7b" for m in synthetic.measurements])
         return fitter, fitter.fit(seen, steps=80)
 
 
 def test_an_unseen_model_is_priced_to_the_noise(synthetic, fitted):
-    out = np.array([m.job.architecture.name == "llama2-7b" for m in synthetic.measurements])
+    out = np.array([m.job.shape.name == "llama2-7b" for m in synthetic.measurements])
     with jax.enable_x64(True):
         time = hybrid.predict(fitted[1], synthetic.x).time
     error = np.abs(np.log(time) - synthetic.log_time)[out]
@@ -104,7 +98,7 @@ def test_coefficients_stay_physical(fitted):
 def test_rows_of_weight_zero_do_not_matter(synthetic, fitted):
     """A hold-out may not see its rows: spoiling them changes nothing."""
     model = fitted[1]
-    seen = np.array([m.job.architecture.name != "llama2-7b" for m in synthetic.measurements])
+    seen = np.array([m.job.shape.name != "llama2-7b" for m in synthetic.measurements])
     spoiled = dataclasses.replace(synthetic, log_time=np.where(seen, synthetic.log_time, 99.0))
     with jax.enable_x64(True):
         again = fit.Fitter(spoiled).fit(seen, steps=80)
@@ -125,12 +119,7 @@ def test_the_file_gives_the_model_back(fitted, synthetic):
 
 def test_far_from_data_the_residual_is_silent(fitted):
     far = Job(
-        architecture("gpt3-175b"),
-        Plan(tp=8, pp=32, dp=64, virtual=3),
-        chip("gb200"),
-        4096,
-        65536,
-        "fp8",
+        named("gpt3-175b"), Plan(tp=8, pp=32, dp=64, virtual=3), chip("gb200"), 4096, 65536, "fp8"
     )
     with jax.enable_x64(True):
         p = hybrid.predict(fitted[1], columns([far]))
@@ -139,13 +128,7 @@ def test_far_from_data_the_residual_is_silent(fitted):
 
 def test_intervals_are_wider_for_software_nobody_measured():
     seen = Job(
-        architecture("llama3-8b"),
-        Plan(dp=8),
-        chip("h100"),
-        128,
-        8192,
-        stack="dgxc/nemo/x",
-        cluster="dgxc",
+        named("llama3-8b"), Plan(dp=8), chip("h100"), 128, 8192, stack="dgxc/nemo/x", cluster="dgxc"
     )
     p = hybrid.predict(
         hybrid.shipped(),

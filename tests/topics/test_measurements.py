@@ -28,7 +28,7 @@ ROW = {
 
 def test_a_row_becomes_a_job():
     job = measurement(0, ROW | {"step_time_s": "2.5", "mem_gb": "60"}).job
-    assert (job.architecture.name, job.chip.name, job.precision, job.batch) == (
+    assert (job.shape.name, job.chip.name, job.precision, job.batch) == (
         "llama3-8b",
         "h100",
         "fp8",
@@ -42,7 +42,7 @@ def test_the_playbook_goes_by_several_names():
     job = measurement(
         0, ROW | {"group": "ultrascale_playbook", "framework": "", "model": "8B", "seq": "4096"}
     ).job
-    assert (job.architecture.name, job.stack, job.cluster) == (
+    assert (job.shape.name, job.stack, job.cluster) == (
         "ultrascale-8b",
         "playbook/nanotron/",
         "playbook",
@@ -82,9 +82,9 @@ def test_unknown_models_are_priced_from_their_shapes():
         "ffn": "16384",
         "vocab": "50000",
     }
-    model = measurement(0, ROW | shapes).job.architecture
+    model = measurement(0, ROW | shapes).job.shape
     assert (model.gated, model.kv_heads, model.head_dim) == (False, 32, 128)
-    assert measurement(0, ROW | shapes | {"ffn": "11008"}).job.architecture.gated
+    assert measurement(0, ROW | shapes | {"ffn": "11008"}).job.shape.gated
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from jax.sharding import PartitionSpec as P
 from fdp import config, sharding
 from fdp.arm import Arm
 from fdp.collectives import shard_map
-from fdp.cost import hlo
+from fdp.count import hlo
 from fdp.count.compare import outcome, sent
 from fdp.data.batches import Arrays, blank
 from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models import module
-from fdp.parallel.compressed import int8_psum, quantise
 from fdp.parallel.tensor import cross_entropy, suppress
+from fdp.parallel.wire import int8_psum, quantise
 from fdp.sampling.masked import reveal
 from fdp.sampling.noise import categorical, categorical_confidence, position_keys
 from fdp.step import TrainStep

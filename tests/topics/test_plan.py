@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from fdp import config as fdp_config
-from fdp.cost import hybrid, network, workload
-from fdp.cost.architecture import architecture
-from fdp.cost.hardware import cluster
-from fdp.cost.workload import RECOMPUTE
 from fdp.models.shape import ModelShape
+from fdp.price import hybrid, network, workload
+from fdp.price.hardware import cluster
+from fdp.price.shapes import named
+from fdp.price.workload import RECOMPUTE
 from fdp.topics.parallelism_search import plan as planner
 from fdp.topics.parallelism_search import ranking_text, settings
 from tests.topics.planning_jobs import EXPERTS, SMALL, job_of, tuples
@@ -80,7 +80,7 @@ def test_space_refuses_sizes_below_one(sizes):
 
 
 def test_expert_parallelism_and_wide_tensor_parallelism_are_in_the_space():
-    points = planner.space(architecture("deepseek-v3"), 256, 1024, 4096)
+    points = planner.space(named("deepseek-v3"), 256, 1024, 4096)
     assert points["ep"].max() == 256 and points["tp"].max() == planner.TP_LIMIT
     assert (points["tp"] * points["pp"] * points["cp"] * points["dp"] == 256).all()
 
@@ -89,7 +89,7 @@ def test_expert_parallelism_and_wide_tensor_parallelism_are_in_the_space():
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_columns_and_prices_are_those_of_real_jobs(model, name, precision):
     job, here = job_of(name, "h100:4x8", 64, 4096, precision)
-    points = planner.space(job.architecture, here.size, 64, 4096)
+    points = planner.space(job.shape, here.size, 64, 4096)
     index = np.random.default_rng(0).choice(planner.size_of(points), 300, replace=False)
     sample = {k: v[index] for k, v in points.items()}
     jobs = [dataclasses.replace(job, plan=planner.plan_at(sample, i)) for i in range(len(index))]
@@ -116,7 +116,7 @@ def test_llama_70b_on_256_h100_is_planned_sensibly(llama):
     assert not (first.plan.tp == first.plan.pp == 1 and first.plan.zero == 0)
     times = [r.time for r in llama.plans]
     assert times == sorted(times) and all(r.low < r.time < r.high for r in llama.plans)
-    flops = 3 * architecture("llama3-70b").forward_flops(4096, causal=True) * 1024 * 4096
+    flops = 3 * named("llama3-70b").forward_flops(4096, causal=True) * 1024 * 4096
     assert 0.25 < flops / (256 * 989e12 * first.time) < 0.65  # the MFU of published runs
     for r in llama.plans:
         workload.check(dataclasses.replace(llama.job, plan=r.plan))
@@ -130,7 +130,7 @@ def test_energy_lies_between_idle_and_the_cap(llama):
 
 
 def test_the_best_is_the_best_of_all_that_run(model, llama):
-    points = planner.space(llama.job.architecture, 256, 1024, 4096)
+    points = planner.space(llama.job.shape, 256, 1024, 4096)
     p = planner.price(model, llama.job, points)
     runs = p.feasible >= 0.5
     assert llama.feasible == runs.sum() and llama.plans[0].time == p.time[runs].min()
@@ -186,7 +186,7 @@ def test_a_plan_to_train_keeps_room_for_what_the_compiler_adds(model):
     """
     job, here = job_of("llama3-8b", "h100:2x8", 64)
     own = planner.rank(model, job, here).trainable
-    points = planner.space(job.architecture, 16, 64, 4096)
+    points = planner.space(job.shape, 16, 64, 4096)
     plans = {k: v[planner.trainable(job, points)] for k, v in points.items()}
     p = planner.price(model, dataclasses.replace(job, modern=False), plans)
     fits = p.memory * 1.5 <= job.chip.hbm_bytes
@@ -218,7 +218,7 @@ def test_an_indivisible_batch_names_the_nearest_batch_and_chips(model):
         match=r"none divides the batch 1024: set plan.batch=1143 or use 124 chips",
     ):
         planner.rank(model, *job_of("llama3-8b", "h100:1x127"))
-    a = architecture("llama3-8b")
+    a = named("llama3-8b")
     assert planner.size_of(planner.space(a, 127, 1143, 4096)) and planner.size_of(
         planner.space(a, 124, 1024, 4096)
     )
@@ -237,7 +237,7 @@ def test_config_plans_its_own_model(model):
     c = fdp_config.base(**settings.SECTIONS)
     c.plan.update(model="", cluster="h100:1x8", batch=64, seq_len=1024)
     ranking = planner.for_config(c, model)
-    assert ranking.job.architecture == ModelShape.of(c.model) and ranking.cluster.size == 8
+    assert ranking.job.shape == ModelShape.of(c.model) and ranking.cluster.size == 8
     assert not ranking.job.causal
     c.objective.name = "autoregressive"
     assert planner.for_config(c, model).job.causal
@@ -261,7 +261,7 @@ def test_throughput_counts_all_plans(model):
 )
 def test_faster_hardware_is_never_slower(model, key):
     job, here = job_of("mixtral-8x7b", "h100:8x8", 128)
-    points = planner.space(job.architecture, here.size, 128, 4096)
+    points = planner.space(job.shape, here.size, 128, 4096)
     points = {k: v[::37] for k, v in points.items()}
     better = dataclasses.replace(
         job, chip=dataclasses.replace(job.chip, **{key: 2 * getattr(job.chip, key)})
@@ -273,7 +273,7 @@ def test_faster_hardware_is_never_slower(model, key):
 @pytest.mark.parametrize("key", ["seq", "batch", "width", "kv_width", "vocab", "topk"])
 def test_more_bytes_take_longer(model, key):
     job, here = job_of("mixtral-8x7b", "h100:8x8", 128)
-    points = planner.space(job.architecture, here.size, 128, 4096)
+    points = planner.space(job.shape, here.size, 128, 4096)
     index = np.random.default_rng(0).choice(planner.size_of(points), 300)
     x = planner.columns_of(job, {k: v[index] for k, v in points.items()})
     more = x | {key: 2 * x[key]}

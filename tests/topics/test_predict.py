@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdp.cost import hybrid
+from fdp.price import hybrid
 from fdp.topics.parallelism_search import predict as command
 from fdp.topics.parallelism_search.measurements import measurement
 from fdp.topics.parallelism_search.predict import ADDED, MEASURED, main, predict, price, to_anchors

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from fdp import config as fdp_config
-from fdp.cost import hybrid
-from fdp.cost.architecture import architecture
 from fdp.models.shape import ModelShape
+from fdp.price import hybrid
+from fdp.price.shapes import named
 from fdp.topics.parallelism_search import plan as planner
 from fdp.topics.parallelism_search import ranking_text
 from tests.topics.planning_jobs import SMALL, job_of
@@ -56,8 +56,7 @@ def test_fragment_is_a_valid_config_with_the_mesh_of_the_plan(model, tmp_path, n
         and c.data.seq_len == 4096
     )
     assert {k: c.model[k] for k in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")} == {
-        k: getattr(architecture(name), k)
-        for k in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")
+        k: getattr(named(name), k) for k in ("layers", "width", "heads", "kv_heads", "ffn", "vocab")
     }
 
 

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fdp.cost import hlo, inference
-from fdp.cost.inference import GQA_70B, LLADA_8B, Degrees
+from fdp.count import hlo
+from fdp.price import inference
+from fdp.price.inference import GQA_70B, LLADA_8B, Degrees
 from fdp.sampling import cached
 from fdp.topics.parallel_dlm import switching, switching_region, switching_run
 from fdp.topics.parallel_dlm.switching import Job

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from fdp.cost import hybrid, step_time, workload
-from fdp.cost.architecture import architecture
-from fdp.cost.hardware import cluster
-from fdp.cost.workload import Job, Plan
+from fdp.price import hybrid, step_time, workload
+from fdp.price.hardware import cluster
+from fdp.price.shapes import named
+from fdp.price.workload import Job, Plan
 from fdp.topics.parallelism_search import plan as planner
 from fdp.topics.parallelism_search import traffic as spent
 from tests.topics.planning_jobs import EXPERTS, SMALL, job_of
@@ -119,7 +119,7 @@ def test_work_of_all_chips_is_that_of_the_model_whatever_the_degrees(model):
     """3 forward passes, half a pass of scores that fused attention redoes, and what is
     recomputed.
     """
-    a = architecture("llama3-8b")
+    a = named("llama3-8b")
     scores, head = 2 * 32 * 4096 * 32 * 256 * 0.5, 2.0 * a.vocab * a.width
     extra = {"none": 0.0, "selective": scores, "full": a.forward_flops(4096, causal=True) - head}
     for degrees, (recompute, more) in itertools.product(
@@ -142,7 +142,7 @@ def test_work_of_all_chips_is_that_of_the_model_whatever_the_degrees(model):
 
 def test_energy_of_a_mixed_cluster_is_the_sum_of_its_groups(model):
     job, both = job_of("llama3-8b", "h100:2x8+a100:2x8", 256)
-    points = planner.space(job.architecture, 32, 256, 4096)
+    points = planner.space(job.shape, 32, 256, 4096)
     points = {k: v[:64] for k, v in points.items()}
     x, p = planner.columns_of(job, points), planner.price(model, job, points)
     parts = [spent.joules(model, job, cluster(text), x, p) for text in ("h100:2x8", "a100:2x8")]

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fdp.cost.architecture import architecture
-from fdp.cost.hardware import chip
-from fdp.cost.workload import Job, Plan
+from fdp.price.hardware import chip
+from fdp.price.shapes import named
+from fdp.price.workload import Job, Plan
 from fdp.topics.parallelism_search import fit, landscapes, validate
 from fdp.topics.parallelism_search.measurements import Measurement
 
@@ -21,9 +21,7 @@ def measured(times: list[float], failed: list[int]) -> list[Measurement]:
     out = []
     for i, time in enumerate(times):
         plan = Plan(tp=TPS[i % 6], dp=64 // TPS[i % 6], microbatch=2 ** (i // 6))
-        job = Job(
-            architecture("llama3-8b"), plan, chip("h100"), 1024, 4096, stack="s/f/1", cluster="c"
-        )
+        job = Job(named("llama3-8b"), plan, chip("h100"), 1024, 4096, stack="s/f/1", cluster="c")
         out.append(
             Measurement(i, "task", job, float("nan") if i in failed else time, failed=i in failed)
         )

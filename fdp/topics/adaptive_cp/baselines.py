@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import ZIGZAG, SequenceLayout
+from fdp.parallel.context.layouts import ZIGZAG, SequenceLayout
+from fdp.parallel.context.plan import CommPlan
 from fdp.topics.adaptive_cp import planner
 from fdp.topics.adaptive_cp.planner import ModelPlan, best_uniform, model_value, uniform
 from fdp.topics.adaptive_cp.price import block_bytes

@@ -14,18 +14,19 @@ from jax.sharding import PartitionSpec as P
 
 from fdp.arm import Arm
 from fdp.collectives import shard_map
-from fdp.cost import context as cost
-from fdp.cost import hlo
-from fdp.cost.context_gather import BlockGather, exact_capacity, listed_bytes
+from fdp.count import context as cost
+from fdp.count import hlo
 from fdp.count.compare import Comparison, Key, Sent, against_one_device, relative_error, sent
+from fdp.count.gather import BlockGather, exact_capacity, listed_bytes
 from fdp.grads import plain
-from fdp.kernels_pallas.masks import Mask
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.models import module
 from fdp.models.transformer import Transformer, with_core
-from fdp.parallel import context_gather, layouts
-from fdp.parallel.context import CommPlan, attend
-from fdp.parallel.layouts import SequenceLayout
+from fdp.parallel.context import gather, layouts
+from fdp.parallel.context.attend import attend
+from fdp.parallel.context.layouts import SequenceLayout
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.masks import Mask
 from fdp.sharding import shardings
 from fdp.step import TrainStep, mean_loss
 from fdp.topics.adaptive_cp.cores import Indexed, Listed, Sparse, Switched, by_layer, unstacked
@@ -165,7 +166,7 @@ def static_plan(arm: Arm, tokens_BxS: np.ndarray, masks_NxWxW: np.ndarray) -> Co
     expected = loss, unstacked(grads, layers)
     errors = against_one_device(compiled(*given)[:2], expected)
     formula = _static_bytes(chosen, shape_of(arm, *tokens_BxS.shape), block, ids.shape[-1])
-    counted = sent(compiled, program.mesh, {context_gather.SCOPE: 0})
+    counted = sent(compiled, program.mesh, {gather.SCOPE: 0})
     counted = {key: wire for key, wire in counted.items() if key in formula}
     return Comparison(formula, counted, "plans by layer", *errors)
 
@@ -218,9 +219,7 @@ def place_ids(
     1, W, width].
     """
     width = int(masks_NxWxW.sum(-1).max()) if width is None else width
-    return np.stack(
-        [context_gather.block_ids(m, block, layout, DEVICES, width) for m in masks_NxWxW]
-    )
+    return np.stack([gather.block_ids(m, block, layout, DEVICES, width) for m in masks_NxWxW])
 
 
 def program_over_cp(arm: Arm, batch: int, model: Transformer, inputs: Any) -> TrainStep:

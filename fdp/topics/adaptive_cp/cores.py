@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention
-from fdp.kernels_pallas.masks import Mask
 from fdp.models.attention import Core, Where
 from fdp.models.transformer import Transformer, attention_block
-from fdp.parallel.context import CommPlan, attend
-from fdp.parallel.context_sparse import attend_blocks, topk_ids
-from fdp.parallel.layouts import CONTIGUOUS, SequenceLayout
+from fdp.parallel.context.attend import attend
+from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
+from fdp.parallel.context.lists import attend_blocks, topk_ids
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.masks import Mask
 
 Array = jax.Array
 CAUSAL = Mask("causal")
@@ -76,7 +77,7 @@ class Switched:
 @dataclass(frozen=True)
 class Listed:
     """As `Switched`, attending to the blocks of the layer's lists, by plans of
-    `fdp.parallel.context_sparse`.
+    `fdp.parallel.context.lists`.
 
     Input of a layer: (the plan's number int32 [], ids int32 [b, k, I, A] of this device's query
     blocks). With one plan, the number is not read: a program that is compiled for that plan.
@@ -107,7 +108,7 @@ class Listed:
 @dataclass(frozen=True)
 class Indexed:
     """As `Listed` with lists of at most `width` blocks made from each input
-    (`context_sparse.topk_ids`), for every sequence and key head.
+    (`lists.topk_ids`), for every sequence and key head.
 
     Input of a layer: (the plan's number, how many of the best blocks are listed), int32 [] both.
     """

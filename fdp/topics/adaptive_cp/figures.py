@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fdp.report import figure, save_plot
+from fdp.study.report import figure, save_plot
 from fdp.topics.adaptive_cp.baselines import Baseline, describe
 from fdp.topics.adaptive_cp.planner import ModelPlan
-from fdp.topics.adaptive_cp.simulate import Region
+from fdp.topics.adaptive_cp.predict import Region
 
 KINDS = {
     "ring": "#0072B2",
@@ -28,7 +28,7 @@ DENSE, SPARSE, BOUND = "#999999", "#D55E00", "white"
 
 def density_map(path: Path, density_LxT: np.ndarray, steps: Sequence[int], title: str) -> Path:
     """Density of every layer at every measured step, on a logarithmic scale. Returns the path."""
-    from matplotlib.colors import LogNorm  # on use, as fdp.report does
+    from matplotlib.colors import LogNorm  # on use, as fdp.study.report does
 
     density_LxT = np.asarray(density_LxT, float)
     L, T = density_LxT.shape

@@ -19,7 +19,7 @@ from fdp.metrics import read_metrics
 from fdp.models import module
 from fdp.models.transformer import Transformer, with_core
 from fdp.objectives.base import TokenObjective
-from fdp.parallel.context_plan import CommPlan
+from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.tensor import suppress
 from fdp.step import mean_loss
 from fdp.topics.adaptive_cp.cores import Indexed, Sparse
@@ -149,7 +149,7 @@ def loss_of(arm: Arm, variables: Variables, batch: Batch, masks_NxWxW: np.ndarra
 
 def indexed_loss(arm: Arm, variables: Variables, batch: Batch, width: int) -> float:
     """As `loss_of` with the `width` key blocks that each input chooses
-    (`context_sparse.topk_ids`).
+    (`lists.topk_ids`).
     """
     block = batch["tokens"].shape[1] // BLOCKS
     core = Indexed((CommPlan("all_gather"),), block, BLOCKS)  # one program for all widths

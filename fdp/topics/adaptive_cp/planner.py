@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fdp.cost.context import EXCHANGE
-from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import SequenceLayout
+from fdp.count.context import EXCHANGE
+from fdp.parallel.context.layouts import SequenceLayout
+from fdp.parallel.context.plan import CommPlan
 from fdp.topics.adaptive_cp import search
 from fdp.topics.adaptive_cp.price import Price
 from fdp.topics.adaptive_cp.problem import Priced, Problem, candidates

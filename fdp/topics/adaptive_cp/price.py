@@ -3,11 +3,11 @@ queries really attend to.
 
 Every plan computes exactly the blocks of the mask, whole, whatever it sends: saved compute is never
 counted as saved communication. Bytes and dependent steps of the plans that send all keys are those
-of fdp.cost.context.
+of fdp.count.context.
 
 The gather of blocks (kind `gather`, capacity c): a device asks every peer for the blocks that any
 of its queries needs, and each pair of devices exchanges c blocks, the most that any pair needs
-(rounded up to a grid by the planner). It is fdp.parallel.context_gather: forward an all-reduce of
+(rounded up to a grid by the planner). It is fdp.parallel.context.gather: forward an all-reduce of
 the overflow count, an all-to-all of int32 ids and one of keys and values; backward one of their
 gradients, in the type of the keys. What was gathered is kept for the backward pass, as by an
 all-gather.
@@ -23,13 +23,21 @@ from functools import cached_property
 
 import numpy as np
 
-from fdp.cost import context as cost
-from fdp.cost.context import ACCUMULATOR, EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
-from fdp.cost.context_gather import BlockGather
-from fdp.kernels_pallas.masks import Mask
-from fdp.parallel import layouts
-from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import SequenceLayout
+from fdp.count import context as cost
+from fdp.count.context import (
+    ACCUMULATOR,
+    EXCHANGE,
+    GATHER,
+    PERMUTE,
+    REDUCE,
+    SCATTER,
+    AttentionShape,
+)
+from fdp.count.gather import BlockGather
+from fdp.parallel.context import layouts
+from fdp.parallel.context.layouts import SequenceLayout
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.masks import Mask
 from fdp.topics.adaptive_cp import timing
 from fdp.topics.adaptive_cp.timing import Machine
 
@@ -271,7 +279,7 @@ def _dense_seconds(
     shape: AttentionShape,
     machine: Machine,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(forward, backward) seconds [N] of the plans of fdp.parallel.context."""
+    """(forward, backward) seconds [N] of the plans of fdp.parallel.context.attend."""
     if plan.kind == "all_gather":
         there, back = (
             machine.send(op, t[op], shape.cp)

@@ -10,10 +10,10 @@ from functools import cached_property
 
 import numpy as np
 
-from fdp.cost import context as cost
-from fdp.cost.context import AttentionShape
-from fdp.parallel.context import CommPlan
-from fdp.parallel.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
+from fdp.count import context as cost
+from fdp.count.context import AttentionShape
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
+from fdp.parallel.context.plan import CommPlan
 from fdp.topics.adaptive_cp.price import BLOCKS, Counts, Price, Refused, owners, price
 from fdp.topics.adaptive_cp.timing import Machine
 

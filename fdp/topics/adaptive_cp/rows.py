@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.cost import context
+from fdp.count import context
 from fdp.count.compare import Key
 from fdp.data.recall import task_of
 from fdp.models.nsa import Budget
-from fdp.parallel.layouts import ZIGZAG
-from fdp.report import Row
-from fdp.topics.adaptive_cp import baselines, checks, planner, runtime, simulate
+from fdp.parallel.context.layouts import ZIGZAG
+from fdp.study.report import Row
+from fdp.topics.adaptive_cp import baselines, checks, planner, runtime
+from fdp.topics.adaptive_cp import predict as simulate
 from fdp.topics.adaptive_cp.baselines import Baseline
 from fdp.topics.adaptive_cp.measured import ANSWERS, WIDTHS, Measured
 from fdp.topics.adaptive_cp.planner import ModelPlan

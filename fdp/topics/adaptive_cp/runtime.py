@@ -15,15 +15,16 @@ from fdp.arm import Arm
 from fdp.data.batches import batch
 from fdp.loop import evaluate
 from fdp.models.transformer import with_core
-from fdp.parallel import layouts
-from fdp.parallel.context import CommPlan
+from fdp.parallel.context import layouts
+from fdp.parallel.context.plan import CommPlan
 from fdp.sharding import shardings
-from fdp.topics.adaptive_cp import baselines, checks, simulate
+from fdp.topics.adaptive_cp import baselines, checks
+from fdp.topics.adaptive_cp import predict as simulate
 from fdp.topics.adaptive_cp.cores import Listed
+from fdp.topics.adaptive_cp.hysteresis import Scheduler
 from fdp.topics.adaptive_cp.price import Price
 from fdp.topics.adaptive_cp.problem import Masks, Problem
 from fdp.topics.adaptive_cp.profile import TAU, block_masks, profile
-from fdp.topics.adaptive_cp.schedule import Scheduler
 
 LAYOUT = layouts.ZIGZAG
 

@@ -8,7 +8,7 @@ compute: exact while there are at most MOST of them, which thins out the near ti
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fdp.parallel.context import CommPlan
+from fdp.parallel.context.plan import CommPlan
 from fdp.topics.adaptive_cp.price import Price
 from fdp.topics.adaptive_cp.problem import Priced, Problem
 

@@ -19,10 +19,11 @@ from fdp.metrics import read_metrics
 from fdp.models.layers import SwiGLU
 from fdp.models.nsa import Budget, NativeSparseAttention
 from fdp.models.stack import Block, layer
-from fdp.parallel.layouts import CONTIGUOUS
-from fdp.report import Report, Row
+from fdp.parallel.context.layouts import CONTIGUOUS
 from fdp.run import Run
-from fdp.topics.adaptive_cp import checks, figures, rows, runtime, simulate
+from fdp.study.report import Report, Row
+from fdp.topics.adaptive_cp import checks, figures, rows, runtime
+from fdp.topics.adaptive_cp import predict as simulate
 from fdp.topics.adaptive_cp.measured import Measured, measure
 from fdp.topics.adaptive_cp.profile import TAU, Densities
 from fdp.topics.adaptive_cp.settings import BLOCKS

@@ -26,7 +26,7 @@ class Network(Protocol):
     """Seconds of one collective among `ranks` devices, `inner` of others between neighbours,
     sending `wire` bytes each.
 
-    `op`: HLO name as in fdp.cost.context. A float, or one value a draw [N].
+    `op`: HLO name as in fdp.count.context. A float, or one value a draw [N].
     """
 
     def seconds(self, op: str, wire: float, ranks: int, inner: int) -> Any: ...

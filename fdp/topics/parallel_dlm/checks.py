@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from fdp.arm import Arm
 from fdp.collectives import all_gather, shard_map
-from fdp.cost import bytes as closed
-from fdp.cost import hlo, jaxpr
+from fdp.count import bytes as closed
+from fdp.count import hlo, jaxpr
 from fdp.count.compare import Comparison, outcome, sent
 from fdp.experiment import standard
 from fdp.mesh import AXES, make_mesh
-from fdp.sample import draw
+from fdp.sampling.draw import draw
 from fdp.sampling.noise import categorical_confidence, gumbel
 from fdp.step import TrainStep
 

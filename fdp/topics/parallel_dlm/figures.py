@@ -17,8 +17,8 @@ import numpy as np
 from fdp.arm import Arm
 from fdp.metrics import read_metrics
 from fdp.models import module
-from fdp.report import figure, plot_curves, save_plot
 from fdp.sampling.masked import first_hitting
+from fdp.study.report import figure, plot_curves, save_plot
 from fdp.topics.parallel_dlm.checks import Comparison
 from fdp.topics.parallel_dlm.pareto import Outcome
 

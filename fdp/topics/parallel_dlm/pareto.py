@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from fdp import sharding
 from fdp.arm import Arm
 from fdp.collectives import psum, shard_map, vary, vary_like
-from fdp.cost import jaxpr
+from fdp.count import jaxpr
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models import module
 from fdp.models.shape import ModelShape

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.cost import inference
 from fdp.data.batches import batch
 from fdp.data.synthetic import MarkovChain
-from fdp.report import Row
+from fdp.price import inference
+from fdp.study.report import Row
 from fdp.topics.parallel_dlm import (
     checks,
     estimators,
@@ -87,7 +87,7 @@ def equality(comparisons: list[checks.Comparison]) -> list[Row]:
             "",
             "== 0",
             "counted",
-            note=f"compiled HLO of loss and gradients against fdp.cost.bytes to the byte, {kinds} "
+            note=f"compiled HLO of loss and gradients against fdp.count.bytes to the byte, {kinds} "
             "entries",
         ),
     ]

@@ -33,7 +33,7 @@ from fdp.models.module import Module, compact, run
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, layer
 from fdp.models.transformer import Transformer
-from fdp.parallel.compressed import int8_psum
+from fdp.parallel.wire import int8_psum
 
 Array = jax.Array
 Cache = Any

@@ -13,13 +13,13 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.config import digest
-from fdp.cost.inference import LLADA_8B, Degrees
 from fdp.experiment import Experiment, standard
 from fdp.loop import evaluate
-from fdp.report import Report, Row
+from fdp.price.inference import LLADA_8B, Degrees
 from fdp.run import Run
-from fdp.sample import draw
 from fdp.sampling.cached import BlockDecoder
+from fdp.sampling.draw import draw
+from fdp.study.report import Report, Row
 from fdp.topics.parallel_dlm import (
     checks,
     estimators,

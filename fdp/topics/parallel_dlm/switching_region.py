@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fdp.cost import inference
-from fdp.cost.inference import BOUND, Degrees, Step
 from fdp.models.shape import ModelShape
-from fdp.report import figure, save_plot
+from fdp.price import inference
+from fdp.price.inference import BOUND, Degrees, Step
+from fdp.study.report import figure, save_plot
 from fdp.topics.parallel_dlm.switching import KINDS, Choice, Job, candidates, plan, profile
 
 # 90 % quantile of |error| where nothing was measured here; assumed, wide on purpose.

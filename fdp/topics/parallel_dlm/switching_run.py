@@ -20,10 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdp import sharding
 from fdp.collectives import shard_map
-from fdp.cost import hlo, inference, jaxpr
-from fdp.cost.inference import Degrees
+from fdp.count import hlo, jaxpr
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models import module
+from fdp.price import inference
+from fdp.price.inference import Degrees
 from fdp.sampling.cached import BlockDecoder, refresh_period, start_state
 from fdp.topics.parallel_dlm.switching import Job, exchange_ranks, moved_cache_bytes
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from fdp.cost.hybrid import Prediction
-from fdp.cost.workload import Job
+from fdp.price.hybrid import Prediction
+from fdp.price.workload import Job
 
 FIELDS = ("cluster", "stack", "model", "chip", "gpus")
 # Jobs that agree in all of the fields share a component of this standard deviation, relative to the
@@ -42,7 +42,7 @@ MEMORY_STD = 0.1  # of the cost model's log memory
 
 
 def _fields(job: Job) -> tuple[str, ...]:
-    a = job.architecture
+    a = job.shape
     # The name alone is not enough: models without one, and variants that a user calls the same.
     model = f"{a.name}|{a.layers}|{a.width}|{a.ffn}|{a.experts}"
     return job.cluster, job.stack, model, job.chip.name, str(job.plan.chips)

@@ -1,8 +1,8 @@
-"""Our own counts: what the closed formulas of fdp.cost predict for a program against what its
+"""Our own counts: what the closed formulas of fdp.count predict for a program against what its
 compiled form contains.
 
-Bytes by (op, axes): fdp.cost.bytes against the HLO of loss and gradients. FLOPs: fdp.cost.flops
-against the matmuls of the jaxpr. Memory: fdp.cost.memory against the compiler's plan of the whole
+Bytes by (op, axes): fdp.count.bytes against the HLO of loss and gradients. FLOPs: fdp.count.flops
+against the matmuls of the jaxpr. Memory: fdp.count.memory against the compiler's plan of the whole
 train step. No program is run. Float32 only, because XLA:CPU widens bfloat16 collectives; pp = 1,
 because the model has no pipeline schedule."""
 
@@ -16,9 +16,9 @@ import ml_collections
 import numpy as np
 
 from fdp import config as fdp_config
-from fdp.cost import aot, flops, hlo, jaxpr
-from fdp.cost import bytes as closed
-from fdp.cost import memory as analytic
+from fdp.count import aot, flops, hlo, jaxpr
+from fdp.count import bytes as closed
+from fdp.count import memory as analytic
 from fdp.count.compare import Bytes, sent
 from fdp.data.batches import blank
 from fdp.experiment import standard

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fdp.cost import hybrid
-from fdp.report import figure, save_plot
+from fdp.price import hybrid
+from fdp.study.report import figure, save_plot
 from fdp.topics.parallelism_search.fit import Data
 from fdp.topics.parallelism_search.landscapes import Comparison
 from fdp.topics.parallelism_search.plan import Ranking, price, space
@@ -109,7 +109,7 @@ def regret(workdir: Path, comparison: Comparison) -> str:
 def landscape(workdir: Path, ranking: Ranking) -> str:
     """The predicted landscape: time against memory of every plan, the best ten marked."""
     job = ranking.job
-    points = space(job.architecture, ranking.cluster.size, job.batch, job.seq)
+    points = space(job.shape, ranking.cluster.size, job.batch, job.seq)
     priced = price(hybrid.shipped(), job, points)
     runs = priced.feasible >= 0.5
     fig, axes = figure()
@@ -140,7 +140,7 @@ def landscape(workdir: Path, ranking: Ranking) -> str:
         yscale="log",
         xlabel="predicted GiB a chip",
         ylabel="predicted s a step",
-        title=f"{job.architecture.name} on {ranking.cluster.name}",
+        title=f"{job.shape.name} on {ranking.cluster.name}",
     )
     axes.legend(fontsize=8)
     return _save(fig, workdir, "landscape")

@@ -1,4 +1,4 @@
-"""Fitting the hybrid cost model of fdp.cost.hybrid on measurements: one program for every hold-out,
+"""Fitting the hybrid cost model of fdp.price.hybrid on measurements: one program for every hold-out,
 rows by weight.
 
 Step time and the stall regime by maximum likelihood (Student-t on the log, so that a few broken
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
-from fdp.cost import footprint, hybrid, step_time
-from fdp.cost.hybrid import EFFECTS, MEMORY_EFFECTS, Model
-from fdp.cost.workload import Columns, columns
+from fdp.price import footprint, hybrid, step_time
+from fdp.price.hybrid import EFFECTS, MEMORY_EFFECTS, Model
+from fdp.price.workload import Columns, columns
 from fdp.topics.parallelism_search.measurements import Measurement
 
 SIGMA, FREEDOM = 0.06, 3.0  # scale of the log error and degrees of freedom of its Student-t
@@ -256,7 +256,7 @@ def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
     chips = x["tp"] * x["pp"] * x["dp"] * x["cp"]
     flops = np.array(
         [
-            3 * m.job.architecture.forward_flops(m.job.seq, m.job.causal) * m.job.batch * m.job.seq
+            3 * m.job.shape.forward_flops(m.job.seq, m.job.causal) * m.job.batch * m.job.seq
             for m in data.measurements
         ]
     )

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fdp.config import UserError
-from fdp.cost import architecture as shapes
-from fdp.cost.architecture import ARCHITECTURES
-from fdp.cost.hardware import chip
-from fdp.cost.workload import Job, Plan
 from fdp.models.shape import ModelShape
+from fdp.price import shapes
+from fdp.price.hardware import chip
+from fdp.price.shapes import PUBLISHED
+from fdp.price.workload import Job, Plan
 
 # Scale-out GB/s per chip of clusters whose owners state it; elsewhere the chip's own figure holds.
 CLUSTERS = {
@@ -113,7 +113,7 @@ def measurement(i: int, row: Mapping[str, str]) -> Measurement:
         (
             job.stack,
             job.cluster,
-            job.architecture.name,
+            job.shape.name,
             job.chip.name,
             str(job.plan.chips),
             job.precision,
@@ -153,18 +153,18 @@ def _whole(row: Mapping[str, str], name: str, default: int | None = None) -> int
     return int(value)
 
 
-def to_architecture(row: Mapping[str, str]) -> ModelShape:
+def to_shape(row: Mapping[str, str]) -> ModelShape:
     """Shapes from the row's own columns, completed by the table of known models."""
     name = (row.get("model") or "").strip()
     name = PLAYBOOK.get(name, name) if _group(row) == "playbook" else name
-    known = ARCHITECTURES.get(name)
+    known = PUBLISHED.get(name)
     if (row.get("arch") or "").strip() == "hybrid":
         raise ValueError(
             f"model {name!r} is a hybrid with state-space layers, which the cost model does not "
             "price"
         )
     if not (row.get("hidden") or "").strip():
-        return known or shapes.architecture(name)  # raises, with the closest name
+        return known or shapes.named(name)  # raises, with the closest name
     width, heads = _whole(row, "hidden"), _whole(row, "heads")
     experts, ffn = _whole(row, "experts", 0), _whole(row, "ffn", 0)
     sizes: dict[str, Any] = {
@@ -215,7 +215,7 @@ def _check(job: Job) -> None:
     """Refuse degrees that cannot divide. Published sweeps pad heads, so tp need only divide the
     heads or the FFN.
     """
-    a, p = job.architecture, job.plan
+    a, p = job.shape, job.plan
     _divides("gbs", job.batch, "dp·mbs", p.dp * p.microbatch)
     _divides("seq", job.seq, "cp", p.cp)
     if a.heads % p.tp and (a.moe_ffn or a.ffn) % p.tp:
@@ -290,7 +290,7 @@ def to_job(row: Mapping[str, str]) -> Job:
     precision = _precision(row.get("precision") or "")
     modern = cluster not in OLD_STACKS and precision != "fp16"
     job = Job(
-        to_architecture(row),
+        to_shape(row),
         to_plan(row, modern),
         chip((row.get("gpu") or "").strip()),
         _whole(row, "gbs"),

@@ -2,7 +2,7 @@
 priced and ranked.
 
     here = cluster("h100:32x8")
-    job = job_on(architecture("llama3-70b"), here, 1024, 4096)
+    job = job_on(named("llama3-70b"), here, 1024, 4096)
     print(ranking_text.describe(rank(hybrid.shipped(), job, here)))
 
 Search space and its divisibility: Narayanan et al. 2021 (arXiv 2104.04473; interleaving),
@@ -21,12 +21,11 @@ import ml_collections
 import numpy as np
 
 from fdp.config import UserError
-from fdp.cost import architecture as architectures
-from fdp.cost import hardware, hybrid, workload
-from fdp.cost.hardware import GIB, Chip, Cluster
-from fdp.cost.hybrid import Model, Prediction
-from fdp.cost.workload import RECOMPUTE, Columns, Job, Plan
 from fdp.models.shape import ModelShape
+from fdp.price import hardware, hybrid, shapes, workload
+from fdp.price.hardware import GIB, Chip, Cluster
+from fdp.price.hybrid import Model, Prediction
+from fdp.price.workload import RECOMPUTE, Columns, Job, Plan
 from fdp.topics.parallelism_search.traffic import AXES, joules, traffic
 
 Space = dict[str, np.ndarray]  # "tp", "pp", … (N,) integers; "recompute" indexes RECOMPUTE
@@ -325,7 +324,7 @@ def rank(model: Model, job: Job, cluster: Cluster) -> Ranking:
     Raises UserError with the binding constraint and the nearest relaxation where no plan is valid
     or none fits into memory."""
     job = dataclasses.replace(job, chip=weakest(cluster), domain=domain_of(cluster))
-    points = space(job.architecture, cluster.size, job.batch, job.seq)
+    points = space(job.shape, cluster.size, job.batch, job.seq)
     if not size_of(points):
         raise UserError(_indivisible(job, cluster))
     p = price(model, job, points)
@@ -362,13 +361,11 @@ def _indivisible(job: Job, cluster: Cluster) -> str:
     dp = chips is always open to the model, so it is the batch that none of the possible dp divides.
     """
     chips, batch = cluster.size, job.batch
-    dp = np.unique(_degrees(job.architecture, chips, job.seq)["dp"])
+    dp = np.unique(_degrees(job.shape, chips, job.seq)["dp"])
     larger = int((-(-batch // dp) * dp).min())
-    fewer = next(
-        n for n in range(chips - 1, 0, -1) if size_of(space(job.architecture, n, batch, job.seq))
-    )
+    fewer = next(n for n in range(chips - 1, 0, -1) if size_of(space(job.shape, n, batch, job.seq)))
     shown = ", ".join(map(str, dp[:8])) + (", …" if len(dp) > 8 else "")
-    a = job.architecture
+    a = job.shape
     return (
         f"no plan uses all {chips} chips of {cluster.name}: tp·pp·cp·dp = {chips} with tp | "
         f"{a.heads} heads, pp ≤ "
@@ -389,7 +386,7 @@ def _too_large(model: Model, job: Job, cluster: Cluster, points: Space, p: Predi
         f"no cluster up to {MOST_CHIPS} such chips fits it either; take chips with more memory"
     )
     return (
-        f"{job.architecture.name} fits no plan on {cluster.size} chips of {cluster.name}: the "
+        f"{job.shape.name} fits no plan on {cluster.size} chips of {cluster.name}: the "
         "smallest footprint is "
         f"{least:.1f} GiB a device ({name_of(plan_at(points, i))}), where {hbm:.0f} GiB of HBM "
         "leave room for about "
@@ -401,7 +398,7 @@ MOST_CHIPS = 16384
 
 
 def _fits(model: Model, job: Job, chips: int, seq: int) -> bool:
-    points = space(job.architecture, chips, job.batch, seq)
+    points = space(job.shape, chips, job.batch, seq)
     if not size_of(points):
         return False
     return bool((price(model, dataclasses.replace(job, seq=seq), points).feasible >= LIKELY).any())
@@ -437,7 +434,7 @@ def for_config(config: ml_collections.ConfigDict, model: Model) -> Ranking:
     UserError where there is none.
     """
     c, cluster = config.plan, hardware.cluster(config.plan.cluster)
-    a = architectures.architecture(c.model) if c.model else ModelShape.of(config.model)
+    a = shapes.named(c.model) if c.model else ModelShape.of(config.model)
     causal = bool(c.model) or config.objective.name == "autoregressive"
     return rank(model, job_on(a, cluster, c.batch, c.seq_len, c.precision, causal), cluster)
 
@@ -457,7 +454,7 @@ def name_of(plan: Plan) -> str:
 def trainable(job: Job, points: Space) -> np.ndarray:
     """(N,) whether this code base can train the plan: no pipeline, no expert axes, whole heads, FFN
     and vocabulary per rank, and a recomputation that it has."""
-    a, tp = job.architecture, points["tp"]
+    a, tp = job.shape, points["tp"]
     if a.unbuildable:
         return np.zeros(size_of(points), bool)
     ok = (points["pp"] == 1) & (points["ep"] == 1) & (points["etp"] == 1)
@@ -473,7 +470,7 @@ def throughput(model: Model, job: Job, chips: int, repeats: int = 3) -> float:
     """Plans priced per second when warm, arrays from the space to the predictions included; median
     of `repeats`.
     """
-    points = space(job.architecture, chips, job.batch, job.seq)
+    points = space(job.shape, chips, job.batch, job.seq)
     price(model, job, points)
     seconds = []
     for _ in range(repeats):

@@ -23,9 +23,9 @@ import jax
 import numpy as np
 
 from fdp.config import UserError
-from fdp.cost import hybrid
-from fdp.cost.hybrid import Model, Prediction
-from fdp.cost.workload import Job, columns
+from fdp.price import hybrid
+from fdp.price.hybrid import Model, Prediction
+from fdp.price.workload import Job, columns
 from fdp.topics.parallelism_search.anchors import correct
 from fdp.topics.parallelism_search.measurements import Measurement, measurement, read
 

@@ -7,9 +7,9 @@ import numpy as np
 from tabulate import tabulate
 
 from fdp.config import MODEL
-from fdp.cost.hardware import GIB, Cluster
-from fdp.cost.workload import Plan
 from fdp.models.shape import SIZES
+from fdp.price.hardware import GIB, Cluster
+from fdp.price.workload import Plan
 from fdp.topics.parallelism_search.plan import Ranking, name_of
 
 PLANNED = ("dtype", "remat", "sequence_parallel")  # of a ModelShape, by the plan
@@ -48,7 +48,7 @@ def describe(ranking: Ranking) -> str:
         else ""
     )
     title = (
-        f"{job.architecture.name} on {ranking.cluster.name}{mixed}: {ranking.cluster.size} chips, "
+        f"{job.shape.name} on {ranking.cluster.name}{mixed}: {ranking.cluster.size} chips, "
         f"batch {job.batch} × "
         f"{job.seq} tokens, {job.precision}; {ranking.valid} valid plans, {ranking.feasible} "
         "probably run"
@@ -83,15 +83,12 @@ def fragment(ranking: Ranking) -> str:
     that this code base can train (pp = ep = etp = 1); comments alone where it cannot build the
     model or no such plan fits."""
     job, best = ranking.job, ranking.plans[0]
-    lines = [
-        f'"""{job.architecture.name} on {ranking.cluster.name}: written by the planner."""',
-        "",
-    ]
+    lines = [f'"""{job.shape.name} on {ranking.cluster.name}: written by the planner."""', ""]
     lines.append(f"# Fastest plan: {name_of(best.plan)}, {best.time:.3g} s a step (predicted).")
     r = ranking.trainable
     if r is None:
         missing = (
-            ", ".join(job.architecture.unbuildable)
+            ", ".join(job.shape.unbuildable)
             or "nothing of the model, but no plan without pipeline fits"
         )
         lines += [
@@ -114,7 +111,7 @@ def fragment(ranking: Ranking) -> str:
 
 
 def _config_text(ranking: Ranking, p: Plan) -> str:
-    job, a = ranking.job, ranking.job.architecture
+    job, a = ranking.job, ranking.job.shape
     switches = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != f.default]
     switches = [k for k in switches if k in MODEL and k not in (*SIZES, *PLANNED)]
     shape = ", ".join(f"{k}={getattr(a, k)!r}" for k in (*SIZES, *switches))

@@ -4,9 +4,9 @@ Imports neither jax nor flax.
 
 import ml_collections
 
-from fdp.cost import hardware
-from fdp.cost.architecture import architecture
 from fdp.keys import UserError, choice, count, section, string, words
+from fdp.price import hardware
+from fdp.price.shapes import named
 
 # Hold-outs (fdp.topics.parallelism_search.validate).
 MODELS = (
@@ -43,7 +43,7 @@ SECTIONS = {
 def check(c: ml_collections.ConfigDict) -> None:
     """Raise UserError for a model or a cluster that is not known."""
     for key, known, value in (
-        ("plan.model", architecture, c.plan.model),
+        ("plan.model", named, c.plan.model),
         ("plan.cluster", hardware.cluster, c.plan.cluster),
         ("hardware.topology", hardware.cluster, c.hardware.topology),
     ):

@@ -14,11 +14,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from fdp.config import UserError, digest
-from fdp.cost import architecture, hardware, hybrid
 from fdp.experiment import Experiment, standard
 from fdp.models.shape import ModelShape
-from fdp.report import Report, Row
+from fdp.price import hardware, hybrid, shapes
 from fdp.run import Run
+from fdp.study.report import Report, Row
 from fdp.topics.parallelism_search import (
     counts,
     figures,
@@ -420,7 +420,7 @@ def _search_rows(traces: landscapes.Comparison) -> list[Row]:
 
 def _stages() -> list[Row]:
     """A pipeline of llama3-8b, its head as one more layer of as many FLOPs, over four stages."""
-    a, p, m = architecture.architecture("llama3-8b"), 4, 16
+    a, p, m = shapes.named("llama3-8b"), 4, 16
     layer = (a.forward_flops(8192, causal=True) - 2 * a.vocab * a.width) / a.layers
     times_L = np.array([1.0] * a.layers + [2 * a.vocab * a.width / layer])
     program, integer = stages.partition_dp(times_L, p, m), stages.partition_ilp(times_L, p, m)
@@ -452,7 +452,7 @@ def _stages() -> list[Row]:
 
 def _speed() -> list[Row]:
     target = hardware.cluster("h100:64x8")
-    job = plan.job_on(architecture.architecture("llama3-70b"), target, 1024, 8192)
+    job = plan.job_on(shapes.named("llama3-70b"), target, 1024, 8192)
     per_second = plan.throughput(hybrid.shipped(), job, target.size)
     start = time.perf_counter()
     points = plan.rank(hybrid.shipped(), job, target).valid

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from fdp.cost import energy, hybrid, network, step_time
-from fdp.cost.hardware import Cluster
-from fdp.cost.hybrid import Model, Prediction
-from fdp.cost.workload import Columns, Job
+from fdp.price import energy, hybrid, network, step_time
+from fdp.price.hardware import Cluster
+from fdp.price.hybrid import Model, Prediction
+from fdp.price.workload import Columns, Job
 
 AXES = ("tp", "cp", "ep", "pp", "dp")
 
 
 def traffic(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Bytes (N,) that a device sends per step over each axis, as fdp.cost.step_time prices them
+    """Bytes (N,) that a device sends per step over each axis, as fdp.price.step_time prices them
     (ring wire bytes).
 
     tp: four all-reduces of 2·T·D a layer and microbatch, six with full recomputation (Shoeybi et
@@ -74,7 +74,7 @@ def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.nd
     """({"linear", "rest"} FLOPs, HBM bytes) of a chip in a step, recomputation included, mean over
     chips.
     """
-    a, tokens = job.architecture, job.batch * job.seq / (x["tp"] * x["pp"] * x["dp"] * x["cp"])
+    a, tokens = job.shape, job.batch * job.seq / (x["tp"] * x["pp"] * x["dp"] * x["cp"])
     scores = (
         2
         * a.layers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from fdp.cost import hybrid
+from fdp.price import hybrid
 from fdp.topics.parallelism_search import anchors, fit, settings
 from fdp.topics.parallelism_search.measurements import Measurement
 
@@ -35,7 +35,7 @@ class Case:
 
 
 def _named(name: str) -> Choice:
-    return lambda m: m.job.architecture.name == name
+    return lambda m: m.job.shape.name == name
 
 
 def _mid_size(m: Measurement) -> bool:
@@ -159,7 +159,7 @@ def one_anchor_each(data: fit.Data, outcome: Outcome, draws: int) -> list[float]
     per draw.
     """
     jobs = [data.measurements[row].job for row in outcome.rows]
-    keys = np.array([f"{job.architecture.name}|{job.chip.name}" for job in jobs])
+    keys = np.array([f"{job.shape.name}|{job.chip.name}" for job in jobs])
     errors = []
     for draw in range(draws):
         rng = np.random.default_rng(draw)

@@ -5,8 +5,8 @@ import jax
 from fdp.config import digest
 from fdp.experiment import standard
 from fdp.loop import evaluate
-from fdp.report import Report, Row, figure, save_plot
-from fdp.sample import draw
+from fdp.sampling.draw import draw
+from fdp.study.report import Report, Row, figure, save_plot
 
 
 def arms(config):

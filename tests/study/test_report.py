@@ -1,0 +1,220 @@
+"""A verdict follows from its number, a broken report is named by row and key, and the table fits
+the terminal.
+"""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fdp.study.report import (
+    EVIDENCE,
+    Report,
+    Row,
+    bootstrap_ci,
+    devices,
+    judge,
+    plot_curves,
+    straddles,
+    validate,
+    versions,
+)
+
+pytestmark = pytest.mark.fast
+
+
+def rows():
+    return [
+        Row.judged(
+            "TP halves the bytes | a step",
+            "bytes per step",
+            1_234_567,
+            "B",
+            "<= 0.55",
+            "counted",
+            baseline="Megatron all-reduce in both directions",
+            baseline_values=2_469_134,
+        ),
+        Row.judged(
+            "The loss is equal",
+            "validation loss",
+            [3.1, 3.2, 3.4],
+            "nats/token",
+            "value <= 3.25",
+            "measured",
+            baseline="autoregressive",
+            baseline_values=[3.0, 3.1, 3.2],
+        ),
+        Row.untestable(
+            "It is faster on TPU", "step time", "ms", "<= 0.9", "measured", "needs a TPU v5p slice"
+        ),
+    ]
+
+
+def report(**changes):
+    return Report(
+        **{
+            "topic": "parallel_dlm",
+            "variant": "tiny",
+            "config_hash": "0123456789ab",
+            "rows": rows(),
+        }
+        | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "threshold", "verdict"),
+    [
+        (0.35, "<= 0.35", "holds"),
+        (0.36, "<= 0.35", "fails"),
+        (1e3, ">= 1e3", "holds"),
+        (-1, "value >= -0.5", "fails"),
+        (0.1 + 0.2, "== 0.3", "holds"),
+        (12, "ratio == 13", "fails"),
+    ],
+)
+def test_judge(number, threshold, verdict):
+    assert judge(number, threshold) == verdict
+
+
+@pytest.mark.parametrize("threshold", ["< 3", "about 3", "<= x", "<= 3 ms", ""])
+def test_judge_refuses_other_thresholds(threshold):
+    with pytest.raises(ValueError, match="write '<= x'"):
+        judge(1.0, threshold)
+
+
+def test_judge_refuses_nan():
+    with pytest.raises(ValueError, match="nan cannot be judged"):
+        judge(float("nan"), "<= 1")
+
+
+def test_rows_compute_means_ratios_intervals_and_verdicts():
+    counted, measured, untestable = rows()
+    assert (counted.ratio, counted.ci, counted.verdict, counted.note) == (0.5, None, "holds", "")
+    assert measured.value == pytest.approx(9.7 / 3)
+    assert measured.ratio == pytest.approx(9.7 / 9.3)
+    assert measured.ci is not None
+    assert measured.ci[0] <= measured.value <= measured.ci[1]
+    assert measured.verdict == "holds"
+    assert "straddles the threshold" in measured.note
+    assert (untestable.value, untestable.verdict) == (None, "not testable here")
+
+
+def test_a_verdict_cannot_be_passed_by_hand():
+    with pytest.raises(
+        ValueError, match=r"row 'c', key 'verdict': 'holds', but 2.0 fails at '<= 1'"
+    ):
+        Row("c", "m", 2.0, "s", "", None, None, None, "<= 1", "holds", "measured", "")
+
+
+def test_bootstrap_covers_the_truth_and_pairing_narrows_the_ratio():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for i in range(40):
+        lo, hi = bootstrap_ci(rng.normal(5.0, 1.0, 20), seed=i)
+        hits += lo <= 5.0 <= hi
+    assert hits >= 34
+    base = rng.uniform(1, 9, 8)
+    lo, hi = bootstrap_ci(0.5 * base, base)
+    assert lo == pytest.approx(0.5)
+    assert hi == pytest.approx(0.5)
+    assert bootstrap_ci([1.0]) is None
+    assert bootstrap_ci([1.0, 2.0, 4.0]) == bootstrap_ci([1.0, 2.0, 4.0])
+    with pytest.raises(ValueError, match="2 values, 3 baselines"):
+        bootstrap_ci([1, 2], [1, 2, 3])
+    assert straddles((0.9, 1.1), "<= 1")
+    assert not straddles((0.8, 0.9), "<= 1")
+    assert not straddles((0.9, 1.1), "== 1")
+
+
+def test_written_files_validate_and_raw_numbers_lie_beside(tmp_path):
+    plot = plot_curves(
+        tmp_path / "plots" / "loss.png",
+        {"tp": ([0, 1], [3, 2])},
+        "step",
+        "loss",
+        "Loss",
+        {"AR": 2.5},
+    )
+    raw = {"loss": {"tp": np.array([3.1, np.inf]), "ar": jnp.float32(2.0)}}
+    report(plots=[plot], raw=raw).write(tmp_path)
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    content = json.loads((tmp_path / "report.json").read_text())
+    validate(content, tmp_path)
+    assert content["plots"] == ["plots/loss.png"]
+    assert list(content["rows"][0]) == [
+        "claim",
+        "metric",
+        "value",
+        "unit",
+        "baseline",
+        "baseline_value",
+        "ratio",
+        "ci",
+        "threshold",
+        "verdict",
+        "evidence",
+        "note",
+    ]
+    assert json.loads((tmp_path / "raw.json").read_text()) == {
+        "loss": {"tp": [3.1, "inf"], "ar": 2.0}
+    }
+    text = (tmp_path / "report.md").read_text()
+    assert "![loss](plots/loss.png)" in text
+    assert "8 virtual CPU devices" in text
+    assert "TP halves the bytes \\| a step" in text
+    assert "1,234,567 B" in text
+    for kind in EVIDENCE:
+        assert f"- **{kind}**: " in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "plots",
+        "raw.json",
+        "report.json",
+        "report.md",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("verdict", "proven", r"row 1 .*key 'verdict': 'proven' is none of"),
+        ("verdict", "fails", r"key 'verdict': 'fails', but 3.23\d* holds"),
+        ("evidence", "felt", r"key 'evidence': 'felt' is none of"),
+        ("value", float("nan"), r"row 1 .*key 'value': nan is not a finite number"),
+        ("ci", [2, 1], r"key 'ci': \[2, 1\] has low > high"),
+        ("threshold", "small", r"key 'threshold': threshold 'small'"),
+        ("extra", 1, r"key 'extra': unknown"),
+    ],
+)
+def test_validate_names_row_and_key(key, value, message):
+    content = report().to_json()
+    content["rows"][1][key] = value
+    with pytest.raises(ValueError, match=message):
+        validate(content)
+
+
+def test_validate_finds_missing_keys_plots_and_rows(tmp_path):
+    content = report().to_json()
+    del content["rows"][2]["unit"]
+    with pytest.raises(ValueError, match=r"row 2 .*key 'unit': missing"):
+        validate(content)
+    with pytest.raises(ValueError, match=r"key 'rows': a study must judge"):
+        validate(report(rows=[]).to_json())
+    with pytest.raises(ValueError, match=r"file plots/none.png is missing"):
+        report(plots=["plots/none.png"], raw={"kept": 1}).write(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["raw.json"]
+
+
+@pytest.mark.parametrize("width", [72, 80, 100, 200])
+def test_terminal_table_fits(width):
+    text = report().terminal(width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "holds" in text
+    assert "note: The loss is equal" in text
+
+
+def test_environment_is_named():
+    assert devices() == "8 virtual CPU devices"
+    assert list(versions()) == ["python", "jax", "jaxlib", "flax", "optax", "fdp"]

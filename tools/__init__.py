@@ -1,0 +1,1 @@
+"""What makes the coefficients that ship with the package."""
