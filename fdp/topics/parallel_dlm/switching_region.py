@@ -15,7 +15,7 @@ import numpy as np
 from fdp.models.shape import ModelShape
 from fdp.price import inference
 from fdp.price.inference import BOUND, Degrees, Step
-from fdp.study.report import figure, save_plot
+from fdp.study.figures import figure, save
 from fdp.topics.parallel_dlm.switching import KINDS, Choice, Job, candidates, plan, profile
 
 # 90 % quantile of |error| where nothing was measured here; assumed, wide on purpose.
@@ -172,7 +172,7 @@ def heat_map(path: Path, found: Region, title: str) -> Path:
     np.atleast_1d(panels)[0].set_ylabel("requests")
     fig.colorbar(image, ax=panels, label="speed-up over the best fixed degrees")
     fig.suptitle(f"{title}; second line: lower end of the 95 % interval", fontsize=10)
-    return save_plot(fig, path)
+    return save(fig, path)
 
 
 def step_times(path: Path, job: Job, title: str) -> Path:
@@ -205,4 +205,4 @@ def step_times(path: Path, job: Job, title: str) -> Path:
         panel.set_ylim(0, 1.25 * base.max())
     panels[0].legend(fontsize=7, loc="upper left")
     fig.suptitle(title, fontsize=10)
-    return save_plot(fig, path)
+    return save(fig, path)
