@@ -120,7 +120,7 @@ def _gib(n: float) -> str:
     return f"{n / GIB:.3f}"
 
 
-def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
+def _memory_table(e: analytic.Memory, planned: aot.CompiledMemory | None) -> str:
     rows = [
         (
             "parameters",
@@ -148,7 +148,10 @@ def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
 
 
 def _fit(
-    e: analytic.Memory, planned: aot.Memory | None, overflow: aot.HbmError | None, c: Chip | None
+    e: analytic.Memory,
+    planned: aot.CompiledMemory | None,
+    overflow: aot.HbmError | None,
+    c: Chip | None,
 ) -> str:
     if overflow is not None:
         used, limit = _gib(overflow.used_bytes), _gib(overflow.limit_bytes)

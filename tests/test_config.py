@@ -351,10 +351,10 @@ def test_what_no_machine_holds_is_refused_with_its_bytes(
 
 
 def test_the_closed_lists_are_those_of_the_code_that_reads_them() -> None:
-    from fdp.objectives import schedules
+    from fdp.objectives import noise_schedules
     from fdp.topics.parallelism_search import settings, validate
 
-    assert set(config.SCHEDULES) == schedules.SCHEDULES.keys()
+    assert set(config.SCHEDULES) == noise_schedules.SCHEDULES.keys()
     assert tuple(case.name for case in validate.CASES) == settings.HOLD_OUTS
 
 

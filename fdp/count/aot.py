@@ -144,7 +144,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Memory:
+class CompiledMemory:
     """Bytes per device of a compiled program, as the compiler planned them."""
 
     argument: int
@@ -155,7 +155,7 @@ class Memory:
     host_temp: int  # offloaded to host memory
 
 
-def memory(compiled: Any) -> Memory:
+def memory(compiled: Any) -> CompiledMemory:
     """Memory per device of `jax.stages.Compiled`. Raises ValueError if the backend gives no
     analysis.
     """
@@ -170,7 +170,7 @@ def memory(compiled: Any) -> Memory:
     temp, peak = stats.temp_size_in_bytes, stats.peak_memory_in_bytes
     if _platform(compiled) == "cpu":  # its peak leaves temporaries out
         peak = argument + output - alias + temp
-    return Memory(argument, output, temp, alias, peak, stats.host_temp_size_in_bytes)
+    return CompiledMemory(argument, output, temp, alias, peak, stats.host_temp_size_in_bytes)
 
 
 def _platform(compiled: Any) -> str:

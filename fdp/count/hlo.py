@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from fdp.count.hlo_text import Instruction, Module, ints, replica_groups
+from fdp.count.hlo_text import HloModule, Instruction, ints, replica_groups
 
 # For programs that are compiled to be counted or to run once: only the generation of machine code,
 # which costs most, is cut. It comes after the passes over collectives, and changes planned memory
@@ -99,7 +99,7 @@ def collectives(
         raise ValueError(
             f"the program has {m[1]} partitions but the mesh {dict(mesh_shape)} has {total} devices"
         )
-    return _Audit(Module(text), dict(mesh_shape), branches, dict(trip_counts or {})).run()
+    return _Audit(HloModule(text), dict(mesh_shape), branches, dict(trip_counts or {})).run()
 
 
 def summary(
@@ -235,7 +235,7 @@ _SAME = (
 class _Evaluator:
     """Values of integer scalars in one computation whose parameters are (partly) known."""
 
-    module: Module
+    module: HloModule
     computation: str
     params: Sequence[Value]
     memo: dict[str, Value] = field(default_factory=dict)
@@ -281,7 +281,7 @@ class _Evaluator:
         return values[0] if i.opcode in _SAME else _SCALAR[i.opcode](*values)
 
 
-def run(module: Module, computation: str, params: Sequence[Value]) -> Value:
+def run(module: HloModule, computation: str, params: Sequence[Value]) -> Value:
     """Value of a computation's root, None where it is not a scalar known from `params` and
     constants.
     """
@@ -296,7 +296,7 @@ def run(module: Module, computation: str, params: Sequence[Value]) -> Value:
 class _Audit:
     """Walks the computations from the entry, multiplying executions."""
 
-    module: Module
+    module: HloModule
     mesh_shape: dict[str, int]
     branches: Branches | None
     trip_counts: dict[str, int]

@@ -190,7 +190,7 @@ def _parse_line(line: str) -> tuple[Instruction, bool] | None:
     return Instruction(m[2], line[begin:end], call[1], parts, line[stop:]), bool(m[1])
 
 
-class Module:
+class HloModule:
     """Computations by name, in schedule order."""
 
     def __init__(self, text: str) -> None:

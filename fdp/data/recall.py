@@ -21,7 +21,7 @@ from fdp.data.tokenizer import Tokenizer
 Sample = tuple[np.ndarray, np.ndarray]
 
 
-class Task(Protocol):
+class RecallTask(Protocol):
     """What the tasks below have in common."""
 
     @property
@@ -285,7 +285,7 @@ def _last_scored(batch: int, length: int, answers: int) -> np.ndarray:
 RECALL = ("mqar", "needle", "induction")  # data.source
 
 
-def task_of(source: str, seq_len: int) -> Task:
+def task_of(source: str, seq_len: int) -> RecallTask:
     """The recall task that `data.source` names at this length: seq_len/16 pairs, a needle, a
     segment of seq_len/8.
     """

@@ -6,7 +6,7 @@ from fdp.objectives.autoregressive import Autoregressive
 from fdp.objectives.base import Objective, TokenObjective
 from fdp.objectives.block_diffusion import BlockDiffusion
 from fdp.objectives.mdlm import MDLM
-from fdp.objectives.schedules import schedule
+from fdp.objectives.noise_schedules import schedule
 from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform
 
 

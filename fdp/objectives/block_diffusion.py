@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, weighed
 from fdp.objectives.mdlm import MDLM, masked_capacity
-from fdp.objectives.schedules import Linear, Schedule
+from fdp.objectives.noise_schedules import Linear, NoiseSchedule
 from fdp.parallel.masks import Mask
 
 
@@ -90,7 +90,7 @@ class BlockDiffusion(TokenObjective):
     n_ids: int
     block: int = 16
     form: str = "k"
-    schedule: Schedule = field(default_factory=Linear)
+    schedule: NoiseSchedule = field(default_factory=Linear)
     antithetic: bool = True
     sparse_rows: bool = True
 

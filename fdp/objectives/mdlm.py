@@ -26,7 +26,7 @@ from fdp.objectives.base import (
     stratified_uniform,
     weighed,
 )
-from fdp.objectives.schedules import Linear, Schedule
+from fdp.objectives.noise_schedules import Linear, NoiseSchedule
 from fdp.parallel.tensor import cross_entropy, suppress
 
 
@@ -56,7 +56,7 @@ class MDLM(TokenObjective):
 
     n_ids: int
     form: str = "k"
-    schedule: Schedule = field(default_factory=Linear)
+    schedule: NoiseSchedule = field(default_factory=Linear)
     antithetic: bool = True
     sparse_rows: bool = True
 

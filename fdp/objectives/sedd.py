@@ -21,7 +21,7 @@ from fdp.objectives.base import (
     weighed,
 )
 from fdp.objectives.mdlm import MDLM
-from fdp.objectives.schedules import Geometric, Schedule
+from fdp.objectives.noise_schedules import Geometric, NoiseSchedule
 from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp, vocab_offset
 
 
@@ -76,7 +76,7 @@ class SEDDUniform(TokenObjective):
     schedule."""
 
     n_ids: int
-    schedule: Schedule = field(default_factory=Geometric)
+    schedule: NoiseSchedule = field(default_factory=Geometric)
     antithetic: bool = True
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Noised:

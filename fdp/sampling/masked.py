@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import pmax, psum, vary_like
-from fdp.objectives.schedules import Schedule
+from fdp.objectives.noise_schedules import NoiseSchedule
 from fdp.parallel.tensor import (
     NEVER,
     suppress,
@@ -82,7 +82,7 @@ def initial_state(
     return vary_like(start_BxL.astype(jnp.int32), sample_ids_B)
 
 
-def unmask_prob(schedule: Schedule, step: jax.Array | int, steps: int) -> jax.Array:
+def unmask_prob(schedule: NoiseSchedule, step: jax.Array | int, steps: int) -> jax.Array:
     """Probability that a masked token is revealed in `step` of a uniform grid from t = 1 to 0: f32
     [].
 
@@ -103,7 +103,7 @@ def ancestral(
     *,
     n_ids: int,
     steps: int,
-    schedule: Schedule,
+    schedule: NoiseSchedule,
     temperature: float = 1.0,
     lazy: bool = True,
     start_BxL: jax.Array | None = None,

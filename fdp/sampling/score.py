@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import psum
-from fdp.objectives.schedules import Schedule
+from fdp.objectives.noise_schedules import NoiseSchedule
 from fdp.parallel.tensor import NEVER, suppress, vocab_logsumexp, vocab_offset
 from fdp.sampling.masked import Denoise, Info, initial_state, iterate, unmask_prob
 from fdp.sampling.noise import categorical, position_keys, uniform
@@ -21,7 +21,7 @@ def analytic_absorbing(
     *,
     n_ids: int,
     steps: int,
-    schedule: Schedule,
+    schedule: NoiseSchedule,
     temperature: float = 1.0,
     start_BxL: jax.Array | None = None,
     trace: bool = False,
@@ -75,7 +75,7 @@ def analytic_uniform(
     *,
     n_ids: int,
     steps: int,
-    schedule: Schedule,
+    schedule: NoiseSchedule,
     trace: bool = False,
 ) -> tuple[jax.Array, Info]:
     """Tweedie τ-leaping for a uniform score model; `denoise(z, σ)` returns log scores as in

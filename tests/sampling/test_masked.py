@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import index, size
 from fdp.data.synthetic import MarkovChain
-from fdp.objectives.schedules import schedule
+from fdp.objectives.noise_schedules import schedule
 from fdp.sampling import autoregressive, masked, score
 from tests.oracles import EnumerableJoint
 
