@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.collectives import bound, index, size, vary
+from fdp.collectives import index, shift, size
 from fdp.count.counts import PERMUTE, REDUCE, Counts, Degrees, Ledger, Rows, Work
 from fdp.models.layers import hidden_bytes, normal
 from fdp.models.module import Module, compact
@@ -71,25 +71,17 @@ def before(x_BxRxNxD: Array, layout: SequenceLayout, reach: int) -> Array:
         # Chunk i follows chunk i - 1; chunk 2cp - 1 - i follows that of device i + 1, but the
         # middle two chunks are both on the last device.
         early, late = x_BxRxNxD[:, 0, -reach:], x_BxRxNxD[:, 1, -reach:]
-        late = jnp.where(me == cp - 1, early, _shift(late, cp - 1))
-        return jnp.stack([_shift(early, 1), late], 1)
+        late = jnp.where(me == cp - 1, early, shift(late, "cp", cp - 1))
+        return jnp.stack([shift(early, "cp"), late], 1)
     arrived: dict[int, Array] = {}
     parts = []
     for hop, (ahead, tail) in enumerate(hops(layout, count * n, cp, reach), 1):
         if ahead not in arrived:  # a farther hop of the same distance needs no more
-            arrived[ahead] = _shift(x_BxRxNxD[:, :, -tail:], ahead)
+            arrived[ahead] = shift(x_BxRxNxD[:, :, -tail:], "cp", ahead)
         # Runs are dealt round-robin: `hop` runs back lies in this row or in one above.
         rows_above = -((me - hop) // cp)
         parts.append(jnp.roll(arrived[ahead][:, :, -tail:], rows_above, axis=1))
     return jnp.concatenate(parts[::-1], axis=2)
-
-
-def _shift(x: Array, ahead: int) -> Array:
-    """What the device `ahead` places before this one holds."""
-    if not ahead:
-        return x
-    n = size("cp")
-    return lax.ppermute(vary(x, "cp"), bound("cp"), [(i, (i + ahead) % n) for i in range(n)])
 
 
 class ShortConvolution(Module):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.collectives import all_gather, bound, index, size, vary
+from fdp.collectives import all_gather, index, shift, size
 from fdp.count.counts import GATHER, PERMUTE, SCATTER, Counts, Degrees, Ledger, Rows, Work, merged
 from fdp.models.attention import Where
 from fdp.models.layers import (
@@ -191,8 +191,7 @@ def with_halo(kv_2xBxLxKxC: Array, tokens: int) -> Array:
     """
     if size("cp") == 1 or not tokens:
         return kv_2xBxLxKxC
-    first = vary(kv_2xBxLxKxC[:, :, :tokens], "cp")
-    halo = jax.lax.ppermute(first, bound("cp"), [(i + 1, i) for i in range(size("cp") - 1)])
+    halo = shift(kv_2xBxLxKxC[:, :, :tokens], "cp", by=-1, cyclic=False)
     return jnp.concatenate([kv_2xBxLxKxC, halo], 2)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.collectives import all_gather, bound, index, pmax, psum, size, vary
+from fdp.collectives import all_gather, all_to_all, index, pmax, psum, size, split
 from fdp.kernels_pallas import attend as front
 from fdp.parallel.context import layouts
 from fdp.parallel.context.plan import (
@@ -105,15 +105,15 @@ def _exchange_and_ring(
     and back.
     """
     u = plan.head_split
-    ring_axes, split_axes = _factor(u)
+    ring_axes, split_axes = split("cp", u)
     B, K = q_BxNxHxC.shape[0], kv.shape[3]
     dim = 0 if plan.kind == "batch" else 2
     if dim == 2 and u > K:
         kv = jnp.repeat(
             kv, u // K, axis=3
         )  # fewer key heads than devices: each travels u/K times (rho)
-    q_BxLxHxC = _all_to_all(q_BxNxHxC, split_axes, dim, 1)
-    kv = _all_to_all(kv, split_axes, dim + 1, 2)
+    q_BxLxHxC = all_to_all(q_BxNxHxC, split_axes, dim, 1)
+    kv = all_to_all(kv, split_axes, dim + 1, 2)
     r = size(ring_axes)
     if segment_BxS is not None:
         if dim == 0:
@@ -129,26 +129,7 @@ def _exchange_and_ring(
         segment = None if segment_BxS is None else segment_BxS[:, 0]
         labels = position_S, position_S, segment, segment
         out_BxLxHxC = front.attend(q_BxLxHxC, kv[0], kv[1], mask, *labels)[0]
-    return _all_to_all(out_BxLxHxC, split_axes, 1, dim)
-
-
-def _factor(u: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Axes of cp as (ring, split): the split is the trailing ones with u devices, neighbours on the
-    fastest links.
-    """
-    names = bound("cp")
-    for i in range(len(names) + 1):
-        if size(names[i:]) == u:
-            return names[:i], names[i:]
-    raise ValueError(
-        f"head_split = {u} is not a product of trailing sub-axes of cp = "
-        f"{'·'.join(str(size((n,))) for n in names)}: "
-        f"factor the axis, fdp.mesh.factor(mesh, 'cp')"
-    )
-
-
-def _all_to_all(x: Array, axes: tuple[str, ...], split_dim: int, concat_dim: int) -> Array:
-    return lax.all_to_all(vary(x, axes), axes, split_dim, concat_dim, tiled=True) if axes else x
+    return all_to_all(out_BxLxHxC, split_axes, 1, dim)
 
 
 def decode(
@@ -199,8 +180,8 @@ def decode(
         weight = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
         summed = psum(jnp.concatenate([weight * out, weight], -1), "cp")  # one all-reduce for both
     else:
-        pieces = _all_to_all(
-            jnp.concatenate([out, lse], -1)[None], bound("cp"), 3, 0
+        pieces = all_to_all(
+            jnp.concatenate([out, lse], -1)[None], "cp", 3, 0
         )  # [cp, B, T, H/cp, C+1]
         out, lse = pieces[..., :C], pieces[..., C:]
         top = lse.max(0)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fdp.collectives import all_gather, bound, index, psum, size, vary
+from fdp.collectives import all_gather, all_to_all, index, psum, size, vary
 from fdp.kernels_pallas import walks
 from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention
 from fdp.kernels_pallas.blockwise import vary_alike
@@ -318,11 +318,11 @@ def _fetch(wide_AxJxYx2xKxC: Array, request_RxDxE: Array, dtype) -> Array:
     """The requested blocks [A, D·E, Y, 2, K, C], from device 0 first. Two dependent all-to-alls;
     backward one.
     """
-    A, axes = len(wide_AxJxYx2xKxC), bound("cp")
-    asked_RxDxE = lax.all_to_all(vary(request_RxDxE, "cp"), axes, 1, 1, tiled=True)
+    A = len(wide_AxJxYx2xKxC)
+    asked_RxDxE = all_to_all(request_RxDxE, "cp", 1, 1)
     asked_RxDxE = jnp.maximum(asked_RxDxE, 0)  # unused: answered with a block that nobody reads
     reply_AxDxEx = _pick(wide_AxJxYx2xKxC, _spread(asked_RxDxE, A))
-    got_AxDxEx = lax.all_to_all(reply_AxDxEx.astype(dtype), axes, 1, 1, tiled=True)
+    got_AxDxEx = all_to_all(reply_AxDxEx.astype(dtype), "cp", 1, 1)
     return got_AxDxEx.reshape(A, -1, *wide_AxJxYx2xKxC.shape[2:])
 
 

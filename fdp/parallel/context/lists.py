@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.collectives import all_gather, bound, index, psum, size, vary
+from fdp.collectives import all_gather, all_to_all, index, psum, size
 from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention
 from fdp.parallel.context import gather
 from fdp.parallel.context.gather import gather_attend
@@ -152,11 +152,9 @@ def _by_heads(
         slots_bxkxWxL = jnp.repeat(slots_bxkxWxL, max(u // K, 1), axis=1)
         held = slots_bxkxWxL.shape[1] // u
         slots_bxkxWxL = lax.dynamic_slice_in_dim(slots_bxkxWxL, index("cp") * held, held, 1)
-    exchange = lambda x, split, concat: lax.all_to_all(
-        vary(x, "cp"), bound("cp"), split, concat, tiled=True
-    )
-    out = _listed(exchange(q, 2, 1), exchange(kv, 3, 2), slots_bxkxWxL, block, mask, labels)
-    return exchange(out, 1, 2)
+    q, kv = all_to_all(q, "cp", 2, 1), all_to_all(kv, "cp", 3, 2)
+    out = _listed(q, kv, slots_bxkxWxL, block, mask, labels)
+    return all_to_all(out, "cp", 1, 2)
 
 
 def _listed(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.collectives import index, size, vary_like
+from fdp.collectives import index, shift, size, vary_like
 from fdp.kernels_pallas.attend import attend, attend_backward
 from fdp.kernels_pallas.blockwise import merge_lse, vary_alike
 from fdp.parallel.masks import Mask
@@ -42,8 +42,7 @@ class Ring:
 
     def shift(self, x: Array, by: int = 1) -> Array:
         """What the member `by` places before this one holds."""
-        n = size(self.axes)
-        return lax.ppermute(x, self.axes, [(i, (i + by) % n) for i in range(n)])
+        return shift(x, self.axes, by)
 
 
 class Places(NamedTuple):
