@@ -165,7 +165,7 @@ def reach(e: Experiment, variables: Any) -> tuple[bool, str]:
         return bool(moved[:, at].all()), f"{moved.mean():.0%} of the positions notice"
     index, segment = jnp.arange(length), noised.get("segments")
     args = () if segment is None else (segment, segment)
-    seen = np.broadcast_to(allowed(e.model.core.mask, index, index, *args), (1, length, length))
+    seen = np.broadcast_to(allowed(e.model.softmax.mask, index, index, *args), (1, length, length))
     reached = np.eye(length, dtype=bool)[None] | seen
     for _ in range(math.ceil(math.log2(max(layers, 2)))):
         reached = (reached[:, :, :, None] & reached[:, None]).any(2)

@@ -41,23 +41,33 @@ def _not_an_orbax_task(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.getMessage()
 
 
-# Orbax narrates every save and repeats, five tracebacks long, each error that it also raises.
-logging.getLogger("absl").addFilter(_not_from_orbax)
+@dataclasses.dataclass(frozen=True)
+class _WithoutClosedLoops:
+    """A `sys.unraisablehook` that leaves out callbacks of a closed event loop."""
 
-# After a failed save TensorStore reports every other array of it to Orbax's event loop, which is
-# closed by then: a traceback each, from callbacks that have no caller, and one more for every task
-# whose error nobody reads.
-logging.getLogger("asyncio").addFilter(_not_an_orbax_task)
-_unraisablehook = sys.unraisablehook
+    inner: Callable[[Any], Any]
 
-
-def _without_closed_loops(unraisable: Any) -> None:
-    trace = unraisable.exc_traceback
-    if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
-        _unraisablehook(unraisable)
+    def __call__(self, unraisable: Any) -> None:
+        trace = unraisable.exc_traceback
+        if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+            self.inner(unraisable)
 
 
-sys.unraisablehook = _without_closed_loops
+def mute_orbax() -> None:
+    """Keep off the terminal what Orbax says of saves and of errors that it also raises. A second
+    call changes nothing.
+
+    Orbax logs through absl, whose verbosity is one level for the whole process: only a filter can
+    tell Orbax's records from others.
+    """
+    # One record for every save, and five tracebacks for every error.
+    logging.getLogger("absl").addFilter(_not_from_orbax)
+    # After a failed save TensorStore reports every other array of it to Orbax's event loop, which
+    # is closed by then: a traceback each, from callbacks that have no caller, and one more for
+    # every task whose error nobody reads.
+    logging.getLogger("asyncio").addFilter(_not_an_orbax_task)
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
 
 
 class CheckpointError(RuntimeError):
@@ -67,9 +77,8 @@ class CheckpointError(RuntimeError):
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return error
+    cause = error.__cause__ or error.__context__
+    return error if cause is None else _root_cause(cause)
 
 
 def _first_line(error: BaseException) -> str:
@@ -94,7 +103,10 @@ def _write_error(what: str, path: Path, error: BaseException) -> CheckpointError
     )
     fix = "choose another --workdir"
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        fix = "free space there, lower checkpoint.keep, or choose another --workdir; earlier checkpoints are intact"
+        fix = (
+            "free space there, lower checkpoint.keep, or choose another --workdir; earlier "
+            "checkpoints are intact"
+        )
     elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
         fix = "make it writable or choose another --workdir"
     elif code in (errno.ENOTDIR, errno.EEXIST):
@@ -153,6 +165,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._pending: int | None = None  # the step being written
         self._damaged: set[int] = set()  # steps that a restore could not read
+        mute_orbax()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._unfinished = sorted(
@@ -253,9 +266,9 @@ class Checkpoints:
         """(step, state, meta) of the newest readable checkpoint, or None where there is none.
 
         `abstract_state`: ShapeDtypeStructs with the shardings of the target mesh. What an older
-        checkpoint does not hold, such as model state that was added since, is that of `initial()`. An unreadable
-        checkpoint is named in a warning and the previous one is tried. Raises CheckpointError when
-        there are checkpoints and none is readable."""
+        checkpoint does not hold, such as model state that was added since, is that of `initial()`. An
+        unreadable checkpoint is named in a warning and the previous one is tried. Raises
+        CheckpointError when there are checkpoints and none is readable."""
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps and self._unfinished:
             names = ", ".join(self._unfinished)

@@ -9,7 +9,7 @@ key/value heads, C head_dim.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,19 @@ class Core(Protocol):
     ) -> Array:
         """Rotated queries and keys and values of this device → [B, L, H, C]. `given`: the layer's
         input."""
+        ...
+
+
+@runtime_checkable
+class CachedCore(Core, Protocol):
+    """A core that can also attend to a cache of keys and values."""
+
+    def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
+        """Rows at `index_BxL` against a cache of all positions: [B, L, H, C]."""
+        ...
+
+    def check_cache(self) -> None:
+        """Raises ValueError where a cache would give another result than a pass over all rows."""
         ...
 
 
@@ -235,13 +248,19 @@ class Attention(Module):
         if self.is_initializing():  # a core has no parameters, and perhaps no input yet
             return q, None
         if where.index.ndim == 2:
+            core = self._cached_core()
             k, v = self._replace_rows(k, v, where.index)
-            mix = lambda v: self.core.rows(q, k, v, where.index)  # type: ignore[attr-defined]
+
+            def mix(v: Array) -> Array:
+                return core.rows(q, k, v, where.index)
+
         else:
             self.probe("q", q)
             self.probe("k", k)
             self._keep(k, v)
-            mix = lambda v: self.core(q, k, v, where, given)
+
+            def mix(v: Array) -> Array:
+                return self.core(q, k, v, where, given)
 
         def attended(value_BxL: Array) -> Array:
             spread = jnp.broadcast_to(value_BxL[..., None, None], (*value_BxL.shape, *v.shape[2:]))
@@ -251,13 +270,12 @@ class Attention(Module):
 
     def _keep(self, k_BxLxKxC: Array, v_BxLxKxC: Array) -> None:
         if self.is_mutable_collection(CACHE) and getattr(self.core, "keeps", True):
-            self._check_cache()
+            self._cached_core()
             self.cache("k", k_BxLxKxC)
             self.cache("v", v_BxLxKxC)
 
     def _replace_rows(self, k: Array, v: Array, index_BxL: Array) -> tuple[Array, Array]:
         """Keys and values of the whole cache, with those of these rows replaced."""
-        self._check_cache()
         put = jax.vmap(lambda all_SxKxC, rows_LxKxC, at_L: all_SxKxC.at[at_L].set(rows_LxKxC))
         both = []
         for name, rows in (("k", k), ("v", v)):
@@ -265,18 +283,19 @@ class Attention(Module):
             self.cache(name, both[-1])
         return both[0], both[1]
 
-    def _check_cache(self) -> None:
-        """Raises ValueError where a cache would be wrong."""
+    def _cached_core(self) -> CachedCore:
+        """The core. Raises ValueError where a cache would be wrong."""
         if size("cp") > 1:
             raise ValueError(
                 f"the key/value cache holds whole sequences, S = L·cp = L·1, and cp = {size('cp')}:"
                 " set mesh.cp=1 and give its devices to dp or tp"
             )
-        if not hasattr(self.core, "rows"):
+        if not isinstance(self.core, CachedCore):
             raise ValueError(f"{type(self.core).__name__} has no cached decoding: use Softmax")
         self.core.check_cache()
         if self.shape.conv:
             raise ValueError(conv.refuse_cache(self.shape.conv))
+        return self.core
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError for sizes that the core or the convolution cannot run on these degrees."""

@@ -42,11 +42,13 @@ class _Boxed(nn.Partitioned):
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "_Boxed":
         """As in Flax, and remember that a dim of layers leads."""
-        return super().add_axis(index, params).replace(stacked=True)
+        boxed: Any = super().add_axis(index, params)  # Flax types it as the base class
+        return boxed.replace(stacked=True)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "_Boxed":
         """As in Flax: one layer of the stack."""
-        return super().remove_axis(index, params).replace(stacked=False)
+        boxed: Any = super().remove_axis(index, params)
+        return boxed.replace(stacked=False)
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,20 @@ class Module(nn.Module):
         and dims differ in number or a degree does not divide its dim.
         """
         decay = len(shape) > 1 if decay is None else decay
-        boxed = lambda *args: _Boxed(init(*args), axes, decay=decay)
+
+        def boxed(*args: Any) -> Any:
+            return _Boxed(init(*args), axes, decay=decay)
+
         return self.param(name, boxed, _share(name, shape, axes))
 
     def model_state(
         self, name: str, init: Callable[..., Array], shape: tuple[int, ...], axes: Axes
     ) -> Array:
         """This device's share of state without gradient, such as a router's bias; `init(shape)`."""
-        make = lambda: _Boxed(init(_share(name, shape, axes)), axes)
+
+        def make() -> Any:
+            return _Boxed(init(_share(name, shape, axes)), axes)
+
         return self.variable("state", name, make).value
 
     def aux(self, name: str, value: Array) -> None:
@@ -119,7 +127,7 @@ def _share(name: str, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
 
 
 def stack(
-    block: type[Module],
+    block: Callable[..., Module],
     periods: int,
     remat: Callable[..., bool] | None = None,
     gather: Callable[[Any], Any] | None = None,
@@ -132,7 +140,10 @@ def stack(
     """
     made: Any = block
     if gather is not None:
-        whole = lambda variables: {"params": gather(variables["params"])}
+
+        def whole(variables: Mapping[str, Any]) -> dict[str, Any]:
+            return {"params": gather(variables["params"])}
+
         made = nn.map_variables(made, "params", trans_in_fn=whole)
     if remat is not None:
         made = nn.remat(made, policy=remat, prevent_cse=False)
@@ -210,11 +221,7 @@ def _apply(
 
 def check_leaves(given: Any, expected: Any, what: str = "parameters") -> None:
     """Raises ValueError naming the leaves that are missing, unknown or of another shape."""
-    named = lambda tree: {
-        "/".join(str(getattr(k, "key", k)) for k in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    have, want = named(given), named(expected)
+    have, want = _by_path(given), _by_path(expected)
     lines = [f"missing: {name} {want[name].shape}" for name in want.keys() - have.keys()]
     lines += [f"unknown: {name} {have[name].shape}" for name in have.keys() - want.keys()]
     lines += [
@@ -224,6 +231,14 @@ def check_leaves(given: Any, expected: Any, what: str = "parameters") -> None:
     ]
     if lines:
         raise ValueError(f"these {what} are not the model's: " + "; ".join(sorted(lines)))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, such as "layers/w_q"."""
+    return {
+        "/".join(str(getattr(k, "key", k)) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def spec_leaf(x: Any) -> bool:

@@ -7,7 +7,7 @@ Legend: B sequences, L positions, D width, E noise features.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ REMAT = {
 class Layer:
     """A module to be built: `Layer(cls, fields)(shape, name=…)`; make one with `layer`."""
 
-    cls: type[Module]
+    cls: Callable[..., Module]
     fields: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, shape: ModelShape, **more: Any) -> Any:

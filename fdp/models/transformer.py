@@ -153,6 +153,14 @@ class Transformer(Module):
         return dict(dict(self.pattern[0].fields)["mixing"].fields)["core"]
 
     @property
+    def softmax(self) -> Softmax:
+        """The core of the first block. Raises ValueError for other mixing layers and cores."""
+        core = _core_of(self.pattern[0])
+        if not isinstance(core, Softmax):
+            raise ValueError(f"the model needs softmax attention in its first block, not {core}")
+        return core
+
+    @property
     def head_split(self) -> int:
         """Devices of cp that share out heads or sequences in the first block; 1 for other mixing."""
         plan = getattr(_core_of(self.pattern[0]), "plan", None)

@@ -58,10 +58,10 @@ def sample_cached(
 
     Raises ValueError for a model that is not causal and under cp > 1.
     """
-    if model.core.mask.kind != "causal":
+    if model.softmax.mask.kind != "causal":
         raise ValueError(
             "a cache filled from left to right needs a causal model: under "
-            f"{model.core.mask} later tokens would change the keys of earlier ones"
+            f"{model.softmax.mask} later tokens would change the keys of earlier ones"
         )
     batch, variables = sample_ids_B.shape[0], {"params": params}
     noise_B = vary_like(jnp.zeros(batch), sample_ids_B)

@@ -46,9 +46,9 @@ class BlockDecoder:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.model.core.mask.kind != "bidirectional":
+        if self.model.softmax.mask.kind != "bidirectional":
             raise ValueError(
-                f"blocks are denoised by a bidirectional model, not under {self.model.core.mask}"
+                f"blocks are denoised by a bidirectional model, not under {self.model.softmax.mask}"
             )
         if self.block < 1 or self.per_step < 1:
             raise ValueError(
