@@ -77,7 +77,10 @@ def contenders(args: argparse.Namespace) -> dict[str, Attend]:
     lists = random_lists(n_blocks, args.density, args.causal)
     pairs = n_blocks * (n_blocks + 1) // 2 if args.causal else n_blocks**2
     density = int(lists.k_counts.sum()) / pairs
-    sparse = lambda q, k, v: block_sparse_attention(q, k, v, lists, args.block, args.block, mask)[0]
+
+    def sparse(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return block_sparse_attention(q, k, v, lists, args.block, args.block, mask)[0]
+
     found: dict[str, Attend] = {
         YARDSTICK: lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, is_causal=args.causal, implementation="xla"
@@ -185,7 +188,10 @@ def step_flops(mask: Mask, args: argparse.Namespace) -> int:
     kv = jax.ShapeDtypeStruct((*shape[:2], args.kv_heads, shape[3]), args.dtype)
     place = np.arange(args.seq)
     how = {"backend": "xla", "out_type": "float32"}
-    f = lambda q, k, v: attend(q, k, v, mask, place, place, **how)[0].sum()
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, mask, place, place, **how)[0].sum()
+
     return jaxpr.dot_flops(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(q, kv, kv))
 
 

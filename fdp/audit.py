@@ -123,7 +123,10 @@ def audit_arm(name: str, e: Experiment) -> list[Finding]:
     formula = {} if unknown else closed.traffic(p)
     c = Comparison.of(name, got, want, formula)
     mesh = degrees_equation(e.degrees)
-    found = lambda check, holds, text: Finding(name, mesh, check, holds, text)
+
+    def found(check: str, holds: bool | None, text: str) -> Finding:
+        return Finding(name, mesh, check, holds, text)
+
     findings = [
         found("loss = one device", c.output_error <= TOLERANCE, f"{c.output_error:.1e}"),
         found("gradients = one device", c.gradient_error <= TOLERANCE, f"{c.gradient_error:.1e}"),

@@ -193,7 +193,10 @@ def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
     formula = closed.traffic(p) if stated else {}
     counted = sent(compiled, p.mesh) if compiled is not None else {}
     keys = sorted(formula.keys() | counted.keys(), key=lambda k: (k[1], k[0]))
-    mib = lambda table, key: f"{table.get(key, 0) / 2**20:,.3f}"
+
+    def mib(table: Mapping[Any, float], key: Any) -> str:
+        return f"{table.get(key, 0) / 2**20:,.3f}"
+
     table = [
         (
             f"{key[0]} over {'·'.join(key[1])}",

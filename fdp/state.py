@@ -79,7 +79,10 @@ class StateSpecs:
         """ShapeDtypeStructs with shardings: the target of a restore and the argument of an
         ahead-of-time compile.
         """
-        build = lambda v: self._build(v, jax.random.key(0))
+
+        def build(v: Any) -> Any:
+            return self._build(v, jax.random.key(0))
+
         state = jax.eval_shape(build, {"params": self.shapes, "state": self.model_shapes})
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

@@ -187,7 +187,10 @@ class TrainStep:
         model = state.model
         for rule in self.experiment.rules:
             model = rule(model, aux, state.step)
-        keep = lambda new, old: jnp.where(finite, new, old)
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(finite, new, old)
+
         new = TrainState(
             step=state.step + 1,
             key=state.key,

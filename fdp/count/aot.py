@@ -228,5 +228,6 @@ def hbm_error(exc: BaseException) -> HbmError | None:
 
 def _bytes(text: str) -> int:
     """ "15.75G" → bytes; the compiler's K, M, G, T are powers of 1024."""
-    number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)", text).groups()  # type: ignore[union-attr]
-    return round(float(number) * 1024 ** " KMGT".index(unit or " "))
+    powers = {unit: 1024**i for i, unit in enumerate(("", "K", "M", "G", "T"))}
+    unit = text.lstrip("0123456789.")
+    return round(float(text.removesuffix(unit)) * powers[unit])

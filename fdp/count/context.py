@@ -326,7 +326,10 @@ def _row(plan: CommPlan, mask: Mask, shape: AttentionShape) -> tuple[str, ...]:
     hops = "all" if plan.hops is None else ",".join(map(str, plan.hops)) or "none"
     even = balance(mask, plan.layout, shape.seq_len, shape.cp, plan.head_split)
     before, after = steps(plan, shape.cp)
-    mega = lambda wire: f"{wire / 1e6:,.1f}"
+
+    def mega(wire: float) -> str:
+        return f"{wire / 1e6:,.1f}"
+
     units = f"{forward / shape.unit:.3f}"
     return (
         name,

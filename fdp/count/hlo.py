@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from fdp.count.hlo_text import HloModule, Instruction, ints, replica_groups
+from fdp.count.hlo_text import HloModule, Instruction, attribute, ints, replica_groups
 
 # For programs that are compiled to be counted or to run once: only the generation of machine code,
 # which costs most, is cut. It comes after the passes over collectives, and changes planned memory
@@ -275,9 +275,9 @@ class _Evaluator:
         if any(v is None for v in values):
             return None
         if i.opcode == "get-tuple-element":
-            return values[0][int(re.search(r"index=(\d+)", i.attrs)[1])]  # type: ignore[index]
+            return values[0][int(attribute(r"index=(\d+)", i.attrs))]
         if i.opcode == "compare":
-            return int(_COMPARE[re.search(r"direction=(\w+)", i.attrs)[1]](*values))  # type: ignore[index]
+            return int(_COMPARE[attribute(r"direction=(\w+)", i.attrs)](*values))
         return values[0] if i.opcode in _SAME else _SCALAR[i.opcode](*values)
 
 
@@ -342,7 +342,8 @@ class _Audit:
     def leaf(
         self, computation: str, i: Instruction, count: int, is_async: bool
     ) -> Iterator[Collective]:
-        op, split = i.collective  # type: ignore[misc]
+        assert i.collective is not None
+        op, split = i.collective
         if op == "all-reduce" and computation.startswith("all-reduce-scatter"):
             op = "reduce-scatter"  # XLA:TPU writes a fused reduce-scatter as all-reduce and slice
         groups = replica_groups(i.attrs, math.prod(self.mesh_shape.values()))
@@ -366,8 +367,10 @@ class _Audit:
 
     def loop(self, i: Instruction) -> tuple[str, str]:
         """(condition, body) computations of a while instruction."""
-        names = [re.search(rf"\b{part}=%?([\w.\-]+)", i.attrs) for part in ("condition", "body")]
-        return names[0][1], names[1][1]  # type: ignore[index]
+        condition, body = (
+            attribute(rf"\b{part}=%?([\w.\-]+)", i.attrs) for part in ("condition", "body")
+        )
+        return condition, body
 
     def while_loop(self, i: Instruction, count: int, known: _Evaluator) -> Iterator[Collective]:
         condition, body = self.loop(i)

@@ -29,6 +29,14 @@ def ints(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
+def attribute(pattern: str, attrs: str) -> str:
+    """The first group of `pattern` in the attributes of an instruction. Raises ValueError where
+    there is none."""
+    if not (m := re.search(pattern, attrs)):
+        raise ValueError(f"no {pattern} in the attributes of the instruction: {attrs}")
+    return m[1]
+
+
 def _iota(dims: str, transpose: str | None) -> np.ndarray:
     """`[4,2]T(1,0)` → arange(8).reshape(4, 2).transpose(1, 0), flattened."""
     ids = np.arange(math.prod(ints(dims))).reshape(ints(dims))
@@ -134,7 +142,7 @@ class Instruction:
             names = [n.strip().lstrip("%") for n in m[1].split(",")]
             return list(zip(names, self.operands[1:], strict=True))
         true, false = (
-            re.search(rf"{which}_computation=%?([\w.\-]+)", self.attrs)[1]  # type: ignore[index]
+            attribute(rf"{which}_computation=%?([\w.\-]+)", self.attrs)
             for which in ("true", "false")
         )
         return [(false, self.operands[2]), (true, self.operands[1])]

@@ -270,7 +270,10 @@ def scan_blocks(spec: tiles.Spec, q, k, v, q_tags, k_tags, walk: tiles.Walk) -> 
     q [Z, I, X, C], k and v [Z, J, Y, C], tags and walk [S, …] → out like q, lse f32 [Z, I, 1, X].
     """
     Z = q.shape[0]
-    spread = lambda x: jnp.repeat(x, Z // x.shape[0], 0)
+
+    def spread(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, Z // x.shape[0], 0)
+
     return _scan_blocks(
         spec, *walks.alike((q, k, v, spread(q_tags), spread(k_tags), jax.tree.map(spread, walk)))
     )

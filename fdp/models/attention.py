@@ -208,7 +208,10 @@ class Attention(Module):
         if s.qk_norm:
             q_BxLxHxC = RMSNorm(s.epsilon, name="q_norm")(q_BxLxHxC)
             k_BxLxKxC = RMSNorm(s.epsilon, name="k_norm")(k_BxLxKxC)
-        turn = lambda x: rotary(x, where.position, s.rope_base, s.rope_scaling)
+
+        def turn(x: Array) -> Array:
+            return rotary(x, where.position, s.rope_base, s.rope_scaling)
+
         q_BxLxHxC, k_BxLxKxC = turn(q_BxLxHxC), turn(k_BxLxKxC)
         out_BxLxHxC, attended = self._mix(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, where, given)
         partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)

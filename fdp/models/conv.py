@@ -102,7 +102,10 @@ class ShortConvolution(Module):
         w_WxD = self.weight("w", normal(self.taps**-0.5), (self.taps, D), (None, None))
         w_WxD = w_WxD.astype(x_BxLxD.dtype)
         shape = runs(self.layout, L, size("cp"))
-        with_halo = lambda x: jnp.concatenate([before(x, self.layout, self.taps - 1), x], axis=2)
+
+        def with_halo(x: Array) -> Array:
+            return jnp.concatenate([before(x, self.layout, self.taps - 1), x], axis=2)
+
         x = with_halo(x_BxLxD.reshape(B, *shape, D))
         segment = None
         if segment_BxL is not None:
@@ -124,7 +127,10 @@ class ShortConvolution(Module):
         """Of a filter of the model's width. The halo of document ids is the same in all layers. The
         weights meet activations that vary over tp."""
         at = self.layout, rows.length // degrees["cp"], degrees["cp"], self.taps - 1
-        ledger = lambda wire: Ledger(degrees).put(PERMUTE, ("cp",), wire)
+
+        def ledger(wire: int) -> Ledger:
+            return Ledger(degrees).put(PERMUTE, ("cp",), wire)
+
         halo = halo_bytes(*at, rows.batch * shape.width * shape.itemsize)
         back = ledger(halo).add(REDUCE, ("tp",), 4 * self.taps * shape.width)
         ids = halo_bytes(*at, rows.batch * 4) if rows.segments else 0

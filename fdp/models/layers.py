@@ -128,7 +128,8 @@ class Modulation(Module):
     @compact
     def __call__(self, noise_BxE: Array) -> tuple[Array, Array, Array]:
         w = self.weight("w", zeros, (noise_BxE.shape[-1], 3 * self.width), (None, None))
-        return tuple(jnp.split((noise_BxE @ w)[:, None, :], 3, axis=-1))  # type: ignore[return-value]
+        shift, scale, gate = jnp.split((noise_BxE @ w)[:, None, :], 3, axis=-1)
+        return shift, scale, gate
 
     def counts(self, rows: Rows, degrees: Degrees, varies: bool) -> Counts:
         """`varies`: whether devices of tp modulate different activations, and so reduce the

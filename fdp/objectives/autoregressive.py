@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, carried, weighed
+from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, with_segments, with_weights
 from fdp.parallel.masks import Mask
 from fdp.parallel.tensor import cross_entropy, suppress
 
@@ -33,8 +33,8 @@ class Autoregressive(TokenObjective):
         inputs_BxL = jnp.roll(tokens_BxL, 1, axis=1).at[:, 0].set(self.bos)
         rows = {"targets": tokens_BxL, "weights": jnp.ones(tokens_BxL.shape, jnp.float32)}
         noise_B = jnp.zeros(tokens_BxL.shape[0], jnp.float32)
-        noised = {"inputs": inputs_BxL, "noise": noise_B, "rows": weighed(rows, batch)}
-        return noised | carried(batch)  # type: ignore[return-value]
+        noised: Noised = {"inputs": inputs_BxL, "noise": noise_B, "rows": with_weights(rows, batch)}
+        return with_segments(noised, batch)
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """-log p(target) in nats, times the weight: [R..., V/tp] → f32 [R...]."""

@@ -114,11 +114,14 @@ def select_rows(hidden_BxLxD: jax.Array, rows: Rows, capacity: int) -> tuple[jax
     flat = jax.tree.map(lambda x: x.reshape(-1), rows)
     size = flat["weights"].size
     (places,) = jnp.nonzero(flat["weights"] > 0, size=capacity, fill_value=size)
-    take = lambda x: jnp.take(x, places, axis=0, mode="fill", fill_value=0)
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.take(x, places, axis=0, mode="fill", fill_value=0)
+
     return take(hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])), jax.tree.map(take, flat)
 
 
-def weighed(rows: Rows, batch: Batch) -> Rows:
+def with_weights(rows: Rows, batch: Batch) -> Rows:
     """`rows` with the data's weights of tokens, f32 [B, L], where there are some."""
     if "weights" not in batch:
         return rows
@@ -126,9 +129,9 @@ def weighed(rows: Rows, batch: Batch) -> Rows:
     return rows | {"weights": rows["weights"] * weights, "counted": weights}
 
 
-def carried(batch: Batch) -> dict[str, jax.Array]:
-    """What of a batch the model sees uncorrupted: document ids."""
-    return {"segments": batch["segments"]} if "segments" in batch else {}
+def with_segments(noised: Noised, batch: Batch) -> Noised:
+    """`noised` with the document ids, where the batch has some: the model sees them uncorrupted."""
+    return {**noised, "segments": batch["segments"]} if "segments" in batch else noised
 
 
 def _bit_reverse(n: int) -> np.ndarray:

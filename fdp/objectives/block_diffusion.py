@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, weighed
+from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, with_weights
 from fdp.objectives.mdlm import MDLM, masked_capacity
 from fdp.objectives.noise_schedules import Linear, NoiseSchedule
 from fdp.parallel.masks import Mask
@@ -132,7 +132,7 @@ class BlockDiffusion(TokenObjective):
         return {
             "inputs": jnp.concatenate([noisy_BxL, rows["targets"]], axis=1),
             "noise": blocks["noise"].reshape(count, -1).mean(1),
-            "rows": weighed(rows, batch),
+            "rows": with_weights(rows, batch),
         }
 
     def rows(

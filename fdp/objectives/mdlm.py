@@ -20,11 +20,11 @@ from fdp.objectives.base import (
     Noised,
     Rows,
     TokenObjective,
-    carried,
     shifted_order,
     stratified_counts,
     stratified_uniform,
-    weighed,
+    with_segments,
+    with_weights,
 )
 from fdp.objectives.noise_schedules import Linear, NoiseSchedule
 from fdp.parallel.tensor import cross_entropy, suppress
@@ -93,10 +93,10 @@ class MDLM(TokenObjective):
             masked_BxL = mask_bernoulli(key_mask, noise_B, length)
         # Selecting, not multiplying: at t = 0 the weight is infinite and nothing is masked.
         weights_BxL = jnp.where(masked_BxL, weight_B[:, None], 0.0)
-        rows = weighed({"targets": tokens_BxL, "weights": weights_BxL}, batch)
+        rows = with_weights({"targets": tokens_BxL, "weights": weights_BxL}, batch)
         inputs_BxL = jnp.where(masked_BxL, self.n_ids, tokens_BxL)
-        noised = {"inputs": inputs_BxL, "noise": noise_B, "rows": rows}
-        return noised | carried(batch)  # type: ignore[return-value]
+        noised: Noised = {"inputs": inputs_BxL, "noise": noise_B, "rows": rows}
+        return with_segments(noised, batch)
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """w · -log p(target) in nats over the ids 0..n_ids-1: [R..., V/tp] → f32 [R...]."""

@@ -16,9 +16,9 @@ from fdp.objectives.base import (
     Noised,
     Rows,
     TokenObjective,
-    carried,
     stratified_uniform,
-    weighed,
+    with_segments,
+    with_weights,
 )
 from fdp.objectives.mdlm import MDLM
 from fdp.objectives.noise_schedules import Geometric, NoiseSchedule
@@ -92,15 +92,18 @@ class SEDDUniform(TokenObjective):
         ids_BxL = jax.random.randint(key_id, tokens_BxL.shape, 0, self.n_ids, jnp.int32)
         noisy_BxL = jnp.where(moved_BxL, ids_BxL, tokens_BxL)
         sigma_B = self.schedule.sigma(t_B)
-        spread = lambda x_B: jnp.broadcast_to(x_B[:, None], tokens_BxL.shape)
+
+        def spread(x_B: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(x_B[:, None], tokens_BxL.shape)
+
         rows = {
             "targets": tokens_BxL,
             "weights": spread(self.schedule.rate(t_B)),
             "noisy": noisy_BxL,
             "ratio": spread(uniform_ratio(sigma_B, self.n_ids)),
         }
-        noised = {"inputs": noisy_BxL, "noise": sigma_B, "rows": weighed(rows, batch)}
-        return noised | carried(batch)  # type: ignore[return-value]
+        noised: Noised = {"inputs": noisy_BxL, "noise": sigma_B, "rows": with_weights(rows, batch)}
+        return with_segments(noised, batch)
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """σ'/n Σ_{y≠z} [s_y - r_y log s_y + r_y(log r_y - 1)] in nats, r = p(y|x)/p(z|x): [R...,

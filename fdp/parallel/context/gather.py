@@ -91,7 +91,10 @@ def gather_attend(
         q_position_N,
         segment_AxS,
     )
-    fetch = lambda task: _attend_fetched(mask, task)
+
+    def fetch(task: _Task) -> Array:
+        return _attend_fetched(mask, task)
+
     if capacity == J or size("cp") == 1:
         out = fetch(task)
     else:
@@ -341,7 +344,11 @@ def _attend(mask: Mask, task: _Task, kv: Array, source_RxT: Array, entries_RxIxL
     Entry 0 is a block of zeros: unused places of a list read it, and a NaN in a real block would
     reach every query."""
     A, T, Y = kv.shape[:3]
-    before = lambda x: jnp.pad(x, ((0, 0), (Y, 0)))  # of the block of zeros
+
+    def before(x: Array) -> Array:
+        """With entries for the block of zeros."""
+        return jnp.pad(x, ((0, 0), (Y, 0)))
+
     used = task.slots_RxIxL < len(task.id_W)
     listed, counts = jnp.where(used, entries_RxIxL, 0), used.sum(-1, dtype=jnp.int32)
     if len(used) > 1:  # what all sequences and heads share stays one list
