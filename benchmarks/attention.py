@@ -1,8 +1,9 @@
 """fdp's attention against JAX's own and torch's, on the device that is there: forward, forward and
 backward, and block-sparse; and what a mask saves, counted.
 
-    python -m benchmarks.attention                                   # sizes for 2 CPU cores, < 2 min
-    python -m benchmarks.attention --seq=32768 --heads=32 --kv_heads=8 --head_dim=128 --dtype=bfloat16  # a GPU
+    python -m benchmarks.attention      # sizes for 2 CPU cores, < 2 min
+    python -m benchmarks.attention --seq=32768 --heads=32 --kv_heads=8 --head_dim=128 \\
+        --dtype=bfloat16                # a GPU
 
 All contenders compute the same function of the same arrays, except block-sparse, which keeps
 `--density` of the blocks. torch's takes part on a CPU where torch is installed. Rounds call every
@@ -69,8 +70,8 @@ def random_lists(n_blocks: int, share: float, causal: bool) -> BlockLists:
 
 
 def contenders(args: argparse.Namespace) -> dict[str, Attend]:
-    """Name → attention [B, S, H, C]; on a GPU, "fdp" in bfloat16 is cuDNN, and "fdp, our kernel" the
-    one that serves cp and windows.
+    """Name → attention [B, S, H, C]; on a GPU, "fdp" in bfloat16 is cuDNN, and "fdp, our kernel"
+    the one that serves cp and windows.
     """
     mask = Mask("causal" if args.causal else "bidirectional")
     n_blocks = -(-args.seq // args.block)

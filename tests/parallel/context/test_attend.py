@@ -48,8 +48,8 @@ PLANS = {
 }
 
 
-# Every plan with documents, which are data: with one document a packed mask is the causal one. Masks
-# are told apart by the front alone, so that each of them needs a gather or a ring.
+# Every plan with documents, which are data: with one document a packed mask is the causal one.
+# Masks are told apart by the front alone, so that each of them needs a gather or a ring.
 PAIRS = [(plan, "packed") for plan in PLANS]
 PAIRS += [(plan, mask) for plan in ("ring", "usp2", "all_gather") for mask in list(MASKS)[:2]]
 PAIRS += [("all_gather", "bidirectional window"), ("ring", "rule")]
