@@ -86,8 +86,7 @@ def pmax(x: jax.Array, axes: Axes) -> jax.Array:
 
 def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """Concatenate the shards along `dim`. The result is typed varying: the transpose is a
-    reduce-scatter.
-    """
+    reduce-scatter."""
     names = bound(axes)
     return lax.all_gather(vary(x, axes), names, axis=dim, tiled=True) if names else x
 

@@ -1,4 +1,4 @@
-"""Training state: what a step turns into the next one and a checkpoint keeps."""
+"""The training state: what a train step updates and a checkpoint stores."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 count of calls; key: of all noise; params: float32 masters; opt_state: optax;
-    skipped: int32 steps; model: state without gradient, changed by the experiment's rules.
+    """step: int32 number of calls. key: source of all noise. params: float32 master weights.
+    opt_state: of optax. skipped: int32 number of skipped steps. model: state without gradient,
+    changed by the rules of the experiment.
 
-    The key is data, not a constant of the program: every seed runs the same compiled step.
-    """
+    The key is data, not a constant of the program, so all seeds run the same compiled step."""
 
     step: Any
     key: Any
@@ -33,15 +33,14 @@ class TrainState:
 
     @property
     def variables(self) -> module.Variables:
-        """What a model is applied with."""
+        """The variables that the model is applied with."""
         return {"params": self.params, "state": self.model}
 
 
 class StateSpecs:
-    """Specs and abstract values of an experiment's state on one mesh.
+    """Specs and abstract values of the state of an experiment on one mesh.
 
-    `shapes`, `specs` and `metas` of the parameters; `stored`: specs in which they rest (ZeRO).
-    """
+    `shapes`, `specs` and `metas` of the parameters; `stored`: their specs between steps (ZeRO)."""
 
     def __init__(self, experiment: "Experiment", mesh: AnyMesh):
         self.mesh, self.zero = mesh, experiment.zero
@@ -55,7 +54,7 @@ class StateSpecs:
         self.tx = experiment.optimizer.build(self.metas)
 
     def state_specs(self) -> TrainState:
-        """PartitionSpecs of a TrainState: optimizer moments lie where their parameters lie."""
+        """PartitionSpecs of a TrainState: optimizer moments are sharded like their parameters."""
         opt_shapes = jax.eval_shape(self.tx.init, self.shapes)
         opt = optax.tree_map_params(
             self.tx,
@@ -76,9 +75,8 @@ class StateSpecs:
         return sharding.shardings(self.mesh, self.state_specs())
 
     def abstract_state(self) -> TrainState:
-        """ShapeDtypeStructs with shardings: the target of a restore and the argument of an
-        ahead-of-time compile.
-        """
+        """ShapeDtypeStructs with shardings: the target of a restore, and the argument of
+        ahead-of-time compilation."""
 
         def build(v: Any) -> Any:
             return self._build(v, jax.random.key(0))
