@@ -1,12 +1,12 @@
-"""A short causal convolution over positions, one filter a channel, with a halo over cp in every
-layout.
+"""A short causal convolution over positions, one filter per channel, with a halo exchange over cp
+in every sequence layout.
 
 Arora et al. 2023 (arXiv 2312.04927) put such a filter before attention, so that a key can be found
-by the token before it.
+by the token before it. A run is a range of consecutive positions on one device; T = W - 1 positions
+before a run are its halo.
 
-Legend: B sequences, L positions (local over cp), D width, W taps, R runs of consecutive positions
-that a device holds, N positions of a run, T = W - 1 positions before a run.
-"""
+Legend: B sequences, L positions (local over cp), D width, W taps, R runs of a device, N positions
+of a run, T positions of a halo."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,7 @@ Array = jax.Array
 
 
 def runs(layout: SequenceLayout, length: int, cp: int) -> tuple[int, int]:
-    """(R, N): how many runs of consecutive positions a device holds of `length` local ones, and
-    their length."""
+    """(R, N): number of runs on a device that holds `length` positions, and their length."""
     if cp == 1 or layout.kind == "contiguous":
         return 1, length
     if layout.kind == "zigzag":
@@ -33,8 +32,10 @@ def runs(layout: SequenceLayout, length: int, cp: int) -> tuple[int, int]:
 
 
 def hops(layout: SequenceLayout, length: int, cp: int, reach: int) -> list[tuple[int, int]]:
-    """(devices between, positions of every run), nearest run first, that hold the `reach` positions
-    before each run. Raises ValueError for runs shorter than that, unless they are dealt out."""
+    """From which devices the `reach` positions before each run come, nearest first: (offset of the
+    device, number of positions of each run).
+
+    Raises ValueError for runs shorter than `reach`, except in the striped layout."""
     _, n = runs(layout, length, cp)
     if layout.kind != "striped" and n < reach:
         raise ValueError(
@@ -49,8 +50,8 @@ def hops(layout: SequenceLayout, length: int, cp: int, reach: int) -> list[tuple
 def halo_bytes(
     layout: SequenceLayout, length: int, cp: int, reach: int, bytes_of_position: int
 ) -> int:
-    """Wire bytes that a device sends for one halo, and again for its gradient: the last positions
-    of each run, once to every device that needs them."""
+    """Bytes that a device sends for one halo exchange; its gradient sends the same. The last
+    positions of each run are sent once to every device that needs them."""
     if cp == 1:
         return 0
     sent: dict[int, int] = {}
@@ -60,8 +61,7 @@ def halo_bytes(
 
 
 def before(x_BxRxNxD: Array, layout: SequenceLayout, reach: int) -> Array:
-    """The `reach` positions before every run: [B, R, T, D]. What lies before position 0 is
-    undefined."""
+    """The `reach` positions before every run: [B, R, T, D]. Values before position 0 are undefined."""
     count, n = x_BxRxNxD.shape[1:3]
     cp, me = size("cp"), index("cp")
     if cp == 1:
@@ -85,11 +85,11 @@ def before(x_BxRxNxD: Array, layout: SequenceLayout, reach: int) -> Array:
 
 
 class ShortConvolution(Module):
-    """y[p] = Σ_d w[d] · x[p - d], d < `taps`, channel by channel: [B, L, D] → [B, L, D].
+    """y[p] = Σ_d w[d] · x[p - d], d < `taps`, for every channel: [B, L, D] → [B, L, D].
 
-    Nothing before the sequence, or before the document where `segment` tells them apart, is read.
-    Raises ValueError for runs that are shorter than what a tap reaches (`hops`), and for rows of a
-    cache, which hold no neighbours."""
+    Positions before the sequence, or before the document where `segment` is given, count as zero.
+    Raises ValueError for runs shorter than the halo (`hops`), and for rows of a cache, which lack
+    their neighbours."""
 
     taps: int
     layout: SequenceLayout
@@ -124,8 +124,9 @@ class ShortConvolution(Module):
         return out.reshape(B, L, D)
 
     def counts(self, shape: ModelShape, rows: Rows, degrees: Degrees) -> Counts:
-        """Of a filter of the model's width. The halo of document ids is the same in all layers. The
-        weights meet activations that vary over tp."""
+        """Counts of a filter of the model's width. The halo of document ids is shared by all
+        layers. The gradient of the weights is reduced over tp, because the activations vary over
+        tp."""
         at = self.layout, rows.length // degrees["cp"], degrees["cp"], self.taps - 1
 
         def ledger(wire: int) -> Ledger:
@@ -144,7 +145,7 @@ class ShortConvolution(Module):
 
 
 def refuse_cache(taps: int) -> str:
-    """Why there is no cached decoding, and what to do."""
+    """The error message for cached decoding with a convolution."""
     return (
         f"model.conv = {taps} has no cached decoding: rows of a cache do not hold the {taps - 1} "
         "positions before them; set model.conv=0 or sample without a cache"
