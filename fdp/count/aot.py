@@ -1,18 +1,16 @@
-"""Devices that are not there: compile for TPU slices and H100 nodes on any machine, and read what
-the compiler found.
+"""Compile for TPU slices and H100 nodes that are not present, and read what the compiler found.
 
 The compilers come with pip packages (`pip install 'fdp[aot]'`); no accelerator, driver or CUDA
-library is needed. What is compiled can be inspected (text, memory, overflow of HBM) but not run,
-and without a device nothing is autotuned: the result is evidence of what compiles, fits and
-overlaps, never a timing.
+library is needed. A compiled program can be inspected (text, memory, overflow of HBM) but not run,
+and without a device nothing is autotuned. The result is therefore evidence of what compiles, fits
+and overlaps, never a timing.
 
-    prepare_environment()                                  # before jax is imported
+    prepare_environment()                              # before jax is imported
     mesh = make_mesh(degrees, topology_devices("v5p:4x4x4"))
-    compiled = compile(jax.jit(step).lower(*shapes))       # shapes: ShapeDtypeStructs with shardings on `mesh`
+    compiled = compile(jax.jit(step).lower(*shapes))   # ShapeDtypeStructs, sharded on `mesh`
     memory(compiled), hlo.collectives(compiled.as_text(), dict(mesh.shape))
 
-Importing this module does not import jax.
-"""
+Importing this module does not import jax."""
 
 import difflib
 import importlib.util
@@ -50,10 +48,9 @@ dnn_version_info { major: 9 minor: 12 }
 
 def prepare_environment() -> None:
     """Set, where unset, the environment variables that let the compilers load without hardware.
-    Call before jax.
+    Call before jax is imported.
 
-    No accelerator is touched: arrays of this process live on the CPU.
-    """
+    No accelerator is touched: arrays of this process stay on the CPU."""
     defaults = {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server which TPU this is
@@ -83,11 +80,11 @@ def available(platform: str) -> bool:
 
 
 def topology_devices(platform_topology: str) -> "list[jax.Device]":
-    """Devices of an absent machine, to build a Mesh from and compile for.
+    """Devices of an absent machine, to build a Mesh from and to compile for.
 
-    "v5p:4x4x4", "v5e:16x16", "v6e:16x16": TPU chips as a torus (v4 and tpu7x have two devices a
-    chip); "h100:8", "h100:2x8": GPUs of one node, or nodes x GPUs. Raises ValueError for an unknown
-    name or shape and ImportError when the compiler is not installed."""
+    "v5p:4x4x4", "v5e:16x16", "v6e:16x16": TPU chips as a torus (v4 and tpu7x have two devices per
+    chip). "h100:8", "h100:2x8": GPUs of one node, or nodes x GPUs. Raises ValueError for an unknown
+    name or shape, and ImportError when the compiler is not installed."""
     name, _, shape = platform_topology.partition(":")
     if name not in (*_TPU, *_GPU):
         raise ValueError(_unknown(name, [*_TPU, *_GPU]))
@@ -122,8 +119,8 @@ def topology_devices(platform_topology: str) -> "list[jax.Device]":
 
 
 def compile(lowered: Any, compiler_options: dict[str, Any] | None = None) -> Any:
-    """`lowered.compile()` kept out of the persistent compilation cache, which cannot read back what
-    has no device.
+    """`lowered.compile()` without the persistent compilation cache, which cannot load programs of
+    absent devices.
 
     compiler_options: XLA flags of the platform, as Python values:
     {"xla_tpu_enable_latency_hiding_scheduler": True}."""
@@ -145,7 +142,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 @dataclass(frozen=True)
 class CompiledMemory:
-    """Bytes per device of a compiled program, as the compiler planned them."""
+    """Bytes per device of a compiled program, as planned by the compiler."""
 
     argument: int
     output: int
@@ -199,10 +196,8 @@ class HbmError:
 
 
 def hbm_error(exc: BaseException) -> HbmError | None:
-    """What the compiler says about a program that overflows HBM; None if `exc` is another error.
-
-    Figures are the compiler's, rounded to 0.01 of their unit.
-    """
+    """What the compiler reports about a program that overflows HBM; None if `exc` is another error.
+    Figures are the compiler's, rounded to 0.01 of their unit."""
     text = str(exc)
     if not re.search(
         r"RESOURCE_EXHAUSTED|CompileTimeHbmOom|Ran out of memory in memory space hbm", text

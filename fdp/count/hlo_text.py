@@ -124,9 +124,8 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Computations this instruction runs; a reducer (`to_apply` of a reduction) holds no
-        collective, no harm.
-        """
+        """Computations that this instruction runs. The reducer of a reduction (`to_apply`) is among
+        them; it holds no collective."""
         names = [m for _, m in re.findall(r"\b(calls|to_apply)=%?([\w.\-]+)", self.attrs)]
         lists = re.findall(r"\bcalled_computations=\{([^}]*)\}", self.attrs)
         return names + [
@@ -135,9 +134,7 @@ class Instruction:
 
     @property
     def branches(self) -> list[tuple[str, str]]:
-        """(computation, operand) of every branch of a conditional in JAX's order: index 0 is
-        False.
-        """
+        """(computation, operand) of every branch of a conditional in JAX's order: index 0 is False."""
         if m := re.search(r"branch_computations=\{([^}]*)\}", self.attrs):
             names = [n.strip().lstrip("%") for n in m[1].split(",")]
             return list(zip(names, self.operands[1:], strict=True))
@@ -149,7 +146,7 @@ class Instruction:
 
     @property
     def collective(self) -> tuple[str, bool] | None:
-        """(op, is_async), None for anything else and for the `-done` half."""
+        """(op, whether it is asynchronous); None for other instructions and for the `-done` half."""
         op = self.opcode.removesuffix("-start")
         if (
             op == "send" and "_xla_send_recv_source_target_pairs" in self.attrs
@@ -182,7 +179,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _parse_line(line: str) -> tuple[Instruction, bool] | None:
-    """One instruction and whether it is its computation's root; None for any other line."""
+    """One instruction, and whether it is the root of its computation; None for any other line."""
     m = re.match(r"\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*(?=[(a-z])", line)
     if not m:
         return None

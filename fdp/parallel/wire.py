@@ -1,7 +1,6 @@
 """Collectives with fewer bits on the wire: int8 with one scale for each row and chunk.
 
-Legend: N rows, D width, t degree of the axis, C = D/t columns of a chunk.
-"""
+Legend: N rows, D width, t degree of the axis, C = D/t columns of a chunk."""
 
 import jax
 import jax.numpy as jnp

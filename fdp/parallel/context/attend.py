@@ -1,12 +1,13 @@
-"""Attention over a sequence that is sharded over cp, by any communication plan; the reference where
-cp is unbound.
+"""Attention over a sequence that is sharded over cp, by any communication plan. Where cp is unbound
+it is the single-device reference.
 
-Every plan gathers the positions (and segment ids) of all devices once, if the mask reads them, and
-masks by position. The result is therefore that of one device for any layout of the sequence.
+If the mask reads positions (or segment ids), every plan gathers those of all devices once. The
+result therefore equals that of one device for any layout of the sequence. A plan splits cp into u =
+`head_split` devices that exchange heads (or sequences) for positions, and rings of r = cp/u
+devices; L = u·N.
 
-Legend: B sequences, N local positions, S all positions, L = u·N positions after an exchange, r =
-cp/u ring members, T new tokens of a decode step, M cache slots, H query heads, K key/value heads, C
-head_dim; u: CommPlan.head_split."""
+Legend: B sequences, N local positions, S all positions, L positions after the exchange, T new
+tokens of a decode step, M cache slots, H and K query and key/value heads, C head_dim."""
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +55,10 @@ def attend(
     """Softmax attention of the local queries to the keys of all devices of cp: [B, N, H, C], in q's
     type.
 
-    q_position_N: global positions of the local tokens, which are gathered; None: those of
+    q_position_N: global positions of the local tokens; they are gathered. None: the positions of
     `plan.layout`, known without communication. segment_BxN: document ids for a packed mask. Raises
     ValueError for what `check` refuses.
+
     Sources: Liu et al. 2023 (ring), Jacobs et al. 2023 (Ulysses), Fang & Zhao 2024 (USP), Llama 3
     2024 (all-gather)."""
     cp, (B, N, H, _), K = size("cp"), q_BxNxHxC.shape, k_BxNxKxC.shape[2]
@@ -83,7 +85,7 @@ def attend(
 def _positions(
     mask: Mask, plan: CommPlan, q_position_N: Array | None, N: int
 ) -> tuple[Array | None, Array | None]:
-    """(of the local queries, of the tokens of all devices); None where the mask reads none."""
+    """Positions of (the local queries, the tokens of all devices); None where the mask reads none."""
     if not mask.orders:
         return None, None
     if q_position_N is not None:
@@ -101,9 +103,8 @@ def _exchange_and_ring(
     position_S: Array | None,
     segment_BxS: Array | None,
 ) -> Array:
-    """Heads (or sequences) against positions over the trailing sub-axes, a ring over the others,
-    and back.
-    """
+    """All-to-all over the inner sub-axes (heads or sequences for positions), ring over the outer
+    ones, and all-to-all back."""
     u = plan.head_split
     ring_axes, split_axes = split("cp", u)
     B, K = q_BxNxHxC.shape[0], kv.shape[3]
@@ -141,14 +142,15 @@ def decode(
     q_position_T: Array,
     k_position_M: Array,
 ) -> Array:
-    """Few queries, replicated over cp, against a key/value cache that is sharded over cp, in any
-    order. Forward only.
+    """Attention of few queries, replicated over cp, to a key/value cache that is sharded over cp in
+    any order. Forward only; for decoding with a cache sharded over cp.
 
-    plan tree: [B, T, H, C], replicated, by two all-reduces. plan helix: this device's [B, T, H/cp,
-    C], by one all-to-all over heads, the fewest bytes and ready for an output projection sharded by
-    heads. Each key lives on ONE device; an empty slot has a position after every query's. Raises
-    ValueError for what `check` refuses. Sources: Shyam et al. 2024 (Tree Attention), Bhatia et al.
-    2025 (Helix Parallelism)."""
+    plan tree: [B, T, H, C], replicated, by two all-reduces. plan helix: the heads of this device,
+    [B, T, H/cp, C], by one all-to-all. Helix sends the fewest bytes and suits an output projection
+    that is sharded by heads. Each key is stored on ONE device; an empty slot has a position after
+    that of every query. Raises ValueError for what `check` refuses.
+
+    Sources: Shyam et al. 2024 (Tree Attention), Bhatia et al. 2025 (Helix Parallelism)."""
     cp, (B, _, H, C) = size("cp"), q_BxTxHxC.shape
     if plan.kind not in DECODE:
         raise ValueError(

@@ -1,13 +1,14 @@
-"""Ring attention with a backward pass that sends the keys round once more instead of keeping them
+"""Ring attention whose backward pass sends the keys round the ring again instead of storing them
 (Liu et al. 2023).
 
-Keys and values circulate as one array, so a hop is one permute. Forward: r-1 hops. Backward: r-1
-hops of keys and r-1 of their gradients in float32, which start one place after their owner and end
-at home. A plan with few hops fetches each of them directly. Residuals are local: queries, keys,
-values, output and log-sum-exp, O(S/cp) whatever the ring.
+Keys and values circulate as one array kv [2, B, L, K, C], so a hop is one permute. The forward pass
+makes r-1 hops. The backward pass makes r-1 hops of keys and r-1 of their gradients in float32. The
+gradient of a device's keys starts on the next device and ends at home. A plan with few hops fetches
+each of them directly. Residuals (queries, keys, values, output, log-sum-exp) are local: O(S/cp) for
+any ring.
 
 Legend: B sequences, L positions of one ring member, r ring members, H query heads, K key/value
-heads, C head_dim; kv: keys and values stacked, [2, B, L, K, C]."""
+heads, C head_dim."""
 
 import functools
 from dataclasses import dataclass
@@ -27,9 +28,8 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Ring:
-    """The static part: mask, mesh axes of the ring (outermost first) and the offsets fetched, None
-    = all.
-    """
+    """What is known before tracing: the mask, the mesh axes of the ring (outermost first) and the
+    offsets that are fetched (None: all)."""
 
     mask: Mask
     axes: tuple[str, ...]
@@ -37,7 +37,7 @@ class Ring:
 
     @property
     def jumps(self) -> tuple[int, ...] | None:
-        """Offsets to fetch one by one; None when the whole ring turns."""
+        """Offsets to fetch directly, one by one; None when the keys go round the whole ring."""
         return None if self.hops is None or len(self.hops) == size(self.axes) - 1 else self.hops
 
     def shift(self, x: Array, by: int = 1) -> Array:
@@ -66,8 +66,7 @@ def ring_attention(ring: Ring, q_BxLxHxC: Array, kv: Array, places: Places) -> A
     """Attention of the local queries to the keys of all ring members (or of `ring.hops`): [B, L, H,
     C], in q's type.
 
-    Call inside shard_map; every member holds the same shapes.
-    """
+    Call inside shard_map; every member holds the same shapes."""
     q, kv = vary_alike(
         (q_BxLxHxC, kv), places
     )  # a custom_vjp's cotangents must vary like its arguments
@@ -143,9 +142,7 @@ def _jumps_backward(ring: Ring, n: int, kv: Array, block: Any) -> tuple[Array, A
 
 
 def _turns_backward(ring: Ring, n: int, kv: Array, block: Any) -> tuple[Array, Array]:
-    """n-1 hops of keys and n-1 of gradients. Neither waits for the block that is computed
-    meanwhile.
-    """
+    """n-1 hops of keys and n-1 of gradients. Each hop overlaps with the computation of a block."""
     kv_1 = ring.shift(kv)
     dq, own = block(kv, 0)
     kv_2 = ring.shift(kv_1) if n > 2 else kv_1
