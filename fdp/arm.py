@@ -1,4 +1,5 @@
-"""One arm of a study with one seed: its experiment, its compiled programs, and its trained state."""
+"""One arm of a study with one seed: its experiment, its compiled programs, and its trained
+state."""
 
 from dataclasses import replace
 from typing import Any

@@ -114,7 +114,8 @@ def audit_arm(name: str, e: Experiment) -> list[Finding]:
     rng = np.random.default_rng(1)
 
     def shaken(x: np.ndarray) -> np.ndarray:
-        """`x` plus noise: gates and biases that start at 0 would hide errors in what they multiply."""
+        """`x` plus noise: gates and biases that start at 0 would hide errors in what they
+        multiply."""
         return x + 0.02 * rng.normal(size=x.shape).astype(x.dtype)
 
     variables = jax.tree.map(shaken, jax.device_get(one.init(0).variables))

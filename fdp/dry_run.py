@@ -35,7 +35,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Target:
-    """What a dry run compiles for: a mesh (abstract where no compiler is installed) and its chip."""
+    """What a dry run compiles for: a mesh (abstract where no compiler is installed) and its
+    chip."""
 
     mesh: Mesh | AbstractMesh
     chip: Chip | None
@@ -68,7 +69,10 @@ def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
     mesh = AbstractMesh(
         tuple(degrees[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
     )
-    note = f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, nothing compiled"
+    note = (
+        f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, "
+        "nothing compiled"
+    )
     return Target(mesh, chip(name), note)
 
 

@@ -99,8 +99,8 @@ class _Log:
             raise FloatingPointError(
                 f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; "
                 f"the parameters were left as they were. Lower train.lr ({values['lr']:.3g} here), "
-                "raise train.warmup, or set train.nan=skip to drop such steps; a batch whose weights are "
-                "all 0 has no loss"
+                "raise train.warmup, or set train.nan=skip to drop such steps; a batch whose "
+                "weights are all 0 has no loss"
             )
 
 
@@ -119,14 +119,15 @@ def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
     total, count = (sum(float(x[i]) for x in sums) for i in range(2))
     if not count > 0:
         raise FloatingPointError(
-            f"{arm.data.val.what}: the counts of {len(sums)} batches are {count:g} in sum: Σ loss / "
-            "Σ count has no value. Give examples whose weights are not all 0, or raise eval.batches"
+            f"{arm.data.val.what}: the counts of {len(sums)} batches are {count:g} in sum: Σ loss "
+            "/ Σ count has no value. Give examples whose weights are not all 0, or raise eval.batches"
         )
     return total / count
 
 
 def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """The state of the newest readable checkpoint, whatever mesh wrote it, or else a fresh state."""
+    """The state of the newest readable checkpoint, whatever mesh wrote it, or else a fresh
+    state."""
     found = checkpoints.restore(arm.program.specs.abstract_state(), arm.init)
     if found is None:
         return 0, arm.init()

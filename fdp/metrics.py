@@ -117,8 +117,8 @@ class MetricsWriter:
         before = self._shapes.setdefault(name, shape)
         if before != shape:
             raise ValueError(
-                f"metric {name!r} has shape {shape} and had {before}: a metric keeps its shape; use "
-                "another name"
+                f"metric {name!r} has shape {shape} and had {before}: a metric keeps its shape; "
+                "use another name"
             )
 
     def _event_writer(self) -> Any:

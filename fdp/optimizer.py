@@ -1,4 +1,5 @@
-"""Optimizers as values: functions from the metadata of the parameters to an optax transformation."""
+"""Optimizers as values: functions from the metadata of the parameters to an optax
+transformation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

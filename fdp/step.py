@@ -59,7 +59,8 @@ def stages(
 def mean_loss(
     model: module.Module, objective: Objective, variables: Any, noised: Any, inputs_N: Any = None
 ) -> jax.Array:
-    """Mean loss of a whole corrupted batch on one device; every row goes through the output head."""
+    """Mean loss of a whole corrupted batch on one device; every row goes through the output
+    head."""
     count = objective.count(noised)
     parts = stages(model, objective, variables["state"], count, None, inputs_N)
     return parts.loss(variables["params"], noised)[0]

@@ -1,4 +1,5 @@
-"""Compare a program with what it should be: its bytes with a formula, its values with one device."""
+"""Compare a program with what it should be: its bytes with a formula, its values with one
+device."""
 
 import math
 from collections.abc import Mapping
@@ -70,7 +71,8 @@ class Bytes:
 
 
 def norm(tree: Any) -> float:
-    """Root of the sum of squares of all leaves, in float64 on the host, so no program is compiled."""
+    """Root of the sum of squares of all leaves, in float64 on the host, so no program is
+    compiled."""
     squares = (float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
     return math.sqrt(sum(squares))
 

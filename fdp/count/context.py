@@ -169,8 +169,8 @@ def balance(
     `needs`."""
     if mask.packed or mask.rule is not None:
         raise ValueError(
-            "the balance of a packed mask depends on its documents, and that of a rule on the rule: "
-            "use needs(block_mask, …)"
+            "the balance of a packed mask depends on its documents, and that of a rule on the rule: use "
+            " needs(block_mask, …)"
         )
     position = layouts.permutation(layout, seq_len, cp).astype(np.int64)
     reach = mask.window - 1 if mask.window else seq_len
@@ -350,9 +350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = AttentionShape(a.batch, a.seq, a.heads, a.kv_heads, a.head_dim, a.cp, a.itemsize)
         mask = Mask(a.mask, a.window)
         unit = f"unit = {shape.unit / 1e6:,.1f} MB, the keys and values of one device"
-        labels = f"positions: {sum(label_bytes(shape, mask).values()) / 1e6:,.1f} MB more, once a model or once a layer"
+        labels = sum(label_bytes(shape, mask).values()) / 1e6
+        more = f"positions: {labels:,.1f} MB more, once a model or once a layer"
         print(f"one layer on one device, {a.mask} mask, window {a.window or 'none'}; {unit}")
-        print(table(shape, mask, a.stripe), labels, sep="\n")
+        print(table(shape, mask, a.stripe), more, sep="\n")
     except ValueError as error:
         parser.error(str(error))
     return 0

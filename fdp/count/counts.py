@@ -58,7 +58,8 @@ class Rows:
 
 
 class Ledger:
-    """Adds up wire bytes by (op, axes). Axes of degree 1 send nothing and are left out of the key."""
+    """Adds up wire bytes by (op, axes). Axes of degree 1 send nothing and are left out of the
+    key."""
 
     def __init__(self, degrees: Degrees):
         self.degrees = degrees

@@ -106,7 +106,8 @@ def collectives(
 def summary(
     cols: Iterable[Collective],
 ) -> dict[tuple[str, tuple[str, ...]], tuple[int, int, float]]:
-    """(op, axes) → (executions, payload bytes, wire bytes) per device, summed over all executions."""
+    """(op, axes) → (executions, payload bytes, wire bytes) per device, summed over all
+    executions."""
     out: dict[tuple[str, tuple[str, ...]], tuple[int, int, float]] = {}
     for c in cols:
         n, payload, wire = out.get((c.op, c.axes), (0, 0, 0.0))

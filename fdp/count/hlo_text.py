@@ -134,7 +134,8 @@ class Instruction:
 
     @property
     def branches(self) -> list[tuple[str, str]]:
-        """(computation, operand) of every branch of a conditional in JAX's order: index 0 is False."""
+        """(computation, operand) of every branch of a conditional in JAX's order: index 0 is
+        False."""
         if m := re.search(r"branch_computations=\{([^}]*)\}", self.attrs):
             names = [n.strip().lstrip("%") for n in m[1].split(",")]
             return list(zip(names, self.operands[1:], strict=True))
@@ -146,7 +147,8 @@ class Instruction:
 
     @property
     def collective(self) -> tuple[str, bool] | None:
-        """(op, whether it is asynchronous); None for other instructions and for the `-done` half."""
+        """(op, whether it is asynchronous); None for other instructions and for the `-done`
+        half."""
         op = self.opcode.removesuffix("-start")
         if (
             op == "send" and "_xla_send_recv_source_target_pairs" in self.attrs

@@ -180,7 +180,8 @@ def _kernel(q, k, v, mask: Mask, q_tags, k_tags, **how: Any) -> tuple[Array, Arr
 
 
 def merge_parts(o_BxUxNxHxC: Array, lse_BxUxHxN: Array) -> tuple[Array, Array]:
-    """Merge partial results over U disjoint sets of keys → f32 (out [B, N, H, C], lse [B, H, N])."""
+    """Merge partial results over U disjoint sets of keys → f32 (out [B, N, H, C], lse [B, H,
+    N])."""
     some_BxHxN = (lse_BxUxHxN > -jnp.inf).any(1)
     lse_BxHxN = jax.nn.logsumexp(jnp.where(some_BxHxN[:, None], lse_BxUxHxN, 0.0), axis=1)
     weight_BxUxHxN = jnp.exp(lse_BxUxHxN - lse_BxHxN[:, None])

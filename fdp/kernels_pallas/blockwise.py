@@ -285,7 +285,8 @@ def _put(x: Any, tile: Any, i: Any) -> Any:
 
 
 def _sight(tiling: Tiling, labels: Labels, M: int) -> Callable[..., Array | None]:
-    """(i, j) → which keys of tile j the rows of tile i see, bool [1 or B, 1, 1, X, Y]; None = all."""
+    """(i, j) → which keys of tile j the rows of tile i see, bool [1 or B, 1, 1, X, Y]; None =
+    all."""
     mask, X, Y = tiling.mask, tiling.queries, tiling.keys
 
     def tags(label: Any, size: int) -> Any:

@@ -151,7 +151,8 @@ def begin(X: int, C: int) -> State:
 
 
 def absorb(state: State, s_XxY: Array, v_YxC: Array) -> State:
-    """The state of the softmax after Y more keys. Source: Milakov & Gimelshein 2018, algorithm 3."""
+    """The state of the softmax after Y more keys. Source: Milakov & Gimelshein 2018, algorithm
+    3."""
     m_Xx1, l_Xx1, acc_XxC = state
     top_Xx1 = jnp.maximum(m_Xx1, s_XxY.max(1, keepdims=True))
     safe_Xx1 = jnp.where(

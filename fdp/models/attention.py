@@ -302,7 +302,8 @@ class Attention(Module):
         return self.core
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """Raises ValueError for sizes that the core or the convolution cannot run on these degrees."""
+        """Raises ValueError for sizes that the core or the convolution cannot run on these
+        degrees."""
         if self.shape.conv:
             self._check_conv(length, degrees["cp"])
         if hasattr(self.core, "check"):
@@ -314,8 +315,8 @@ class Attention(Module):
             raise ValueError(f"model.conv = {taps} taps mix no positions: set 0, or 2 or more")
         if rule is not None:
             raise ValueError(
-                f"model.conv = {taps} mixes neighbours of one sequence, and the input under the mask "
-                f"rule {rule} is not one: set model.conv=0"
+                f"model.conv = {taps} mixes neighbours of one sequence, and the input under the "
+                f"mask rule {rule} is not one: set model.conv=0"
             )
         if cp > 1:
             conv.hops(self.core.layout, length // cp, cp, taps - 1)

@@ -40,8 +40,8 @@ def hops(layout: SequenceLayout, length: int, cp: int, reach: int) -> list[tuple
     if layout.kind != "striped" and n < reach:
         raise ValueError(
             f"a convolution of {reach + 1} taps reads {reach} positions before each run, and a run "
-            f"of the {layout.kind} layout has L = {n} on cp = {cp} devices: set model.conv={n + 1}, "
-            "lower mesh.cp, or use the striped layout"
+            f"of the {layout.kind} layout has L = {n} on cp = {cp} devices: set "
+            f"model.conv={n + 1}, lower mesh.cp, or use the striped layout"
         )
     far = range(-(-reach // n))
     return [((hop + 1) % cp, min(n, reach - hop * n)) for hop in far]
@@ -61,7 +61,8 @@ def halo_bytes(
 
 
 def before(x_BxRxNxD: Array, layout: SequenceLayout, reach: int) -> Array:
-    """The `reach` positions before every run: [B, R, T, D]. Values before position 0 are undefined."""
+    """The `reach` positions before every run: [B, R, T, D]. Values before position 0 are
+    undefined."""
     count, n = x_BxRxNxD.shape[1:3]
     cp, me = size("cp"), index("cp")
     if cp == 1:

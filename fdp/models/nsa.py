@@ -229,7 +229,8 @@ class Compression(Module):
         return jnp.einsum("sbikd,skdc->sbikc", hidden, w_out)
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Matrix products batched over heads. The saved input is that of the blocks, which overlap."""
+        """Matrix products batched over heads. The saved input is that of the blocks, which
+        overlap."""
         s, M, C = self.shape, self.budget.compress_block, self.shape.head_dim
         cp, tp, K = degrees["cp"], degrees["tp"], self.shape.kv_heads
         blocks = rows.batch * self.budget.blocks(rows.length)

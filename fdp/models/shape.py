@@ -101,7 +101,8 @@ class ModelShape:
         if self.unbuildable:
             raise ValueError(
                 f"model {self.name!r} cannot be built: the stock blocks lack "
-                f"{', '.join(self.unbuildable)}; give Transformer a pattern of layers that have them"
+                f"{', '.join(self.unbuildable)}; give Transformer a pattern of layers that "
+                "have them"
             )
 
     @property

@@ -179,7 +179,8 @@ class Stack:
         return self.pattern[0] if len(self.pattern) == 1 else layer(Pattern, blocks=self.pattern)
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
-        """(values, PartitionSpecs) of all empty caches; the leading dim is this pp shard's periods."""
+        """(values, PartitionSpecs) of all empty caches; the leading dim is this pp shard's
+        periods."""
         state, specs = self._period()(self.shape, parent=None).decode_state(batch, length)
         n = self.periods // size("pp")
         many = jax.tree.map(lambda x: vary(jnp.broadcast_to(x, (n, *x.shape)), "pp"), state)

@@ -129,7 +129,8 @@ class Transformer(Module):
         return found + (replace(head, parameters=0) if s.tied else head)
 
     def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
-        """Raises ValueError for layers that cannot run `batch` sequences per device on `degrees`."""
+        """Raises ValueError for layers that cannot run `batch` sequences per device on
+        `degrees`."""
         length = noised["inputs"].shape[1]
         for block in self.pattern:
             made = block(self.shape, parent=None)
@@ -152,7 +153,8 @@ class Transformer(Module):
 
     @property
     def softmax(self) -> Softmax:
-        """The softmax core of the first block. Raises ValueError for other mixing layers and cores."""
+        """The softmax core of the first block. Raises ValueError for other mixing layers and
+        cores."""
         core = _core_of(self.pattern[0])
         if not isinstance(core, Softmax):
             raise ValueError(f"the model needs softmax attention in its first block, not {core}")

@@ -85,7 +85,8 @@ def attend(
 def _positions(
     mask: Mask, plan: CommPlan, q_position_N: Array | None, N: int
 ) -> tuple[Array | None, Array | None]:
-    """Positions of (the local queries, the tokens of all devices); None where the mask reads none."""
+    """Positions of (the local queries, the tokens of all devices); None where the mask reads
+    none."""
     if not mask.orders:
         return None, None
     if q_position_N is not None:

@@ -163,7 +163,8 @@ def _check(p: int, m: int) -> None:
 
 
 def _alternate(forwards: list[Op], backwards: list[Op], warm_up: int) -> list[Op]:
-    """`warm_up` forwards, then one forward and one backward in turn, then the remaining backwards."""
+    """`warm_up` forwards, then one forward and one backward in turn, then the remaining
+    backwards."""
     warm = min(warm_up, len(forwards))
     steady = [op for pair in zip(forwards[warm:], backwards, strict=False) for op in pair]
     return forwards[:warm] + steady + backwards[len(forwards) - warm :]
