@@ -120,7 +120,8 @@ def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
     if not count > 0:
         raise FloatingPointError(
             f"{arm.data.val.what}: the counts of {len(sums)} batches are {count:g} in sum: Σ loss "
-            "/ Σ count has no value. Give examples whose weights are not all 0, or raise eval.batches"
+            "/ Σ count has no value. Give examples whose weights are not all 0, or raise "
+            "eval.batches"
         )
     return total / count
 

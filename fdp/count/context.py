@@ -1,12 +1,12 @@
-"""Costs of a context-parallel plan in closed form: bytes, dependent steps, balance; and which keys
-a block mask needs.
+"""Costs of a context-parallel plan in closed form: bytes, dependent steps and balance.
 
     python -m fdp.count.context --seq 131072 --heads 32 --kv_heads 8 --head_dim 128 --cp 8 \\
         --mask causal [--window 4096]
 
-All figures are per device, attention layer and microbatch; heads are those of one tp shard. Wire
-bytes follow fdp.count.hlo, and tests hold them equal to the compiled program. A unit is the keys
-and values of one device, 2·B·N·K·C·bytes. A plan has head_split u and rings of r = cp/u devices.
+Also the keys that a block mask needs. All figures are per device, attention layer and microbatch;
+heads are those of one tp shard. Wire bytes follow fdp.count.hlo, and tests hold them equal to the
+compiled program. A unit is the keys and values of one device, 2·B·N·K·C·bytes. A plan has
+head_split u and rings of r = cp/u devices.
 
 Legend: B sequences on a device, S positions, N = S/cp, H query heads, K key/value heads, C
 head_dim, W blocks of the sequence."""
@@ -169,8 +169,8 @@ def balance(
     `needs`."""
     if mask.packed or mask.rule is not None:
         raise ValueError(
-            "the balance of a packed mask depends on its documents, and that of a rule on the rule: use "
-            " needs(block_mask, …)"
+            "the balance of a packed mask depends on its documents, and that of a rule on the "
+            "rule: use needs(block_mask, …)"
         )
     position = layouts.permutation(layout, seq_len, cp).astype(np.int64)
     reach = mask.window - 1 if mask.window else seq_len
