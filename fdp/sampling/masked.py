@@ -16,7 +16,6 @@ Shapes: B samples, L positions, V vocabulary (tp: V/tp columns).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ from fdp.parallel.tensor import (
     vocab_logsumexp,
     vocab_offset,
 )
-from fdp.sampling.noise import categorical, categorical_confidence, position_keys, uniform
+from fdp.sampling.noise import Draw, categorical, categorical_confidence, uniform
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Info = dict[str, jax.Array]
@@ -82,6 +81,10 @@ def initial_state(
     return vary_like(start_BxL.astype(jnp.int32), sample_ids_B)
 
 
+def _start(draw: Draw) -> jax.Array:
+    return initial_state(draw.sample_ids_B, draw.length, draw.n_ids, draw.start_BxL)
+
+
 def unmask_prob(schedule: NoiseSchedule, step: jax.Array | int, steps: int) -> jax.Array:
     """Probability that a masked token is revealed in `step` of a uniform grid from t = 1 to 0: f32
     [].
@@ -96,18 +99,7 @@ def unmask_prob(schedule: NoiseSchedule, step: jax.Array | int, steps: int) -> j
 
 
 def ancestral(
-    denoise: Denoise,
-    key: jax.Array,
-    sample_ids_B: jax.Array,
-    length: int,
-    *,
-    n_ids: int,
-    steps: int,
-    schedule: NoiseSchedule,
-    temperature: float = 1.0,
-    lazy: bool = True,
-    start_BxL: jax.Array | None = None,
-    trace: bool = False,
+    denoise: Denoise, draw: Draw, *, steps: int, schedule: NoiseSchedule, lazy: bool = True
 ) -> tuple[jax.Array, Info]:
     """Ancestral sampling in `steps` factorised steps (Sahoo et al. 2024), its law off by
     O(1/steps).
@@ -121,20 +113,21 @@ def ancestral(
         raise ValueError(f"steps must be at least 1, not {steps}")
 
     def update(step: jax.Array, z: jax.Array) -> tuple:
-        keys = position_keys(key, sample_ids_B, step, jnp.arange(length))
-        reveal_BxL = (z == n_ids) & (uniform(keys) < unmask_prob(schedule, step, steps))
+        keys = draw.keys(step)
+        reveal_BxL = (z == draw.n_ids) & (uniform(keys) < unmask_prob(schedule, step, steps))
 
-        def draw() -> jax.Array:
+        def revealed() -> jax.Array:
             noise = schedule.mask_prob(jnp.asarray(1 - step / steps, jnp.float32))
-            logits = denoise(z, jnp.broadcast_to(noise, sample_ids_B.shape))
-            return jnp.where(reveal_BxL, categorical(keys, suppress(logits, n_ids), temperature), z)
+            logits = denoise(z, jnp.broadcast_to(noise, draw.sample_ids_B.shape))
+            tokens = categorical(keys, suppress(logits, draw.n_ids), draw.temperature)
+            return jnp.where(reveal_BxL, tokens, z)
 
         if not lazy:
-            return draw(), 1, True
+            return revealed(), 1, True
         needed = anywhere(reveal_BxL)
-        return jax.lax.cond(needed, draw, lambda: z), needed.astype(jnp.int32), True
+        return jax.lax.cond(needed, revealed, lambda: z), needed.astype(jnp.int32), True
 
-    return iterate(update, initial_state(sample_ids_B, length, n_ids, start_BxL), steps, trace)
+    return iterate(update, _start(draw), steps, draw.trace)
 
 
 def entropy(logits_V: jax.Array) -> jax.Array:
@@ -189,18 +182,12 @@ def choose(
 
 def reveal(
     denoise: Denoise,
-    key: jax.Array,
-    sample_ids_B: jax.Array,
-    length: int,
+    draw: Draw,
     *,
-    n_ids: int,
     order: str = "top_prob",
     per_step: int = 1,
     threshold: float | None = None,
     block: int | None = None,
-    temperature: float = 1.0,
-    start_BxL: jax.Array | None = None,
-    trace: bool = False,
 ) -> tuple[jax.Array, Info]:
     """Reveal the masked positions that score best under `order`, step after step, until none is
     left.
@@ -213,41 +200,30 @@ def reveal(
         raise ValueError(f"unknown order {order!r}; known: {', '.join(ORDERS)}")
     if per_step < 1 or (block is not None and block < 1):
         raise ValueError(f"per_step and block must be at least 1, not {per_step} and {block}")
-    positions_L = jnp.arange(length)
+    positions_L = jnp.arange(draw.length)
 
     def update(step: jax.Array, z: jax.Array) -> tuple:
-        masked_BxL = z == n_ids
-        logits = suppress(denoise(z, masked_BxL.mean(1)), n_ids)
-        keys = position_keys(key, sample_ids_B, step, positions_L)
-        if (
-            order == "top_prob"
-        ):  # the same score, with fewer reductions than token and score on their own
-            token_BxL, score_BxL = categorical_confidence(keys, logits, temperature)
+        masked_BxL = z == draw.n_ids
+        logits = suppress(denoise(z, masked_BxL.mean(1)), draw.n_ids)
+        keys = draw.keys(step)
+        if order == "top_prob":  # fewer reductions than token and score on their own
+            token_BxL, score_BxL = categorical_confidence(keys, logits, draw.temperature)
         else:
-            token_BxL = categorical(keys, logits, temperature)
+            token_BxL = categorical(keys, logits, draw.temperature)
             score_BxL = ORDERS[order](logits, token_BxL, keys)
         candidates_BxL = masked_BxL
         if block is not None:
             candidates_BxL &= positions_L // block == masked_BxL.argmax(1)[:, None] // block
         chosen_BxL = choose(score_BxL, candidates_BxL, per_step, threshold)
         z = jnp.where(chosen_BxL, token_BxL, z)
-        return z, 1, anywhere(z == n_ids)
+        return z, 1, anywhere(z == draw.n_ids)
 
-    return iterate(update, initial_state(sample_ids_B, length, n_ids, start_BxL), length, trace)
+    return iterate(update, _start(draw), draw.length, draw.trace)
 
 
 def first_hitting(
-    denoise: Denoise,
-    key: jax.Array,
-    sample_ids_B: jax.Array,
-    length: int,
-    *,
-    n_ids: int,
-    **options: Any,
+    denoise: Denoise, draw: Draw, *, block: int | None = None
 ) -> tuple[jax.Array, Info]:
     """Reveal one uniformly random masked position a step (Zheng et al. 2024): the exact law of
-    continuous time.
-
-    No factorisation error, `length` calls. `options`: temperature, block, start_BxL, trace as in
-    `reveal`."""
-    return reveal(denoise, key, sample_ids_B, length, n_ids=n_ids, order="random", **options)
+    continuous time, without factorisation error, in `length` calls. `block` as in `reveal`."""
+    return reveal(denoise, draw, order="random", block=block)

@@ -8,6 +8,8 @@ the global Gumbel table. Shapes: B samples, P positions, V vocabulary (tp: V/tp 
 15.9, so ids with p < 1e-6 are starved; Zheng et al. 2024), and it cannot draw a slice. Here 64 bits
 a draw reach 45."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
@@ -41,6 +43,29 @@ def position_keys(
 
     positions_P = vary_like(positions_P, sample_ids_B)
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(sample_ids_B, positions_P)
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """What every sampler is asked for: one sequence of `length` tokens for each sample id.
+
+    key: of all noise. sample_ids_B: int32 [B], global (unique over the whole job). Ids ≥ n_ids are
+    never drawn; n_ids is the mask token of masked diffusion. temperature: 0 takes the largest
+    logit. start_BxL: a prompt with n_ids where tokens are wanted, for samplers that reveal masks.
+    trace: whether `info` holds every state.
+    """
+
+    key: jax.Array
+    sample_ids_B: jax.Array
+    length: int
+    n_ids: int
+    temperature: float = 1.0
+    start_BxL: jax.Array | None = None
+    trace: bool = False
+
+    def keys(self, step: jax.Array | int) -> jax.Array:
+        """The keys of all positions in `step`, uint32 [B, L, 2]."""
+        return position_keys(self.key, self.sample_ids_B, step, jnp.arange(self.length))
 
 
 def _unit(keys: jax.Array, counters: jax.Array, use: int) -> jax.Array:

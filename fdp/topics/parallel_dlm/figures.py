@@ -18,6 +18,7 @@ from fdp.arm import Arm
 from fdp.metrics import read_metrics
 from fdp.models import module
 from fdp.sampling.masked import first_hitting
+from fdp.sampling.noise import Draw
 from fdp.study.report import figure, plot_curves, save_plot
 from fdp.topics.parallel_dlm.checks import Comparison
 from fdp.topics.parallel_dlm.pareto import Outcome
@@ -159,8 +160,7 @@ def trace(arm: Arm) -> np.ndarray:
             noised = {"inputs": z, "noise": noise_B}
             return module.run(arm.model, {"params": params}, noised)[0]
 
-        return first_hitting(denoise, key, jnp.arange(1), length, n_ids=n_ids, trace=True)[1][
-            "trace"
-        ]
+        draw = Draw(key, jnp.arange(1), length, n_ids, trace=True)
+        return first_hitting(denoise, draw)[1]["trace"]
 
     return np.asarray(run(arm.trained_on_host.params))[:, 0]
