@@ -1,5 +1,5 @@
-"""What tests compare with: a joint law that can be enumerated, the NELBO over every mask, and the
-autoregressive sampler with a key/value cache.
+"""What tests compare with: a joint law that can be enumerated, the NELBO over every mask, the
+scores of a clean-token prediction, and the autoregressive sampler with a key/value cache.
 
 Shapes: B sequences, L positions, V vocabulary, K positions of a block, M masks, N rows; ids 0..n-1
 are states, id n is the mask token."""
@@ -18,6 +18,7 @@ from fdp.collectives import vary_like
 from fdp.data.synthetic import NEVER
 from fdp.models import module
 from fdp.models.transformer import Transformer
+from fdp.parallel.tensor import vocab_gather
 from fdp.sampling.autoregressive import next_token
 from fdp.sampling.noise import Draw
 
@@ -119,6 +120,17 @@ def nelbo_exact(
         picked_BxMxK = np.take_along_axis(logp, x_BxL[:, None, own, None], axis=-1)[..., 0]
         total_B += np.where(masks_MxK, -picked_BxMxK, 0).sum(-1) @ weights_M
     return total_B
+
+
+def score_of_mean(logp_RxV: jax.Array, noisy: jax.Array, sigma: jax.Array, n_ids: int) -> jax.Array:
+    """Log scores of a clean-token prediction: log q(y)/q(noisy), q = e^-σ p + (1 - e^-σ)/n_ids:
+    [R..., V/tp] → same.
+
+    Exact ratios need p = p(x_i | z without i), NOT the posterior p(x_i | z) (UDLM, Schiff et al.
+    2025)."""
+    sigma = sigma[..., None]
+    q_RxV = jnp.exp(logp_RxV - sigma) - jnp.expm1(-sigma) / n_ids
+    return jnp.log(q_RxV) - jnp.log(vocab_gather(q_RxV, noisy))[..., None]
 
 
 def sample_cached(

@@ -195,37 +195,10 @@ class Needs:
     work: np.ndarray
 
     @property
-    def remote_units(self) -> float:
-        """Units that a device needs from others, mean over devices (a dense ring sends cp-1)."""
-        return float((self.units.sum() - np.trace(self.units)) / len(self.units))
-
-    @property
     def worker_imbalance(self) -> float:
         """Work of the busiest device over the mean: the loss if devices wait once, at the end."""
         work = self.work.sum(1)
         return float(work.max() / work.mean())
-
-    @property
-    def step_imbalance(self) -> float:
-        """Sum over ring steps of the work of the busiest device, over that of the mean: the loss if
-        devices wait at every hop."""
-        return float(self.work.max(0).sum() / self.work.mean(0).sum())
-
-
-def block_mask(mask: Mask, seq_len: int, block: int) -> np.ndarray:
-    """The pairs of blocks with at least one pair of positions that the mask allows: bool [W, W], W
-    = seq_len/block."""
-    if mask.packed or seq_len % block:
-        raise ValueError(
-            f"needs a mask without documents and whole blocks: {mask}, {seq_len} / {block}"
-        )
-    blocks = np.arange(seq_len // block)
-    apart = (
-        blocks[:, None] - blocks[None, :]
-    )  # in whole blocks; inside them ±(block-1) positions more
-    least, most = apart * block - (block - 1), apart * block + (block - 1)
-    reach = mask.window - 1 if mask.window else seq_len
-    return (most >= (0 if mask.kind == "causal" else -reach)) & (least <= reach)
 
 
 def needs(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> Needs:

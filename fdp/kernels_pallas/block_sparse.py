@@ -88,14 +88,6 @@ def _transposed(ids_IxS: Array, counts_I: Array, J: int, T: int) -> tuple[Array,
     return ids_JxT, jnp.minimum(full_J, T), jnp.maximum(full_J - T, 0).sum()
 
 
-def selected(lists: BlockLists, block_q: int, block_k: int, N: int, M: int) -> Array:
-    """The lists as a mask over tokens, bool [b, k, N, M]: what the oracle is given. O(N·M)."""
-    J = lists.q_ids.shape[2]
-    used = jnp.arange(lists.k_ids.shape[3]) < lists.k_counts[..., None]
-    hit = (lists.k_ids[..., None] == jnp.arange(J)) & used[..., None]
-    return hit.any(3).repeat(block_q, 2).repeat(block_k, 3)[:, :, :N, :M]
-
-
 def block_sparse_attention(
     q_BxNxHxC: Array,
     k_BxMxKxC: Array,

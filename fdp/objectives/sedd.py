@@ -55,17 +55,6 @@ def uniform_ratio(sigma: jax.Array, n_ids: int) -> jax.Array:
     return 1 + n_ids / jnp.expm1(sigma)
 
 
-def score_of_mean(logp_RxV: jax.Array, noisy: jax.Array, sigma: jax.Array, n_ids: int) -> jax.Array:
-    """Log scores of a clean-token prediction: log q(y)/q(noisy), q = e^-σ p + (1 - e^-σ)/n_ids:
-    [R..., V/tp] → same.
-
-    Exact ratios need p = p(x_i | z without i), NOT the posterior p(x_i | z) (UDLM, Schiff et al.
-    2025)."""
-    sigma = sigma[..., None]
-    q_RxV = jnp.exp(logp_RxV - sigma) - jnp.expm1(-sigma) / n_ids
-    return jnp.log(q_RxV) - jnp.log(vocab_gather(q_RxV, noisy))[..., None]
-
-
 @dataclass(frozen=True)
 class SEDDUniform(TokenObjective):
     """Score entropy for uniform noise (Lou et al. 2024 with Q uniform); the logits are the log
