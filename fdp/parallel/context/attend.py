@@ -25,7 +25,7 @@ from fdp.parallel.context.plan import (
     mask_kind,
     needed_hops,
 )
-from fdp.parallel.context.ring import Places, Ring, ring_attention
+from fdp.parallel.context.ring import Ring, RingLabels, ring_attention
 from fdp.parallel.masks import Mask
 
 __all__ = [
@@ -125,8 +125,8 @@ def _exchange_and_ring(
         segment_BxS = segment_BxS.reshape(segment_BxS.shape[0], r, -1)
     if r > 1:
         position_rxL = None if position_S is None else position_S.reshape(r, -1)
-        places = Places(position_rxL, segment_BxS)
-        out_BxLxHxC = ring_attention(Ring(mask, ring_axes, plan.hops), q_BxLxHxC, kv, places)
+        members = RingLabels(position_rxL, segment_BxS)
+        out_BxLxHxC = ring_attention(Ring(mask, ring_axes, plan.hops), q_BxLxHxC, kv, members)
     else:
         segment = None if segment_BxS is None else segment_BxS[:, 0]
         labels = position_S, position_S, segment, segment

@@ -45,7 +45,7 @@ class Ring:
         return shift(x, self.axes, by)
 
 
-class Places(NamedTuple):
+class RingLabels(NamedTuple):
     """Positions int [r, L] of every ring member, and segment ids int [B, r, L] for a packed
     mask; None where the mask reads none.
     """
@@ -62,29 +62,29 @@ class Places(NamedTuple):
         return take(self.position_rxL, 0), take(self.segment_BxrxL, 1)
 
 
-def ring_attention(ring: Ring, q_BxLxHxC: Array, kv: Array, places: Places) -> Array:
+def ring_attention(ring: Ring, q_BxLxHxC: Array, kv: Array, members: RingLabels) -> Array:
     """Attention of the local queries to the keys of all ring members (or of `ring.hops`): [B, L, H,
     C], in q's type.
 
     Call inside shard_map; every member holds the same shapes."""
     q, kv = vary_alike(
-        (q_BxLxHxC, kv), places
+        (q_BxLxHxC, kv), members
     )  # a custom_vjp's cotangents must vary like its arguments
-    return _ring(ring, q, kv, places)
+    return _ring(ring, q, kv, members)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(ring: Ring, q: Array, kv: Array, places: Places) -> Array:
-    return _forward(ring, q, kv, places)[0].astype(q.dtype)
+def _ring(ring: Ring, q: Array, kv: Array, members: RingLabels) -> Array:
+    return _forward(ring, q, kv, members)[0].astype(q.dtype)
 
 
-def _forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Array]:
+def _forward(ring: Ring, q: Array, kv: Array, members: RingLabels) -> tuple[Array, Array]:
     """(out, lse), both float32, over all members."""
     n, here = size(ring.axes), index(ring.axes)
-    q_position, q_segment = places.member(here)
+    q_position, q_segment = members.member(here)
 
     def block(kv: Array, offset: Any) -> tuple[Array, Array]:
-        k_position, k_segment = places.member((here - offset) % n)
+        k_position, k_segment = members.member((here - offset) % n)
         labels = (q_position, k_position, q_segment, k_segment)
         return attend(q, kv[0], kv[1], ring.mask, *labels, out_type=jnp.float32)
 
@@ -108,23 +108,23 @@ def _forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Ar
     return merge_lse(out, lse, *block(kv, n - 1))
 
 
-def _ring_forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Any]:
-    out, lse = _forward(ring, q, kv, places)
+def _ring_forward(ring: Ring, q: Array, kv: Array, members: RingLabels) -> tuple[Array, Any]:
+    out, lse = _forward(ring, q, kv, members)
     out = out.astype(q.dtype)
-    return out, (q, kv, places, out, lse)
+    return out, (q, kv, members, out, lse)
 
 
 def _ring_backward(ring: Ring, residuals: Any, dout: Array) -> tuple[Array, Array, None]:
-    q, kv, places, out, lse = residuals
+    q, kv, members, out, lse = residuals
     kv = lax.optimization_barrier(
         kv
     )  # or what the forward pass received is kept, which may be O(S)
     n, here = size(ring.axes), index(ring.axes)
-    q_position, q_segment = places.member(here)
+    q_position, q_segment = members.member(here)
 
     def block(kv: Array, offset: Any) -> tuple[Array, Array]:
         """(dq, dkv) that the keys of the member `offset` places before contribute."""
-        k_position, k_segment = places.member((here - offset) % n)
+        k_position, k_segment = members.member((here - offset) % n)
         labels = (q_position, k_position, q_segment, k_segment)
         dq, dk, dv = attend_backward(q, kv[0], kv[1], out, lse, dout, ring.mask, *labels)
         return dq, jnp.stack([dk, dv])
