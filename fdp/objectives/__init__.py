@@ -11,9 +11,8 @@ from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform
 
 
 def from_section(o: Any, n_ids: int, bos: int) -> TokenObjective:
-    """The objective that a config's `objective` section names, for data ids 0..n_ids-1 (id n_ids is
-    the mask) with `bos` as start token. Raises ValueError for an unknown name.
-    """
+    """The objective of a config's `objective` section, for data ids 0..n_ids-1 (id n_ids is the
+    mask) with `bos` as start token. Raises ValueError for an unknown name."""
     masked = (o.form, schedule(o.schedule), o.antithetic, o.masked_head)
     match o.name:
         case "autoregressive":

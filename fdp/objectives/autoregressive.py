@@ -1,7 +1,7 @@
-"""Next-token prediction, in the frame of the diffusion objectives: the exact NLL of all L tokens.
+"""Next-token prediction with the interface of the diffusion objectives: the exact NLL of all L
+tokens.
 
-Shapes: B sequences, L positions, V vocabulary (tp: V/tp columns), R rows (any leading shape).
-"""
+Shapes: B sequences, L positions, V vocabulary (tp: V/tp columns), R rows (any leading shape)."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,9 @@ from fdp.parallel.tensor import cross_entropy, suppress
 @dataclass(frozen=True)
 class Autoregressive(TokenObjective):
     """Causal language modelling. Inputs are the tokens shifted right behind `bos`, so Σ loss is
-    -log p(tokens). Where data tell documents apart, the end of one is the start token of the
-    next."""
+    -log p(tokens).
+
+    Where data have document ids, the end token of a document is the start token of the next."""
 
     n_ids: int
     bos: int
@@ -27,7 +28,8 @@ class Autoregressive(TokenObjective):
         return Mask("causal")
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
-        """Shift; nothing is random and `key` is not used. noise = 0, weights = 1 or the data's."""
+        """Shift the tokens; nothing is random, and `key` is not used. noise = 0; weights = 1, or
+        those of the data."""
         del key
         tokens_BxL = batch["tokens"].astype(jnp.int32)
         inputs_BxL = jnp.roll(tokens_BxL, 1, axis=1).at[:, 0].set(self.bos)

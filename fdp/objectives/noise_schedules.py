@@ -133,9 +133,8 @@ class Polynomial(NoiseSchedule):
 
 @dataclass(frozen=True)
 class Geometric(NoiseSchedule):
-    """σ = σ_min^(1-t) σ_max^t (Lou et al. 2024, the schedule of SEDD uniform); σ_min plays the part
-    of ε.
-    """
+    """σ = σ_min^(1-t) σ_max^t (Lou et al. 2024, the schedule of SEDD uniform). σ_min has the role
+    of ε."""
 
     sigma_min: float = 1e-4
     sigma_max: float = 20.0
@@ -172,11 +171,11 @@ SCHEDULES: dict[str, type[NoiseSchedule]] = {
 
 
 def schedule(name: str, **parameters: float) -> NoiseSchedule:
-    """The schedule called `name` ("poly<p>" is α = 1 - t^p), with its own parameters (eps, power,
+    """The schedule called `name` ("poly<p>" is α = 1 - t^p), with its parameters (eps, power,
     sigma_min, …).
 
-    Raises ValueError with the closest name for an unknown one, TypeError for a parameter it does
-    not have."""
+    Raises ValueError with the closest name for an unknown name, and TypeError for an unknown
+    parameter."""
     if polynomial := re.fullmatch(r"poly(\d+(?:\.\d+)?)", name):
         return Polynomial(power=float(polynomial[1]), **parameters)
     if name not in SCHEDULES:

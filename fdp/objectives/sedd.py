@@ -27,11 +27,12 @@ from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp, 
 
 @dataclass(frozen=True)
 class SEDDAbsorbing(MDLM):
-    """Score entropy for absorbing noise (Lou et al. 2024), noise forms and masks as in `MDLM`.
+    """Score entropy for absorbing noise (Lou et al. 2024), with the noise forms and masks of
+    `MDLM`.
 
-    log score of id y = logit_y - log n_ids - log(e^σ - 1): the scale by σ of the paper's code, so
-    that zero logits are a normalised score. The loss is MDLM's plus w·(c - 1 - log c) ≥ 0, c = Σ
-    e^logit / n_ids."""
+    log score of id y = logit_y - log n_ids - log(e^σ - 1). With this scaling by σ, as in the
+    paper's code, zero logits are a normalised score. The loss is MDLM's plus w·(c - 1 - log c) ≥ 0,
+    c = Σ e^logit / n_ids."""
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """w·[Σ_y s_y/κ - log s_x/κ - 1] in nats, κ = 1/(e^σ - 1) cancelling: [R..., V/tp] → f32
@@ -49,9 +50,8 @@ def _uniform(key: jax.Array, n: int) -> jax.Array:
 
 
 def uniform_ratio(sigma: jax.Array, n_ids: int) -> jax.Array:
-    """p(stays)/p(becomes one given other id) = 1 + n_ids/(e^σ - 1) under uniform noise of total
-    σ.
-    """
+    """p(token stays)/p(token becomes one given other id) = 1 + n_ids/(e^σ - 1) under uniform noise
+    of total σ."""
     return 1 + n_ids / jnp.expm1(sigma)
 
 
@@ -60,8 +60,8 @@ class SEDDUniform(TokenObjective):
     """Score entropy for uniform noise (Lou et al. 2024 with Q uniform); the logits are the log
     scores.
 
-    Every position carries loss and the model must see σ (`noise`). The bound leaves out the
-    reconstruction term at σ(0) and the prior term at σ(1), both negligible for the default
+    Every position carries loss, and the model must read σ (`noise`). The bound omits the
+    reconstruction term at σ(0) and the prior term at σ(1); both are negligible for the default
     schedule."""
 
     n_ids: int
@@ -69,9 +69,8 @@ class SEDDUniform(TokenObjective):
     antithetic: bool = True
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
-        """Replace each token, with probability 1 - e^-σ, by a uniform id (itself included). noise =
-        σ(t).
-        """
+        """Replace each token, with probability 1 - e^-σ, by a uniform id (possibly the same). noise
+        = σ(t)."""
         tokens_BxL = batch["tokens"].astype(jnp.int32)
         key_t, key_move, key_id = jax.random.split(key, 3)
         levels = stratified_uniform if self.antithetic else _uniform
@@ -98,8 +97,7 @@ class SEDDUniform(TokenObjective):
         """σ'/n Σ_{y≠z} [s_y - r_y log s_y + r_y(log r_y - 1)] in nats, r = p(y|x)/p(z|x): [R...,
         V/tp] → f32 [R...].
 
-        Not negative, and 0 exactly at s = r. The column of the noisy id itself is not read.
-        """
+        It is never negative, and 0 exactly at s = r. The column of the noisy id is not read."""
         n, ratio = self.n_ids, rows["ratio"]
         logits_RxV = logits_RxV.astype(jnp.float32)
         ids = vocab_offset(logits_RxV.shape[-1]) + jnp.arange(logits_RxV.shape[-1])

@@ -16,11 +16,11 @@ from fdp.sampling.noise import Draw, categorical, uniform
 def tweedie_uniform(
     log_score_V: jax.Array, z: jax.Array, n_ids: int, delta: jax.Array
 ) -> jax.Array:
-    """log p(token before | z), up to a constant, `delta` of uniform noise σ earlier: [..., V/tp],
+    """log p(token at noise σ - `delta` | z), up to a constant, under uniform noise: [..., V/tp],
     [...] → [..., V/tp].
 
     (e^{-Δσ·Q} s)(y) · p_Δσ(z | y) with s_z = 1 (Lou et al. 2024). A learned score can make this
-    negative: such ids get no mass."""
+    negative; such ids get no probability."""
     ids = vocab_offset(log_score_V.shape[-1]) + jnp.arange(log_score_V.shape[-1])
     own = ids == z[..., None]
     score = jnp.where(own, 1.0, jnp.exp(suppress(log_score_V, n_ids)))
@@ -35,12 +35,12 @@ def tweedie_uniform(
 def analytic_uniform(
     denoise: Denoise, draw: Draw, *, steps: int, schedule: NoiseSchedule
 ) -> tuple[jax.Array, Info]:
-    """Tweedie τ-leaping for a uniform score model; `denoise(z, σ)` returns log scores as in
-    `SEDDUniform`.
+    """Tweedie τ-leaping for a uniform score model in `steps` calls; `denoise(z, σ)` returns log
+    scores as in `SEDDUniform`.
 
-    Starts from uniform ids; the last step removes all noise that is left. `steps` calls. A step of
-    Δσ amplifies the rounding of the scores by e^Δσ, so take enough steps (or a smaller σ_max) that
-    Δσ stays below about 8."""
+    Starts from uniform ids; the last step removes all remaining noise. A step of Δσ amplifies
+    rounding errors of the scores by e^Δσ, so choose enough steps (or a smaller σ_max) to keep Δσ
+    below about 8."""
     n_ids = draw.n_ids
     # Step `steps` is never taken by the loop, so its noise is free for the start.
     z = jnp.minimum((uniform(draw.keys(steps)) * n_ids).astype(jnp.int32), n_ids - 1)
