@@ -159,12 +159,12 @@ class TrainStep:
         self, static: int | None, variables: Any, noised: Any, count: Any, inputs_N: Any
     ) -> Any:
         count = static or count
-        params, pull = jax.vjp(self._gather, variables["params"])
+        params, gather_vjp = jax.vjp(self._gather, variables["params"])
         parts = stages(
             self.model, self.objective, variables["state"], count, self.capacity, inputs_N
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
-        return psum(loss, LOSS_AXES), pull(grads)[0], psum(aux, DATA_AXES)
+        return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)
 
     def head_rows(self) -> int:
         """Rows per device and microbatch that the output head computes, for a token model."""
