@@ -1,10 +1,15 @@
 """The training loop of one arm. Fixed order: evaluate → hooks → save → next batch → step → log
 (metrics one step late).
+
+A run is a sequence of segments: a program until a step number. One segment is a plain run; several
+are a run that changes its mesh or its communication on the way.
 """
 
 import math
 import signal
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +23,7 @@ from fdp.data.batches import Prefetcher, batch, eval_batches
 from fdp.hooks import Hook, HookError
 from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
 from fdp.price.hardware import detect
-from fdp.state import TrainState
+from fdp.state import TrainState, remesh
 
 
 class Stopped(Exception):
@@ -27,6 +32,22 @@ class Stopped(Exception):
     def __init__(self, step: int):
         super().__init__(f"stopped after step {step}")
         self.step = step
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps up to number `until`, excluded, by the program of `arm`. All segments of a run hold the
+    same parameters; meshes, ZeRO stages and communication may differ. `inputs`: what the step and
+    the evaluation take besides state and batch (layer inputs)."""
+
+    until: int
+    arm: Arm
+    inputs: tuple[Any, ...] = ()
+
+
+# The segment that begins at a step, given the state there. After a restart it is asked at the step
+# of the checkpoint, so what it answers may depend on nothing but its arguments.
+Segments = Callable[[int, TrainState], Segment]
 
 
 class StopSignal:
@@ -126,6 +147,23 @@ def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
     return total / count
 
 
+def steps(
+    segment: Segment, start: int, state: TrainState
+) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
+    """(step, state after it, metrics) of the steps from `start` on. `state` must lie on the
+    segment's mesh (`fdp.state.remesh`) and is donated."""
+    arm, fit = segment.arm, segment.arm.experiment.fit
+    train_step = arm.train_function()
+
+    def draw(step: int) -> Any:
+        return batch(arm.data.train, step, fit.batch, fit.seed)
+
+    with Prefetcher(draw, arm.place, start) as batches:
+        for step in range(start, segment.until):
+            state, metrics = train_step(state, next(batches), *segment.inputs)
+            yield step, state, metrics
+
+
 def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState]:
     """The state of the newest readable checkpoint, whatever mesh wrote it, or else a fresh
     state."""
@@ -136,13 +174,14 @@ def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState
     return step, state
 
 
-def fit(arm: Arm, workdir: Path) -> None:
+def fit(arm: Arm, workdir: Path, segments: Segments | None = None) -> None:
     """Train `arm` to its last step, resuming from the workdir; the final state is kept on the host.
+    `segments`: by default one, of the arm's own program.
 
     Raises Stopped after a signal, FloatingPointError on a non-finite loss, HookError for a hook
     that fails, CheckpointError when saving fails.
     """
-    run = _Run(arm, workdir)
+    run = _Run(arm, workdir, segments or _whole(arm))
     with StopSignal() as stop:  # from here on: compiling can take minutes, and a signal then must
         # not kill
         try:
@@ -154,10 +193,19 @@ def fit(arm: Arm, workdir: Path) -> None:
             raise Stopped(arm.experiment.fit.steps)
 
 
-class _Run:
-    """Training of one arm, from the state in the workdir to the last step."""
+def _whole(arm: Arm) -> Segments:
+    def one(step: int, state: TrainState) -> Segment:
+        return Segment(arm.experiment.fit.steps, arm)
 
-    def __init__(self, arm: Arm, workdir: Path):
+    return one
+
+
+class _Run:
+    """Training of one arm, from the state in the workdir to the last step. `now` is the running
+    segment."""
+
+    def __init__(self, arm: Arm, workdir: Path, segments: Segments):
+        self.segments, self.now = segments, Segment(0, arm)
         self.arm, self.fit, self.started = arm, arm.experiment.fit, time.perf_counter()
         folder = workdir / "checkpoints" / arm.label
         self.checkpoints = Checkpoints(folder, keep=self.fit.keep)
@@ -180,6 +228,9 @@ class _Run:
             state = self._steps(state, stop)
         return state
 
+    def _evaluate(self, state: TrainState) -> float:
+        return evaluate(self.now.arm, state, *self.now.inputs)
+
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0 and step > self.start
 
@@ -193,7 +244,7 @@ class _Run:
             return step > 0 and then and not self._has_row(step, name)
 
         if due(self.fit.eval_every, "val_loss"):
-            self.writer.write(step, {"val_loss": evaluate(self.arm, state)})
+            self.writer.write(step, {"val_loss": self._evaluate(state)})
         for hook in self.arm.experiment.hooks:
             if due(hook.every, f"hook/{hook.name}"):
                 self._run_hook(hook, step, state)
@@ -205,7 +256,7 @@ class _Run:
 
     def _run_hook(self, hook: Hook, step: int, state: TrainState) -> None:
         try:
-            found = hook.run(self.arm, step, state)
+            found = hook.run(self.now.arm, step, state)
             self.writer.write(step, {f"hook/{hook.name}": 1} | dict(found))
         except Exception as error:
             if step != self.checkpoints.latest_step():  # else this start resumed from it
@@ -217,7 +268,7 @@ class _Run:
             ) from error
 
     def _save(self, step: int, state: TrainState) -> None:
-        meta: dict[str, Any] = {"mesh": dict(self.arm.mesh.shape), "fit": vars(self.fit)}
+        meta: dict[str, Any] = {"mesh": dict(self.now.arm.mesh.shape), "fit": vars(self.fit)}
         meta["devices"] = str(self.arm.mesh.devices.flat[0].device_kind)
         self.checkpoints.save(step, state, meta)
 
@@ -230,42 +281,55 @@ class _Run:
             # A checkpoint of step t promises the rows up to t; all wait for the device anyway.
             log.flush()
         if evaluates:
-            self.writer.write(step, {"val_loss": evaluate(self.arm, state)})
+            self.writer.write(step, {"val_loss": self._evaluate(state)})
         for hook in hooks:
             self._run_hook(hook, step, state)
         if saves:
             self._save(step, state)
 
+    def _enter(self, step: int, state: TrainState) -> TrainState:
+        """Begin the segment at `step`; the state, on its mesh."""
+        self.now = self.segments(step, state)
+        if not step < self.now.until <= self.fit.steps:
+            raise ValueError(
+                f"the segment at step {step} ends at {self.now.until}: step < until ≤ "
+                f"train.steps = {self.fit.steps}"
+            )
+        return remesh(state, self.now.arm.program.specs)
+
     def _steps(self, state: TrainState, stop: StopSignal) -> TrainState:
-        arm, fit, total = self.arm, self.fit, self.fit.steps
-        train_step = arm.train_function()
-        progress = Progress(total, self.start, arm.label)
-        log = _Log(arm, self.writer, progress, int(state.skipped))
-
-        def draw(step: int) -> Any:
-            return batch(arm.data.train, step, fit.batch, fit.seed)
-
-        with Prefetcher(draw, arm.place, self.start) as batches, progress:
-            for step in range(self.start, total):
-                self._between_steps(step, state, log)
-                state, metrics = train_step(state, next(batches))
-                if step == self.start:
-                    jax.block_until_ready(metrics)
-                    seconds = time.perf_counter() - self.started
-                    progress.note(f"first step after {seconds:.1f} s")
-                    log.window = (time.perf_counter(), step)
-                log.push(step, metrics)
-                if stop.requested and step + 1 < total:
-                    log.flush()
-                    self._save(step + 1, state)
-                    self.checkpoints.wait()
-                    raise Stopped(step + 1)
+        total, step = self.fit.steps, self.start
+        progress = Progress(total, self.start, self.arm.label)
+        log = _Log(self.arm, self.writer, progress, int(state.skipped))
+        with progress:
+            while step < total:
+                state = self._enter(step, state)
+                for step, state, metrics in steps(self.now, step, state):  # noqa: B020
+                    self._after_step(step, state, metrics, log, progress, stop)
+                step += 1
             log.flush()
             self._finish(state, progress)
         return state
 
+    def _after_step(
+        self, step: int, state: TrainState, metrics: Any, log: _Log, progress: Progress, stop: Any
+    ) -> None:
+        if step == self.start:
+            jax.block_until_ready(metrics)
+            progress.note(f"first step after {time.perf_counter() - self.started:.1f} s")
+            log.window = (time.perf_counter(), step)
+        log.push(step, metrics)
+        if step + 1 == self.fit.steps:
+            return
+        if stop.requested:
+            log.flush()
+            self._save(step + 1, state)
+            self.checkpoints.wait()
+            raise Stopped(step + 1)
+        self._between_steps(step + 1, state, log)
+
     def _finish(self, state: TrainState, progress: Progress) -> None:
-        total, loss = self.fit.steps, evaluate(self.arm, state)
+        total, loss = self.fit.steps, self._evaluate(state)
         self.writer.write(total, {"val_loss": loss})
         for hook in self.arm.experiment.hooks:
             self._run_hook(hook, total, state)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fdp import sharding
 from fdp.mesh import AnyMesh
@@ -102,3 +103,67 @@ class StateSpecs:
             return self._build(module.init(model, init_key, example), noise_key)
 
         return jax.jit(build, out_shardings=self.state_shardings())(jax.random.key(seed))
+
+
+def remesh(state: TrainState, specs: StateSpecs) -> TrainState:
+    """`state` as it lies on the mesh of `specs`, whatever mesh it lies on now, without a copy on
+    the host. Raises ValueError where neither number of devices is a multiple of the other.
+
+    One program reshards it among the devices of the larger mesh, on which the smaller one's blocks
+    are replicated; then whole blocks move (`jax.device_put` alone goes through the host wherever
+    blocks differ).
+    """
+    wanted = specs.state_shardings()
+    now = jax.tree.map(lambda x: x.sharding, state)
+    if jax.tree.all(jax.tree.map(lambda a, b: a == b, now, wanted)):
+        return state
+    before, after = state.step.sharding.mesh.devices, specs.mesh.devices
+    if max(before.size, after.size) % min(before.size, after.size):
+        raise ValueError(
+            f"a state on {before.size} devices is not moved to {after.size}: one number must be a "
+            "multiple of the other; restore a checkpoint instead, which any mesh reads"
+        )
+    if before.size < after.size:
+        state = jax.device_put(state, _replicated(now, after))
+        return _resharded(state, wanted)
+    return jax.device_put(_resharded(state, _replicated(wanted, before)), wanted)
+
+
+def _replicated(shardings: TrainState, devices: np.ndarray) -> TrainState:
+    """The same blocks on `devices`, each on several where they are more than the mesh has."""
+
+    def one(s: NamedSharding) -> NamedSharding:
+        shape = (devices.size // s.mesh.size, *s.mesh.devices.shape)
+        auto = (AxisType.Auto,) * len(shape)
+        mesh = Mesh(devices.reshape(shape), ("copy", *s.mesh.axis_names), axis_types=auto)
+        return NamedSharding(mesh, s.spec)
+
+    return jax.tree.map(one, shardings)
+
+
+def _resharded(state: TrainState, shardings: TrainState) -> TrainState:
+    return jax.jit(lambda tree: tree, out_shardings=shardings)(state)
+
+
+def moved_bytes(before: StateSpecs, after: StateSpecs) -> int:
+    """Bytes that devices must receive in `remesh`: of every shard what its device does not hold."""
+    total = 0
+    for old, new in zip(
+        *(jax.tree.leaves(s.abstract_state()) for s in (before, after)), strict=True
+    ):
+        held = old.sharding.devices_indices_map(old.shape)
+        for device, wanted in new.sharding.devices_indices_map(new.shape).items():
+            common = _cells(wanted, new.shape, held.get(device))
+            total += (_cells(wanted, new.shape, wanted) - common) * new.dtype.itemsize
+    return total
+
+
+def _cells(index: Any, shape: tuple[int, ...], other: Any) -> int:
+    """Elements in both blocks of an array of `shape`; none of a block that is None."""
+    if other is None:
+        return 0
+    cells = 1
+    for one, two, n in zip(index, other, shape, strict=True):
+        (a, b, _), (c, d, _) = one.indices(n), two.indices(n)
+        cells *= max(0, min(b, d) - max(a, c))
+    return cells

@@ -18,7 +18,7 @@ from fdp import loop
 from fdp.arm import Arm
 from fdp.checkpoint import Checkpoints
 from fdp.data.batches import Data, batch
-from fdp.loop import Stopped, StopSignal, fit
+from fdp.loop import Segment, Stopped, StopSignal, fit
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
 
@@ -106,21 +106,24 @@ def test_a_resumed_run_writes_the_rows_of_the_uninterrupted_one(
     assert_bitwise_equal(arm.trained.variables, variables)
 
 
-def test_a_run_resumes_on_other_meshes_and_zero_stages(
+def test_a_run_changes_its_mesh_and_resumes_in_between_on_another(
     tmp_path: Path, uninterrupted: tuple[list[dict], Any]
 ) -> None:
-    stages = [({"dp": 8}, 4), ({"dp": 2, "tp": 2, "cp": 2, "zero": 3}, 8), ({}, None)]
-    done = 0
-    for options, until in stages:
-        e = toy(**options)
-        arm = Arm.of("toy", e, make_mesh(e.degrees))
-        if until is None:
-            fit(arm, tmp_path)
-            continue
-        interrupt(arm, until - done)
-        with pytest.raises(Stopped):
-            fit(arm, tmp_path)
-        done = until
+    stages = [({"dp": 8}, 4), ({"dp": 2, "tp": 2, "cp": 2, "zero": 3}, 8), ({}, STEPS)]
+    made = [(toy(**options), until) for options, until in stages]
+    parts = [Segment(until, Arm.of("toy", e, make_mesh(e.degrees))) for e, until in made]
+
+    def segments(step: int, state: Any) -> Segment:
+        assert int(state.step) == step
+        return next(part for part in parts if step < part.until)
+
+    arm = parts[1].arm
+    interrupt(arm, 2)  # after step 6; the checkpoint is then read onto the mesh of the third
+    with pytest.raises(Stopped):
+        fit(parts[0].arm, tmp_path, segments)
+    assert Checkpoints(tmp_path / "checkpoints" / arm.label).latest_step() == 6
+    arm = parts[2].arm
+    fit(arm, tmp_path, segments)
     want, variables = uninterrupted
     for name in ("loss", "val_loss", "blocks/sum"):
         pairs = [(r[name], w[name]) for r, w in zip(rows(tmp_path), want, strict=True) if name in w]
@@ -133,6 +136,13 @@ def test_a_run_resumes_on_other_meshes_and_zero_stages(
         variables,
     )
     assert {d.id for x in jax.tree.leaves(arm.trained.params) for d in x.devices()} == {0}
+
+
+def test_a_segment_that_ends_outside_the_run_is_refused(tmp_path: Path) -> None:
+    arm = arm_of()
+    message = rf"the segment at step 0 ends at 13: step < until ≤ train.steps = {STEPS}"
+    with pytest.raises(ValueError, match=message):
+        fit(arm, tmp_path, lambda step, state: Segment(STEPS + 1, arm))
 
 
 def test_a_finished_run_computes_nothing_again(tmp_path: Path) -> None:

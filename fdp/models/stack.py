@@ -101,10 +101,19 @@ class Block(Module):
         return replace(found, last=Work() if s.time_conditioning else ffn.last)
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """Raises ValueError where the mixing layer cannot run these sizes on these degrees."""
+        """Raises ValueError where the mixing layer cannot run these sizes on these degrees. One
+        that states no `check` sees the positions of its device alone."""
         mixing = self.mixing(self.shape, parent=None)
         if hasattr(mixing, "check"):
             mixing.check(batch, length, degrees)
+            return
+        cp, shards = degrees["cp"], degrees["tp"] if self.shape.sequence_parallel else 1
+        if cp > 1 or shards > 1:
+            raise ValueError(
+                f"{type(mixing).__name__} states no check(batch, length, degrees), so nothing says "
+                f"that it mixes positions of other devices, and L = S/(cp·tp) = {length}/({cp}·"
+                f"{shards}): give it one, or set mesh.cp=1 and model.sequence_parallel=False"
+            )
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
         """(values, PartitionSpecs) of the empty cache of this block. Raises ValueError for a mixing
@@ -160,6 +169,17 @@ class Stack:
     def periods(self) -> int:
         """Number of repetitions of the pattern."""
         return self.shape.layers // len(self.pattern)
+
+    def check_inputs(self, inputs_N: Any) -> None:
+        """Raises ValueError for layer inputs that do not lead with this pp shard's periods."""
+        periods = self.periods // size("pp")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(inputs_N):
+            if leaf.ndim == 0 or leaf.shape[0] != periods:
+                raise ValueError(
+                    f"layer input {jax.tree_util.keystr(path) or 'array'} of shape {leaf.shape} "
+                    f"must lead with layers / blocks of the pattern / pp = {self.shape.layers} / "
+                    f"{len(self.pattern)} / {size('pp')} = {periods}"
+                )
 
     def build(self, gather: Any, name: str) -> Any:
         """The scanned module, called as `(x, (noise, where), layer inputs) → (x, None)`."""

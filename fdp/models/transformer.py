@@ -77,6 +77,7 @@ class Transformer(Module):
             index = layouts.positions(self.layout, length)
         position = index if self.position is None else self.position(index)
         where = Where(index, position, noised.get("segments"), given)
+        Stack(s, self.pattern).check_inputs(inputs_N)
         x_BxLxD, _ = self.layers(x_BxLxD, (noise_BxE, where), inputs_N)
         x_BxLxD = self.norm(x_BxLxD)
         # Not `enter_tp`: without SP the rows are marked varying in the head, after the caller has
