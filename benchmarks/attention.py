@@ -1,8 +1,9 @@
 """fdp's attention against JAX's own and torch's, on the device that is there: forward, forward and
 backward, and block-sparse; and what a mask saves, counted.
 
-    python -m benchmarks.attention                                   # sizes for 2 CPU cores, < 2 min
-    python -m benchmarks.attention --seq=32768 --heads=32 --kv_heads=8 --head_dim=128 --dtype=bfloat16  # a GPU
+    python -m benchmarks.attention      # sizes for 2 CPU cores, < 2 min
+    python -m benchmarks.attention --seq=32768 --heads=32 --kv_heads=8 --head_dim=128 \\
+        --dtype=bfloat16                # a GPU
 
 All contenders compute the same function of the same arrays, except block-sparse, which keeps
 `--density` of the blocks. torch's takes part on a CPU where torch is installed. Rounds call every
@@ -69,15 +70,18 @@ def random_lists(n_blocks: int, share: float, causal: bool) -> BlockLists:
 
 
 def contenders(args: argparse.Namespace) -> dict[str, Attend]:
-    """Name → attention [B, S, H, C]; on a GPU, "fdp" in bfloat16 is cuDNN, and "fdp, our kernel" the
-    one that serves cp and windows.
+    """Name → attention [B, S, H, C]; on a GPU, "fdp" in bfloat16 is cuDNN, and "fdp, our kernel"
+    the one that serves cp and windows.
     """
     mask = Mask("causal" if args.causal else "bidirectional")
     n_blocks = -(-args.seq // args.block)
     lists = random_lists(n_blocks, args.density, args.causal)
     pairs = n_blocks * (n_blocks + 1) // 2 if args.causal else n_blocks**2
     density = int(lists.k_counts.sum()) / pairs
-    sparse = lambda q, k, v: block_sparse_attention(q, k, v, lists, args.block, args.block, mask)[0]
+
+    def sparse(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return block_sparse_attention(q, k, v, lists, args.block, args.block, mask)[0]
+
     found: dict[str, Attend] = {
         YARDSTICK: lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, is_causal=args.causal, implementation="xla"
@@ -185,7 +189,10 @@ def step_flops(mask: Mask, args: argparse.Namespace) -> int:
     kv = jax.ShapeDtypeStruct((*shape[:2], args.kv_heads, shape[3]), args.dtype)
     place = np.arange(args.seq)
     how = {"backend": "xla", "out_type": "float32"}
-    f = lambda q, k, v: attend(q, k, v, mask, place, place, **how)[0].sum()
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, mask, place, place, **how)[0].sum()
+
     return jaxpr.dot_flops(jax.make_jaxpr(jax.grad(f, (0, 1, 2)))(q, kv, kv))
 
 

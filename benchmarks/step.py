@@ -3,7 +3,7 @@ step in turn.
 
     python -m benchmarks.step                          # ~5 M parameters, < 90 s on 2 idle cores
     python -m benchmarks.step --layers=2 --width=64    # small: the fixed cost of a call shows
-    python -m benchmarks.step --startup                # also: process start to first step, cold and warm cache
+    python -m benchmarks.step --startup     # also: process start to first step, cold and warm cache
 
 Both sides hold their own copy of the same parameters and see the same tokens. A pair is one step of
 each, in random order, so that a neighbour's load hits both; the ratio is the median over pairs, its

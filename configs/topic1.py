@@ -7,10 +7,11 @@ sends ids and scalars, and the same ids for every tp; a tp degree for each denoi
 best fixed one. Sharded equals unsharded; MDLM against AR at equal budget (a small MDLM is expected
 to be behind).
 
-    python -m fdp.train --config=configs/topic1.py            # ≤ 10 min on 2 cores, 8 virtual devices
-    python -m fdp.train --config=configs/topic1.py:tiny       # ≤ 60 s
+    python -m fdp.train --config=configs/topic1.py        # ≤ 10 min on 2 cores, 8 virtual devices
+    python -m fdp.train --config=configs/topic1.py:tiny   # ≤ 60 s
     python -m fdp.train --config=configs/topic1.py:pod --dry_run
-    python -m fdp.train --config=configs/topic1.py --config.mesh.dp=1 --config.mesh.tp=8   # one variation
+    python -m fdp.train --config=configs/topic1.py \\
+        --config.mesh.dp=1 --config.mesh.tp=8                       # one variation
 """
 
 import ml_collections

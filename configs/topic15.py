@@ -5,9 +5,9 @@ Claims: a hybrid cost model prices models, clusters and releases it was not fitt
 physics or learning alone; searching with it as prior finds a plan within 5 % of the best in at most
 five real runs; bytes and FLOPs of this code base's own programs are counted exactly.
 
-    python -m fdp.train --config=configs/topic15.py            # ≤ 10 min on 2 cores: fits, validates, searches
-    python -m fdp.train --config=configs/topic15.py:tiny       # ≤ 60 s
-    python -m fdp.train --config=configs/topic15.py:pod --dry_run    # the plan for a v5p slice, really compiled
+    python -m fdp.train --config=configs/topic15.py        # ≤ 10 min on 2 cores: fits, validates
+    python -m fdp.train --config=configs/topic15.py:tiny   # ≤ 60 s
+    python -m fdp.train --config=configs/topic15.py:pod --dry_run    # a v5p slice, compiled
 
 One variation, your own model and cluster (a table of the ten best plans, and a config that trains
 one of them):

@@ -7,10 +7,11 @@ loss within 0.5 % of dense attention; it is at least 10 % faster at 128K over 8 
 InfiniBand; layers differ at least fourfold in density, stably. Recall models know at least 95 % of
 their answers; native sparse attention trains within 0.5 % of dense attention.
 
-    python -m fdp.train --config=configs/topic3.py            # ≤ 10 min on 2 cores, 8 virtual devices
-    python -m fdp.train --config=configs/topic3.py:tiny       # ≤ 60 s
+    python -m fdp.train --config=configs/topic3.py        # ≤ 10 min on 2 cores, 8 virtual devices
+    python -m fdp.train --config=configs/topic3.py:tiny   # ≤ 60 s
     python -m fdp.train --config=configs/topic3.py:pod --dry_run
-    python -m fdp.train --config=configs/topic3.py --config.mesh.cp=8 --config.context.plan=ring   # one variation
+    python -m fdp.train --config=configs/topic3.py \\
+        --config.mesh.cp=8 --config.context.plan=ring               # one variation
 """
 
 import ml_collections

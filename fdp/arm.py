@@ -1,4 +1,5 @@
-"""An arm with one seed: its experiment, its programs on a mesh, and what training left of it."""
+"""One arm of a study with one seed: its experiment, its compiled programs, and its trained
+state."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,74 +25,76 @@ class Arm:
 
     @classmethod
     def of(cls, name: str, experiment: Experiment, mesh: Any) -> "Arm":
-        """With a program of its own."""
+        """An arm with a train step of its own."""
         return cls(name, experiment, TrainStep(experiment, mesh))
 
     def with_seed(self, seed: int) -> "Arm":
-        """The same arm for another seed: the same compiled programs."""
+        """The same arm with another seed; it shares the compiled programs."""
         fit = replace(self.experiment.fit, seed=seed)
         return Arm(self.name, replace(self.experiment, fit=fit), self.program)
 
     @property
     def mesh(self) -> Any:
-        """Where its programs run."""
+        """The mesh of its programs."""
         return self.program.mesh
 
     @property
     def data(self) -> Data:
-        """What it trains on."""
+        """The data of its experiment."""
         return self.experiment.data
 
     @property
     def model(self) -> Any:
-        """The pure module."""
+        """The model of its experiment."""
         return self.experiment.model
 
     @property
     def objective(self) -> Any:
-        """The loss."""
+        """The objective of its experiment."""
         return self.experiment.objective
 
     @property
     def label(self) -> str:
-        """Arm and seed, the name of its checkpoint folder."""
+        """Arm and seed: the name of its checkpoint folder."""
         return f"{self.name}-s{self.seed}"
 
     @property
     def trained(self) -> TrainState:
-        """The state after training, placed on the mesh by every call: hold it only while it is
-        used. Raises RuntimeError before `loop.fit` has run.
-        """
+        """The trained state, copied to the mesh by every call. It takes device memory as long as it
+        is held.
+
+        Raises RuntimeError before `loop.fit` has run."""
         return jax.device_put(self.trained_on_host, self.program.specs.state_shardings())
 
     @property
     def trained_on_host(self) -> TrainState:
-        """The state after training as NumPy arrays, with a key of its own. Raises RuntimeError before
-        `loop.fit`."""
+        """The trained state as NumPy arrays, with the random key as a key array.
+
+        Raises RuntimeError before `loop.fit` has run."""
         if self._state is None:
             raise RuntimeError(f"arm {self.label} has not been trained: call fdp.loop.fit first")
         return replace(self._state, key=jax.random.wrap_key_data(self._state.key))
 
     def keep(self, state: TrainState) -> None:
-        """Copy `state` to the host: the next arm needs the devices."""
+        """Copy `state` to the host, so that the next arm has the device memory."""
         self._state = jax.tree.map(_host, state)
 
     def head_rows(self) -> int:
-        """Rows of the whole mesh on which one train step runs the model's outputs."""
+        """Rows (of all devices) that the output head computes in one train step."""
         d = self.experiment.degrees
         ways = d["dp"] * d["ep"] * d["cp"] * self.experiment.grads.microbatches
         return self.program.head_rows() * ways
 
     def step_flops(self) -> int | None:
-        """Model FLOPs of one train step on the whole mesh (convention: fdp.count.counts); None where
-        a layer does not state them."""
+        """Model FLOPs of one train step on the whole mesh, in the convention of fdp.count.counts.
+        None where a layer states no FLOPs."""
         try:
             return flops.train_step(self.experiment, self.head_rows())
         except Unstated:
             return None
 
     def place(self, batch: Any) -> Any:
-        """A host batch onto the mesh, as its dims are named."""
+        """Put a host batch onto the mesh, sharded by its named dims."""
         return jax.device_put(batch, self.program.batch_shardings())
 
     def init(self) -> TrainState:
@@ -108,6 +111,6 @@ class Arm:
 
 
 def _host(x: Any) -> Any:
-    """A copy that shares no memory with the device: a step may donate what it is given."""
+    """A copy that shares no memory with the device arrays, because a step may donate those."""
     key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
     return np.array(jax.random.key_data(x) if key else x)

@@ -1,13 +1,13 @@
-"""Is a config's program right? python -m fdp.audit --config=configs/topic3.py[:variant] [--config.key=…]
+"""Check that the program of a config is correct.
 
-Every arm is shrunk to at most eight virtual devices (degrees and sizes cut, structure kept), in
-float32, and four things are shown: loss and gradients are those of one device; bytes on the wire
-are what the closed formula says; every axis of degree > 1 has the collectives that it must have and
-no others; and what a position reads of the others is what the mask allows. Exit status 1 if one
-fails.
+    python -m fdp.audit --config=configs/topic3.py[:variant] [--config.key=…]
 
-Legend: B sequences, L positions.
-"""
+Every arm is shrunk to at most eight virtual devices in float32: degrees and sizes are cut, the
+structure is kept. Four checks follow. Loss and gradients equal those of one device. Bytes on the
+wire equal the closed formula. Every axis of degree > 1 has the collectives that it needs and no
+others. A position reads exactly what the mask allows. The exit status is 1 if a check fails.
+
+Legend: B sequences, L positions."""
 
 import math
 import os
@@ -58,8 +58,8 @@ class Finding:
 
 
 def small_degrees(degrees: Mapping[str, int]) -> list[dict[str, int]]:
-    """Meshes of at most DEVICES devices on which every axis in use keeps degree 2: one, or two that
-    share the axes out where four are in use."""
+    """Degrees of the small meshes, at most DEVICES devices each. Every axis in use keeps degree 2.
+    Where four axes are in use, two meshes cover them."""
     used = [a for a in AXES if degrees[a] > 1]
     cut = {a: min(degrees[a], 2) for a in AXES}
     if 2 ** len(used) <= DEVICES:
@@ -72,7 +72,7 @@ def small_degrees(degrees: Mapping[str, int]) -> list[dict[str, int]]:
 
 
 def small(c: ml_collections.ConfigDict, degrees: Mapping[str, int]) -> ml_collections.ConfigDict:
-    """The config on `degrees` with sizes cut; ratios of heads, switches and plans are kept."""
+    """The config on `degrees` with smaller sizes; ratios of heads, switches and plans are kept."""
     c = c.copy_and_resolve_references()
     m, x, tp, cp = c.model, c.context, degrees["tp"], degrees["cp"]
     c.mesh.update(degrees)
@@ -94,8 +94,8 @@ def small(c: ml_collections.ConfigDict, degrees: Mapping[str, int]) -> ml_collec
 
 
 def batch_of(e: Experiment) -> Batch:
-    """Values for every field of the experiment's batch: random tokens, random document boundaries,
-    what an in-memory split holds otherwise."""
+    """A batch with values in every field: random tokens, random document boundaries, and examples
+    of an in-memory split."""
     rng, n = np.random.default_rng(0), e.fit.batch
     batch = e.data.train.take([i % len(e.data.train) for i in range(n)])
     if "tokens" in batch and e.data.tokenizer is not None and e.data.name == "blank":
@@ -114,7 +114,8 @@ def audit_arm(name: str, e: Experiment) -> list[Finding]:
     rng = np.random.default_rng(1)
 
     def shaken(x: np.ndarray) -> np.ndarray:
-        """Gates and biases that start at 0 would hide what they multiply."""
+        """`x` plus noise: gates and biases that start at 0 would hide errors in what they
+        multiply."""
         return x + 0.02 * rng.normal(size=x.shape).astype(x.dtype)
 
     variables = jax.tree.map(shaken, jax.device_get(one.init(0).variables))
@@ -123,7 +124,10 @@ def audit_arm(name: str, e: Experiment) -> list[Finding]:
     formula = {} if unknown else closed.traffic(p)
     c = Comparison.of(name, got, want, formula)
     mesh = degrees_equation(e.degrees)
-    found = lambda check, holds, text: Finding(name, mesh, check, holds, text)
+
+    def found(check: str, holds: bool | None, text: str) -> Finding:
+        return Finding(name, mesh, check, holds, text)
+
     findings = [
         found("loss = one device", c.output_error <= TOLERANCE, f"{c.output_error:.1e}"),
         found("gradients = one device", c.gradient_error <= TOLERANCE, f"{c.gradient_error:.1e}"),
@@ -147,8 +151,9 @@ def _name(key: Key) -> str:
 
 
 def reach(e: Experiment, variables: Any) -> tuple[bool, str]:
-    """Change one token of the model's input on one device and see which positions notice: exactly
-    those that the mask lets reach it within the model's layers, and no other."""
+    """(whether the mask is respected, what was seen): one token of the input is changed on one
+    device. Exactly those positions may change that the mask connects to it within the layers of the
+    model."""
     noised = jax.jit(e.objective.corrupt)(jax.random.key(0), batch_of(e))
     length, layers = noised["inputs"].shape[1], e.model.shape.layers
     at = length // 2
@@ -165,7 +170,7 @@ def reach(e: Experiment, variables: Any) -> tuple[bool, str]:
         return bool(moved[:, at].all()), f"{moved.mean():.0%} of the positions notice"
     index, segment = jnp.arange(length), noised.get("segments")
     args = () if segment is None else (segment, segment)
-    seen = np.broadcast_to(allowed(e.model.core.mask, index, index, *args), (1, length, length))
+    seen = np.broadcast_to(allowed(e.model.softmax.mask, index, index, *args), (1, length, length))
     reached = np.eye(length, dtype=bool)[None] | seen
     for _ in range(math.ceil(math.log2(max(layers, 2)))):
         reached = (reached[:, :, :, None] & reached[:, None]).any(2)
@@ -176,7 +181,7 @@ def reach(e: Experiment, variables: Any) -> tuple[bool, str]:
 
 
 def audit(config: ml_collections.ConfigDict) -> list[Finding]:
-    """Findings of every arm on every small mesh."""
+    """The findings for every arm on every small mesh."""
     findings = []
     study = study_of(config.topic)
     for degrees in small_degrees(config.mesh):

@@ -1,6 +1,5 @@
-"""Checkpoints (Orbax): asynchronous, atomic, restored onto any mesh; and the tie between a workdir
-and its config.
-"""
+"""Checkpoints by Orbax (asynchronous, atomic, restored onto any mesh), and the check that a workdir
+belongs to a config."""
 
 import contextlib
 import dataclasses
@@ -41,23 +40,32 @@ def _not_an_orbax_task(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.getMessage()
 
 
-# Orbax narrates every save and repeats, five tracebacks long, each error that it also raises.
-logging.getLogger("absl").addFilter(_not_from_orbax)
+@dataclasses.dataclass(frozen=True)
+class _WithoutClosedLoops:
+    """A `sys.unraisablehook` that leaves out callbacks of a closed event loop."""
 
-# After a failed save TensorStore reports every other array of it to Orbax's event loop, which is
-# closed by then: a traceback each, from callbacks that have no caller, and one more for every task
-# whose error nobody reads.
-logging.getLogger("asyncio").addFilter(_not_an_orbax_task)
-_unraisablehook = sys.unraisablehook
+    inner: Callable[[Any], Any]
 
-
-def _without_closed_loops(unraisable: Any) -> None:
-    trace = unraisable.exc_traceback
-    if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
-        _unraisablehook(unraisable)
+    def __call__(self, unraisable: Any) -> None:
+        trace = unraisable.exc_traceback
+        if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+            self.inner(unraisable)
 
 
-sys.unraisablehook = _without_closed_loops
+def mute_orbax() -> None:
+    """Filter the log records of Orbax, which repeat every error that it also raises. Calling it
+    twice changes nothing.
+
+    Orbax logs through absl, whose verbosity is one level for the whole process, so a filter is
+    needed to tell its records from others."""
+    # One record for every save, and five tracebacks for every error.
+    logging.getLogger("absl").addFilter(_not_from_orbax)
+    # After a failed save TensorStore reports every other array of it to Orbax's event loop, which
+    # is closed by then: a traceback each, from callbacks that have no caller, and one more for
+    # every task whose error nobody reads.
+    logging.getLogger("asyncio").addFilter(_not_an_orbax_task)
+    if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
+        sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
 
 
 class CheckpointError(RuntimeError):
@@ -67,9 +75,8 @@ class CheckpointError(RuntimeError):
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return error
+    cause = error.__cause__ or error.__context__
+    return error if cause is None else _root_cause(cause)
 
 
 def _first_line(error: BaseException) -> str:
@@ -94,7 +101,10 @@ def _write_error(what: str, path: Path, error: BaseException) -> CheckpointError
     )
     fix = "choose another --workdir"
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        fix = "free space there, lower checkpoint.keep, or choose another --workdir; earlier checkpoints are intact"
+        fix = (
+            "free space there, lower checkpoint.keep, or choose another --workdir; earlier "
+            "checkpoints are intact"
+        )
     elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
         fix = "make it writable or choose another --workdir"
     elif code in (errno.ENOTDIR, errno.EEXIST):
@@ -108,9 +118,8 @@ def _ignore(*_: Any) -> None:
 
 @contextlib.contextmanager
 def _without_stray_tracebacks() -> Iterator[None]:
-    """Keep Orbax's abandoned coroutines from printing hundreds of lines after an error that we
-    report in one.
-    """
+    """Silence the tracebacks of abandoned Orbax coroutines after an error that we report in one
+    line."""
     hooks, log = (sys.unraisablehook, sys.excepthook), logging.getLogger("asyncio")
     disabled, log.disabled = log.disabled, True
     sys.unraisablehook = sys.excepthook = _ignore
@@ -125,9 +134,8 @@ def _without_stray_tracebacks() -> Iterator[None]:
 
 
 def topology(state: Any) -> dict[str, Any]:
-    """What wrote a checkpoint: mesh degrees of the first mesh-sharded leaf, device count and kind,
-    JAX version.
-    """
+    """Where a checkpoint was written: degrees of the first sharded leaf's mesh, number and kind of
+    devices, JAX version."""
     meshes = (
         x.sharding.mesh for x in jax.tree.leaves(state) if isinstance(x.sharding, NamedSharding)
     )
@@ -144,15 +152,15 @@ class Checkpoints:
     """The checkpoints of one arm and seed: directory/<step>, the newest `keep` of them.
 
     A state is a dataclass of pytrees of jax.Arrays (bf16, integers and typed PRNG keys included).
-    On disk it has no mesh: restoring reads, on every process, only the shards that the target
-    shardings ask for.
-    """
+    Stored states have no mesh: on restore, every process reads only the shards of the target
+    shardings."""
 
     def __init__(self, directory: Path, keep: int = 3):
         """Raises CheckpointError when the directory cannot be made."""
         self.directory = Path(directory).absolute()
         self._pending: int | None = None  # the step being written
         self._damaged: set[int] = set()  # steps that a restore could not read
+        mute_orbax()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._unfinished = sorted(
@@ -223,9 +231,7 @@ class Checkpoints:
             raise _write_error("saving checkpoint", path, error) from error
 
     def _set_damaged_aside(self) -> None:
-        """Rename unreadable steps to damaged-<step>, so that they can be saved again and looked
-        at.
-        """
+        """Rename unreadable steps to damaged-<step>: they can be inspected, and saved again."""
         if not self._damaged:
             return
         if self._is_first_process():
@@ -252,10 +258,10 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, meta) of the newest readable checkpoint, or None where there is none.
 
-        `abstract_state`: ShapeDtypeStructs with the shardings of the target mesh. What an older
-        checkpoint does not hold, such as model state that was added since, is that of `initial()`. An unreadable
-        checkpoint is named in a warning and the previous one is tried. Raises CheckpointError when
-        there are checkpoints and none is readable."""
+        `abstract_state`: ShapeDtypeStructs with the shardings of the target mesh. Fields that an
+        older checkpoint lacks, such as model state added later, come from `initial()`. An
+        unreadable checkpoint gives a warning, and the one before it is tried. Raises
+        CheckpointError when there are checkpoints and none is readable."""
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps and self._unfinished:
             names = ", ".join(self._unfinished)
@@ -318,7 +324,7 @@ def _fields(state: Any) -> dict[str, Any]:
 
 
 def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes by path of what has one; keys have another on disk."""
+    """Shapes by path, of all leaves but random keys, whose stored shape differs."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
@@ -329,7 +335,7 @@ def _named_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_shapes(held: Any, wanted: Any) -> None:
-    """Raises ValueError naming an array whose shape is another in the checkpoint."""
+    """Raises ValueError naming an array whose stored shape differs from the wanted one."""
     stored = _named_shapes(held)
     for name, shape in _named_shapes(wanted).items():
         if stored.get(name, shape) != shape:
@@ -339,8 +345,8 @@ def _check_shapes(held: Any, wanted: Any) -> None:
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]
 ) -> list[str]:
-    """Keys whose values differ. One that was added since has had its default all along, and one
-    that is declared no longer means nothing."""
+    """A line for every key whose value differs. A key added later had its default before; a key
+    that is no longer declared is ignored."""
     defaults = {name: key.default for name, key in declared(str(new.get("topic", ""))).items()}
     lines = []
     for key in sorted(old.keys() | new.keys()):

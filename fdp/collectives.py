@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -85,8 +86,7 @@ def pmax(x: jax.Array, axes: Axes) -> jax.Array:
 
 def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """Concatenate the shards along `dim`. The result is typed varying: the transpose is a
-    reduce-scatter.
-    """
+    reduce-scatter."""
     names = bound(axes)
     return lax.all_gather(vary(x, axes), names, axis=dim, tiled=True) if names else x
 
@@ -97,6 +97,45 @@ def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """
     names = bound(axes)
     return lax.psum_scatter(vary(x, axes), names, scatter_dimension=dim, tiled=True) if names else x
+
+
+def all_to_all(x: jax.Array, axes: Axes, split_dim: int, concat_dim: int) -> jax.Array:
+    """Cut `split_dim` into one piece for each device of `axes` and join what arrives along
+    `concat_dim`: [.., split, .., concat, ..] → [.., split/n, .., concat·n, ..] with n devices.
+    """
+    names = bound(axes)
+    return lax.all_to_all(vary(x, axes), names, split_dim, concat_dim, tiled=True) if names else x
+
+
+def shift(x: jax.Array, axes: Axes, by: int = 1, *, cyclic: bool = True) -> jax.Array:
+    """What the device `by` places before this one along `axes` holds (after it, where negative).
+
+    Not cyclic: zeros where there is no such device.
+    """
+    names, n = bound(axes), size(axes)
+    if by == 0 or (cyclic and by % n == 0):
+        return x
+    if not names:
+        return jnp.zeros_like(x)
+    pairs = [(i, (i + by) % n) for i in range(n) if cyclic or 0 <= i + by < n]
+    return lax.ppermute(vary(x, axes), names, pairs)
+
+
+def split(axis: str, inner: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The bound names of `axis` as (outer, inner): the inner ones are the trailing sub-axes with
+    `inner` devices, neighbours on the fastest links.
+
+    Raises ValueError where no trailing sub-axes have that many devices.
+    """
+    names = bound(axis)
+    for i in range(len(names) + 1):
+        if size(names[i:]) == inner:
+            return names[:i], names[i:]
+    degrees = "·".join(str(size(n)) for n in names) or "1"
+    raise ValueError(
+        f"{inner} devices are not a product of trailing sub-axes of {axis} = {degrees}: "
+        f"factor the axis, fdp.mesh.factor(mesh, {axis!r})"
+    )
 
 
 def shard_map(

@@ -1,7 +1,8 @@
-"""The one place where configuration keys, units and defaults live, and where a config is checked
-before anything starts. Keys that one topic alone reads are declared in the same form in
-`fdp/topics/<name>/settings.py`. Imports neither jax nor flax: it is read first.
-"""
+"""The configuration keys of core with their units and defaults, and the validation of a config
+before anything starts.
+
+Keys that only one topic reads are declared in the same form in `fdp/topics/<name>/settings.py`.
+Imports neither jax nor flax: this file is read first."""
 
 import hashlib
 import importlib
@@ -175,9 +176,10 @@ SECTIONS: dict[str, Section] = {
 
 
 def base(**sections: Section) -> ml_collections.ConfigDict:
-    """Every core key with its default, and those of a topic's `sections`; locked. A config file
-    starts here and changes values. Raises ValueError for a section that core has.
-    """
+    """Every core key with its default, and a topic's `sections`; locked. A config file starts from
+    it.
+
+    Raises ValueError for a section name that core uses."""
     if taken := sorted(sections.keys() & (SECTIONS.keys() | TOP.keys())):
         raise ValueError(f"{taken[0]!r} is a section of core: give the topic's another name")
     c = ml_collections.ConfigDict({name: key.default for name, key in TOP.items()})
@@ -230,9 +232,8 @@ def check_keys(keys: Iterable[str], topic: str = "") -> None:
 
 
 def check_override(name: str, text: str | None, topic: str = "") -> None:
-    """Raise UserError where `--config.<name>=<text>` of the command line names no key or cannot be
-    read as its value; `text` None is a switch without a value.
-    """
+    """Raise UserError where `--config.<name>=<text>` names no key, or where `text` cannot be read
+    as a value of that key. `text` None: a switch without a value."""
     check_keys([name], topic)
     known = declared(topic)
     if text is None:
@@ -262,7 +263,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest(config: ml_collections.ConfigDict) -> str:
-    """12 hex digits over all keys that change what is computed."""
+    """12 hex digits of a hash over all keys that change what is computed."""
     kept = {
         k: v
         for k, v in flatten(config).items()
@@ -276,9 +277,10 @@ def digest(config: ml_collections.ConfigDict) -> str:
 
 
 def validate(c: ml_collections.ConfigDict) -> None:
-    """Check every key of core and of the config's topic, then what keys ask of one another, before
-    anything starts. Raises UserError with the equation, the values in it and a fix.
-    """
+    """Check every key of core and of the config's topic, then the conditions between keys, before
+    anything starts.
+
+    Raises UserError with the equation, the values in it and a fix."""
     TOP["topic"].check("topic", c.topic)
     settings = topic_settings(c.topic)
     _check_values(c)
@@ -292,7 +294,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_values(c: ml_collections.ConfigDict) -> None:
-    """Every declared key is there, nothing else is, and each value is one that its key may have."""
+    """Every declared key exists, there is no other key, and every value is allowed."""
     known = declared(c.topic)
     values: dict[str, Any] = {}
     for name, value in c.to_dict().items():
@@ -334,7 +336,7 @@ def _next_multiple(n: int, of: int) -> int:
 
 
 def _check_divisors(c: ml_collections.ConfigDict) -> None:
-    """What the degrees of the mesh, microbatches, heads and blocks must divide."""
+    """Divisibility by the degrees of the mesh, microbatches, heads and blocks."""
     m, mesh, t, seq = c.model, c.mesh, c.train, c.data.seq_len
     tp = mesh.tp
     layers = _next_multiple(m.layers, mesh.pp)
@@ -374,7 +376,7 @@ def _check_divisors(c: ml_collections.ConfigDict) -> None:
 
 
 def _check_sizes(c: ml_collections.ConfigDict) -> None:
-    """What no machine holds, refused before an allocator meets it."""
+    """Refuse sizes that no machine can hold, before an allocator fails on them."""
     m, mesh, t = c.model, c.mesh, c.train
     if (devices := math.prod(mesh.values())) > MAX_DEVICES:
         equation = "·".join(str(degree) for degree in mesh.values())

@@ -1,6 +1,5 @@
-"""`--dry_run`: compile every arm's train step for hardware that need not be here, run nothing,
-print what it needs.
-"""
+"""`--dry_run`: compile the train step of every arm for hardware that need not be present, run
+nothing, and print what it needs."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +35,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Target:
-    """What a dry run compiles for: a mesh (abstract where no compiler is at hand) and its chip."""
+    """What a dry run compiles for: a mesh (abstract where no compiler is installed) and its
+    chip."""
 
     mesh: Mesh | AbstractMesh
     chip: Chip | None
@@ -44,14 +44,13 @@ class Target:
 
     @property
     def compiles(self) -> bool:
-        """Whether there are devices to compile for."""
+        """Whether the mesh has devices to compile for."""
         return isinstance(self.mesh, Mesh)
 
 
 def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
-    """The mesh of `topology` (hardware.topology), of virtual CPU devices where that is empty, or an
-    abstract one.
-    """
+    """The mesh of `topology` (see hardware.topology), of virtual CPU devices where it is empty, or
+    an abstract mesh."""
     needed = math.prod(degrees.values())
     if not topology:
         use_virtual_devices(needed)
@@ -70,14 +69,16 @@ def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
     mesh = AbstractMesh(
         tuple(degrees[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
     )
-    note = f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, nothing compiled"
+    note = (
+        f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, "
+        "nothing compiled"
+    )
     return Target(mesh, chip(name), note)
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
-    """Print, for every arm: memory, bytes per axis and FLOPs per device, analytic and by the
-    compiler, and the fit.
-    """
+    """Print for every arm: memory, bytes by axis and FLOPs per device, analytic and from the
+    compiler, and whether it fits."""
     config = config.copy_and_resolve_references()
     config.data.source = "blank"  # a program is the same whatever it reads
     target = target_of(config.hardware.topology, config.mesh)
@@ -120,7 +121,7 @@ def _gib(n: float) -> str:
     return f"{n / GIB:.3f}"
 
 
-def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
+def _memory_table(e: analytic.Memory, planned: aot.CompiledMemory | None) -> str:
     rows = [
         (
             "parameters",
@@ -148,7 +149,10 @@ def _memory_table(e: analytic.Memory, planned: aot.Memory | None) -> str:
 
 
 def _fit(
-    e: analytic.Memory, planned: aot.Memory | None, overflow: aot.HbmError | None, c: Chip | None
+    e: analytic.Memory,
+    planned: aot.CompiledMemory | None,
+    overflow: aot.HbmError | None,
+    c: Chip | None,
 ) -> str:
     if overflow is not None:
         used, limit = _gib(overflow.used_bytes), _gib(overflow.limit_bytes)
@@ -163,9 +167,8 @@ def _fit(
 
 
 def _largest(program: Any, overflow: aot.HbmError | None) -> str:
-    """The largest buffers, from the compiler where it lists them, else the largest arrays of the
-    program.
-    """
+    """The largest buffers: those that the compiler lists, or else the largest arrays of the
+    program."""
     buffers = (
         [(b.bytes, f"{b.shape} {b.op_name}") for b in overflow.buffers[:8]] if overflow else []
     )
@@ -190,7 +193,10 @@ def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
     formula = closed.traffic(p) if stated else {}
     counted = sent(compiled, p.mesh) if compiled is not None else {}
     keys = sorted(formula.keys() | counted.keys(), key=lambda k: (k[1], k[0]))
-    mib = lambda table, key: f"{table.get(key, 0) / 2**20:,.3f}"
+
+    def mib(table: Mapping[Any, float], key: Any) -> str:
+        return f"{table.get(key, 0) / 2**20:,.3f}"
+
     table = [
         (
             f"{key[0]} over {'·'.join(key[1])}",
@@ -218,7 +224,7 @@ def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
 
 
 def _model_flops(p: TrainStep) -> int:
-    """Of one train step on the whole mesh."""
+    """Model FLOPs of one train step on the whole mesh."""
     d = p.experiment.degrees
     shards = d["dp"] * d["ep"] * d["cp"] * p.experiment.grads.microbatches
     return flops.train_step(p.experiment, p.head_rows() * shards)
@@ -233,9 +239,8 @@ def _flops_line(p: TrainStep, program: Any, stated: bool) -> str:
 
 
 def _time_line(p: TrainStep, program: Any, on: Target) -> str:
-    """Step time, MFU, bottleneck and energy by the shipped cost model, and what that model rests
-    on; nothing for a model that has no shape to be priced by.
-    """
+    """Step time, MFU, bottleneck and energy by the shipped cost model, and the measurements behind
+    it. Empty for a model whose shape cannot be priced."""
     target, e = on.chip, p.experiment
     if target is None or not isinstance(getattr(e.model, "shape", None), ModelShape):
         return ""
@@ -292,9 +297,8 @@ def _energy(
 
 
 def _hbm_bytes(job: Job, x: workload.Columns) -> float:
-    """HBM bytes of a device in a step: activations by the fitted bytes an element, weights,
-    gradients, optimizer.
-    """
+    """HBM traffic of a device in one step, in bytes: activations (fitted bytes per element),
+    weights, gradients and optimizer state."""
     a, p = job.shape, job.plan
     k = {
         name: float(v)
@@ -314,7 +318,7 @@ def _hbm_bytes(job: Job, x: workload.Columns) -> float:
 
 
 def _evidence(model: hybrid.Model, priced: Any, target: Chip) -> str:
-    """Where the numbers come from, and what of this program no measurement covers."""
+    """Where the numbers come from, and which parts of this program no measurement covers."""
     made = model.provenance
     held = math.expm1(made["held out, |log error|"]["clusters"]["median"])
     notes = [

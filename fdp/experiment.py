@@ -1,7 +1,7 @@
-"""What is trained, as one frozen value. A topic makes such values; nothing below reads a config.
+"""What is trained, as one frozen value.
 
-`standard(c)` is the one function that turns the stock sections of a config into an experiment.
-"""
+A topic makes such values; the training code reads no config. `standard(c)` is the one function that
+turns the stock sections of a config into an experiment."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from fdp.parallel.context.plan import CommPlan
 
 @dataclass(frozen=True)
 class Fit:
-    """The numbers that the loop reads. `batch`: examples of the whole mesh in a step; evaluation,
-    checkpoints and log rows every so many steps (0: only at the end); `nan`: stop | skip."""
+    """The numbers that the loop reads. `batch`: examples of the whole mesh in a step. Evaluation,
+    checkpoints and log rows come every so many steps (0: only at the end). `nan`: stop | skip."""
 
     steps: int
     batch: int
@@ -54,10 +54,9 @@ class Experiment:
     """Everything that one arm of a study trains with.
 
     model: a `Module` with `embed(noised)`, `stack(x, noised, inputs_N)`, `outputs(x)` and
-    `__call__(noised)`; objective: `fdp.objectives.base.Objective`; degrees: of the five axes; zero:
-    0, 1 or 3; grads: how loss and gradients of a step are found; rules change the model's state
-    without gradient after a step, in order; hooks of the loop.
-    """
+    `__call__(noised)`. objective: `fdp.objectives.base.Objective`. degrees: of the five axes. zero:
+    0, 1 or 3. grads: how loss and gradients of a step are computed. rules: change the model state
+    (without gradient) after a step, in order. hooks: of the loop."""
 
     model: Module
     objective: Objective
@@ -71,26 +70,26 @@ class Experiment:
     hooks: tuple[Hook, ...] = ()
 
     def batch_example(self, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-        """A batch of the data, abstract."""
+        """A batch of the data as ShapeDtypeStructs."""
         return {
             name: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
             for name, x in self.data.example().items()
         }
 
     def noised_example(self, batch: int = 1) -> Any:
-        """A corrupted batch, abstract."""
+        """A corrupted batch as ShapeDtypeStructs."""
         key = jax.random.key(0)
         return jax.eval_shape(self.objective.corrupt, key, self.batch_example(batch))
 
     @property
     def input_length(self) -> int:
-        """Positions of the model's input: twice the data's for block diffusion."""
+        """Length of the model's input: twice that of the data for block diffusion."""
         return self.noised_example()["inputs"].shape[1]
 
 
 def load_data(c: ml_collections.ConfigDict) -> Data:
-    """Corpus, tokenizer and the two splits of config `c`; synthetic sources need no corpus, and
-    "blank" is enough to compile a program."""
+    """Corpus, tokenizer and the two splits of config `c`. Synthetic sources need no corpus. The
+    source "blank" suffices to compile a program."""
     d = c.data
     if d.source == "blank":
         ids = d.vocab if d.tokenizer == "bpe" else BYTE_IDS
@@ -105,11 +104,10 @@ def load_data(c: ml_collections.ConfigDict) -> Data:
 
 
 def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experiment:
-    """The experiment of the stock sections: a Transformer, a token objective, AdamW.
+    """The experiment of the stock config sections: a Transformer, a token objective, AdamW.
 
-    `data` replaces what the data section names, where a program is built without reading a corpus.
-    Raises ValueError for sizes that do not fit, and those of loading.
-    """
+    `data` replaces the data section, for programs that are built without a corpus. Raises
+    ValueError for sizes that do not fit, and the errors of loading."""
     config.validate(c)
     data = load_data(c) if data is None else data
     shape, t, length = ModelShape.of(c.model), c.train, c.data.seq_len
@@ -140,7 +138,7 @@ def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experime
 
 
 def fit_of(c: ml_collections.ConfigDict) -> Fit:
-    """The loop's numbers of a config, for its first seed."""
+    """The loop's numbers from a config, for its first seed."""
     t = c.train
     return Fit(
         steps=t.steps,
@@ -156,7 +154,7 @@ def fit_of(c: ml_collections.ConfigDict) -> Fit:
 
 
 def comm_plan(c: ml_collections.ConfigDict) -> CommPlan:
-    """How attention communicates over cp."""
+    """How attention communicates over cp, from the `context` section."""
     x = c.context
     layout = SequenceLayout(x.layout, x.stripe if x.layout == "striped" else 1)
     return CommPlan(x.plan, c.mesh.cp if x.plan == "ulysses" else x.head_split, layout=layout)

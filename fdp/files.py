@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole."""
+"""Atomic replacement of files."""
 
 import os
 import secrets
@@ -8,11 +8,10 @@ from typing import IO
 
 
 def write_atomic(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
-    """Replace `path` as a whole: a reader, or a start after kill -9, sees the old file or the new
-    one.
+    """Replace `path` atomically: a reader sees the old file or the new one, also after kill -9.
 
-    `content` may be a function that writes into the open file. Raises OSError as the system
-    reports it."""
+    `content` may be a function that writes into the open file. Raises OSError as the system reports
+    it."""
     # Processes of several hosts may share the folder: a process id alone is not unique.
     tmp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:

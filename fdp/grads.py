@@ -1,8 +1,7 @@
-"""How loss and gradients of one step are found, as a value: `plain` accumulates microbatches.
+"""How loss and gradients of one step are computed, as a value. `plain` accumulates microbatches.
 
-What a gradient function works on are the stages of a model on one device, so that a pipeline
-schedule, too, is such a value.
-"""
+A gradient function works on the stages of a model on one device, so that a pipeline schedule can be
+such a value too."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ class Stages(NamedTuple):
     score: Callable[[Any, Any, Any], tuple[jax.Array, Aux]]
 
     def loss(self, params: Any, noised: Any) -> tuple[jax.Array, Aux]:
-        """All stages in a row."""
+        """All stages, one after the other."""
         x, aux = self.embed(params, noised)
         x, of_layers = self.stack(params, x, noised)
         loss, of_outputs = self.score(params, x, noised)

@@ -1,4 +1,4 @@
-"""Hooks of the training loop: what a study wants to see of a state while it is there."""
+"""Hooks of the training loop: measurements of a state while it is being trained."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hook:
-    """`run(arm, step, state)` before the step of that number, every `every` steps and after the
-    last; step 0 is left out.
+    """`run(arm, step, state)` is called before step number `step`, every `every` steps and after
+    the last step, but not at step 0.
 
-    What it returns, numbers and arrays by name, becomes a row of metrics.jsonl, so that a resumed
-    run does not measure it again. It must leave the state as it is.
-    """
+    The numbers and arrays that it returns, by name, become a row of metrics.jsonl, so a resumed run
+    does not measure them again. It must not change the state."""
 
     name: str
     every: int

@@ -1,7 +1,7 @@
-"""What a configuration key is: a default, what values it may have, its meaning and its unit, stated
-once. `fdp.config` and the settings of a topic declare their keys with the constructors below.
-Imports neither jax nor flax.
-"""
+"""Declarations of configuration keys: default, allowed values, meaning and unit of each.
+
+`fdp.config` and the settings of a topic declare their keys with the constructors below. Imports
+neither jax nor flax."""
 
 import difflib
 import math
@@ -53,16 +53,16 @@ class Key:
         return self.default
 
     def read(self, text: str) -> Any:
-        """The value that a word of the command line stands for, `text` itself where it is none."""
+        """The value that a word of the command line means, or `text` itself where it means none."""
         return text
 
     def problem(self, value: Any) -> str:
-        """What is wrong with a value that the key may not have."""
+        """What is wrong with a value that is not allowed."""
         meaning = f"{self.text}; {self.unit}" if self.unit else self.text
         return f"must be {self.allowed(value)} ({meaning})"
 
     def fix(self, name: str, value: Any) -> str:
-        """What to set instead."""
+        """A value to set instead."""
         return f": set {name}={self.nearest(value)!r}"
 
     def check(self, name: str, value: Any) -> None:
@@ -116,9 +116,8 @@ class Integer(Key):
 
 @dataclass(frozen=True)
 class Number(Key):
-    """In `interval`, such as "[0, 1)", also after rounding to float32; never nan. `off` switches
-    off what the key sets.
-    """
+    """A number in `interval`, such as "[0, 1)", also after rounding to float32; never nan. The
+    value `off` switches off what the key sets."""
 
     interval: str = "(-inf, inf)"
     off: float | None = None
@@ -185,7 +184,8 @@ class String(Key):
 
 @dataclass(frozen=True)
 class Several(Key):
-    """A tuple of unlike values, each of them as `each` says; empty only where the default is."""
+    """A tuple of distinct values, each allowed by `each`. It may be empty only where the default
+    is."""
 
     each: Key = String("", "")
 
@@ -230,7 +230,7 @@ Section = Mapping[str, Key]
 
 
 def section(**keys: Key) -> Section:
-    """Keys that belong together."""
+    """A section of keys."""
     return keys
 
 
@@ -272,12 +272,12 @@ def string(default: str, text: str) -> Key:
 
 
 def integers(low: int, default: tuple[int, ...], text: str, unit: str = "") -> Key:
-    """A tuple of unlike integers of at least `low`."""
+    """A tuple of distinct integers of at least `low`."""
     return Several(default, text, unit, Integer(low, text, unit, low))
 
 
 def words(default: tuple[str, ...], choices: tuple[str, ...], text: str) -> Key:
-    """A tuple of unlike words among `choices`."""
+    """A tuple of distinct words among `choices`."""
     return Several(default, text, "", Choice(choices[0], text, "", choices))
 
 

@@ -75,9 +75,8 @@ class StopSignal:
 
 
 class _Log:
-    """Fetches the metrics of a step after the next one has been dispatched, so the device never
-    waits for the host.
-    """
+    """Reads the metrics of a step after the next step has been dispatched, so that the device never
+    waits for the host."""
 
     def __init__(self, arm: Arm, writer: MetricsWriter, progress: Progress, skipped: int):
         self.arm, self.writer, self.progress = arm, writer, progress
@@ -121,15 +120,17 @@ class _Log:
             raise FloatingPointError(
                 f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; "
                 f"the parameters were left as they were. Lower train.lr ({values['lr']:.3g} here), "
-                "raise train.warmup, or set train.nan=skip to drop such steps; a batch whose weights are "
-                "all 0 has no loss"
+                "raise train.warmup, or set train.nan=skip to drop such steps; a batch whose "
+                "weights are all 0 has no loss"
             )
 
 
 def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
-    """Mean validation loss over the first eval.batches batches, under fixed noise: Σ loss / Σ
-    count, in nats per token for tokens. `inputs_N`: layer inputs, of a program that takes some.
-    Raises FloatingPointError where nothing counts."""
+    """Mean validation loss over the first eval.batches batches under fixed noise: Σ loss / Σ count,
+    in nats per token for tokens.
+
+    `inputs_N`: layer inputs, for a program that takes some. Raises FloatingPointError where Σ count
+    is 0."""
     step, fit, variables = arm.eval_function(), arm.experiment.fit, state.variables
     sums = []
     for i, host in enumerate(eval_batches(arm.data.val, fit.batch, fit.eval_batches)):
@@ -139,8 +140,9 @@ def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
     total, count = (sum(float(x[i]) for x in sums) for i in range(2))
     if not count > 0:
         raise FloatingPointError(
-            f"{arm.data.val.what}: the counts of {len(sums)} batches are {count:g} in sum: Σ loss / "
-            "Σ count has no value. Give examples whose weights are not all 0, or raise eval.batches"
+            f"{arm.data.val.what}: the counts of {len(sums)} batches are {count:g} in sum: Σ loss "
+            "/ Σ count has no value. Give examples whose weights are not all 0, or raise "
+            "eval.batches"
         )
     return total / count
 
@@ -163,7 +165,8 @@ def steps(
 
 
 def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """The newest readable checkpoint on this mesh, whatever mesh wrote it, or a fresh state."""
+    """The state of the newest readable checkpoint, whatever mesh wrote it, or else a fresh
+    state."""
     found = checkpoints.restore(arm.program.specs.abstract_state(), arm.init)
     if found is None:
         return 0, arm.init()
@@ -198,8 +201,8 @@ def _whole(arm: Arm) -> Segments:
 
 
 class _Run:
-    """Training of one arm, from the state that the workdir holds to the last step. `now` is the
-    segment that runs."""
+    """Training of one arm, from the state in the workdir to the last step. `now` is the running
+    segment."""
 
     def __init__(self, arm: Arm, workdir: Path, segments: Segments):
         self.segments, self.now = segments, Segment(0, arm)
@@ -232,8 +235,8 @@ class _Run:
         return every > 0 and step % every == 0 and step > self.start
 
     def _catch_up(self, state: TrainState) -> None:
-        """Evaluate and run hooks at the start where that was due: a signal or a hook that fails
-        saves the state of any step, before what is due there has its row."""
+        """Evaluate and run hooks at the first step if they are due there. A signal or a failing
+        hook saves the state before the rows of that step are written."""
         step, last = self.start, self.start == self.fit.steps
 
         def due(every: int, name: str) -> bool:
@@ -270,7 +273,7 @@ class _Run:
         self.checkpoints.save(step, state, meta)
 
     def _between_steps(self, step: int, state: TrainState, log: _Log) -> None:
-        """What is due before step number `step`."""
+        """Evaluation, hooks and checkpoint, where they are due before step number `step`."""
         hooks = [h for h in self.arm.experiment.hooks if self._due(step, h.every)]
         evaluates = self._due(step, self.fit.eval_every)
         saves = self._due(step, self.fit.checkpoint_every)
@@ -289,8 +292,8 @@ class _Run:
         self.now = self.segments(step, state)
         if not step < self.now.until <= self.fit.steps:
             raise ValueError(
-                f"the segment at step {step} ends at {self.now.until}: step < until ≤ train.steps = "
-                f"{self.fit.steps}"
+                f"the segment at step {step} ends at {self.now.until}: step < until ≤ "
+                f"train.steps = {self.fit.steps}"
             )
         return remesh(state, self.now.arm.program.specs)
 

@@ -1,6 +1,5 @@
 """The five-axis device mesh: pp, dp, ep, cp, tp. All five always exist, with degree 1 when
-unused.
-"""
+unused."""
 
 import math
 import os

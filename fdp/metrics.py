@@ -22,9 +22,8 @@ class ImpossibleSpeed(RuntimeError):
 
 
 def _plain(value: Any) -> Any:
-    """A number, or an array as nested lists, as valid JSON, which knows neither NaN nor infinities:
-    those become "nan", "inf" and "-inf".
-    """
+    """A number, or an array as nested lists, as valid JSON. JSON has no NaN and no infinity: they
+    become "nan", "inf" and "-inf"."""
     if getattr(value, "ndim", 0):
         return [_plain(x) for x in value]
     if isinstance(value, int):
@@ -34,7 +33,7 @@ def _plain(value: Any) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Parsed lines. A last line without a newline is what kill -9 left of a write: dropped."""
+    """The parsed lines. A last line without a newline is dropped: it was cut by kill -9."""
     rows = []
     for number, line in enumerate(path.read_text().split("\n")[:-1] if path.exists() else [], 1):
         try:
@@ -80,7 +79,7 @@ class MetricsWriter:
         self._drop_half_line()
 
     def _drop_half_line(self) -> None:
-        """Cut a half-written last line, or the next row would be glued to it."""
+        """Cut a half-written last line, so that the next row starts a line of its own."""
         if self.path.exists():
             content = self.path.read_bytes()
             end = content.rfind(b"\n") + 1
@@ -118,8 +117,8 @@ class MetricsWriter:
         before = self._shapes.setdefault(name, shape)
         if before != shape:
             raise ValueError(
-                f"metric {name!r} has shape {shape} and had {before}: a metric keeps its shape; use "
-                "another name"
+                f"metric {name!r} has shape {shape} and had {before}: a metric keeps its shape; "
+                "use another name"
             )
 
     def _event_writer(self) -> Any:
@@ -133,9 +132,8 @@ class MetricsWriter:
         return self._events
 
     def resume(self, step: int) -> None:
-        """Forget what this arm and seed wrote after `step`, the step of the checkpoint being
-        resumed.
-        """
+        """Remove the rows that this arm and seed wrote after `step`, the step of the restored
+        checkpoint."""
         if not self.path.exists():
             return
         rows = _lines(self.path)
@@ -157,11 +155,10 @@ class MetricsWriter:
 
 
 class Progress:
-    """One progress line with loss, steps per second and time left; on a non-terminal, a plain line
-    every 10 %.
+    """One progress line with loss, steps per second and time left; where the output is no terminal,
+    a plain line every 10 %.
 
-    The clock starts at the first update, so that compilation does not count as training time.
-    """
+    The clock starts at the first update, so compilation does not count as training time."""
 
     def __init__(
         self,
@@ -221,7 +218,7 @@ class Progress:
             self._print(text)
 
     def close(self) -> None:
-        """Leave the last state on the screen."""
+        """End the progress line."""
         if self._bar is not None:
             self._bar.close()
 
@@ -238,8 +235,7 @@ def throughput(
     """tokens_per_s of a step that took `seconds`, and mfu = FLOP/s over the peak of all devices
     where both are known.
 
-    A utilisation that is not known is not reported, never made up. Raises ImpossibleSpeed for one
-    above 1: then FLOPs, clock or peak are wrong, or work is silently left out.
+    Raises ImpossibleSpeed for an MFU above 1: FLOPs, clock or peak are wrong, or work is left out.
     """
     if seconds <= 0:
         raise ValueError(f"seconds per step = {seconds} must be positive")

@@ -1,4 +1,5 @@
-"""Optimizers as values: what is known of the parameters goes in, an optax transformation comes out."""
+"""Optimizers as values: functions from the metadata of the parameters to an optax
+transformation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ import optax
 
 @dataclass(frozen=True)
 class Optimizer:
-    """`build(metas)`: the transformation for parameters of these `fdp.models.module.Meta`;
-    `learning_rate(step)`: what the log shows."""
+    """`build(metas)`: the transformation for parameters with these `fdp.models.module.Meta`.
+    `learning_rate(step)`: for the log."""
 
     build: Callable[[Any], optax.GradientTransformation]
     learning_rate: optax.Schedule

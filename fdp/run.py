@@ -28,9 +28,8 @@ from fdp.study.report import VERDICTS, BadReport, Report, devices, versions
 
 @dataclasses.dataclass
 class Run:
-    """What a study sees: the config, the mesh, the workdir and the trained arms, `arms[name][i]`
-    for seed i.
-    """
+    """What a study is given: the config, the mesh, the workdir and the trained arms,
+    `arms[name][i]` for seed i."""
 
     config: ml_collections.ConfigDict
     mesh: Mesh
@@ -73,7 +72,7 @@ def study_of(topic: str) -> ModuleType:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs: a second start compiles nothing."""
+    """Keep compiled programs between runs, so that a second start compiles nothing."""
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,6 +1,5 @@
-"""Where every array lives: PartitionSpecs from metadata and named dims, ZeRO storage over dp, and a
-report of both.
-"""
+"""Where every array is stored: PartitionSpecs from metadata and named dims, ZeRO sharding over dp,
+and a table of both."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,9 +18,8 @@ DIMS = {"batch": BATCH_AXES, "sequence": "cp", None: None}  # mesh axes of a nam
 
 
 def batch_specs(batch: Any, dims: Any) -> Any:
-    """PartitionSpecs of a tree whose dims are named by a tree above it: a tuple of names speaks for
-    every array below. Raises ValueError for a name or a key that is not known.
-    """
+    """PartitionSpecs of a batch. `dims` names the dims of every array; a tuple of names there holds
+    for all arrays below it. Raises ValueError for an unknown name or key."""
     if isinstance(dims, Mapping):
         if unknown := batch.keys() - dims.keys():
             raise ValueError(
@@ -34,8 +32,8 @@ def batch_specs(batch: Any, dims: Any) -> Any:
 
 
 def check_dims(batch: Any, dims: Any, degrees: Mapping[str, int]) -> None:
-    """Raises ValueError, with equation, values and fix, unless the degrees divide every named dim of
-    an abstract batch."""
+    """Raises ValueError, with equation, values and fix, unless the degrees divide every named dim
+    of an abstract batch."""
     specs = jax.tree.leaves(batch_specs(batch, dims), is_leaf=spec_leaf)
     for (path, x), spec in zip(jax.tree_util.tree_leaves_with_path(batch), specs, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -54,9 +52,8 @@ def check_dims(batch: Any, dims: Any, degrees: Mapping[str, int]) -> None:
 
 
 def zero_dim(shape: tuple[int, ...], spec: PartitionSpec, dp: int) -> int | None:
-    """The dim that ZeRO shards over dp: the largest that no other axis uses and dp divides (None:
-    replicate).
-    """
+    """The dim that ZeRO shards over dp: the largest one that no other axis shards and that dp
+    divides. None: replicate."""
     entries = tuple(spec) + (None,) * (len(shape) - len(spec))
     free = [
         d for d, (n, s) in enumerate(zip(shape, entries, strict=True)) if s is None and n % dp == 0
@@ -65,7 +62,7 @@ def zero_dim(shape: tuple[int, ...], spec: PartitionSpec, dp: int) -> int | None
 
 
 def stored_specs(shapes: Any, specs: Any, zero: int, dp: int) -> Any:
-    """Specs in which parameters (and so gradients and optimizer state) rest between steps."""
+    """Specs of parameters between steps; gradients and optimizer state have the same."""
     if not zero:
         return specs
 
@@ -80,18 +77,18 @@ def stored_specs(shapes: Any, specs: Any, zero: int, dp: int) -> Any:
 
 
 def _gathered(x: jax.Array, spec: PartitionSpec, drop: int = 0) -> jax.Array:
-    """All-gather over dp along the dim that the stored spec names, first `drop` dims sliced away."""
+    """All-gather over dp along the dim that the stored spec shards. `drop`: leading dims that are
+    absent."""
     dims = [d for d, entry in enumerate(spec) if entry == "dp"]
     return all_gather(x, "dp", dim=dims[0] - drop) if dims else x
 
 
 def gather(stored: Any, specs: Any, metas: Any, zero: int) -> Any:
-    """Inside shard_map: stored parameters → the ones the model computes with.
+    """Inside shard_map: from the stored parameters to those that the model computes with.
 
-    Marking them as varying first puts the gradient reduction in float32, once a step, outside every
-    scan; the transpose of the gather is the reduce-scatter. ZeRO-3 leaves stacked layers to
-    `LayerGather`.
-    """
+    Marking them as varying first makes the gradient reduction float32 and puts it outside every
+    scan, once a step. The transpose of the gather is the reduce-scatter. ZeRO-3 leaves stacked
+    layers to `LayerGather`."""
     params = vary(stored, DATA_AXES)
     if zero == 0:
         return params
@@ -105,14 +102,13 @@ def gather(stored: Any, specs: Any, metas: Any, zero: int) -> Any:
 class LayerGather:
     """For ZeRO-3: by the name of a stack, the function that gathers the parameters of one period.
 
-    Inside the scan the stacked dim is gone, hence drop=1.
-    """
+    Inside the scan the stacked dim is absent, hence drop=1."""
 
     def __init__(self, specs: Any):
         self.specs = specs
 
     def __call__(self, stack: str) -> Callable[[Any], Any]:
-        """Parameters of one period, as stored → whole."""
+        """From the stored parameters of one period to the gathered ones."""
         return lambda one: jax.tree.map(lambda x, s: _gathered(x, s, 1), one, self.specs[stack])
 
 
@@ -134,9 +130,8 @@ def axes_of(spec: PartitionSpec) -> list[str]:
 
 
 def report(shapes: Any, specs: Any, mesh: AnyMesh) -> str:
-    """Table of parameter, shape, spec, bytes per device and the mesh axes (degree > 1) along which
-    it is replicated.
-    """
+    """A table of parameter, shape, spec, bytes per device and the mesh axes (degree > 1) over which
+    it is replicated."""
     rows, total = [], 0
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     for (path, leaf), spec in zip(leaves, jax.tree.leaves(specs, is_leaf=spec_leaf), strict=True):

@@ -1,4 +1,4 @@
-"""Training state: what a step turns into the next one and a checkpoint keeps."""
+"""The training state: what a train step updates and a checkpoint stores."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @flax.struct.dataclass
 class TrainState:
-    """step: int32 count of calls; key: of all noise; params: float32 masters; opt_state: optax;
-    skipped: int32 steps; model: state without gradient, changed by the experiment's rules.
+    """step: int32 number of calls. key: source of all noise. params: float32 master weights.
+    opt_state: of optax. skipped: int32 number of skipped steps. model: state without gradient,
+    changed by the rules of the experiment.
 
-    The key is data, not a constant of the program: every seed runs the same compiled step.
-    """
+    The key is data, not a constant of the program, so all seeds run the same compiled step."""
 
     step: Any
     key: Any
@@ -34,15 +34,14 @@ class TrainState:
 
     @property
     def variables(self) -> module.Variables:
-        """What a model is applied with."""
+        """The variables that the model is applied with."""
         return {"params": self.params, "state": self.model}
 
 
 class StateSpecs:
-    """Specs and abstract values of an experiment's state on one mesh.
+    """Specs and abstract values of the state of an experiment on one mesh.
 
-    `shapes`, `specs` and `metas` of the parameters; `stored`: specs in which they rest (ZeRO).
-    """
+    `shapes`, `specs` and `metas` of the parameters; `stored`: their specs between steps (ZeRO)."""
 
     def __init__(self, experiment: "Experiment", mesh: AnyMesh):
         self.mesh, self.zero = mesh, experiment.zero
@@ -56,7 +55,7 @@ class StateSpecs:
         self.tx = experiment.optimizer.build(self.metas)
 
     def state_specs(self) -> TrainState:
-        """PartitionSpecs of a TrainState: optimizer moments lie where their parameters lie."""
+        """PartitionSpecs of a TrainState: optimizer moments are sharded like their parameters."""
         opt_shapes = jax.eval_shape(self.tx.init, self.shapes)
         opt = optax.tree_map_params(
             self.tx,
@@ -77,10 +76,12 @@ class StateSpecs:
         return sharding.shardings(self.mesh, self.state_specs())
 
     def abstract_state(self) -> TrainState:
-        """ShapeDtypeStructs with shardings: the target of a restore and the argument of an
-        ahead-of-time compile.
-        """
-        build = lambda v: self._build(v, jax.random.key(0))
+        """ShapeDtypeStructs with shardings: the target of a restore, and the argument of
+        ahead-of-time compilation."""
+
+        def build(v: Any) -> Any:
+            return self._build(v, jax.random.key(0))
+
         state = jax.eval_shape(build, {"params": self.shapes, "state": self.model_shapes})
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -105,8 +106,8 @@ class StateSpecs:
 
 
 def remesh(state: TrainState, specs: StateSpecs) -> TrainState:
-    """`state` as it lies on the mesh of `specs`, whatever mesh it lies on now, without a copy on the
-    host. Raises ValueError where neither number of devices is a multiple of the other.
+    """`state` as it lies on the mesh of `specs`, whatever mesh it lies on now, without a copy on
+    the host. Raises ValueError where neither number of devices is a multiple of the other.
 
     One program reshards it among the devices of the larger mesh, on which the smaller one's blocks
     are replicated; then whole blocks move (`jax.device_put` alone goes through the host wherever

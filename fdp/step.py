@@ -35,9 +35,9 @@ def stages(
     capacity: int | None = None,
     inputs_N: Any = None,
 ) -> Stages:
-    """The stages of one model and objective; `score` divides the summed loss by `count`.
+    """The stages of a model and its objective. `score` divides the summed loss by `count`.
 
-    `inputs_N`: layer inputs, a pytree that leads with the periods of the stack."""
+    `inputs_N`: layer inputs, a pytree whose leading dim is the periods of the stack."""
 
     def run(params: Any, *args: Any, method: str) -> tuple[Any, Aux]:
         variables = {"params": params, "state": model_state}
@@ -59,19 +59,19 @@ def stages(
 def mean_loss(
     model: module.Module, objective: Objective, variables: Any, noised: Any, inputs_N: Any = None
 ) -> jax.Array:
-    """Mean loss of a whole corrupted batch on one device, every row through the outputs."""
+    """Mean loss of a whole corrupted batch on one device; every row goes through the output
+    head."""
     count = objective.count(noised)
     parts = stages(model, objective, variables["state"], count, None, inputs_N)
     return parts.loss(variables["params"], noised)[0]
 
 
 class TrainStep:
-    """The pure functions of one experiment on one mesh: `train_step`, `eval_step`, `grads`.
+    """The pure functions of an experiment on a mesh: `train_step`, `eval_step`, `grads`.
 
-    `inputs`: PartitionSpecs of layer inputs, a pytree that leads with the periods of the stack,
-    such as plans of a layer and lists of key blocks; the functions then take that data as last
-    argument. Raises UserError for an experiment that this mesh cannot run.
-    """
+    `inputs`: PartitionSpecs of layer inputs, such as communication plans or lists of key blocks of
+    every layer. Their leading dim is the periods of the stack, and the functions take them as the
+    last argument. Raises UserError for an experiment that this mesh cannot run."""
 
     def __init__(self, experiment: Experiment, mesh: AnyMesh, inputs: Any = None):
         e = self.experiment = experiment
@@ -99,7 +99,8 @@ class TrainStep:
             raise UserError(str(error)) from error
 
     def _capacity(self) -> int | None:
-        """Rows per device and microbatch that can carry loss; None: all go through the outputs."""
+        """Rows per device and microbatch that can carry loss; None: all rows go through the output
+        head."""
         e = self.experiment
         shards = e.degrees["dp"] * e.degrees["ep"] * e.grads.microbatches
         length = e.data.seq_len
@@ -119,10 +120,10 @@ class TrainStep:
         return shard_map(f, self.mesh, in_specs, out_specs)
 
     def corrupt(self, batch: Any, key: jax.Array) -> Any:
-        """The objective's batch, drawn on global arrays: equal on every mesh for equal keys.
+        """The corrupted batch, drawn on global arrays: equal on every mesh for equal keys.
 
-        In the order of the model's sequence layout; targets were shifted before, so a neighbour
-        there need not be the next token."""
+        Positions are in the order of the model's sequence layout. Targets were shifted before, so
+        the neighbour of a position there need not be the next token."""
         noised = self.objective.corrupt(key, batch)
         specs = sharding.batch_specs(noised, self.objective.dims)
         layout = getattr(self.model, "layout", layouts.CONTIGUOUS)
@@ -158,15 +159,15 @@ class TrainStep:
         self, static: int | None, variables: Any, noised: Any, count: Any, inputs_N: Any
     ) -> Any:
         count = static or count
-        params, pull = jax.vjp(self._gather, variables["params"])
+        params, gather_vjp = jax.vjp(self._gather, variables["params"])
         parts = stages(
             self.model, self.objective, variables["state"], count, self.capacity, inputs_N
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
-        return psum(loss, LOSS_AXES), pull(grads)[0], psum(aux, DATA_AXES)
+        return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)
 
     def head_rows(self) -> int:
-        """Rows per device and microbatch on which the outputs run, of a model of tokens."""
+        """Rows per device and microbatch that the output head computes, for a token model."""
         e, d = self.experiment, self.experiment.degrees
         ways = d["dp"] * d["ep"] * d["cp"] * e.grads.microbatches
         local = e.fit.batch * (e.data.seq_len or 1) // ways
@@ -175,9 +176,8 @@ class TrainStep:
     def train_step(
         self, state: TrainState, batch: Any, inputs_N: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """One optimizer step. A non-finite loss or gradient leaves parameters, moments and the
-        model's state as they were.
-        """
+        """One optimizer step. After a non-finite loss or gradient, parameters, moments and model
+        state stay unchanged."""
         noised = self.corrupt(batch, jax.random.fold_in(state.key, state.step))
         loss, grads, aux = self.grads(state.variables, noised, inputs_N)
         norm = optax.tree.norm(grads)
@@ -187,7 +187,10 @@ class TrainStep:
         model = state.model
         for rule in self.experiment.rules:
             model = rule(model, aux, state.step)
-        keep = lambda new, old: jnp.where(finite, new, old)
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(finite, new, old)
+
         new = TrainState(
             step=state.step + 1,
             key=state.key,
@@ -203,7 +206,7 @@ class TrainStep:
     def eval_step(
         self, variables: Any, batch: Any, index: jax.Array, inputs_N: Any = None
     ) -> tuple[jax.Array, Any]:
-        """(summed loss, count) of validation batch `index`, under noise that never changes."""
+        """(summed loss, count) of validation batch `index`. Its noise depends on `index` only."""
         key = jax.random.fold_in(jax.random.key(1_000_003), index)
         noised = self.corrupt(batch, key)
 
@@ -216,7 +219,7 @@ class TrainStep:
         return total, self.objective.count(noised)
 
     def batch_shardings(self) -> Any:
-        """How the loop places a batch."""
+        """Shardings of a batch."""
         example = self.experiment.batch_example()
         return sharding.shardings(self.mesh, sharding.batch_specs(example, self.dims))
 
@@ -252,13 +255,13 @@ class TrainStep:
 
 
 def named(aux: Aux) -> dict[str, jax.Array]:
-    """Aux as metrics: the path through the model, "layers/mlp/load", to the array."""
+    """Aux metrics by name: the path of the layer, such as "layers/mlp/load"."""
     leaves = jax.tree_util.tree_leaves_with_path(aux)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves}
 
 
 def _factored(model: module.Module, mesh: AnyMesh) -> AnyMesh:
-    """`mesh`, with cp in sub-axes where the model's plan splits heads over a part of it."""
+    """`mesh` with cp in sub-axes, where the communication plan splits heads over a part of cp."""
     split = getattr(model, "head_split", 1)
     factors = 1 < split < mesh.shape.get("cp", 1)
     return factor(mesh, "cp") if factors else mesh

@@ -38,7 +38,7 @@ def default_workdir() -> Path:
 
 
 def refused_override(argv: list[str]) -> str:
-    """Why the declaration of a key refuses one of the overrides in `argv`, "" where none does."""
+    """Why an override in `argv` is refused by the declaration of its key; "" where none is."""
     words = "\0".join(argv)  # no argument holds this character
     file = re.search(r"\0--?config[=\0]([^\0]+)", words)
     overrides = re.finditer(r"\0--?(?:no)?config\.([\w.]+)(?:=([^\0]*)|\0(?!-)([^\0]*))?", words)
@@ -59,9 +59,8 @@ def refused_override(argv: list[str]) -> str:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser with every mistake in one `error:` line; a bug inside a config file keeps its
-    traceback.
-    """
+    """Parse with absl. Every mistake becomes one `error:` line; a bug inside a config file keeps
+    its traceback."""
     flags.FLAGS.set_default("verbosity", -1)  # warnings: libraries narrate at absl's default
     try:
         rest = flags.FLAGS(argv)

@@ -1,5 +1,5 @@
-"""Exact answers that tests compare with: a joint law that can be enumerated, and the NELBO over
-every mask.
+"""What tests compare with: a joint law that can be enumerated, the NELBO over every mask, the
+scores of a clean-token prediction, and the autoregressive sampler with a key/value cache.
 
 Shapes: B sequences, L positions, V vocabulary, K positions of a block, M masks, N rows; ids 0..n-1
 are states, id n is the mask token."""
@@ -8,12 +8,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import comb
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdp.collectives import vary_like
 from fdp.data.synthetic import NEVER
+from fdp.models import module
+from fdp.models.transformer import Transformer
+from fdp.parallel.tensor import vocab_gather
+from fdp.sampling.autoregressive import next_token
+from fdp.sampling.noise import Draw
 
 
 @dataclass(frozen=True)
@@ -113,3 +120,46 @@ def nelbo_exact(
         picked_BxMxK = np.take_along_axis(logp, x_BxL[:, None, own, None], axis=-1)[..., 0]
         total_B += np.where(masks_MxK, -picked_BxMxK, 0).sum(-1) @ weights_M
     return total_B
+
+
+def score_of_mean(logp_RxV: jax.Array, noisy: jax.Array, sigma: jax.Array, n_ids: int) -> jax.Array:
+    """Log scores of a clean-token prediction: log q(y)/q(noisy), q = e^-σ p + (1 - e^-σ)/n_ids:
+    [R..., V/tp] → same.
+
+    Exact ratios need p = p(x_i | z without i), NOT the posterior p(x_i | z) (UDLM, Schiff et al.
+    2025)."""
+    sigma = sigma[..., None]
+    q_RxV = jnp.exp(logp_RxV - sigma) - jnp.expm1(-sigma) / n_ids
+    return jnp.log(q_RxV) - jnp.log(vocab_gather(q_RxV, noisy))[..., None]
+
+
+def sample_cached(
+    model: Transformer, params: Any, draw: Draw, bos: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """As `autoregressive.sample` for a causal `model`, with one row a token against the key/value
+    cache; "nfe" counts rows.
+
+    Raises ValueError for a model that is not causal and under cp > 1.
+    """
+    if model.softmax.mask.kind != "causal":
+        raise ValueError(
+            "a cache filled from left to right needs a causal model: under "
+            f"{model.softmax.mask} later tokens would change the keys of earlier ones"
+        )
+    ids_B, variables = draw.sample_ids_B, {"params": params}
+    batch = len(ids_B)
+    noise_B = vary_like(jnp.zeros(batch), ids_B)
+
+    def body(i: jax.Array, carry: tuple) -> tuple:
+        tokens_BxL, last_B, cache = carry
+        args = (model, variables, last_B[:, None], noise_B, jnp.full((batch, 1), i))
+        hidden_Bx1xD, _, cache = module.run(*args, method="hidden", cache=cache)
+        logits_BxV, _, _ = module.run(model, variables, hidden_Bx1xD[:, 0], method="outputs")
+        token_B = next_token(logits_BxV, draw, i)
+        return tokens_BxL.at[:, i].set(token_B), token_B, cache
+
+    first_B = vary_like(jnp.full(batch, bos, jnp.int32), ids_B)
+    tokens_BxL = vary_like(jnp.zeros((batch, draw.length), jnp.int32), ids_B)
+    cache, _ = model.decode_state(batch, draw.length)
+    carry = (tokens_BxL, first_B, cache)
+    return jax.lax.fori_loop(0, draw.length, body, carry)[0], {"nfe": jnp.int32(draw.length)}

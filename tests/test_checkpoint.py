@@ -372,7 +372,10 @@ def test_workdir_belongs_to_one_config(tmp_path):
     moved = config | {"mesh": {"dp": 2, "tp": 4}, "train": {"lr": 3e-3, "zero": 3, "zeroth": 1}}
     bind_workdir(tmp_path / "run", moved, "aaa")
     other = config | {"train": {"lr": 1e-3, "zero": 0, "zeroth": 2}}
-    message = r"train.lr: 0.003 -> 0.001; train.zeroth: 1 -> 2. Fix: .*--workdir=.*checkpoint.allow_config_change=True"
+    message = (
+        r"train.lr: 0.003 -> 0.001; train.zeroth: 1 -> 2. Fix: .*--workdir=.*"
+        r"checkpoint.allow_config_change=True"
+    )
     with pytest.raises(ValueError, match=message):
         bind_workdir(tmp_path / "run", other, "bbb")
     bind_workdir(tmp_path / "run", other, "bbb", allow_other=True)

@@ -33,7 +33,8 @@ INDIVISIBLE = {
     ),
     "key/value heads over tp": (
         {"mesh.tp": 4, "model.kv_heads": 2},
-        "key/value heads 2 is not divisible by mesh.tp = 4: set model.kv_heads=4 or another mesh.tp",
+        "key/value heads 2 is not divisible by mesh.tp = 4: set model.kv_heads=4 or "
+        "another mesh.tp",
     ),
     "FFN over tp": (
         {"mesh.tp": 4, "model.ffn": 66},
@@ -72,7 +73,8 @@ INDIVISIBLE = {
     ),
     "sequence over blocks": (
         {"objective.name": "block_diffusion", "objective.block": 5},
-        "sequence length 32 is not divisible by objective.block = 5: choose a block that divides it",
+        "sequence length 32 is not divisible by objective.block = 5: choose a block "
+        "that divides it",
     ),
 }
 
@@ -223,7 +225,8 @@ REFUSED = {
     ),
     "value of another type": (
         ["--config=configs/topic1.py:tiny", "--config.train.steps=many"],
-        "error: train.steps='many' must be an integer of at least 1 (length of the run; steps): set "
+        "error: train.steps='many' must be an integer of at least 1 (length of the run; steps): "
+        "set "
         "train.steps=1000\n",
     ),
     "value of another type, set apart": (
@@ -336,7 +339,8 @@ HUGE = [
     ),
     (
         {"train.batch": 2**31 - 1, "data.seq_len": 64},
-        "4·2147483647·64·32/(1·1·1·1) = 16 TiB a device, exceeds 8 TiB: lower train.batch or data.seq_len",
+        "4·2147483647·64·32/(1·1·1·1) = 16 TiB a device, exceeds 8 TiB: "
+        "lower train.batch or data.seq_len",
     ),
 ]
 
@@ -351,10 +355,10 @@ def test_what_no_machine_holds_is_refused_with_its_bytes(
 
 
 def test_the_closed_lists_are_those_of_the_code_that_reads_them() -> None:
-    from fdp.objectives import schedules
+    from fdp.objectives import noise_schedules
     from fdp.topics.parallelism_search import settings, validate
 
-    assert set(config.SCHEDULES) == schedules.SCHEDULES.keys()
+    assert set(config.SCHEDULES) == noise_schedules.SCHEDULES.keys()
     assert tuple(case.name for case in validate.CASES) == settings.HOLD_OUTS
 
 

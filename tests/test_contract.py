@@ -1,6 +1,6 @@
 """Topic 16 needs no core edit: a folder that invents a layer with weights and model state, an image
-batch with labels, a loss with its own count, an array metric, a hook, a config section and an update
-rule is trained, resumed, dry-run and equal on every mesh.
+batch with labels, a loss with its own count, an array metric, a hook, a config section and an
+update rule is trained, resumed, dry-run and equal on every mesh.
 """
 
 import importlib

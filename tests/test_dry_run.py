@@ -77,7 +77,8 @@ def time_line(variant: str, monkeypatch, capsys, **overrides) -> dict[str, float
     dry_run.dry_run(c)
     text = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("time "))
     m = re.search(
-        r"predicted (\S+) ms a step \(90 % interval (\S+)-(\S+)\), MFU (\S+) %; bottleneck (\w.*?);",
+        r"predicted (\S+) ms a step \(90 % interval (\S+)-(\S+)\), MFU (\S+) %; "
+        r"bottleneck (\w.*?);",
         text,
     )
     assert m, text

@@ -15,7 +15,7 @@ from build import program, tiny
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fdp import sharding
-from fdp.collectives import index, psum, size
+from fdp.collectives import all_to_all, index, psum, shard_map, shift, size, split
 from fdp.mesh import AXES, factor, is_virtual, make_mesh, use_virtual_devices
 from fdp.sampling.draw import generation_mesh
 from fdp.state import StateSpecs, TrainState
@@ -85,11 +85,38 @@ def test_a_logical_axis_means_all_of_its_factors() -> None:
     mesh = mesh_of(cp=4, tp=2)
     x = jnp.arange(4 * 6, dtype=jnp.float32).reshape(4, 6)
     whole = collect(mesh, P("cp", "tp"), x)
-    split = collect(factor(mesh, "cp"), P(("cp0", "cp1"), "tp"), x)
-    jax.tree.map(np.testing.assert_array_equal, split, whole)
+    factored = collect(factor(mesh, "cp"), P(("cp0", "cp1"), "tp"), x)
+    jax.tree.map(np.testing.assert_array_equal, factored, whole)
     assert whole[1].tolist() == [0, 1, 2, 3]
     assert whole[2].tolist() == [4] * 4
     np.testing.assert_array_equal(whole[0][0], (x * np.arange(1, 5)[:, None]).sum(0))
+
+
+def test_shift_and_all_to_all_move_what_their_names_say() -> None:
+    x = jnp.arange(16.0).reshape(4, 4)  # a row for each device
+    names = []
+
+    def moved(x):
+        names.append(split("cp", 2))
+        return (
+            *(shift(x, "cp", by) for by in (1, -1, 4)),
+            *(shift(x, "cp", by, cyclic=False) for by in (1, -2)),
+            all_to_all(x, "cp", 1, 0),
+        )
+
+    mesh = factor(mesh_of(cp=4), "cp")
+    specs = (*[P("cp")] * 5, P(None, "cp"))
+    *shifted, exchanged = jax.jit(shard_map(moved, mesh, P("cp"), specs))(x)
+    rows, zero = np.asarray(x), np.zeros((1, 4))
+    wanted = [np.roll(rows, by, 0) for by in (1, -1, 0)]
+    wanted += [np.concatenate([zero, rows[:-1]]), np.concatenate([rows[2:], zero, zero])]
+    jax.tree.map(np.testing.assert_array_equal, shifted, wanted)
+    np.testing.assert_array_equal(exchanged, rows)
+    assert names == [(("cp0",), ("cp1",))]
+    # Where nothing is bound there is one device: itself, and nothing before or after it.
+    alone = shift(x, "cp"), all_to_all(x, "cp", 1, 0), shift(x, "cp", cyclic=False)
+    jax.tree.map(np.testing.assert_array_equal, alone, (x, x, 0 * x))
+    assert split("cp", 1) == ((), ())
 
 
 def test_only_powers_of_two_can_be_factored() -> None:

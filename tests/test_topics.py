@@ -315,6 +315,49 @@ def test_one_file_imports_flax_linen() -> None:
     assert found == ["fdp/models/module.py"]
 
 
+COLLECTIVES = {
+    *("psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "psum_scatter"),
+    *("axis_index", "ragged_all_to_all"),
+}
+
+
+def raw_collectives(source: str) -> list[str]:
+    """Collectives of jax.lax that a file names, as `lax.psum` or by import."""
+    tree = ast.parse(source)
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+    used = [
+        n.attr
+        for n in attributes
+        if n.attr in COLLECTIVES and getattr(n.value, "attr", getattr(n.value, "id", "")) == "lax"
+    ]
+    return used + [
+        name
+        for name in imports(tree, "fdp")
+        if inside(name, "jax.lax") and name.rpartition(".")[2] in COLLECTIVES
+    ]
+
+
+@pytest.mark.fast
+def test_one_file_calls_the_collectives_of_jax() -> None:
+    found = {
+        p.relative_to(ROOT).as_posix(): used
+        for p in SOURCES
+        if p.is_relative_to(ROOT / "fdp")
+        and (used := raw_collectives(p.read_text(encoding="utf8")))
+    }
+    assert set(found) == {"fdp/collectives.py"}, found
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "source",
+    ["jax.lax.psum(x, 'tp')", "lax.ppermute(x, 'cp', p)", "from jax.lax import all_to_all"],
+)
+def test_a_raw_collective_is_found(source: str) -> None:
+    assert raw_collectives(source)
+    assert not raw_collectives("from fdp.collectives import psum\npsum(x, 'tp')")
+
+
 @pytest.mark.fast
 def test_core_names_no_topic() -> None:
     words = re.compile(rf"\b({'|'.join(TOPICS)})\b")

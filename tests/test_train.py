@@ -97,7 +97,8 @@ def environment() -> dict[str, str]:
 ON_A_FULL_DISK = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"  # or half-written programs stay in the cache
+# Or half-written programs stay in the cache.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
@@ -458,7 +459,8 @@ def test_a_bad_corpus_is_one_error_line(tmp_path: Path) -> None:
 BAD_CONFIGS = {
     "train.stepz=3": "unknown config key 'train.stepz': did you mean 'train.steps'?",
     "train.batch=abc": "train.batch='abc' must be an integer of at least 1 (global batch; ",
-    "train.batch=0": "train.batch=0 must be an integer of at least 1 (global batch; sequences): set",
+    "train.batch=0": "train.batch=0 must be an integer of at least 1 (global batch; sequences): "
+    "set",
     "train.batch=12.0": "train.batch=12.0 must be an integer of at least 1 (global batch; sequenc",
     "train.lr=nan": "train.lr=nan must be a finite number in (0, inf) (peak learning rate): set ",
     "train.clip=0": "train.clip=0.0 must be a number in (0, inf] (largest global gradient norm): ",

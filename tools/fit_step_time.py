@@ -69,10 +69,19 @@ def main(folder: Path) -> None:
         "models on the cluster that stalls": describe(by_model[~calm], data.weight[~calm]),
     }
     sized = [np.isfinite(m) for m in (memory, memory_elsewhere)]
-    most = fit.weighted_quantile(np.concatenate([memory[sized[0]], memory_elsewhere[sized[1]]]),
-                                 np.concatenate([data.weight[s] for s in sized]), fit.INTERVAL)  # fmt: skip
-    spread = {"memory": most, "seen": parts["models"]["p90"] / 1.645, "unseen": parts["clusters"]["p90"] / 1.645,
-              "experts": parts["mixtures of experts"]["p90"] / 1.645, "ensemble": 1.0, "quantile": 1.645}  # fmt: skip
+    most = fit.weighted_quantile(
+        np.concatenate([memory[sized[0]], memory_elsewhere[sized[1]]]),
+        np.concatenate([data.weight[s] for s in sized]),
+        fit.INTERVAL,
+    )
+    spread = {
+        "memory": most,
+        "seen": parts["models"]["p90"] / 1.645,
+        "unseen": parts["clusters"]["p90"] / 1.645,
+        "experts": parts["mixtures of experts"]["p90"] / 1.645,
+        "ensemble": 1.0,
+        "quantile": 1.645,
+    }
     provenance = {
         "sources": "vTrain, BLOOM chronicles, Ultra-Scale Playbook, llm-foundry, Megatron-Bridge, "
                    "Automodel, DGX Cloud "

@@ -1,18 +1,16 @@
-"""Devices that are not there: compile for TPU slices and H100 nodes on any machine, and read what
-the compiler found.
+"""Compile for TPU slices and H100 nodes that are not present, and read what the compiler found.
 
 The compilers come with pip packages (`pip install 'fdp[aot]'`); no accelerator, driver or CUDA
-library is needed. What is compiled can be inspected (text, memory, overflow of HBM) but not run,
-and without a device nothing is autotuned: the result is evidence of what compiles, fits and
-overlaps, never a timing.
+library is needed. A compiled program can be inspected (text, memory, overflow of HBM) but not run,
+and without a device nothing is autotuned. The result is therefore evidence of what compiles, fits
+and overlaps, never a timing.
 
-    prepare_environment()                                  # before jax is imported
+    prepare_environment()                              # before jax is imported
     mesh = make_mesh(degrees, topology_devices("v5p:4x4x4"))
-    compiled = compile(jax.jit(step).lower(*shapes))       # shapes: ShapeDtypeStructs with shardings on `mesh`
+    compiled = compile(jax.jit(step).lower(*shapes))   # ShapeDtypeStructs, sharded on `mesh`
     memory(compiled), hlo.collectives(compiled.as_text(), dict(mesh.shape))
 
-Importing this module does not import jax.
-"""
+Importing this module does not import jax."""
 
 import difflib
 import importlib.util
@@ -37,7 +35,8 @@ gpu_device_info {
   core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
   threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   device_memory_size: 84929347584 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
 }
@@ -50,10 +49,9 @@ dnn_version_info { major: 9 minor: 12 }
 
 def prepare_environment() -> None:
     """Set, where unset, the environment variables that let the compilers load without hardware.
-    Call before jax.
+    Call before jax is imported.
 
-    No accelerator is touched: arrays of this process live on the CPU.
-    """
+    No accelerator is touched: arrays of this process stay on the CPU."""
     defaults = {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server which TPU this is
@@ -83,11 +81,11 @@ def available(platform: str) -> bool:
 
 
 def topology_devices(platform_topology: str) -> "list[jax.Device]":
-    """Devices of an absent machine, to build a Mesh from and compile for.
+    """Devices of an absent machine, to build a Mesh from and to compile for.
 
-    "v5p:4x4x4", "v5e:16x16", "v6e:16x16": TPU chips as a torus (v4 and tpu7x have two devices a
-    chip); "h100:8", "h100:2x8": GPUs of one node, or nodes x GPUs. Raises ValueError for an unknown
-    name or shape and ImportError when the compiler is not installed."""
+    "v5p:4x4x4", "v5e:16x16", "v6e:16x16": TPU chips as a torus (v4 and tpu7x have two devices per
+    chip). "h100:8", "h100:2x8": GPUs of one node, or nodes x GPUs. Raises ValueError for an unknown
+    name or shape, and ImportError when the compiler is not installed."""
     name, _, shape = platform_topology.partition(":")
     if name not in (*_TPU, *_GPU):
         raise ValueError(_unknown(name, [*_TPU, *_GPU]))
@@ -122,8 +120,8 @@ def topology_devices(platform_topology: str) -> "list[jax.Device]":
 
 
 def compile(lowered: Any, compiler_options: dict[str, Any] | None = None) -> Any:
-    """`lowered.compile()` kept out of the persistent compilation cache, which cannot read back what
-    has no device.
+    """`lowered.compile()` without the persistent compilation cache, which cannot load programs of
+    absent devices.
 
     compiler_options: XLA flags of the platform, as Python values:
     {"xla_tpu_enable_latency_hiding_scheduler": True}."""
@@ -144,8 +142,8 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes per device of a compiled program, as the compiler planned them."""
+class CompiledMemory:
+    """Bytes per device of a compiled program, as planned by the compiler."""
 
     argument: int
     output: int
@@ -155,7 +153,7 @@ class Memory:
     host_temp: int  # offloaded to host memory
 
 
-def memory(compiled: Any) -> Memory:
+def memory(compiled: Any) -> CompiledMemory:
     """Memory per device of `jax.stages.Compiled`. Raises ValueError if the backend gives no
     analysis.
     """
@@ -170,7 +168,7 @@ def memory(compiled: Any) -> Memory:
     temp, peak = stats.temp_size_in_bytes, stats.peak_memory_in_bytes
     if _platform(compiled) == "cpu":  # its peak leaves temporaries out
         peak = argument + output - alias + temp
-    return Memory(argument, output, temp, alias, peak, stats.host_temp_size_in_bytes)
+    return CompiledMemory(argument, output, temp, alias, peak, stats.host_temp_size_in_bytes)
 
 
 def _platform(compiled: Any) -> str:
@@ -199,10 +197,8 @@ class HbmError:
 
 
 def hbm_error(exc: BaseException) -> HbmError | None:
-    """What the compiler says about a program that overflows HBM; None if `exc` is another error.
-
-    Figures are the compiler's, rounded to 0.01 of their unit.
-    """
+    """What the compiler reports about a program that overflows HBM; None if `exc` is another error.
+    Figures are the compiler's, rounded to 0.01 of their unit."""
     text = str(exc)
     if not re.search(
         r"RESOURCE_EXHAUSTED|CompileTimeHbmOom|Ran out of memory in memory space hbm", text
@@ -228,5 +224,6 @@ def hbm_error(exc: BaseException) -> HbmError | None:
 
 def _bytes(text: str) -> int:
     """ "15.75G" → bytes; the compiler's K, M, G, T are powers of 1024."""
-    number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)", text).groups()  # type: ignore[union-attr]
-    return round(float(number) * 1024 ** " KMGT".index(unit or " "))
+    powers = {unit: 1024**i for i, unit in enumerate(("", "K", "M", "G", "T"))}
+    unit = text.lstrip("0123456789.")
+    return round(float(text.removesuffix(unit)) * powers[unit])

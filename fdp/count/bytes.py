@@ -1,10 +1,9 @@
-"""Closed formula for the bytes that the loss and its gradients move, per device and train step, by
+"""Closed formula for the bytes that loss and gradients communicate, per device and train step, by
 (op, mesh axes).
 
-What layers and objective state (`fdp.count.counts`), and what is one function of the metadata of
-all parameters: gradient reductions and ZeRO. The optimizer (a few scalars of the global norm) and
-the drawing of noise are not included. Tests hold the formula equal to the compiled program.
-"""
+It adds what layers and objective state (`fdp.count.counts`) to what follows from the metadata of
+the parameters: gradient reductions and ZeRO. The optimizer (a few scalars of the global norm) and
+the drawing of noise are not included. Tests hold the formula equal to the compiled program."""
 
 from math import prod
 from typing import Any
@@ -45,7 +44,8 @@ def _leaves(tree: Any, specs: Any) -> Any:
 
 
 def _parameters(ledger: Ledger, p: TrainStep) -> None:
-    """Gradient reductions and ZeRO gathers; parameters and their gradients travel in float32."""
+    """Gradient reductions and ZeRO gathers. Parameters and their gradients are communicated in
+    float32."""
     e = p.experiment
     repeats = getattr(getattr(e.model, "shape", None), "remat", "none") != "none"
     metas = jax.tree.leaves(p.specs.metas)

@@ -1,4 +1,5 @@
-"""A program against what it should be: bytes against a formula, values against one device."""
+"""Compare a program with what it should be: its bytes with a formula, its values with one
+device."""
 
 import math
 from collections.abc import Mapping
@@ -17,9 +18,8 @@ EXACT = 1e-12  # relative: formulas of integers, added up in floating point
 
 
 def sent(compiled: Any, mesh: AnyMesh, branches: hlo.Branches | None = None) -> Sent:
-    """Wire bytes per device by (op, axes) in a compiled program, by the axes' names on a mesh with
-    binary sub-axes, too. `branches` and errors: as `hlo.collectives`.
-    """
+    """Wire bytes per device by (op, axes) in a compiled program. Sub-axes are reported as the axis
+    that they belong to. `branches` and errors: as `hlo.collectives`."""
     degrees: dict[str, int] = {}
     for name, n in mesh.shape.items():  # sub-axes follow one another: devices keep their places
         axis = name.rstrip("0123456789")
@@ -41,7 +41,7 @@ class Mismatch(NamedTuple):
 
 
 def mismatches(formula: Mapping[Key, float], counted: Mapping[Key, float]) -> list[Mismatch]:
-    """The (op, axes) whose bytes differ, in order; what one side lacks counts as 0 there."""
+    """The (op, axes) whose bytes differ, sorted; a missing entry counts as 0."""
     both = (
         Mismatch(key, formula.get(key, 0.0), counted.get(key, 0.0))
         for key in sorted(formula.keys() | counted.keys())
@@ -58,11 +58,11 @@ class Bytes:
 
     @property
     def entries(self) -> int:
-        """(op, axes) that either has."""
+        """The (op, axes) of either side."""
         return len(self.formula.keys() | self.counted.keys())
 
     def mismatches(self) -> list[Mismatch]:
-        """As the function of this name."""
+        """As the function `mismatches`."""
         return mismatches(self.formula, self.counted)
 
 
@@ -71,7 +71,8 @@ class Bytes:
 
 
 def norm(tree: Any) -> float:
-    """Root of the summed squares of all leaves, in float64 on the host: no program is compiled."""
+    """Root of the sum of squares of all leaves, in float64 on the host, so no program is
+    compiled."""
     squares = (float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(tree))
     return math.sqrt(sum(squares))
 
@@ -99,7 +100,7 @@ def against_one_device(got: tuple[Any, Any], want: tuple[Any, Any]) -> tuple[flo
 
 
 class Outcome(NamedTuple):
-    """Loss, gradients on the host and bytes sent of one loss-and-gradient program."""
+    """Loss, gradients (on the host) and bytes sent of one loss-and-gradient program."""
 
     loss: float
     grads: Any
@@ -107,7 +108,7 @@ class Outcome(NamedTuple):
 
 
 def outcome(p: TrainStep, variables: Any, batch: Any) -> Outcome:
-    """Compile and run `p.grads` on host arrays, under the noise of one key."""
+    """Compile and run `p.grads` on host arrays with the noise of one key."""
     state = p.specs.state_shardings()
     placed = jax.device_put(variables, {"params": state.params, "state": state.model})
     noised = jax.jit(p.corrupt)(jax.device_put(batch, p.batch_shardings()), jax.random.key(0))
@@ -118,8 +119,10 @@ def outcome(p: TrainStep, variables: Any, batch: Any) -> Outcome:
 
 @dataclass(frozen=True)
 class Comparison(Bytes):
-    """One program against one device and against its formula of bytes. `output_error`: relative, of
-    the loss or of what else was differentiated; `gradient_error`: relative."""
+    """A program against one device and against its formula of bytes.
+
+    `output_error`: relative error of the loss, or of what else was differentiated.
+    `gradient_error`: relative error of the gradients."""
 
     name: str
     output_error: float
@@ -127,5 +130,5 @@ class Comparison(Bytes):
 
     @classmethod
     def of(cls, name: str, got: Outcome, want: Outcome, formula: Sent) -> "Comparison":
-        """Of a program's outcome against the one on one device."""
+        """Compare the outcome of a program with the outcome on one device."""
         return cls(formula, got.sent, name, *against_one_device(got[:2], want[:2]))

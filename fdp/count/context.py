@@ -1,14 +1,15 @@
-"""What a context-parallel plan costs: bytes, dependent steps, balance, in closed form; needed keys
-of any block mask.
+"""Costs of a context-parallel plan in closed form: bytes, dependent steps and balance.
 
-    python -m fdp.count.context --seq 131072 --heads 32 --kv_heads 8 --head_dim 128 --cp 8 --mask causal [--window 4096]
+    python -m fdp.count.context --seq 131072 --heads 32 --kv_heads 8 --head_dim 128 --cp 8 \\
+        --mask causal [--window 4096]
 
-All figures are per device, attention layer and microbatch; heads are those of one tp shard. Wire
-bytes follow fdp.count.hlo, and tests hold them equal to the compiled program. Unit: keys and values
-of one device, 2·B·N·K·C·bytes.
+Also the keys that a block mask needs. All figures are per device, attention layer and microbatch;
+heads are those of one tp shard. Wire bytes follow fdp.count.hlo, and tests hold them equal to the
+compiled program. A unit is the keys and values of one device, 2·B·N·K·C·bytes. A plan has
+head_split u and rings of r = cp/u devices.
 
 Legend: B sequences on a device, S positions, N = S/cp, H query heads, K key/value heads, C
-head_dim, u head_split, r = cp/u ring members; needs: W blocks of the sequence."""
+head_dim, W blocks of the sequence."""
 
 import argparse
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class AttentionShape:
 
     @classmethod
     def of(cls, m: ModelShape, batch: int, seq_len: int, cp: int, tp: int = 1) -> "AttentionShape":
-        """Of a layer of the model on one device of tp and cp."""
+        """The attention of one layer of the model, on one device of tp and cp."""
         heads = m.heads // tp, m.kv_heads // tp
         return cls(batch, seq_len, *heads, m.head_dim, cp, m.itemsize)
 
@@ -93,11 +94,11 @@ def forward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic:
 
 
 def label_bytes(shape: AttentionShape, mask: Mask) -> Traffic:
-    """Wire bytes of the gather of positions and segment ids, int32, that every plan makes if the
+    """Wire bytes of the gather of positions and segment ids, int32, which every plan makes if the
     mask reads them.
 
-    Labels are the same in all layers: a differentiated scan over layers makes it once, any other
-    loop each time."""
+    Labels are the same in all layers: a differentiated scan over layers gathers them once, any
+    other loop in every iteration."""
     n = shape.seq_len // shape.cp
     return _live(
         {
@@ -113,8 +114,8 @@ def backward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic
     """Wire bytes that the gradient adds to `forward_bytes` (without rematerialisation), by
     collective.
 
-    A ring sends keys once more and their gradients in float32; gathers and exchanges are
-    transposed."""
+    A ring sends keys again, and their gradients in float32; gathers and exchanges are transposed.
+    """
     shape.check(plan, mask)
     rho = repetition(plan, shape.kv_heads)
     unit_and_gradient = shape.unit * (1 + ACCUMULATOR / shape.itemsize)
@@ -125,9 +126,8 @@ def backward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic
 
 
 def _exchanged(plan: CommPlan, shape: AttentionShape) -> float:
-    """Queries, keys, values and outputs through the all-to-alls of a head or batch split, one
-    direction of the pass.
-    """
+    """Queries, keys, values and outputs in the all-to-alls of a head or batch split, for one
+    direction of the pass."""
     u, group = plan.head_split, shape.heads // shape.kv_heads
     return (u - 1) / u * (group + repetition(plan, shape.kv_heads)) * shape.unit
 
@@ -147,9 +147,8 @@ def _live(traffic: Traffic) -> Traffic:
 
 
 def steps(plan: CommPlan, cp: int) -> tuple[int, int]:
-    """Collectives that wait for one another, (forward, backward); the gather of positions hides
-    behind any of them.
-    """
+    """Collectives that wait for one another, (forward, backward). The gather of positions is not
+    counted: it can overlap with any of them."""
     if plan.kind == "all_gather":
         return 1, 1
     exchanges = 2 if plan.head_split > 1 else 0
@@ -162,16 +161,16 @@ def steps(plan: CommPlan, cp: int) -> tuple[int, int]:
 def balance(
     mask: Mask, layout: SequenceLayout, seq_len: int, cp: int, head_split: int = 1
 ) -> float:
-    """Work of the busiest device over the mean, counting the query-key pairs that the mask allows:
+    """Work of the busiest device over the mean, counting the query-key pairs that the mask allows;
     1 is perfect.
 
-    head_split devices (neighbours) share out the heads or sequences of all their positions, so they
-    work equally long. Raises ValueError for a packed mask: its pairs depend on the documents, see
+    The head_split devices (neighbours) share the heads or sequences of all their positions, so they
+    have equal work. Raises ValueError for a packed mask: its pairs depend on the documents, see
     `needs`."""
     if mask.packed or mask.rule is not None:
         raise ValueError(
-            "the balance of a packed mask depends on its documents, and that of a rule on the rule: "
-            "use needs(block_mask, …)"
+            "the balance of a packed mask depends on its documents, and that of a rule on the "
+            "rule: use needs(block_mask, …)"
         )
     position = layouts.permutation(layout, seq_len, cp).astype(np.int64)
     reach = mask.window - 1 if mask.window else seq_len
@@ -187,59 +186,24 @@ def balance(
 
 @dataclass(frozen=True)
 class Needs:
-    """What an exact plan needs for one block mask and layout, before static shapes make it send
-    more.
+    """What an exact plan needs for a block mask and layout, without the padding of static shapes.
 
-    units[d, s]: keys of device s that device d needs, as a share of what s holds; work[d, o]:
+    units[d, s]: keys of device s that device d needs, as a share of what s holds. work[d, o]:
     allowed block pairs of device d with the keys of the device o places before it."""
 
     units: np.ndarray
     work: np.ndarray
 
     @property
-    def remote_units(self) -> float:
-        """Units a device needs from others, mean over devices (a dense ring sends cp-1)."""
-        return float((self.units.sum() - np.trace(self.units)) / len(self.units))
-
-    @property
     def worker_imbalance(self) -> float:
-        """Work of the busiest device over the mean: the time lost if devices wait once, at the
-        end.
-        """
+        """Work of the busiest device over the mean: the loss if devices wait once, at the end."""
         work = self.work.sum(1)
         return float(work.max() / work.mean())
 
-    @property
-    def step_imbalance(self) -> float:
-        """Σ over ring steps of the busiest device's work, over that of the mean: devices wait at
-        every hop.
-        """
-        return float(self.work.max(0).sum() / self.work.mean(0).sum())
-
-
-def block_mask(mask: Mask, seq_len: int, block: int) -> np.ndarray:
-    """Pairs of blocks in which the mask allows any pair of positions: bool [W, W], W =
-    seq_len/block.
-    """
-    if mask.packed or seq_len % block:
-        raise ValueError(
-            f"needs a mask without documents and whole blocks: {mask}, {seq_len} / {block}"
-        )
-    blocks = np.arange(seq_len // block)
-    apart = (
-        blocks[:, None] - blocks[None, :]
-    )  # in whole blocks; inside them ±(block-1) positions more
-    least, most = apart * block - (block - 1), apart * block + (block - 1)
-    reach = mask.window - 1 if mask.window else seq_len
-    return (most >= (0 if mask.kind == "causal" else -reach)) & (least <= reach)
-
 
 def needs(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> Needs:
-    """Needed keys and work of a block mask (rows are query blocks) under a layout of blocks of
-    `block` positions.
-
-    Raises ValueError when a block would be divided between devices.
-    """
+    """Needed keys and work of a block mask (rows are query blocks) under a layout, for blocks of
+    `block` positions. Raises ValueError for a layout that divides a block."""
     W = len(mask_WxW)
     device_S = np.repeat(np.arange(cp), W * block // cp)
     owners = device_S[layouts.inverse(layouts.permutation(layout, W * block, cp))].reshape(W, block)
@@ -263,7 +227,7 @@ def needs(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> 
 
 
 def plans(cp: int) -> list[CommPlan]:
-    """Every kind at every split of cp (powers of two), contiguous."""
+    """Every kind of plan with every split of cp (powers of two), contiguous."""
     splits = [2**i for i in range(1, cp.bit_length()) if cp % 2**i == 0]
     rows = [CommPlan("ring"), CommPlan("all_gather"), CommPlan("ulysses", cp)]
     rows += [CommPlan("usp", u) for u in splits if u < cp]
@@ -271,9 +235,8 @@ def plans(cp: int) -> list[CommPlan]:
 
 
 def table(shape: AttentionShape, mask: Mask, stripe: int) -> str:
-    """Bytes, steps and balance of every plan and layout for the terminal; refused ones with the
-    reason.
-    """
+    """Bytes, steps and balance of every plan and layout, for the terminal; refused ones with the
+    reason."""
     rows: list[tuple[str, ...]] = []
     refused: dict[str, list[str]] = {}
     for layout in (
@@ -326,7 +289,10 @@ def _row(plan: CommPlan, mask: Mask, shape: AttentionShape) -> tuple[str, ...]:
     hops = "all" if plan.hops is None else ",".join(map(str, plan.hops)) or "none"
     even = balance(mask, plan.layout, shape.seq_len, shape.cp, plan.head_split)
     before, after = steps(plan, shape.cp)
-    mega = lambda wire: f"{wire / 1e6:,.1f}"
+
+    def mega(wire: float) -> str:
+        return f"{wire / 1e6:,.1f}"
+
     units = f"{forward / shape.unit:.3f}"
     return (
         name,
@@ -357,9 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = AttentionShape(a.batch, a.seq, a.heads, a.kv_heads, a.head_dim, a.cp, a.itemsize)
         mask = Mask(a.mask, a.window)
         unit = f"unit = {shape.unit / 1e6:,.1f} MB, the keys and values of one device"
-        labels = f"positions: {sum(label_bytes(shape, mask).values()) / 1e6:,.1f} MB more, once a model or once a layer"
+        labels = sum(label_bytes(shape, mask).values()) / 1e6
+        more = f"positions: {labels:,.1f} MB more, once a model or once a layer"
         print(f"one layer on one device, {a.mask} mask, window {a.window or 'none'}; {unit}")
-        print(table(shape, mask, a.stripe), labels, sep="\n")
+        print(table(shape, mask, a.stripe), more, sep="\n")
     except ValueError as error:
         parser.error(str(error))
     return 0

@@ -1,16 +1,15 @@
-"""What a layer costs, as it states it beside its code, and how that adds up to a model.
+"""What a layer costs, as its class states it, and how that adds up to a model.
 
-A layer, a core of attention or an objective has `counts`; what has none is named by `Unstated` and
-reported as not stated. Tests hold the sums equal to the jaxpr and to the compiled program.
+A layer, an attention core or an objective has a method `counts`; one without is named by the error
+`Unstated`. Tests hold the sums equal to the jaxpr and to the compiled program.
 
-FLOPs, one convention: products of matrices only, 2·m·n·k each; attention over all keys, so that a
-causal mask is not discounted; the head on the rows it runs on; in model FLOPs nothing is counted
-that is computed twice, by rematerialisation or by devices that hold the same. The program may
-execute fewer: in long sequences attention skips tiles that the mask hides.
+Convention of FLOPs: only products of matrices count, 2·m·n·k each. Attention counts all keys, so a
+causal mask gives no discount. The head counts the rows that it computes. Model FLOPs do not count
+what is computed twice, by rematerialisation or by devices that hold the same data. The program may
+execute fewer: for long sequences, attention skips tiles that the mask hides.
 
 Bytes on the wire are those of ring algorithms, as in `fdp.count.hlo`: all-reduce 2(n-1)/n of its
-payload, all-gather and reduce-scatter (n-1) shards, a permute its payload.
-"""
+payload, all-gather and reduce-scatter (n-1) shards, a permute its payload."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,14 +32,15 @@ PERMUTE = "collective-permute"
 
 
 class Unstated(ValueError):
-    """Something in a model or objective states no counts."""
+    """A part of the model or objective states no counts."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a device computes on in one microbatch: `batch` sequences, all `length` positions of
-    which its group of cp holds, and `head` rows that reach the outputs. `segments`: whether the
-    batch has document ids."""
+    """The rows of a device in one microbatch.
+
+    `batch`: sequences. `length`: positions of each, all of which its group of cp holds. `head`:
+    rows that reach the output head. `segments`: whether the batch has document ids."""
 
     batch: int
     length: int
@@ -49,7 +49,7 @@ class Rows:
 
     @property
     def positions(self) -> int:
-        """Of all sequences, on all devices of cp."""
+        """Positions of all sequences, on all devices of cp."""
         return self.batch * self.length
 
     def tokens(self, degrees: Degrees) -> int:
@@ -58,7 +58,8 @@ class Rows:
 
 
 class Ledger:
-    """Adds up wire bytes; axes of degree 1 move nothing and are left out of the key."""
+    """Adds up wire bytes by (op, axes). Axes of degree 1 send nothing and are left out of the
+    key."""
 
     def __init__(self, degrees: Degrees):
         self.degrees = degrees
@@ -66,8 +67,7 @@ class Ledger:
 
     def add(self, op: str, axes: Iterable[str], payload: float, times: int = 1) -> "Ledger":
         """payload: bytes of the whole operand for all-reduce, of one shard for all-gather and
-        reduce-scatter.
-        """
+        reduce-scatter."""
         live = tuple(a for a in AXES if a in axes and self.degrees[a] > 1)
         n = prod(self.degrees[a] for a in live)
         if live:
@@ -77,14 +77,14 @@ class Ledger:
         return self
 
     def put(self, op: str, axes: tuple[str, ...], wire: float) -> "Ledger":
-        """wire: bytes that the device sends, whatever the algorithm."""
+        """wire: bytes that the device sends, by any algorithm."""
         if wire:
             self.sent[op, axes] = self.sent.get((op, axes), 0.0) + wire
         return self
 
 
 def merged(*parts: Mapping[Key, float]) -> Sent:
-    """Their sum."""
+    """The sum of several ledgers."""
     out: Sent = {}
     for part in parts:
         for key, wire in part.items():
@@ -94,11 +94,11 @@ def merged(*parts: Mapping[Key, float]) -> Sent:
 
 @dataclass(frozen=True)
 class Work:
-    """A part of a pass. FLOPs of all devices of cp and tp that share the rows, and bytes of one
+    """A part of a pass: FLOPs of all devices of cp and tp that share the rows, and bytes of one
     device.
 
-    `batched`: FLOPs of those products that have batch dims, which remat="dots" does not keep.
-    `replicated`: FLOPs of those that every device of cp and tp computes alike, counted once."""
+    `batched`: FLOPs of products with batch dims, which remat="dots" does not keep. `replicated`:
+    FLOPs that every device of cp and tp computes alike, counted once."""
 
     flops: int = 0
     batched: int = 0
@@ -123,19 +123,19 @@ class Work:
         return self + other.times(-1)
 
     def backward(self, sent: Sent) -> "Work":
-        """Its backward pass: every product twice, and what that sends."""
+        """The backward pass of this part: every product twice, and the bytes that it sends."""
         return Work(2 * self.flops, 2 * self.batched, 2 * self.replicated, sent)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one microbatch. `parameters`: of the whole mesh. Bytes are those of one device.
+    """Costs of one microbatch. Bytes are those of one device; `parameters` are those of the whole
+    mesh.
 
-    `last`: what of the forward pass only yields the output; rematerialisation leaves it out where
-    nobody reads the output. `again`: what is computed and sent again besides, as by
-    rematerialisation. `once`: bytes that all layers
-    share, sent once a pass. `saved`: bytes kept for the backward pass, `kept`: those of remat="dots";
-    `live`: bytes besides, of what is being recomputed."""
+    `last`: the part of the forward pass that only yields the output; rematerialisation omits it
+    where nothing reads the output. `again`: what else is computed and sent again. `once`: bytes
+    that all layers share, sent once a pass. `saved`: bytes kept for the backward pass. `kept`:
+    bytes kept under remat="dots". `live`: other bytes of a layer that is being recomputed."""
 
     parameters: int = 0
     forward: Work = Work()
@@ -176,15 +176,14 @@ class Counts:
         return merged(self.once, *(part.sent for part in passes))
 
     def executed(self, degrees: Degrees) -> int:
-        """FLOPs of all devices of cp and tp, with all that is computed more than once."""
+        """FLOPs of all devices of cp and tp, including all that is computed more than once."""
         passes = (self.forward, self.backward, self.again)
         others = degrees["cp"] * degrees["tp"] - 1
         return sum(part.flops + others * part.replicated for part in passes)
 
     def repeated(self, periods: int, remat: str, inputs: int, pp: int) -> "Counts":
-        """`periods` of these layers scanned over pp, rematerialised one by one.
-
-        `remat`: none | dots | full; `inputs`: bytes of a period's input."""
+        """These layers scanned over `periods` (over pp), each rematerialised on its own. `remat`:
+        none | dots | full. `inputs`: bytes of a period's input."""
         local = periods // pp
         again, saved, live = Work(), self.saved, 0
         if remat != "none":
@@ -207,7 +206,7 @@ class Counts:
 
 
 def of(part: Any, *args: Any) -> Counts:
-    """`part.counts(*args)`. Raises Unstated, naming it, where it has none."""
+    """`part.counts(*args)`. Raises Unstated, naming the part, where it has none."""
     if not hasattr(part, "counts"):
         raise Unstated(f"{type(part).__name__} has no counts")
     return part.counts(*args)

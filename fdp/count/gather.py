@@ -1,11 +1,9 @@
-"""What attention to lists of key blocks moves (fdp.parallel.context.gather, lists), in
-closed form.
+"""Bytes of attention to lists of key blocks (fdp.parallel.context.gather, lists), in closed form.
 
-All figures are wire bytes per device and attention layer, by collective, equal to `fdp.count.jaxpr`.
-Unit: keys and values of one device, as in fdp.count.context.
+All figures are wire bytes per device and attention layer, by collective, equal to
+`fdp.count.jaxpr`. A unit is the keys and values of one device, as in fdp.count.context.
 
-Legend: cp devices, N = S/cp positions of a device, J = N/block its blocks, W = cp·J.
-"""
+Legend: N = S/cp positions of a device, J = N/block its blocks, W = cp·J all blocks."""
 
 from dataclasses import dataclass
 
@@ -21,12 +19,11 @@ from fdp.parallel.masks import Mask
 
 @dataclass(frozen=True)
 class BlockGather:
-    """A layer's gather: blocks of `block` positions, `capacity` blocks between each pair of
-    devices, `lists` of a query block on a device: 1, times the sequences and times the key heads
-    that have their own.
+    """The gather of one layer: blocks of `block` positions, `capacity` blocks between each pair of
+    devices, `lists` of a query block on a device.
 
-    Raises ValueError for sizes that do not fit the shape.
-    """
+    lists is 1, times the sequences and times the key heads that have lists of their own. Raises
+    ValueError for sizes that do not fit the shape."""
 
     shape: AttentionShape
     block: int
@@ -57,13 +54,12 @@ class BlockGather:
 
     @property
     def fetched(self) -> float:
-        """Bytes of keys and values sent: (cp-1)·capacity blocks, padding included."""
+        """Bytes of keys and values that are sent: (cp-1)·capacity blocks, with padding."""
         return (self.shape.cp - 1) * self.capacity * self.shape.unit / self.blocks
 
     def forward_bytes(self, overflow: bool = False) -> Traffic:
-        """Requests int32 and blocks; with overflow all keys instead. Both: the all-reduce of one
-        int32 that decides.
-        """
+        """Requests (int32) and blocks; with overflow all keys instead. Both paths add an all-reduce
+        of one int32, which decides between them."""
         peers = self.shape.cp - 1
         out = {REDUCE: 2 * peers / self.shape.cp * LABEL}
         if self._overflows(overflow):
@@ -73,18 +69,16 @@ class BlockGather:
         return _live(out)
 
     def backward_bytes(self, overflow: bool = False) -> Traffic:
-        """What the gradient adds: the blocks' gradients, in the type of the keys; with overflow the
-        keys once more and the reduce-scatter of their gradients. Nothing is asked for or decided
-        again."""
+        """What the gradient adds: the gradients of the blocks, in the type of the keys. With
+        overflow: the keys again, and the reduce-scatter of their gradients. Requests and decision
+        are not repeated."""
         if self._overflows(overflow):
             dense = (self.shape.cp - 1) * self.shape.unit
             return _live({GATHER: dense, SCATTER: dense})
         return _live({EXCHANGE: self.fetched})
 
     def label_bytes(self, mask: Mask) -> Traffic:
-        """Both branches: the gather of the ids of the blocks that each device holds, and of
-        segments, int32.
-        """
+        """On both paths: the gather of the block ids of each device, and of segments, int32."""
         segments = self.shape.batch * self.shape.seq_len // self.shape.cp if mask.packed else 0
         return _live({GATHER: (self.shape.cp - 1) * LABEL * (self.blocks + segments)})
 
@@ -118,9 +112,9 @@ def listed_bytes(
 
 
 def exact_capacity(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> int:
-    """The least capacity without overflow: most blocks that any device needs of another one, over
-    masks [W, W] or [K, W, W] of heads with their own lists. Raises ValueError when the layout
-    divides blocks."""
+    """The smallest capacity without overflow: the most blocks that any device needs of another one,
+    over masks [W, W], or [K, W, W] for heads with lists of their own. Raises ValueError when the
+    layout divides blocks."""
     masks = np.asarray(mask_WxW)
     J = masks.shape[-1] // cp
     units = [

@@ -1,11 +1,11 @@
-"""The byte oracle: which collectives a compiled program runs, over which mesh axes, how often and
-with how many bytes.
+"""Which collectives a compiled program runs, over which mesh axes, how often and with how many
+bytes.
 
-Input is `compiled.as_text()` of any XLA backend. Loop trip counts are multiplied in,
-`-start`/`-done` pairs count once. XLA:CPU runs bfloat16 collectives in float32, so byte counts of
-CPU programs hold for float32 and wider types only: use `fdp.count.jaxpr` for logical bytes, and
-programs compiled ahead of time for TPU or GPU (`fdp.count.aot`) for real ones. Remote copies inside
-a Pallas kernel are not XLA collectives and do not appear."""
+Input is `compiled.as_text()` of any XLA backend. Bytes are multiplied by loop trip counts; a
+`-start`/`-done` pair counts once. XLA:CPU runs bfloat16 collectives in float32, so counts of CPU
+programs are right for float32 and wider types only. For other types use `fdp.count.jaxpr` (logical
+bytes), or programs compiled ahead of time for TPU or GPU (`fdp.count.aot`). Remote copies inside a
+Pallas kernel are no XLA collectives and are not found."""
 
 import math
 import re
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from fdp.count.hlo_text import Instruction, Module, ints, replica_groups
+from fdp.count.hlo_text import HloModule, Instruction, attribute, ints, replica_groups
 
-# For programs that are compiled to be counted or to run once: only the generation of machine code,
-# which costs most, is cut. It comes after the passes over collectives, and changes planned memory
-# by about 0.1 %.
+# Compiler options for programs that are only counted or run once. They shorten the generation of
+# machine code, the slowest part of compiling. It follows the passes over collectives, so counts are
+# the same; planned memory changes by about 0.1 %.
 QUICK: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -39,11 +39,12 @@ MAX_TRIPS = 1_000_000
 class Collective:
     """One collective instruction of the program, seen from one device.
 
-    payload_bytes: bytes of the unsharded array of ONE execution: the operand of all-reduce,
-    reduce-scatter, all-to-all, permute and broadcast, the result of all-gather (so all-gather and
-    its transpose, reduce-scatter, have the same payload). ragged-all-to-all: its whole operand
-    buffer, an upper bound, as the sizes sent are data. wire_bytes: bytes this device SENDS in ONE
-    execution by the ring algorithm, see `wire_bytes`."""
+    payload_bytes: bytes of the unsharded array of ONE execution. That is the operand of all-reduce,
+    reduce-scatter, all-to-all, permute and broadcast, and the result of all-gather, so all-gather
+    and its transpose, reduce-scatter, have the same payload. For ragged-all-to-all it is the whole
+    operand buffer, an upper bound, as the sizes are data.
+
+    wire_bytes: bytes this device SENDS in ONE execution by the ring algorithm, see `wire_bytes`."""
 
     op: str  # one of hlo_text.OPS
     axes: tuple[str, ...]  # mesh axes that vary inside a group, in mesh order
@@ -92,20 +93,21 @@ def collectives(
     flattened mesh. branches: which branch of a `conditional` is executed; needed only where the
     branches' collectives differ. trip_counts: `while` instruction name → iterations, for loops
     whose bound is data. Raises ValueError for a mesh that does not fit the program, an unknown trip
-    count or an unchosen branch."""
+    count, and a branch that was not chosen."""
     total = math.prod(mesh_shape.values())
     m = re.search(r"^HloModule .*?\bnum_partitions=(\d+)", text, re.M)
     if m and int(m[1]) != total:
         raise ValueError(
             f"the program has {m[1]} partitions but the mesh {dict(mesh_shape)} has {total} devices"
         )
-    return _Audit(Module(text), dict(mesh_shape), branches, dict(trip_counts or {})).run()
+    return _Audit(HloModule(text), dict(mesh_shape), branches, dict(trip_counts or {})).run()
 
 
 def summary(
     cols: Iterable[Collective],
 ) -> dict[tuple[str, tuple[str, ...]], tuple[int, int, float]]:
-    """(op, axes) → (executions, payload bytes, wire bytes), all executions added up, per device."""
+    """(op, axes) → (executions, payload bytes, wire bytes) per device, summed over all
+    executions."""
     out: dict[tuple[str, tuple[str, ...]], tuple[int, int, float]] = {}
     for c in cols:
         n, payload, wire = out.get((c.op, c.axes), (0, 0, 0.0))
@@ -118,9 +120,8 @@ def summary(
 
 
 def bytes_per_axis(cols: Iterable[Collective]) -> dict[tuple[str, ...], float]:
-    """Axes → wire bytes sent per device, all executions added up. A collective over several axes is
-    one entry.
-    """
+    """Axes → wire bytes sent per device, summed over all executions. A collective over several axes
+    is one entry."""
     out: dict[tuple[str, ...], float] = defaultdict(float)
     for c in cols:
         out[c.axes] += c.count * c.wire_bytes
@@ -145,10 +146,10 @@ def table(cols: Sequence[Collective]) -> str:
 
 
 def choose_branch(branches: Branches | None, name: str, op_name: str, n: int) -> int | None:
-    """Index of the branch of `n` that `branches` selects for the conditional `name`, None where it
-    says nothing.
+    """Index of the executed one of `n` branches of the conditional `name`, by `branches`; None
+    where it does not say.
 
-    A mapping key is the instruction's name or one scope of its op_name ("cond" in
+    A mapping key is the name of the instruction or one scope of its op_name ("cond" in
     "jit(f)/shard_map/cond")."""
     if branches is None:
         return None
@@ -168,7 +169,7 @@ def choose_branch(branches: Branches | None, name: str, op_name: str, n: int) ->
 
 
 def same_collectives(a: Iterable[Collective], b: Iterable[Collective]) -> bool:
-    """Whether two branches communicate alike, wherever the instructions stand."""
+    """Whether two branches communicate alike, at whatever place their instructions are."""
 
     def key(cols: Iterable[Collective]) -> Counter[tuple[Any, ...]]:
         return Counter(
@@ -180,8 +181,7 @@ def same_collectives(a: Iterable[Collective], b: Iterable[Collective]) -> bool:
 
 def varying_axes(groups: Iterable[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
     """Axes along which the members of at least one group differ. `groups` hold positions in the
-    flattened mesh.
-    """
+    flattened mesh."""
     sizes = tuple(mesh_shape.values())
     moving = np.zeros(len(sizes), bool)
     for group in groups:
@@ -233,9 +233,9 @@ _SAME = (
 
 @dataclass
 class _Evaluator:
-    """Values of integer scalars in one computation whose parameters are (partly) known."""
+    """Evaluates integer scalars of one computation whose parameters are (partly) known."""
 
-    module: Module
+    module: HloModule
     computation: str
     params: Sequence[Value]
     memo: dict[str, Value] = field(default_factory=dict)
@@ -275,16 +275,15 @@ class _Evaluator:
         if any(v is None for v in values):
             return None
         if i.opcode == "get-tuple-element":
-            return values[0][int(re.search(r"index=(\d+)", i.attrs)[1])]  # type: ignore[index]
+            return values[0][int(attribute(r"index=(\d+)", i.attrs))]
         if i.opcode == "compare":
-            return int(_COMPARE[re.search(r"direction=(\w+)", i.attrs)[1]](*values))  # type: ignore[index]
+            return int(_COMPARE[attribute(r"direction=(\w+)", i.attrs)](*values))
         return values[0] if i.opcode in _SAME else _SCALAR[i.opcode](*values)
 
 
-def run(module: Module, computation: str, params: Sequence[Value]) -> Value:
-    """Value of a computation's root, None where it is not a scalar known from `params` and
-    constants.
-    """
+def run(module: HloModule, computation: str, params: Sequence[Value]) -> Value:
+    """Value of a computation's root; None where it is no scalar that follows from `params` and
+    constants."""
     return _Evaluator(module, computation, params).value(module.roots[computation].name)
 
 
@@ -294,9 +293,9 @@ def run(module: Module, computation: str, params: Sequence[Value]) -> Value:
 
 @dataclass
 class _Audit:
-    """Walks the computations from the entry, multiplying executions."""
+    """Visits the computations from the entry and multiplies the executions."""
 
-    module: Module
+    module: HloModule
     mesh_shape: dict[str, int]
     branches: Branches | None
     trip_counts: dict[str, int]
@@ -306,7 +305,7 @@ class _Audit:
         return [c for c in self.walk(self.module.entry, 1, (), False) if c.count]
 
     def _communicates(self, computation: str) -> bool:
-        """Whether a computation, or any it runs, holds a collective."""
+        """Whether a computation, or one that it runs, holds a collective."""
         for i in self.module.computations.get(computation, {}).values():
             inner = i.called
             if i.opcode == "while":
@@ -342,7 +341,8 @@ class _Audit:
     def leaf(
         self, computation: str, i: Instruction, count: int, is_async: bool
     ) -> Iterator[Collective]:
-        op, split = i.collective  # type: ignore[misc]
+        assert i.collective is not None
+        op, split = i.collective
         if op == "all-reduce" and computation.startswith("all-reduce-scatter"):
             op = "reduce-scatter"  # XLA:TPU writes a fused reduce-scatter as all-reduce and slice
         groups = replica_groups(i.attrs, math.prod(self.mesh_shape.values()))
@@ -366,8 +366,10 @@ class _Audit:
 
     def loop(self, i: Instruction) -> tuple[str, str]:
         """(condition, body) computations of a while instruction."""
-        names = [re.search(rf"\b{part}=%?([\w.\-]+)", i.attrs) for part in ("condition", "body")]
-        return names[0][1], names[1][1]  # type: ignore[index]
+        condition, body = (
+            attribute(rf"\b{part}=%?([\w.\-]+)", i.attrs) for part in ("condition", "body")
+        )
+        return condition, body
 
     def while_loop(self, i: Instruction, count: int, known: _Evaluator) -> Iterator[Collective]:
         condition, body = self.loop(i)
@@ -380,7 +382,8 @@ class _Audit:
         yield from self.walk(condition, count * (trips + 1), unchanged, False)
 
     def trips(self, i: Instruction, condition: str, body: str, state: Value) -> int:
-        """Iterations: given by the caller or the compiler, else by running the loop's scalars."""
+        """Number of iterations: given by the caller or the compiler, else found by running the
+        scalars of the loop."""
         if i.name in self.trip_counts:
             return self.trip_counts[i.name]
         if m := re.search(r'"known_trip_count":\{"n":"?(\d+)"?\}', i.attrs):
@@ -399,9 +402,8 @@ class _Audit:
         )
 
     def _invariant(self, body: str, state: Value) -> Value:
-        """The loop state with only what every iteration passes on unchanged, for the trip counts of
-        inner loops.
-        """
+        """The loop state, reduced to what every iteration leaves unchanged, for the trip counts of
+        inner loops."""
         root = self.module.roots[body]
         if not isinstance(state, tuple) or root.opcode != "tuple":
             return None
@@ -440,9 +442,8 @@ class _Audit:
         yield from found[index]
 
     def _chain(self, computation: str) -> str | None:
-        """Identity of a collective that XLA:TPU spread over several fusions: start, steps beside
-        matmuls, done.
-        """
+        """Identity of a collective that XLA:TPU split into several fusions (start, steps beside
+        matmuls, done); None for others."""
         for i in self.module.computations[computation].values():
             if i.collective and (m := re.search(r'chain_id="?([\w.\-]+)', i.attrs)):
                 channel = re.search(r"channel_id=(\d+)", i.attrs)
@@ -450,9 +451,8 @@ class _Audit:
         return None
 
     def _continues(self, i: Instruction, computation: str, chains: set[str]) -> bool:
-        """Whether this fusion only carries on a collective already counted in the same
-        computation.
-        """
+        """Whether this fusion continues a collective that was already counted in the same
+        computation."""
         chain = self._chain(computation)
         if chain is None:
             return False

@@ -29,6 +29,14 @@ def ints(text: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", text)]
 
 
+def attribute(pattern: str, attrs: str) -> str:
+    """The first group of `pattern` in the attributes of an instruction. Raises ValueError where
+    there is none."""
+    if not (m := re.search(pattern, attrs)):
+        raise ValueError(f"no {pattern} in the attributes of the instruction: {attrs}")
+    return m[1]
+
+
 def _iota(dims: str, transpose: str | None) -> np.ndarray:
     """`[4,2]T(1,0)` → arange(8).reshape(4, 2).transpose(1, 0), flattened."""
     ids = np.arange(math.prod(ints(dims))).reshape(ints(dims))
@@ -116,9 +124,8 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Computations this instruction runs; a reducer (`to_apply` of a reduction) holds no
-        collective, no harm.
-        """
+        """Computations that this instruction runs. The reducer of a reduction (`to_apply`) is among
+        them; it holds no collective."""
         names = [m for _, m in re.findall(r"\b(calls|to_apply)=%?([\w.\-]+)", self.attrs)]
         lists = re.findall(r"\bcalled_computations=\{([^}]*)\}", self.attrs)
         return names + [
@@ -128,20 +135,20 @@ class Instruction:
     @property
     def branches(self) -> list[tuple[str, str]]:
         """(computation, operand) of every branch of a conditional in JAX's order: index 0 is
-        False.
-        """
+        False."""
         if m := re.search(r"branch_computations=\{([^}]*)\}", self.attrs):
             names = [n.strip().lstrip("%") for n in m[1].split(",")]
             return list(zip(names, self.operands[1:], strict=True))
         true, false = (
-            re.search(rf"{which}_computation=%?([\w.\-]+)", self.attrs)[1]  # type: ignore[index]
+            attribute(rf"{which}_computation=%?([\w.\-]+)", self.attrs)
             for which in ("true", "false")
         )
         return [(false, self.operands[2]), (true, self.operands[1])]
 
     @property
     def collective(self) -> tuple[str, bool] | None:
-        """(op, is_async), None for anything else and for the `-done` half."""
+        """(op, whether it is asynchronous); None for other instructions and for the `-done`
+        half."""
         op = self.opcode.removesuffix("-start")
         if (
             op == "send" and "_xla_send_recv_source_target_pairs" in self.attrs
@@ -174,7 +181,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 def _parse_line(line: str) -> tuple[Instruction, bool] | None:
-    """One instruction and whether it is its computation's root; None for any other line."""
+    """One instruction, and whether it is the root of its computation; None for any other line."""
     m = re.match(r"\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*(?=[(a-z])", line)
     if not m:
         return None
@@ -190,7 +197,7 @@ def _parse_line(line: str) -> tuple[Instruction, bool] | None:
     return Instruction(m[2], line[begin:end], call[1], parts, line[stop:]), bool(m[1])
 
 
-class Module:
+class HloModule:
     """Computations by name, in schedule order."""
 
     def __init__(self, text: str) -> None:

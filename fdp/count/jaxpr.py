@@ -1,10 +1,10 @@
-"""Logical counts from the jaxpr: collectives with their exact dtypes, and matmul FLOPs, per device,
-without compiling.
+"""Counts from the jaxpr, per device and without compiling: collectives with their exact dtypes, and
+matmul FLOPs.
 
-The jaxpr says what the program asks for; the compiled program (`fdp.count.hlo`) says what runs: XLA
-merges collectives of equal groups, removes dead ones and, on CPU, widens bfloat16. Where it does no
-more than merge, bytes are equal. Shapes inside shard_map are local, so everything here is per
-device. Use `jax.make_jaxpr(f)(*args)`."""
+The jaxpr says what the program asks for; the compiled program (`fdp.count.hlo`) says what runs. XLA
+merges collectives of equal groups, removes dead ones and, on CPU, widens bfloat16. Where it only
+merges, bytes are equal. Shapes inside shard_map are local, so all counts are per device. Use
+`jax.make_jaxpr(f)(*args)`."""
 
 import math
 import re
@@ -64,15 +64,14 @@ def collectives(
 def dot_flops(
     closed_jaxpr: Any, mesh_shape: Mapping[str, int] | None = None, branches: Branches | None = None
 ) -> int:
-    """Multiply-add FLOPs (2·m·n·k, batch dimensions and loop trips multiplied in) of all matmuls
-    and convolutions.
+    """Multiply-add FLOPs (2·m·n·k, with batch dimensions and loop trips) of all matmuls and
+    convolutions.
 
-    Per device for what stands inside shard_map. Outside it shapes are global and each device's
-    share is the partitioner's choice: with `mesh_shape` of more than one device a matmul there
-    raises ValueError, without it the global figure is counted. Ragged matmuls count every row once;
-    convolutions count padding as multiplied. A loop whose steps are data counts the most steps that
-    it states (scope `at_most_36`): attention whose positions are known at run time alone, hence an
-    upper bound."""
+    They are per device inside shard_map. Outside it shapes are global, and the partitioner chooses
+    the share of each device. With `mesh_shape` of more than one device a matmul there raises
+    ValueError; without it the global figure is counted. Ragged matmuls count every row once;
+    convolutions count padding. A loop whose number of steps is data counts the upper bound in its
+    scope (`at_most_36`), so attention with traced positions is an upper bound."""
     sharded = mesh_shape is not None and math.prod(mesh_shape.values()) > 1
 
     def visit(eqn: Any, at: _Place) -> list[int]:
@@ -90,7 +89,7 @@ def dot_flops(
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an equation stands: executions, scope path, and whether inside shard_map."""
+    """Context of an equation: executions, scope path, and whether it is inside shard_map."""
 
     count: int = 1
     path: str = ""
@@ -103,14 +102,13 @@ class _Place:
 
 
 def _open(jaxpr: Any) -> Any:
-    """The Jaxpr of a ClosedJaxpr, or itself: some jax versions keep one and some the other as a
-    parameter.
-    """
+    """The Jaxpr of a ClosedJaxpr, or the Jaxpr itself: parameters hold one or the other, depending
+    on the jax version."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _read(jaxpr: Any) -> list[Any]:
-    """The equations that somebody reads, in order: what nobody reads, compilers leave out."""
+    """The equations whose results are used, in order; compilers omit the others."""
     wanted = {v for v in jaxpr.outvars if not hasattr(v, "val")}
     kept = []
     for eqn in reversed(jaxpr.eqns):
@@ -176,17 +174,14 @@ class _Walk(Generic[T]):
 
 
 def _estimate(eqn: Any) -> int:
-    """FLOPs that a Pallas kernel states itself, 0 where it states none: its loops may follow its
-    data.
-    """
+    """FLOPs that a Pallas kernel states itself, or 0; its loops may depend on its data."""
     estimate = eqn.params.get("cost_estimate") if eqn.primitive.name == "pallas_call" else None
     return int(estimate.flops) if estimate is not None else 0
 
 
 def _repeats(eqn: Any) -> int:
-    """How often one execution of `eqn` runs its inner jaxpr: scan length, or programs of a Pallas
-    grid.
-    """
+    """How often one execution of `eqn` runs its inner jaxpr: the length of a scan, or the programs
+    of a Pallas grid."""
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
     if eqn.primitive.name == "pallas_call":
@@ -205,11 +200,11 @@ def _inner(eqn: Any) -> Iterator[Any]:
 
 
 def largest_arrays(closed_jaxpr: Any, n: int) -> list[tuple[int, str]]:
-    """The n largest arrays computed inside shard_map: (bytes per device, "float32[…] where"), one a
-    shape and place.
+    """The n largest arrays computed inside shard_map: (bytes per device, "float32[…] where"), one
+    per shape and place.
 
-    Logical arrays, before the compiler fuses any away: where to look when a program does not fit,
-    not what it holds."""
+    These are logical arrays, before the compiler fuses any away. They show where to look when a
+    program does not fit, not what it holds."""
     found: dict[str, int] = {}
 
     def collect(jaxpr: Any, at: _Place) -> None:

@@ -1,5 +1,5 @@
-"""Memory per device of a train step, from its parts. `--dry_run` prints it beside the compiler's
-plan."""
+"""Memory per device of a train step, as a sum of its parts. `--dry_run` prints it beside the plan
+of the compiler."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ class Memory:
     activations: int | None  # saved for the backward pass, one live layer, the head; None: unstated
 
     def total(self) -> int:
-        """Everything at once, an upper bound on the peak up to what the compiler adds or fuses
-        away; without activations where the model does not state them.
-        """
+        """The sum of all parts: an upper bound on the peak, up to what the compiler adds or fuses
+        away. Without activations where the model does not state them."""
         return self.parameters + self.optimizer + self.gathered + (self.activations or 0)
 
 
 def _local(p: TrainStep, specs: Any, share: Callable[[Any, Any], int] | None = None) -> int:
-    """Bytes of a device's parameters under `specs`; of each, one `share`-th (0: nothing)."""
+    """Bytes of the parameters of a device under `specs`, divided by `share`, which is given per
+    parameter (0: nothing)."""
     leaves = jax.tree.leaves(specs, is_leaf=spec_leaf)
     parts = zip(
         jax.tree.leaves(p.specs.shapes), leaves, jax.tree.leaves(p.specs.metas), strict=True
@@ -61,9 +61,8 @@ def estimate(p: TrainStep) -> Memory:
 
 
 def activations(p: TrainStep) -> int | None:
-    """Bytes of activations at the start of the backward pass, which is their peak (Korthikanti et
-    al. 2022, §4), as layers state them; None where one does not.
-    """
+    """Bytes of activations at the start of the backward pass, their peak (Korthikanti et al. 2022,
+    §4), as layers state them; None where a layer states none."""
     e = p.experiment
     try:
         found = microbatch(e, p.head_rows(), e.degrees, e.grads.microbatches)

@@ -1,9 +1,8 @@
-"""The collectives that the degrees of a program ask for, and those that it has.
+"""The collectives that the degrees of a program require, and those that it has.
 
-Loss falls and gradients look right while an axis does nothing: a context parallelism that is off
-lets every device attend to its own positions and still reduces gradients over cp. Bytes that each
-axis must carry, and by which op, show it without a formula for every layer.
-"""
+A program can train well while an axis does nothing: with context parallelism off, every device
+attends to its own positions only, and gradients are still reduced over cp. The bytes that each axis
+must carry, and the ops that carry them, reveal this without a formula for every layer."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ ANY = (GATHER, SCATTER, EXCHANGE, PERMUTE)  # that moves data without summing al
 
 @dataclass(frozen=True)
 class Requirement:
-    """A program must send at least `least` bytes per device, and more than none, by `ops` together
+    """A program must send at least `least` bytes per device, and more than 0, by `ops` together,
     over groups that `axis` is part of."""
 
     axis: str
@@ -35,11 +34,11 @@ class Requirement:
     purpose: str
 
     def found(self, counted: Mapping[Key, float]) -> float:
-        """Bytes that a program does send so."""
+        """The bytes that a program sends in this way."""
         return sum(w for (op, axes), w in counted.items() if op in self.ops and self.axis in axes)
 
     def describe(self, counted: Mapping[Key, float]) -> str:
-        """For a person: what for, by what, how much of how much."""
+        """Text for a person: the purpose, the ops, and how much of the required bytes was found."""
         return (
             f"{self.axis}: {self.purpose} by {' or '.join(self.ops)}, "
             f"{self.found(counted):,.0f} of at least {max(self.least, 1):,.0f} bytes"
@@ -55,11 +54,10 @@ def required(
 ) -> list[Requirement]:
     """What loss and gradients must send over every axis of degree > 1.
 
-    Bytes of one device: `gradients`, data axis → those that it reduces over that axis, whole before
-    a reduce-scatter over dp; `activations`, those that it reduces over tp, forward and backward.
-    `context`: ops by which layers exchange positions over cp. None: not known, any will do. A bound
-    from below, so it holds of whole train steps, too; the formula of bytes is exact.
-    """
+    Bytes of one device. `gradients`: data axis → bytes that are reduced over it, whole before a
+    reduce-scatter over dp. `activations`: bytes reduced over tp, forward and backward. `context`:
+    ops by which layers exchange positions over cp; None: unknown, any op counts. These are lower
+    bounds, so they hold for whole train steps too; the formula of bytes is exact."""
     out = []
     for axis in (a for a in AXES if degrees[a] > 1):
         share = (degrees[axis] - 1) / degrees[axis]  # of a payload, sent by one pass round a ring
@@ -89,7 +87,7 @@ def _over_tp(activations: float | None, share: float, scattered: bool) -> list[R
 
 
 def exchanges(plan: CommPlan, cp: int) -> set[str]:
-    """Ops by which attention under `plan` exchanges positions, forward and backward."""
+    """Ops by which attention with `plan` exchanges positions, forward and backward."""
     if plan.kind == "all_gather":
         return {GATHER, SCATTER}
     ring = plan.ring_degree(cp) > 1 and plan.hops != ()
@@ -97,7 +95,7 @@ def exchanges(plan: CommPlan, cp: int) -> set[str]:
 
 
 def required_of(p: TrainStep) -> list[Requirement]:
-    """`required` by the experiment of `p`; layers that are not the stock ones may use any op."""
+    """`required` for the experiment of `p`; layers other than the stock ones may use any op."""
     e, model = p.experiment, p.experiment.model
     gradients, gathered = _gradients(p)
     if not is_stock(model):
@@ -121,8 +119,8 @@ def is_stock(model: Any) -> bool:
 
 
 def _gradients(p: TrainStep) -> tuple[dict[str, float], float]:
-    """Bytes of gradients that a device reduces over each data axis, those under ZeRO whole over dp,
-    and bytes that one gather of the stored parameters over dp sends."""
+    """(bytes of gradients that a device reduces over each data axis, whole over dp under ZeRO;
+    bytes that one gather of the stored parameters over dp sends)."""
     total, gathered = dict.fromkeys(DATA_AXES, 0.0), 0.0
     degrees, specs = p.experiment.degrees, jax.tree.leaves(p.specs.stored, is_leaf=spec_leaf)
     for leaf, spec in zip(jax.tree.leaves(p.specs.shapes), specs, strict=True):
@@ -149,8 +147,8 @@ def missing(requirements: list[Requirement], counted: Mapping[Key, float]) -> li
 def unexpected(requirements: list[Requirement], counted: Mapping[Key, float]) -> Sent:
     """What loss and gradients send that no requirement asks for: (op, axes) → bytes.
 
-    An all-reduce is never unexpected: the loss and gradients of replicated parameters need it over
-    any axis. A whole train step may have more, where the compiler moves a batch."""
+    An all-reduce is never unexpected: the loss and the gradients of replicated parameters need it
+    over any axis. A whole train step may have other ops, where the compiler moves a batch."""
     asked = {(op, r.axis) for r in requirements for op in r.ops}
     return {
         (op, axes): wire

@@ -10,8 +10,7 @@ ONE_DEVICE = dict.fromkeys(AXES, 1)
 def microbatch(
     e: Experiment, head_rows: int, degrees: Degrees = ONE_DEVICE, microbatches: int = 1
 ) -> Counts:
-    """Counts of one device's rows, of which `head_rows` reach the outputs.
-
+    """Counts of one microbatch on one device, of whose rows `head_rows` reach the output head.
     Raises Unstated, naming the layer, core or objective that states none."""
     noised = e.noised_example()
     inputs = noised.get("inputs")
@@ -22,7 +21,7 @@ def microbatch(
 
 
 def unstated(e: Experiment) -> str:
-    """What keeps the experiment's counts from being known; empty where all of it is stated."""
+    """Why the counts of the experiment are unknown; empty where every part states them."""
     try:
         microbatch(e, 0, e.degrees, e.grads.microbatches)
     except Unstated as missing:

@@ -1,10 +1,9 @@
-"""Index-addressed batches: what a step trains on is a pure function of (seed, step).
+"""Index-addressed batches: the batch of a step is a pure function of (seed, step).
 
 A batch is a dict of arrays whose dims have names (`Data.dims`): tokens with document segments or
-loss weights, images with labels, pairs. `Examples` are one split of it, addressed by index.
+loss weights, images with labels, pairs. `Examples` are one split of the data, addressed by index.
 
-Legend: B batch size, L sequence length (data.seq_len), N windows, T tokens.
-"""
+Legend: B batch size, L sequence length (data.seq_len), N windows, T tokens."""
 
 import functools
 import hashlib
@@ -39,12 +38,12 @@ class Examples(Protocol):
 
     @property
     def what(self) -> str:
-        """Names the split in errors: "training split of the corpus"."""
+        """Name of the split in errors: "training split of the corpus"."""
         ...
 
     @property
     def fix(self) -> str:
-        """How to get more of it: "use a larger corpus"."""
+        """Remedy in errors when there are too few: "use a larger corpus"."""
         ...
 
     def __len__(self) -> int:
@@ -52,15 +51,15 @@ class Examples(Protocol):
         ...
 
     def take(self, indices_B: Sequence[int]) -> Batch:
-        """The examples at these indices, a copy; every field leads with the batch dim."""
+        """A copy of the examples at these indices; the leading dim of every field is the batch."""
         ...
 
 
 class Arrays:
-    """Examples held in memory: every field leads with the number of examples."""
+    """Examples held in memory: the leading dim of every field is the number of examples."""
 
     def __init__(self, fields: Batch, what: str, fix: str):
-        """Raises ValueError for fields of unlike length."""
+        """Raises ValueError for fields of different lengths."""
         lengths = {name: len(field) for name, field in fields.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"fields of the {what} must be equally long: they have {lengths}")
@@ -79,14 +78,15 @@ class Arrays:
 
 
 class Windows:
-    """Non-overlapping windows of one token stream; the tail that fills no window is left out.
+    """Non-overlapping windows of one token stream; a tail that fills no window is left out.
 
     Fields: "tokens", int32 [N, L]; with `eos_id` also "segments", int32 [N, L]: the number of the
-    document within the window, from 0. The eos token belongs to the document that it ends, so
-    segments[i] counts the eos among tokens[:i]. A model whose input i is token i - 1 then reads the
-    eos before a document as its start token, predicts every token of the document and its eos from
-    that document alone, and sees nothing of another one when position i attends to the positions of
-    its own segment."""
+    document within the window, from 0.
+
+    An eos token belongs to the document that it ends, so segments[i] counts the eos tokens among
+    tokens[:i]. Consider a model whose input i is token i - 1, and whose position i attends to
+    positions of its own segment. It reads the eos before a document as its start token. It predicts
+    every token of the document, and its eos, from that document alone."""
 
     # Not grain's packers: they are iterators with state, no function of the index; the ones that do
     # not split documents pad, and the one that does yields just these windows.
@@ -99,9 +99,8 @@ class Windows:
         fix: str = "use a larger corpus",
         eos_id: int | None = None,
     ):
-        """`what` and `fix` name the stream and its remedy in errors: ValueError when it is shorter
-        than one window.
-        """
+        """`what` and `fix` name the stream and its remedy in errors. Raises ValueError for a stream
+        shorter than one window."""
         n_tokens = len(tokens_T)
         if seq_len < 1:
             raise ValueError(f"data.seq_len={seq_len} must be at least 1")
@@ -135,11 +134,12 @@ class Windows:
 
 @dataclass(frozen=True)
 class Data:
-    """What an experiment trains on: both splits, the dims of a batch, and what a report says of it.
+    """What an experiment trains on: both splits, the dims of a batch, and what a report says of the
+    data.
 
     `dims` names the dims of exactly the fields that `take` returns, "batch" first. Raises
-    ValueError where it does not, for 64-bit fields, and where the splits differ in shape or
-    type."""
+    ValueError where it does not, for 64-bit fields, and where the splits differ in shape or type.
+    """
 
     name: str
     sha256: str  # of all examples
@@ -179,14 +179,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Ids:
-    """What a program must know of a tokenizer: `vocab_size` ids, the last of them the mask and the
-    one before it end-of-text."""
+    """What a program must know of a tokenizer: it has `vocab_size` ids. The last one is the mask,
+    the one before it end-of-text."""
 
     vocab_size: int
 
     @property
     def n_data(self) -> int:
-        """Ids that data may hold."""
+        """Number of ids that data may hold."""
         return self.vocab_size - 1
 
     @property
@@ -196,7 +196,7 @@ class Ids:
 
 
 def blank(seq_len: int, vocab: int, packing: str = "stream") -> Data:
-    """One sequence of zeros in place of a corpus: enough to build and compile a program."""
+    """One sequence of zeros in place of a corpus, which suffices to build and compile a program."""
     fields = ("tokens", "segments") if packing == "documents" else ("tokens",)
     zeros = {name: np.zeros((1, seq_len), np.int32) for name in fields}
     split = Arrays(zeros, "blank sequence", "name a corpus")
@@ -206,11 +206,11 @@ def blank(seq_len: int, vocab: int, packing: str = "stream") -> Data:
 
 
 def batch(examples: Examples, step: int, batch_size: int, seed: int) -> Batch:
-    """Training batch of `step`: every field leads with B.
+    """Training batch of `step`; the leading dim of every field is B.
 
-    Steps read a sequence of permutations, one an epoch, so every example occurs once an epoch; a
-    batch may reach into the next one. The order depends on the number of examples and the seed
-    alone. Raises ValueError when an epoch is shorter than a batch."""
+    Steps read a sequence of permutations, one per epoch, so every example occurs once per epoch; a
+    batch may extend into the next epoch. The order depends only on the number of examples and the
+    seed. Raises ValueError when an epoch is shorter than a batch."""
     _check_batch(examples, batch_size)
     if step < 0:
         raise ValueError(f"step {step} must be at least 0")
@@ -219,7 +219,7 @@ def batch(examples: Examples, step: int, batch_size: int, seed: int) -> Batch:
 
 
 def eval_batches(examples: Examples, batch_size: int, max_batches: int) -> Iterator[Batch]:
-    """The first `max_batches` full batches, or as many as there are, in order."""
+    """The first `max_batches` full batches in order, or all of them if there are fewer."""
     _check_batch(examples, batch_size)
     if max_batches < 1:
         raise ValueError(f"eval.batches={max_batches} must be at least 1")
@@ -229,10 +229,10 @@ def eval_batches(examples: Examples, batch_size: int, max_batches: int) -> Itera
 
 class Prefetcher:
     """Computes `place(batch_fn(step))` for successive steps on one background thread, at most
-    `depth` ahead.
+    `depth` steps ahead.
 
-    Use as a context manager and iterator. An error of a step is raised where that step is asked
-    for, and ends it. Leaving the context waits for the step in progress only."""
+    Use it as a context manager and iterator. The error of a step is raised where that step is
+    requested, and ends the iteration. Leaving the context only waits for the step in progress."""
 
     def __init__(
         self,
@@ -241,9 +241,8 @@ class Prefetcher:
         start: int = 0,
         depth: int = 2,
     ):
-        """`place` moves a batch to the devices, as jax.device_put does; `start` is the first
-        step.
-        """
+        """`place` moves a batch to the devices, as jax.device_put does. `start` is the first
+        step."""
         if depth < 1:
             raise ValueError(f"prefetch depth {depth} must be at least 1")
         self._compute = lambda step: place(batch_fn(step))
@@ -282,7 +281,7 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """Drop what is queued and join the thread."""
+        """Drop queued steps and join the thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._thread = None
@@ -313,9 +312,9 @@ def load_text(
     tokens.
 
     `seed` is that of the split. Tokenizer and tokens are cached under `cache_dir` (None:
-    default_cache_dir()). `packing` "stream" yields tokens alone, so attention crosses documents;
-    "documents" the same windows with the segments of `Windows`. Errors: ValueError for another
-    packing, and those of load_corpus, split_documents, build_tokenizer and Windows."""
+    default_cache_dir()). `packing` "stream" gives tokens only, so attention crosses documents;
+    "documents" gives the same windows with the segments of `Windows`. Raises ValueError for another
+    packing, and the errors of load_corpus, split_documents, build_tokenizer and Windows."""
     if packing not in PACKINGS:
         raise ValueError(f"data.packing={packing!r} is unknown: {closest(packing, PACKINGS)}")
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
@@ -343,8 +342,7 @@ def load_text(
 @functools.lru_cache(maxsize=16)
 def _order(n: int, seed: int) -> Any:
     """Endless shuffled index: order[i] is the example at position i, reshuffled every `n`
-    positions.
-    """
+    positions."""
     import grain  # here, because it imports jax
 
     # grain shuffles epoch e with seed + e: plain seeds 0 and 1 would read the same orders, one
@@ -416,7 +414,8 @@ def _check_dims(fields: Batch, dims: Mapping[str, Dims], what: str) -> None:
 def _cached_tokens(
     documents: Sequence[str], sha256: str, tokenizer: Tokenizer, folder: Path
 ) -> np.ndarray:
-    """Token stream of `documents`, int32 [T], mapped from its cache file after the first call."""
+    """Token stream of `documents`, int32 [T], memory-mapped from its cache file after the first
+    call."""
     key = hashlib.sha256(f"{sha256} {tokenizer.fingerprint}".encode()).hexdigest()[:16]
     path = folder / f"tokens-{key}.npy"
     if path.exists():
@@ -435,9 +434,8 @@ def _cached_tokens(
 
 
 def _tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
-    """eos, document, eos, document, …, eos: every document has one before it (as BOS) and one after
-    it.
-    """
+    """eos, document, eos, document, …, eos: every document has an eos before it (as BOS) and after
+    it."""
     eos_1 = np.array([tokenizer.eos_id], dtype=np.int32)
     parts = [eos_1]
     for first in range(0, len(documents), DOCUMENTS_PER_CALL):

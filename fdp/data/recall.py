@@ -1,10 +1,10 @@
-"""Recall tasks: sequences in which the scored tokens can be predicted from their context alone, and
-only from it.
+"""Recall tasks: sequences whose scored tokens can be predicted from the context, and only from it.
 
-A batch is a pure function of (seed, step): `task.sample(seed, step, batch)` returns the tokens,
+A batch is a pure function of (seed, step). `task.sample(seed, step, batch)` returns the tokens,
 int32 [B, L], and the answer mask, f32 [B, L]: mask[b, i] = 1 where the prediction made AT position
-i, of token i + 1, is scored; the last column never is. `recall_data` moves it onto the answers: the
-loss weight of token i + 1. A task that cannot be built raises ValueError: equation, values, fix.
+i, of token i + 1, is scored; the last column is always 0. `recall_data` shifts it onto the answers:
+the loss weight of token i + 1. A task that cannot be built raises ValueError: equation, values,
+fix.
 
 Legend: B sequences, L positions, P pairs (or tokens of a segment, needle or value), Q query slots,
 V vocabulary."""
@@ -21,8 +21,8 @@ from fdp.data.tokenizer import Tokenizer
 Sample = tuple[np.ndarray, np.ndarray]
 
 
-class Task(Protocol):
-    """What the tasks below have in common."""
+class RecallTask(Protocol):
+    """The interface of the tasks below."""
 
     @property
     def vocab(self) -> int:
@@ -49,11 +49,11 @@ class AssociativeRecall:
     """Multi-query associative recall (MQAR; Arora et al. 2023, arXiv 2312.04927): k1 v1 … kP vP,
     then every key again.
 
-    The query section consists of two-token slots: P of them hold (key, its value), in random order,
-    the others filler; the value after a repeated key is scored: P answers a sequence. Nearer slots
-    are likelier, by the paper's power law. Ids: 0 filler, then (vocab - 1) // 2 keys, then the
-    values. Keys differ within a sequence; values may repeat. Raises ValueError when length <
-    4·pairs or there are fewer keys than pairs."""
+    The query section consists of two-token slots. P of them hold a key and its value, in random
+    order; the others hold filler. The value after a repeated key is scored: P answers per sequence.
+    Near slots are more likely, by the power law of the paper. Ids: 0 filler, then (vocab - 1) // 2
+    keys, then the values. Keys differ within a sequence; values may repeat. Raises ValueError when
+    length < 4·pairs or there are fewer keys than pairs."""
 
     length: int = 64
     pairs: int = 8
@@ -102,9 +102,8 @@ class AssociativeRecall:
         return tokens_BxL, mask_BxL
 
     def _slots(self, rng: np.random.Generator, batch: int) -> np.ndarray:
-        """P different slots a sequence, int [B, P], drawn in random order without replacement by
-        the power law.
-        """
+        """P distinct slots per sequence, int [B, P], drawn in random order without replacement by
+        the power law."""
         slots = (self.length - 2 * self.pairs) // 2
         log_weight_Q = (GAP_POWER - 1) * np.log(np.arange(1, slots + 1))
         # Gumbel top-k is sampling without replacement; shuffled, so that a key's rank says nothing
@@ -115,14 +114,14 @@ class AssociativeRecall:
 
 @dataclass(frozen=True)
 class InductionHeads:
-    """A random segment occurs twice in noise; its second copy is scored (Olsson et al. 2022, arXiv
-    2209.11895).
+    """A random segment occurs twice in noise, and its second copy is scored (Olsson et al. 2022,
+    arXiv 2209.11895).
 
-    The `segment` tokens are distinct and occur nowhere else, so that the previous occurrence of a
-    token determines the next one; both copies stand at random places, so that no fixed distance
-    does. Scored: segment - 1 tokens a sequence. Ids 0 … vocab - 1, all alike: each sequence divides
-    them anew into those of its segment and those of its noise. Raises ValueError when length <
-    2·segment, segment < 2, or no id is left for the noise."""
+    The `segment` tokens are distinct and occur nowhere else, so the previous occurrence of a token
+    determines the next one. Both copies are at random positions, so a fixed distance does not.
+    Scored: segment - 1 tokens per sequence. Ids 0 … vocab - 1 have no fixed roles: each sequence
+    divides them anew into those of its segment and those of its noise. Raises ValueError when
+    length < 2·segment, segment < 2, or no id is left for the noise."""
 
     length: int = 64
     segment: int = 8
@@ -177,11 +176,11 @@ class WordNeedle:
     """One needle in a haystack of words (the single-key task of RULER, Hsieh et al. 2024, arXiv
     2404.06654).
 
-    Haystack words, with the needle (MARK, key, value …) at `depth`, then (MARK, key) again and the
-    value, which is scored: `value_words` answers a sequence. Depth 0 is the first place of the
-    haystack, 1 the last; None draws one of all places for every sequence. Ids: 0 MARK; then a third
-    of the other ids each for keys, values and hay (the remainder to hay). Raises ValueError when
-    the length holds less than one haystack word or vocab < 4."""
+    Haystack words with the needle (MARK, key, value …) at `depth`, then (MARK, key) again and the
+    value, which is scored: `value_words` answers per sequence. Depth 0 is the first position in the
+    haystack, 1 the last; None draws a position for every sequence. Ids: 0 MARK; then a third of the
+    other ids each for keys, values and hay (the remainder to hay). Raises ValueError when the
+    length holds less than one haystack word or vocab < 4."""
 
     length: int = 64
     vocab: int = 64
@@ -204,7 +203,7 @@ class WordNeedle:
 
     @property
     def hay(self) -> int:
-        """Words of the haystack; the needle may stand at any of hay + 1 places."""
+        """Number of haystack words; the needle has hay + 1 possible positions."""
         return self.length - 2 * (2 + self.value_words)
 
     @property
@@ -229,11 +228,10 @@ class WordNeedle:
 
 
 def accuracy(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray) -> float:
-    """Share of scored tokens predicted right; predictions[b, i] is the guess, made at i, of
+    """Share of scored tokens predicted correctly; predictions[b, i] is the guess, made at i, of
     tokens[b, i + 1].
 
-    Raises ValueError for shapes that differ, a scored last position or no scored position.
-    """
+    Raises ValueError for shapes that differ, a scored last position or no scored position."""
     predictions_BxL, tokens_BxL, mask_BxL = map(np.asarray, (predictions_BxL, tokens_BxL, mask_BxL))
     shapes = [list(x.shape) for x in (predictions_BxL, tokens_BxL, mask_BxL)]
     if shapes[0] != shapes[1] or shapes[1] != shapes[2] or len(shapes[0]) != 2:
@@ -256,16 +254,15 @@ def _at_least_one(**values: int) -> None:
 
 
 def _distinct(rng: np.random.Generator, batch: int, n: int, k: int) -> np.ndarray:
-    """k different numbers below n for every sequence, in random order: int [B, k]."""
+    """k distinct numbers below n for every sequence, in random order: int [B, k]."""
     return np.argsort(rng.random((batch, n)), axis=1)[:, :k]
 
 
 def _places(
     rng: np.random.Generator, depth: float | None, batch: int, allowed: np.ndarray
 ) -> np.ndarray:
-    """Where the needles go, int [B]: the allowed offset nearest to `depth` · the last one, or one
-    drawn of all.
-    """
+    """Offsets of the needles, int [B]: the allowed offset nearest to `depth` · the last one, or a
+    random one."""
     if depth is None:
         return rng.choice(allowed, batch)
     if not 0 <= depth <= 1:
@@ -285,10 +282,9 @@ def _last_scored(batch: int, length: int, answers: int) -> np.ndarray:
 RECALL = ("mqar", "needle", "induction")  # data.source
 
 
-def task_of(source: str, seq_len: int) -> Task:
-    """The recall task that `data.source` names at this length: seq_len/16 pairs, a needle, a
-    segment of seq_len/8.
-    """
+def task_of(source: str, seq_len: int) -> RecallTask:
+    """The recall task of `data.source` at this length: seq_len/16 pairs, a needle, or a segment of
+    seq_len/8."""
     vocab = max(64, seq_len // 8 + 1)
     if source == "mqar":
         return AssociativeRecall(seq_len, pairs=max(seq_len // 16, 1), vocab=vocab)
@@ -300,7 +296,7 @@ def task_of(source: str, seq_len: int) -> Task:
 
 
 def recall_data(source: str, seq_len: int, train: int = 8192, val: int = 256) -> Data:
-    """Sequences of a recall task in place of a corpus; the answers alone carry loss.
+    """Sequences of a recall task in place of a corpus; only the answers carry loss.
 
     Fields: "tokens", int32 [B, L]; "weights", f32 [B, L]: 1 on scored answers, else 0."""
     task = task_of(source, seq_len)

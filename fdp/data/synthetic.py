@@ -1,4 +1,4 @@
-"""A law whose likelihood, entropy and posterior under any mask are known exactly.
+"""A Markov chain, whose likelihood, entropy and posterior under any mask are known exactly.
 
 Shapes: B sequences, L positions, n states (ids 0..n-1; id n is the mask token), P powers of the
 transition matrix."""
@@ -37,8 +37,7 @@ def _log_powers(n: int, concentration: float, seed: int, length: int) -> np.ndar
 @dataclass(frozen=True)
 class MarkovChain:
     """First-order chain T ~ Dirichlet(concentration)^n with a stationary start; a pure function of
-    its three fields.
-    """
+    its three fields."""
 
     n: int = 27
     concentration: float = 0.15
@@ -51,7 +50,7 @@ class MarkovChain:
 
     @cached_property
     def stationary(self) -> np.ndarray:
-        """π with πT = π, the law of every position: f64 [n]."""
+        """π with πT = π, the distribution of every position: f64 [n]."""
         system = np.vstack([self.transitions.T - np.eye(self.n), np.ones(self.n)])
         pi = np.linalg.lstsq(system, np.append(np.zeros(self.n), 1.0), rcond=None)[0]
         return np.clip(pi, 1e-300, None) / pi.sum()
@@ -85,8 +84,7 @@ class MarkovChain:
 
     def nll_floor(self, length: int) -> float:
         """Entropy of `length` tokens divided by `length`, in nats: no model's NLL or NELBO can be
-        lower on average.
-        """
+        lower on average."""
         start = float(-(self.stationary * np.log(self.stationary)).sum())
         return (start + (length - 1) * self.entropy_rate()) / length
 
@@ -119,11 +117,10 @@ class MarkovChain:
 def markov_data(
     seq_len: int, train: int = 65_536, val: int = 2048, chain: MarkovChain | None = None
 ) -> Data:
-    """Independent sequences of a Markov chain in place of a corpus, one a window: ids 0..n-1 are
-    its states.
+    """Independent sequences of a Markov chain in place of a corpus, one per window: ids 0..n-1 are
+    its states. `data.source=markov`.
 
-    `data.source=markov`. Every NLL is known exactly, so are the floor of the NELBO and the NLL of
-    any sample."""
+    The NLL of any sample is known exactly, and so is the lower bound of the NELBO."""
     chain = chain or MarkovChain()
     letters = [bytes([ord("a") + i]) for i in range(chain.n - 1)]
     tokenizer = Tokenizer(letters, lambda texts: [_states(text) for text in texts], repr(chain))

@@ -1,7 +1,7 @@
-"""Text corpora: where documents come from, and how they are split into training and validation.
+"""Text corpora: the sources of documents, and their split into training and validation.
 
 A document is the unit of the split. Exact copies of a document are dropped when a corpus is loaded,
-so that no text lies on both sides; near copies (quotations, parallel passages) are not looked for.
+so that no text is on both sides. Near copies (quotations, parallel passages) are not searched for.
 """
 
 import ast
@@ -39,9 +39,8 @@ STDLIB_SKIP = {
 
 @dataclass(frozen=True)
 class Corpus:
-    """Distinct non-empty documents, in source order, with the licence and the hash that a report
-    prints.
-    """
+    """Distinct non-empty documents in source order, with the licence and the hash that a report
+    prints."""
 
     name: str
     documents: tuple[str, ...]
@@ -101,9 +100,8 @@ def split_documents(
     """Training and validation documents, each in source order: a function of (corpus.sha256, seed)
     alone.
 
-    `val_fraction` is of the number of documents, rounded, and leaves at least one on each side.
-    Raises ValueError for a fraction outside (0, 1) and for a corpus of one document.
-    """
+    `val_fraction` is the fraction of the number of documents, rounded, with at least one on each
+    side. Raises ValueError for a fraction outside (0, 1) and for a corpus of one document."""
     n = len(corpus.documents)
     if not 0 < val_fraction < 1:
         raise ValueError(
@@ -230,9 +228,8 @@ def _file(path: Path) -> Iterator[str]:
 
 
 def _join(parts: Sequence[str], separator: str, target_chars: int) -> Iterator[str]:
-    """Successive parts joined into documents of at least `target_chars`; the last may be
-    shorter.
-    """
+    """Successive parts joined into documents of at least `target_chars`; the last one may be
+    shorter."""
     held: list[str] = []
     n_chars = 0
     for part in parts:

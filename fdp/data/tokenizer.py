@@ -1,8 +1,8 @@
 """Tokenizers whose ids suit both autoregressive and masked-diffusion models.
 
-Ids: text is 0 … eos_id-1; eos_id = n_data-1 ends and begins documents; mask_id = n_data is
-reserved. `encode` returns text ids only, so a corpus that spells out `<|endoftext|>` or the mask
-cannot forge either."""
+Text ids are 0 … eos_id-1. eos_id = n_data-1 begins and ends documents; mask_id = n_data is
+reserved. `encode` returns text ids only, so a corpus that contains `<|endoftext|>` or the mask as
+text cannot produce their ids."""
 
 import hashlib
 import warnings
@@ -25,7 +25,7 @@ MIN_BPE_VOCAB = 256 + 2  # every byte, eos, mask
 
 
 class Tokenizer:
-    """Reversible map between text and ids, over the bytes that each id stands for."""
+    """Reversible map between text and ids, defined by the bytes of each id."""
 
     def __init__(
         self,
@@ -33,9 +33,8 @@ class Tokenizer:
         encode_batch: Callable[[Sequence[str]], list[np.ndarray]],
         fingerprint: str,
     ):
-        """`token_bytes` are those of the text ids; `fingerprint` identifies the map, for caches of
-        its output.
-        """
+        """`token_bytes` are those of the text ids. `fingerprint` identifies the map, for caches of
+        its output."""
         self.n_data = len(token_bytes) + 1
         self.eos_id = self.n_data - 1
         self.mask_id = self.n_data
@@ -73,9 +72,10 @@ def build_tokenizer(
 ) -> Tokenizer:
     """Byte tokenizer (257 data ids, `vocab` unused) or byte-level BPE trained on `documents`.
 
-    `vocab` counts every id, eos and mask included; documents too few for that many merges give a
-    smaller one. `sha256` identifies `documents` (text.documents_sha256) and with `vocab` and the
-    library version keys the cache. Raises ValueError for an unknown kind or a vocab below 258."""
+    `vocab` counts every id, eos and mask included; with too few documents for that many merges it
+    becomes smaller. `sha256` identifies `documents` (text.documents_sha256); with `vocab` and the
+    library version it is the key of the cache. Raises ValueError for an unknown kind or a vocab
+    below 258."""
     if kind == "byte":
         return Tokenizer([bytes([b]) for b in range(256)], _encode_bytes, "byte")
     if kind != "bpe":
@@ -100,7 +100,8 @@ def build_tokenizer(
 
 
 def write_cache(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """`write_atomic` in a folder made where needed; a full or read-only disk only warns."""
+    """`write_atomic` in a folder that is made if needed; a full or read-only disk only gives a
+    warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, write)
@@ -117,9 +118,7 @@ def _byte_level() -> pre_tokenizers.PreTokenizer:
 
 
 def _train_bpe(documents: Sequence[str], vocab: int) -> str:
-    """JSON of a byte-level BPE with at most `vocab` - 2 ids: eos and mask stay outside, out of
-    reach of text.
-    """
+    """JSON of a byte-level BPE with at most `vocab` - 2 ids: text cannot produce eos and mask."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = _byte_level()
     trainer = trainers.BpeTrainer(

@@ -1,12 +1,13 @@
-"""The one front of softmax attention: (out, lse) of queries over keys under a mask, by whatever
-computes it best where the program will run.
+"""Softmax attention on every platform: (out, lse) of queries over keys under a mask, by the fastest
+implementation where the program will run.
 
 - cuDNN: on a GPU of this process, bfloat16, positions 0, 1, …, bidirectional or causal;
-- our flash kernels (Mosaic, Triton): elsewhere on TPU and GPU; few queries split the keys;
-- XLA with whole scores: short sequences in order; XLA tile by tile: everything else.
+- our flash kernels (Mosaic, Triton): otherwise on TPU and GPU; few queries split the keys;
+- XLA with the whole score matrix: short sequences in order;
+- XLA tile by tile: all other cases.
 
-Splash attention (jax.experimental.pallas.ops.tpu) is not among them: it takes its mask before
-tracing, while positions over cp are data, and gives no gradient where it gives the lse.
+Splash attention (jax.experimental.pallas.ops.tpu) is not used. It takes its mask before tracing,
+while positions over cp are data, and it has no gradient where it returns the lse.
 
 Legend: B batch, N queries, M keys, H query heads, K key/value heads, C head_dim, U parts of the
 keys."""
@@ -21,7 +22,7 @@ from fdp.parallel.masks import Mask
 
 Array = jax.Array
 EVERYTHING = walks.EVERYTHING
-# Queries from which on scores are never whole; below, XLA's own attention is as fast.
+# Use tiles from this many queries; below it XLA's attention with whole scores is as fast.
 LONG = 1024
 FEW = 16  # queries that cannot fill an accelerator: their keys are split …
 PART = 4096  # … into parts of about so many keys, each of them a sequence of its own
@@ -43,14 +44,14 @@ def attend(
 ) -> tuple[Array, Array]:
     """Softmax attention softmax(q kᵀ/√C) v under `mask` → (out [B, N, H, C], lse f32 [B, H, N]).
 
-    Positions (None: 0, 1, …) and segments, for a packed mask: int [length] or [B, length], any
-    order. They are the mask's labels; what is hidden is not computed. NumPy positions are judged
-    before tracing. A row that sees no key has out = 0, lse = -inf and zero gradients. Differentiable
-    in q, k, v by out and lse (cuDNN: by out alone). Accumulates in f32; `out_type`: q's, or float32
-    for partial results that are to be merged.
+    Positions (None: 0, 1, …) and segments (for a packed mask) are int [length] or [B, length] in
+    any order; the mask reads them. Tiles that the mask hides are skipped; with NumPy positions that
+    is decided before tracing. A row that sees no key has out = 0, lse = -inf and zero gradients.
+    Differentiable in q, k, v through out and lse (cuDNN: through out only). Accumulates in f32.
+    `out_type`: that of q, or float32 for partial results that will be merged. backend: "tpu", "gpu"
+    or "xla", None by platform. interpret: as `pl.pallas_call` takes it, for tests.
 
-    backend: "tpu", "gpu" or "xla", None by platform. interpret: as `pl.pallas_call` takes it, for
-    tests. Raises ValueError for shapes, dtypes, masks and backends that do not fit."""
+    Raises ValueError for shapes, dtypes, masks and backends that do not fit."""
     q, k, v = q_BxNxHxC, k_BxMxKxC, v_BxMxKxC
     walks.check_arrays(q, k, v)
     backend = walks.choose_backend(backend)
@@ -85,10 +86,11 @@ def attend_backward(
     backend: str | None = None,
     interpret: object = False,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) f32 that these keys contribute, given each query's out and lse over ALL keys.
+    """(dq, dk, dv) f32: the contributions of these keys, given the out and lse of each query over
+    ALL keys.
 
-    The sum over disjoint sets of keys is the whole gradient, which is what a ring needs. Arguments
-    and errors as in `attend`. Source: Dao et al. 2022, alg. 4."""
+    Summed over disjoint sets of keys they are the whole gradient, as a ring needs it. Arguments and
+    errors as in `attend`. Source: Dao et al. 2022, alg. 4."""
     q, k, v = q_BxNxHxC, k_BxMxKxC, v_BxMxKxC
     walks.check_arrays(q, k, v)
     backend = walks.choose_backend(backend)
@@ -106,8 +108,8 @@ def cudnn_covers(q_BxNxHxC: Array, k_BxMxKxC: Array, mask: Mask, backend: str) -
     """Whether cuDNN computes this case on the GPU of this process: 16 bit, no segments, window or
     rule, positions 0, 1, ….
 
-    It counts causal from the first token of both sides, and cannot be compiled for a GPU that is
-    absent."""
+    cuDNN aligns its causal mask at the first token of both sides. It cannot be compiled for a GPU
+    that is absent."""
     here = backend == "gpu" and jax.default_backend() == "gpu"
     (_, N, _, C), M = q_BxNxHxC.shape, k_BxMxKxC.shape[1]
     plain = mask == Mask() or (mask == Mask("causal") and N == M)
@@ -135,7 +137,8 @@ _constant.defvjp(lambda lse: (lse, None), _constant_backward)
 
 
 def _whole(q, k, v, mask: Mask, q_tags, k_tags) -> tuple[Array, Array]:
-    """With the whole score matrix; the lse costs nothing unless it is used. Every row sees itself."""
+    """With the whole score matrix; the lse costs nothing unless it is used. Every row must see a
+    key."""
     seen = None
     if mask.orders or mask.packed:
         seen = flash.seen_by(mask, *map(_arrays, (q_tags, k_tags)))
@@ -152,9 +155,9 @@ def _whole(q, k, v, mask: Mask, q_tags, k_tags) -> tuple[Array, Array]:
 
 
 def _kernel(q, k, v, mask: Mask, q_tags, k_tags, **how: Any) -> tuple[Array, Array]:
-    """Our kernels. A handful of queries over many keys: the keys are cut into U parts, which are
-    computed side by side, all rows of a key head reading them once, and merged. Source: Dao et al.
-    2023 (Flash-Decoding)."""
+    """Our kernels. For few queries over many keys, the keys are cut into U parts, which are
+    computed in parallel and merged; all query rows of a key head read a part once. Source: Dao et
+    al. 2023 (Flash-Decoding)."""
     (B, N, H, C), M = q.shape, k.shape[1]
     q_tags, k_tags = _arrays(q_tags), _arrays(k_tags)
     most = M // PART if N <= FEW else 1
@@ -177,7 +180,8 @@ def _kernel(q, k, v, mask: Mask, q_tags, k_tags, **how: Any) -> tuple[Array, Arr
 
 
 def merge_parts(o_BxUxNxHxC: Array, lse_BxUxHxN: Array) -> tuple[Array, Array]:
-    """Partial results of U disjoint sets of keys → f32 (out [B, N, H, C], lse [B, H, N])."""
+    """Merge partial results over U disjoint sets of keys → f32 (out [B, N, H, C], lse [B, H,
+    N])."""
     some_BxHxN = (lse_BxUxHxN > -jnp.inf).any(1)
     lse_BxHxN = jax.nn.logsumexp(jnp.where(some_BxHxN[:, None], lse_BxUxHxN, 0.0), axis=1)
     weight_BxUxHxN = jnp.exp(lse_BxUxHxN - lse_BxHxN[:, None])
@@ -190,7 +194,7 @@ def _arrays(tags: tuple[Any, ...]) -> tuple[Array, ...]:
 
 
 def _labels(q: Array, k: Array, mask: Mask, q_tags: Any, k_tags: Any) -> blockwise.Labels:
-    """Tags as `blockwise` takes them: positions [length] or [B, length], segments [B, length]."""
+    """Positions [length] or [B, length] and segments [B, length], as `blockwise` takes them."""
     q_position, k_position = (
         x[0] if x.ndim == 2 and len(x) == 1 else x for x in (q_tags[0], k_tags[0])
     )

@@ -1,13 +1,13 @@
-"""Block-sparse attention, forward and backward: each block of queries sees the key blocks on its
-list, and no other.
+"""Block-sparse attention, forward and backward: each block of queries sees only the key blocks on
+its list.
 
-The lists are data (top-k selection, vertical-slash patterns, …), the same for the G query heads of
-a key head, as hardware wants it and NSA has it. Work is proportional to the capacity (XLA) or the
-length (kernels) of the lists.
+The lists are data (top-k selection, vertical-slash patterns, …). The G = H/K query heads of a key
+head share a list, which suits the hardware and NSA. Work is proportional to the capacity (XLA) or
+the length (kernels) of the lists. S and T are the capacities of the lists of a query block and of a
+key block; I query blocks have X queries, J key blocks have Y keys.
 
-Legend: B batch, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim; I query
-blocks of X queries, J key blocks of Y keys, S capacity of a query block's list, T capacity of a key
-block's list."""
+Legend: B batch, N queries, M keys, H query heads, K key/value heads, C head_dim, I query blocks, J
+key blocks."""
 
 from functools import partial
 from typing import NamedTuple
@@ -26,12 +26,12 @@ SCALAR_BYTES = 2**19  # of block lists in a TPU's scalar memory (1 MiB, shared w
 
 
 class BlockLists(NamedTuple):
-    """Which blocks meet, from both sides. Leading sizes b = 1 or B and k = 1 or K: shared by
-    sequences or heads.
+    """Which blocks of queries and keys meet, listed from both sides.
 
-    k_ids int32 [b, k, I, S], k_counts [b, k, I]: the key blocks of each query block; q_ids [b, k,
-    J, T], q_counts [b, k, J]: the transpose, which the gradients of keys need. Past the counts, ids
-    are 0. overflow int32 []: pairs that did not fit the transpose; unless 0, the kernels return NaN
+    Leading sizes b = 1 or B and k = 1 or K: lists shared by sequences or heads. k_ids int32 [b, k,
+    I, S], k_counts [b, k, I]: the key blocks of each query block. q_ids [b, k, J, T], q_counts [b,
+    k, J]: the transpose, which the gradients of keys need. Ids beyond the counts are 0. overflow
+    int32 []: pairs that did not fit into the transpose; unless it is 0, the kernels return NaN
     gradients of keys."""
 
     k_ids: Array
@@ -47,8 +47,8 @@ def block_lists(
     """Lists of both sides from those of the query blocks: int [b, k, I, S] distinct ids, [b, k, I]
     lengths.
 
-    capacity T: room for the query blocks that share one key block; None = I, which always suffices.
-    Jittable. Ids past the counts are ignored; ids outside 0 … J-1 are dropped and counted as
+    capacity T: most query blocks that share one key block; None = I, which always suffices.
+    Jittable. Ids beyond the counts are ignored; ids outside 0 … J-1 are dropped and counted as
     overflow. Raises ValueError for bad shapes."""
     if k_ids.ndim != 4 or k_counts.shape != k_ids.shape[:3] or not k_ids.size:
         raise ValueError(
@@ -76,9 +76,8 @@ def block_lists(
 
 
 def _transposed(ids_IxS: Array, counts_I: Array, J: int, T: int) -> tuple[Array, Array, Array]:
-    """(ids [J, T], counts [J], pairs dropped): sort the pairs by key block, then place each at its
-    rank there.
-    """
+    """(ids [J, T], counts [J], pairs dropped): sorts the pairs by key block, then writes each at
+    its rank there."""
     I, S = ids_IxS.shape
     keys = jnp.where(jnp.arange(S) < counts_I[:, None], ids_IxS, J).reshape(-1)
     order = jnp.argsort(keys, stable=True)  # query blocks stay ascending inside a key block
@@ -87,14 +86,6 @@ def _transposed(ids_IxS: Array, counts_I: Array, J: int, T: int) -> tuple[Array,
     full_J = jnp.zeros(J, jnp.int32).at[keys].add(1, mode="drop")
     ids_JxT = jnp.zeros((J, T), jnp.int32).at[keys, rank].set(order // S, mode="drop")
     return ids_JxT, jnp.minimum(full_J, T), jnp.maximum(full_J - T, 0).sum()
-
-
-def selected(lists: BlockLists, block_q: int, block_k: int, N: int, M: int) -> Array:
-    """The lists as a mask over tokens, bool [b, k, N, M]: what the oracle is given. O(N·M)."""
-    J = lists.q_ids.shape[2]
-    used = jnp.arange(lists.k_ids.shape[3]) < lists.k_counts[..., None]
-    hit = (lists.k_ids[..., None] == jnp.arange(J)) & used[..., None]
-    return hit.any(3).repeat(block_q, 2).repeat(block_k, 3)[:, :, :N, :M]
 
 
 def block_sparse_attention(
@@ -116,8 +107,8 @@ def block_sparse_attention(
     """`attend.attend` over the listed blocks only → (out [B, N, H, C], lse f32 [B, H, N]).
 
     Query block i is queries i·block_q … and sees key block j (keys j·block_k …) if j is on its
-    list, and of it the tokens that `mask` allows; positions and segments as in `attend.attend`. A
-    row whose list is empty or masked has out = 0, lse = -inf and zero gradients. On the GPU both
+    list, restricted to the tokens that `mask` allows. Positions and segments as in `attend.attend`.
+    A row whose list is empty or masked has out = 0, lse = -inf and zero gradients. On the GPU both
     block sizes are powers of two and block_k ≥ 16. Raises ValueError for shapes, sizes and lists
     that do not fit. Source: Yuan et al. 2025 (NSA), section 3.4, for lists shared by a group of
     heads."""
@@ -202,9 +193,8 @@ def _check_blocks(backend: str, lists: BlockLists, block_q: int, block_k: int) -
 
 
 def _check_shared(backend: str, block_k: int, position: int) -> None:
-    """Raises ValueError for key blocks that do not fit a GPU's shared memory; position: bytes of a
-    key and a value.
-    """
+    """Raises ValueError for key blocks that do not fit a GPU's shared memory. position: bytes of a
+    key and a value."""
     held = tiles.GPU_STAGES * block_k * position
     if backend == "gpu" and held > SHARED_BYTES:
         fits = tiles.power_of_two(SHARED_BYTES // (tiles.GPU_STAGES * position) + 1) // 2
@@ -216,9 +206,8 @@ def _check_shared(backend: str, block_k: int, position: int) -> None:
 
 
 def _row_tile(backend: str, rows: int, dtype) -> tuple[int, int]:
-    """(X, split): the rows of a query block as `split` tiles of X; small enough for registers on
-    the GPU.
-    """
+    """(X, split): the rows of a query block as `split` tiles of X rows, small enough for registers
+    on the GPU."""
     if backend != "gpu":
         return rows, 1
     X = min(rows, 64 if dtype == jnp.float32 else 128)
@@ -242,9 +231,8 @@ def _by_head(lists: BlockLists, B: int, K: int) -> tuple[tiles.Walk, tiles.Walk]
 
 @jax.custom_vjp
 def _poisoned(x: Array, overflow: Array) -> Array:
-    """x, whose gradient is NaN where pairs are missing from the transposed lists: never silently
-    too small.
-    """
+    """x, whose gradient becomes NaN where pairs are missing from the transposed lists, so that no
+    gradient is silently wrong."""
     return x
 
 
@@ -264,13 +252,16 @@ _poisoned.defvjp(_poisoned_forward, _poisoned_backward)
 
 
 def scan_blocks(spec: tiles.Spec, q, k, v, q_tags, k_tags, walk: tiles.Walk) -> tuple[Array, Array]:
-    """`walks.attend` in XLA: gathers one key block per row tile and step, O(capacity) work and
+    """`walks.attend` in XLA: each step gathers one key block per row tile, O(capacity) work and
     O(R·Y) memory.
 
     q [Z, I, X, C], k and v [Z, J, Y, C], tags and walk [S, …] → out like q, lse f32 [Z, I, 1, X].
     """
     Z = q.shape[0]
-    spread = lambda x: jnp.repeat(x, Z // x.shape[0], 0)
+
+    def spread(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, Z // x.shape[0], 0)
+
     return _scan_blocks(
         spec, *walks.alike((q, k, v, spread(q_tags), spread(k_tags), jax.tree.map(spread, walk)))
     )
@@ -338,7 +329,7 @@ _scan_blocks.defvjp(_scan_blocks_forward, _scan_blocks_backward)
 
 
 def _each(f):
-    """f over every row tile of every head."""
+    """f mapped over every row tile of every head."""
     return jax.vmap(jax.vmap(f))
 
 
@@ -348,7 +339,7 @@ def _pick(x_ZxJ: Array, ids_ZxI: Array) -> Array:
 
 
 def _entries(walk: tiles.Walk) -> tuple[Array, Array]:
-    """Step t of every walk: ids int [S, Z, I] and whether it exists, bool [S, Z, I]."""
+    """Step t of every walk: (ids, whether the step exists), int and bool [S, Z, I]."""
     steps_S = jnp.arange(walk.table.shape[2])
     return jnp.moveaxis(walk.table, 2, 0), steps_S[:, None, None] < walk.counts
 

@@ -1,16 +1,18 @@
-"""Exact attention one tile of queries and keys at a time, and the merge of partial results: the XLA
-path of attention.
+"""Exact attention computed tile by tile in XLA, and the merge of partial results.
 
-Tiles that the mask hides are not computed, forward or backward. Where positions are known before
-tracing (NumPy) the loop has as many steps as tiles meet, and its FLOPs can be counted; traced
-positions and segments decide at run time, and the loop states the most steps it can take.
+Tiles that the mask hides are skipped, forward and backward. Where positions are known before
+tracing (NumPy), the loop has as many steps as there are visible tiles, and its FLOPs can be
+counted. With traced positions or segments this is decided at run time, and the loop states an upper
+bound of its steps.
+
 Memory is O(N + M) and one tile of scores: the backward pass recomputes the probabilities from the
-saved log-sum-exp. A partial result is (out, lse): softmax-normalised over the keys seen so far,
-with the logarithm of its normaliser. Rows that saw no key have out 0 and lse -inf. Matmuls
-accumulate in float32 whatever the input type.
+saved log-sum-exp. A partial result is (out, lse): out is normalised over the keys seen so far, and
+lse is the logarithm of its normaliser. Rows that saw no key have out 0 and lse -inf. Matmuls
+accumulate in float32 for any input type. A tile has X queries and Y keys; I and J number the tiles,
+and R = H/K·X are the rows of a tile.
 
-Legend: B sequences, N queries, M keys, H query heads, K key/value heads, C head_dim, X queries and
-Y keys of a tile. I and J number the tiles, and R = H/K·X the rows of one."""
+Legend: B sequences, N queries, M keys, H query heads, K key/value heads, C head_dim, X queries of a
+tile, Y keys of a tile."""
 
 import functools
 from collections.abc import Callable
@@ -34,9 +36,8 @@ AT_MOST = "at_most"  # scope of a loop whose steps are data: at_most_36 takes 36
 
 
 class Labels(NamedTuple):
-    """Where queries and keys stand: int positions [N] or [B, N], and [M] or [B, M]; segment ids for
-    packed masks. NumPy positions are known before tracing.
-    """
+    """Positions of queries and keys: int [N] or [B, N], and [M] or [B, M]; segment ids for packed
+    masks. NumPy positions are known before tracing."""
 
     q_position: Any
     k_position: Any
@@ -47,7 +48,7 @@ class Labels(NamedTuple):
 @dataclass(frozen=True)
 class Tiling:
     """What is known before tracing: the mask, X and Y, and the pairs (i, j) of tiles that may meet.
-    decided: whether they do meet, so that nothing is left to run time."""
+    decided: whether all of these pairs do meet, so that nothing is decided at run time."""
 
     mask: Mask
     queries: int
@@ -70,11 +71,11 @@ def attention_lse(
 ) -> tuple[Array, Array]:
     """Masked softmax attention and its log-sum-exp: (out_BxNxHxC, lse_BxHxN float32, natural log).
 
-    Scores are q·k/√C. Positions may also be [B, N] and [B, M], which segment ids for a packed mask
-    are. Rows without a key give out 0 and lse -inf, and no gradient. Differentiable in q, k, v
-    through both results. A tile has at most `block` queries and keys. `out_type` defaults to q's;
-    float32 keeps partial results exact until they are merged. Raises ValueError for shapes that do
-    not fit. Source: Rabe & Staats 2021; Dao et al. 2022 (FlashAttention), alg. 1."""
+    Scores are q·k/√C. Positions may be [B, N] and [B, M]; segment ids for a packed mask always are.
+    Rows without a key have out 0, lse -inf and no gradient. Differentiable in q, k, v through both
+    results. A tile has at most `block` queries and keys. `out_type` defaults to q's; float32 keeps
+    partial results exact until they are merged. Raises ValueError for shapes that do not fit.
+    Source: Rabe & Staats 2021; Dao et al. 2022 (FlashAttention), alg. 1."""
     labels = Labels(q_position_N, k_position_M, q_segment, k_segment)
     _check(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, labels, block)
     tiling = tile(mask, labels, q_BxNxHxC.shape[1], k_BxMxKxC.shape[1], block)
@@ -99,12 +100,12 @@ def attention_backward(
     block: int = BLOCK,
     dlse_BxHxN: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) in float32 that these keys contribute, given each query's GLOBAL `out` and `lse`
-    over all keys.
+    """(dq, dk, dv) in float32: the contributions of these keys, given the GLOBAL `out` and `lse` of
+    each query over all keys.
 
-    dlse: cotangent of the global lse, None for zero. Shapes and errors as in `attention_lse`; the
-    sum over disjoint sets of keys is the whole gradient, which is what a ring needs. Source: Dao et
-    al. 2022, alg. 4."""
+    Summed over disjoint sets of keys they are the whole gradient, as a ring needs it. dlse:
+    cotangent of the global lse, None for zero. Shapes and errors as in `attention_lse`. Source: Dao
+    et al. 2022, alg. 4."""
     labels = Labels(q_position_N, k_position_M, q_segment, k_segment)
     _check(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, labels, block)
     tiling = tile(mask, labels, q_BxNxHxC.shape[1], k_BxMxKxC.shape[1], block)
@@ -117,11 +118,10 @@ def attention_backward(
 def merge_lse(
     o1_BxNxHxC: Array, l1_BxHxN: Array, o2_BxNxHxC: Array, l2_BxHxN: Array
 ) -> tuple[Array, Array]:
-    """Partial results over two disjoint sets of keys → the one over their union (out in o1's type,
-    lse float32).
+    """Merge partial results over two disjoint sets of keys (out in o1's type, lse float32).
 
-    Associative and commutative with (0, -inf) as identity, so that rings, trees and gathers agree.
-    Source: Milakov & Gimelshein 2018, eq. 4."""
+    Associative and commutative with (0, -inf) as identity, so rings, trees and gathers give the
+    same result. Source: Milakov & Gimelshein 2018, eq. 4."""
     top = lax.stop_gradient(jnp.maximum(l1_BxHxN, l2_BxHxN))  # its gradient cancels
     top = jnp.where(top == -jnp.inf, 0.0, top)  # exp(-inf - -inf) would be NaN
     w1, w2 = jnp.exp(l1_BxHxN - top), jnp.exp(l2_BxHxN - top)
@@ -158,8 +158,7 @@ def _check(q: Array, k: Array, v: Array, mask: Mask, labels: Labels, block: int)
 
 def vary_alike(arrays: Any, *others: Any) -> Any:
     """`arrays`, each marked as varying over every mesh axis over which any of them or of `others`
-    does.
-    """
+    varies."""
     if not in_shard_map():
         return arrays
     axes = {axis for x in jax.tree.leaves((arrays, others)) for axis in jax.typeof(x).mat.varying}
@@ -171,9 +170,8 @@ def vary_alike(arrays: Any, *others: Any) -> Any:
 
 
 def tile(mask: Mask, labels: Labels, N: int, M: int, block: int = BLOCK) -> Tiling:
-    """The tiles of N queries and M keys: equal ones of at most `block`, the last one padded.
-
-    Positions in NumPy arrays are judged here; others are left to `meeting`."""
+    """The tiles of N queries and M keys: equal tiles of at most `block`, the last one padded. Pairs
+    of tiles are judged here for NumPy positions, at run time for others."""
     X, Y = (-(-length // -(-length // block)) for length in (N, M))
     I, J = -(-N // X), -(-M // Y)
     positions = labels.q_position, labels.k_position
@@ -187,14 +185,14 @@ def tile(mask: Mask, labels: Labels, N: int, M: int, block: int = BLOCK) -> Tili
 
 
 def tiles_computed(mask: Mask, q_position_N: Any, k_position_M: Any, block: int = BLOCK) -> int:
-    """How many tiles of `block` queries and keys the program computes at these positions: what it
-    asks at run time, in NumPy."""
+    """Number of tiles of `block` queries and keys that the program computes at these positions, by
+    the same rule as at run time, in NumPy."""
     labels = Labels(np.asarray(q_position_N), np.asarray(k_position_M))
     return len(tile(mask, labels, len(q_position_N), len(k_position_M), block).pairs)
 
 
 def _meet(mask: Mask, labels: Labels, X: int, Y: int, xp: Any) -> Any:
-    """Whether tiles meet, in any sequence: bool [I, J]."""
+    """Whether a pair of tiles meets in any sequence: bool [I, J]."""
 
     def ends(label: Any, size: int, keys: int) -> tuple[Any, Any]:
         """(least, greatest) of each tile, over all sequences: [I, 1] or [1, J]."""
@@ -212,8 +210,10 @@ def _meet(mask: Mask, labels: Labels, X: int, Y: int, xp: Any) -> Any:
 
 
 def _over_tiles(step: Callable[..., Any], carry: Any, tiling: Tiling, labels: Labels) -> Any:
-    """Fold step(carry, i, j) over the pairs of tiles that meet. One pair stands in line; decided
-    ones are scanned; others are brought to the front and as many are taken as meet."""
+    """Fold step(carry, i, j) over the pairs of tiles that meet.
+
+    A single pair is computed without a loop. Decided pairs are scanned. Otherwise the pairs that
+    meet are sorted to the front, and the loop runs over these."""
     if tiling.decided and len(tiling.pairs) == 1:
         return step(carry, *tiling.pairs[0])
     pairs_Px2 = jnp.asarray(np.array(tiling.pairs, np.int32).reshape(-1, 2))
@@ -244,8 +244,8 @@ def _tiled(x: Any, dim: int, size: int, xp: Any = jnp, **padding: Any) -> Any:
 
 
 def _query_tiles(x_BxNxHxC: Array, K: int, X: int) -> Array:
-    """[B, N, H, C] → [I, B, K, R, C]: the G query heads of a key head are rows of one matmul; keys
-    are not repeated."""
+    """[B, N, H, C] → [I, B, K, R, C]: the query heads of a key head become rows of one matmul, so
+    keys are not repeated."""
     x = _tiled(x_BxNxHxC, 1, X)
     B, I, _, H, C = x.shape
     x = x.reshape(B, I, X, K, H // K, C).transpose(1, 0, 3, 4, 2, 5)
@@ -285,7 +285,8 @@ def _put(x: Any, tile: Any, i: Any) -> Any:
 
 
 def _sight(tiling: Tiling, labels: Labels, M: int) -> Callable[..., Array | None]:
-    """(i, j) → which keys of tile j rows of tile i see, bool [1 or B, 1, 1, X, Y]; None = all."""
+    """(i, j) → which keys of tile j the rows of tile i see, bool [1 or B, 1, 1, X, Y]; None =
+    all."""
     mask, X, Y = tiling.mask, tiling.queries, tiling.keys
 
     def tags(label: Any, size: int) -> Any:

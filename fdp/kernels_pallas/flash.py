@@ -1,10 +1,9 @@
-"""Flash attention by the kernels of TPU and GPU, forward and backward, with the log-sum-exp that
-merges partial results; and the oracle of all attention.
+"""Flash attention by TPU and GPU kernels, forward and backward, with the log-sum-exp that is needed
+to merge partial results; and the oracle of all attention.
 
-Callers take `fdp.kernels_pallas.attend`, which checks arguments and chooses the platform.
+Call `fdp.kernels_pallas.attend` instead, which checks arguments and chooses the platform.
 
-Legend: B batch, N queries, M keys, H query heads, K key/value heads, C head_dim.
-"""
+Legend: B batch, N queries, M keys, H query heads, K key/value heads, C head_dim."""
 
 from typing import NamedTuple
 
@@ -21,10 +20,10 @@ Tags = tuple[Array, ...]  # positions, and segments for a packed mask: see `walk
 def reference(
     q_BxNxHxC: Array, k_BxMxKxC: Array, v_BxMxKxC: Array, seen_NxM: Array
 ) -> tuple[Array, Array]:
-    """The oracle: softmax attention with the whole score matrix, f32. seen bool, broadcastable to
+    """The oracle: softmax attention with the whole score matrix, f32. seen: bool, broadcastable to
     [B, H, N, M].
 
-    Returns (out f32 [B, N, H, C], lse f32 [B, H, N]); a row that sees nothing has out = 0, lse =
+    Returns (out f32 [B, N, H, C], lse f32 [B, H, N]). A row that sees nothing has out = 0, lse =
     -inf and no gradient."""
     q, k, v = (x.astype(jnp.float32) for x in (q_BxNxHxC, k_BxMxKxC, v_BxMxKxC))
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
@@ -58,7 +57,8 @@ def tile_sizes(backend: str, rows: int, keys: int, C: int, dtype) -> tuple[int, 
 
 
 class Folded(NamedTuple):
-    """What the kernels take: rows and keys in tiles, their tags, and both walks; see `walks`."""
+    """The arguments of the kernels: rows and keys in tiles, their tags, and both walks; see
+    `walks`."""
 
     q: Array
     k: Array
@@ -99,11 +99,11 @@ def flash_attention(
     partial: bool = False,
 ) -> tuple[Array, Array]:
     """Softmax attention softmax(q kᵀ/√C) v without the score matrix → (out [B, N, H, C], lse f32
-    [B, H, N]); differentiable by both. partial: out stays f32.
+    [B, H, N]), differentiable through both.
 
-    Tiles that the mask excludes by their least and greatest tag are skipped. Accumulates in f32.
-    interpret: as `pl.pallas_call` takes it. Source: Dao 2023 (FlashAttention-2), algorithms 1 and
-    2."""
+    partial: out stays f32. Tiles that the mask excludes by their least and greatest tags are
+    skipped. Accumulates in f32. interpret: as `pl.pallas_call` takes it. Source: Dao 2023
+    (FlashAttention-2), algorithms 1 and 2."""
     (B, N, H, C), M = q_BxNxHxC.shape, k_BxMxKxC.shape[1]
     spec = tiles.Spec(mask, C**-0.5, M, backend, interpret, partial=partial)
     folded = _fold(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_tags, k_tags, backend)
@@ -126,7 +126,8 @@ def flash_gradients(
     backend: str,
     interpret: object = False,
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) f32 that these keys contribute, given each query's out and lse over ALL keys."""
+    """(dq, dk, dv) f32: the contributions of these keys, given the out and lse of each query over
+    ALL keys."""
     (B, N, H, C), (M, K) = q_BxNxHxC.shape, k_BxMxKxC.shape[1:3]
     spec = tiles.Spec(mask, C**-0.5, M, backend, interpret, partial=True)
     folded = _fold(q_BxNxHxC, k_BxMxKxC, v_BxMxKxC, mask, q_tags, k_tags, backend)

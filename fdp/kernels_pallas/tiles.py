@@ -1,13 +1,13 @@
-"""What every attention kernel shares: the arithmetic of one tile, the order in which tiles are
-walked, the layout.
+"""What all attention kernels share: the arithmetic of one tile, the order in which tiles are
+visited, and the memory layout.
 
-Grouped heads are folded into rows: row n·G + g is query n of the g-th head of its group, so that a
-kernel sees one head, reads each key once for all G heads, and sums dk and dv over the group by
-itself.
+Grouped heads are folded into rows: row n·G + g is query n of head g of its group, G = H/K. A kernel
+then sees one head, reads each key once for all G heads, and sums dk and dv over the group itself. A
+walk is the sequence of tiles that one tile meets. Other suffixes: Z = B·K; R = N·G rows; I tiles of
+X rows, J tiles of Y keys; W = C or K·C columns; A tags (position, then segment if packed); S
+leading size of a table (1, B or Z); T most tiles in a walk.
 
-Legend: B batch, N queries, M keys, H query heads, K key/value heads, G = H/K, C head_dim; Z = B·K,
-R = N·G rows; I tiles of X rows, J tiles of Y keys; W = C or K·C columns; A tags (position, then
-segment if packed); S leading size of a table: 1, B or Z; T most tiles in a walk."""
+Legend: B batch, N queries, M keys, H query heads, K key/value heads, C head_dim."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,11 +38,11 @@ class Walk(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """What a kernel knows when it is compiled.
+    """What a kernel knows at compile time.
 
-    mask; scale of the scores; keys: how many of the J·Y keys exist; split: row tiles per entry of
-    the lists, which select blocks of split·X rows; partial: results are parts of a sum and stay
-    f32; backend "tpu" or "gpu"; interpret: what `pl.pallas_call` takes, False on hardware."""
+    mask. scale of the scores. keys: how many of the J·Y keys exist. split: row tiles per entry of
+    the lists, whose blocks have split·X rows. partial: results are summands and stay f32. backend
+    "tpu" or "gpu". interpret: as `pl.pallas_call` takes it, False on hardware."""
 
     mask: Mask
     scale: float
@@ -53,15 +53,14 @@ class Spec:
     partial: bool = False
 
     def dtype(self, like: Array):
-        """Of a result that stands for `like`: out and dq for q, dk for k, dv for v."""
+        """Dtype of a result of the kind of `like`: out and dq like q, dk like k, dv like v."""
         return jnp.float32 if self.partial else like.dtype
 
 
 @dataclass(frozen=True)
 class Stride:
-    """How a walk is read: tile i uses entry i // up; each entry stands for `down` tiles. `most`:
-    longest walk.
-    """
+    """How a walk is read: tile i uses entry i // up, and each entry stands for `down` tiles.
+    `most`: longest walk."""
 
     most: int
     up: int = 1
@@ -69,23 +68,21 @@ class Stride:
 
 
 def row_stride(spec: Spec, walk: Walk, n_tiles: int) -> Stride:
-    """Rows meet keys: several row tiles share the list of their block; a range may reach all
-    `n_tiles` key tiles.
-    """
+    """Walks of row tiles over key tiles: several row tiles share the list of their block; a range
+    may reach all `n_tiles` key tiles."""
     return Stride(walk.table.shape[2] if walk.table.ndim == 3 else n_tiles, up=spec.split)
 
 
 def key_stride(spec: Spec, walk: Walk, n_tiles: int) -> Stride:
-    """Keys meet rows: each entry of a list is a block of `split` row tiles."""
+    """Walks of key tiles over row tiles: each entry of a list is a block of `split` row tiles."""
     if walk.table.ndim == 2:
         return Stride(n_tiles)
     return Stride(walk.table.shape[2] * spec.split, down=spec.split)
 
 
 def split_index(i: Array | int, by: int) -> tuple[Array | int, Array | int]:
-    """(i // by, i % by) of i ≥ 0; plain `//` rounds down by the operands' signs, which costs and
-    Mosaic may refuse.
-    """
+    """(i // by, i % by) of i ≥ 0. Plain `//` handles the signs of its operands, which costs time
+    and which Mosaic may refuse."""
     return (i, 0) if by == 1 else (lax.div(i, jnp.int32(by)), lax.rem(i, jnp.int32(by)))
 
 
@@ -145,7 +142,7 @@ def scores(q_XxC: Array, k_YxC: Array, scale: float, seen_XxY: Array | None) -> 
 
 
 def begin(X: int, C: int) -> State:
-    """The softmax over no keys."""
+    """The state of the softmax over no keys."""
     return (
         jnp.full((X, 1), -jnp.inf, jnp.float32),
         jnp.zeros((X, 1), jnp.float32),
@@ -154,7 +151,8 @@ def begin(X: int, C: int) -> State:
 
 
 def absorb(state: State, s_XxY: Array, v_YxC: Array) -> State:
-    """The softmax over Y more keys. Source: Milakov & Gimelshein 2018, algorithm 3."""
+    """The state of the softmax after Y more keys. Source: Milakov & Gimelshein 2018, algorithm
+    3."""
     m_Xx1, l_Xx1, acc_XxC = state
     top_Xx1 = jnp.maximum(m_Xx1, s_XxY.max(1, keepdims=True))
     safe_Xx1 = jnp.where(
@@ -167,9 +165,8 @@ def absorb(state: State, s_XxY: Array, v_YxC: Array) -> State:
 
 
 def finish(state: State) -> tuple[Array, Array]:
-    """(out f32 [X, C], lse f32 [X, 1]) of the keys absorbed; out = 0 and lse = -inf for a row that
-    saw none.
-    """
+    """(out f32 [X, C], lse f32 [X, 1]) of the keys so far. A row that saw none has out = 0 and lse
+    = -inf."""
     m_Xx1, l_Xx1, acc_XxC = state
     some_Xx1 = l_Xx1 > 0
     l_Xx1 = jnp.where(some_Xx1, l_Xx1, 1.0)
@@ -189,7 +186,7 @@ def score_gradients(
     """(P, dS) f32 [X, Y]: P = exp(S - lse), dS = scale · P (dO Vᵀ - delta) with delta = Σ dO·O -
     dlse.
 
-    Rows that saw no key come with lse = +inf, hence P = 0. Source: Dao 2023 (FlashAttention-2),
+    Rows that saw no key have lse = +inf, hence P = 0. Source: Dao 2023 (FlashAttention-2),
     algorithm 2; the term dlse follows from ∂lse/∂S = P."""
     p_XxY = jnp.exp(scores(q_XxC, k_YxC, scale, seen_XxY) - lse_Xx1)
     dp_XxY = matmul(do_XxC, v_YxC, (1, 1))
@@ -239,9 +236,8 @@ def unfold_queries(x_ZxIxXxC: Array, B: int, N: int, H: int) -> Array:
 
 
 def keeps_columns(backend: str, K: int, C: int) -> bool:
-    """Whether a kernel reads the C columns of its head out of K·C: a TPU reads columns in groups of
-    128.
-    """
+    """Whether a kernel reads the C columns of its head out of K·C columns; a TPU reads columns in
+    groups of 128."""
     return backend == "gpu" or (backend == "tpu" and (K == 1 or C % 128 == 0))
 
 
@@ -269,8 +265,7 @@ def untile_keys(x: Array, B: int, M: int, K: int) -> Array:
 def tile_tags(tags: tuple[Array, ...], repeat: int, size: int, B: int) -> Array:
     """Tags int [length] or [B, length], each entry `repeat` times → int32 [1 or B, tiles, A, size].
 
-    The last entry pads the last tile, so that padding never widens the range of a tile.
-    """
+    The last tile is padded with the last entry, which never widens the range of a tile."""
     S = B if any(tag.shape[:-1] == (B,) for tag in tags) else 1
     x_SxAxR = jnp.stack(
         [jnp.broadcast_to(tag, (S, tag.shape[-1])).astype(jnp.int32) for tag in tags], 1
@@ -285,9 +280,9 @@ def range_walk(mask: Mask, tags_SxIxAxX: Array, other_SxJxAxY: Array, rows_first
     """For every tile of `tags`, the range of tiles of `other` that the mask does not exclude as a
     whole.
 
-    rows_first: `tags` belong to rows and `other` to keys, or the reverse. Judged from the least and
-    greatest tag of a tile, so a tile inside the range may still turn out to be empty; none outside
-    is needed."""
+    rows_first: `tags` belong to rows and `other` to keys, or the reverse. Tiles are judged by their
+    least and greatest tags, so a tile inside the range may be empty, but no tile outside is needed.
+    """
     own = [x[:, :, None] for x in (tags_SxIxAxX.min(3), tags_SxIxAxX.max(3))]
     met = [x[:, None] for x in (other_SxJxAxY.min(3), other_SxJxAxY.max(3))]
     ends = own + met if rows_first else met + own  # of queries, then of keys: int [S, I, J, A]

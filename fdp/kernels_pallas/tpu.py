@@ -1,12 +1,9 @@
-"""Attention over walks of tiles as Mosaic kernels: the grid walks, accumulators stay in VMEM from
-step to step.
+"""Attention over walks of tiles as Mosaic kernels: the grid follows the walks, and accumulators
+stay in VMEM between steps.
 
-The walk tables are prefetched into scalar memory, from which the index maps choose the next tile to
-fetch. Steps past the end of a walk keep naming its last tile, so that nothing is fetched, and
-compute nothing.
-
-Legend as in tiles.py.
-"""
+The tables of the walks are prefetched into scalar memory, where the index maps read which tile to
+fetch next. Steps after the end of a walk name its last tile again, so they fetch and compute
+nothing. Legend as in tiles.py."""
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +26,8 @@ Array = jax.Array
 
 
 class Maps:
-    """Block specs of a grid (Z, own tile, step) that walks `walk`: of the own side and of the side
-    that is met.
-    """
+    """Block specs of a grid (Z, own tile, step) that follows `walk`: of the own side and of the
+    other side."""
 
     def __init__(self, stride: Stride, walk: Walk, n_heads: int):
         self.stride, self.n_heads, self.size = stride, n_heads, walk.counts.shape[0]
@@ -50,7 +46,7 @@ class Maps:
         return self._spec(x, columns, lambda z, i, t, *_: i)
 
     def met(self, x: Array, columns: int = 0) -> pl.BlockSpec:
-        """The tile of x that step t meets."""
+        """The tile of x at step t of the walk."""
         return self._spec(x, columns, self._met)
 
     def _spec(self, x, columns, tile):
@@ -100,7 +96,7 @@ def _call(
 
 
 def column(ref) -> Array:
-    """[1, 1, 1, X] → [X, 1]: a vector crosses from lanes to sublanes."""
+    """[1, 1, 1, X] → [X, 1]: a vector moves from lanes to sublanes."""
     return ref[0, 0].T
 
 
@@ -229,7 +225,7 @@ def query_gradient(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, del
 def key_gradients(
     spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, delta
 ) -> tuple[Array, Array]:
-    """(dk, dv) like k and v; `walk` leads from each key tile over row tiles."""
+    """(dk, dv) like k and v; `walk` goes from each key tile over row tiles."""
     Z, I, X, C = q.shape
     J, Y = k.shape[1:3]
     stride = tiles.key_stride(spec, walk, I)

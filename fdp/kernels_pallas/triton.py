@@ -1,8 +1,5 @@
-"""Attention over walks of tiles as Triton kernels: one program per own tile, which loops over the
-tiles it meets.
-
-Legend as in tiles.py.
-"""
+"""Attention over walks of tiles as Triton kernels: one program per own tile, with a loop over the
+tiles of its walk. Legend as in tiles.py."""
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +151,7 @@ def query_gradient(spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, del
 def key_gradients(
     spec: Spec, q, k, v, q_tags, k_tags, walk: Walk, do, lse, delta
 ) -> tuple[Array, Array]:
-    """(dk, dv) like k and v; `walk` leads from each key tile over row tiles."""
+    """(dk, dv) like k and v; `walk` goes from each key tile over row tiles."""
     Z, I, _, C = q.shape
     J, Y = k.shape[1:3]
     stride = tiles.key_stride(spec, walk, I)

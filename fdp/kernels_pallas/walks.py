@@ -1,8 +1,7 @@
-"""Differentiable attention over walks of tiles: what the flash and the block-sparse kernel have in
-common, and the checks and the choice of platform of all attention.
+"""Differentiable attention over walks of tiles, shared by the flash and the block-sparse kernels;
+and the argument checks and choice of platform of all attention.
 
-Legend as in tiles.py; additionally q_BxNxHxC, k_BxMxKxC, v_BxMxKxC as the callers see them.
-"""
+Legend as in tiles.py; callers pass q_BxNxHxC, k_BxMxKxC and v_BxMxKxC."""
 
 from functools import partial
 from typing import Any
@@ -23,17 +22,15 @@ EVERYTHING = Mask()
 
 
 def platform() -> str:
-    """Where the program will run (cpu, tpu, gpu): on the mesh if one is bound, absent or not, else
-    in this process.
-    """
+    """Where the program will run (cpu, tpu, gpu): the platform of the bound mesh, absent or not,
+    else that of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
 
 
 def choose_backend(backend: str | None) -> str:
-    """`backend`, or what fits the platform: kernels on "tpu" and "gpu", "xla" elsewhere. Raises
-    ValueError.
-    """
+    """`backend`, or the default of the platform: kernels on "tpu" and "gpu", "xla" elsewhere.
+    Raises ValueError for an unknown backend."""
     if backend is None:
         return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform(), "xla")
     if backend not in BACKENDS:
@@ -73,8 +70,8 @@ def gather_tags(
     """(position, then segment for a packed mask), each int [length] or [B, length] with (B, length)
     = `shape`.
 
-    position None means 0 … length - 1, in NumPy. Raises ValueError for other shapes and for missing or
-    useless segments."""
+    position None means 0 … length - 1, in NumPy. Raises ValueError for other shapes, for missing
+    segments and for segments that the mask does not read."""
     B, length = shape
     if mask.packed != (segment is not None):
         advice = (
@@ -102,9 +99,8 @@ def gather_tags(
 
 
 def alike(tree):
-    """Every leaf typed as varying over each mesh axis over which one of them varies: a kernel wants
-    one type.
-    """
+    """Every leaf marked as varying over each mesh axis over which any of them varies, because a
+    kernel takes one type."""
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))
 
     def vary(x: Array) -> Array:
@@ -121,8 +117,8 @@ def _kernels(spec: Spec):
 def attend(
     spec: Spec, q, k, v, q_tags, k_tags, row_walk: Walk, key_walk: Walk
 ) -> tuple[Array, Array]:
-    """Softmax attention of rows over the keys on their walk, differentiable in q, k and v by out
-    and by lse.
+    """Softmax attention of rows over the keys on their walk, differentiable in q, k and v through
+    out and lse.
 
     q [Z, I, X, C], k and v [·, J, Y, W], tags [S, tiles, A, X or Y]; row_walk over key tiles,
     key_walk its transpose → out like q, lse f32 [Z, I, 1, X]."""
@@ -132,8 +128,8 @@ def attend(
 def gradients(
     spec: Spec, q, k, v, q_tags, k_tags, row_walk: Walk, key_walk: Walk, o, lse, do
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) that these keys contribute, given each row's out and lse over ALL keys; f32 where
-    `spec.partial`. Shapes as in `attend`."""
+    """(dq, dk, dv): the contributions of these keys, given the out and lse of each row over ALL
+    keys; f32 where `spec.partial`. Shapes as in `attend`."""
     operands, rest = (q, k, v, q_tags, k_tags), (row_walk, key_walk, o, lse, do)
     operands, (row_walk, key_walk, o, lse, do) = alike((operands, rest))
     return _gradients(spec, operands, row_walk, key_walk, o, lse, do, 0.0)
@@ -170,8 +166,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def row_terms(o, lse, do, dlse) -> tuple[Array, Array]:
     """What the gradient kernels need of each row: (delta = Σ dO·O - dlse, lse), f32 [Z, I, 1, X].
 
-    A row that saw no key gets lse = +inf, hence P = 0, and delta = 0 whatever its cotangent: no
-    NaN."""
+    A row that saw no key gets lse = +inf, hence P = 0, and delta = 0 for any cotangent, so no NaN
+    arises."""
     empty = lse == -jnp.inf
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)[:, :, None] - dlse
     return jnp.where(empty, 0.0, delta), jnp.where(empty, jnp.inf, lse)

@@ -1,15 +1,15 @@
-"""Grouped-query attention: heads over tp, sequence over cp by any plan of `fdp.parallel.context.attend`.
+"""Grouped-query attention: heads are sharded over tp and the sequence over cp.
 
-Attention projects and rotates; its inner product is a value, `core`: softmax attention under a mask
-by a communication plan (`Softmax`), or what a topic brings.
+The module projects and rotates queries, keys and values. The inner product is a value, `core`:
+softmax attention under a mask with a communication plan over cp (`Softmax`, by
+`fdp.parallel.context.attend`), or a core of a topic.
 
 Legend: B sequences, L positions (local over cp), S all positions, D width, H query heads, K
-key/value heads, C head_dim.
-"""
+key/value heads, C head_dim."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +49,11 @@ GATHER = CommPlan("all_gather")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Where:
-    """Where the rows of a pass stand, for every layer that mixes positions.
+    """The positions of the tokens of a forward pass, for every layer that mixes positions.
 
-    `index`: int [L], or [B, L] for rows of a cache: global place in the model's input, which masks
-    read. `position`: what is rotated, of the same shape. `segment`: document ids [B, L] or None.
-    `given`: data of the whole pass that a topic's layers read.
-    """
+    `index`: int [L], or [B, L] for rows of a cache: the index in the model's input, which masks
+    read. `position`: the rotary position, of the same shape. `segment`: document ids [B, L] or
+    None. `given`: data of the whole pass for the layers of a topic."""
 
     index: Array
     position: Array
@@ -63,7 +62,7 @@ class Where:
 
 
 class Core(Protocol):
-    """The inner product of attention, a hashable value."""
+    """The inner product of attention. A core is hashable."""
 
     @property
     def layout(self) -> SequenceLayout:
@@ -73,15 +72,28 @@ class Core(Protocol):
     def __call__(
         self, q_BxLxHxC: Array, k_BxLxKxC: Array, v: Array, where: Where, given: Any
     ) -> Array:
-        """Rotated queries and keys and values of this device → [B, L, H, C]. `given`: the layer's
-        input."""
+        """Attention of rotated queries to the keys and values of this device: [B, L, H, C].
+        `given`: the input of this layer besides activations, or None."""
+        ...
+
+
+@runtime_checkable
+class CachedCore(Core, Protocol):
+    """A core that can also attend to a cache of keys and values."""
+
+    def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
+        """Attention of the rows at `index_BxL` to a cache of all positions: [B, L, H, C]."""
+        ...
+
+    def check_cache(self) -> None:
+        """Raises ValueError where attention to a cache would differ from a pass over all rows."""
         ...
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """Softmax attention to the keys that `mask` shows, by `plan` over cp. `keeps`: whether a pass
-    that keeps a cache leaves keys and values in it."""
+    """Softmax attention under `mask`, communicating over cp by `plan`. `keeps`: whether a pass that
+    fills a cache stores keys and values in it."""
 
     mask: Mask
     plan: CommPlan = GATHER
@@ -89,19 +101,19 @@ class Softmax:
 
     @property
     def layout(self) -> SequenceLayout:
-        """That of the plan."""
+        """The layout of the plan."""
         return self.plan.layout
 
     def __call__(
         self, q_BxLxHxC: Array, k_BxLxKxC: Array, v: Array, where: Where, given: Any
     ) -> Array:
-        """As `Core`; no input of a layer is read."""
+        """As `Core`; `given` is not used."""
         segment = where.segment if self.mask.packed else None
         return attend(q_BxLxHxC, k_BxLxKxC, v, self.mask, self.plan, None, segment)
 
     def check(self, shape: ModelShape, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """Raises ValueError, with equation, values and fix, for a plan that `batch` sequences of
-        `length` on a device cannot run."""
+        """Raises ValueError, with equation, values and fix, for a plan that cannot run `batch`
+        sequences of `length` on a device."""
         cp, tp = degrees["cp"], degrees["tp"]
         if cp == 1 and not self.mask.window:
             return
@@ -111,10 +123,11 @@ class Softmax:
         check(plan, self.mask, **sizes, batch=batch)
 
     def counts(self, shape: ModelShape, rows: Rows, degrees: Degrees) -> Counts:
-        """The two products with all keys, and bytes over cp (`fdp.count.context`). Saved are the
-        output, all keys and values, and in short sequences on one device of cp the probabilities
-        and their logits; otherwise tiles of them are computed again, and the sums of the output
-        times its gradient."""
+        """Two matrix products with all keys, and the bytes over cp (`fdp.count.context`).
+
+        Saved for the backward pass: the output, and all keys and values. Short sequences on one
+        device of cp also save the probabilities and their logits. Otherwise scores are computed
+        again tile by tile, with the row sums of output times its gradient."""
         cp, tp, S, C = degrees["cp"], degrees["tp"], rows.length, shape.head_dim
         heads, kv_heads, tokens = shape.heads // tp, shape.kv_heads // tp, rows.tokens(degrees)
         flops = 4 * rows.positions * S * shape.heads * C
@@ -144,12 +157,12 @@ class Softmax:
         )
 
     def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
-        """Rows at `index_BxL` against a cache of all positions."""
+        """As `CachedCore`."""
         places = index_BxL, np.arange(k_BxSxKxC.shape[1])
         return front.attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, self.mask, *places)[0]
 
     def check_cache(self) -> None:
-        """Raises ValueError for masks that a cache cannot serve."""
+        """Raises ValueError for packed masks and mask rules."""
         if self.mask.packed or self.mask.rule is not None:
             raise ValueError(
                 f"no key/value cache for the mask {self.mask}: a row of a cache is one sequence, "
@@ -158,11 +171,11 @@ class Softmax:
 
 
 class Attention(Module):
-    """Softmax attention with rotary positions. The output projection holds the one reduction.
+    """Attention with rotary positions. Its output projection ends in the all-reduce over tp.
 
-    With a cache that is kept, a pass over all rows leaves rotated keys and values there; a pass over
-    rows at given places ([B, L] indices) replaces theirs and attends to all of them.
-    """
+    Where a cache is kept, a pass over all rows stores rotated keys and values in it. A pass over
+    rows at given indices ([B, L]) replaces the keys and values of those rows and attends to the
+    whole cache."""
 
     shape: ModelShape
     core: Core
@@ -195,14 +208,17 @@ class Attention(Module):
         if s.qk_norm:
             q_BxLxHxC = RMSNorm(s.epsilon, name="q_norm")(q_BxLxHxC)
             k_BxLxKxC = RMSNorm(s.epsilon, name="k_norm")(k_BxLxKxC)
-        turn = lambda x: rotary(x, where.position, s.rope_base, s.rope_scaling)
+
+        def turn(x: Array) -> Array:
+            return rotary(x, where.position, s.rope_base, s.rope_scaling)
+
         q_BxLxHxC, k_BxLxKxC = turn(q_BxLxHxC), turn(k_BxLxKxC)
         out_BxLxHxC, attended = self._mix(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, where, given)
         partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
         return leave_tp(partial_BxLxD, s.sequence_parallel, self.reduction, "attention", attended)
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Projections, their biases and norms, the convolution, and what the core states."""
+        """Projections, their biases and norms, the convolution, and the counts of the core."""
         s, tp, C = self.shape, degrees["tp"], self.shape.head_dim
         into, out = s.width * C * (s.heads + 2 * s.kv_heads), s.heads * C * s.width
         (enter, enter_back), (leave, leave_back) = (
@@ -231,17 +247,24 @@ class Attention(Module):
         return found
 
     def _mix(self, q: Array, k: Array, v: Array, where: Where, given: Any) -> tuple[Array, Any]:
-        """(out [B, L, H, C], the attention-weighted mean as `Reduction` takes it)."""
+        """(out [B, L, H, C], a function that gives the attention-weighted mean, as `Reduction`
+        takes it)."""
         if self.is_initializing():  # a core has no parameters, and perhaps no input yet
             return q, None
         if where.index.ndim == 2:
+            core = self._cached_core()
             k, v = self._replace_rows(k, v, where.index)
-            mix = lambda v: self.core.rows(q, k, v, where.index)  # type: ignore[attr-defined]
+
+            def mix(v: Array) -> Array:
+                return core.rows(q, k, v, where.index)
+
         else:
             self.probe("q", q)
             self.probe("k", k)
             self._keep(k, v)
-            mix = lambda v: self.core(q, k, v, where, given)
+
+            def mix(v: Array) -> Array:
+                return self.core(q, k, v, where, given)
 
         def attended(value_BxL: Array) -> Array:
             spread = jnp.broadcast_to(value_BxL[..., None, None], (*value_BxL.shape, *v.shape[2:]))
@@ -251,13 +274,12 @@ class Attention(Module):
 
     def _keep(self, k_BxLxKxC: Array, v_BxLxKxC: Array) -> None:
         if self.is_mutable_collection(CACHE) and getattr(self.core, "keeps", True):
-            self._check_cache()
+            self._cached_core()
             self.cache("k", k_BxLxKxC)
             self.cache("v", v_BxLxKxC)
 
     def _replace_rows(self, k: Array, v: Array, index_BxL: Array) -> tuple[Array, Array]:
-        """Keys and values of the whole cache, with those of these rows replaced."""
-        self._check_cache()
+        """Keys and values of the whole cache after those of these rows have been replaced."""
         put = jax.vmap(lambda all_SxKxC, rows_LxKxC, at_L: all_SxKxC.at[at_L].set(rows_LxKxC))
         both = []
         for name, rows in (("k", k), ("v", v)):
@@ -265,21 +287,23 @@ class Attention(Module):
             self.cache(name, both[-1])
         return both[0], both[1]
 
-    def _check_cache(self) -> None:
-        """Raises ValueError where a cache would be wrong."""
+    def _cached_core(self) -> CachedCore:
+        """The core. Raises ValueError where cached decoding would give wrong results."""
         if size("cp") > 1:
             raise ValueError(
                 f"the key/value cache holds whole sequences, S = L·cp = L·1, and cp = {size('cp')}:"
                 " set mesh.cp=1 and give its devices to dp or tp"
             )
-        if not hasattr(self.core, "rows"):
+        if not isinstance(self.core, CachedCore):
             raise ValueError(f"{type(self.core).__name__} has no cached decoding: use Softmax")
         self.core.check_cache()
         if self.shape.conv:
             raise ValueError(conv.refuse_cache(self.shape.conv))
+        return self.core
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """Raises ValueError for sizes that the core or the convolution cannot run on these degrees."""
+        """Raises ValueError for sizes that the core or the convolution cannot run on these
+        degrees."""
         if self.shape.conv:
             self._check_conv(length, degrees["cp"])
         if hasattr(self.core, "check"):
@@ -291,16 +315,17 @@ class Attention(Module):
             raise ValueError(f"model.conv = {taps} taps mix no positions: set 0, or 2 or more")
         if rule is not None:
             raise ValueError(
-                f"model.conv = {taps} mixes neighbours of one sequence, and the input under the mask "
-                f"rule {rule} is not one: set model.conv=0"
+                f"model.conv = {taps} mixes neighbours of one sequence, and the input under the "
+                f"mask rule {rule} is not one: set model.conv=0"
             )
         if cp > 1:
             conv.hops(self.core.layout, length // cp, cp, taps - 1)
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
-        """(zeros, PartitionSpecs) of the cache of `batch` sequences before any pass: {"k", "v"} of
-        [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over tp. Raises
-        ValueError with a convolution, which has none."""
+        """(zeros, PartitionSpecs) of an empty cache for `batch` sequences of `length`.
+
+        {"k", "v"} of [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over
+        tp. Raises ValueError for a model with a convolution, which has no cached decoding."""
         s = self.shape
         if s.conv:
             raise ValueError(conv.refuse_cache(s.conv))

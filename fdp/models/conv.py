@@ -1,18 +1,18 @@
-"""A short causal convolution over positions, one filter a channel, with a halo over cp in every
-layout.
+"""A short causal convolution over positions, one filter per channel, with a halo exchange over cp
+in every sequence layout.
 
 Arora et al. 2023 (arXiv 2312.04927) put such a filter before attention, so that a key can be found
-by the token before it.
+by the token before it. A run is a range of consecutive positions on one device; T = W - 1 positions
+before a run are its halo.
 
-Legend: B sequences, L positions (local over cp), D width, W taps, R runs of consecutive positions
-that a device holds, N positions of a run, T = W - 1 positions before a run.
-"""
+Legend: B sequences, L positions (local over cp), D width, W taps, R runs of a device, N positions
+of a run, T positions of a halo."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.collectives import bound, index, size, vary
+from fdp.collectives import index, shift, size
 from fdp.count.counts import PERMUTE, REDUCE, Counts, Degrees, Ledger, Rows, Work
 from fdp.models.layers import hidden_bytes, normal
 from fdp.models.module import Module, compact
@@ -23,8 +23,7 @@ Array = jax.Array
 
 
 def runs(layout: SequenceLayout, length: int, cp: int) -> tuple[int, int]:
-    """(R, N): how many runs of consecutive positions a device holds of `length` local ones, and
-    their length."""
+    """(R, N): number of runs on a device that holds `length` positions, and their length."""
     if cp == 1 or layout.kind == "contiguous":
         return 1, length
     if layout.kind == "zigzag":
@@ -33,14 +32,16 @@ def runs(layout: SequenceLayout, length: int, cp: int) -> tuple[int, int]:
 
 
 def hops(layout: SequenceLayout, length: int, cp: int, reach: int) -> list[tuple[int, int]]:
-    """(devices between, positions of every run), nearest run first, that hold the `reach` positions
-    before each run. Raises ValueError for runs shorter than that, unless they are dealt out."""
+    """From which devices the `reach` positions before each run come, nearest first: (offset of the
+    device, number of positions of each run).
+
+    Raises ValueError for runs shorter than `reach`, except in the striped layout."""
     _, n = runs(layout, length, cp)
     if layout.kind != "striped" and n < reach:
         raise ValueError(
             f"a convolution of {reach + 1} taps reads {reach} positions before each run, and a run "
-            f"of the {layout.kind} layout has L = {n} on cp = {cp} devices: set model.conv={n + 1}, "
-            "lower mesh.cp, or use the striped layout"
+            f"of the {layout.kind} layout has L = {n} on cp = {cp} devices: set "
+            f"model.conv={n + 1}, lower mesh.cp, or use the striped layout"
         )
     far = range(-(-reach // n))
     return [((hop + 1) % cp, min(n, reach - hop * n)) for hop in far]
@@ -49,8 +50,8 @@ def hops(layout: SequenceLayout, length: int, cp: int, reach: int) -> list[tuple
 def halo_bytes(
     layout: SequenceLayout, length: int, cp: int, reach: int, bytes_of_position: int
 ) -> int:
-    """Wire bytes that a device sends for one halo, and again for its gradient: the last positions
-    of each run, once to every device that needs them."""
+    """Bytes that a device sends for one halo exchange; its gradient sends the same. The last
+    positions of each run are sent once to every device that needs them."""
     if cp == 1:
         return 0
     sent: dict[int, int] = {}
@@ -60,7 +61,7 @@ def halo_bytes(
 
 
 def before(x_BxRxNxD: Array, layout: SequenceLayout, reach: int) -> Array:
-    """The `reach` positions before every run: [B, R, T, D]. What lies before position 0 is
+    """The `reach` positions before every run: [B, R, T, D]. Values before position 0 are
     undefined."""
     count, n = x_BxRxNxD.shape[1:3]
     cp, me = size("cp"), index("cp")
@@ -71,33 +72,25 @@ def before(x_BxRxNxD: Array, layout: SequenceLayout, reach: int) -> Array:
         # Chunk i follows chunk i - 1; chunk 2cp - 1 - i follows that of device i + 1, but the
         # middle two chunks are both on the last device.
         early, late = x_BxRxNxD[:, 0, -reach:], x_BxRxNxD[:, 1, -reach:]
-        late = jnp.where(me == cp - 1, early, _shift(late, cp - 1))
-        return jnp.stack([_shift(early, 1), late], 1)
+        late = jnp.where(me == cp - 1, early, shift(late, "cp", cp - 1))
+        return jnp.stack([shift(early, "cp"), late], 1)
     arrived: dict[int, Array] = {}
     parts = []
     for hop, (ahead, tail) in enumerate(hops(layout, count * n, cp, reach), 1):
         if ahead not in arrived:  # a farther hop of the same distance needs no more
-            arrived[ahead] = _shift(x_BxRxNxD[:, :, -tail:], ahead)
+            arrived[ahead] = shift(x_BxRxNxD[:, :, -tail:], "cp", ahead)
         # Runs are dealt round-robin: `hop` runs back lies in this row or in one above.
         rows_above = -((me - hop) // cp)
         parts.append(jnp.roll(arrived[ahead][:, :, -tail:], rows_above, axis=1))
     return jnp.concatenate(parts[::-1], axis=2)
 
 
-def _shift(x: Array, ahead: int) -> Array:
-    """What the device `ahead` places before this one holds."""
-    if not ahead:
-        return x
-    n = size("cp")
-    return lax.ppermute(vary(x, "cp"), bound("cp"), [(i, (i + ahead) % n) for i in range(n)])
-
-
 class ShortConvolution(Module):
-    """y[p] = Σ_d w[d] · x[p - d], d < `taps`, channel by channel: [B, L, D] → [B, L, D].
+    """y[p] = Σ_d w[d] · x[p - d], d < `taps`, for every channel: [B, L, D] → [B, L, D].
 
-    Nothing before the sequence, or before the document where `segment` tells them apart, is read.
-    Raises ValueError for runs that are shorter than what a tap reaches (`hops`), and for rows of a
-    cache, which hold no neighbours."""
+    Positions before the sequence, or before the document where `segment` is given, count as zero.
+    Raises ValueError for runs shorter than the halo (`hops`), and for rows of a cache, which lack
+    their neighbours."""
 
     taps: int
     layout: SequenceLayout
@@ -110,7 +103,10 @@ class ShortConvolution(Module):
         w_WxD = self.weight("w", normal(self.taps**-0.5), (self.taps, D), (None, None))
         w_WxD = w_WxD.astype(x_BxLxD.dtype)
         shape = runs(self.layout, L, size("cp"))
-        with_halo = lambda x: jnp.concatenate([before(x, self.layout, self.taps - 1), x], axis=2)
+
+        def with_halo(x: Array) -> Array:
+            return jnp.concatenate([before(x, self.layout, self.taps - 1), x], axis=2)
+
         x = with_halo(x_BxLxD.reshape(B, *shape, D))
         segment = None
         if segment_BxL is not None:
@@ -129,10 +125,14 @@ class ShortConvolution(Module):
         return out.reshape(B, L, D)
 
     def counts(self, shape: ModelShape, rows: Rows, degrees: Degrees) -> Counts:
-        """Of a filter of the model's width. The halo of document ids is the same in all layers. The
-        weights meet activations that vary over tp."""
+        """Counts of a filter of the model's width. The halo of document ids is shared by all
+        layers. The gradient of the weights is reduced over tp, because the activations vary over
+        tp."""
         at = self.layout, rows.length // degrees["cp"], degrees["cp"], self.taps - 1
-        ledger = lambda wire: Ledger(degrees).put(PERMUTE, ("cp",), wire)
+
+        def ledger(wire: int) -> Ledger:
+            return Ledger(degrees).put(PERMUTE, ("cp",), wire)
+
         halo = halo_bytes(*at, rows.batch * shape.width * shape.itemsize)
         back = ledger(halo).add(REDUCE, ("tp",), 4 * self.taps * shape.width)
         ids = halo_bytes(*at, rows.batch * 4) if rows.segments else 0
@@ -146,7 +146,7 @@ class ShortConvolution(Module):
 
 
 def refuse_cache(taps: int) -> str:
-    """Why there is no cached decoding, and what to do."""
+    """The error message for cached decoding with a convolution."""
     return (
         f"model.conv = {taps} has no cached decoding: rows of a cache do not hold the {taps - 1} "
         "positions before them; set model.conv=0 or sample without a cache"

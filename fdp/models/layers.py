@@ -1,10 +1,12 @@
-"""Layers of the Transformer, written per shard: each collective stands next to the weight that needs
-it.
+"""Layers of the Transformer, written per shard: each collective stands next to the weight that
+needs it.
+
+Inside shard_map F, H, K and V are the shares of this device over tp. L is its share over cp, and
+between blocks also over tp under sequence parallelism. Outside shard_map all are global. Parameters
+are float32; compute happens in `dtype`.
 
 Legend: B sequences, L positions, D width, F FFN hidden, H query heads, K key/value heads, C
-head_dim, V vocabulary. Inside shard_map F, H, K, V are this device's shares over tp and L its share
-over cp (and over tp between blocks when the sequence is parallel); outside, they are global.
-Parameters are float32; compute happens in `dtype`."""
+head_dim, V vocabulary."""
 
 import functools
 from collections.abc import Callable
@@ -36,10 +38,11 @@ normal, ones, zeros = initializers.normal, initializers.ones, initializers.zeros
 
 
 def enter_tp(x_BxLxD: Array, sequence_parallel: bool) -> Array:
-    """Input of column-parallel weights: the whole sequence (all-gather under sequence parallelism).
+    """The input of column-parallel weights: the whole sequence (all-gathered under sequence
+    parallelism).
 
-    Marked as varying here, once: left to each product, every one of q, k, v, gate, up would reduce
-    its own gradient."""
+    It is marked as varying over tp here, once. Otherwise each product (q, k, v, gate, up) would
+    all-reduce its own gradient."""
     return all_gather(x_BxLxD, "tp", dim=1) if sequence_parallel else vary(x_BxLxD, "tp")
 
 
@@ -57,11 +60,11 @@ def leave_tp(
     layer: str = "",
     attended: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """Output of a row-parallel layer: sum the partial products, and scatter them under sequence
-    parallelism.
+    """The output of a row-parallel layer: the all-reduce over tp of the partial products, or their
+    reduce-scatter under sequence parallelism.
 
-    `reduction` replaces the exact sum, as where a sampler sends only what changed since its last
-    step."""
+    `reduction` replaces the exact sum, for example in a sampler that sends only what has changed
+    since its last step."""
     if reduction is not None:
         return reduction(partial_BxLxD, layer, attended)
     if sequence_parallel:
@@ -70,13 +73,13 @@ def leave_tp(
 
 
 def hidden_bytes(s: ModelShape, rows: Rows, degrees: Degrees) -> tuple[int, int]:
-    """(between layers, inside one): bytes of a device's [B, L, D] in the compute dtype."""
+    """(between layers, inside a layer): bytes of [B, L, D] on a device, in the compute dtype."""
     inside = rows.tokens(degrees) * s.width * s.itemsize
     return (inside // degrees["tp"] if s.sequence_parallel else inside), inside
 
 
 def entered(s: ModelShape, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
-    """What `enter_tp` sends, (forward, backward)."""
+    """Bytes that `enter_tp` sends, (forward, backward)."""
     there, back, hidden = Ledger(degrees), Ledger(degrees), hidden_bytes(s, rows, degrees)[1]
     if s.sequence_parallel:
         shard = hidden / degrees["tp"]
@@ -87,7 +90,8 @@ def entered(s: ModelShape, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
 def left(
     s: ModelShape, rows: Rows, degrees: Degrees, reduction: Reduction | None = None
 ) -> tuple[Sent, Sent]:
-    """What `leave_tp` sends, (forward, backward). Raises Unstated for a sum that is replaced."""
+    """Bytes that `leave_tp` sends, (forward, backward). Raises Unstated where `reduction` replaces
+    the sum."""
     if reduction is not None:
         raise Unstated("a sum over tp that is replaced has no counts")
     there, back, hidden = Ledger(degrees), Ledger(degrees), hidden_bytes(s, rows, degrees)[1]
@@ -111,8 +115,8 @@ class RMSNorm(Module):
         return (x32 * scale).astype(x.dtype)
 
     def counts(self, width: int, varies: bool, degrees: Degrees) -> Counts:
-        """Of a norm over `width`; `varies`: whether devices of tp norm different activations, and so
-        reduce the gradient of the scale."""
+        """Counts of a norm over `width`. `varies`: whether devices of tp norm different
+        activations; the gradient of the scale is then reduced over tp."""
         ledger = Ledger(degrees)
         if varies:
             ledger.add(REDUCE, ("tp",), 4 * width)
@@ -128,11 +132,12 @@ class Modulation(Module):
     @compact
     def __call__(self, noise_BxE: Array) -> tuple[Array, Array, Array]:
         w = self.weight("w", zeros, (noise_BxE.shape[-1], 3 * self.width), (None, None))
-        return tuple(jnp.split((noise_BxE @ w)[:, None, :], 3, axis=-1))  # type: ignore[return-value]
+        shift, scale, gate = jnp.split((noise_BxE @ w)[:, None, :], 3, axis=-1)
+        return shift, scale, gate
 
     def counts(self, rows: Rows, degrees: Degrees, varies: bool) -> Counts:
-        """`varies`: whether devices of tp modulate different activations, and so reduce the
-        gradients of shift, scale and gate, one row a sequence."""
+        """`varies`: whether devices of tp modulate different activations. The gradients of shift,
+        scale and gate are then reduced over tp, one row per sequence."""
         weights = NOISE_FEATURES * 3 * self.width
         forward = Work(2 * rows.batch * weights, replicated=2 * rows.batch * weights)
         ledger = Ledger(degrees)
@@ -156,15 +161,15 @@ class NoiseEmbedding(Module):
         return silu(x @ w)
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Its input is data, so the backward pass lacks one of the two products."""
+        """Its input is data, so the backward pass has one product less."""
         flops = 2 * rows.batch * self.features**2
         forward = Work(flops, replicated=flops)
         return Counts(self.features**2, forward, forward)
 
 
 class SwiGLU(Module):
-    """w_out(silu(x w_gate) · x w_up) (Shazeer 2020): columns over tp, then rows over tp with one
-    reduction."""
+    """w_out(silu(x w_gate) · x w_up) (Shazeer 2020). w_gate and w_up are column-parallel, w_out is
+    row-parallel and ends in the all-reduce over tp."""
 
     shape: ModelShape
     reduction: Reduction | None = None
@@ -180,7 +185,7 @@ class SwiGLU(Module):
         return leave_tp(h_BxLxF @ w_out, s.sequence_parallel, self.reduction, "mlp")
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Gate, up, silu(gate) and their product are saved; "dots" keeps gate and up."""
+        """Gate, up, silu(gate) and their product are saved; remat "dots" keeps gate and up."""
         s = self.shape
         weights = s.width * s.ffn
         (enter, enter_back), (leave, leave_back) = (
@@ -202,9 +207,8 @@ class SwiGLU(Module):
 
 
 class Embedding(Module):
-    """Vocabulary-parallel lookup: each device adds the rows it owns. ids_BxL → [B, L, D].
-
-    `logits` is the head that shares its table."""
+    """Vocabulary-parallel lookup: ids_BxL → [B, L, D]. Each device looks up the ids that it owns,
+    and an all-reduce over tp adds the results. `logits` is the output head of a tied table."""
 
     shape: ModelShape
     reduction: Callable[..., Any] | None = None  # builds what replaces the all-reduce
@@ -227,13 +231,13 @@ class Embedding(Module):
         return leave_tp(x_BxLxD, s.sequence_parallel, reduce, "embedding")
 
     def logits(self, x_D: Array) -> Array:
-        """[..., D] → float32 [..., V/tp], by the rows of the table over √D."""
+        """[..., D] → float32 [..., V/tp], with the rows of the table divided by √D."""
         dtype = jnp.dtype(self.shape.dtype)
         w = (self.table.T * self.shape.width**-0.5).astype(dtype)
         return jnp.matmul(x_D.astype(dtype), w, preferred_element_type=jnp.float32)
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Of the lookup."""
+        """Counts of the lookup."""
         s = self.shape
         if self.reduction is not None:
             raise Unstated("a sum over tp that is replaced has no counts")
@@ -255,8 +259,9 @@ class Head(Module):
         return jnp.matmul(x_D.astype(dtype), w, preferred_element_type=jnp.float32)
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """The rows, their logits and the logits' gradient are saved. Without sequence parallelism
-        the rows are marked varying here, after the objective has selected them."""
+        """The rows, their logits and the gradient of the logits are saved. Without sequence
+        parallelism the rows are marked as varying over tp here, after the objective has selected
+        them."""
         s, row = self.shape, self.shape.width * self.shape.itemsize
         ledger = Ledger(degrees)
         if not s.sequence_parallel:
@@ -268,11 +273,11 @@ class Head(Module):
 
 
 def rotary(x_BxLxHxC: Array, position: Array, base: float, scaling: float = 1.0) -> Array:
-    """Rotate the two halves of every head by position-dependent angles (Su et al. 2021).
+    """Rotate the two halves of every head by angles that depend on the position (Su et al. 2021),
+    in float32.
 
-    `position`: int [L], or [B, L] for one order a sequence. `scaling` > 1 divides positions (Chen et
-    al. 2023). Angles are float32.
-    """
+    `position`: int [L], or [B, L] where sequences differ. `scaling` > 1 divides positions (Chen et
+    al. 2023)."""
     C = x_BxLxHxC.shape[-1]
     frequency = base ** (-jnp.arange(0, C, 2, dtype=jnp.float32) / C)
     angle = (position if scaling == 1.0 else position / scaling)[..., None] * frequency

@@ -1,12 +1,11 @@
-"""The fence around Flax: the one file that imports flax.linen.
+"""The one file that imports flax.linen.
 
-A module states each parameter by its GLOBAL shape and the mesh axis of every dim; this device's
-share comes back. What an optimizer or ZeRO must know of a parameter travels with it as metadata.
+A module states each parameter by its GLOBAL shape and the mesh axis of every dim, and gets the
+shard of this device. The metadata of a parameter hold what an optimizer or ZeRO must know.
 
-Four collections: "params" are learned; "state" has no gradient and is changed by rules; "aux"
-leaves a pass as metrics; "cache" is the state of decoding. Nothing that a layer hands out is
-dropped silently: `run` returns all of it.
-"""
+There are four collections. "params" are learned. "state" has no gradient and is changed by rules.
+"aux" holds metrics of a pass. "cache" is the state of decoding. `run` returns all of them, so that
+nothing is dropped silently."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,35 +29,38 @@ COLLECTIONS = ("params", "state", AUX, CACHE, PROBE)
 
 
 class _Boxed(nn.Partitioned):
-    """A variable with the mesh axis of every dim, whether weight decay applies, and whether dim 0
-    stacks layers."""
+    """A variable with its metadata: the mesh axis of every dim, whether weight decay applies, and
+    whether dim 0 is the stack of layers."""
 
     decay: bool = flax.struct.field(default=False, pytree_node=False)
     stacked: bool = flax.struct.field(default=False, pytree_node=False)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
-        """The value; shardings are stated where a program is jitted, never here."""
+        """The value. Shardings are set where a program is jitted, not here."""
         return self.value
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "_Boxed":
-        """As in Flax, and remember that a dim of layers leads."""
-        return super().add_axis(index, params).replace(stacked=True)
+        """As in Flax; the variable now has a leading dim of layers."""
+        boxed: Any = super().add_axis(index, params)  # Flax types it as the base class
+        return boxed.replace(stacked=True)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "_Boxed":
-        """As in Flax: one layer of the stack."""
-        return super().remove_axis(index, params).replace(stacked=False)
+        """As in Flax; the variable of one layer of the stack."""
+        boxed: Any = super().remove_axis(index, params)
+        return boxed.replace(stacked=False)
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What is known of a parameter besides shape and spec."""
+    """Metadata of a parameter besides shape and spec."""
 
     decay: bool
     stacked: bool
 
 
 class Module(nn.Module):
-    """A pure module, written per shard. Outside shard_map, sizes are 1 and shares are the whole."""
+    """A pure module, written per shard. Outside shard_map every axis has size 1, so a shard is the
+    whole."""
 
     def weight(
         self,
@@ -68,29 +70,36 @@ class Module(nn.Module):
         axes: Axes,
         decay: bool | None = None,
     ) -> Array:
-        """This device's share of a float32 parameter of GLOBAL `shape`, sharded by `axes`.
+        """The shard of a float32 parameter of GLOBAL `shape`, sharded by `axes`.
 
-        `decay`: whether weight decay applies, by default to matrices. Raises ValueError where axes
-        and dims differ in number or a degree does not divide its dim.
-        """
+        `decay`: whether weight decay applies; by default to arrays of two or more dims. Raises
+        ValueError where axes and dims differ in number or a degree does not divide its dim."""
         decay = len(shape) > 1 if decay is None else decay
-        boxed = lambda *args: _Boxed(init(*args), axes, decay=decay)
+
+        def boxed(*args: Any) -> Any:
+            return _Boxed(init(*args), axes, decay=decay)
+
         return self.param(name, boxed, _share(name, shape, axes))
 
     def model_state(
         self, name: str, init: Callable[..., Array], shape: tuple[int, ...], axes: Axes
     ) -> Array:
-        """This device's share of state without gradient, such as a router's bias; `init(shape)`."""
-        make = lambda: _Boxed(init(_share(name, shape, axes)), axes)
+        """The shard of a state without gradient, such as a router's bias; `init(shape)`."""
+
+        def make() -> Any:
+            return _Boxed(init(_share(name, shape, axes)), axes)
+
         return self.variable("state", name, make).value
 
     def aux(self, name: str, value: Array) -> None:
-        """Hand out a metric: this device's summand, equal over tp; `stack` leads it with layers."""
+        """Report a metric: the summand of this device, equal over tp. A stack adds a leading dim of
+        layers."""
         if self.is_mutable_collection(AUX):
             self.put_variable(AUX, name, _Boxed(value, (None,) * value.ndim))
 
     def cached(self, name: str) -> Array:
-        """What decoding kept under `name`. Raises ValueError where there is none to be written."""
+        """The value stored under `name` in the cache. Raises ValueError where no writable cache
+        holds it."""
         if not (self.has_variable(CACHE, name) and self.is_mutable_collection(CACHE)):
             raise ValueError(
                 f"no cache holds {name!r}: give `run` the cache of a pass with keep_cache=True or "
@@ -99,12 +108,12 @@ class Module(nn.Module):
         return self.get_variable(CACHE, name)
 
     def cache(self, name: str, value: Array) -> None:
-        """Keep `value` for the next decoding step; nothing where no cache is kept."""
+        """Store `value` for the next decoding step; does nothing where no cache is kept."""
         if self.is_mutable_collection(CACHE) and not self.is_initializing():
             self.put_variable(CACHE, name, value)
 
     def probe(self, name: str, value: Array) -> None:
-        """Show `value` to `probed`, for studies; nothing elsewhere."""
+        """Show `value` to `probed`, for studies; does nothing otherwise."""
         if self.is_mutable_collection(PROBE) and not self.is_initializing():
             self.put_variable(PROBE, name, value)
 
@@ -119,20 +128,22 @@ def _share(name: str, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
 
 
 def stack(
-    block: type[Module],
+    block: Callable[..., Module],
     periods: int,
     remat: Callable[..., bool] | None = None,
     gather: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """`block` scanned over `periods` (global; this pp shard runs its share), as a class.
+    """`block` scanned over `periods` (global; each pp shard runs its share), as a class.
 
-    Its call is `(carry, shared, per_layer) → (carry, None)`: `per_layer` leads with the periods.
-    `remat`: policy of rematerialisation; `gather` maps the stored parameters of one period to
-    whole ones inside the rematerialised scan (ZeRO-3).
-    """
+    It is called as `(carry, shared, per_layer) → (carry, None)`, where the leading dim of
+    `per_layer` is the periods. `remat`: rematerialisation policy. `gather`: from the stored to the
+    gathered parameters of one period, inside the rematerialised scan (ZeRO-3)."""
     made: Any = block
     if gather is not None:
-        whole = lambda variables: {"params": gather(variables["params"])}
+
+        def whole(variables: Mapping[str, Any]) -> dict[str, Any]:
+            return {"params": gather(variables["params"])}
+
         made = nn.map_variables(made, "params", trans_in_fn=whole)
     if remat is not None:
         made = nn.remat(made, policy=remat, prevent_cse=False)
@@ -150,16 +161,17 @@ Variables = dict[str, Any]  # {"params": …} and, where the model has some, {"s
 
 
 def init(model: Module, key: Array, *example: Any) -> Variables:
-    """{"params", "state"} at global shapes, equal on every mesh: jit with out_shardings."""
+    """{"params", "state"} at global shapes, equal on every mesh. Call it under jit with
+    out_shardings."""
     variables = nn.meta.unbox(_boxed(model, key, *example))
     return {name: variables[name] for name in ("params", "state")}
 
 
 def abstract(model: Module, *example: Any) -> tuple[Variables, Variables, Variables]:
-    """(ShapeDtypeStructs, PartitionSpecs, Metas) of {"params", "state", "aux"}; nothing is computed.
+    """(ShapeDtypeStructs, PartitionSpecs, Metas) of {"params", "state", "aux"}, without computing
+    anything.
 
-    Aux as `run` hands it out; a dim of stacked layers lies over pp.
-    """
+    Aux is as `run` returns it; stacked dims are sharded over pp."""
     boxed = jax.eval_shape(lambda *x: _boxed(model, jax.random.key(0), *x), *example)
     metas = jax.tree.map(lambda b: Meta(b.decay, b.stacked), boxed, is_leaf=_is_boxed)
     return nn.meta.unbox(boxed), nn.get_partition_spec(boxed), metas
@@ -182,7 +194,7 @@ def run(
     cache: Any = None,
     keep_cache: bool = False,
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """(output, aux, cache) of `method`; the cache is {} unless one is given or kept."""
+    """(output, aux, cache) of `method`. The cache is {} unless one is given or kept."""
     out, new = _apply(model, variables, args, method, cache, keep_cache)
     return out, nn.meta.unbox(new.get(AUX, {})), dict(new.get(CACHE, {}))
 
@@ -190,7 +202,7 @@ def run(
 def probed(
     model: Module, variables: Mapping[str, Any], *args: Any, method: str | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """(output, what layers showed with `Module.probe`)."""
+    """(output, the values passed to `Module.probe`)."""
     out, new = model.apply(dict(variables), *args, mutable=[PROBE], method=method)
     return out, dict(new[PROBE])
 
@@ -209,12 +221,8 @@ def _apply(
 
 
 def check_leaves(given: Any, expected: Any, what: str = "parameters") -> None:
-    """Raises ValueError naming the leaves that are missing, unknown or of another shape."""
-    named = lambda tree: {
-        "/".join(str(getattr(k, "key", k)) for k in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    have, want = named(given), named(expected)
+    """Raises ValueError naming leaves that are missing, unknown or of another shape."""
+    have, want = _by_path(given), _by_path(expected)
     lines = [f"missing: {name} {want[name].shape}" for name in want.keys() - have.keys()]
     lines += [f"unknown: {name} {have[name].shape}" for name in have.keys() - want.keys()]
     lines += [
@@ -224,6 +232,14 @@ def check_leaves(given: Any, expected: Any, what: str = "parameters") -> None:
     ]
     if lines:
         raise ValueError(f"these {what} are not the model's: " + "; ".join(sorted(lines)))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, such as "layers/w_q"."""
+    return {
+        "/".join(str(getattr(k, "key", k)) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def spec_leaf(x: Any) -> bool:

@@ -1,17 +1,17 @@
-"""Native Sparse Attention (Yuan et al. 2025, arXiv 2502.11089): compressed, selected and near
-tokens, gated and summed.
+"""Native Sparse Attention (Yuan et al. 2025, arXiv 2502.11089): attention to compressed, selected
+and near tokens, weighted by gates and summed.
 
-Heads are split over tp, contiguous parts of the sequence over cp. Each branch has its own keys and
-values (section 3.2) and its own softmax; outputs are weighted by sigmoid gates and added, never
-merged by logsumexp.
+Heads are sharded over tp and contiguous parts of the sequence over cp. Each branch has its own keys
+and values (section 3.2) and its own softmax. Outputs are weighted by sigmoid gates and added; they
+are never merged by logsumexp.
 
-Over cp a device compresses the blocks that begin in its part, for which it is sent the first tokens
-of the next one, and all-gathers compressed keys and values; those of the other two branches are
-all-gathered whole.
+Over cp, each device compresses the blocks that begin in its part. For the last of them it receives
+the first tokens of the next part. Compressed keys and values, and those of the other two branches,
+are all-gathered. Inside shard_map H and K are the shares of this device over tp; G = H/K, and S is
+the length over all devices of cp.
 
-Legend: B sequences, L positions (local over cp; S of all devices), D width, H query heads, K
-key/value heads, G = H/K, C head_dim, M compression block, I compression blocks, J selection blocks.
-Inside shard_map H and K are this device's shares over tp."""
+Legend: B sequences, L positions (local over cp), D width, H query heads, K key/value heads, C
+head_dim, I compression blocks, J selection blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.collectives import all_gather, bound, index, size, vary
+from fdp.collectives import all_gather, index, shift, size
 from fdp.count.counts import GATHER, PERMUTE, SCATTER, Counts, Degrees, Ledger, Rows, Work, merged
 from fdp.models.attention import Where
 from fdp.models.layers import (
@@ -46,11 +46,12 @@ BRANCHES = ("compressed", "selected", "window")
 
 @dataclass(frozen=True)
 class Budget:
-    """What a query may read, in tokens unless said; the defaults are the paper's (section 4.1).
+    """What a query may read, in tokens unless said otherwise; the defaults are those of the paper
+    (section 4.1).
 
-    Compression blocks of `compress_block` start every `stride` tokens. `selected` blocks of
-    `select_block` are read in full, among them the `initial` first ones and the `local` nearest,
-    the query's own included. `window`: the near tokens, the query itself included. Raises
+    Compression blocks of `compress_block` tokens start every `stride` tokens. `selected` blocks of
+    `select_block` tokens are read in full: the `initial` first ones, the `local` nearest ones (with
+    the block of the query), and the best others. `window`: near tokens, including the query. Raises
     ValueError for sizes that do not fit each other."""
 
     compress_block: int = 32
@@ -82,8 +83,8 @@ class Budget:
             )
 
     def tokens(self, length: int) -> float:
-        """Mean of what a query reads of `length` tokens, a compressed block as one and every branch
-        on its own; dense causal attention reads (length + 1) / 2."""
+        """Mean number of tokens that a query reads in a sequence of `length`: a compressed block
+        counts as one, and branches are added. Dense causal attention reads (length + 1) / 2."""
         t = np.arange(length)
         compressed = np.maximum((t + 1 - self.compress_block) // self.stride + 1, 0)
         others = np.minimum(t // self.select_block, self.selected - 1)
@@ -91,13 +92,12 @@ class Budget:
         return float((compressed + selected + np.minimum(t + 1, self.window)).mean())
 
     def blocks(self, length: int) -> int:
-        """I: compression blocks of `length` tokens."""
+        """I: the number of compression blocks of `length` tokens."""
         return (length - self.compress_block) // self.stride + 1
 
     def check_length(self, length: int) -> None:
-        """Raise ValueError unless `length` tokens are whole selection blocks and hold a compression
-        block.
-        """
+        """Raises ValueError unless `length` is a multiple of the selection block and holds a
+        compression block."""
         if length % self.select_block or length < self.compress_block:
             whole = -(-max(length, self.compress_block) // self.select_block) * self.select_block
             raise ValueError(
@@ -108,12 +108,11 @@ class Budget:
 
 
 def selection_scores(p_BxKxGxLxI: Array, budget: Budget) -> Array:
-    """Importance of the selection blocks: compression probabilities, mapped by overlap, summed over
-    the group's heads.
+    """Importance of the selection blocks: probabilities of overlapping compression blocks, summed
+    over the heads of a group. f32 [B, K, G, L, I] → [B, K, L, J].
 
-    f32 [B, K, G, L, I] → [B, K, L, J]. Compression block i counts for selection block j once for
-    every stride of tokens that they share: Σ_m Σ_n p[(l'/d)·j + m - n], m < l'/d, n < l/d
-    (equations 9 and 10)."""
+    Compression block i counts for selection block j once for every stride of tokens that they
+    share: Σ_m Σ_n p[(l'/d)·j + m - n], m < l'/d, n < l/d (equations 9 and 10)."""
     p_BxKxLxI = p_BxKxGxLxI.sum(2)
     covered, together = budget.compress_block // budget.stride, budget.select_block // budget.stride
     strides = p_BxKxLxI.shape[-1] + covered - 1
@@ -125,11 +124,11 @@ def selection_scores(p_BxKxGxLxI: Array, budget: Budget) -> Array:
 
 
 def select(scores_BxKxLxJ: Array, budget: Budget, position_L: Array) -> Array:
-    """Which blocks every query reads: the forced ones and the best others up to `selected`, bool
-    [B, K, L, J].
+    """The blocks that every query reads, bool [B, K, L, J]: the forced ones, and the best others up
+    to `selected`.
 
-    Only blocks that begin at or before the query; ties go to the earlier block. Not differentiable,
-    by design."""
+    Only blocks that begin at or before the query are chosen; ties go to the earlier block.
+    Selection is not differentiated."""
     J = scores_BxKxLxJ.shape[-1]
     own_Lx1, block_J = (position_L // budget.select_block)[:, None], jnp.arange(J)
     forced_LxJ = (block_J < budget.initial) | (block_J > own_Lx1 - budget.local)
@@ -146,11 +145,11 @@ def select(scores_BxKxLxJ: Array, budget: Budget, position_L: Array) -> Array:
 def compressed_attention(
     q_BxLxHxC: Array, k_BxIxKxC: Array, v_BxIxKxC: Array, last_I: Array, position_L: Array
 ) -> tuple[Array, Array]:
-    """Attention to compression blocks that are wholly past: output [B, L, H, C] and probabilities
-    f32 [B, K, G, L, I].
+    """Attention to the compression blocks that end before the query: output [B, L, H, C] and
+    probabilities f32 [B, K, G, L, I].
 
-    `last_I`: position of every block's last token. A query before the end of the first block gets
-    output 0."""
+    `last_I`: position of the last token of every block. A query before the end of the first block
+    gets output 0."""
     B, L, H, C = q_BxLxHxC.shape
     q_BxLxKxGxC = q_BxLxHxC.reshape(B, L, k_BxIxKxC.shape[2], -1, C)
     logits = (
@@ -186,18 +185,16 @@ def window_attention(
 
 
 def with_halo(kv_2xBxLxKxC: Array, tokens: int) -> Array:
-    """Followed by the first `tokens` of the next device of cp, or by zeros: [2, B, L + tokens, K,
-    C].
-    """
+    """[2, B, L, K, C] followed by the first `tokens` positions of the next device of cp (zeros
+    after the last one): [2, B, L + tokens, K, C]."""
     if size("cp") == 1 or not tokens:
         return kv_2xBxLxKxC
-    first = vary(kv_2xBxLxKxC[:, :, :tokens], "cp")
-    halo = jax.lax.ppermute(first, bound("cp"), [(i + 1, i) for i in range(size("cp") - 1)])
+    halo = shift(kv_2xBxLxKxC[:, :, :tokens], "cp", by=-1, cyclic=False)
     return jnp.concatenate([kv_2xBxLxKxC, halo], 2)
 
 
 def check_parts(budget: Budget, length: int, cp: int) -> None:
-    """Raises ValueError unless parts of `length` tokens on cp devices serve the budget."""
+    """Raises ValueError unless parts of `length` tokens on cp devices fit the budget."""
     budget.check_length(length * cp)
     reach = budget.compress_block - budget.stride
     if cp > 1 and (length % budget.stride or length < reach):
@@ -209,11 +206,10 @@ def check_parts(budget: Budget, length: int, cp: int) -> None:
 
 
 class Compression(Module):
-    """phi (equation 7): a block of keys or values, with learned positions inside the block, through
-    one hidden layer.
+    """phi (equation 7): each block of keys or values, with learned positions inside the block, goes
+    through one hidden layer: [2, B, L, K, C] → [2, B, I, K, C].
 
-    Keys and values [2, B, L, K, C] → [2, B, I, K, C]; each of the two and every head has its own
-    weights."""
+    Keys and values, and all heads, have weights of their own."""
 
     shape: ModelShape
     budget: Budget
@@ -233,8 +229,8 @@ class Compression(Module):
         return jnp.einsum("sbikd,skdc->sbikc", hidden, w_out)
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Its products are batched over heads. The input is cast to blocks, which overlap, and saved
-        so."""
+        """Matrix products batched over heads. The saved input is that of the blocks, which
+        overlap."""
         s, M, C = self.shape, self.budget.compress_block, self.shape.head_dim
         cp, tp, K = degrees["cp"], degrees["tp"], self.shape.kv_heads
         blocks = rows.batch * self.budget.blocks(rows.length)
@@ -256,11 +252,11 @@ class NativeSparseAttention(Module):
     """Causal grouped-query attention to a budget of tokens, in place of `Attention`: [B, L, D] →
     [B, L, D].
 
-    Rotary positions as in `Attention`; a compressed key is rotated to the position of its last
-    token, when it comes in sight. Gates are sigmoid(x W), one a head and branch (the paper leaves
-    their network open). Over cp the layout is contiguous. ValueError for a length that
-    `Budget.check_length` refuses, and for parts of the sequence that are not whole strides or
-    shorter than what a compression block reaches into the next one."""
+    Rotary positions are those of `Attention`; a compressed key is rotated to the position of its
+    last token, where it becomes visible. Gates are sigmoid(x W), one per head and branch (the paper
+    leaves their network open). Over cp the layout is contiguous. Raises ValueError for a length
+    that `Budget.check_length` refuses, and for parts of the sequence that are no multiple of the
+    stride or shorter than the halo of a compression block."""
 
     shape: ModelShape
     budget: Budget
@@ -289,8 +285,9 @@ class NativeSparseAttention(Module):
         return leave_tp(partial_BxLxD, s.sequence_parallel, self.reduction, "attention")
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Selected and near keys are counted as the program reads them: all of them, under a mask.
-        Over cp the compression of blocks that reach over the end is computed, but not counted."""
+        """Selected and near keys are counted as the program computes them: all keys, under a mask.
+        Over cp each device also computes blocks that reach beyond the end of the sequence; they are
+        not counted."""
         s, n, S = self.shape, len(BRANCHES), rows.length
         D, H, K, C, tp, cp = s.width, s.heads, s.kv_heads, s.head_dim, degrees["tp"], degrees["cp"]
         into, out = D * H * C + 2 * n * D * K * C + D * H * n, H * C * D

@@ -1,9 +1,8 @@
-"""The shape of a Transformer as data: what the builder builds, and what is counted, priced and
-planned for.
+"""The shape of a Transformer as data, shared by the builder, the counts, the prices and the
+planner.
 
 Legend: D width, H query heads, K key/value heads, C head_dim, F FFN hidden, E experts, V
-vocabulary.
-"""
+vocabulary."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,17 +14,18 @@ SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes and switches of one architecture, global.
+    """Sizes and switches of one architecture; all sizes are global.
 
     `dtype`: of compute (parameters and logits are float32). `remat`: none | dots | full, what the
     backward pass recomputes. `sequence_parallel`: between blocks the sequence is sharded over tp.
+    `gated`: the FFN has a gate. `experts` = 0 is dense. The first `first_dense` layers have no
+    experts; of the others every `moe_every`-th has them.
 
-    `gated`: the FFN multiplies a gate. `experts` = 0 is dense; the first `first_dense` layers have
-    no experts, of the others every `moe_every`-th has them. Multi-head latent attention (DeepSeek)
-    is given by its two ranks and the rotary part of a head; `head_dim` is then that of queries and
-    keys and `value_dim` that of values (0: the same). The stock builder builds a part of these
-    (`unbuildable`); all are priced. Raises ValueError for sizes that do not fit each other.
-    """
+    Multi-head latent attention (DeepSeek) is given by its two ranks and the rotary part of a head.
+    `head_dim` is then that of queries and keys, and `value_dim` that of values (0: the same).
+
+    The stock builder builds a part of these shapes (see `unbuildable`); all of them can be priced.
+    Raises ValueError for sizes that do not fit each other."""
 
     layers: int
     width: int
@@ -76,7 +76,7 @@ class ModelShape:
 
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> "ModelShape":
-        """From the `model` section of a config; keys that are no shape are left out."""
+        """The shape in the `model` section of a config; other keys there are ignored."""
         return cls(**{f.name: section[f.name] for f in fields(cls) if f.name in section})
 
     @property
@@ -86,7 +86,7 @@ class ModelShape:
 
     @property
     def unbuildable(self) -> list[str]:
-        """What of the model the stock builder lacks."""
+        """Names of the features that the stock builder lacks."""
         parts = {
             f"a mixture of {self.experts} experts": self.experts,
             "an FFN that is not gated": not self.gated,
@@ -97,11 +97,12 @@ class ModelShape:
         return [part for part, present in parts.items() if present]
 
     def check(self) -> None:
-        """Raises ValueError for what the stock builder cannot build, by name."""
+        """Raises ValueError, by name, for features that the stock builder lacks."""
         if self.unbuildable:
             raise ValueError(
                 f"model {self.name!r} cannot be built: the stock blocks lack "
-                f"{', '.join(self.unbuildable)}; give Transformer a pattern of layers that have them"
+                f"{', '.join(self.unbuildable)}; give Transformer a pattern of layers that "
+                "have them"
             )
 
     @property
@@ -111,11 +112,11 @@ class ModelShape:
 
     @property
     def projections(self) -> int:
-        """Matrices of an FFN: gate, up and down, or up and down."""
+        """Matrices of an FFN: 3 (gate, up, down) or 2 (up, down)."""
         return 3 if self.gated else 2
 
     def attention_parameters(self) -> tuple[int, int]:
-        """(into attention, out of attention) matrices of one layer."""
+        """Weights of one layer of attention: (input projections, output projection)."""
         D, H, K, C = self.width, self.heads, self.kv_heads, self.head_dim
         if not self.kv_rank:
             return D * C * (H + 2 * K), H * C * D
@@ -125,15 +126,16 @@ class ModelShape:
         return queries + keys, H * value * D
 
     def ffn_parameters(self) -> int:
-        """Matrices of one dense FFN."""
+        """Weights of one dense FFN."""
         return self.projections * self.width * self.ffn
 
     def expert_parameters(self) -> int:
-        """Matrices of one routed expert."""
+        """Weights of one routed expert."""
         return self.projections * self.width * self.moe_ffn
 
     def layer_parameters(self) -> int:
-        """Attention, norms, biases, convolution and modulations of one layer: all but its FFN."""
+        """Weights of one layer without its FFN: attention, norms, biases, convolution and
+        modulations."""
         C, found = self.head_dim, sum(self.attention_parameters()) + 2 * self.width
         found += C * (self.heads + 2 * self.kv_heads) if self.bias else 0
         found += 2 * C if self.qk_norm else 0
@@ -152,14 +154,16 @@ class ModelShape:
         return layers + (1 if self.tied else 2) * self.vocab * self.width + self.width
 
     def active_parameters(self) -> int:
-        """Weights that one token meets, embedding and head included."""
+        """Weights used for one token, embedding and head included."""
         idle = self.experts - self.topk
         return self.parameters() - self.moe_layers * idle * self.expert_parameters()
 
     def forward_flops(self, seq: int, causal: bool) -> float:
-        """Matmul FLOPs of one token's forward pass in a sequence of `seq`, without time
-        conditioning. As the field reports throughput, a causal mask halves the scores; our own
-        programs are counted by another convention (`fdp.count.counts`)."""
+        """Matmul FLOPs of the forward pass per token of a sequence of length `seq`, without time
+        conditioning.
+
+        A causal mask halves the scores, as the field reports throughput. Our own programs are
+        counted by another convention (`fdp.count.counts`)."""
         attention, moe = sum(self.attention_parameters()), self.moe_layers
         ffn = (self.layers - moe) * self.ffn_parameters()
         ffn += moe * (

@@ -1,13 +1,12 @@
-"""Stacks of patterns: residual blocks built from values, scanned over their repeats.
+"""Stacks of patterns: residual blocks described by values, scanned over their repetitions.
 
-A layer is chosen by a value: `layer(Attention, core=…)` says what a block builds, and compares and
-hashes as what it says, so that equal models compile once.
+`layer(Attention, core=…)` is a value that describes a layer. It compares and hashes by its content,
+so equal models compile once.
 
-Legend: B sequences, L positions, D width, E noise features.
-"""
+Legend: B sequences, L positions, D width, E noise features."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,9 +32,10 @@ REMAT = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A module to be built: `Layer(cls, fields)(shape, name=…)`; make one with `layer`."""
+    """A description of a module: `Layer(cls, fields)(shape, name=…)` builds it. Make one with
+    `layer`."""
 
-    cls: type[Module]
+    cls: Callable[..., Module]
     fields: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, shape: ModelShape, **more: Any) -> Any:
@@ -44,17 +44,16 @@ class Layer:
 
 
 def layer(cls: type[Module], **fields: Any) -> Layer:
-    """A layer of `cls` with `fields` besides its shape, all of them hashable."""
+    """A layer of class `cls`. `fields`: its fields besides the shape, all hashable."""
     return Layer(cls, tuple(sorted(fields.items())))
 
 
 class Block(Module):
-    """Pre-norm residual block of a layer that mixes positions and one that does not; with time
-    conditioning each is modulated by the noise level, and starts as the identity (adaLN-zero).
+    """Pre-norm residual block: a mixing layer (attention) and an FFN. With time conditioning both
+    are modulated by the noise level and start as the identity (adaLN-zero).
 
     A mixing layer is a module `(x, where, layer input) → y`. `reduction` builds the module that
-    replaces the all-reduce over tp at the end of both layers and may keep state in the cache.
-    """
+    replaces the all-reduce over tp at the end of both layers; it may keep state in the cache."""
 
     shape: ModelShape
     mixing: Layer
@@ -87,8 +86,8 @@ class Block(Module):
         return x_BxLxD, None
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Both layers, norms and modulations. Nobody reads the block's last sum again, unless a gate
-        multiplies it."""
+        """Both layers, norms and modulations. The backward pass does not read the output of the
+        block, unless a gate multiplies it."""
         s = self.shape
         if self.reduction is not None:
             raise Unstated(f"{self.reduction.cls.__name__} has no counts")
@@ -102,8 +101,8 @@ class Block(Module):
         return replace(found, last=Work() if s.time_conditioning else ffn.last)
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """Raises ValueError where the mixing layer cannot run these sizes on these degrees. One that
-        states no `check` sees the positions of its device alone."""
+        """Raises ValueError where the mixing layer cannot run these sizes on these degrees. One
+        that states no `check` sees the positions of its device alone."""
         mixing = self.mixing(self.shape, parent=None)
         if hasattr(mixing, "check"):
             mixing.check(batch, length, degrees)
@@ -117,8 +116,8 @@ class Block(Module):
             )
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
-        """(values, PartitionSpecs) of the cache of this block before any pass. Raises ValueError
-        for a mixing layer without cached decoding."""
+        """(values, PartitionSpecs) of the empty cache of this block. Raises ValueError for a mixing
+        layer without cached decoding."""
         mixing = self.mixing(self.shape, parent=None)
         if not hasattr(mixing, "decode_state"):
             raise ValueError(f"{type(mixing).__name__} has no cached decoding")
@@ -127,7 +126,8 @@ class Block(Module):
 
 
 class Pattern(Module):
-    """One period of unlike blocks, by name "0", "1", …; each gets its own layer input, if any."""
+    """One period of different blocks, named "0", "1", …. Each gets its own layer input, if there
+    are any."""
 
     shape: ModelShape
     blocks: tuple[Layer, ...]
@@ -140,7 +140,7 @@ class Pattern(Module):
         return x_BxLxD, None
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
-        """(values, PartitionSpecs) of the caches of all blocks."""
+        """(values, PartitionSpecs) of the empty caches of all blocks."""
         blocks = [block(self.shape, parent=None) for block in self.blocks]
         both = {str(i): b.decode_state(batch, length) for i, b in enumerate(blocks)}
         return {n: s for n, (s, _) in both.items()}, {n: p for n, (_, p) in both.items()}
@@ -148,12 +148,11 @@ class Pattern(Module):
 
 @dataclass(frozen=True)
 class Stack:
-    """`pattern` of blocks, repeated until the shape's layers are there.
+    """`pattern`, a tuple of blocks, repeated until the shape's number of layers is reached.
 
-    A pattern of one block is scanned as it is, so its parameters are [layers, …]; of several, each
-    block's are [layers / len(pattern), …] under its number. Raises ValueError for a pattern that
-    does not divide the layers.
-    """
+    A pattern of one block is scanned directly: its parameters are [layers, …]. In a pattern of
+    several, the parameters of block i are [layers / len(pattern), …] under the name "i". Raises
+    ValueError for a pattern that does not divide the layers."""
 
     shape: ModelShape
     pattern: tuple[Layer, ...]
@@ -168,7 +167,7 @@ class Stack:
 
     @property
     def periods(self) -> int:
-        """How often the pattern is repeated."""
+        """Number of repetitions of the pattern."""
         return self.shape.layers // len(self.pattern)
 
     def check_inputs(self, inputs_N: Any) -> None:
@@ -177,8 +176,8 @@ class Stack:
         for path, leaf in jax.tree_util.tree_leaves_with_path(inputs_N):
             if leaf.ndim == 0 or leaf.shape[0] != periods:
                 raise ValueError(
-                    f"layer input {jax.tree_util.keystr(path) or 'array'} of shape {leaf.shape} must "
-                    f"lead with layers / blocks of the pattern / pp = {self.shape.layers} / "
+                    f"layer input {jax.tree_util.keystr(path) or 'array'} of shape {leaf.shape} "
+                    f"must lead with layers / blocks of the pattern / pp = {self.shape.layers} / "
                     f"{len(self.pattern)} / {size('pp')} = {periods}"
                 )
 
@@ -190,7 +189,7 @@ class Stack:
         return scanned(shape=self.shape, name=name, **dict(one.fields))
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """All blocks, and what rematerialisation of each period repeats."""
+        """Counts of all blocks, with what rematerialisation computes again in each period."""
         blocks = [of(block(self.shape, parent=None), rows, degrees) for block in self.pattern]
         period = replace(sum(blocks, Counts()), last=blocks[-1].last)
         inputs, _ = hidden_bytes(self.shape, rows, degrees)
@@ -200,7 +199,8 @@ class Stack:
         return self.pattern[0] if len(self.pattern) == 1 else layer(Pattern, blocks=self.pattern)
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
-        """(values, PartitionSpecs) of all caches, led by this pp shard's periods."""
+        """(values, PartitionSpecs) of all empty caches; the leading dim is this pp shard's
+        periods."""
         state, specs = self._period()(self.shape, parent=None).decode_state(batch, length)
         n = self.periods // size("pp")
         many = jax.tree.map(lambda x: vary(jnp.broadcast_to(x, (n, *x.shape)), "pp"), state)

@@ -1,9 +1,8 @@
-"""One Transformer for every mesh: outside shard_map the single-device reference, inside it the
+"""The Transformer, for every mesh: outside shard_map it is the single-device reference, inside the
 sharded program.
 
 Legend: B sequences, L positions (local over cp), R rows of a pass over a few positions, D width, V
-vocabulary (local over tp).
-"""
+vocabulary (local over tp)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,13 +25,13 @@ Array = jax.Array
 
 
 class Transformer(Module):
-    """Token ids to vocabulary-parallel logits.
+    """From token ids to vocabulary-parallel logits.
 
     `pattern`: the blocks of one period (`fdp.models.stack`). `layout`: which positions each device
-    of cp holds. `position`: rotary positions of indices, by default the indices themselves.
-    `gather`, for ZeRO-3: name of a stack → what gathers the stored parameters of one period.
-    `reduction` builds what replaces the all-reduce over tp that ends the embedding.
-    """
+    of cp holds. `position`: maps indices to rotary positions; None is the identity. `gather`, for
+    ZeRO-3: maps the name of a stack to the function that gathers the stored parameters of one
+    period. `reduction` builds the module that replaces the all-reduce over tp at the end of the
+    embedding."""
 
     shape: ModelShape
     pattern: tuple[Layer, ...]
@@ -53,7 +52,7 @@ class Transformer(Module):
         self.layers = Stack(s, self.pattern).build(gather, "layers")
 
     def embed(self, noised: dict[str, Any], given: Any = None) -> Array:
-        """[B, L, D] of noised["inputs"], int32 [B, L]."""
+        """Embeddings [B, L, D] of noised["inputs"], int32 [B, L]."""
         # The stacked layers are typed varying over pp.
         return vary(self.embedding(noised["inputs"], given), "pp")
 
@@ -65,12 +64,11 @@ class Transformer(Module):
         index_BxR: Array | None = None,
         given: Any = None,
     ) -> Array:
-        """This pp shard's layers and the final norm: [B, L, D].
+        """The layers of this pp shard and the final norm: [B, L, D].
 
-        Reads noised["noise"], f32 [B] (any scale), with time conditioning, and noised["segments"].
-        `inputs_N`: layer inputs, a pytree that leads with the periods. `index_BxR` makes this a pass
-        over a few rows of a cache. `given`: data of the pass for a topic's layers (`Where`).
-        """
+        Reads noised["segments"], and with time conditioning noised["noise"], f32 [B] of any scale.
+        `inputs_N`: layer inputs, a pytree whose leading dim is the periods. `index_BxR`: run a few
+        rows against a cache. `given`: data of the pass for the layers of a topic (`Where`)."""
         s = self.shape
         noise_BxE = self.noise_embedding(noised["noise"]) if s.time_conditioning else None
         index = index_BxR
@@ -87,7 +85,7 @@ class Transformer(Module):
         return all_gather(x_BxLxD, "tp", dim=1) if s.sequence_parallel else x_BxLxD
 
     def outputs(self, x_D: Array) -> Array:
-        """Head on any selection of rows: [..., D] → float32 [..., V/tp]."""
+        """The output head on any selection of rows: [..., D] → float32 [..., V/tp]."""
         return self.embedding.logits(x_D) if self.shape.tied else self.head(x_D)
 
     def hidden(
@@ -98,7 +96,7 @@ class Transformer(Module):
         inputs_N: Any = None,
         given: Any = None,
     ) -> Array:
-        """`stack` of `embed` of plain ids, as samplers call it."""
+        """`stack` of `embed` of plain ids, for samplers."""
         noised = {"inputs": ids_BxL, "noise": noise_B}
         return self.stack(self.embed(noised, given), noised, inputs_N, index_BxR, given)
 
@@ -107,17 +105,16 @@ class Transformer(Module):
         return self.outputs(self.stack(self.embed(noised), noised))
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
-        """(values, PartitionSpecs) of the cache of `batch` sequences of `length` before any pass.
+        """(values, PartitionSpecs) of an empty cache for `batch` sequences of `length`.
 
-        A causal model may fill it row by row; a bidirectional one reads all of it, so there a whole
-        pass comes first.
-        """
+        A causal model may fill it row by row. A bidirectional model reads all of it, so it must
+        first run a pass over all rows."""
         state, specs = Stack(self.shape, self.pattern).decode_state(batch, length)
         return {"layers": state}, {"layers": specs}
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Embedding, stack, last norm with its gather, and head. Raises Unstated, naming what in a
-        block states no counts."""
+        """Embedding, stack, final norm (with its gather) and head. Raises Unstated, naming the
+        layer that states no counts."""
         s = self.shape
         if self.reduction is not None:
             raise Unstated(f"{self.reduction.cls.__name__} has no counts")
@@ -133,7 +130,8 @@ class Transformer(Module):
         return found + (replace(head, parameters=0) if s.tied else head)
 
     def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
-        """Raises ValueError for layers that cannot run `batch` sequences a device on `degrees`."""
+        """Raises ValueError for layers that cannot run `batch` sequences per device on
+        `degrees`."""
         length = noised["inputs"].shape[1]
         for block in self.pattern:
             made = block(self.shape, parent=None)
@@ -142,7 +140,8 @@ class Transformer(Module):
 
     @property
     def stock(self) -> bool:
-        """Whether every block is softmax attention and SwiGLU, and sums over tp are exact."""
+        """Whether every block is softmax attention and SwiGLU, and every all-reduce over tp is
+        exact."""
         if self.reduction is not None:
             return False
         cores = [(block, _core_of(block)) for block in self.pattern]
@@ -150,36 +149,46 @@ class Transformer(Module):
 
     @property
     def core(self) -> Core:
-        """The inner product of the first block. Raises KeyError for other mixing layers."""
+        """The attention core of the first block. Raises KeyError for other mixing layers."""
         return dict(dict(self.pattern[0].fields)["mixing"].fields)["core"]
 
     @property
+    def softmax(self) -> Softmax:
+        """The softmax core of the first block. Raises ValueError for other mixing layers and
+        cores."""
+        core = _core_of(self.pattern[0])
+        if not isinstance(core, Softmax):
+            raise ValueError(f"the model needs softmax attention in its first block, not {core}")
+        return core
+
+    @property
     def head_split(self) -> int:
-        """Devices of cp that share out heads or sequences in the first block; 1 for other mixing."""
+        """Over how many devices of cp the first block splits heads or sequences; 1 for other mixing
+        layers."""
         plan = getattr(_core_of(self.pattern[0]), "plan", None)
         return plan.head_split if isinstance(plan, CommPlan) else 1
 
 
 def _core_of(block: Layer) -> Any:
-    """The core of a block's attention; None for other mixing."""
+    """The attention core of a block; None for other mixing layers."""
     mixing = dict(block.fields).get("mixing")
     return dict(mixing.fields).get("core") if isinstance(mixing, Layer) else None
 
 
 def attention_block(core: Core) -> Layer:
-    """The stock block with `core` as its attention's inner product."""
+    """The stock block with `core` as its attention core."""
     return layer(Block, mixing=layer(Attention, core=core), ffn=layer(SwiGLU))
 
 
 def transformer(
     shape: ModelShape, mask: Mask, plan: CommPlan = GATHER, position: Any = None
 ) -> Transformer:
-    """The stock model: softmax attention under `mask`, by `plan` over cp. Raises ValueError, by
-    name, for what of `shape` the stock blocks lack."""
+    """The stock model: softmax attention under `mask` with `plan` over cp. Raises ValueError, by
+    name, for features of `shape` that the stock blocks lack."""
     shape.check()
     return with_core(Transformer(shape, (), plan.layout, position), Softmax(mask, plan))
 
 
 def with_core(model: Transformer, core: Core) -> Transformer:
-    """`model` with another inner product in every layer, and the layout that it reads."""
+    """`model` with `core` in every layer, and with the layout of that core."""
     return model.clone(pattern=(attention_block(core),), layout=core.layout)

@@ -6,14 +6,13 @@ from fdp.objectives.autoregressive import Autoregressive
 from fdp.objectives.base import Objective, TokenObjective
 from fdp.objectives.block_diffusion import BlockDiffusion
 from fdp.objectives.mdlm import MDLM
-from fdp.objectives.schedules import schedule
+from fdp.objectives.noise_schedules import schedule
 from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform
 
 
 def from_section(o: Any, n_ids: int, bos: int) -> TokenObjective:
-    """The objective that a config's `objective` section names, for data ids 0..n_ids-1 (id n_ids is
-    the mask) with `bos` as start token. Raises ValueError for an unknown name.
-    """
+    """The objective of a config's `objective` section, for data ids 0..n_ids-1 (id n_ids is the
+    mask) with `bos` as start token. Raises ValueError for an unknown name."""
     masked = (o.form, schedule(o.schedule), o.antithetic, o.masked_head)
     match o.name:
         case "autoregressive":

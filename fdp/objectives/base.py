@@ -1,9 +1,7 @@
-"""What an objective must offer the train step, what token objectives share, and low-discrepancy
-strata.
+"""The interface of an objective, what token objectives share, and low-discrepancy strata.
 
 Shapes: B sequences, L positions, S model input length (L, or 2L for block diffusion), D width, V
-vocabulary (tp: V/tp columns), R rows (any leading shape), N strata (noise levels of one batch).
-"""
+vocabulary (tp: V/tp columns), R rows (any leading shape), N strata (noise levels of one batch)."""
 
 from functools import lru_cache
 from typing import Any, ClassVar, TypedDict
@@ -23,8 +21,10 @@ Batch = dict[str, jax.Array]  # what data yield, by name
 
 
 class Noised(TypedDict, total=False):
-    """One corrupted batch of tokens, a pytree: inputs int32 [B, S], noise f32 [B], rows of [B, L]
-    arrays; segments int32 [B, S], document ids, where data have them."""
+    """One corrupted batch of tokens, a pytree.
+
+    inputs: int32 [B, S]. noise: f32 [B]. rows: arrays [B, L]. segments: document ids int32 [B, S],
+    where data have them."""
 
     inputs: jax.Array
     noise: jax.Array
@@ -33,25 +33,24 @@ class Noised(TypedDict, total=False):
 
 
 class Objective:
-    """A loss as pure functions of a batch and a model's outputs: minimised is Σ loss / Σ count.
+    """A loss as pure functions of a batch and the model's outputs: Σ loss / Σ count is minimised.
 
-    `dims` names the dims of what `corrupt` returns (`fdp.sharding.batch_specs`).
-    """
+    `dims` names the dims of what `corrupt` returns (`fdp.sharding.batch_specs`)."""
 
     dims: ClassVar[Any] = {}
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Any:
-        """Draw the noise of one GLOBAL batch: call it outside shard_map, so that every mesh sees
-        the same noise."""
+        """Corrupt one GLOBAL batch with noise from `key`. Call it outside shard_map, so that every
+        mesh has the same noise."""
         raise NotImplementedError
 
     def count(self, noised: Any) -> Any:
-        """What the summed loss of a GLOBAL corrupted batch is divided by, an int where it is
+        """What the summed loss of a GLOBAL corrupted batch is divided by; an int where it is
         static."""
         raise NotImplementedError
 
     def rows(self, hidden: jax.Array, noised: Any, capacity: int | None) -> tuple[jax.Array, Any]:
-        """(activations that the model's outputs are needed of, what `loss` reads beside them)."""
+        """(activations that go through the output head, what `loss` reads besides the outputs)."""
         return hidden, noised["rows"]
 
     def loss(self, outputs: jax.Array, rows: Any) -> jax.Array:
@@ -59,14 +58,14 @@ class Objective:
         raise NotImplementedError
 
     def capacity(self, batch: int, length: int, shards: int, seq_shards: int = 1) -> int | None:
-        """Static bound on the rows with loss of one of `shards` x `seq_shards` devices; None: all
-        rows go through the model's outputs."""
+        """Static bound on the rows with loss on one of `shards` x `seq_shards` devices; None: all
+        rows go through the output head."""
         return None
 
 
 class TokenObjective(Objective):
-    """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Every token counts, or as much as
-    its weight where the data weigh tokens."""
+    """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Every token counts 1, or its
+    weight where the data have weights."""
 
     dims: ClassVar[Any] = {
         "inputs": ("batch", "sequence"),
@@ -77,21 +76,21 @@ class TokenObjective(Objective):
     n_ids: int
 
     def mask(self, length: int) -> Mask:
-        """Which keys a query may see, of a model whose data are `length` tokens long."""
+        """The attention mask of a model whose data are `length` tokens long."""
         return Mask("bidirectional")
 
     def position(self, length: int) -> Any:
-        """Rotary positions of the indices of the model's input; None: the indices themselves."""
+        """Rotary positions for the indices of the model's input; None: the indices themselves."""
         return None
 
     def count(self, noised: Noised) -> Any:
-        """Tokens, or the sum of their weights where the data weigh them."""
+        """Number of tokens, or the sum of their weights where the data have weights."""
         rows = noised["rows"]
         return rows["counted"].sum() if "counted" in rows else rows["targets"].size
 
     def counts(self, rows: CountedRows, degrees: Degrees) -> Counts:
-        """Of the vocabulary-parallel loss: the maximum of a row's logits, then the sum of their
-        exponentials and the target's logit, in float32."""
+        """Counts of the vocabulary-parallel loss in float32: the maximum of a row's logits, then
+        the sum of their exponentials and the logit of the target."""
         ledger = Ledger(degrees).add(REDUCE, ("tp",), (4 + 8) * rows.head)
         return Counts(forward=Work(sent=ledger.sent))
 
@@ -108,33 +107,34 @@ class TokenObjective(Objective):
 def select_rows(hidden_BxLxD: jax.Array, rows: Rows, capacity: int) -> tuple[jax.Array, Rows]:
     """Gather the ≤ capacity positions whose weight is not 0: [B, L, D] → [capacity, D], rows alike.
 
-    Unused places carry weight 0. The capacity is an exact bound (objective.capacity), so nothing is
-    dropped.
-    """
+    Unused entries have weight 0. The capacity is an exact bound (objective.capacity), so nothing is
+    dropped."""
     flat = jax.tree.map(lambda x: x.reshape(-1), rows)
     size = flat["weights"].size
     (places,) = jnp.nonzero(flat["weights"] > 0, size=capacity, fill_value=size)
-    take = lambda x: jnp.take(x, places, axis=0, mode="fill", fill_value=0)
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.take(x, places, axis=0, mode="fill", fill_value=0)
+
     return take(hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])), jax.tree.map(take, flat)
 
 
-def weighed(rows: Rows, batch: Batch) -> Rows:
-    """`rows` with the data's weights of tokens, f32 [B, L], where there are some."""
+def with_weights(rows: Rows, batch: Batch) -> Rows:
+    """`rows` with the data's weights of tokens, f32 [B, L], where there are any."""
     if "weights" not in batch:
         return rows
     weights = batch["weights"].astype(jnp.float32)
     return rows | {"weights": rows["weights"] * weights, "counted": weights}
 
 
-def carried(batch: Batch) -> dict[str, jax.Array]:
-    """What of a batch the model sees uncorrupted: document ids."""
-    return {"segments": batch["segments"]} if "segments" in batch else {}
+def with_segments(noised: Noised, batch: Batch) -> Noised:
+    """`noised` with the document ids, where the batch has some: the model sees them uncorrupted."""
+    return {**noised, "segments": batch["segments"]} if "segments" in batch else noised
 
 
 def _bit_reverse(n: int) -> np.ndarray:
     """Van der Corput order of 0..n-1 (n a power of two): every aligned dyadic range is an equally
-    spaced subset.
-    """
+    spaced subset."""
     bits = n.bit_length() - 1
     return np.array([int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(n)])
 
@@ -150,11 +150,11 @@ def _three_deals(n: int) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def balanced_order(n: int) -> np.ndarray:
-    """Stratum held by each row: a fixed permutation of 0..n-1 that balances every power-of-two
+    """The stratum of each row: a fixed permutation of 0..n-1 that balances every power-of-two
     contiguous split.
 
     With n = 2^a·q, q odd, a shard of even size holds whole pairs (i, n-1-i), or (q ≥ 3) columns of
-    q strata of equal sum to ±1. The order depends on n alone, never on the mesh."""
+    q strata whose sums are equal to ±1. The order depends only on n, never on the mesh."""
     columns = n & -n
     deals = n // columns
     if deals == 1:
@@ -170,11 +170,11 @@ def balanced_order(n: int) -> np.ndarray:
 
 
 def shifted_order(n: int, xor: Any, turn: Any) -> Any:
-    """`balanced_order(n)` with dyadic ranges swapped by `xor` < 2^a and columns turned by `turn` <
+    """`balanced_order(n)` with dyadic ranges swapped by `xor` < 2^a and columns rotated by `turn` <
     q (n = 2^a·q).
 
-    Any (xor, turn) keeps every power-of-two contiguous split balanced: it permutes the shards and
-    rows inside them."""
+    Every (xor, turn) keeps every power-of-two contiguous split balanced: it permutes the shards and
+    the rows inside them."""
     order = balanced_order(n)
     columns = n & -n
     deals = n // columns
@@ -184,11 +184,11 @@ def shifted_order(n: int, xor: Any, turn: Any) -> Any:
 
 
 def strata(key: jax.Array, n: int) -> jax.Array:
-    """A stratum 0..n-1 for each of n rows, each used once, each row's uniform on its own: int32
-    [n].
+    """A stratum 0..n-1 for each of n rows: int32 [n]. Each is used once, and the marginal of each
+    row is uniform.
 
-    The set is {0..n-1} always and the random shift makes every row's marginal uniform, so a
-    stratified estimate is unbiased for a fixed batch, not only for exchangeable data."""
+    The set is always {0..n-1}, and a random shift makes the marginals uniform. A stratified
+    estimate is therefore unbiased for a fixed batch, not only for exchangeable data."""
     columns = n & -n
     key_xor, key_turn = jax.random.split(key)
     xor = jax.random.randint(key_xor, (), 0, columns)
@@ -199,18 +199,18 @@ def strata(key: jax.Array, n: int) -> jax.Array:
 def stratified_uniform(key: jax.Array, n: int) -> jax.Array:
     """n times in [0, 1], one in each interval [i/n, (i+1)/n), with one common offset: f32 [n].
 
-    As a set this is {(u + j/n) mod 1} with u uniform (Kingma et al. 2021): always exactly n points,
-    where `arange(0, 1, 1/n)` yields n+1 for n = 49, 98, 103, … in f32."""
+    As a set they are {(u + j/n) mod 1} with u uniform (Kingma et al. 2021). They are always exactly
+    n, while `arange(0, 1, 1/n)` gives n+1 for n = 49, 98, 103, … in f32."""
     key_order, key_offset = jax.random.split(key)
     return (strata(key_order, n) + jax.random.uniform(key_offset)) / n
 
 
 def stratified_counts(key: jax.Array, n: int, length: int) -> jax.Array:
-    """n mask counts, each uniform on {1..length}, stratified: int32 [n]. 1 + floor(t·length) in
-    exact integers.
+    """n mask counts, each uniform on {1..length}, stratified: int32 [n]. They are 1 +
+    floor(t·length) in exact integers.
 
-    Rows of stratum i get 1 + (i·length + v) // n with one v uniform on {0..length-1}; f32 times
-    would round up at a stratum's end and overflow `masked_capacity`."""
+    Rows of stratum i get 1 + (i·length + v) // n with one v uniform on {0..length-1}. Times in f32
+    would round up at the end of a stratum and exceed `masked_capacity`."""
     if n * length >= 2**31:
         raise ValueError(f"{n} rows x {length} positions do not fit int32 strata; split the batch")
     key_order, key_offset = jax.random.split(key)

@@ -1,11 +1,10 @@
 """Block diffusion (BD3-LM): autoregressive over blocks, masked diffusion inside a block, trained in
 one pass.
 
-The model reads [z ‖ x]: the noisy sequence, then the clean one; only the first L outputs carry
-loss. Rotary positions repeat for the two halves.
+The model reads [z ‖ x]: the noisy sequence, then the clean one. Only the first L outputs carry
+loss. The two halves have the same rotary positions.
 
-Shapes: B sequences, L positions, K blocks of length `block`, V vocabulary (tp: V/tp columns).
-"""
+Shapes: B sequences, L positions, K blocks of length `block`, V vocabulary (tp: V/tp columns)."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,19 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, weighed
+from fdp.objectives.base import Batch, Noised, Rows, TokenObjective, with_weights
 from fdp.objectives.mdlm import MDLM, masked_capacity
-from fdp.objectives.schedules import Linear, Schedule
+from fdp.objectives.noise_schedules import Linear, NoiseSchedule
 from fdp.parallel.masks import Mask
 
 
 @dataclass(frozen=True)
 class BlockDiffusionRule:
-    """Which key a query may see in [z ‖ x] of 2·length indices: a `masks.Rule`.
+    """Which keys a query may see in [z ‖ x], 2·length indices: a `masks.Rule`.
 
-    Noisy → noisy of its own block; noisy → clean of strictly earlier blocks; clean → clean of its
-    own block and earlier; clean → noisy never (Arriola et al. 2025). Raises ValueError where
-    `block` does not divide `length`."""
+    A noisy query sees the noisy tokens of its own block and the clean tokens of earlier blocks. A
+    clean query sees the clean tokens of its own and earlier blocks (Arriola et al. 2025). Raises
+    ValueError where `block` does not divide `length`."""
 
     length: int
     block: int
@@ -37,7 +36,8 @@ class BlockDiffusionRule:
             )
 
     def _place(self, index: Any) -> tuple[Any, Any]:
-        """(whether clean, block inside its half). Halves are told by a comparison: no remainder."""
+        """(whether the index is in the clean half, its block inside that half). A comparison tells
+        the halves apart, without a remainder."""
         clean = index >= self.length
         return clean, (index - clean * self.length) // self.block
 
@@ -48,7 +48,8 @@ class BlockDiffusionRule:
         return own | ((k_block < q_block) & k_clean)
 
     def meets(self, q_least: Any, q_most: Any, k_least: Any, k_most: Any) -> Any:
-        """Ranges are cut at `length`: each pair of halves is judged by its first and last block."""
+        """As `Rule.meets`. Ranges are cut at `length`, and each pair of halves is judged by its
+        first and last block."""
         L, block = self.length, self.block
         q_noisy, q_clean = q_least < L, q_most >= L
         k_noisy, k_clean = k_least < L, k_most >= L
@@ -59,18 +60,18 @@ class BlockDiffusionRule:
         return same | earlier | ((clean[2] <= clean[1]) & q_clean & k_clean)
 
     def _capped(self, index: Any) -> Any:
-        """The index, or the last noisy one where it is clean."""
+        """The index, or the last noisy index where it is clean."""
         clean = index >= self.length
         return index * (1 - clean) + (self.length - 1) * clean
 
     def _clean(self, index: Any) -> Any:
-        """Place in the clean half, 0 where the index is noisy."""
+        """Index inside the clean half, 0 where the index is noisy."""
         return (index - self.length) * (index >= self.length)
 
 
 @dataclass(frozen=True)
 class TwoHalves:
-    """Rotary positions of [z ‖ x]: both halves carry the same ones."""
+    """Rotary positions of [z ‖ x]: the same in both halves."""
 
     length: int
 
@@ -81,16 +82,16 @@ class TwoHalves:
 
 @dataclass(frozen=True)
 class BlockDiffusion(TokenObjective):
-    """BD3-LM NELBO (Arriola et al. 2025): an `MDLM` loss in every block given the clean blocks
-    before it.
+    """The NELBO of BD3-LM (Arriola et al. 2025): an `MDLM` loss in every block, given the clean
+    blocks before it.
 
-    One noise level per block, stratified over all B·K blocks. block = L is MDLM's bound; block = 1
-    in form "k" masks everything with weight 1, which is the exact autoregressive NLL."""
+    There is one noise level per block, stratified over all B·K blocks. block = L is MDLM's bound.
+    block = 1 in form "k" masks everything with weight 1, which is the exact autoregressive NLL."""
 
     n_ids: int
     block: int = 16
     form: str = "k"
-    schedule: Schedule = field(default_factory=Linear)
+    schedule: NoiseSchedule = field(default_factory=Linear)
     antithetic: bool = True
     sparse_rows: bool = True
 
@@ -101,23 +102,22 @@ class BlockDiffusion(TokenObjective):
 
     @property
     def within(self) -> MDLM:
-        """The objective of one block."""
+        """The objective inside one block."""
         return MDLM(self.n_ids, self.form, self.schedule, self.antithetic, self.sparse_rows)
 
     def mask(self, length: int) -> Mask:
-        """What [z ‖ x] may see."""
+        """The attention mask of [z ‖ x]."""
         return Mask(rule=BlockDiffusionRule(length, self.block))
 
     def position(self, length: int) -> TwoHalves:
-        """Both halves are rotated alike."""
+        """Both halves have the same rotary positions."""
         return TwoHalves(length)
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
-        """inputs [B, 2L] = [z ‖ x]; rows of [B, L]; noise [B] is the mean level of the sequence's
-        blocks.
+        """inputs [B, 2L] = [z ‖ x]; rows of [B, L]; noise [B] is the mean noise level of the
+        sequence's blocks.
 
-        Raises ValueError where `block` does not divide L, and for documents.
-        """
+        Raises ValueError where `block` does not divide L, and for data with document ids."""
         tokens_BxL = batch["tokens"]
         count, length = tokens_BxL.shape
         if length % self.block:
@@ -132,13 +132,13 @@ class BlockDiffusion(TokenObjective):
         return {
             "inputs": jnp.concatenate([noisy_BxL, rows["targets"]], axis=1),
             "noise": blocks["noise"].reshape(count, -1).mean(1),
-            "rows": weighed(rows, batch),
+            "rows": with_weights(rows, batch),
         }
 
     def rows(
         self, hidden: jax.Array, noised: Noised, capacity: int | None
     ) -> tuple[jax.Array, Rows]:
-        """Of the noisy half, as `TokenObjective.rows`."""
+        """Rows of the noisy half, as `TokenObjective.rows`."""
         return super().rows(hidden[:, : noised["rows"]["weights"].shape[1]], noised, capacity)
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:

@@ -1,9 +1,9 @@
 """Masked diffusion (MDLM = MD4 = RADD = LLaDA): a cross entropy on the masked positions, weighted
 into a NELBO.
 
-Two unbiased estimators of the same bound. "t": time t, each token masked with probability 1-α(t),
-weight w(t). "k": exactly k ~ U{1..L} masked tokens, weight L/k. Never mix them: exact-k masks with
-1/t weights are biased.
+There are two unbiased estimators of the same bound. "t": time t, each token masked with probability
+1-α(t), weight w(t). "k": exactly k ~ U{1..L} masked tokens, weight L/k. They cannot be mixed:
+exact-k masks with 1/t weights are biased.
 
 Shapes: B sequences, L positions, V vocabulary (tp: V/tp columns), R rows (any leading shape), M
 masks."""
@@ -20,18 +20,18 @@ from fdp.objectives.base import (
     Noised,
     Rows,
     TokenObjective,
-    carried,
     shifted_order,
     stratified_counts,
     stratified_uniform,
-    weighed,
+    with_segments,
+    with_weights,
 )
-from fdp.objectives.schedules import Linear, Schedule
+from fdp.objectives.noise_schedules import Linear, NoiseSchedule
 from fdp.parallel.tensor import cross_entropy, suppress
 
 
 def mask_bernoulli(key: jax.Array, probs_B: jax.Array, length: int) -> jax.Array:
-    """Mask every position of row b on its own with probability probs[b]: bool [B, L]."""
+    """Mask every position of row b independently with probability probs[b]: bool [B, L]."""
     return jax.random.uniform(key, (probs_B.shape[0], length)) < probs_B[:, None]
 
 
@@ -48,15 +48,15 @@ def iid_counts(key: jax.Array, count: int, length: int) -> jax.Array:
 
 @dataclass(frozen=True)
 class MDLM(TokenObjective):
-    """Masked diffusion NELBO (Sahoo et al. 2024; "k" form: Nie et al. 2025).
+    """The NELBO of masked diffusion (Sahoo et al. 2024; "k" form: Nie et al. 2025).
 
-    `antithetic` draws one noise level per stratum of the global batch (fewer than 1/5 of the
-    variance); without it the levels are independent. Time conditioning, where wanted, reads
-    `noise`: the mask ratio k/L, or 1-α(t)."""
+    `antithetic` draws one noise level per stratum of the global batch (less than 1/5 of the
+    variance); otherwise the levels are independent. Time conditioning reads `noise`: the mask ratio
+    k/L, or 1-α(t)."""
 
     n_ids: int
     form: str = "k"
-    schedule: Schedule = field(default_factory=Linear)
+    schedule: NoiseSchedule = field(default_factory=Linear)
     antithetic: bool = True
     sparse_rows: bool = True
 
@@ -67,9 +67,8 @@ class MDLM(TokenObjective):
             )
 
     def levels(self, key: jax.Array, count: int, length: int) -> tuple[jax.Array, jax.Array]:
-        """`count` noise levels and their weights: f32 [count] each. "k" gives (k/length,
-        length/k).
-        """
+        """`count` noise levels and their weights: f32 [count] each. Form "k" gives (k/length,
+        length/k)."""
         if self.form == "k":
             k = (
                 stratified_counts(key, count, length)
@@ -81,7 +80,7 @@ class MDLM(TokenObjective):
         return self.schedule.mask_prob(t), self.schedule.weight(t)
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
-        """Replace tokens by the mask id n_ids; weights are 0 at positions left visible."""
+        """Replace tokens by the mask id n_ids; the weight of unmasked positions is 0."""
         tokens_BxL = batch["tokens"].astype(jnp.int32)
         count, length = tokens_BxL.shape
         key_level, key_mask = jax.random.split(key)
@@ -93,19 +92,18 @@ class MDLM(TokenObjective):
             masked_BxL = mask_bernoulli(key_mask, noise_B, length)
         # Selecting, not multiplying: at t = 0 the weight is infinite and nothing is masked.
         weights_BxL = jnp.where(masked_BxL, weight_B[:, None], 0.0)
-        rows = weighed({"targets": tokens_BxL, "weights": weights_BxL}, batch)
+        rows = with_weights({"targets": tokens_BxL, "weights": weights_BxL}, batch)
         inputs_BxL = jnp.where(masked_BxL, self.n_ids, tokens_BxL)
-        noised = {"inputs": inputs_BxL, "noise": noise_B, "rows": rows}
-        return noised | carried(batch)  # type: ignore[return-value]
+        noised: Noised = {"inputs": inputs_BxL, "noise": noise_B, "rows": rows}
+        return with_segments(noised, batch)
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """w · -log p(target) in nats over the ids 0..n_ids-1: [R..., V/tp] → f32 [R...]."""
         return rows["weights"] * cross_entropy(suppress(logits_RxV, self.n_ids), rows["targets"])
 
     def capacity(self, batch: int, length: int, shards: int, seq_shards: int = 1) -> int | None:
-        """Rows of weight > 0 one device can ever hold: `masked_capacity` where counts are
-        stratified, else all. None where `sparse_rows` is off.
-        """
+        """The most rows of weight > 0 that a device can ever hold: `masked_capacity` where counts
+        are stratified, else all rows. None where `sparse_rows` is off."""
         if not self.sparse_rows:
             return None
         if self.form == "k" and self.antithetic:
@@ -117,13 +115,13 @@ class MDLM(TokenObjective):
 def masked_capacity(
     batch: int, seq_len: int, shards: int, seq_shards: int = 1, block: int | None = None
 ) -> int:
-    """Largest number of masked positions that stratified exact-k masks can give one device;
-    attained, never exceeded.
+    """The most masked positions that stratified exact-k masks can give one device, about
+    (B+1)·L/2/shards; attained, never exceeded.
 
-    `shards` contiguous batch shards; `seq_shards` > 1 counts at most seq_len/seq_shards positions a
-    sequence, a bound for any sequence layout. `block`: length in which k is drawn (block
-    diffusion). About (B+1)·L/2/shards. Raises ValueError where the shards do not divide the batch
-    or sequence, or `block` the sequence."""
+    `shards`: contiguous batch shards. `seq_shards` > 1 counts at most seq_len/seq_shards positions
+    per sequence, a bound for any sequence layout. `block`: length in which k is drawn (block
+    diffusion). Raises ValueError where the shards do not divide the batch or sequence, or `block`
+    does not divide the sequence."""
     block = block or seq_len
     if batch % shards or seq_len % seq_shards or seq_len % block:
         raise ValueError(

@@ -16,22 +16,23 @@ from fdp.objectives.base import (
     Noised,
     Rows,
     TokenObjective,
-    carried,
     stratified_uniform,
-    weighed,
+    with_segments,
+    with_weights,
 )
 from fdp.objectives.mdlm import MDLM
-from fdp.objectives.schedules import Geometric, Schedule
+from fdp.objectives.noise_schedules import Geometric, NoiseSchedule
 from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp, vocab_offset
 
 
 @dataclass(frozen=True)
 class SEDDAbsorbing(MDLM):
-    """Score entropy for absorbing noise (Lou et al. 2024), noise forms and masks as in `MDLM`.
+    """Score entropy for absorbing noise (Lou et al. 2024), with the noise forms and masks of
+    `MDLM`.
 
-    log score of id y = logit_y - log n_ids - log(e^σ - 1): the scale by σ of the paper's code, so
-    that zero logits are a normalised score. The loss is MDLM's plus w·(c - 1 - log c) ≥ 0, c = Σ
-    e^logit / n_ids."""
+    log score of id y = logit_y - log n_ids - log(e^σ - 1). With this scaling by σ, as in the
+    paper's code, zero logits are a normalised score. The loss is MDLM's plus w·(c - 1 - log c) ≥ 0,
+    c = Σ e^logit / n_ids."""
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """w·[Σ_y s_y/κ - log s_x/κ - 1] in nats, κ = 1/(e^σ - 1) cancelling: [R..., V/tp] → f32
@@ -49,21 +50,9 @@ def _uniform(key: jax.Array, n: int) -> jax.Array:
 
 
 def uniform_ratio(sigma: jax.Array, n_ids: int) -> jax.Array:
-    """p(stays)/p(becomes one given other id) = 1 + n_ids/(e^σ - 1) under uniform noise of total
-    σ.
-    """
+    """p(token stays)/p(token becomes one given other id) = 1 + n_ids/(e^σ - 1) under uniform noise
+    of total σ."""
     return 1 + n_ids / jnp.expm1(sigma)
-
-
-def score_of_mean(logp_RxV: jax.Array, noisy: jax.Array, sigma: jax.Array, n_ids: int) -> jax.Array:
-    """Log scores of a clean-token prediction: log q(y)/q(noisy), q = e^-σ p + (1 - e^-σ)/n_ids:
-    [R..., V/tp] → same.
-
-    Exact ratios need p = p(x_i | z without i), NOT the posterior p(x_i | z) (UDLM, Schiff et al.
-    2025)."""
-    sigma = sigma[..., None]
-    q_RxV = jnp.exp(logp_RxV - sigma) - jnp.expm1(-sigma) / n_ids
-    return jnp.log(q_RxV) - jnp.log(vocab_gather(q_RxV, noisy))[..., None]
 
 
 @dataclass(frozen=True)
@@ -71,18 +60,17 @@ class SEDDUniform(TokenObjective):
     """Score entropy for uniform noise (Lou et al. 2024 with Q uniform); the logits are the log
     scores.
 
-    Every position carries loss and the model must see σ (`noise`). The bound leaves out the
-    reconstruction term at σ(0) and the prior term at σ(1), both negligible for the default
+    Every position carries loss, and the model must read σ (`noise`). The bound omits the
+    reconstruction term at σ(0) and the prior term at σ(1); both are negligible for the default
     schedule."""
 
     n_ids: int
-    schedule: Schedule = field(default_factory=Geometric)
+    schedule: NoiseSchedule = field(default_factory=Geometric)
     antithetic: bool = True
 
     def corrupt(self, key: jax.Array, batch: Batch) -> Noised:
-        """Replace each token, with probability 1 - e^-σ, by a uniform id (itself included). noise =
-        σ(t).
-        """
+        """Replace each token, with probability 1 - e^-σ, by a uniform id (possibly the same). noise
+        = σ(t)."""
         tokens_BxL = batch["tokens"].astype(jnp.int32)
         key_t, key_move, key_id = jax.random.split(key, 3)
         levels = stratified_uniform if self.antithetic else _uniform
@@ -92,22 +80,24 @@ class SEDDUniform(TokenObjective):
         ids_BxL = jax.random.randint(key_id, tokens_BxL.shape, 0, self.n_ids, jnp.int32)
         noisy_BxL = jnp.where(moved_BxL, ids_BxL, tokens_BxL)
         sigma_B = self.schedule.sigma(t_B)
-        spread = lambda x_B: jnp.broadcast_to(x_B[:, None], tokens_BxL.shape)
+
+        def spread(x_B: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(x_B[:, None], tokens_BxL.shape)
+
         rows = {
             "targets": tokens_BxL,
             "weights": spread(self.schedule.rate(t_B)),
             "noisy": noisy_BxL,
             "ratio": spread(uniform_ratio(sigma_B, self.n_ids)),
         }
-        noised = {"inputs": noisy_BxL, "noise": sigma_B, "rows": weighed(rows, batch)}
-        return noised | carried(batch)  # type: ignore[return-value]
+        noised: Noised = {"inputs": noisy_BxL, "noise": sigma_B, "rows": with_weights(rows, batch)}
+        return with_segments(noised, batch)
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """σ'/n Σ_{y≠z} [s_y - r_y log s_y + r_y(log r_y - 1)] in nats, r = p(y|x)/p(z|x): [R...,
         V/tp] → f32 [R...].
 
-        Not negative, and 0 exactly at s = r. The column of the noisy id itself is not read.
-        """
+        It is never negative, and 0 exactly at s = r. The column of the noisy id is not read."""
         n, ratio = self.n_ids, rows["ratio"]
         logits_RxV = logits_RxV.astype(jnp.float32)
         ids = vocab_offset(logits_RxV.shape[-1]) + jnp.arange(logits_RxV.shape[-1])

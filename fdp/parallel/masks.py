@@ -1,9 +1,10 @@
-"""Which keys a query may see, as data that every attention path (XLA, Pallas, ring, sparse) reads
-the same way.
+"""Attention masks as data, which every attention path (XLA, Pallas, ring, sparse) reads the same
+way.
 
-Positions are global token indices and travel with queries and keys, so a mask is right for any
-order of tokens: zig-zag or striped shards, gathered blocks, what an all-to-all leaves behind.
-Legend: N queries, M keys, I and J tiles of them."""
+Positions are global token indices that are passed with queries and keys. A mask therefore holds for
+any order of tokens: zig-zag or striped shards, gathered blocks, the result of an all-to-all.
+
+Legend: N queries, M keys, I tiles of queries, J tiles of keys."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -15,27 +16,27 @@ KINDS = ("bidirectional", "causal")
 
 @runtime_checkable
 class Rule(Protocol):
-    """A condition of its own on (query, key) indices: hashable, equal where it means the same.
+    """A condition on (query, key) indices, for masks that `Mask` has no field for. Rules are
+    hashable; equal rules mean the same condition.
 
-    Both methods take integers or integer arrays of NumPy or JAX that broadcast, use operators
-    alone, and so run before tracing, in a program and inside kernels."""
+    Both methods take integers or integer arrays of NumPy or JAX that broadcast, and use operators
+    only, so they run before tracing, in a program and inside kernels."""
 
     def __call__(self, q_index: Any, k_index: Any) -> Any:
         """Whether query q may see key k: bool."""
         ...
 
     def meets(self, q_least: Any, q_most: Any, k_least: Any, k_most: Any) -> Any:
-        """False only where no query in q_least … q_most sees any key in k_least … k_most: bool."""
+        """bool: False only where no query in q_least … q_most sees a key in k_least … k_most."""
         ...
 
 
 @dataclass(frozen=True)
 class Mask:
-    """`kind` bidirectional or causal (k ≤ q); `window` w > 0 keeps |q - k| < w; `packed` asks for
-    segment ids; `rule` must allow a pair, too.
+    """`kind` is bidirectional or causal (k ≤ q). `window` w > 0 keeps |q - k| < w. `packed`:
+    queries see keys of their own segment only. `rule` must allow the pair as well.
 
-    Raises ValueError for an unknown kind, a negative window or something that is no rule.
-    """
+    Raises ValueError for an unknown kind, a negative window or something that is no rule."""
 
     kind: str = "bidirectional"
     window: int = 0
@@ -54,7 +55,7 @@ class Mask:
 
     @property
     def orders(self) -> bool:
-        """Whether positions matter at all."""
+        """Whether the mask reads positions."""
         return self.kind == "causal" or self.window > 0 or self.rule is not None
 
     @property
@@ -91,11 +92,12 @@ def allowed(
 def tiles_meet(
     mask: Mask, q_least: Any, q_most: Any, k_least: Any, k_most: Any, segments: Any = None
 ) -> Any:
-    """Whether any query of a tile may see any key of another, judged from their least and greatest
-    positions: bool, never False where a pair is allowed.
+    """Whether a query of one tile may see a key of another, judged from their least and greatest
+    positions: bool. It may be True for tiles without a visible pair, but is never False where there
+    is one.
 
-    Arrays of NumPy or JAX that broadcast, such as [I, 1] and [1, J]. segments: the same four
-    figures of segment ids, for a packed mask."""
+    Arrays of NumPy or JAX that broadcast, such as [I, 1] and [1, J]. segments: the same four bounds
+    of segment ids, for a packed mask."""
     low, high = q_least - k_most, q_most - k_least  # of query minus key
     live = low <= high
     if mask.kind == "causal":

@@ -1,7 +1,9 @@
-"""Vocabulary-parallel operations over tp: logits stay sharded, only reductions cross the wire.
+"""Vocabulary-parallel operations over tp: logits stay sharded, and only reductions are
+communicated.
 
-Shapes: N rows (any leading shape …), V vocabulary, tp degree of the tensor axis. `logits_V` holds
-this device's V/tp columns, a contiguous block; global ids everywhere else."""
+`logits_V` holds the V/tp columns of this device, a contiguous block; all other ids are global.
+
+Legend: V vocabulary."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ NEVER = -1e30
 
 
 def vocab_offset(v_local: int) -> jax.Array | int:
-    """Global id of this device's first logits column."""
+    """Global id of the first logits column of this device."""
     return index("tp") * v_local
 
 
@@ -38,7 +40,7 @@ def vocab_logsumexp(logits_V: jax.Array) -> jax.Array:
 
 
 def vocab_gather(logits_V: jax.Array, ids: jax.Array) -> jax.Array:
-    """logits at global `ids`: [..., V/tp], [...] int → [...] f32. One psum of a scalar a row."""
+    """logits at global `ids`: [..., V/tp], [...] int → [...] f32. One psum of a scalar per row."""
     local = ids - vocab_offset(logits_V.shape[-1])
     mine = (local >= 0) & (local < logits_V.shape[-1])
     picked = jnp.take_along_axis(
@@ -50,8 +52,8 @@ def vocab_gather(logits_V: jax.Array, ids: jax.Array) -> jax.Array:
 def cross_entropy(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
     """-log softmax(logits)[target] in nats, vocabulary-parallel: [..., V/tp], [...] → [...] f32.
 
-    Source: Shoeybi et al. 2019 (Megatron-LM), section 3; the two reductions after the maximum
-    travel as one psum."""
+    The two reductions after the maximum share one psum. Source: Shoeybi et al. 2019 (Megatron-LM),
+    section 3."""
     logits_V = logits_V.astype(jnp.float32)
     local = targets - vocab_offset(logits_V.shape[-1])
     mine = (local >= 0) & (local < logits_V.shape[-1])
@@ -67,9 +69,8 @@ def cross_entropy(logits_V: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def vocab_argmax(scores_V: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(max value, its global id) over the vocabulary: [..., V/tp] → [...] f32, [...] int32; ties to
-    the smallest id.
-    """
+    """(largest value, its global id) over the vocabulary: [..., V/tp] → [...] f32, [...] int32.
+    Ties go to the smallest id."""
     best = scores_V.max(-1)
     ids = scores_V.argmax(-1).astype(jnp.int32) + vocab_offset(scores_V.shape[-1])
     top = pmax(best, "tp")

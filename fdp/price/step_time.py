@@ -341,7 +341,8 @@ def step_time(x: Mapping[str, Array], k: Mapping[str, Array]) -> Terms:
     tp, ep, cp = part * wire["tp"], part * share * wire["ep"], part * wire["cp"]
     terms = {
         "compute": m * slowest - tp - ep - cp, "tp": tp, "ep": ep, "cp": cp,
-        "pp": bubble + transfer, "dp": data, "optimizer": update, "step": k["step"] + m * k["stage"],
+        "pp": bubble + transfer, "dp": data, "optimizer": update,
+        "step": k["step"] + m * k["stage"],
     }  # fmt: skip
     terms["total"] = sum(terms.values())
     terms["stalled"] = terms["total"] + k["stall"] * (1 - p**-1.2) * m

@@ -1,16 +1,15 @@
-"""Masked diffusion block by block with a key/value cache: refresh steps over all rows, reuse steps
-over one block.
+"""Masked diffusion block by block with a key/value cache: refresh steps compute all rows, reuse
+steps the rows of one block.
 
-The dual cache of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618), whose phases dLLM-Serve (arXiv
-2512.17077) schedules: a refresh runs the whole sequence and caches every key and value; the reuse
-steps after it run the rows of the current block alone, against the cache. Both reveal tokens of the
-block, in random order. Reuse is an approximation (what lies outside the block keeps the keys of the
-last refresh); with a refresh in every step the ids are those of
+This is the dual cache of Fast-dLLM (Wu et al. 2025, arXiv 2505.22618), whose phases dLLM-Serve
+(arXiv 2512.17077) schedules. A refresh runs the whole sequence and caches all keys and values. The
+reuse steps after it run only the rows of the current block against the cache. Both reveal tokens of
+the block in random order. Reuse is an approximation: keys outside the block are those of the last
+refresh. With a refresh in every step the ids are those of
 `fdp.sampling.masked.reveal(order="random", per_step=…, block=…)`.
 
-The phases are pure functions of their own, so that they can be compiled for different meshes; the
-noise of a draw depends on sample, step and position alone, so ids do not depend on dp, tp or the
-batch.
+The phases are separate pure functions, so they can be compiled for different meshes. The noise
+depends only on sample, step and position, so ids do not depend on dp, tp or the batch.
 
 Legend: B sequences, L positions, R = block rows, P prompt, D width, V vocabulary (tp: V/tp
 columns)."""
@@ -33,11 +32,10 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class BlockDecoder:
-    """How blocks are decoded: `per_step` positions of a block of `block` in every step; ids ≥ n_ids
-    are never drawn.
+    """How blocks are decoded: each step reveals `per_step` positions of a block of `block`; ids ≥
+    n_ids are never drawn.
 
-    Raises ValueError for a causal model and for counts below 1.
-    """
+    Raises ValueError for a causal model and for counts below 1."""
 
     model: Transformer
     n_ids: int
@@ -46,9 +44,9 @@ class BlockDecoder:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.model.core.mask.kind != "bidirectional":
+        if self.model.softmax.mask.kind != "bidirectional":
             raise ValueError(
-                f"blocks are denoised by a bidirectional model, not under {self.model.core.mask}"
+                f"blocks are denoised by a bidirectional model, not under {self.model.softmax.mask}"
             )
         if self.block < 1 or self.per_step < 1:
             raise ValueError(
@@ -57,7 +55,7 @@ class BlockDecoder:
 
     @property
     def steps(self) -> int:
-        """Steps a block: ⌈block / per_step⌉."""
+        """Steps per block: ⌈block / per_step⌉."""
         return -(-self.block // self.per_step)
 
     def blocks(self, length: int, prompt: int = 0) -> int:
@@ -76,9 +74,8 @@ class BlockDecoder:
     def refresh(
         self, params: Any, key: Array, ids_B: Array, z_BxL: Array, step: Array, start: Array
     ) -> tuple:
-        """One step over all rows: (z after revealing tokens of the block at `start`, the filled
-        cache).
-        """
+        """One step that computes all rows: (z after revealing tokens of the block at `start`, the
+        filled cache)."""
         args = (self.model, {"params": params}, z_BxL, self._noise(z_BxL))
         hidden_BxLxD, _, cache = module.run(*args, method="hidden", keep_cache=True)
         rows_BxRxD = jax.lax.dynamic_slice_in_dim(hidden_BxLxD, start, self.block, 1)
@@ -94,9 +91,8 @@ class BlockDecoder:
         step: Array,
         start: Array,
     ) -> tuple:
-        """One step over the rows of the block at `start`: (z, the cache with the new keys and
-        values of those rows).
-        """
+        """One step that computes the rows of the block at `start`: (z, the cache with new keys and
+        values of those rows)."""
         rows_BxR = jax.lax.dynamic_slice_in_dim(z_BxL, start, self.block, 1)
         positions_BxR = jnp.broadcast_to(start + jnp.arange(self.block), rows_BxR.shape)
         args = (self.model, {"params": params}, rows_BxR, self._noise(z_BxL), positions_BxR)
@@ -130,9 +126,8 @@ class BlockDecoder:
 def start_state(
     decoder: BlockDecoder, ids_B: Array, length: int, prompt_BxP: Array | None = None
 ) -> Array:
-    """Masks after the prompt, int32 [B, L]. Raises ValueError unless prompt and length are whole
-    blocks.
-    """
+    """The prompt followed by masks, int32 [B, L]. Raises ValueError unless prompt and length are
+    whole blocks."""
     decoder.blocks(length, 0 if prompt_BxP is None else prompt_BxP.shape[1])
     z_BxL = initial_state(ids_B, length, decoder.n_ids, None)
     return (
@@ -143,9 +138,8 @@ def start_state(
 
 
 def refresh_period(decoder: BlockDecoder, refresh_every: int | None) -> int:
-    """Steps from one refresh to the next: every block begins with one. Raises ValueError below
-    1.
-    """
+    """Number of steps from one refresh to the next; every block begins with one. Raises ValueError
+    below 1."""
     if refresh_every is not None and refresh_every < 1:
         raise ValueError(
             f"refresh_every={refresh_every} must be at least 1; None refreshes once a block"
@@ -163,12 +157,12 @@ def sample(
     refresh_every: int | None = None,
     prompt_BxP: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """Decode all blocks from left to right: (ids int32 [B, L], {"refreshes", "reuses"}: counts of
-    each step).
+    """Decode all blocks from left to right: (ids int32 [B, L], {"refreshes", "reuses"}: number of
+    each).
 
-    `ids_B` are global sample ids. `refresh_every` steps inside a block the cache is refreshed
-    (None: at its start only; 1: always, which is exact). Runs unsharded and inside shard_map.
-    Raises ValueError for lengths that are not whole blocks and under cp > 1."""
+    `ids_B` are global sample ids. Inside a block the cache is refreshed every `refresh_every` steps
+    (None: at the start of the block only; 1: always, which is exact). Runs unsharded and inside
+    shard_map. Raises ValueError for lengths that are not whole blocks and under cp > 1."""
     prompt = 0 if prompt_BxP is None else prompt_BxP.shape[1]
     steps, period = decoder.steps, refresh_period(decoder, refresh_every)
     total = steps * decoder.blocks(length, prompt)

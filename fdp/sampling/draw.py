@@ -1,8 +1,9 @@
-"""Samples from a trained arm: the same parameters, laid out for generation.
+"""Samples from a trained arm: its parameters are moved to a mesh for generation.
 
 Legend: B sequences, L positions.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ from fdp.collectives import shard_map
 from fdp.mesh import AXES, BATCH_AXES
 from fdp.models import module
 from fdp.objectives import Autoregressive, BlockDiffusion, SEDDUniform
-from fdp.sampling import autoregressive
+from fdp.sampling.autoregressive import sample
 from fdp.sampling.masked import first_hitting
+from fdp.sampling.noise import Draw
 from fdp.sampling.score import analytic_uniform
 
 P = PartitionSpec
@@ -41,11 +43,9 @@ def draw(arm: Arm, count: int, mesh: Mesh | None = None) -> np.ndarray:
     """`count` sequences int32 [B, L] from arm.state at temperature 1: equal ids on every mesh for
     equal seeds.
 
-    `mesh`: where to draw, by default the arm's.
-
-    First-hitting for masked objectives (no factorisation error; block by block for block
-    diffusion), left to right for autoregressive ones, as many analytic steps as positions for
-    uniform noise."""
+    `mesh`: whose devices draw, by default the arm's. Masked objectives use first-hitting (without
+    factorisation error; block by block for block diffusion), autoregressive ones go from left to
+    right, and uniform noise takes as many analytic steps as there are positions."""
     mesh = generation_mesh(mesh or arm.mesh)
     specs = arm.program.specs.specs
     params = jax.device_put(arm.trained_on_host.params, sharding.shardings(mesh, specs))
@@ -56,9 +56,8 @@ def draw(arm: Arm, count: int, mesh: Mesh | None = None) -> np.ndarray:
 
 
 def _method(arm: Arm) -> Any:
-    """(params, sample_ids_B) → ids_BxL by the sampler that suits the arm's objective."""
+    """The sampler of the arm's objective: (params, sample_ids_B) → ids_BxL."""
     objective, model, length = arm.objective, arm.model, arm.data.seq_len
-    key = jax.random.key(arm.seed)
 
     def run(params: Any, *args: Any, method: str) -> Any:
         return module.run(model, {"params": params}, *args, method=method)[0]
@@ -67,31 +66,22 @@ def _method(arm: Arm) -> Any:
         hidden_BxLxD = run(params, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
         return run(params, hidden_BxLxD[:, i], method="outputs")
 
-    if isinstance(objective, Autoregressive):
-        return lambda params, ids: autoregressive.sample(
-            lambda z, i: logits_at(params, z, i),
-            key,
-            ids,
-            length,
-            objective.bos,
-            n_ids=objective.n_ids,
-        )[0]
+    def logits(params: Any, z_BxL: jax.Array, noise_B: jax.Array) -> Any:
+        if isinstance(objective, BlockDiffusion):
+            # The clean half is the state itself: a block sees only earlier blocks of it, which are
+            # already revealed.
+            z_BxL = jnp.concatenate([z_BxL, z_BxL], 1)
+        hidden = run(params, z_BxL, noise_B, method="hidden")
+        return run(params, hidden[:, :length], method="outputs")
 
-    def denoise(params: Any) -> Any:
-        def logits(z_BxL: jax.Array, noise_B: jax.Array) -> Any:
-            if isinstance(objective, BlockDiffusion):
-                # The clean half is the state itself: a block sees only earlier blocks of it, which
-                # are already revealed.
-                z_BxL = jnp.concatenate([z_BxL, z_BxL], 1)
-            hidden = run(params, z_BxL, noise_B, method="hidden")
-            return run(params, hidden[:, :length], method="outputs")
+    def sampled(params: Any, sample_ids_B: jax.Array) -> jax.Array:
+        draw = Draw(jax.random.key(arm.seed), sample_ids_B, length, objective.n_ids)
+        if isinstance(objective, Autoregressive):
+            return sample(partial(logits_at, params), draw, objective.bos)[0]
+        denoise = partial(logits, params)
+        if isinstance(objective, SEDDUniform):
+            return analytic_uniform(denoise, draw, steps=length, schedule=objective.schedule)[0]
+        block = objective.block if isinstance(objective, BlockDiffusion) else None
+        return first_hitting(denoise, draw, block=block)[0]
 
-        return logits
-
-    options: dict[str, Any] = {"n_ids": objective.n_ids}
-    if isinstance(objective, SEDDUniform):
-        options |= {"steps": length, "schedule": objective.schedule}
-        return lambda params, ids: analytic_uniform(denoise(params), key, ids, length, **options)[0]
-    if isinstance(objective, BlockDiffusion):
-        options["block"] = objective.block
-    return lambda params, ids: first_hitting(denoise(params), key, ids, length, **options)[0]
+    return sampled

@@ -1,12 +1,16 @@
-"""Counter-based sampling noise: what a sample sees depends on its id, the step and the position, on
-nothing else.
+"""Counter-based sampling noise: the noise of a sample depends only on its id, the step and the
+position.
 
-Not on the batch it travels in, not on the mesh, and a vocabulary shard draws exactly its columns of
-the global Gumbel table. Shapes: B samples, P positions, V vocabulary (tp: V/tp columns).
+It does not depend on the batch or the mesh; a vocabulary shard draws exactly its columns of the
+global Gumbel table.
 
-`jax.random.gumbel` is not used: its f32 default steps through u in units of 2^-23 (largest value
-15.9, so ids with p < 1e-6 are starved; Zheng et al. 2024), and it cannot draw a slice. Here 64 bits
-a draw reach 45."""
+`jax.random.gumbel` is not used. Its f32 default has a resolution of 2^-23 in u, so its largest
+value is 15.9 and ids with p < 1e-6 are starved (Zheng et al. 2024), and it cannot draw a slice.
+Here 64 bits per draw reach 45.
+
+Shapes: B samples, P positions, V vocabulary (tp: V/tp columns)."""
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +47,32 @@ def position_keys(
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(sample_ids_B, positions_P)
 
 
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """What every sampler is asked for: one sequence of `length` tokens for each sample id.
+
+    key: of all noise. sample_ids_B: int32 [B], global (unique over the whole job). Ids ≥ n_ids are
+    never drawn; n_ids is the mask token of masked diffusion. temperature: 0 takes the largest
+    logit. start_BxL: a prompt with n_ids where tokens are wanted, for samplers that reveal masks.
+    trace: whether `info` holds every state.
+    """
+
+    key: jax.Array
+    sample_ids_B: jax.Array
+    length: int
+    n_ids: int
+    temperature: float = 1.0
+    start_BxL: jax.Array | None = None
+    trace: bool = False
+
+    def keys(self, step: jax.Array | int) -> jax.Array:
+        """The keys of all positions in `step`, uint32 [B, L, 2]."""
+        return position_keys(self.key, self.sample_ids_B, step, jnp.arange(self.length))
+
+
 def _unit(keys: jax.Array, counters: jax.Array, use: int) -> jax.Array:
     """u in (0, 1), relative precision 2^-24 down to 2^-65: keys [..., 2], counters broadcast
-    against [...] → f32.
-    """
+    against [...] → f32."""
     counters = counters.astype(jnp.uint32)
     shape = jnp.broadcast_shapes(keys.shape[:-1], counters.shape)
     words = [
@@ -70,11 +96,10 @@ def uniform(keys: jax.Array) -> jax.Array:
 
 
 def gumbel(keys: jax.Array, v_local: int) -> jax.Array:
-    """Standard Gumbel noise of this device's vocabulary columns: uint32 [..., 2] → f32 [..., V/tp],
-    at most 45.1.
+    """Standard Gumbel noise of the vocabulary columns of this device: uint32 [..., 2] → f32 [...,
+    V/tp], at most 45.1.
 
-    -log(-log1p(-u)): the upper tail comes from small u, where floats are dense.
-    """
+    -log(-log1p(-u)): the upper tail comes from small u, where floats are dense."""
     ids = vocab_offset(v_local) + jnp.arange(v_local)
     return -jnp.log(-jnp.log1p(-_unit(keys[..., None, :], ids, GUMBEL)))
 
@@ -96,11 +121,11 @@ def categorical(keys: jax.Array, logits_V: jax.Array, temperature: float = 1.0) 
 def categorical_confidence(
     keys: jax.Array, logits_V: jax.Array, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """`categorical` and the largest probability of softmax(logits) at temperature 1: [..., V/tp] →
+    """`categorical`, and the largest probability of softmax(logits) at temperature 1: [..., V/tp] →
     int32, f32 [...].
 
-    What a denoiser that reveals the surest positions needs. Four scalars a row cross the wire in
-    three reductions: the two maxima, the winner's id, the sum of exponentials."""
+    For denoisers that reveal the most certain positions. Three reductions carry four scalars per
+    row: the two maxima, the id of the winner, the sum of exponentials."""
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, not {temperature}")
     logits_V = logits_V.astype(jnp.float32)

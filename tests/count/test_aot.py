@@ -26,7 +26,8 @@ import os, sys
 from fdp.count import aot
 aot.prepare_environment()
 assert "jax" not in sys.modules and "numpy" not in sys.modules
-print(os.environ["JAX_PLATFORMS"], os.environ["TPU_SKIP_MDS_QUERY"], os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"])
+names = "JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"
+print(*(os.environ[name] for name in names))
 print(os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"], os.environ["TPU_WORKER_HOSTNAMES"])
 """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX", "TPU"))} | {
@@ -78,11 +79,11 @@ def test_bad_topologies_name_a_good_one(topology, message):
         aot.available("rocm")
 
 
-TOTAL = """RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO \
-temporaries (44.50G) exceeds available HBM (15.75G). HLO module: jit_big.
+TOTAL = """RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total \
+memory required for HLO temporaries (44.50G) exceeds available HBM (15.75G). HLO module: jit_big.
 See https://openxla.org/xla/errors/error_1000 for more details."""
-LISTED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of \
-15.48G hbm. Exceeded hbm capacity by 5.02G.
+LISTED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory \
+space hbm. Used 20.50G of 15.48G hbm. Exceeded hbm capacity by 5.02G.
 
 Total hbm usage >= 21.02G:
     reserved        530.00M

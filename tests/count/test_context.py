@@ -92,19 +92,21 @@ def test_need_matrix_reproduces_the_published_rows(row: str) -> None:
     mask = (apart >= 0) & (apart < 64) if row == "window" else apart >= 0
     for layout, want in zip((CONTIGUOUS, ZIGZAG, STRIPED), TABLE[row], strict=True):
         got = cost.needs(mask, layout, 8, 64)
-        numbers = (got.remote_units, got.worker_imbalance, got.step_imbalance)
+        # Units from other devices, and the busiest device's work over the mean where devices wait
+        # once a hop.
+        remote = (got.units.sum() - np.trace(got.units)) / 8
+        hops = got.work.max(0).sum() / got.work.mean(0).sum()
+        numbers = (remote, got.worker_imbalance, hops)
         assert numbers == pytest.approx(want, abs=0.0051)
 
 
 @pytest.mark.parametrize(
     "mask", [Mask(), CAUSAL, Mask("causal", 21), Mask(window=9), Mask("causal", 1)]
 )
-def test_block_mask_and_balance_by_enumeration(mask: Mask) -> None:
-    seq_len, block, cp = 64, 4, 4
+def test_balance_by_enumeration(mask: Mask) -> None:
+    seq_len, cp = 64, 4
     pairs = np.asarray(allowed(mask, np.arange(seq_len), np.arange(seq_len)))
     pairs = np.broadcast_to(pairs, (seq_len, seq_len))
-    want = pairs.reshape(16, block, 16, block).any((1, 3))
-    assert (cost.block_mask(mask, seq_len, block) == want).all()
     for layout in (CONTIGUOUS, ZIGZAG, SequenceLayout("striped", 2)):
         work = pairs[layouts.permutation(layout, seq_len, cp)].reshape(cp, -1).sum(1)
         assert cost.balance(mask, layout, seq_len, cp) == pytest.approx(work.max() / work.mean())
@@ -136,8 +138,6 @@ def test_refusals() -> None:
         cost.needs(np.ones((16, 16), bool), SequenceLayout("striped", 32), 4, 64)
     with pytest.raises(ValueError, match="depends on its documents"):
         cost.balance(Mask(packed=True), CONTIGUOUS, 64, 4)
-    with pytest.raises(ValueError, match="whole blocks"):
-        cost.block_mask(CAUSAL, 65, 4)
     with pytest.raises(ValueError, match="heads = 4"):
         cost.forward_bytes(CommPlan("ulysses", 8), shape(4, 4), CAUSAL)
 

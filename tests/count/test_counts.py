@@ -1,5 +1,5 @@
-"""What layers state is what their programs do: bytes by axis, FLOPs and parameters of a layer that a
-topic brings, of a pattern of unlike blocks and of native sparse attention."""
+"""What layers state is what their programs do: bytes by axis, FLOPs and parameters of a layer that
+a topic brings, of a pattern of unlike blocks and of native sparse attention."""
 
 import re
 from dataclasses import dataclass, replace

@@ -270,7 +270,8 @@ def test_axes_are_those_of_any_group():
 
 
 def program(body, rest="", header=""):
-    return f"HloModule jit_f{header}\n\n{rest}\nENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n{body}\n}}\n"
+    entry = f"ENTRY %main (p: f32[8,16]) -> f32[8,16] {{\n{body}\n}}\n"
+    return f"HloModule jit_f{header}\n\n{rest}\n{entry}"
 
 
 def only(text, **kwargs):
@@ -365,7 +366,8 @@ def test_tpu_fused_reduce_scatter_is_not_an_all_reduce():
     rest = "%all-reduce-scatter.3 (q: f32[8,16]) -> f32[4,16] {\n  %q = f32[8,16] parameter(0)\n"
     rest += "  %ar = f32[8,16] all-reduce(%q), replica_groups={{0,1}}, to_apply=%add\n"
     rest += "  ROOT %s = f32[4,16] dynamic-slice(%ar, %z)\n}\n"
-    body = "  %p = f32[8,16] parameter(0)\n  ROOT %f = f32[4,16] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3"
+    body = "  %p = f32[8,16] parameter(0)\n"
+    body += "  ROOT %f = f32[4,16] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3"
     c = only(program(body, rest))
     assert (c.op, c.payload_bytes, c.wire_bytes) == ("reduce-scatter", N, N / 2)
 
@@ -449,11 +451,13 @@ def test_compiler_and_caller_trip_counts_take_precedence():
 
 def test_predicated_conditional_orders_branches_as_jax_does():
     """XLA:GPU prints true first; index 0 is False."""
-    branch = "%{0} (q{0}: f32[8,16]) -> f32[8,16] {{\n  %q{0} = f32[8,16] parameter(0)\n  ROOT %r{0} = f32[8,16] "
+    branch = "%{0} (q{0}: f32[8,16]) -> f32[8,16] {{\n  %q{0} = f32[8,16] parameter(0)\n"
+    branch += "  ROOT %r{0} = f32[8,16] "
     rest = branch.format("yes") + "all-reduce(%qyes), replica_groups={{0,1}}, to_apply=%add\n}\n"
     rest += branch.format("no") + "copy(%qno)\n}\n"
     body = "  %p = f32[8,16] parameter(0)\n  %b = pred[] constant(true)\n"
-    body += "  ROOT %c = f32[8,16] conditional(%b, %p, %p), true_computation=%yes, false_computation=%no"
+    body += "  ROOT %c = f32[8,16] conditional(%b, %p, %p), "
+    body += "true_computation=%yes, false_computation=%no"
     assert hlo.collectives(program(body, rest), SHAPE, {"c": 0}) == []
     assert only(program(body, rest), branches={"c": 1}).axes == ("tp",)
 

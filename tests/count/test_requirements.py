@@ -145,7 +145,8 @@ def test_a_program_on_every_axis_has_what_it_needs_and_misses_what_is_taken_out(
     for r in needs:
         rest = {k: w for k, w in counted.items() if not (k[0] in r.ops and r.axis in k[1])}
         assert r in missing(needs, rest)
-    # Not only there, but all of it: gradients and activations within the remat's and the norms' share
+    # Not only there, but all of it: gradients and activations within the remat's and the norms'
+    # share
     for r in needs:
         assert r.least <= r.found(counted) <= 4 * r.least or r.purpose == "exchange of positions"
 

@@ -143,7 +143,8 @@ def test_batch_errors():
     for call in (lambda: batch(w, 0, 11, 0), lambda: eval_batches(w, 11, 1)):
         with pytest.raises(
             ValueError,
-            match=r"a batch of 11 sequences of 4 tokens is longer than the corpus \(40 tokens, 10 sequences\): "
+            match=r"a batch of 11 sequences of 4 tokens is longer than the corpus "
+            r"\(40 tokens, 10 sequences\): "
             r"set train\.batch=10, data\.seq_len=2 or use a larger corpus",
         ):
             call()

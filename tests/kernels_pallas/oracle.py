@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdp.kernels_pallas.block_sparse import BlockLists
+
 
 def inputs(B=2, N=37, M=43, H=4, K=2, C=16, dtype=jnp.float32, seed=0):
     """q, k, v and the cotangents of out and lse."""
@@ -36,3 +38,11 @@ def assert_close(got, want, forward=1e-5, backward=1e-4):
         assert not np.isnan(a).any(), name
         scale = 1.0 if name in ("out", "lse") else max(np.abs(b).max(), 1e-6)
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0, err_msg=name)
+
+
+def selected(lists: BlockLists, block_q: int, block_k: int, N: int, M: int) -> jax.Array:
+    """The lists as a mask over tokens, bool [b, k, N, M], as `flash.reference` takes it."""
+    J = lists.q_ids.shape[2]
+    used = jnp.arange(lists.k_ids.shape[3]) < lists.k_counts[..., None]
+    hit = (lists.k_ids[..., None] == jnp.arange(J)) & used[..., None]
+    return hit.any(3).repeat(block_q, 2).repeat(block_k, 3)[:, :, :N, :M]

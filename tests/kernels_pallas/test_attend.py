@@ -1,4 +1,5 @@
-"""The front of attention: what it chooses, parts of the keys on every platform, few queries, refusals.
+"""The front of attention: what it chooses, parts of the keys on every platform, few queries,
+refusals.
 
 Legend: B batch, N queries, M keys, H query heads, K key heads, C head_dim.
 """

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from fdp.kernels_pallas import block_sparse
-from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention, selected
+from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention
 from fdp.kernels_pallas.flash import reference
 from fdp.parallel.masks import Mask, allowed
 from tests.kernels_pallas.compiled import PLATFORMS, compiled_text, kernels
-from tests.kernels_pallas.oracle import assert_close, inputs, with_gradients
+from tests.kernels_pallas.oracle import assert_close, inputs, selected, with_gradients
 
 fast = pytest.mark.fast
 P = PartitionSpec

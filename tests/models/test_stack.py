@@ -20,8 +20,8 @@ SOFTMAX = layer(Block, mixing=layer(Attention, core=Softmax(Mask())), ffn=layer(
 
 
 class Mean(Module):
-    """A mixing layer that knows nothing of other devices: the mean over its own positions, scaled by
-    its layer input."""
+    """A mixing layer that knows nothing of other devices: the mean over its own positions, scaled
+    by its layer input."""
 
     shape: object
 

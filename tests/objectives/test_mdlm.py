@@ -16,7 +16,7 @@ from fdp.collectives import index
 from fdp.data.synthetic import MarkovChain
 from fdp.objectives import base
 from fdp.objectives.mdlm import MDLM, mask_exact_k, masked_capacity
-from fdp.objectives.schedules import schedule
+from fdp.objectives.noise_schedules import schedule
 from tests.oracles import EnumerableJoint, nelbo_exact
 
 pytestmark = pytest.mark.fast

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fdp.objectives.mdlm import MDLM
-from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform, score_of_mean, uniform_ratio
-from tests.oracles import EnumerableJoint
+from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform, uniform_ratio
+from tests.oracles import EnumerableJoint, score_of_mean
 
 pytestmark = pytest.mark.fast
 

@@ -22,8 +22,9 @@ from fdp.parallel.masks import Mask
 from fdp.price import hardware, inference
 from fdp.price.inference import GQA_70B, LLADA_8B, Degrees, Work
 from fdp.price.shapes import named
-from fdp.sampling import autoregressive
 from fdp.sampling.cached import BlockDecoder
+from fdp.sampling.noise import Draw
+from tests.oracles import sample_cached
 
 pytestmark = pytest.mark.fast
 MATMULS = Path(__file__).parents[2].parent / "shared/data/planning/comm/gemm_bf16_vidur.csv.gz"
@@ -90,9 +91,8 @@ def test_an_autoregressive_step_is_one_row():
     model = transformer(c, Mask("causal"))
     shapes, specs = builders.shapes_and_specs(model, L)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": 4})
-    run = lambda p, ids: autoregressive.sample_cached(
-        model, p, jax.random.key(0), ids, L, 31, n_ids=30
-    )[0]
+    asked = lambda ids: Draw(jax.random.key(0), ids, L, 30)
+    run = lambda p, ids: sample_cached(model, p, asked(ids), 31)[0]
     made = jax.make_jaxpr(shard_map(run, mesh, (specs, P()), P()))(shapes, jnp.arange(2))
     one = inference.flops(c, Work(2, 1, L, 1), Degrees(4, 1))
     assert jaxpr.dot_flops(made) == L * one

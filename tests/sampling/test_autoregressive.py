@@ -7,6 +7,7 @@ import pytest
 
 from fdp.data.synthetic import MarkovChain
 from fdp.sampling.autoregressive import sample
+from fdp.sampling.noise import Draw
 
 pytestmark = pytest.mark.fast
 
@@ -22,9 +23,8 @@ def logits_at(inputs_BxL, i):
 
 
 def draw(ids, temperature=1.0, length=32):
-    return jax.jit(lambda k, s: sample(logits_at, k, s, length, 0, temperature, n_ids=27))(
-        jax.random.key(0), ids
-    )
+    asked = lambda k, s: Draw(k, s, length, 27, temperature)
+    return jax.jit(lambda k, s: sample(logits_at, asked(k, s), 0))(jax.random.key(0), ids)
 
 
 def test_samples_of_the_true_chain_have_its_nll():

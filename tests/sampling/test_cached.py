@@ -16,6 +16,8 @@ from fdp.collectives import shard_map
 from fdp.mesh import AXES, make_mesh
 from fdp.models import module
 from fdp.sampling import autoregressive, cached, masked
+from fdp.sampling.noise import Draw
+from tests.oracles import sample_cached
 
 pytestmark = pytest.mark.fast
 
@@ -51,13 +53,10 @@ def recomputed(made, ids=IDS, **options):
     denoise = lambda z, noise: module.run(
         how.model, {"params": params}, {"inputs": z, "noise": noise}
     )[0]
-    options = {
-        "n_ids": N_IDS,
-        "order": "random",
-        "per_step": how.per_step,
-        "block": how.block,
-    } | options
-    run = jax.jit(lambda ids: masked.reveal(denoise, KEY, ids, L, **options))
+    start = options.pop("start_BxL", None)
+    options = {"order": "random", "per_step": how.per_step, "block": how.block} | options
+    asked = lambda ids: Draw(KEY, ids, L, N_IDS, start_BxL=start)
+    run = jax.jit(lambda ids: masked.reveal(denoise, asked(ids), **options))
     return np.asarray(run(ids)[0])
 
 
@@ -158,14 +157,14 @@ def recomputed_causal(model, params, ids, bos):
         hidden = module.run(*args, z, jnp.zeros(len(z)), method="hidden")[0]
         return module.run(*args, hidden[:, i], method="outputs")[0]
 
-    return autoregressive.sample(logits_at, KEY, ids, L, bos, n_ids=N_IDS)
+    return autoregressive.sample(logits_at, Draw(KEY, ids, L, N_IDS), bos)
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 2, "qk_norm": True}])
 def test_the_cached_autoregressive_sampler_reproduces_the_recomputing_one(changes):
     model, params = build("causal", **changes)
     expected, _ = jax.jit(lambda p, ids: recomputed_causal(model, p, ids, 14))(params, IDS)
-    run = lambda p, ids: autoregressive.sample_cached(model, p, KEY, ids, L, 14, n_ids=N_IDS)
+    run = lambda p, ids: sample_cached(model, p, Draw(KEY, ids, L, N_IDS), 14)
     ids, info = jax.jit(run)(params, IDS)
     np.testing.assert_array_equal(ids, expected)
     assert int(info["nfe"]) == L
@@ -192,7 +191,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="refresh_every=0 must be at least 1"):
         cached.sample(how, params, KEY, IDS, L, refresh_every=0)
     with pytest.raises(ValueError, match="needs a causal model: under Mask"):
-        autoregressive.sample_cached(how.model, params, KEY, IDS, L, 14, n_ids=N_IDS)
+        sample_cached(how.model, params, Draw(KEY, IDS, L, N_IDS), 14)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"cp": 2})
     _, specs = builders.shapes_and_specs(how.model, L)
     f = shard_map(lambda p, ids: cached.sample(how, p, KEY, ids, L)[0], mesh, (specs, P()), P())

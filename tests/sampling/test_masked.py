@@ -4,6 +4,7 @@ independence of the mesh.
 
 import functools
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import index, size
 from fdp.data.synthetic import MarkovChain
-from fdp.objectives.schedules import schedule
+from fdp.objectives.noise_schedules import schedule
 from fdp.sampling import autoregressive, masked, score
+from fdp.sampling.noise import Draw
 from tests.oracles import EnumerableJoint
 
 pytestmark = pytest.mark.fast
@@ -112,9 +114,9 @@ def agrees(ids_BxL, law):
 
 def draw(sampler, n=20_000, **options):
     """Ids and info of `n` samples of the toy joint."""
-    return jax.jit(lambda key, ids: sampler(denoise, key, ids, 4, n_ids=3, **options))(
-        KEY, jnp.arange(n)
-    )
+    asked = {name: options.pop(name) for name in ("temperature", "trace") if name in options}
+    run = jax.jit(lambda key, ids: sampler(denoise, Draw(key, ids, 4, 3, **asked), **options))
+    return run(KEY, jnp.arange(n))
 
 
 # Exact laws.
@@ -191,10 +193,7 @@ def test_lazy_ancestral_draws_the_same_ids_in_as_many_calls_as_predicted():
     run = jax.jit(
         lambda ids, lazy: masked.ancestral(
             lambda z, noise: chain.denoiser(z),
-            KEY,
-            ids,
-            8,
-            n_ids=27,
+            Draw(KEY, ids, 8, 27),
             steps=steps,
             schedule=LINEAR,
             lazy=lazy,
@@ -216,26 +215,13 @@ def test_lazy_ancestral_draws_the_same_ids_in_as_many_calls_as_predicted():
 # Score entropy.
 
 
-def test_analytic_absorbing_is_ancestral_and_its_probability_is_tweedies():
-    # log n_ids: the head's convention for a normalised score.
-    scaled = lambda z, noise: denoise(z, noise) + jnp.log(3.0)
-    run = lambda f, d: jax.jit(lambda ids: f(d, KEY, ids, 4, n_ids=3, steps=5, schedule=LINEAR))(
-        jnp.arange(500)
-    )[0]
-    np.testing.assert_array_equal(
-        run(score.analytic_absorbing, scaled), run(masked.ancestral, denoise)
-    )
+def test_the_probability_of_unmasking_is_tweedies():
     for step in range(4):
         before, after = (
             (-np.log(a) for a in (step / 5, (step + 1) / 5)) if step else (np.inf, -np.log(1 / 5))
         )
         tweedie = np.expm1(before - after) / np.expm1(before) if step else np.exp(-after)
         assert float(masked.unmask_prob(LINEAR, step, 5)) == pytest.approx(tweedie, abs=1e-6)
-    # Half the mass reveals later: more masks after the first step.
-    half = lambda z, noise: scaled(z, noise) - jnp.log(2.0)
-    run = functools.partial(score.analytic_absorbing, n_ids=3, steps=5, schedule=LINEAR, trace=True)
-    trace = jax.jit(lambda ids: run(half, KEY, ids, 4)[1]["trace"])(jnp.arange(500))
-    assert (trace[1] == 3).mean() == pytest.approx(0.9, abs=0.03)
 
 
 def test_tweedie_uniform_is_the_posterior_of_one_token():
@@ -267,7 +253,7 @@ def test_analytic_uniform_draws_one_token_exactly(steps):
     noise = schedule("geometric", sigma_max=7.0)
     run = jax.jit(
         lambda ids: score.analytic_uniform(
-            log_score, KEY, ids, 1, n_ids=3, steps=steps, schedule=noise
+            log_score, Draw(KEY, ids, 1, 3), steps=steps, schedule=noise
         )
     )
     ids, info = run(jnp.arange(20_000))
@@ -283,7 +269,7 @@ def test_trace_shows_each_state_and_start_keeps_the_prompt():
     start = jnp.array([[3, 1, 3, 3], [3, 3, 3, 3]])
     ids, info = jax.jit(
         lambda s: masked.first_hitting(
-            denoise, KEY, jnp.arange(2), 4, n_ids=3, start_BxL=s, trace=True
+            denoise, Draw(KEY, jnp.arange(2), 4, 3, start_BxL=s, trace=True)
         )
     )(start)
     trace = np.asarray(info["trace"])
@@ -304,22 +290,23 @@ def test_blocks_are_finished_left_to_right():
 
 def test_samples_do_not_depend_on_their_batch():
     whole, _ = draw(masked.first_hitting, n=16)
-    few, _ = jax.jit(lambda ids: masked.first_hitting(denoise, KEY, ids, 4, n_ids=3))(
+    few, _ = jax.jit(lambda ids: masked.first_hitting(denoise, Draw(KEY, ids, 4, 3)))(
         jnp.array([9, 2])
     )
     np.testing.assert_array_equal(few, whole[jnp.array([9, 2])])
 
 
 def test_bad_arguments():
-    run = functools.partial(masked.reveal, denoise, KEY, jnp.arange(2), 4, n_ids=3)
+    asked = Draw(KEY, jnp.arange(2), 4, 3)
+    run = functools.partial(masked.reveal, denoise, asked)
     with pytest.raises(ValueError, match="unknown order 'confidence'"):
         run(order="confidence")
     with pytest.raises(ValueError, match="at least 1"):
         run(per_step=0)
     with pytest.raises(ValueError, match="shape"):
-        run(start_BxL=jnp.zeros((3, 4)))
+        masked.reveal(denoise, replace(asked, start_BxL=jnp.zeros((3, 4))))
     with pytest.raises(ValueError, match="at least 1"):
-        masked.ancestral(denoise, KEY, jnp.arange(2), 4, n_ids=3, steps=0, schedule=LINEAR)
+        masked.ancestral(denoise, asked, steps=0, schedule=LINEAR)
 
 
 # The mesh.
@@ -350,14 +337,13 @@ def sample_all_ways(key, ids_B):
         "first_hitting": masked.first_hitting,
         "margin": run(masked.reveal, order="margin", threshold=0.3, block=3),
         "entropy": run(masked.reveal, order="entropy", per_step=2),
-        "sampled_prob": run(masked.reveal, order="sampled_prob", temperature=0.7),
-        "analytic_absorbing": run(score.analytic_absorbing, steps=4, schedule=noise),
+        "sampled_prob": run(masked.reveal, order="sampled_prob"),
         "analytic_uniform": run(score.analytic_uniform, steps=4, schedule=schedule("geometric")),
     }
-    out = {name: way(d, key, ids_B, L, n_ids=N_IDS) for name, way in ways.items()}
-    out["autoregressive"] = autoregressive.sample(
-        lambda z, i: table_logits(z)[:, 0] + i, key, ids_B, L, 0, n_ids=N_IDS
-    )
+    asked = Draw(key, ids_B, L, N_IDS)
+    cooler = {"sampled_prob": replace(asked, temperature=0.7)}
+    out = {name: way(d, cooler.get(name, asked)) for name, way in ways.items()}
+    out["autoregressive"] = autoregressive.sample(lambda z, i: table_logits(z)[:, 0] + i, asked, 0)
     return {name: ids for name, (ids, _) in out.items()}, {
         name: info["nfe"] for name, (_, info) in out.items()
     }

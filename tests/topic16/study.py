@@ -1,5 +1,5 @@
-"""Which group does an image belong to? A layer, a loss, a batch, model state, a rule, an array metric
-and a hook that core has never heard of.
+"""Which group does an image belong to? A layer, a loss, a batch, model state, a rule, an array
+metric and a hook that core has never heard of.
 
 Legend: B images, X·Y pixels, D width, G groups (local over tp)."""
 

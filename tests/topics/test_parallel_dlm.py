@@ -28,7 +28,7 @@ from fdp.models import module
 from fdp.parallel.tensor import cross_entropy, suppress
 from fdp.parallel.wire import int8_psum, quantise
 from fdp.sampling.masked import reveal
-from fdp.sampling.noise import categorical, categorical_confidence, position_keys
+from fdp.sampling.noise import Draw, categorical, categorical_confidence, position_keys
 from fdp.step import TrainStep
 from fdp.topics.parallel_dlm import checks, estimators, figures, pareto, rows
 from fdp.topics.parallel_dlm.selective import Policy, Step, capacities, forward
@@ -202,9 +202,8 @@ def test_exact_policies_draw_the_ids_of_the_core_sampler(per_step: int) -> None:
     arm = an_arm()
     given = jax.tree.map(jnp.asarray, variables())
     denoise = lambda z, noise: module.run(arm.model, given, {"inputs": z, "noise": noise})[0]
-    ids, _ = reveal(
-        denoise, jax.random.key(0), jnp.arange(8), L, n_ids=30, order="random", per_step=per_step
-    )
+    asked = Draw(jax.random.key(0), jnp.arange(8), L, 30)
+    ids, _ = reveal(denoise, asked, order="random", per_step=per_step)
     for policy in (Policy("exact", "exact"), Policy("read rows", rows=1.0)):
         for tp in (1, 2, 8):
             np.testing.assert_array_equal(run(policy, per_step, tp)[0], ids)

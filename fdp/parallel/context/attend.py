@@ -1,18 +1,19 @@
-"""Attention over a sequence that is sharded over cp, by any communication plan; the reference where
-cp is unbound.
+"""Attention over a sequence that is sharded over cp, by any communication plan. Where cp is unbound
+it is the single-device reference.
 
-Every plan gathers the positions (and segment ids) of all devices once, if the mask reads them, and
-masks by position. The result is therefore that of one device for any layout of the sequence.
+If the mask reads positions (or segment ids), every plan gathers those of all devices once. The
+result therefore equals that of one device for any layout of the sequence. A plan splits cp into u =
+`head_split` devices that exchange heads (or sequences) for positions, and rings of r = cp/u
+devices; L = u·N.
 
-Legend: B sequences, N local positions, S all positions, L = u·N positions after an exchange, r =
-cp/u ring members, T new tokens of a decode step, M cache slots, H query heads, K key/value heads, C
-head_dim; u: CommPlan.head_split."""
+Legend: B sequences, N local positions, S all positions, L positions after the exchange, T new
+tokens of a decode step, M cache slots, H and K query and key/value heads, C head_dim."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.collectives import all_gather, bound, index, pmax, psum, size, vary
+from fdp.collectives import all_gather, all_to_all, index, pmax, psum, size, split
 from fdp.kernels_pallas import attend as front
 from fdp.parallel.context import layouts
 from fdp.parallel.context.plan import (
@@ -24,7 +25,7 @@ from fdp.parallel.context.plan import (
     mask_kind,
     needed_hops,
 )
-from fdp.parallel.context.ring import Places, Ring, ring_attention
+from fdp.parallel.context.ring import Ring, RingLabels, ring_attention
 from fdp.parallel.masks import Mask
 
 __all__ = [
@@ -54,9 +55,10 @@ def attend(
     """Softmax attention of the local queries to the keys of all devices of cp: [B, N, H, C], in q's
     type.
 
-    q_position_N: global positions of the local tokens, which are gathered; None: those of
+    q_position_N: global positions of the local tokens; they are gathered. None: the positions of
     `plan.layout`, known without communication. segment_BxN: document ids for a packed mask. Raises
     ValueError for what `check` refuses.
+
     Sources: Liu et al. 2023 (ring), Jacobs et al. 2023 (Ulysses), Fang & Zhao 2024 (USP), Llama 3
     2024 (all-gather)."""
     cp, (B, N, H, _), K = size("cp"), q_BxNxHxC.shape, k_BxNxKxC.shape[2]
@@ -83,7 +85,8 @@ def attend(
 def _positions(
     mask: Mask, plan: CommPlan, q_position_N: Array | None, N: int
 ) -> tuple[Array | None, Array | None]:
-    """(of the local queries, of the tokens of all devices); None where the mask reads none."""
+    """Positions of (the local queries, the tokens of all devices); None where the mask reads
+    none."""
     if not mask.orders:
         return None, None
     if q_position_N is not None:
@@ -101,19 +104,18 @@ def _exchange_and_ring(
     position_S: Array | None,
     segment_BxS: Array | None,
 ) -> Array:
-    """Heads (or sequences) against positions over the trailing sub-axes, a ring over the others,
-    and back.
-    """
+    """All-to-all over the inner sub-axes (heads or sequences for positions), ring over the outer
+    ones, and all-to-all back."""
     u = plan.head_split
-    ring_axes, split_axes = _factor(u)
+    ring_axes, split_axes = split("cp", u)
     B, K = q_BxNxHxC.shape[0], kv.shape[3]
     dim = 0 if plan.kind == "batch" else 2
     if dim == 2 and u > K:
         kv = jnp.repeat(
             kv, u // K, axis=3
         )  # fewer key heads than devices: each travels u/K times (rho)
-    q_BxLxHxC = _all_to_all(q_BxNxHxC, split_axes, dim, 1)
-    kv = _all_to_all(kv, split_axes, dim + 1, 2)
+    q_BxLxHxC = all_to_all(q_BxNxHxC, split_axes, dim, 1)
+    kv = all_to_all(kv, split_axes, dim + 1, 2)
     r = size(ring_axes)
     if segment_BxS is not None:
         if dim == 0:
@@ -123,32 +125,13 @@ def _exchange_and_ring(
         segment_BxS = segment_BxS.reshape(segment_BxS.shape[0], r, -1)
     if r > 1:
         position_rxL = None if position_S is None else position_S.reshape(r, -1)
-        places = Places(position_rxL, segment_BxS)
-        out_BxLxHxC = ring_attention(Ring(mask, ring_axes, plan.hops), q_BxLxHxC, kv, places)
+        members = RingLabels(position_rxL, segment_BxS)
+        out_BxLxHxC = ring_attention(Ring(mask, ring_axes, plan.hops), q_BxLxHxC, kv, members)
     else:
         segment = None if segment_BxS is None else segment_BxS[:, 0]
         labels = position_S, position_S, segment, segment
         out_BxLxHxC = front.attend(q_BxLxHxC, kv[0], kv[1], mask, *labels)[0]
-    return _all_to_all(out_BxLxHxC, split_axes, 1, dim)
-
-
-def _factor(u: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Axes of cp as (ring, split): the split is the trailing ones with u devices, neighbours on the
-    fastest links.
-    """
-    names = bound("cp")
-    for i in range(len(names) + 1):
-        if size(names[i:]) == u:
-            return names[:i], names[i:]
-    raise ValueError(
-        f"head_split = {u} is not a product of trailing sub-axes of cp = "
-        f"{'·'.join(str(size((n,))) for n in names)}: "
-        f"factor the axis, fdp.mesh.factor(mesh, 'cp')"
-    )
-
-
-def _all_to_all(x: Array, axes: tuple[str, ...], split_dim: int, concat_dim: int) -> Array:
-    return lax.all_to_all(vary(x, axes), axes, split_dim, concat_dim, tiled=True) if axes else x
+    return all_to_all(out_BxLxHxC, split_axes, 1, dim)
 
 
 def decode(
@@ -160,14 +143,15 @@ def decode(
     q_position_T: Array,
     k_position_M: Array,
 ) -> Array:
-    """Few queries, replicated over cp, against a key/value cache that is sharded over cp, in any
-    order. Forward only.
+    """Attention of few queries, replicated over cp, to a key/value cache that is sharded over cp in
+    any order. Forward only; for decoding with a cache sharded over cp.
 
-    plan tree: [B, T, H, C], replicated, by two all-reduces. plan helix: this device's [B, T, H/cp,
-    C], by one all-to-all over heads, the fewest bytes and ready for an output projection sharded by
-    heads. Each key lives on ONE device; an empty slot has a position after every query's. Raises
-    ValueError for what `check` refuses. Sources: Shyam et al. 2024 (Tree Attention), Bhatia et al.
-    2025 (Helix Parallelism)."""
+    plan tree: [B, T, H, C], replicated, by two all-reduces. plan helix: the heads of this device,
+    [B, T, H/cp, C], by one all-to-all. Helix sends the fewest bytes and suits an output projection
+    that is sharded by heads. Each key is stored on ONE device; an empty slot has a position after
+    that of every query. Raises ValueError for what `check` refuses.
+
+    Sources: Shyam et al. 2024 (Tree Attention), Bhatia et al. 2025 (Helix Parallelism)."""
     cp, (B, _, H, C) = size("cp"), q_BxTxHxC.shape
     if plan.kind not in DECODE:
         raise ValueError(
@@ -199,8 +183,8 @@ def decode(
         weight = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
         summed = psum(jnp.concatenate([weight * out, weight], -1), "cp")  # one all-reduce for both
     else:
-        pieces = _all_to_all(
-            jnp.concatenate([out, lse], -1)[None], bound("cp"), 3, 0
+        pieces = all_to_all(
+            jnp.concatenate([out, lse], -1)[None], "cp", 3, 0
         )  # [cp, B, T, H/cp, C+1]
         out, lse = pieces[..., :C], pieces[..., C:]
         top = lse.max(0)

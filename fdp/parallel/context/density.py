@@ -1,15 +1,15 @@
-"""How sparse attention is, measured on sampled query rows: density, mass by ring hop, blocks that
-devices share.
+"""How sparse attention is, measured on sampled query rows: density, mass by ring offset, blocks
+that devices share.
 
 Written per shard of the sequence (over cp): each device holds its queries and keys with their
-global positions, in any layout whose key blocks are whole. Rows are gathered, keys never move:
-logits are local, row statistics cross the wire as psum and pmax. With cp unbound the same code is
-the single-device reference, and every cp gives the same answer. `rank_T` describes a layout as
-data: the ring rank of every block of the sequence, of a ring that need not exist here.
+global positions, in any layout that divides no key block. Rows are gathered and keys stay in place:
+logits are local, and row statistics are reduced by psum and pmax. With cp unbound the same code is
+the single-device reference, and every cp gives the same result. `rank_T` describes a layout as
+data: the ring rank of every key block of the sequence, for a ring that need not exist. The suffixes
+n and t are the local tokens and key blocks, J the lists of a sequence (H or K), I ring ranks.
 
-Legend: B sequences, n local tokens, H query heads, K key/value heads, G = H/K, C head_dim, R
-sampled rows (all), J lists a sequence (H or K), T all key blocks, t local key blocks, N local query
-blocks, A capacity, I ring offsets or ranks, M tokens of a block."""
+Legend: B sequences, H query heads, K key/value heads, C head_dim, R sampled rows, T key blocks, N
+local query blocks, M tokens of a block."""
 
 import math
 
@@ -32,11 +32,11 @@ def sample_rows(q_BxnxHxC: Array, position_n: Array, rows: int, seed: int) -> tu
     """`rows` query rows, one from each of as many equal strata, gathered from all devices: [B, R,
     H, C], positions [R].
 
-    Each device divides its own tokens, in their local order, into rows/cp strata and takes the
-    token at an offset that `seed` and the stratum's position decide. Contiguous shards, and zig-zag
-    shards when rows % (2·cp) = 0, therefore sample the same rows on every cp; other layouts sample
-    rows that are as evenly spread. Raises ValueError when rows is not divisible by cp or the local
-    tokens not by rows/cp."""
+    Each device divides its tokens, in their local order, into rows/cp strata. It takes from each
+    the token at an offset that depends on `seed` and the position of the stratum. Contiguous
+    shards, and zig-zag shards when rows % (2·cp) = 0, therefore sample the same rows for every cp;
+    other layouts sample equally spread rows. Raises ValueError when rows is not divisible by cp, or
+    the local tokens not by rows/cp."""
     n, cp = position_n.shape[0], size("cp")
     if rows < 1 or rows % cp or n % (rows // cp):
         raise ValueError(
@@ -60,10 +60,8 @@ def block_mass(
     block: int,
 ) -> Array:
     """Softmax mass of every row in each local key block, exact over the keys of all devices: f32
-    [B, H, R, t].
-
-    Rows without any visible key have mass 0. Raises ValueError when the local tokens are not whole
-    blocks."""
+    [B, H, R, t]. Rows that see no key have mass 0. Raises ValueError when the local tokens are no
+    whole blocks."""
     (B, R, H, C), (_, n, K, _) = q_BxRxHxC.shape, k_BxnxKxC.shape
     _whole_blocks(n, block)
     q_BxRxKxGxC = q_BxRxHxC.reshape(B, R, K, H // K, C)
@@ -86,10 +84,10 @@ def block_mass(
 def blocks_needed(mass_BxHxRxt: Array, tau: float) -> Array:
     """Smallest number of key blocks that holds a share `tau` of a row's mass: int32 [B, H, R].
 
-    Blocks stay where they are: bisection finds the threshold above which blocks hold tau of the
-    mass, one psum of a scalar a row each time, instead of sorting all blocks in one place. Blocks
-    within 2e-4 of each other at the threshold count as equal, so the answer is exact but for near
-    ties of many blocks; a row of mass 0 needs 1. Raises ValueError for tau outside (0, 1)."""
+    Instead of sorting all blocks on one device, bisection finds the threshold above which blocks
+    hold tau of the mass; each step is one psum of a scalar per row. Blocks within 2e-4 of each
+    other at the threshold count as equal, so the result is exact but for near ties of many blocks.
+    A row of mass 0 needs 1. Raises ValueError for tau outside (0, 1)."""
     if not 0 < tau < 1:
         raise ValueError(
             f"tau = {tau} must lie between 0 and 1: it is the share of attention mass to keep, "
@@ -136,9 +134,8 @@ def density(needed_BxHxR: Array, visible_R: Array) -> Array:
     """delta_tau of every head, f32 [H]: blocks needed over blocks visible, both summed over rows
     and sequences.
 
-    The ratio of sums, which is the share of the masked rectangle that a kernel computes; the mean
-    of ratios would give the first rows, which need all of their one or two blocks, the weight of
-    the last."""
+    This ratio of sums is the share of the visible blocks that a kernel computes. A mean of ratios
+    would overweight the first rows, which need all of their one or two blocks."""
     B = needed_BxHxR.shape[0]
     return needed_BxHxR.sum((0, 2)) / (B * visible_R.sum()).astype(jnp.float32)
 
@@ -151,12 +148,11 @@ def hop_mass(
     ranks: int,
     block: int,
 ) -> Array:
-    """Attention mass by ring offset (query's rank - key's rank) mod ranks: f32 [H, ranks], 1 in sum
-    over offsets.
+    """Attention mass by ring offset (query's rank - key's rank) mod ranks: f32 [H, ranks], which
+    sums to 1 over offsets.
 
-    Mean over rows and sequences; offset 0 is what a device attends to at home, offset i what
-    arrives with hop i of the ring. `rank_T` int [T]: the rank that holds each block of the
-    sequence, of any ring."""
+    Mean over rows and sequences. Offset 0 is the mass on the local keys, offset i that on the keys
+    of hop i. `rank_T` int [T]: the rank that holds each block of the sequence, in any ring."""
     rank_T = jnp.asarray(rank_T)
     row_rank_R, key_rank_t = rank_T[row_position_R // block], rank_T[position_n[::block] // block]
     offset_Rxt = (row_rank_R[:, None] - key_rank_t) % ranks
@@ -168,15 +164,14 @@ def hop_mass(
 def union_size(
     ids_BxJxNxA: Array, q_block_N: Array, rank_T: Array, ranks: int, kv_heads: int
 ) -> Array:
-    """U[r, s]: key blocks of rank s that any query block of rank r needs, int32 [B, K, ranks,
-    ranks].
+    """U[r, s]: number of key blocks of rank s that any query block of rank r needs, int32 [B, K,
+    ranks, ranks].
 
-    Decides between gathering blocks and passing all of them round the ring: U[r, s]·block·2·C
-    elements of one key/value head travel from s to r. ids: lists of this device's query blocks, -1
-    unused (`sparsity.BlockIndex`); `q_block_N`: their block numbers. Lists of query heads that
-    share a key/value head are united. All query blocks of a rank must stand on one device, as they
-    do in the ring that `rank_T` describes and in every smaller one nested in it; the row of a rank
-    that is spread over several devices is -1."""
+    Gathering blocks sends U[r, s]·block·2·C elements per key/value head from s to r; a ring sends
+    all blocks. ids: lists of this device's query blocks, -1 unused; `q_block_N`: their block
+    numbers. Lists of query heads that share a key/value head are united. All query blocks of a rank
+    must be on one device, as they are in the ring that `rank_T` describes and in every smaller ring
+    nested in it. The row of a rank that is spread over several devices is -1."""
     B, J, N, _ = ids_BxJxNxA.shape
     rank_T = jnp.asarray(rank_T)
     T = rank_T.shape[0]
@@ -219,8 +214,8 @@ def estimator_bytes(
 
     heads: query heads on this device; itemsize: bytes of an element of q. sample: rows and their
     positions; density: `block_mass`, `blocks_needed` and `blocks_visible`; hops: `hop_mass`; union:
-    `union_size`. Independent of the length of the sequence, where one pass of the ring grows with
-    it."""
+    `union_size`. They do not depend on the length of the sequence, while one pass of the ring grows
+    with it."""
     gather, reduce = (cp - 1) / cp, 2 * (cp - 1) / cp
     a_row = 4 * batch * heads * rows
     # Two statistics of the softmax; the largest block, one sum a bisection, and four at the end.
@@ -241,6 +236,6 @@ def _whole_blocks(n: int, block: int) -> None:
 
 
 def _above(mass_BxHxRxt: Array, threshold_BxHxR: Array) -> tuple[Array, Array]:
-    """Mass and number of the local blocks at or above the threshold: f32 [B, H, R] each."""
+    """(mass, number) of the local blocks at or above the threshold: f32 [B, H, R] each."""
     above = mass_BxHxRxt >= threshold_BxHxR[..., None]
     return jnp.where(above, mass_BxHxRxt, 0.0).sum(-1), above.sum(-1).astype(jnp.float32)

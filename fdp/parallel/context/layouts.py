@@ -1,7 +1,8 @@
 """Which positions of the sequence each device of cp holds: contiguous, zig-zag or striped.
 
-Legend: S length of the global sequence, N positions per device = S/cp. Slot s = device · N + place
-on that device."""
+The slot of a position is device · N + index on that device.
+
+Legend: S length of the global sequence, N = S/cp positions per device."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,10 @@ class SequenceLayout:
     """`contiguous`: device i holds [iN, (i+1)N). `zigzag`: chunks i and 2cp-1-i of 2cp. `striped`:
     blocks of `block` positions dealt round-robin.
 
-    Contiguous keeps neighbours together but gives the last device about twice the mean causal work;
-    zig-zag and striped balance it. Sources: Liu et al. 2023 (Ring Attention), Llama 3 2024 §3.3.2,
-    Brandon et al. 2023 (Striped Attention). Raises ValueError for an unknown kind, and for a block
-    without striping or below 1."""
+    Contiguous keeps neighbours together, but gives the last device about twice the mean causal
+    work; zig-zag and striped balance it. Sources: Liu et al. 2023 (Ring Attention), Llama 3 2024
+    §3.3.2, Brandon et al. 2023 (Striped Attention). Raises ValueError for an unknown kind, for a
+    block without striping, and for a block below 1."""
 
     kind: str = "contiguous"
     block: int = 1
@@ -37,9 +38,7 @@ class SequenceLayout:
             )
 
     def unit(self, cp: int) -> tuple[int, str]:
-        """What the sequence length must be a multiple of on `cp` devices, as number and
-        equation.
-        """
+        """What must divide the sequence length on `cp` devices, as (number, equation)."""
         if self.kind == "zigzag":
             return 2 * cp, f"2·cp = {2 * cp} (zig-zag)"
         if self.kind == "striped":
@@ -62,8 +61,7 @@ def check_length(layout: SequenceLayout, seq_len: int, cp: int) -> None:
 
 def held(layout: SequenceLayout, length: int, cp: int, device: Any, xp: Any = np) -> Any:
     """Global positions int32 [length] on `device` (0 … cp-1, may be traced with xp=jnp), in the
-    order it holds them.
-    """
+    order of the device."""
     place = xp.arange(length, dtype=xp.int32)
     if layout.kind == "contiguous":
         return device * length + place
@@ -76,22 +74,16 @@ def held(layout: SequenceLayout, length: int, cp: int, device: Any, xp: Any = np
 
 
 def positions(layout: SequenceLayout, length: int) -> jax.Array:
-    """Global positions int32 [length] that this device holds; all of them, in order, where cp is
-    unbound.
-
-    Raises ValueError when length · cp does not fit the layout.
-    """
+    """Global positions int32 [length] of this device; all positions in order where cp is unbound.
+    Raises ValueError when length · cp does not fit the layout."""
     cp = size("cp")
     check_length(layout, length * cp, cp)
     return held(layout, length, cp, index("cp"), jnp).astype(jnp.int32)
 
 
 def permutation(layout: SequenceLayout, seq_len: int, cp: int) -> np.ndarray:
-    """Global position held by each slot, int32 [S]: `x[permutation]` is the order in which cp
-    shards must be cut.
-
-    Raises ValueError when the length does not fit the layout.
-    """
+    """Global position of each slot, int32 [S]: `x[permutation]` is the order to be cut into cp
+    shards. Raises ValueError when the length does not fit the layout."""
     check_length(layout, seq_len, cp)
     return np.concatenate([held(layout, seq_len // cp, cp, i) for i in range(cp)]).astype(np.int32)
 
@@ -104,12 +96,12 @@ def inverse(permutation_S: np.ndarray) -> np.ndarray:
 
 
 def permute(batch: Any, layout: SequenceLayout, cp: int, dim: int = 1, undo: bool = False) -> Any:
-    """Every array of `batch` with its `dim` put in the order of the layout (`undo`: back in the
-    order of positions).
+    """Every array of `batch` with its `dim` in the order of the layout (`undo`: back in the order
+    of positions).
 
     For global arrays, outside shard_map, before they are placed on devices. Inputs, targets and
-    weights must go through it together, AFTER the shift to the next token: in the new order a
-    neighbour is not the next token. Raises ValueError for arrays of different lengths, of no such
+    weights must be permuted together, AFTER the shift to the next token: in the new order a
+    neighbour is not the next token. Raises ValueError for arrays of different lengths, without that
     dim, or of a length that does not fit."""
     leaves = jax.tree.leaves(batch)
     if any(x.ndim <= dim for x in leaves):

@@ -1,21 +1,21 @@
-"""Attention to listed key blocks over cp by any plan that can use lists: the same result, other
-bytes.
+"""Attention to lists of key blocks over cp, by any plan that can use lists. The result is the same
+for all; the bytes differ.
 
-The gather fetches what its lists need (fdp.parallel.context.gather). Ulysses and the all-gather
-send all keys, as for dense attention, and compute only the listed blocks. A ring would compute its
-hops whole: it has no lists here.
+The gather fetches the listed blocks (fdp.parallel.context.gather). Ulysses and the all-gather send
+all keys, as for dense attention, and compute only the listed blocks. A ring computes its hops
+whole, so it takes no lists. Lists of width L may be shared by sequences (b = 1, else B) and by
+heads (k = 1, else K).
 
 Legend: B sequences, N local positions, S all positions, H query heads, K key/value heads, C
-head_dim; I query blocks of a device, W all blocks; L width of a list, b = 1 or B and k = 1 or K
-lists of a query block."""
+head_dim, I query blocks of a device, W all blocks."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.collectives import all_gather, bound, index, psum, size, vary
+from fdp.collectives import all_gather, all_to_all, index, psum, size
 from fdp.kernels_pallas.block_sparse import block_lists, block_sparse_attention
-from fdp.parallel.context import gather
+from fdp.parallel.context import requests
 from fdp.parallel.context.gather import gather_attend
 from fdp.parallel.context.plan import GATHER, LISTED, CommPlan
 from fdp.parallel.masks import Mask
@@ -37,18 +37,18 @@ def attend_blocks(
     """Attention of each local query block to the key blocks on its list → (out [B, N, H, C],
     overflow int32 []).
 
-    Arguments and overflow as `gather_attend`, with `plan.capacity` of a gather; other plans have
-    room for every block, so their overflow counts impossible ids alone. Where cp is unbound this is
-    the reference. Raises ValueError for a plan that has no lists, heads that Ulysses cannot divide,
-    and what `gather_attend` refuses."""
+    Arguments and overflow are those of `gather_attend`, with `plan.capacity` for a gather. Other
+    plans have room for every block, so their overflow only counts ids that exist nowhere. Where cp
+    is unbound this is the reference. Raises ValueError for a plan without lists, for heads that
+    Ulysses cannot divide, and for what `gather_attend` refuses."""
     check_listed(plan, cp=size("cp"), heads=q_BxNxHxC.shape[2], kv_heads=k_BxNxKxC.shape[2])
     tensors = q_BxNxHxC, k_BxNxKxC, v_BxNxKxC, block_ids_bxkxIxL
     blocks = q_BxNxHxC.shape[1] // block if block > 0 else 0
     if plan.kind == GATHER or size("cp") == 1:
         capacity = plan.capacity if plan.kind == GATHER and size("cp") > 1 else blocks
         return gather_attend(*tensors, capacity, block, mask, q_position_N, segment_BxN)
-    gather.check_shapes(*tensors, blocks, block, q_position_N)
-    id_W, slot_W = gather.places(q_position_N, block)
+    requests.check_shapes(*tensors, blocks, block, q_position_N)
+    id_W, slot_W = requests.block_slots(q_position_N, block)
     slots_bxkxIxL, outside = _slots(block_ids_bxkxIxL, slot_W)
     position_S = all_gather(q_position_N, "cp", dim=0)
     segment_BxS = (
@@ -69,22 +69,24 @@ def attend_blocks(
 def topk_ids(
     q_BxNxHxC: Array, k_BxNxKxC: Array, block: int, width: int, q_position_N: Array
 ) -> Array:
-    """Lists made from the input: of each local query block the `width` key blocks, none ahead,
-    whose mean key fits its mean queries best, own and first block always among them → ids int32 [B,
-    K, I, width], -1 unused, as `attend_blocks` takes them.
+    """Lists chosen from the input → ids int32 [B, K, I, width], -1 unused, as `attend_blocks` takes
+    them.
 
-    The G queries of a key head share a list, by the sum of their softmax weights.
-    The sequence may be in any layout: what is sent is a mean key of each block, 1/(2·block) of an
-    all-gather of keys and values. Selection is not differentiated. Source:
-    MInference, Jiang et al. 2024, arXiv 2407.02490, Alg. 3. Raises ValueError for a block that does
-    not divide the local positions, or a width outside 2 … W."""
+    Each local query block is scored against every key block that begins no later: the softmax of
+    mean query · mean key, summed over the G query heads of a key head. The `width` best blocks are
+    listed; the first block and the own block are always among them.
+
+    Any sequence layout will do. A mean key of each block is sent, 1/(2·block) of an all-gather of
+    keys and values. Selection is not differentiated. Source: MInference, Jiang et al. 2024, arXiv
+    2407.02490, Alg. 3. Raises ValueError for a block that does not divide the local positions, and
+    for a width outside 2 … W."""
     (B, N, H, C), K = q_BxNxHxC.shape, k_BxNxKxC.shape[2]
     if block < 1 or N % block:
         raise ValueError(
             f"N = {N} positions of a device are not divisible by block = {block}: use a divisor of "
             f"{N}"
         )
-    id_W, _ = gather.places(q_position_N, block)
+    id_W, _ = requests.block_slots(q_position_N, block)
     if not 2 <= width <= len(id_W):
         raise ValueError(
             f"width = {width} is not in 2 … {len(id_W)} blocks: own and first block are always "
@@ -107,8 +109,7 @@ def topk_ids(
 
 def check_listed(plan: CommPlan, *, cp: int, heads: int, kv_heads: int) -> None:
     """Raises ValueError, with equation, values and fix, for a plan that cannot attend to lists of
-    blocks.
-    """
+    blocks."""
     if plan.kind not in LISTED or plan.hops is not None:
         raise ValueError(
             f"context plan {plan.kind!r}{' with hops' if plan.hops is not None else ''} has no "
@@ -134,16 +135,19 @@ def check_listed(plan: CommPlan, *, cp: int, heads: int, kv_heads: int) -> None:
 
 
 def _slots(ids_bxkxIxL: Array, slot_W: Array) -> tuple[Array, Array]:
-    """`gather.wanted` for lists of all leading sizes."""
+    """`requests.listed_slots` for lists with two leading dims."""
     b, k = ids_bxkxIxL.shape[:2]
-    slots_RxIxL, outside = gather.wanted(ids_bxkxIxL.reshape(b * k, *ids_bxkxIxL.shape[2:]), slot_W)
+    slots_RxIxL, outside = requests.listed_slots(
+        ids_bxkxIxL.reshape(b * k, *ids_bxkxIxL.shape[2:]), slot_W
+    )
     return slots_RxIxL.reshape(ids_bxkxIxL.shape), outside
 
 
 def _by_heads(
     q: Array, kv: Array, slots_bxkxIxL: Array, block: int, mask: Mask, labels: tuple
 ) -> Array:
-    """Heads against positions, the lists of all query blocks, and back."""
+    """All-to-all to whole sequences of some heads, attention with the lists of all query blocks,
+    and all-to-all back."""
     u, K = size("cp"), kv.shape[3]
     slots_bxkxWxL = all_gather(slots_bxkxIxL, "cp", dim=2)
     if u > K:
@@ -152,17 +156,15 @@ def _by_heads(
         slots_bxkxWxL = jnp.repeat(slots_bxkxWxL, max(u // K, 1), axis=1)
         held = slots_bxkxWxL.shape[1] // u
         slots_bxkxWxL = lax.dynamic_slice_in_dim(slots_bxkxWxL, index("cp") * held, held, 1)
-    exchange = lambda x, split, concat: lax.all_to_all(
-        vary(x, "cp"), bound("cp"), split, concat, tiled=True
-    )
-    out = _listed(exchange(q, 2, 1), exchange(kv, 3, 2), slots_bxkxWxL, block, mask, labels)
-    return exchange(out, 1, 2)
+    q, kv = all_to_all(q, "cp", 2, 1), all_to_all(kv, "cp", 3, 2)
+    out = _listed(q, kv, slots_bxkxWxL, block, mask, labels)
+    return all_to_all(out, "cp", 1, 2)
 
 
 def _listed(
     q: Array, kv: Array, slots_bxkxIxL: Array, block: int, mask: Mask, labels: tuple
 ) -> Array:
-    """Attention of some query blocks to listed blocks of all keys, ordered by slot."""
+    """Attention of query blocks to the listed blocks of all keys, which are ordered by slot."""
     W = kv.shape[2] // block
     used = slots_bxkxIxL < W
     lists = block_lists(jnp.where(used, slots_bxkxIxL, 0), used.sum(-1, dtype=jnp.int32), W)

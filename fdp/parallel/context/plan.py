@@ -1,5 +1,5 @@
-"""How one attention layer communicates over cp, as data, and everything that can be refused before
-a program is built.
+"""How one attention layer communicates over cp, as data, and every check that can be made before a
+program is built.
 
 A plan splits cp = r · u: the trailing sub-axes (u devices) exchange heads or sequences for
 positions, the others form a ring of r."""
@@ -31,10 +31,10 @@ class CommPlan:
     """kind: ring | ulysses | usp | all_gather | batch for whole sequences, gather for lists of key
     blocks, tree | helix for decoding.
 
-    head_split: u, devices that share out heads (ulysses: all of cp; usp) or sequences (batch); else
-    1. hops: ring offsets whose keys are fetched besides one's own, e.g. (1,) for a window; None =
-    the whole ring. capacity: of a gather, key blocks that a device can fetch from each other one;
-    else 0. layout: where the positions of the sequence live."""
+    head_split: u, the devices that share heads (ulysses: all of cp; usp) or sequences (batch); 1
+    otherwise. hops: ring offsets whose keys are fetched besides the local ones, such as (1,) for a
+    window; None is the whole ring. capacity: for gather, the key blocks that a device can fetch
+    from each other device; 0 otherwise. layout: which positions each device holds."""
 
     kind: str = "ring"
     head_split: int = 1
@@ -43,7 +43,7 @@ class CommPlan:
     layout: SequenceLayout = field(default=CONTIGUOUS)
 
     def ring_degree(self, cp: int) -> int:
-        """r: devices of one ring (1 for plans without one)."""
+        """r: devices of one ring (1 for plans without a ring)."""
         return cp // self.head_split if self.kind in RINGS else 1
 
 
@@ -187,10 +187,9 @@ def needed_hops(
     mask: Mask, layout: SequenceLayout, seq_len: int, cp: int, head_split: int = 1
 ) -> tuple[int, ...]:
     """Ring offsets o such that some device needs keys of the device o places before it. Segments
-    could only drop some.
+    are not considered; they could only remove offsets.
 
-    The ring is that of cp/head_split devices, each with the positions of head_split neighbours.
-    """
+    The ring is that of cp/head_split devices, each with the positions of head_split neighbours."""
     r = cp // head_split
     groups = [np.sort(p) for p in layouts.permutation(layout, seq_len, cp).reshape(r, -1)]
     reach = mask.window - 1 if mask.window else seq_len

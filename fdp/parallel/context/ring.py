@@ -1,13 +1,14 @@
-"""Ring attention with a backward pass that sends the keys round once more instead of keeping them
+"""Ring attention whose backward pass sends the keys round the ring again instead of storing them
 (Liu et al. 2023).
 
-Keys and values circulate as one array, so a hop is one permute. Forward: r-1 hops. Backward: r-1
-hops of keys and r-1 of their gradients in float32, which start one place after their owner and end
-at home. A plan with few hops fetches each of them directly. Residuals are local: queries, keys,
-values, output and log-sum-exp, O(S/cp) whatever the ring.
+Keys and values circulate as one array kv [2, B, L, K, C], so a hop is one permute. The forward pass
+makes r-1 hops. The backward pass makes r-1 hops of keys and r-1 of their gradients in float32. The
+gradient of a device's keys starts on the next device and ends at home. A plan with few hops fetches
+each of them directly. Residuals (queries, keys, values, output, log-sum-exp) are local: O(S/cp) for
+any ring.
 
 Legend: B sequences, L positions of one ring member, r ring members, H query heads, K key/value
-heads, C head_dim; kv: keys and values stacked, [2, B, L, K, C]."""
+heads, C head_dim."""
 
 import functools
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fdp.collectives import index, size, vary_like
+from fdp.collectives import index, shift, size, vary_like
 from fdp.kernels_pallas.attend import attend, attend_backward
 from fdp.kernels_pallas.blockwise import merge_lse, vary_alike
 from fdp.parallel.masks import Mask
@@ -27,9 +28,8 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Ring:
-    """The static part: mask, mesh axes of the ring (outermost first) and the offsets fetched, None
-    = all.
-    """
+    """What is known before tracing: the mask, the mesh axes of the ring (outermost first) and the
+    offsets that are fetched (None: all)."""
 
     mask: Mask
     axes: tuple[str, ...]
@@ -37,16 +37,15 @@ class Ring:
 
     @property
     def jumps(self) -> tuple[int, ...] | None:
-        """Offsets to fetch one by one; None when the whole ring turns."""
+        """Offsets to fetch directly, one by one; None when the keys go round the whole ring."""
         return None if self.hops is None or len(self.hops) == size(self.axes) - 1 else self.hops
 
     def shift(self, x: Array, by: int = 1) -> Array:
         """What the member `by` places before this one holds."""
-        n = size(self.axes)
-        return lax.ppermute(x, self.axes, [(i, (i + by) % n) for i in range(n)])
+        return shift(x, self.axes, by)
 
 
-class Places(NamedTuple):
+class RingLabels(NamedTuple):
     """Positions int [r, L] of every ring member, and segment ids int [B, r, L] for a packed
     mask; None where the mask reads none.
     """
@@ -63,30 +62,29 @@ class Places(NamedTuple):
         return take(self.position_rxL, 0), take(self.segment_BxrxL, 1)
 
 
-def ring_attention(ring: Ring, q_BxLxHxC: Array, kv: Array, places: Places) -> Array:
+def ring_attention(ring: Ring, q_BxLxHxC: Array, kv: Array, members: RingLabels) -> Array:
     """Attention of the local queries to the keys of all ring members (or of `ring.hops`): [B, L, H,
     C], in q's type.
 
-    Call inside shard_map; every member holds the same shapes.
-    """
+    Call inside shard_map; every member holds the same shapes."""
     q, kv = vary_alike(
-        (q_BxLxHxC, kv), places
+        (q_BxLxHxC, kv), members
     )  # a custom_vjp's cotangents must vary like its arguments
-    return _ring(ring, q, kv, places)
+    return _ring(ring, q, kv, members)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(ring: Ring, q: Array, kv: Array, places: Places) -> Array:
-    return _forward(ring, q, kv, places)[0].astype(q.dtype)
+def _ring(ring: Ring, q: Array, kv: Array, members: RingLabels) -> Array:
+    return _forward(ring, q, kv, members)[0].astype(q.dtype)
 
 
-def _forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Array]:
+def _forward(ring: Ring, q: Array, kv: Array, members: RingLabels) -> tuple[Array, Array]:
     """(out, lse), both float32, over all members."""
     n, here = size(ring.axes), index(ring.axes)
-    q_position, q_segment = places.member(here)
+    q_position, q_segment = members.member(here)
 
     def block(kv: Array, offset: Any) -> tuple[Array, Array]:
-        k_position, k_segment = places.member((here - offset) % n)
+        k_position, k_segment = members.member((here - offset) % n)
         labels = (q_position, k_position, q_segment, k_segment)
         return attend(q, kv[0], kv[1], ring.mask, *labels, out_type=jnp.float32)
 
@@ -110,23 +108,23 @@ def _forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Ar
     return merge_lse(out, lse, *block(kv, n - 1))
 
 
-def _ring_forward(ring: Ring, q: Array, kv: Array, places: Places) -> tuple[Array, Any]:
-    out, lse = _forward(ring, q, kv, places)
+def _ring_forward(ring: Ring, q: Array, kv: Array, members: RingLabels) -> tuple[Array, Any]:
+    out, lse = _forward(ring, q, kv, members)
     out = out.astype(q.dtype)
-    return out, (q, kv, places, out, lse)
+    return out, (q, kv, members, out, lse)
 
 
 def _ring_backward(ring: Ring, residuals: Any, dout: Array) -> tuple[Array, Array, None]:
-    q, kv, places, out, lse = residuals
+    q, kv, members, out, lse = residuals
     kv = lax.optimization_barrier(
         kv
     )  # or what the forward pass received is kept, which may be O(S)
     n, here = size(ring.axes), index(ring.axes)
-    q_position, q_segment = places.member(here)
+    q_position, q_segment = members.member(here)
 
     def block(kv: Array, offset: Any) -> tuple[Array, Array]:
         """(dq, dkv) that the keys of the member `offset` places before contribute."""
-        k_position, k_segment = places.member((here - offset) % n)
+        k_position, k_segment = members.member((here - offset) % n)
         labels = (q_position, k_position, q_segment, k_segment)
         dq, dk, dv = attend_backward(q, kv[0], kv[1], out, lse, dout, ring.mask, *labels)
         return dq, jnp.stack([dk, dv])
@@ -144,9 +142,7 @@ def _jumps_backward(ring: Ring, n: int, kv: Array, block: Any) -> tuple[Array, A
 
 
 def _turns_backward(ring: Ring, n: int, kv: Array, block: Any) -> tuple[Array, Array]:
-    """n-1 hops of keys and n-1 of gradients. Neither waits for the block that is computed
-    meanwhile.
-    """
+    """n-1 hops of keys and n-1 of gradients. Each hop overlaps with the computation of a block."""
     kv_1 = ring.shift(kv)
     dq, own = block(kv, 0)
     kv_2 = ring.shift(kv_1) if n > 2 else kv_1

@@ -1,11 +1,11 @@
-"""Pipeline schedules: the order of operations on every stage, and the tasks they make for
+"""Pipeline schedules: the order of operations on every stage, and the tasks that they give to
 `fdp.price.simulate`.
 
 Operations: F forward, B gradient of the input, W gradient of the weights, BW both in one. An order
-holds one list of operations per stage; chunk c of stage i is the virtual stage c·p + i.
+holds one list of operations per stage; chunk c of stage i is the virtual stage c·p + i. Times and
+bytes of a stage are those of all its chunks together.
 
-Legend: p stages, m microbatches, v chunks per stage. Times and bytes of a stage are those of all
-its chunks together."""
+Legend: p stages, m microbatches, v chunks per stage."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +27,8 @@ Order = list[list[Op]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Arguments of `simulate`. Tasks are called (kind, stage, microbatch, chunk), messages ("send",
-    *task).
-    """
+    """Arguments of `simulate`. The name of a task is (kind, stage, microbatch, chunk), that of a
+    message ("send", *task)."""
 
     tasks: list[Task]
     resources: list[Resource]
@@ -77,11 +76,11 @@ def interleaved(p: int, m: int, v: int) -> Order:
 
 
 def zb_h1(p: int, m: int) -> Order:
-    """ZB-H1 (Qi et al. 2023, arXiv 2401.10241 §2.2): 1F1B's memory, W delayed into the bubble of
-    the last backwards.
+    """ZB-H1 (Qi et al. 2023, arXiv 2401.10241 §2.2): the memory of 1F1B, with W delayed into the
+    bubble of the last backwards.
 
-    Idle time (p − 1)(T_F + T_B − T_W) where T_W ≤ min(T_F, T_B); a longer T_W hides no more than
-    min(T_F, T_B)."""
+    The idle time is (p − 1)(T_F + T_B − T_W) for T_W ≤ min(T_F, T_B); a longer T_W hides no more
+    than min(T_F, T_B)."""
     _check(p, m)
     return [_split(m, p - i, i) for i in range(p)]
 
@@ -90,9 +89,9 @@ def zb_h2(p: int, m: int) -> Order:
     """ZB-H2 (Qi et al. 2023, arXiv 2401.10241 §2.3): more warm-up, up to 2p − 1 activations, no
     bubble where F = B = W.
 
-    The bubble of (p − 1)(T_F + T_B − 2 T_W) is that of a stage's span, for m ≥ 2p − 1. Stages still
-    start one F apart, so the makespan, which a step with a barrier pays, has an idle time of at
-    least (p − 1) T_F."""
+    The bubble (p − 1)(T_F + T_B − 2 T_W) is that of one stage, for m ≥ 2p − 1. Stages still start
+    one F apart. The makespan, which counts in a step with a barrier, therefore has an idle time of
+    at least (p − 1) T_F."""
     _check(p, m)
     return [_split(m, 2 * (p - i) - 1, 2 * i) for i in range(p)]
 
@@ -106,15 +105,17 @@ def tasks_of(
     activation: Any = 0.0,
     stash: Any = 0.0,
 ) -> Schedule:
-    """Tasks of an order: F follows F of the virtual stage before, B follows F and B of the virtual
-    stage after, W B.
+    """Tasks of an order. F follows F of the previous virtual stage; B follows its own F and B of
+    the next virtual stage; W follows B.
 
-    forward, input_grad, weight_grad: seconds, a number, [p] per stage or [p, m] per stage and
+    forward, input_grad, weight_grad: seconds, as a number, [p] per stage or [p, m] per stage and
     microbatch. BW takes the sum of its two. send: seconds of one message between devices, 0 for
-    none; each direction of a pair is one link. activation: bytes from F to its backward, a number
-    or [p]; stash: the part that B leaves to W. A chunk has 1/v of all these except send. Tasks run
-    on resources "0" … "p−1", which are the devices of `peak_bytes` too. Raises ValueError for other
-    shapes, stash > activation, a missing, repeated or unknown operation."""
+    none; each direction of a pair is one link. activation: bytes held from F to its backward, a
+    number or [p]; stash: the part that B leaves to W. A chunk has 1/v of all these except send.
+    Tasks run on resources "0" … "p−1", which are also the devices of `peak_bytes`.
+
+    Raises ValueError for other shapes, stash > activation, and a missing, repeated or unknown
+    operation."""
     if send < 0:
         raise ValueError(f"send={send} s: must be ≥ 0")
     p = len(order)
@@ -162,18 +163,16 @@ def _check(p: int, m: int) -> None:
 
 
 def _alternate(forwards: list[Op], backwards: list[Op], warm_up: int) -> list[Op]:
-    """`warm_up` forwards, then one forward and one backward in turn, then the backwards that are
-    left.
-    """
+    """`warm_up` forwards, then one forward and one backward in turn, then the remaining
+    backwards."""
     warm = min(warm_up, len(forwards))
     steady = [op for pair in zip(forwards[warm:], backwards, strict=False) for op in pair]
     return forwards[:warm] + steady + backwards[len(forwards) - warm :]
 
 
 def _split(m: int, warm_up: int, delay: int) -> list[Op]:
-    """Forwards of the warm-up; then B, W once more than `delay` of them wait, F in turn; then the W
-    that are left.
-    """
+    """Forwards of the warm-up. Then in turn B, W (once more than `delay` of them wait), and F. Then
+    the remaining W."""
     f = min(warm_up, m)
     ops, w = [Op("F", k) for k in range(f)], 0
     for b in range(m):
@@ -188,9 +187,8 @@ def _split(m: int, warm_up: int, delay: int) -> list[Op]:
 
 
 def _extent(order: Sequence[Sequence[Op]]) -> tuple[int, int]:
-    """(m, v). Every stage must run F and either BW or B and W, once for each microbatch and
-    chunk.
-    """
+    """(m, v). Raises ValueError unless every stage runs F and either BW or B and W once for each
+    microbatch and chunk."""
     if not order or not order[0]:
         raise ValueError("an order needs at least one stage and one operation")
     m = 1 + max(op.microbatch for op in order[0])
@@ -235,7 +233,7 @@ def _inputs(here: tuple, done: set, p: int, v: int, messages: bool) -> tuple:
 
 
 def _receiver(here: tuple, p: int, v: int) -> int | None:
-    """The stage that needs the output of an operation, None where no other does."""
+    """The stage that needs the output of an operation; None where no other stage does."""
     kind, i, _, c = here
     virtual = c * p + i + (1 if kind == "F" else -1)
     if kind == "W" or not 0 <= virtual < p * v or virtual % p == i:
@@ -244,9 +242,8 @@ def _receiver(here: tuple, p: int, v: int) -> int | None:
 
 
 def _neighbours(p: int, links: dict[tuple[int, int], str], messages: bool) -> dict[str, list[str]]:
-    """Stages that exchange, and the links between them: what a stage waits for in mode
-    "neighbour".
-    """
+    """Stages that exchange messages, with the links between them: what a stage waits for in mode
+    "neighbour"."""
     near: dict[str, list[str]] = {str(i): [] for i in range(p)}
     for (a, b), link in links.items():
         for one, other in ((a, b), (b, a)):

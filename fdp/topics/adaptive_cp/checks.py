@@ -22,7 +22,7 @@ from fdp.grads import plain
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.models import module
 from fdp.models.transformer import Transformer, with_core
-from fdp.parallel.context import gather, layouts
+from fdp.parallel.context import gather, layouts, requests
 from fdp.parallel.context.attend import attend
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
@@ -219,7 +219,7 @@ def place_ids(
     1, W, width].
     """
     width = int(masks_NxWxW.sum(-1).max()) if width is None else width
-    return np.stack([gather.block_ids(m, block, layout, DEVICES, width) for m in masks_NxWxW])
+    return np.stack([requests.block_ids(m, block, layout, DEVICES, width) for m in masks_NxWxW])
 
 
 def program_over_cp(arm: Arm, batch: int, model: Transformer, inputs: Any) -> TrainStep:

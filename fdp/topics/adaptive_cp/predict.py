@@ -3,9 +3,9 @@ eight H100.
 
 A step is the planned attention of every layer and everything else: matmuls and elementwise kernels
 of fdp.price.inference, three times (forward, and twice as much backward), the same for all plans.
-Collectives are those of fdp.price.network, fitted on measurements; nothing here was timed on several
-devices. Data parallelism, the optimizer and positions sent once a step are left out, which are the
-same for all plans as well.
+Collectives are those of fdp.price.network, fitted on measurements; nothing here was timed on
+several devices. Data parallelism, the optimizer and positions sent once a step are left out, which
+are the same for all plans as well.
 
 Legend: L layers, N draws of the models' errors (draw 0 is nominal).
 """

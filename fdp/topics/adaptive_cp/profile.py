@@ -15,7 +15,7 @@ from fdp.arm import Arm
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
-from fdp.parallel.context import density, gather
+from fdp.parallel.context import density, requests
 from fdp.parallel.masks import Mask
 from fdp.state import TrainState
 from fdp.topics.adaptive_cp.settings import BLOCKS
@@ -118,7 +118,7 @@ def block_ids(masks_NxWxW: np.ndarray, width: int | None = None) -> np.ndarray:
     longest of any layer.
     """
     width = int(masks_NxWxW.sum(-1).max()) if width is None else width
-    return np.stack([gather.block_ids(mask, 1, width=width)[0, 0] for mask in masks_NxWxW])
+    return np.stack([requests.block_ids(mask, 1, width=width)[0, 0] for mask in masks_NxWxW])
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:

@@ -20,6 +20,7 @@ from fdp.count import hlo, jaxpr
 from fdp.count.compare import Comparison, outcome, sent
 from fdp.experiment import standard
 from fdp.mesh import AXES, make_mesh
+from fdp.objectives import TokenObjective
 from fdp.sampling.draw import draw
 from fdp.sampling.noise import categorical_confidence, gumbel
 from fdp.step import TrainStep
@@ -59,6 +60,7 @@ def compare_meshes(config: ml_collections.ConfigDict) -> list[Comparison]:
     alone = TrainStep(e, make_mesh(e.degrees, jax.devices()[:1]))
     shape = (e.fit.batch, e.data.seq_len)
     rng = np.random.default_rng(0)
+    assert isinstance(e.objective, TokenObjective)
     batch = {"tokens": rng.integers(0, e.objective.n_ids, shape).astype(np.int32)}
     variables = jax.device_get(alone.init(0).variables)
     want, out = outcome(alone, variables, batch), []

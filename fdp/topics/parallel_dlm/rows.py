@@ -309,7 +309,10 @@ def switching(
     """
     fixed, switched = runs
     choice = found.choices[best]
-    where = f"{found.requests[best[1]]} requests of {found.lengths[best[0]]}, {found.reuse_steps[best[2]]} reuse steps"
+    where = (
+        f"{found.requests[best[1]]} requests of {found.lengths[best[0]]}, "
+        f"{found.reuse_steps[best[2]]} reuse steps"
+    )
     matmul, network = inference.matmul_error("h100"), inference.network_error("h100", small=False)
     model = (
         "8B shape on 8 × H100, no overlap of compute and network; held-out error of the parts: "

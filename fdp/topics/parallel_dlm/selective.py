@@ -219,7 +219,7 @@ def selective(model: Transformer, policy: Policy, sizes: tuple[int, ...]) -> Tra
 
     A pattern of unlike blocks, because the last one sends other rows than the rest.
     """
-    core, last = replace(model.core, keeps=False), len(sizes) - 1
+    core, last = replace(model.softmax, keeps=False), len(sizes) - 1
 
     def sums(i: int) -> Layer:
         lean = policy.lean and i == last

@@ -5,8 +5,8 @@ One period is a refresh step over all rows, then reuse steps over one block (`fd
 Compute is the same for every {tp, dp}; what differs is that tp pays for sums of rows·D while dp
 reads every weight on every device. So a refresh, with many rows, wants dp, and a reuse of few rows
 wants tp. A switched plan moves the cache between the two layouts after each refresh, and holds the
-weights twice or gathers them again. All times are simulated (`fdp.price.inference`, which states its
-errors); `switching_region` maps the gain, `switching_run` runs the switch.
+weights twice or gathers them again. All times are simulated (`fdp.price.inference`, which states
+its errors); `switching_region` maps the gain, `switching_run` runs the switch.
 
 Legend: B requests, L positions, n devices, k ranks of an exchange; seconds and bytes are per device
 and period."""

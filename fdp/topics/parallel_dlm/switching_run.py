@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fdp import sharding
-from fdp.collectives import shard_map
+from fdp.collectives import all_to_all, shard_map
 from fdp.count import hlo, jaxpr
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models import module
@@ -80,7 +80,7 @@ def exchange(meshes: Meshes) -> Any:
     before, after = LAYOUTS if finer else LAYOUTS[::-1]
 
     def move(cache: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.all_to_all(x, MOVE, split, concat, tiled=True), cache)
+        return jax.tree.map(lambda x: all_to_all(x, MOVE, split, concat), cache)
 
     return jax.jit(shard_map(move, meshes.exchange, (before,), after))
 

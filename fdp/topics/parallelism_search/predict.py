@@ -1,7 +1,8 @@
 """Price a file of configurations: step time with a 90 % interval, tokens/s, memory, feasibility and
 the bottleneck.
 
-    python -m fdp.topics.parallelism_search.predict configs.csv --anchors anchors.csv --out predictions.csv
+    python -m fdp.topics.parallelism_search.predict configs.csv \\
+        --anchors anchors.csv --out predictions.csv
 
 Columns of both files: see fdp.topics.parallelism_search.measurements. What the first file says was
 measured is not read; anchors are a few runs with step_time_s or tokens_s_gpu, and mem_gb where

@@ -75,7 +75,10 @@ def _evidence(cluster: Cluster) -> str:
         if unfitted
         else ""
     )
-    return f"simulated: cost model fitted on published runs; intervals cover 90 % of held-out models{foreign}"
+    return (
+        "simulated: cost model fitted on published runs; intervals cover 90 % of held-out models"
+        f"{foreign}"
+    )
 
 
 def fragment(ranking: Ranking) -> str:

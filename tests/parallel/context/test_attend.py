@@ -48,8 +48,8 @@ PLANS = {
 }
 
 
-# Every plan with documents, which are data: with one document a packed mask is the causal one. Masks
-# are told apart by the front alone, so that each of them needs a gather or a ring.
+# Every plan with documents, which are data: with one document a packed mask is the causal one.
+# Masks are told apart by the front alone, so that each of them needs a gather or a ring.
 PAIRS = [(plan, "packed") for plan in PLANS]
 PAIRS += [(plan, mask) for plan in ("ring", "usp2", "all_gather") for mask in list(MASKS)[:2]]
 PAIRS += [("all_gather", "bidirectional window"), ("ring", "rule")]
@@ -535,5 +535,5 @@ def test_check_accepts_what_the_matrix_supports() -> None:
 def test_a_head_split_inside_an_unfactored_axis_is_refused() -> None:
     x, p = jnp.zeros((2, B, S, H, C)), jnp.arange(S)
     f = sharded(mesh_of((("cp", 8),), split=False), CommPlan("usp", 2), Mask())
-    with pytest.raises(ValueError, match=r"head_split = 2 is not a product .*fdp.mesh.factor"):
+    with pytest.raises(ValueError, match=r"2 devices are not a product .*cp = 8.*fdp.mesh.factor"):
         jax.eval_shape(f, x, x, x, p, jnp.zeros((B, S), jnp.int32))

@@ -22,8 +22,9 @@ from fdp.count.context import AttentionShape
 from fdp.count.gather import BlockGather, exact_capacity
 from fdp.mesh import factor, make_mesh
 from fdp.parallel.context import layouts
-from fdp.parallel.context.gather import SCOPE, block_ids, block_order, gather_attend
+from fdp.parallel.context.gather import SCOPE, gather_attend
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
+from fdp.parallel.context.requests import block_ids, block_order
 from fdp.parallel.masks import Mask
 
 B, S, H, K, C, Y = 2, 64, 4, 2, 4, 2

@@ -19,10 +19,10 @@ from fdp.count.context import AttentionShape
 from fdp.count.gather import BlockGather, exact_capacity, listed_bytes
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.parallel.context import layouts
-from fdp.parallel.context.gather import block_ids
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.lists import attend_blocks, topk_ids
 from fdp.parallel.context.plan import CommPlan, check
+from fdp.parallel.context.requests import block_ids
 from fdp.parallel.masks import Mask
 
 pytestmark = pytest.mark.fast

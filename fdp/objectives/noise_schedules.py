@@ -17,7 +17,7 @@ HALF_PI = math.pi / 2
 
 
 @dataclass(frozen=True)
-class Schedule:
+class NoiseSchedule:
     """Base of all schedules: a subclass gives 1-α (accurate where α ≈ 1) and dα/dt."""
 
     def mask_prob(self, t: jax.Array) -> jax.Array:
@@ -46,7 +46,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Linear(Schedule):
+class Linear(NoiseSchedule):
     """α = 1 - (1-ε)t (log-linear σ; Lou et al. 2024, Sahoo et al. 2024). The weight is exactly 1/t
     for every ε.
     """
@@ -67,7 +67,7 @@ class Linear(Schedule):
 
 
 @dataclass(frozen=True)
-class MD4Cosine(Schedule):
+class MD4Cosine(NoiseSchedule):
     """α = (1-2ε)(1 - cos(π/2 (1-t))) + ε (Shi et al. 2024, MD4)."""
 
     eps: float = 1e-4
@@ -82,7 +82,7 @@ class MD4Cosine(Schedule):
 
 
 @dataclass(frozen=True)
-class MDLMCosine(Schedule):
+class MDLMCosine(NoiseSchedule):
     """α = ε + (1-ε) cos(πt/2) (the mdlm code's CosineNoise; with ε = 0 also init2winit's
     "cosine").
     """
@@ -99,7 +99,7 @@ class MDLMCosine(Schedule):
 
 
 @dataclass(frozen=True)
-class BD3Cosine(Schedule):
+class BD3Cosine(NoiseSchedule):
     """α = (1-ε) cos(πt/2) (Arriola et al. 2025, BD3-LM): unlike `MDLMCosine` it corrupts ε of the
     tokens at t = 0.
     """
@@ -116,7 +116,7 @@ class BD3Cosine(Schedule):
 
 
 @dataclass(frozen=True)
-class Polynomial(Schedule):
+class Polynomial(NoiseSchedule):
     """α = (1-2ε)(1 - t^power) + ε (Shi et al. 2024, MD4; power 1 is MD4's "linear")."""
 
     eps: float = 1e-4
@@ -132,10 +132,9 @@ class Polynomial(Schedule):
 
 
 @dataclass(frozen=True)
-class Geometric(Schedule):
-    """σ = σ_min^(1-t) σ_max^t (Lou et al. 2024, the schedule of SEDD uniform); σ_min plays the part
-    of ε.
-    """
+class Geometric(NoiseSchedule):
+    """σ = σ_min^(1-t) σ_max^t (Lou et al. 2024, the schedule of SEDD uniform). σ_min has the role
+    of ε."""
 
     sigma_min: float = 1e-4
     sigma_max: float = 20.0
@@ -161,7 +160,7 @@ class Geometric(Schedule):
         return -self.alpha(t) * self.rate(t)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {
+SCHEDULES: dict[str, type[NoiseSchedule]] = {
     "linear": Linear,
     "loglinear": Linear,
     "md4_cosine": MD4Cosine,
@@ -171,12 +170,12 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 
-def schedule(name: str, **parameters: float) -> Schedule:
-    """The schedule called `name` ("poly<p>" is α = 1 - t^p), with its own parameters (eps, power,
+def schedule(name: str, **parameters: float) -> NoiseSchedule:
+    """The schedule called `name` ("poly<p>" is α = 1 - t^p), with its parameters (eps, power,
     sigma_min, …).
 
-    Raises ValueError with the closest name for an unknown one, TypeError for a parameter it does
-    not have."""
+    Raises ValueError with the closest name for an unknown name, and TypeError for an unknown
+    parameter."""
     if polynomial := re.fullmatch(r"poly(\d+(?:\.\d+)?)", name):
         return Polynomial(power=float(polynomial[1]), **parameters)
     if name not in SCHEDULES:

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fdp.objectives.schedules import BD3Cosine, Linear, MD4Cosine, MDLMCosine, Polynomial, schedule
+from fdp.objectives.noise_schedules import (
+    BD3Cosine,
+    Linear,
+    MD4Cosine,
+    MDLMCosine,
+    Polynomial,
+    schedule,
+)
 
 pytestmark = pytest.mark.fast
 
