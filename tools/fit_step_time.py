@@ -6,6 +6,7 @@ held-out errors.
 The spread of the intervals comes from hold-outs of whole models (software that was seen) and whole
 clusters (not seen)."""
 
+import dataclasses
 import datetime
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def main(folder: Path) -> None:
         "held out, |log error|": parts,
     }  # fmt: skip
     TARGET.write_text(
-        hybrid.to_json(fit.replace(model, spread=spread, provenance=provenance)), encoding="utf8"
+        hybrid.to_json(dataclasses.replace(model, spread=spread, provenance=provenance)), encoding="utf8"
     )
     print(f"{TARGET}: {len(names)} rows; held out: {parts}")
 

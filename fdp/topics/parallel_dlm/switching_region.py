@@ -14,7 +14,7 @@ import numpy as np
 
 from fdp.models.shape import ModelShape
 from fdp.price import inference
-from fdp.price.inference import BOUND, Degrees, Step
+from fdp.price.inference import BOUND, Degrees, PassTime
 from fdp.study.report import figure, save_plot
 from fdp.topics.parallel_dlm.switching import KINDS, Choice, Job, candidates, plan, profile
 
@@ -53,7 +53,7 @@ class Errors:
             self._drawn[key] = np.exp(self.sigma[term] * rng.standard_normal(self.draws))
         return self._drawn[key]
 
-    def seconds(self, kind: str, degrees: Degrees, step: Step) -> np.ndarray:
+    def seconds(self, kind: str, degrees: Degrees, step: PassTime) -> np.ndarray:
         """Possible seconds [N] of one step."""
         total = np.zeros(self.draws)
         for term, seconds in step.terms.items():

@@ -29,7 +29,7 @@ OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block
 
 
 @dataclass(frozen=True)
-class Comparison(Bytes):
+class ProgramCheck(Bytes):
     """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices. Memory:
     bytes per device at the peak of the train step, None where it was not
     compiled."""
@@ -144,7 +144,7 @@ def program(c: ml_collections.ConfigDict) -> TrainStep:
     return TrainStep(experiment, make_mesh(experiment.degrees))
 
 
-def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
+def compare(c: ml_collections.ConfigDict, memory: bool = False) -> ProgramCheck:
     """Formulas against the program of one config: loss and gradients, with `memory` the whole train
     step as well.
 
@@ -163,7 +163,7 @@ def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
     if memory:
         planned = aot.memory(p.jit_train_step().lower(state, batch).compile(hlo.QUICK))
         sizes = (analytic.estimate(p).total(), planned.peak)
-    return Comparison(
+    return ProgramCheck(
         dict(closed.traffic(p)),
         sent(compiled, p.mesh),
         flops.executed(p),
@@ -172,7 +172,7 @@ def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
     )
 
 
-def summarise(comparisons: Sequence[Comparison]) -> Summary:
+def summarise(comparisons: Sequence[ProgramCheck]) -> Summary:
     """Counts and errors over all comparisons. Raises ValueError when there is none."""
     if not comparisons:
         raise ValueError("no comparison to summarise: give at least one config")

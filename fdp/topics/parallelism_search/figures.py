@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from fdp.price import hybrid
+from fdp.price.fit import FitData
+from fdp.price.ranking import Ranking, price
+from fdp.price.space import space
 from fdp.study.report import figure, save_plot
-from fdp.topics.parallelism_search.fit import Data
-from fdp.topics.parallelism_search.landscapes import Comparison
-from fdp.topics.parallelism_search.plan import Ranking, price, space
-from fdp.topics.parallelism_search.validate import Outcome
+from fdp.topics.parallelism_search.landscapes import Searches
+from fdp.topics.parallelism_search.validate import HoldOut
 
 GIB = 2**30
 COLOURS = 7  # of the house style
@@ -22,7 +23,7 @@ def _save(fig: Any, workdir: Path, name: str) -> str:
     return str(save_plot(fig, workdir / "plots" / f"{name}.png").relative_to(workdir))
 
 
-def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> str:
+def predicted(workdir: Path, outcomes: Sequence[HoldOut]) -> str:
     """Predicted against measured step time of every hold-out."""
     fig, axes = figure()
     for i, outcome in enumerate(outcomes):
@@ -48,7 +49,7 @@ def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> str:
     return _save(fig, workdir, "predicted")
 
 
-def memory(workdir: Path, data: Data, outcomes: Sequence[Outcome]) -> str:
+def memory(workdir: Path, data: FitData, outcomes: Sequence[HoldOut]) -> str:
     """Predicted against measured memory of the hold-outs that measured it; failed runs on the right
     edge.
     """
@@ -85,7 +86,7 @@ def memory(workdir: Path, data: Data, outcomes: Sequence[Outcome]) -> str:
     return _save(fig, workdir, "memory")
 
 
-def regret(workdir: Path, comparison: Comparison) -> str:
+def regret(workdir: Path, comparison: Searches) -> str:
     """Mean over landscapes of the regret after each real run, per algorithm."""
     fig, axes = figure()
     names = list(comparison.regret)

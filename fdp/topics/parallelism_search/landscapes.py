@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fdp.price.fit import FitData
+from fdp.price.measurements import Measurement
 from fdp.topics.parallelism_search import search
-from fdp.topics.parallelism_search.fit import Data
-from fdp.topics.parallelism_search.measurements import Measurement
-from fdp.topics.parallelism_search.validate import Outcome, landscapes
+from fdp.topics.parallelism_search.validate import HoldOut, landscapes
 
 WITHIN = 0.05
 CLOSE = 0.01  # a search ends there
@@ -27,7 +27,7 @@ ALGORITHMS = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Searches:
     """Per landscape and algorithm: runs needed to come within 5 % (one per seed), and regret after
     each run (mean).
     """
@@ -42,7 +42,7 @@ def _plan(m: Measurement) -> dict[str, int]:
 
 
 def _landscape(
-    data: Data, outcome: Outcome, rows: np.ndarray, name: str
+    data: FitData, outcome: HoldOut, rows: np.ndarray, name: str
 ) -> tuple[search.Landscape, search.Prior]:
     """Distinct plans of `rows` with their times; a plan measured twice keeps its faster run."""
     found: dict[tuple[tuple[str, int], ...], int] = {}
@@ -57,12 +57,12 @@ def _landscape(
     return search.Landscape(name, tuple(dict(key) for key in found), times), prior
 
 
-def _time(data: Data, row: int) -> float:
+def _time(data: FitData, row: int) -> float:
     m = data.measurements[row]
     return float("inf") if m.failed or not np.isfinite(m.step_time) else m.step_time
 
 
-def compare(data: Data, outcomes: Sequence[Outcome], seeds: int) -> Comparison:
+def compare(data: FitData, outcomes: Sequence[HoldOut], seeds: int) -> Searches:
     """Search every landscape of at least `LEAST` plans at 64 GPUs and more of the outcomes' unseen
     models.
     """
@@ -90,7 +90,7 @@ def compare(data: Data, outcomes: Sequence[Outcome], seeds: int) -> Comparison:
             regret[name] = {
                 a: np.mean([_padded(t.regret_E, count) for t in ts], 0) for a, ts in runs.items()
             }
-    return Comparison(needed, regret)
+    return Searches(needed, regret)
 
 
 def _run(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from fdp.price.hybrid import Prediction
+from fdp.price.hybrid import PricedJobs
 from fdp.price.workload import Job
 
 FIELDS = ("cluster", "stack", "model", "chip", "gpus")
@@ -138,14 +138,14 @@ def posterior(
 
 
 def correct(
-    prediction: Prediction,
+    prediction: PricedJobs,
     jobs: Sequence[Job],
     anchors: Sequence[Job],
-    at_anchors: Prediction,
+    at_anchors: PricedJobs,
     time_M: np.ndarray,
     memory_M: np.ndarray | None = None,
     slope: float = 0.0,
-) -> Prediction:
+) -> PricedJobs:
     """The prediction for `jobs` after runs of `anchors` took `time_M` seconds and `memory_M` bytes
     (NaN: not measured).
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from fdp.price import hybrid
-from fdp.topics.parallelism_search import predict as command
-from fdp.topics.parallelism_search.measurements import measurement
-from fdp.topics.parallelism_search.predict import ADDED, MEASURED, main, predict, price, to_anchors
+from fdp.price import predict as command
+from fdp.price.measurements import measurement
+from fdp.price.predict import ADDED, MEASURED, main, predict, price, to_anchors
 
 pytestmark = pytest.mark.fast
 

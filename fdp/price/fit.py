@@ -8,6 +8,7 @@ ensemble member on its own bootstrap of tasks and centres. Every task weighs as 
 its rows, so that no large collection outvotes the rest."""
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,8 @@ from scipy.optimize import minimize
 
 from fdp.price import footprint, hybrid, step_time
 from fdp.price.hybrid import EFFECTS, MEMORY_EFFECTS, Model
+from fdp.price.measurements import Measurement
 from fdp.price.workload import Columns, columns
-from fdp.topics.parallelism_search.measurements import Measurement
 
 SIGMA, FREEDOM = 0.06, 3.0  # scale of the log error and degrees of freedom of its Student-t
 MEMBERS, CENTRES = 8, 128
@@ -30,7 +31,7 @@ INTERVAL = 0.9
 
 
 @dataclass(frozen=True)
-class Data:
+class FitData:
     """All measurements as arrays (N,), built once; a fit chooses rows by weight."""
 
     measurements: tuple[Measurement, ...]
@@ -44,7 +45,7 @@ class Data:
     weight: np.ndarray
 
 
-def gather(measurements: Sequence[Measurement]) -> Data:
+def gather(measurements: Sequence[Measurement]) -> FitData:
     """Arrays of the measurements. Raises ValueError when there is none with a time."""
     kept = tuple(
         m for m in measurements if m.failed or np.isfinite(m.step_time) or np.isfinite(m.memory)
@@ -63,7 +64,9 @@ def gather(measurements: Sequence[Measurement]) -> Data:
         log_time = np.log([m.step_time for m in kept])
         log_memory = np.log([m.memory for m in kept])
     failed = np.array([m.failed for m in kept])
-    return Data(kept, x, groups, names, index, log_time, log_memory, failed, weight / weight.mean())
+    return FitData(
+        kept, x, groups, names, index, log_time, log_memory, failed, weight / weight.mean()
+    )
 
 
 def _start(bounds: dict[str, tuple[float, float, float]]) -> np.ndarray:
@@ -72,7 +75,7 @@ def _start(bounds: dict[str, tuple[float, float, float]]) -> np.ndarray:
 
 
 def _split(
-    z: Any, bounds: Any, effects: Any, data: Data
+    z: Any, bounds: Any, effects: Any, data: FitData
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Flat vector → (coefficients, {"name|group": values of its members}, the rest)."""
     raw = {name: z[i] for i, name in enumerate(bounds)}
@@ -105,9 +108,9 @@ def _minimise(loss: Any, start: np.ndarray, steps: int, *args: Any) -> np.ndarra
 
 
 class Fitter:
-    """Compiled losses over one Data; `fit` gives a Model from the rows it may see."""
+    """Compiled losses over one FitData; `fit` gives a Model from the rows it may see."""
 
-    def __init__(self, data: Data):
+    def __init__(self, data: FitData):
         self.data = data
         inputs = hybrid.numeric(data.x) | {"code": hybrid.family_code(data.groups)}
         self.inputs = {k: jnp.asarray(v) for k, v in inputs.items()}
@@ -228,15 +231,10 @@ class Fitter:
         tasks = np.array([m.task for m in data.measurements], object)[timed]
         stretch = np.ones(features_NxK.shape[1])
         stretch[-hybrid.CODE :] = APART
-        parts = _ensemble(
+        parts = ensemble(
             features_NxK[fair], error_N[fair], data.weight[timed][fair], tasks[fair], seed, stretch
         )
-        return replace(model, residual=parts)
-
-
-def replace(model: Model, **changes: Any) -> Model:
-    """The model with some parts changed."""
-    return Model(**{k: changes.get(k, getattr(model, k)) for k in Model.__dataclass_fields__})
+        return dataclasses.replace(model, residual=parts)
 
 
 @jax.jit
@@ -245,64 +243,7 @@ def _features(inputs: Any, time: Any, shift: Any) -> Any:
     return hybrid.residual_features(inputs, step_time.step_time(inputs, k), shift["launch_rank"])
 
 
-def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
-    """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure
-    learning would be.
-
-    It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees, sizes and the
-    chip's rates, and from the code of the software's family that the hybrid's residual is given
-    too."""
-    x = data.x
-    chips = x["tp"] * x["pp"] * x["dp"] * x["cp"]
-    flops = np.array(
-        [
-            3 * m.job.shape.forward_flops(m.job.seq, m.job.causal) * m.job.batch * m.job.seq
-            for m in data.measurements
-        ]
-    )
-    ideal = np.log(flops / (chips * x["peak"]))
-    sizes = (
-        "tp",
-        "pp",
-        "dp",
-        "cp",
-        "ep",
-        "virtual",
-        "microbatch",
-        "microbatches",
-        "width",
-        "layers",
-        "seq",
-        "batch",
-        "peak",
-        "hbm",
-        "up",
-        "out_bw",
-        "domain",
-    )
-    kinds = ("full", "modern", "lora", "fp8", "fp4", "fp16")
-    stage = [
-        x["zero"] == 0,
-        x["zero"] >= 3,
-        np.isin(data.groups["cluster"].astype(str), hybrid.STALLING),
-    ]
-    family = hybrid.family_code(data.groups).T
-    features = np.stack(
-        [*(np.log2(x[n]) for n in sizes), *(x[n] for n in kinds), *stage, *family], -1
-    ).astype(float)
-    timed = keep & np.isfinite(data.log_time) & ~data.failed
-    target = data.log_time - ideal
-    middle = float(np.median(target[timed]))
-    tasks = np.array([m.task for m in data.measurements], object)[timed]
-    parts = _ensemble(
-        features[timed], target[timed] - middle, data.weight[timed], tasks, seed, ridge=0.1
-    )
-    z = (features - parts["mean"]) / parts["scale"]
-    each = [_radial(z, c) @ w for c, w in zip(parts["centres"], parts["weights"], strict=True)]
-    return np.exp(ideal + middle + np.mean(each, 0))
-
-
-def _ensemble(
+def ensemble(
     features_NxK: np.ndarray,
     error_N: np.ndarray,
     weight_N: np.ndarray,
@@ -328,7 +269,7 @@ def _ensemble(
             p=chance / chance.sum(),
         )
         one = (features_NxK[picked] - mean) / scale
-        phi_NxM = _radial((features_NxK - mean) / scale, one)
+        phi_NxM = hybrid.radial((features_NxK - mean) / scale, one)
         w_N, value_M = weight_N * count_N, np.zeros(len(picked))
         for _ in range(3):  # reweighted as the Student-t asks
             robust_N = w_N / (1 + ((error_N - phi_NxM @ value_M) / SIGMA) ** 2 / FREEDOM)
@@ -349,14 +290,6 @@ def _ensemble(
     }
 
 
-def _radial(z_NxK: np.ndarray, centres_MxK: np.ndarray) -> np.ndarray:
-    """`hybrid.radial` in numpy: the number of rows differs from fit to fit and must not compile
-    anew.
-    """
-    square = (z_NxK**2).sum(-1)[:, None] - 2 * z_NxK @ centres_MxK.T + (centres_MxK**2).sum(-1)
-    return np.exp(-square / (2 * hybrid.LENGTH**2 * z_NxK.shape[-1] / 10))
-
-
 def weighted_quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
     """The least value below or at which `share` of the weight lies."""
     order = np.argsort(values)
@@ -364,7 +297,7 @@ def weighted_quantile(values: np.ndarray, weights: np.ndarray, share: float) -> 
     return float(values[order][int(np.argmax(reached))])
 
 
-def _feasibility(pressure: np.ndarray, data: Data, keep: np.ndarray) -> dict[str, float]:
+def _feasibility(pressure: np.ndarray, data: FitData, keep: np.ndarray) -> dict[str, float]:
     """The log(memory/HBM) that tells failed runs from others best: most recall less false alarms
     (Youden 1950).
 

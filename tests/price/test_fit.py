@@ -3,20 +3,16 @@ was measured.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from fdp.price import hybrid, step_time
+from fdp.price import fit, hybrid, step_time
 from fdp.price.hardware import chip
+from fdp.price.measurements import Measurement
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan, columns
-from fdp.topics.parallelism_search import fit, validate
-from fdp.topics.parallelism_search.measurements import Measurement, published
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "planning"
 
 
 def jobs() -> list[Job]:
@@ -48,7 +44,7 @@ def truth() -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def synthetic() -> fit.Data:
+def synthetic() -> fit.FitData:
     """Step times that the analytic model made with coefficients of its own, and 2 % noise."""
     work = jobs()
     x = columns(work)
@@ -154,15 +150,3 @@ def test_unmeasured_software_of_a_known_framework_is_priced_as_its_like():
 def test_nothing_to_fit_is_said():
     with pytest.raises(ValueError, match="none of 0 measurements has a step time"):
         fit.gather([])
-
-
-@pytest.mark.slow
-def test_a_published_model_is_priced_without_having_been_seen():
-    if not SHARED.is_dir():
-        pytest.skip("the published measurements (shared data, planning/) are not on this machine")
-    with jax.enable_x64(True):
-        data = fit.gather(published(SHARED)[0])
-        fitter = fit.Fitter(data)
-        case = next(c for c in validate.CASES if c.name == "llama3-70b")
-        outcome = validate.run_case(fitter, case, 200)
-    assert validate.error(outcome.predicted, outcome.measured) < 10

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdp.price.anchors import correct, correlation, posterior
 from fdp.price.hardware import chip
-from fdp.price.hybrid import BOTTLENECKS, Prediction
+from fdp.price.hybrid import BOTTLENECKS, PricedJobs
 from fdp.price.shapes import PUBLISHED
 from fdp.price.workload import Job, Plan, with_plan
-from fdp.topics.parallelism_search.anchors import correct, correlation, posterior
 
 pytestmark = pytest.mark.fast
 
@@ -35,7 +35,7 @@ JOBS = [LLAMA, NEIGHBOUR, OTHER_MODEL, ELSEWHERE]
 
 def prediction(n, time=2.0, log_std=0.2, feasible=0.7):
     full = lambda value: np.full(n, value)
-    return Prediction(full(time), full(time / 1.4), full(time * 1.6), full(log_std), full(50e9), full(60e9),
+    return PricedJobs(full(time), full(time / 1.4), full(time * 1.6), full(log_std), full(50e9), full(60e9),
                       full(feasible), full(0.0), full(time), {name: full(1.0) for name in BOTTLENECKS})  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def mean_of(jobs, known, errors, std=0.2):
 def test_without_anchors_nothing_changes():
     before = prediction(4)
     after = correct(before, JOBS, [], prediction(0), np.zeros(0))
-    for field in dataclasses.fields(Prediction):
+    for field in dataclasses.fields(PricedJobs):
         if field.name != "terms":
             np.testing.assert_array_equal(getattr(after, field.name), getattr(before, field.name))
 
