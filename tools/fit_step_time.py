@@ -15,8 +15,7 @@ import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from fdp.price import hybrid
-from fdp.topics.parallelism_search import fit, measurements
+from fdp.price import fit, hybrid, measurements
 
 TARGET = Path(hybrid.__file__).parent / "coefficients" / "step_time.json"
 
@@ -83,7 +82,8 @@ def main(folder: Path) -> None:
         "held out, |log error|": parts,
     }  # fmt: skip
     TARGET.write_text(
-        hybrid.to_json(dataclasses.replace(model, spread=spread, provenance=provenance)), encoding="utf8"
+        hybrid.to_json(dataclasses.replace(model, spread=spread, provenance=provenance)),
+        encoding="utf8",
     )
     print(f"{TARGET}: {len(names)} rows; held out: {parts}")
 

@@ -78,7 +78,10 @@ def _averaged(
     place = {job: u for u, job in enumerate(dict.fromkeys(anchors))}
     at_M = np.array([place[job] for job in anchors])
     count_U = np.bincount(at_M)
-    mean = lambda values: np.bincount(at_M, values) / count_U
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(at_M, values) / count_U
+
     return list(place), mean(std_M), mean(error_M), NOISE**2 / count_U
 
 

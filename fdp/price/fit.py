@@ -108,7 +108,8 @@ def _minimise(loss: Any, start: np.ndarray, steps: int, *args: Any) -> np.ndarra
 
 
 class Fitter:
-    """Compiled losses over one FitData; `fit` gives a Model from the rows it may see."""
+    """Losses over one FitData, compiled once for every choice of rows and every value measured on
+    them; `fit` gives a Model from the rows it may see."""
 
     def __init__(self, data: FitData):
         self.data = data
@@ -122,11 +123,11 @@ class Fitter:
         self.memory_loss = jax.jit(jax.value_and_grad(self._memory_loss))
         self.prior = {"time": _start(step_time.BOUNDS), "memory": _start(footprint.BOUNDS)}
 
-    def _time_loss(self, z: Any, weight: Any, pressure: Any) -> Any:
+    def _time_loss(self, z: Any, weight: Any, pressure: Any, log_time: Any) -> Any:
         raw, parts, gate = _split(z, step_time.BOUNDS, EFFECTS, self.data)
         k = hybrid.time_coefficients(self.inputs, raw, _shift(parts, self.index))
         terms = step_time.step_time(self.inputs, k)
-        y = jnp.where(weight > 0, jnp.nan_to_num(self.data.log_time), jnp.log(terms["total"]))
+        y = jnp.where(weight > 0, jnp.nan_to_num(log_time), jnp.log(terms["total"]))
 
         def likelihood(seconds: Any) -> Any:
             return -(FREEDOM + 1) / 2 * jnp.log1p(((jnp.log(seconds) - y) / SIGMA) ** 2 / FREEDOM)
@@ -142,12 +143,12 @@ class Fitter:
         )
         return -0.05 * jnp.sum(both * weight) / jnp.maximum(jnp.sum(weight), 1e-9) + penalty
 
-    def _memory_loss(self, z: Any, weight: Any) -> Any:
+    def _memory_loss(self, z: Any, weight: Any, log_memory: Any) -> Any:
         raw, parts, _ = _split(z, footprint.BOUNDS, MEMORY_EFFECTS, self.data)
         shift = _shift(parts, self.index)
         used = {n: raw[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}
         log = jnp.log(footprint.memory(self.inputs, hybrid.bounded(used, footprint.BOUNDS)))
-        r = jnp.abs(jnp.where(weight > 0, log - jnp.nan_to_num(self.data.log_memory), 0.0))
+        r = jnp.abs(jnp.where(weight > 0, log - jnp.nan_to_num(log_memory), 0.0))
         huber = jnp.where(r < 0.1, r * r / 0.2, r - 0.05)
         n = jnp.maximum(jnp.sum(weight > 0), 1)
         spread = jnp.mean((z[: len(footprint.BOUNDS)] - self.prior["memory"]) ** 2)
@@ -177,9 +178,8 @@ class Fitter:
         data, x = self.data, self.data.x
         timed = keep & np.isfinite(data.log_time) & ~data.failed
         sized = keep & np.isfinite(data.log_memory)
-        zm = _minimise(
-            self.memory_loss, self._start("memory", MEMORY_EFFECTS, 0), steps, data.weight * sized
-        )
+        zm = self._start("memory", MEMORY_EFFECTS, 0)
+        zm = _minimise(self.memory_loss, zm, steps, data.weight * sized, data.log_memory)
         memory, memory_parts, _ = _split(zm, footprint.BOUNDS, MEMORY_EFFECTS, data)
         shift = _shift({k: np.asarray(v) for k, v in memory_parts.items()}, data.index)
         used = {n: memory[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}
@@ -189,7 +189,7 @@ class Fitter:
         pressure = log_memory - np.log(x["hbm_bytes"])
         width = hybrid.stall_features(self.inputs, jnp.asarray(pressure)).shape[-1]
         z = self._start("time", EFFECTS, width)
-        z = _minimise(self.time_loss, z, steps, data.weight * timed, pressure)
+        z = _minimise(self.time_loss, z, steps, data.weight * timed, pressure, data.log_time)
         time, parts, gate = _split(z, step_time.BOUNDS, EFFECTS, data)
         return Model(
             {k: float(v) for k, v in time.items()},

@@ -72,8 +72,7 @@ def _leaving(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({"linear", "rest"} FLOPs, HBM bytes) of a chip in a step, recomputation included, mean over
-    chips.
-    """
+    chips. A causal mask halves the scores, the convention of `ModelShape.forward_flops`."""
     a, tokens = job.shape, job.batch * job.seq / (x["tp"] * x["pp"] * x["dp"] * x["cp"])
     scores = (
         2

@@ -16,6 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from fdp.config import UserError, digest
+from fdp.count import random_programs
 from fdp.experiment import Experiment, standard
 from fdp.models.shape import ModelShape
 from fdp.parallel.pipeline import partition
@@ -24,7 +25,7 @@ from fdp.price.measurements import Malformed, published
 from fdp.price.ranking import Ranking
 from fdp.run import Run
 from fdp.study.report import Report, Row
-from fdp.topics.parallelism_search import counts, figures, landscapes, validate
+from fdp.topics.parallelism_search import figures, landscapes, validate
 from fdp.topics.parallelism_search.validate import HoldOut
 
 ZERO_SHOT = "unseen models at 64-512 GPUs"
@@ -355,7 +356,7 @@ def counted(count: int) -> Found:
         f"counting  {count} random programs of this code base, formulas against the compiler",
         flush=True,
     )
-    f = counts.summary(counts.random_configs(0, count))
+    f = random_programs.summary(random_programs.random_configs(0, count))
     programs = f"{f.configs} random programs of this code base on meshes of up to 8 devices"
     unrolled = (
         "one-layer models with remat or ZeRO-3 are not drawn: XLA unrolls them and merges "

@@ -1,19 +1,23 @@
 """Hold-outs and landscapes: the arithmetic of their scores, on outcomes made by hand."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from fdp.price import fit
 from fdp.price.hardware import chip
+from fdp.price.measurements import Measurement, published
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan
-from fdp.topics.parallelism_search import fit, landscapes, validate
-from fdp.price.measurements import Measurement
+from fdp.topics.parallelism_search import landscapes, validate
 
 pytestmark = pytest.mark.fast
 
+SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "planning"
 TPS = [1, 2, 4, 8, 16, 32]
 
 
@@ -56,11 +60,12 @@ def outcome(
 
 def test_scores_are_per_landscape():
     data, o = outcome()
-    s = validate.score(data, o.rows, o.predicted, o.measured)
+    s = validate.score(data, o)
     assert s.errors == pytest.approx([10.0])
     assert s.correlations == pytest.approx([1.0])
     assert s.regrets == pytest.approx([0.0])
-    reversed_ = validate.score(data, o.rows, o.predicted[::-1], o.measured)
+    backwards = dataclasses.replace(o, learned=o.predicted[::-1])
+    reversed_ = validate.score(data, backwards, "learned")
     assert reversed_.correlations == pytest.approx([-1.0])
     assert reversed_.regrets == pytest.approx([230.0])
 

@@ -1,5 +1,5 @@
-"""Our own counts: what the closed formulas of fdp.count predict for a program against what its
-compiled form contains.
+"""Random small programs of this code base: what the closed formulas of fdp.count say of each
+against what its compiled form contains.
 
 Bytes by (op, axes): fdp.count.bytes against the HLO of loss and gradients. FLOPs: fdp.count.flops
 against the matmuls of the jaxpr. Memory: fdp.count.memory against the compiler's plan of the whole
@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import ml_collections
@@ -107,7 +108,10 @@ def _random_degrees(rng: np.random.Generator, devices: int) -> dict[str, int]:
 
 def _random_config(rng: np.random.Generator, devices: int) -> ml_collections.ConfigDict:
     """Sizes are multiples of the degrees that shard them, so that most draws are valid."""
-    pick = lambda *values: values[int(rng.integers(len(values)))]
+
+    def pick(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
     c = fdp_config.base()
     degrees = _random_degrees(rng, devices)
     c.mesh.update(degrees)

@@ -9,10 +9,10 @@ import pytest
 from fdp import config
 from fdp.count import bytes as closed
 from fdp.count import flops, hlo, jaxpr
+from fdp.count import random_programs as counts
 from fdp.count.counts import GATHER, REDUCE, SCATTER, Counts, Ledger
+from fdp.count.random_programs import ProgramCheck
 from fdp.models.layers import Head, RMSNorm
-from fdp.topics.parallelism_search import counts
-from fdp.topics.parallelism_search.counts import ProgramCheck
 
 SEED = (
     53  # its first six configs use every axis, ZeRO stage, kind of remat and sequence parallelism
