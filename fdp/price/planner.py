@@ -7,7 +7,7 @@
 A model is a name of `fdp.price.shapes.PUBLISHED` or a ModelShape. Clusters are written nodes x
 chips: `h100:32x8`, `gb200:4x72`, a TPU slice `v5p:4x4x8`; mixed ones, `h100:4x8+a100:4x8`, are
 priced with their weakest chip. `ranking.plans[0]` is the fastest plan, `ranking.trainable` the
-fastest that this code base trains, `fdp.price.ranking_text.fragment(ranking)` its config. Of the
+fastest that this code base trains, `fdp.price.ranking_text.fragment(ranking, topic)` its config. Of the
 same in a shell:
 
     python -m fdp.price.planner --model=llama3-70b --cluster=h100:32x8 --batch=1024 --seq_len=4096
@@ -74,8 +74,8 @@ def declare(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("precision", "bf16", PRECISIONS, "of the matmuls", flag_values=values)
     note = "whether a token sees only earlier ones"
     flags.DEFINE_bool("causal", True, note, flag_values=values)
-    name("out", None, "file for a config that fdp.train accepts", flag_values=values)
-    name("topic", "", "topic that the config trains", flag_values=values)
+    name("out", None, "file for a config of the best plan that fdp.train runs", flag_values=values)
+    name("topic", None, "with --out: the topic whose study the config runs", flag_values=values)
 
 
 def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
@@ -83,6 +83,8 @@ def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
     try:
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+        if bool(f.out) != bool(f.topic):
+            raise UserError("--out=FILE and --topic=NAME belong together: give both or neither")
         found = plan(f.model, f.cluster, f.batch, f.seq_len, f.precision, f.causal)
         print(found)
         if f.out:

@@ -82,7 +82,7 @@ def _evidence(cluster: Cluster) -> str:
     return f"simulated: cost model fitted on published runs; intervals cover 90 % of held-out models{foreign}"
 
 
-def fragment(ranking: "Ranking", topic: str = "") -> str:
+def fragment(ranking: "Ranking", topic: str) -> str:
     """Text of a config file for `python -m fdp.train --config=FILE --dry_run` with the fastest plan
     that this code base can train (pp = ep = etp = 1); comments alone where it cannot build the
     model or no such plan fits. `topic`: the one that trains it, to be named in the file."""

@@ -1,6 +1,7 @@
 """The planner's call and its command: the answer, a config of it, and what it says of bad input."""
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 from absl.flags import FlagValues
 
+import fdp.topics
 from fdp import config
 from fdp.keys import UserError
 from fdp.price import planner
@@ -55,7 +57,7 @@ def test_the_command_answers_within_five_seconds_and_writes_a_config(tmp_path):
     shared."""
     flags = ["--model=llama3-8b", "--cluster=h100:2x8", "--batch=64", "--seq_len=4096"]
     before, out = os.times(), tmp_path / "planned.py"
-    done = command(*flags, f"--out={out}")
+    done = command(*flags, f"--out={out}", f"--topic={topics()[0]}")
     after = os.times()
     spent = sum(after[i] - before[i] for i in (2, 3))  # of children
     assert done.returncode == 0, done.stderr
@@ -71,7 +73,11 @@ def test_the_command_answers_within_five_seconds_and_writes_a_config(tmp_path):
         (["--cluster=h100:0x8"], "error: cluster 'h100:0x8' has no nodes"),
         (["--cluster=h100:1x1"], "error: llama3-70b fits no plan on 1 chips of h100:1x1"),
         (["llama3-8b"], "error: unexpected argument 'llama3-8b'"),
-        (["--model=llama3-8b", "--cluster=h100:1x8", "--out=/no/folder/x.py"], "error: cannot"),
+        (
+            ["--model=llama3-8b", "--cluster=h100:1x8", "--out=/no/folder/x.py", "--topic=t"],
+            "error: cannot write /no/folder/x.py",
+        ),
+        (["--out=x.py"], "error: --out=FILE and --topic=NAME belong together"),
     ],
 )
 def test_a_mistake_is_one_line(flags, line, capsys):
@@ -89,6 +95,10 @@ def test_an_unknown_flag_is_one_line_and_help_names_every_flag():
     for name in ("model", "cluster", "batch", "seq_len", "precision", "[no]causal", "out", "topic"):
         assert f"--{name}:" in told.stdout, told.stdout
     assert "print(ranking)" in told.stdout
+
+
+def topics():
+    return sorted(m.name for m in pkgutil.iter_modules(fdp.topics.__path__) if m.ispkg)
 
 
 def command(*flags):

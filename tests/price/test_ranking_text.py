@@ -28,7 +28,7 @@ def llama(model):
 def test_experts_are_ranked_with_expert_parallelism(model):
     found = ranking.rank(model, *job_of("mixtral-8x7b", "h100:8x8", 256))
     assert found.plans[0].traffic["ep"] > 0 and found.trainable is None
-    text = ranking_text.fragment(found)
+    text = ranking_text.fragment(found, "")
     assert "mixture of 8 experts" in text and "PLAN" in text
     exec(compile(text, "fragment", "exec"), names := {})
     assert names["PLAN"] == dataclasses.asdict(found.plans[0].plan)
@@ -40,7 +40,7 @@ def test_experts_are_ranked_with_expert_parallelism(model):
 def test_fragment_is_a_valid_config_with_the_mesh_of_the_plan(model, tmp_path, name, where):
     found = ranking.rank(model, *job_of(name, where))
     path = tmp_path / "planned.py"
-    path.write_text(ranking_text.fragment(found), "utf8")
+    path.write_text(ranking_text.fragment(found, ""), "utf8")
     exec(compile(path.read_text("utf8"), str(path), "exec"), names := {})
     c = names["get_config"]()
     fdp_config.validate(c)
@@ -77,7 +77,7 @@ def test_fragment_takes_no_plan_that_validation_refuses(changes):
             assert not ok
             continue
         row = ranking.Ranked(plan, 1, 1, 1, 1, 1, 1, 1, {}, "", {}, "")
-        text = ranking_text.fragment(ranking.Ranking(job, here, 1, 1, (row,), row))
+        text = ranking_text.fragment(ranking.Ranking(job, here, 1, 1, (row,), row), "")
         exec(compile(text, "fragment", "exec"), names := {})
         try:
             fdp_config.validate(names["get_config"]())
@@ -90,7 +90,9 @@ def test_fragment_takes_no_plan_that_validation_refuses(changes):
 def test_fragment_keeps_the_switches_of_the_model(model):
     a = replace(SMALL, kv_heads=8, tied=True, qk_norm=True, rope_base=5e5)
     job, here = job_of(a, "h100:1x8", 16, 1024)
-    text = ranking_text.fragment(ranking.rank(model, dataclasses.replace(job, causal=False), here))
+    text = ranking_text.fragment(
+        ranking.rank(model, dataclasses.replace(job, causal=False), here), ""
+    )
     exec(compile(text, "fragment", "exec"), names := {})
     c = names["get_config"]()
     built = ModelShape.of(c.model)
