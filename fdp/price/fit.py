@@ -44,6 +44,16 @@ class FitData:
     failed: np.ndarray
     weight: np.ndarray
 
+    @property
+    def timed(self) -> np.ndarray:
+        """(N,) bool: runs with a step time."""
+        return np.isfinite(self.log_time) & ~self.failed
+
+    @property
+    def tasks(self) -> np.ndarray:
+        """(N,) names: configurations that may be ranked against each other share one."""
+        return np.array([m.task for m in self.measurements], object)
+
 
 def gather(measurements: Sequence[Measurement]) -> FitData:
     """Arrays of the measurements. Raises ValueError when there is none with a time."""
@@ -176,7 +186,7 @@ class Fitter:
     def analytic(self, keep: np.ndarray, steps: int) -> Model:
         """θ, the regime head and the memory model from the rows in `keep`, without residual."""
         data, x = self.data, self.data.x
-        timed = keep & np.isfinite(data.log_time) & ~data.failed
+        timed = keep & data.timed
         sized = keep & np.isfinite(data.log_memory)
         zm = self._start("memory", MEMORY_EFFECTS, 0)
         zm = _minimise(self.memory_loss, zm, steps, data.weight * sized, data.log_memory)
@@ -220,7 +230,7 @@ class Fitter:
     def with_residual(self, model: Model, keep: np.ndarray, seed: int) -> Model:
         """The model with an ensemble of radial-basis networks fitted to what it leaves over."""
         data = self.data
-        timed = keep & np.isfinite(data.log_time) & ~data.failed
+        timed = keep & data.timed
         now = hybrid.predict(model, data.x)
         error_N = (data.log_time - np.log(now.analytic))[timed]
         features_NxK = np.asarray(
@@ -228,7 +238,7 @@ class Fitter:
         )[timed]
         # Gross errors belong to the regime head or to a broken run, not to a smooth correction.
         fair = np.abs(error_N) < 0.7
-        tasks = np.array([m.task for m in data.measurements], object)[timed]
+        tasks = data.tasks[timed]
         stretch = np.ones(features_NxK.shape[1])
         stretch[-hybrid.CODE :] = APART
         parts = ensemble(

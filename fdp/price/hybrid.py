@@ -331,20 +331,42 @@ def predict(model: Model, x: Columns, single: bool = False) -> PricedJobs:
     measured = model.effects.get("scale|family", {})
     seen = np.isin(groups["family"].astype(str), list(measured))
     groups["family"] = resolved(groups["family"], measured.keys())
-    shift, memory_shift = shifts(model.effects, groups), shifts(model.memory_effects, groups)
-    stalls = np.isin(groups["cluster"].astype(str), STALLING).astype(float)
     inputs = numeric(x) | {"code": family_code(groups)}
+    shift = shifts(model.effects, groups)
     terms = step_time.step_time(inputs, time_coefficients(inputs, model.time, shift))
     terms = {n: np.broadcast_to(v, x["layers"].shape) for n, v in terms.items()}
-    used = {n: model.memory[n] + memory_shift.get(n, 0.0) for n in footprint.BOUNDS}
-    memory = footprint.memory(inputs, bounded(used, footprint.BOUNDS))
-    pressure = np.log(memory / x["hbm_bytes"])
-    odds = stall_features(inputs, pressure) @ model.gate
-    stalled = np.where((x["pp"] > 1) & (stalls > 0), sigmoid(odds), 0.0)
+    memory, pressure = _memory(model, inputs, groups)
+    stalled = _stalled(model, inputs, groups, pressure)
     more_ExN = np.zeros((1, len(memory)))
     if model.residual:
         features = residual_features(inputs, terms, shift.get("launch_rank", 0.0))
         more_ExN = corrections(features.astype(np.float32 if single else float), model.residual)
+    return _with_intervals(model, x, (terms, memory, pressure, stalled, more_ExN), seen)
+
+
+def _memory(
+    model: Model, x: Mapping[str, Array], groups: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes a device, log of their share of the HBM)."""
+    shift = shifts(model.memory_effects, groups)
+    used = {n: model.memory[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}
+    memory = footprint.memory(x, bounded(used, footprint.BOUNDS))
+    return memory, np.log(memory / x["hbm_bytes"])
+
+
+def _stalled(
+    model: Model, x: Mapping[str, Array], groups: Mapping[str, np.ndarray], pressure: np.ndarray
+) -> np.ndarray:
+    """Probability that transfers stall."""
+    may = (x["pp"] > 1) & np.isin(groups["cluster"].astype(str), STALLING)
+    return np.where(may, sigmoid(stall_features(x, pressure) @ model.gate), 0.0)
+
+
+def _with_intervals(
+    model: Model, x: Columns, parts: tuple[Any, ...], seen: np.ndarray
+) -> PricedJobs:
+    """What is predicted from its parts: (terms, memory, log pressure, stalled, corrections)."""
+    terms, memory, pressure, stalled, more_ExN = parts
     # The regime with the smaller expected relative error: a stall is a factor, so it needs odds
     # beyond that factor.
     factor = terms["stalled"] / terms["total"]
@@ -355,7 +377,7 @@ def predict(model: Model, x: Columns, single: bool = False) -> PricedJobs:
     )
     log_std = np.sqrt(known**2 + (s["ensemble"] * more_ExN.std(0)) ** 2)
     time = analytic * np.exp(more_ExN.mean(0))
-    parts = {n: terms[n] for n in TERMS} | {"stall": analytic - terms["total"]}
+    shown = {n: terms[n] for n in TERMS} | {"stall": analytic - terms["total"]}
     width = np.exp(s["quantile"] * log_std)
     high = np.where(
         (stalled > 0.05) & (analytic < terms["stalled"]), terms["stalled"] * width, time * width
@@ -365,7 +387,7 @@ def predict(model: Model, x: Columns, single: bool = False) -> PricedJobs:
     )
     feasible = scipy.special.expit(-model.fit["slope"] * (pressure - model.fit["margin"]))
     most = memory * np.exp(s["memory"])
-    return PricedJobs(time, low, high, log_std, memory, most, feasible, stalled, analytic, parts)
+    return PricedJobs(time, low, high, log_std, memory, most, feasible, stalled, analytic, shown)
 
 
 def to_json(model: Model) -> str:

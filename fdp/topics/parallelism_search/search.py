@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import cmaes
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import ndtr
@@ -47,35 +48,31 @@ class Landscape:
     time_N: np.ndarray
 
     def __post_init__(self) -> None:
-        if not self.plans:
+        plans, count = self.plans, len(self.plans)
+        if not plans:
             raise ValueError(f"landscape {self.name!r} is empty: give at least one plan")
-        if np.shape(self.time_N) != (len(self.plans),):
-            raise ValueError(
-                f"{self.name!r}: time_N has shape {np.shape(self.time_N)}, plans are "
-                f"{len(self.plans)}"
-            )
+        if np.shape(self.time_N) != (count,):
+            shape = np.shape(self.time_N)
+            raise ValueError(f"{self.name!r}: time_N has shape {shape}, plans are {count}")
         seen: dict[tuple[tuple[str, int], ...], int] = {}
-        for i, (plan, time) in enumerate(zip(self.plans, self.time_N, strict=True)):
-            if plan.keys() != self.plans[0].keys():
-                raise ValueError(
-                    f"{self.name!r}: plan {i} has keys {sorted(plan)}, plan 0 "
-                    f"{sorted(self.plans[0])}"
-                )
-            if bad := {k: v for k, v in plan.items() if v != int(v) or v < (k != "zero")}:
-                raise ValueError(
-                    f"{self.name!r}: plan {i} has {bad}: degrees are integers >= 1, zero >= 0"
-                )
-            if (first := seen.setdefault(tuple(sorted(plan.items())), i)) != i:
-                raise ValueError(
-                    f"{self.name!r}: plans {first} and {i} are both {dict(plan)}: keep one of them"
-                )
-            if not time > 0:  # catches NaN
-                raise ValueError(
-                    f"{self.name!r}: time_N[{i}] = {time} s: give seconds > 0, or inf for a failed "
-                    "run"
-                )
+        for i, (plan, time) in enumerate(zip(plans, self.time_N, strict=True)):
+            wrong = {k: v for k, v in plan.items() if v != int(v) or v < (k != "zero")}
+            first = seen.setdefault(tuple(sorted(plan.items())), i)
+            problem = (
+                f"plan {i} has keys {sorted(plan)}, plan 0 {sorted(plans[0])}"
+                if plan.keys() != plans[0].keys()
+                else f"plan {i} has {wrong}: degrees are integers >= 1, zero >= 0"
+                if wrong
+                else f"plans {first} and {i} are both {dict(plan)}: keep one of them"
+                if first != i
+                else f"time_N[{i}] = {time} s: give seconds > 0, or inf for a failed run"
+                if not time > 0  # catches NaN
+                else ""
+            )
+            if problem:
+                raise ValueError(f"{self.name!r}: {problem}")
         if not np.isfinite(self.time_N).any():
-            raise ValueError(f"{self.name!r}: no feasible plan, all {len(self.plans)} runs failed")
+            raise ValueError(f"{self.name!r}: no feasible plan, all {count} runs failed")
 
     @property
     def best(self) -> float:
@@ -96,22 +93,17 @@ class Prior:
     feasible_N: np.ndarray
 
     def __post_init__(self) -> None:
-        shapes = {np.shape(self.log_time_N), np.shape(self.std_N), np.shape(self.feasible_N)}
+        names = ("log_time_N", "std_N", "feasible_N")
+        log_N, std_N, p_N = values = [np.asarray(getattr(self, name)) for name in names]
+        shapes = {v.shape for v in values}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-            raise ValueError(
-                "log_time_N, std_N and feasible_N must be vectors of one length, got shapes "
-                f"{shapes}"
-            )
-        rules = {
-            "log_time_N, finite": np.isfinite(self.log_time_N),
-            "std_N, finite and > 0": np.isfinite(self.std_N) & (np.asarray(self.std_N) > 0),
-            "feasible_N, in [0, 1]": (np.asarray(self.feasible_N) >= 0)
-            & (np.asarray(self.feasible_N) <= 1),
-        }
-        for rule, holds_N in rules.items():
+            raise ValueError(f"{', '.join(names)} must be vectors of one length, got {shapes}")
+        rules = ("finite", "finite and > 0", "in [0, 1]")
+        holds = (np.isfinite(log_N), np.isfinite(std_N) & (std_N > 0), (p_N >= 0) & (p_N <= 1))
+        for name, value_N, rule, holds_N in zip(names, values, rules, holds, strict=True):
             if not holds_N.all():
-                field, i = rule.split(",")[0], int(np.argmin(holds_N))
-                raise ValueError(f"prior {rule}: {field}[{i}] = {getattr(self, field)[i]}")
+                i = int(np.argmin(holds_N))
+                raise ValueError(f"prior {name}, {rule}: {name}[{i}] = {value_N[i]}")
 
 
 Algorithm = Callable[[Sequence[Plan], np.random.Generator, Prior | None], Proposals]
@@ -181,9 +173,8 @@ def regret_curve(order: Sequence[int], landscape: Landscape) -> np.ndarray:
     """[E] best time so far / best time of the landscape - 1 after each evaluation; inf until one
     succeeds.
     """
-    return (
-        np.minimum.accumulate(np.asarray(landscape.time_N, float)[list(order)]) / landscape.best - 1
-    )
+    time_E = np.asarray(landscape.time_N, float)[list(order)]
+    return np.minimum.accumulate(time_E) / landscape.best - 1
 
 
 def evaluations_to(order: Sequence[int], landscape: Landscape, within: float) -> float:
@@ -210,9 +201,7 @@ class Grid:
 
     keys: tuple[str, ...]
     log2_NxK: np.ndarray
-    level_NxK: (
-        np.ndarray
-    )  # position of the value among the distinct values of its key: neighbours differ by 1
+    level_NxK: np.ndarray  # place of the value among those of its key: neighbours differ by 1
 
     @classmethod
     def of(cls, plans: Sequence[Plan]) -> "Grid":
@@ -305,13 +294,9 @@ def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) ->
 
     A suggestion that is off the landscape or measured already is drawn again, and after eight draws
     moved to the nearest unmeasured plan; the sampler is told the plan that ran. Failed runs are
-    told as slower than all others. Raises ImportError without optuna."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(
-            "the algorithm tpe needs the package optuna: pip install optuna"
-        ) from error
+    told as slower than all others."""
+    import optuna  # takes a second
+
     sampler = optuna.samplers.TPESampler(seed=int(rng.integers(2**31)), multivariate=True)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -327,9 +312,8 @@ def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) ->
     while free_N.any():
         for _ in range(8):
             trial = study.ask(space)
-            study.tell(
-                trial, state=optuna.trial.TrialState.FAIL
-            )  # ignored by the sampler, which is told what ran
+            # Ignored by the sampler, which is told what ran.
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
             level_K = [trial.params[key] for key in grid.keys]
             index = plan_at.get(tuple(level_K), -1)
             if index >= 0 and free_N[index]:
@@ -350,13 +334,7 @@ def cma_es(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None)
     A sample stands for the nearest plan; where that was measured before, the driver answers from
     memory. A generation with nothing new ends in a restart around a random unmeasured plan. (Moving
     every sample to an unmeasured plan tells the optimizer lies: worse than random on the playbook.)
-    Failed runs rank last. Raises ImportError without cmaes."""
-    try:
-        import cmaes
-    except ImportError as error:
-        raise ImportError(
-            "the algorithm cma_es needs the package cmaes: pip install cmaes"
-        ) from error
+    Failed runs rank last."""
     grid = Grid.of(plans)
     low_K, high_K = grid.log2_NxK.min(0), grid.log2_NxK.max(0)
     idle = max(0, 2 - len(grid.keys))  # cmaes asks for two coordinates

@@ -38,7 +38,7 @@ class Found:
 
     rows: list[Row] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
-    plots: list[str | Path] = field(default_factory=list)
+    plots: list[str] = field(default_factory=list)
 
 
 def ranked(config: ml_collections.ConfigDict) -> Ranking:
@@ -77,7 +77,7 @@ def study(run: Run) -> Report:
     c = run.config
     found = [planned(run), *measured(run), uneven(), speed(), counted(c.plan.counted)]
     rows = [row for f in found for row in f.rows]
-    plots = [plot for f in found for plot in f.plots]
+    plots: list[str | Path] = [plot for f in found for plot in f.plots]
     raw = {name: value for f in found for name, value in f.raw.items()}
     return Report(c.topic, c.variant, digest(c), rows, plots, raw)
 
@@ -284,7 +284,7 @@ def searched(run: Run, data: fit.FitData, outcomes: list[HoldOut]) -> Found:
     print(f"searching the measured landscapes, {seeds} seeds of every algorithm", flush=True)
     found = landscapes.compare(data, outcomes, seeds)
     raw = {n: {a: e.tolist() for a, e in per.items()} for n, per in found.needed.items()}
-    plots: list[str | Path] = [figures.regret(run.workdir, found)] if found.needed else []
+    plots = [figures.regret(run.workdir, found)] if found.needed else []
     return Found(_search_rows(found), {"evaluations to within 5 %": raw}, plots)
 
 
@@ -339,15 +339,15 @@ def speed() -> Found:
 
     priced = np.median([seconds(ranking.price, model, best.job, points) for _ in range(3)])
     whole = seconds(ranking.rank, model, best.job, best.cluster)
-    note, here = "warm, this machine's CPU", {"evidence": "measured"}
+    note = "warm, this machine's CPU"
     rate = space.size_of(points) / float(priced)
     claim, metric = "predictions are cheap", "predictions per second"
-    cheap = row(claim, metric, rate, ">= 100000", note, "1/s", **here)
+    cheap = row(claim, metric, rate, ">= 100000", note, "1/s", evidence="measured")
     claim, note = (
         "a whole 512-GPU space is ranked at once",
         f"{best.valid:,} plans, warm, space and columns included",
     )
-    return Found([cheap, row(claim, "time", whole, "<= 2", note, "s", **here)])
+    return Found([cheap, row(claim, "time", whole, "<= 2", note, "s", evidence="measured")])
 
 
 def counted(count: int) -> Found:
@@ -362,21 +362,12 @@ def counted(count: int) -> Found:
         "one-layer models with remat or ZeRO-3 are not drawn: XLA unrolls them and merges "
         "collectives, so that they send less"
     )
-    judged = (
-        (
-            "bytes per axis equal the compiled program",
-            "(op, axes) entries that differ",
-            f.mismatches,
-            "== 0",
-            f"{f.entries} entries of {programs}; {unrolled}",
-        ),
-        ("FLOPs equal the program's", "largest relative error", f.flops_error, "<= 0.01", programs),
-        (
-            "analytic memory against the compiler's plan",
-            "median relative error",
-            f.memory_error,
-            "<= 0.25",
-            f"train steps of {f.memory_configs} of them; largest {f.memory_error_max:.2f}",
-        ),
-    )
-    return Found([row(*one, "", evidence="counted") for one in judged])
+    claim, metric = "bytes per axis equal the compiled program", "(op, axes) entries that differ"
+    note = f"{f.entries} entries of {programs}; {unrolled}"
+    sent = row(claim, metric, f.mismatches, "== 0", note, "", evidence="counted")
+    claim, metric = "FLOPs equal the program's", "largest relative error"
+    flops = row(claim, metric, f.flops_error, "<= 0.01", programs, "", evidence="counted")
+    claim, metric = "analytic memory against the compiler's plan", "median relative error"
+    note = f"train steps of {f.memory_configs} of them; largest {f.memory_error_max:.2f}"
+    held = row(claim, metric, f.memory_error, "<= 0.25", note, "", evidence="counted")
+    return Found([sent, flops, held])

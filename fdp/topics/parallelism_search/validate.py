@@ -76,7 +76,7 @@ def run_case(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> HoldO
     data = fitter.data
     unseen = np.array([case.unseen(m) for m in data.measurements])
     judged = unseen & np.array([case.judged(m) for m in data.measurements])
-    timed = judged & np.isfinite(data.log_time) & ~data.failed
+    timed = judged & data.timed
     if not timed.any():
         raise NothingToJudge(f"hold-out {case.name!r}: no measured row to judge")
     model = fitter.fit(~unseen, steps, seed)
@@ -101,56 +101,20 @@ def learned_only(data: fit.FitData, keep: np.ndarray, seed: int) -> np.ndarray:
     It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees, sizes and the
     chip's rates, and from the code of the software's family that the hybrid's residual is given
     too."""
-    x = data.x
-    chips = x["tp"] * x["pp"] * x["dp"] * x["cp"]
-    flops = np.array(
-        [
-            3 * m.job.shape.forward_flops(m.job.seq, m.job.causal) * m.job.batch * m.job.seq
-            for m in data.measurements
-        ]
-    )
-    ideal = np.log(flops / (chips * x["peak"]))
-    sizes = (
-        "tp",
-        "pp",
-        "dp",
-        "cp",
-        "ep",
-        "virtual",
-        "microbatch",
-        "microbatches",
-        "width",
-        "layers",
-        "seq",
-        "batch",
-        "peak",
-        "hbm",
-        "up",
-        "out_bw",
-        "domain",
-    )
-    kinds = ("full", "modern", "lora", "fp8", "fp4", "fp16")
-    stage = [
-        x["zero"] == 0,
-        x["zero"] >= 3,
-        np.isin(data.groups["cluster"].astype(str), hybrid.STALLING),
-    ]
-    family = hybrid.family_code(data.groups).T
-    features = np.stack(
-        [*(np.log2(x[n]) for n in sizes), *(x[n] for n in kinds), *stage, *family], -1
-    ).astype(float)
-    timed = keep & np.isfinite(data.log_time) & ~data.failed
-    target = data.log_time - ideal
-    middle = float(np.median(target[timed]))
-    tasks = np.array([m.task for m in data.measurements], object)[timed]
-    parts = fit.ensemble(
-        features[timed], target[timed] - middle, data.weight[timed], tasks, seed, ridge=0.1
-    )
-    z = (features - parts["mean"]) / parts["scale"]
-    each = [
-        hybrid.radial(z, c) @ w for c, w in zip(parts["centres"], parts["weights"], strict=True)
-    ]
-    return np.exp(ideal + middle + np.mean(each, 0))
+    x, jobs = data.x, [m.job for m in data.measurements]
+    forward = [j.shape.forward_flops(j.seq, j.causal) * j.batch * j.seq for j in jobs]
+    ideal = np.log(3 * np.array(forward) / (x["tp"] * x["pp"] * x["dp"] * x["cp"] * x["peak"]))
+    sizes = "tp pp dp cp ep virtual microbatch microbatches width layers seq batch peak hbm up "
+    kinds = "full modern lora fp8 fp4 fp16"
+    stalls = np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)
+    columns = [np.log2(x[n]) for n in (sizes + "out_bw domain").split()]
+    columns += [x[n] for n in kinds.split()] + [x["zero"] == 0, x["zero"] >= 3, stalls]
+    features = np.stack([*columns, *hybrid.family_code(data.groups).T], -1).astype(float)
+    timed, target = keep & data.timed, data.log_time - ideal
+    middle, weight = float(np.median(target[timed])), data.weight[timed]
+    seen = features[timed], target[timed] - middle, weight, data.tasks[timed]
+    parts = fit.ensemble(*seen, seed, ridge=0.1)
+    return np.exp(ideal + middle + hybrid.corrections(features, parts).mean(0))
 
 
 def landscapes(data: fit.FitData, rows: np.ndarray) -> dict[str, np.ndarray]:
