@@ -1,7 +1,7 @@
 """Fits `fdp/price/coefficients/energy.json` to measured power and scores the fit on kernels and
 chips it has not seen.
 
-    python -m tools.fit_energy DATA                   # rewrites the json, prints the errors; seconds
+    python -m tools.fit_energy DATA              # rewrites the json, prints the errors; seconds
     python -m tools.fit_energy DATA --out=fit.json
 
 DATA holds moe/gpu_moe_power.csv.gz and moe/h200_gemm_power.csv.gz (power of the chip's own meter

@@ -1,7 +1,7 @@
 """Fits `fdp/price/coefficients/network.json` to measured collectives and scores the fit on classes
 it has not seen.
 
-    python -m tools.fit_network DATA                  # rewrites the json, prints the errors; ~1-2 min
+    python -m tools.fit_network DATA              # rewrites the json, prints the errors; ~1-2 min
     python -m tools.fit_network DATA --out=fit.json
 
 DATA holds planning/comm/collectives.csv.gz, planning/ultrascale_playbook_sweeps.csv,
@@ -65,7 +65,8 @@ TORUS = LinkCoefficients(1e-6, 0, 1e-6, 0, 0, 1.0, 0.95, 0.95, 0.95, 0.95, 1.0, 
 START = LinkCoefficients(**{f: BOUNDS[f][2] for f in FIELDS})
 FILES = {
     "nccl": "moe/nccl_intranode.csv.gz (ai-dynamo/aiconfigurator, Apache-2.0)",
-    "playbook": "planning/ultrascale_playbook_sweeps.csv (nanotron/ultrascale-playbook, Apache-2.0)",
+    "playbook": "planning/ultrascale_playbook_sweeps.csv "
+    "(nanotron/ultrascale-playbook, Apache-2.0)",
     "vidur": "planning/comm/collectives.csv.gz (microsoft/vidur, MIT)",
     "vtrain": "planning/comm/collectives.csv.gz (VIA-Research/vTrain, MIT)",
 }

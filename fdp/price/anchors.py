@@ -175,9 +175,12 @@ def correct(
     more_N, _ = posterior(jobs, flat[0], known, flat[1], error_M)
     odds_N = prediction.feasible * np.exp(-slope * more_N)
     return dataclasses.replace(
-        prediction, time=time_N, log_std=std_N, memory=prediction.memory * np.exp(more_N),
+        prediction,
+        time=time_N,
+        log_std=std_N,
+        memory=prediction.memory * np.exp(more_N),
         memory_high=prediction.memory_high * np.exp(more_N),
         low=time_N * (prediction.low / prediction.time) ** share_N,
         high=time_N * (prediction.high / prediction.time) ** share_N,
         feasible=odds_N / (odds_N + 1 - prediction.feasible),
-    )  # fmt: skip
+    )

@@ -1,5 +1,5 @@
-"""Fitting the hybrid cost model of fdp.price.hybrid on measurements: one program for every hold-out,
-rows by weight.
+"""Fits the cost model of fdp.price.hybrid to measurements: one program for every hold-out, rows by
+weight.
 
 Step time and the stall regime by maximum likelihood (Student-t on the log, so that a few broken
 runs do not bend the physics; bounds by construction; Gaussian priors on effects); memory by Huber

@@ -1,13 +1,15 @@
 """The fitted cost model: analytic step time with physical coefficients, times a learned residual,
 with intervals.
 
-    log T = log T_analytic(job; θ) + r(features),   r = mean of an ensemble of radial-basis networks, 0 far from data
+    log T = log T_analytic(job; θ) + r(features)
 
-θ lies within the bounds of fdp.price.step_time on a logit scale; chips, clusters and software stacks
-shift it by fitted effects that are zero for what was never measured. A pipeline on a cluster where
-stalls were observed has two regimes (see `stall_features`); memory comes from fdp.price.footprint,
-feasibility from its distance to the chip's HBM. What ships, fitted
-elsewhere: coefficients/step_time.json, with its provenance.
+r is the mean of an ensemble of radial-basis networks and 0 far from data. θ lies within the bounds
+of fdp.price.step_time on a logit scale; chips, clusters and software stacks shift it by fitted
+effects that are zero for what was never measured. A pipeline on a cluster where stalls were observed
+has two regimes (see `stall_features`); memory comes from fdp.price.footprint, feasibility from its
+distance to the chip's HBM. What ships is coefficients/step_time.json, with its provenance and
+held-out errors, rewritten by `python -m tools.fit_step_time FOLDER` (fdp.price.fit). Prices are
+plain numpy: nothing is compiled.
 
 Legend: N jobs, K features, M centres, E members; times in seconds, memory in bytes.
 """

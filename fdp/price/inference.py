@@ -5,7 +5,8 @@ A step runs `rows` positions of every sequence against `keys` cached ones: all o
 a block (a reuse) or one (autoregressive). FLOPs and collectives are exact: tests hold them equal to
 the jaxpr of the real programs. Seconds:
 
-    matmul      max(FLOPs / (peak·gemm) · (1 + h_n/N)(1 + h_k/K), bytes / (HBM·hbm))     M×K by K×N, weights read once
+    matmul      max(FLOPs / (peak·gemm) · (1 + h_n/N)(1 + h_k/K), bytes / (HBM·hbm))
+                M×K by K×N, weights read once
     attention   max(FLOPs / (peak·attention), bytes / (HBM·hbm)),  elementwise = bytes / (HBM·hbm)
     network     fdp.price.network.collective_time,                  launch = KERNEL a kernel
 

@@ -20,10 +20,10 @@ The second is not the first times a correction, because that was worse. Mean err
 of the fourteen hold-outs, every fit with the same data and iterations (dense models, experts, long
 sequences, release, cluster; mean):
 
-    rates of its own                                              20.3  19.5   5.5   9.6  15.3;  17.9
-    `collective_time`, one correction each to links and latencies  22.7  21.4   4.6   9.6  57.8;  22.6
-    measured bandwidths, latencies of its own                      23.2  22.9   4.7  10.2  64.3;  23.8
-    measured efficiency by op in a node, all else of its own       20.7  19.5   5.6   8.9  14.9;  18.0
+    rates of its own                                       20.3  19.5   5.5   9.6  15.3;  17.9
+    `collective_time`, links and latencies corrected       22.7  21.4   4.6   9.6  57.8;  22.6
+    measured bandwidths, latencies of its own              23.2  22.9   4.7  10.2  64.3;  23.8
+    measured efficiency by op in a node, the rest its own  20.7  19.5   5.6   8.9  14.9;  18.0
 
 What is measured across nodes comes from one cluster a chip (`evidence` in the file: 17 % of the
 NICs' rate on A100s, 84 % on H100s) and misleads on any other; in a node both agree within what the

@@ -7,8 +7,8 @@
 A model is a name of `fdp.price.shapes.PUBLISHED` or a ModelShape. Clusters are written nodes x
 chips: `h100:32x8`, `gb200:4x72`, a TPU slice `v5p:4x4x8`; mixed ones, `h100:4x8+a100:4x8`, are
 priced with their weakest chip. `ranking.plans[0]` is the fastest plan, `ranking.trainable` the
-fastest that this code base trains, `fdp.price.ranking_text.fragment(ranking, topic)` its config. Of the
-same in a shell:
+fastest that this code base trains, `fdp.price.ranking_text.fragment(ranking, topic)` its config.
+The same in a shell:
 
     python -m fdp.price.planner --model=llama3-70b --cluster=h100:32x8 --batch=1024 --seq_len=4096
 

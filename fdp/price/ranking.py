@@ -1,4 +1,5 @@
-"""The ten fastest of all valid parallel plans of a job, each with its reasons, or why there is none.
+"""The ten fastest of all valid parallel plans of a job, each with its reasons, or why there is
+none.
 
 Legend: N plans of the space, K of them ranked; seconds, bytes, joules."""
 

@@ -79,7 +79,10 @@ def _evidence(cluster: Cluster) -> str:
         if unfitted
         else ""
     )
-    return f"simulated: cost model fitted on published runs; intervals cover 90 % of held-out models{foreign}"
+    known = (
+        "simulated: cost model fitted on published runs; intervals cover 90 % of held-out models"
+    )
+    return f"{known}{foreign}"
 
 
 def fragment(ranking: "Ranking", topic: str) -> str:

@@ -5,8 +5,8 @@ Terms: matmuls with an efficiency that falls with small dimensions, attention, m
 operations, launch floor; exposed communication over tp, ep, cp, dp with the NIC-sharing rule of
 fdp.price.network (which says how its rates relate to these); the pipeline's bubble and transfers;
 optimizer. FLOPs as the field reports them: a causal mask halves the scores
-(`ModelShape.forward_flops`), unlike in `fdp.count.counts.CONVENTION`. Formulas: Shoeybi et al. 2019,
-Narayanan et al. 2021 (arXiv 2104.04473, interleaving), Korthikanti et al. 2022 (recomputation,
+(`ModelShape.forward_flops`), unlike in `fdp.count.counts.CONVENTION`. Formulas: Shoeybi et al.
+2019, Narayanan et al. 2021 (arXiv 2104.04473, interleaving), Korthikanti et al. 2022 (recomputation,
 sequence parallelism), Rajbhandari et al. 2020 (ZeRO).
 
 Legend: T tokens of a microbatch on a device, D width; every array is (N,), one entry a job; times
@@ -360,9 +360,10 @@ def step_time(x: Mapping[str, Array], k: Mapping[str, Array]) -> Terms:
     part = m * held * xp.minimum(slowest / (held * work + head), 1.0)
     tp, ep, cp = part * wire["tp"], part * share * wire["ep"], part * wire["cp"]
     terms = {
-        "compute": m * slowest - tp - ep - cp, "tp": tp, "ep": ep, "cp": cp,
-        "pp": bubble + transfer, "dp": data, "optimizer": update, "step": k["step"] + m * k["stage"],
-    }  # fmt: skip
+        "compute": m * slowest - tp - ep - cp,
+        **{"tp": tp, "ep": ep, "cp": cp, "pp": bubble + transfer, "dp": data},
+        **{"optimizer": update, "step": k["step"] + m * k["stage"]},
+    }
     terms["total"] = sum(terms.values())
     terms["stalled"] = terms["total"] + k["stall"] * (1 - p**-1.2) * m
     return {name: value * k["scale"] for name, value in terms.items()}

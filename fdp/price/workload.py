@@ -287,4 +287,5 @@ def _row(job: Job) -> dict[str, object]:
 
 def with_plan(job: Job, **changes: object) -> Job:
     """The job with some fields of its plan changed."""
-    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, **changes))  # type: ignore[arg-type]
+    plan = dataclasses.replace(job.plan, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(job, plan=plan)

@@ -33,9 +33,8 @@ def test_random_configs_are_valid_small_varied_and_reproducible() -> None:
         config.validate(c)
         assert math.prod(c.mesh.values()) <= 8 and c.mesh.pp == 1
         assert 16 <= c.model.width <= 64 and c.model.layers in (1, 2)
-    assert [config.flatten(c) for c in drawn] == [
-        config.flatten(c) for c in counts.random_configs(0, 200)
-    ]
+    again = [config.flatten(c) for c in counts.random_configs(0, 20)]
+    assert [config.flatten(c) for c in drawn[:20]] == again
     assert config.flatten(drawn[0]) != config.flatten(counts.random_configs(1, 1)[0])
     for read, values in (
         (lambda c: c.objective.name, set(counts.OBJECTIVES)),

@@ -34,9 +34,9 @@ JOBS = [LLAMA, NEIGHBOUR, OTHER_MODEL, ELSEWHERE]
 
 
 def prediction(n, time=2.0, log_std=0.2, feasible=0.7):
-    full = lambda value: np.full(n, value)
-    return PricedJobs(full(time), full(time / 1.4), full(time * 1.6), full(log_std), full(50e9), full(60e9),
-                      full(feasible), full(0.0), full(time), {name: full(1.0) for name in BOTTLENECKS})  # fmt: skip
+    memory, terms = (50e9, 60e9), {name: np.full(n, 1.0) for name in BOTTLENECKS}
+    values = (time, time / 1.4, time * 1.6, log_std, *memory, feasible, 0.0, time)
+    return PricedJobs(*(np.full(n, value) for value in values), terms)
 
 
 def mean_of(jobs, known, errors, std=0.2):
@@ -56,8 +56,8 @@ def test_without_anchors_nothing_changes():
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.0, 1.5, 4.0])
 @pytest.mark.parametrize("log_std", [0.05, 0.1, 0.35, 1.2])
 def test_an_anchor_moves_its_own_row_to_the_measurement(factor, log_std):
-    after = correct(prediction(1, log_std=log_std), [LLAMA], [LLAMA], prediction(1, log_std=log_std),
-                    np.array([2.0 * factor]))  # fmt: skip
+    before = prediction(1, log_std=log_std)
+    after = correct(before, [LLAMA], [LLAMA], before, np.array([2.0 * factor]))
     assert after.time[0] == pytest.approx(2.0 * factor, rel=0.05)
 
 

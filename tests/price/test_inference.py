@@ -43,14 +43,18 @@ def program(c, mesh, kind):
     state, (_, cache) = P(BATCH_AXES), model.decode_state(B, L)
     z, ids = jax.ShapeDtypeStruct((B, L), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
     if kind == "refresh":
-        step = lambda params, ids, z: how.refresh(params, key, ids, z, jnp.int32(0), jnp.int32(R))
-        f = shard_map(step, mesh, (specs, state, state), (state, cache))
+
+        def refresh(params, ids, z):
+            return how.refresh(params, key, ids, z, jnp.int32(0), jnp.int32(R))
+
+        f = shard_map(refresh, mesh, (specs, state, state), (state, cache))
         return jax.make_jaxpr(f)(shapes, ids, z)
     whole = jax.eval_shape(lambda: model.decode_state(B, L)[0])
-    step = lambda params, cache, ids, z: how.reuse(
-        params, cache, key, ids, z, jnp.int32(0), jnp.int32(R)
-    )
-    return jax.make_jaxpr(shard_map(step, mesh, (specs, cache, state, state), (state, cache)))(
+
+    def reuse(params, cache, ids, z):
+        return how.reuse(params, cache, key, ids, z, jnp.int32(0), jnp.int32(R))
+
+    return jax.make_jaxpr(shard_map(reuse, mesh, (specs, cache, state, state), (state, cache)))(
         shapes, whole, ids, z
     )
 
@@ -90,9 +94,10 @@ def test_an_autoregressive_step_is_one_row():
     model = transformer(c, Mask("causal"))
     shapes, specs = builders.shapes_and_specs(model, L)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": 4})
-    run = lambda p, ids: autoregressive.sample_cached(
-        model, p, jax.random.key(0), ids, L, 31, n_ids=30
-    )[0]
+
+    def run(p, ids):
+        return autoregressive.sample_cached(model, p, jax.random.key(0), ids, L, 31, n_ids=30)[0]
+
     made = jax.make_jaxpr(shard_map(run, mesh, (specs, P()), P()))(shapes, jnp.arange(2))
     one = inference.flops(c, ForwardPass(2, 1, L, 1), Degrees(4, 1))
     assert jaxpr.dot_flops(made) == L * one
@@ -140,7 +145,10 @@ def test_matmuls_are_as_far_from_measured_ones_as_stated(gpu):
 
 def test_regimes():
     refresh, reuse = ForwardPass(8, 2048, 2048, 32), ForwardPass(8, 32, 2048, 32)
-    price = lambda work, tp, dp: inference.fastest(LLADA_8B, work, Degrees(tp, dp), "h100")
+
+    def price(work, tp, dp):
+        return inference.fastest(LLADA_8B, work, Degrees(tp, dp), "h100")
+
     assert price(refresh, 1, 8).bound == "compute"
     assert price(reuse, 1, 8).bound == "memory"
     assert price(refresh, 1, 8).seconds < price(refresh, 8, 1).seconds

@@ -126,9 +126,11 @@ def test_arrays_tracers_and_numbers_agree(op, name):
 @pytest.mark.parametrize(("n", "local"), [(8.0, 8.0), (32.0, 4.0), (24.5, 3.5)])
 def test_derivatives_match_differences(op, n, local):
     with jax.enable_x64(True):
-        f = lambda log_bytes, log_n: jnp.log(
-            network.collective_time(op, jnp.exp(log_bytes), jnp.exp(log_n), local, "h100")
-        )
+
+        def f(log_bytes, log_n):
+            sizes = jnp.exp(log_bytes), jnp.exp(log_n)
+            return jnp.log(network.collective_time(op, *sizes, local, "h100"))
+
         for log_bytes in (8.0, 14.0, 20.0):
             at = (jnp.float64(log_bytes), jnp.log(jnp.float64(n * 1.01)))
             for i, slope in enumerate(jax.grad(f, (0, 1))(*at)):
