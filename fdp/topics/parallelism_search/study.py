@@ -47,7 +47,10 @@ def ranked(config: ml_collections.ConfigDict) -> Ranking:
     c = config.plan
     causal = bool(c.model) or config.objective.name == "autoregressive"
     model = c.model or ModelShape.of(config.model)
-    return planner.plan(model, c.cluster, c.batch, c.seq_len, c.precision, causal)
+    try:
+        return planner.plan(model, c.cluster, c.batch, c.seq_len, c.precision, causal)
+    except UserError as error:
+        raise UserError(f"config.plan: {error}") from error
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:

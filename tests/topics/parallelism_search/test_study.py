@@ -35,7 +35,11 @@ def test_the_arm_trains_on_the_mesh_that_the_planner_found(variant):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("cluster", "h100:1x8", r"smallest footprint is [\d.]+ GiB .* use \d+ h100"),
+        (
+            "cluster",
+            "h100:1x8",
+            r"^config\.plan: .*smallest footprint is [\d.]+ GiB .* use \d+ h100",
+        ),
         ("precision", "fp4", "has a chip without fp4"),
     ],
 )
