@@ -309,9 +309,14 @@ def residual_features(
 def radial(z_NxK: np.ndarray, centres_MxK: np.ndarray) -> np.ndarray:
     """(N, M) Gaussians of the distance, in units that do not grow with the number of features."""
     scale = -1 / (2 * LENGTH**2 * z_NxK.shape[-1] / 10)
-    found_NxM = (-2 * scale * z_NxK) @ centres_MxK.T
-    found_NxM += scale * (z_NxK**2).sum(-1)[:, None]
-    found_NxM += scale * (centres_MxK**2).sum(-1)
+
+    def columns(left: np.ndarray, *more: np.ndarray | float) -> np.ndarray:
+        return np.column_stack([left, *(np.full(len(left), m, left.dtype) for m in more)])
+
+    # |z - c|² = |z|² - 2 z·c + |c|² as one product of matrices.
+    left = columns(-2 * scale * z_NxK, scale * (z_NxK**2).sum(-1), 1.0)
+    right = columns(centres_MxK, 1.0, scale * (centres_MxK**2).sum(-1))
+    found_NxM = left @ right.T
     np.maximum(found_NxM, -80.0, out=found_NxM)  # beyond, float32 falls into slow denormals
     return np.exp(found_NxM, out=found_NxM)
 

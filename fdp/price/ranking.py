@@ -5,6 +5,7 @@ Legend: N plans of the space, K of them ranked; seconds, bytes, joules."""
 
 import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,12 +43,14 @@ OWN_MEMORY = 1.5
 
 def price(model: Model, job: Job, points: Space) -> PricedJobs:
     """Prices (N,) of the space, in chunks whose radial basis functions stay in a cache. N ≥ 1."""
-    n = size_of(points)
-    chunks = (keep(points, slice(i, i + CHUNK)) for i in range(0, n, CHUNK))
-    with threadpool_limits(1, "blas"):  # small products: threads would wait for each other
-        return hybrid.joined(
-            [hybrid.predict(model, shared_columns(job, chunk), single=True) for chunk in chunks]
-        )
+
+    def part(start: int) -> PricedJobs:
+        chunk = keep(points, slice(start, start + CHUNK))
+        return hybrid.predict(model, shared_columns(job, chunk), single=True)
+
+    # One thread a chunk: those of the BLAS would wait for each other on such small products.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor() as pool:
+        return hybrid.joined(list(pool.map(part, range(0, size_of(points), CHUNK))))
 
 
 @dataclass(frozen=True)

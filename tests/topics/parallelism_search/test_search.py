@@ -522,7 +522,7 @@ def test_a_good_prior_beats_the_expert_and_a_perfect_one_needs_one_evaluation_on
     expert = evaluations_to(run(landscape, search.expert, 0).order, landscape, 0.05)
     assert (
         evaluations_to(
-            run(landscape, search.bayes, 0, prior_of(landscape), 30).order, landscape, 0.0
+            run(landscape, search.bayes, 0, prior_of(landscape), 1).order, landscape, 0.0
         )
         == 1
     )
@@ -531,7 +531,7 @@ def test_a_good_prior_beats_the_expert_and_a_perfect_one_needs_one_evaluation_on
         exact, rng = prior_of(landscape, std=0.1), np.random.default_rng(seed)
         log_N = exact.log_time_N + 0.1 * rng.standard_normal(len(exact.log_time_N))
         trace = run(
-            landscape, search.bayes, seed, Prior(log_N, exact.std_N, exact.feasible_N), budget=30
+            landscape, search.bayes, seed, Prior(log_N, exact.std_N, exact.feasible_N), 30, 0.05
         )
         counts.append(min(31, evaluations_to(trace.order, landscape, 0.05)))
     assert np.mean(counts) < expert
