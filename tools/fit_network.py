@@ -38,11 +38,8 @@ BOUNDS = {
     **dict.fromkeys(("launch", "ramp"), (0.0, 100e-6, 5e-6)),
     "launch_out": (0.0, 30e-6, 5e-6),
     "hop": (0.0, 5e-6, 1e-6),
-    "hop_out": (
-        1e-6,
-        10e-6,
-        4e-6,
-    ),  # the wire and two adapters take 1 µs, NCCL's proxy threads a few more
+    # the wire and two adapters take 1 µs, NCCL's proxy threads a few more
+    "hop_out": (1e-6, 10e-6, 4e-6),
     **dict.fromkeys(("all_reduce", "all_gather", "all_to_all", "point_to_point"), (0.02, 1.0, 0.7)),
     "short": (0.02, 1.0, 0.3),
     "scale_out": (0.02, 1.0, 0.5),

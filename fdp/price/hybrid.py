@@ -94,9 +94,8 @@ class PricedJobs:
     high: np.ndarray
     log_std: np.ndarray
     memory: np.ndarray
-    memory_high: (
-        np.ndarray
-    )  # not exceeded by nine in ten runs of models and clusters that the fit had not seen
+    # not exceeded by nine in ten runs of models and clusters that the fit had not seen
+    memory_high: np.ndarray
     feasible: np.ndarray
     stalled: np.ndarray  # probability
     analytic: np.ndarray  # seconds without the residual

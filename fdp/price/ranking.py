@@ -82,9 +82,8 @@ class Ranking:
     valid: int
     feasible: int
     plans: tuple[Ranked, ...]
-    trainable: (
-        Ranked | None
-    )  # the fastest that this code base can train, priced as it runs: attention is not fused
+    # the fastest that this code base can train, priced as it runs: attention is not fused
+    trainable: Ranked | None
 
     def __str__(self) -> str:
         """The table, and why each plan lost to the first."""

@@ -120,9 +120,8 @@ def shared_columns(job: Job, points: Space) -> Columns:
     into.
     """
     base, changed = workload.columns([job]), _plan_columns(job, points)
-    return (
-        base | changed | {"layers": np.repeat(base["layers"], size_of(points))}
-    )  # its shape is the predictions'
+    # its shape is the predictions'
+    return base | changed | {"layers": np.repeat(base["layers"], size_of(points))}
 
 
 def trainable(job: Job, points: Space) -> np.ndarray:

@@ -38,26 +38,17 @@ BOUNDS = {
     "half_depth": (0.0, 1500.0, 150.0),
     "attention": (0.1, 0.8, 0.5),  # fused attention, fraction of the 16-bit peak
     "hbm": (0.4, 0.95, 0.8),
-    "bytes_width": (
-        4.0,
-        60.0,
-        20.0,
-    ),  # bytes per token and residual element, forward: norms, residuals, dropout
+    # bytes per token and residual element, forward: norms, residuals, dropout
+    "bytes_width": (4.0, 60.0, 20.0),
     "bytes_hidden": (2.0, 40.0, 8.0),  # per token and hidden element: activations, rotary
     "bytes_score": (2.0, 40.0, 12.0),  # per attention score, where attention is not fused
     "launch": (0.0, 2e-3, 2e-4),  # least time of a layer's forward and backward, s
     "launch_moe": (0.0, 5e-3, 5e-4),  # more for an expert layer
-    "launch_rank": (
-        0.0,
-        1e-2,
-        1e-4,
-    ),  # more per further tensor-parallel rank where stages are pipelined
+    # more per further tensor-parallel rank where stages are pipelined
+    "launch_rank": (0.0, 1e-2, 1e-4),
     "launch_alone": (0.0, 1.0, 0.2),  # share of launch_rank without a pipeline
-    "stall": (
-        0.2,
-        3.0,
-        1.2,
-    ),  # s per microbatch while point-to-point transfers stall (see `stalled`)
+    # s per microbatch while point-to-point transfers stall (see `stalled`)
+    "stall": (0.2, 3.0, 1.2),
     "link_up": (0.3, 1.0, 0.8),  # fraction of the link rate
     "link_out": (0.15, 1.0, 0.7),
     "congestion": (0.0, 2.0, 0.1),  # loss of link_out per doubling of nodes
@@ -65,21 +56,15 @@ BOUNDS = {
     "alpha_out": (0.0, 1e-4, 2e-5),
     "overlap_tp": (0.0, 0.9, 0.3),  # hidden share, software after 2022
     "overlap_dp": (0.0, 1.0, 0.5),  # share of the backward pass that hides it
-    "uneven": (
-        0.8,
-        5.0,
-        1.2,
-    ),  # ZeRO-1's scatter and gather of uneven shards, over the time of a ring
+    # ZeRO-1's scatter and gather of uneven shards, over the time of a ring
+    "uneven": (0.8, 5.0, 1.2),
     "exposed_gather": (0.0, 1.0, 0.5),  # share of ZeRO-1's parameter gather that nothing hides
     "overlap_ep": (0.0, 0.9, 0.3),
     "overlap_cp": (0.0, 1.0, 0.7),
     "exposed_pp": (0.0, 1.0, 0.5),
     "bubble": (0.6, 1.5, 1.0),
-    "balanced": (
-        0.0,
-        1.0,
-        0.3,
-    ),  # share of the head's work that an uneven partition spreads over the stages
+    # share of the head's work that an uneven partition spreads over the stages
+    "balanced": (0.0, 1.0, 0.3),
     "step": (0.0, 0.5, 0.02),  # s per step whatever the plan
     "stage": (0.0, 5e-3, 2e-4),  # s per microbatch
 }

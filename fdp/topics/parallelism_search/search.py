@@ -24,7 +24,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import ndtr
 
-Plan = Mapping[str, int]
+Point = Mapping[str, int]  # a plan
 Proposals = Generator[int, float, None]
 
 NODE = 8  # accelerators that share one scale-up domain: where tensor parallelism is cheap
@@ -44,7 +44,7 @@ class Landscape:
     or if no plan is feasible."""
 
     name: str
-    plans: tuple[Plan, ...]
+    plans: tuple[Point, ...]
     time_N: np.ndarray
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class Prior:
                 raise ValueError(f"prior {name}, {rule}: {name}[{i}] = {value_N[i]}")
 
 
-Algorithm = Callable[[Sequence[Plan], np.random.Generator, Prior | None], Proposals]
+Algorithm = Callable[[Sequence[Point], np.random.Generator, Prior | None], Proposals]
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Grid:
     level_NxK: np.ndarray  # place of the value among those of its key: neighbours differ by 1
 
     @classmethod
-    def of(cls, plans: Sequence[Plan]) -> "Grid":
+    def of(cls, plans: Sequence[Point]) -> "Grid":
         """Keys that never change are left out, and dp where it follows from the others, as on a
         fixed cluster.
         """
@@ -234,7 +234,7 @@ class Grid:
         return np.flatnonzero(free_N & (steps_N == steps_N[free_N].min()))
 
 
-def relief(plans: Sequence[Plan]) -> np.ndarray:
+def relief(plans: Sequence[Point]) -> np.ndarray:
     """[N, K] memory-relevant coordinates, log2 (ZeRO as it is): a plan that is larger in all of
     them needs no more.
     """
@@ -247,13 +247,13 @@ def relief(plans: Sequence[Plan]) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------
 
 
-def random(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def random(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """Uniform without repetition."""
     for index in rng.permutation(len(plans)):
         yield int(index)
 
 
-def expert(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def expert(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """The rules of an experienced Megatron user (Narayanan et al. 2021, arXiv:2104.04473, takeaways
     1 to 3).
 
@@ -288,7 +288,7 @@ def expert(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None)
             best, best_time = index, time
 
 
-def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def tpe(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """Tree-structured Parzen estimator (Bergstra et al. 2011; optuna's multivariate TPESampler) on
     grid levels.
 
@@ -328,7 +328,7 @@ def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) ->
         )
 
 
-def cma_es(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def cma_es(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """CMA-ES (Hansen 2016, arXiv:1604.00772; package cmaes) in log2 coordinates scaled to [-1, 1].
 
     A sample stands for the nearest plan; where that was measured before, the driver answers from
@@ -361,7 +361,7 @@ def cma_es(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None)
 
 
 def evolution(
-    plans: Sequence[Plan],
+    plans: Sequence[Point],
     rng: np.random.Generator,
     prior: Prior | None,
     population: int = 10,
@@ -387,7 +387,7 @@ def evolution(
         members = [*members, (_log(time), index)][-population:]
 
 
-def bayes(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def bayes(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """Bayesian optimisation with a cost model as prior: expected improvement x P(feasible) (Gardner
     et al. 2014).
 
@@ -401,7 +401,7 @@ def bayes(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) 
     yield from _bayes(plans, rng, prior, flat=False)
 
 
-def bayes_flat(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def bayes_flat(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """`bayes` that knows nothing beforehand: constant mean, unit std, P(feasible) = 0.5. The
     ablation of the prior.
     """
@@ -409,7 +409,7 @@ def bayes_flat(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | N
     yield from _bayes(plans, rng, Prior(0 * flat_N, flat_N, 0.5 * flat_N), flat=True)
 
 
-def _bayes(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior, flat: bool) -> Proposals:
+def _bayes(plans: Sequence[Point], rng: np.random.Generator, prior: Prior, flat: bool) -> Proposals:
     log2_NxK, relief_NxK = Grid.of(plans).log2_NxK, relief(plans)
     free_N = np.ones(len(plans), bool)
     measured: list[int] = []
