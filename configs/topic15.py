@@ -5,12 +5,12 @@ Claims: a hybrid cost model prices models, clusters and releases it was not fitt
 physics or learning alone; searching with it as prior finds a plan within 5 % of the best in at most
 five real runs; bytes and FLOPs of this code base's own programs are counted exactly.
 
-    python -m fdp.train --config=configs/topic15.py        # ≤ 10 min on 2 cores: fits, validates
-    python -m fdp.train --config=configs/topic15.py:tiny   # ≤ 60 s
-    python -m fdp.train --config=configs/topic15.py:pod --dry_run    # a v5p slice, compiled
+    python -m fdp.train --config=configs/topic15.py            # ≤ 10 min on 2 cores
+    python -m fdp.train --config=configs/topic15.py:tiny       # ≤ 60 s
+    python -m fdp.train --config=configs/topic15.py:pod --dry_run    # really compiled, for a v5p
 
 One variation, your own model and cluster (a table of the ten best plans, and a config that trains
-one of them):
+one of them; the table alone is `python -m fdp.price.planner`):
 
     python -m fdp.train --config=configs/topic15.py:tiny --workdir=runs/mine \\
         --config.plan.model=qwen3-30b-a3b --config.plan.cluster=v5p:4x8x8 --config.plan.batch=2048

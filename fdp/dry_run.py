@@ -263,7 +263,7 @@ def _ms(seconds: float) -> str:
 
 
 def _energy(
-    p: TrainStep, program: Any, job: Job, x: workload.Columns, found: hybrid.Prediction
+    p: TrainStep, program: Any, job: Job, x: workload.Columns, found: hybrid.PricedJobs
 ) -> str:
     """Joules of all chips and hosts in a step, and tokens per joule."""
     c, chips = job.chip, job.plan.chips

@@ -251,6 +251,7 @@ MAY_IMPORT_TOPICS = (
     "fdp/run.py",
     "fdp/dry_run.py",
 )  # and only by a name made at run time
+APART = {"fdp/price/": "fdp.count", "fdp/count/": "fdp.price"}  # neither needs the other
 BOTTOM = ("fdp.kernels_pallas", "fdp.parallel.masks", "fdp.collectives", "fdp.mesh")
 
 
@@ -289,6 +290,8 @@ def offences(source: str, path: str) -> list[str]:
             if isinstance(n, ast.Constant) and isinstance(n.value, str)
         )
         wrong += [text for text in texts if re.match(r"fdp\.topics\b", text)]
+    for folder, other in APART.items():
+        wrong += [name for name in found if path.startswith(folder) and inside(name, other)]
     if any(inside(path.removesuffix(".py").replace("/", "."), module) for module in BOTTOM):
         wrong += [name for name in found if not any(inside(name, module) for module in BOTTOM)]
     return wrong
@@ -379,6 +382,8 @@ def test_core_names_no_topic() -> None:
         ("from ..b import study", "fdp/topics/a/study.py"),
         ("from fdp.models import layers", "fdp/kernels_pallas/flash.py"),
         ("from fdp.models import layers", "fdp/collectives.py"),
+        ("from fdp.count import flops", "fdp/price/hybrid.py"),
+        ("from fdp.price import hardware", "fdp/count/flops.py"),
     ],
 )
 def test_a_wrong_import_is_found(source: str, path: str) -> None:

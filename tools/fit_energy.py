@@ -29,7 +29,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from fdp.price import energy, hardware
-from fdp.price.energy import Coefficients
+from fdp.price.energy import EnergyCoefficients
 
 FITTED = ("busy", "flops_16", "flops_8", "hbm")
 # Shares of the cap at the full rate. Above 1 the chip throttles before it is there, as H200 does
@@ -131,7 +131,7 @@ def moe_kernels(data: Path) -> list[Kernel]:
     return out
 
 
-def predict(made: Coefficients, kernels: list[Kernel]) -> np.ndarray:
+def predict(made: EnergyCoefficients, kernels: list[Kernel]) -> np.ndarray:
     """Watts [K], kernels of one chip."""
     use = {
         p: np.array([k.flop_use if k.flops == p else 0.0 for k in kernels]) for p in ("bf16", "fp8")
@@ -144,13 +144,13 @@ def by_chip(kernels: list[Kernel]) -> list[list[Kernel]]:
     return [[k for k in kernels if k.chip == chip] for chip in sorted({k.chip for k in kernels})]
 
 
-def fit(kernels: list[Kernel]) -> Coefficients:
+def fit(kernels: list[Kernel]) -> EnergyCoefficients:
     """Robust bounded least squares of log(capped prediction/measured)."""
     groups = by_chip(kernels)
     watts = [np.array([k.watts for k in group]) for group in groups]
 
     def residuals(value_C: np.ndarray) -> np.ndarray:
-        made = Coefficients(*value_C, **LINKS)
+        made = EnergyCoefficients(*value_C, **LINKS)
         return np.concatenate(
             [np.log(predict(made, g) / w) for g, w in zip(groups, watts, strict=True)]
         )
@@ -158,10 +158,10 @@ def fit(kernels: list[Kernel]) -> Coefficients:
     solution = least_squares(
         residuals, START_C, bounds=(LOW_C, HIGH_C), loss="soft_l1", f_scale=0.1
     )
-    return Coefficients(*(float(f"{v:.4g}") for v in solution.x), **LINKS)
+    return EnergyCoefficients(*(float(f"{v:.4g}") for v in solution.x), **LINKS)
 
 
-def score(scored: list[tuple[Coefficients, list[Kernel]]]) -> dict[str, dict[str, float]]:
+def score(scored: list[tuple[EnergyCoefficients, list[Kernel]]]) -> dict[str, dict[str, float]]:
     """Median and p90 absolute percentage error of the power, over all kernels and over those below
     the cap.
     """
@@ -189,7 +189,7 @@ def summary(ape_K: np.ndarray) -> dict[str, float]:
 
 def held_out(
     kernels: list[Kernel], key: Callable[[Kernel], Any]
-) -> list[tuple[Coefficients, list[Kernel]]]:
+) -> list[tuple[EnergyCoefficients, list[Kernel]]]:
     """Every value of `key` with a fit on the others."""
     out = []
     for value in sorted({key(k) for k in kernels}):
@@ -233,7 +233,7 @@ def lora_flops(samples: int) -> tuple[float, float]:
     return samples * linears, samples * 3 * 2 * SEQ**2 * WIDTH * LAYERS
 
 
-def lora(found: dict[str, dict[str, float]], made: Coefficients) -> dict[str, Any]:
+def lora(found: dict[str, dict[str, float]], made: EnergyCoefficients) -> dict[str, Any]:
     """Predicted and measured node power of LoRA while it trains, with the host power of the other
     aggregates.
 
@@ -337,7 +337,7 @@ def document(data: Path) -> dict[str, Any]:
 
 
 def kernel_errors(
-    long: list[Kernel], short: list[Kernel], gemm: list[Kernel], made: dict[str, Coefficients]
+    long: list[Kernel], short: list[Kernel], gemm: list[Kernel], made: dict[str, EnergyCoefficients]
 ) -> dict:
     """Errors of kernel power in sample, by held-out shape and chip, and on what was never
     fitted.
@@ -357,7 +357,7 @@ def kernel_errors(
     }
 
 
-def node_errors(found: dict[str, dict[str, float]], made: Coefficients) -> dict[str, Any]:
+def node_errors(found: dict[str, dict[str, float]], made: EnergyCoefficients) -> dict[str, Any]:
     """Errors on MLPerf nodes of H100."""
     return {
         "idle_node_left_out_pct": idle_left_out(found),

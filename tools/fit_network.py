@@ -1,7 +1,7 @@
 """Fits `fdp/price/coefficients/network.json` to measured collectives and scores the fit on classes
 it has not seen.
 
-    python -m tools.fit_network DATA             # rewrites the json, prints the errors; ~1-2 min
+    python -m tools.fit_network DATA              # rewrites the json, prints the errors; ~1-2 min
     python -m tools.fit_network DATA --out=fit.json
 
 DATA holds planning/comm/collectives.csv.gz, planning/ultrascale_playbook_sweeps.csv,
@@ -29,20 +29,17 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from fdp.price import network
-from fdp.price.network import Coefficients
+from fdp.price.network import LinkCoefficients
 
-FIELDS = tuple(f.name for f in dataclasses.fields(Coefficients))
+FIELDS = tuple(f.name for f in dataclasses.fields(LinkCoefficients))
 # (low, high, start): seconds ≥ 0, shares in (0, 1]. Past these bounds a fit is better on its data
 # and wrong elsewhere.
 BOUNDS = {
     **dict.fromkeys(("launch", "ramp"), (0.0, 100e-6, 5e-6)),
     "launch_out": (0.0, 30e-6, 5e-6),
     "hop": (0.0, 5e-6, 1e-6),
-    "hop_out": (
-        1e-6,
-        10e-6,
-        4e-6,
-    ),  # the wire and two adapters take 1 µs, NCCL's proxy threads a few more
+    # the wire and two adapters take 1 µs, NCCL's proxy threads a few more
+    "hop_out": (1e-6, 10e-6, 4e-6),
     **dict.fromkeys(("all_reduce", "all_gather", "all_to_all", "point_to_point"), (0.02, 1.0, 0.7)),
     "short": (0.02, 1.0, 0.3),
     "scale_out": (0.02, 1.0, 0.5),
@@ -61,8 +58,8 @@ SOURCES = {"vidur a100_dgx": "a100", "vidur h100_dgx": "h100", "vtrain a100 nvli
 SOURCES |= {"vtrain v100 nvlink node": "v100"}
 POOLED = ("a100", "h100", "h200")  # switched nodes
 # Not measured here. JAX scaling book: about 1 µs per hop, links that reach 0.95 of their peak.
-TORUS = Coefficients(1e-6, 0, 1e-6, 0, 0, 1.0, 0.95, 0.95, 0.95, 0.95, 1.0, 0)
-START = Coefficients(**{f: BOUNDS[f][2] for f in FIELDS})
+TORUS = LinkCoefficients(1e-6, 0, 1e-6, 0, 0, 1.0, 0.95, 0.95, 0.95, 0.95, 1.0, 0)
+START = LinkCoefficients(**{f: BOUNDS[f][2] for f in FIELDS})
 FILES = {
     "nccl": "moe/nccl_intranode.csv.gz (ai-dynamo/aiconfigurator, Apache-2.0)",
     "playbook": "planning/ultrascale_playbook_sweeps.csv "
@@ -76,7 +73,7 @@ FILES = {
 class Fit:
     """Coefficients and the seconds that Vidur's host adds."""
 
-    coefficients: Coefficients
+    coefficients: LinkCoefficients
     harness: float
 
 
@@ -167,13 +164,13 @@ def deepep(data: Path) -> list[Class]:
     return classes(rows)
 
 
-def predict(c: Coefficients, one: Class, harness: float = 0.0) -> np.ndarray:
+def predict(c: LinkCoefficients, one: Class, harness: float = 0.0) -> np.ndarray:
     """Seconds [P] of a class."""
     added = harness if one.source == "vidur" else 0.0
     return network.collective_time(one.op, one.nbytes_P, one.ranks, one.local, one.chip, c) + added
 
 
-def fit(found: list[Class], prior: Coefficients = START) -> Fit:
+def fit(found: list[Class], prior: LinkCoefficients = START) -> Fit:
     """Bounded least squares of log(predicted/measured); coefficients that no class shows stay at
     `prior`.
     """
@@ -183,7 +180,7 @@ def fit(found: list[Class], prior: Coefficients = START) -> Fit:
 
     def residuals(unit_C: np.ndarray) -> np.ndarray:
         value_C = low_C + unit_C * (high_C - low_C)
-        c = Coefficients(*value_C[:-1])
+        c = LinkCoefficients(*value_C[:-1])
         logs = (
             np.log(predict(c, one, value_C[-1]) / one.seconds_P) / len(one.seconds_P) ** 0.5
             for one in thinned
@@ -192,7 +189,7 @@ def fit(found: list[Class], prior: Coefficients = START) -> Fit:
 
     solution = least_squares(residuals, np.clip(prior_C, 1e-3, 1 - 1e-3), bounds=(0, 1))
     *values, harness = (round(float(f"{v:.4g}"), 10) for v in low_C + solution.x * (high_C - low_C))
-    return Fit(Coefficients(*values), harness)
+    return Fit(LinkCoefficients(*values), harness)
 
 
 def score(scored: Iterable[tuple[Fit, Class]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ held-out errors.
 The spread of the intervals comes from hold-outs of whole models (software that was seen) and whole
 clusters (not seen)."""
 
+import dataclasses
 import datetime
 import sys
 from pathlib import Path
@@ -14,9 +15,13 @@ import jax
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from fdp.price import hybrid
-from fdp.topics.parallelism_search import fit, measurements
+from fdp.price import fit, hybrid, measurements
 
+SOURCES = (
+    "vTrain, BLOOM chronicles, Ultra-Scale Playbook, llm-foundry, Megatron-Bridge, Automodel, "
+    "DGX Cloud benchmarking, MLPerf Training v3.1-v4.1, torchtitan, DLPerf, Korthikanti et al. 2022"
+)
+QUANTILE = 1.645  # of a normal distribution, two-sided 90 %
 TARGET = Path(hybrid.__file__).parent / "coefficients" / "step_time.json"
 
 
@@ -46,6 +51,24 @@ def describe(error: np.ndarray, weight: np.ndarray) -> dict[str, float]:
     return {"rows": float(kept.sum()), "median": middle, "p90": high}
 
 
+def _spread(
+    parts: dict[str, dict[str, float]], memory: np.ndarray, weight: np.ndarray
+) -> dict[str, float]:
+    """Standard deviations and quantiles of the intervals, from the held-out errors."""
+    sized = np.isfinite(memory)
+    scale = {
+        "seen": parts["models"]["p90"],
+        "unseen": parts["clusters"]["p90"],
+        "experts": parts["mixtures of experts"]["p90"],
+    }
+    return {
+        "memory": fit.weighted_quantile(memory[sized], weight[sized], fit.INTERVAL),
+        **{name: p90 / QUANTILE for name, p90 in scale.items()},
+        "ensemble": 1.0,
+        "quantile": QUANTILE,
+    }
+
+
 def main(folder: Path) -> None:
     """Fit on everything, hold out models and clusters for the spread, write the file."""
     jax.config.update("jax_enable_x64", True)
@@ -68,30 +91,17 @@ def main(folder: Path) -> None:
         "clusters": describe(by_cluster[calm], data.weight[calm]),
         "models on the cluster that stalls": describe(by_model[~calm], data.weight[~calm]),
     }
-    sized = [np.isfinite(m) for m in (memory, memory_elsewhere)]
-    most = fit.weighted_quantile(
-        np.concatenate([memory[sized[0]], memory_elsewhere[sized[1]]]),
-        np.concatenate([data.weight[s] for s in sized]),
-        fit.INTERVAL,
-    )
-    spread = {
-        "memory": most,
-        "seen": parts["models"]["p90"] / 1.645,
-        "unseen": parts["clusters"]["p90"] / 1.645,
-        "experts": parts["mixtures of experts"]["p90"] / 1.645,
-        "ensemble": 1.0,
-        "quantile": 1.645,
-    }
+    spread = _spread(parts, np.concatenate([memory, memory_elsewhere]), np.tile(data.weight, 2))
     provenance = {
-        "sources": "vTrain, BLOOM chronicles, Ultra-Scale Playbook, llm-foundry, Megatron-Bridge, "
-                   "Automodel, DGX Cloud "
-        "benchmarking, MLPerf Training v3.1-v4.1, torchtitan, DLPerf, Korthikanti et al. 2022; see "
-        "the topic's README",
-        "fitted": datetime.date.today().isoformat(), "rows": len(names),
+        "sources": SOURCES,
+        "made_by": "python -m tools.fit_step_time FOLDER",
+        "fitted": datetime.date.today().isoformat(),
+        "rows": len(names),
         "held out, |log error|": parts,
-    }  # fmt: skip
+    }
     TARGET.write_text(
-        hybrid.to_json(fit.replace(model, spread=spread, provenance=provenance)), encoding="utf8"
+        hybrid.to_json(dataclasses.replace(model, spread=spread, provenance=provenance)),
+        encoding="utf8",
     )
     print(f"{TARGET}: {len(names)} rows; held out: {parts}")
 

@@ -32,7 +32,7 @@ PEAK_RATES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Coefficients:
+class EnergyCoefficients:
     """Shares of the chip's peak power, at the full rate of the term, and joules per byte of the
     links.
     """
@@ -97,14 +97,14 @@ def document() -> dict[str, Any]:
     )
 
 
-def coefficients(chip_name: str) -> Coefficients:
+def coefficients(chip_name: str) -> EnergyCoefficients:
     """Coefficients of a chip: its own fit, that of the same generation, or the pooled one.
 
     Raises ValueError for an unknown chip.
     """
     name, made = hardware.chip(chip_name).name, document()
     fit = made["coefficients"][made["same_generation"].get(name, "default")]
-    return Coefficients(**fit, **made["links_joules_per_byte"])
+    return EnergyCoefficients(**fit, **made["links_joules_per_byte"])
 
 
 def host_power(chips_per_node: Any) -> Any:
@@ -147,7 +147,7 @@ def peak_rate(chip_name: str, precision: str) -> float:
 
 
 def kernel_power(
-    chip_name: str, flop_use: Mapping[str, Any], hbm_use: Any, fit: Coefficients | None = None
+    chip_name: str, flop_use: Mapping[str, Any], hbm_use: Any, fit: EnergyCoefficients | None = None
 ) -> Any:
     """Watts of a chip while a kernel runs at these shares of the peak rates (by precision, and
     HBM), cap included.
@@ -180,7 +180,7 @@ def chip_power(
     return step_energy(Activity(chip_name, 1, 1, 1.0, busy, rates, hbm), 0.0).chip_power
 
 
-def _dynamic_joules(a: Activity, c: Coefficients) -> Any:
+def _dynamic_joules(a: Activity, c: EnergyCoefficients) -> Any:
     """Joules of one chip above idle."""
     idle, peak = idle_and_peak(a.chip)
     span = peak - idle
@@ -193,7 +193,7 @@ def _dynamic_joules(a: Activity, c: Coefficients) -> Any:
 
 
 def step_energy(
-    a: Activity, node_host_power: Any = None, fit: Coefficients | None = None
+    a: Activity, node_host_power: Any = None, fit: EnergyCoefficients | None = None
 ) -> Energy:
     """Energy of a step on all its nodes.
 

@@ -12,9 +12,7 @@ Legend: T tokens of a microbatch on a device, D width; arrays (N,), bytes.
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
-from fdp.price.step_time import kv_width, local_parameters
+from fdp.price.step_time import array_module, kv_width, local_parameters
 
 Array = Any
 
@@ -34,28 +32,30 @@ def state_bytes(x: Mapping[str, Array], gradient: Array) -> Array:
     """Parameters, gradients and optimizer: 2 + g + 12 bytes a parameter, split by ZeRO stage over
     dp·cp.
     """
+    xp = array_module(x, {"gradient": gradient})
     plain, experts, embedding = local_parameters(x)
-    g = jnp.where(x["fp16"] > 0, 2.0, gradient)
+    g = xp.where(x["fp16"] > 0, 2.0, gradient)
     z, ranks = x["zero"], x["shards"]
-    expert_ranks = jnp.maximum(ranks * x["tp"] / (x["ep"] * x["etp"]), 1.0)
+    expert_ranks = xp.maximum(ranks * x["tp"] / (x["ep"] * x["etp"]), 1.0)
 
     def per_parameter(shards: Array) -> Array:
-        optimizer = jnp.where(z >= 1, 12 / shards, 12.0)
-        gradients = jnp.where(z >= 2, g / shards, g)
-        return optimizer + gradients + jnp.where(z >= 3, 2 / shards, 2.0)
+        optimizer = xp.where(z >= 1, 12 / shards, 12.0)
+        gradients = xp.where(z >= 2, g / shards, g)
+        return optimizer + gradients + xp.where(z >= 3, 2 / shards, 2.0)
 
-    mixed = experts * x["pp"] / jnp.maximum(x["moe_layers"], 1.0)
-    gathered = jnp.where(
+    mixed = experts * x["pp"] / xp.maximum(x["moe_layers"], 1.0)
+    gathered = xp.where(
         z >= 3, 2 * 2 * (plain * x["pp"] / x["layers"] + mixed) + 2 * embedding, 0.0
     )
     trained = (plain + embedding) * per_parameter(ranks) + experts * per_parameter(expert_ranks)
-    return jnp.where(x["lora"] > 0, 2 * (plain + embedding + experts), trained) + gathered
+    return xp.where(x["lora"] > 0, 2 * (plain + embedding + experts), trained) + gathered
 
 
 def layer_bytes(x: Mapping[str, Array], k: Mapping[str, Array]) -> tuple[Array, Array]:
     """(kept of a layer and microbatch without recomputation, kept with full recomputation)."""
+    xp = array_module(x, k)
     T, t = x["microbatch"] * x["seq"] / x["cp"], x["tp"]
-    split = jnp.where(x["sp"] > 0, t, 1.0)
+    split = xp.where(x["sp"] > 0, t, 1.0)
     attention = x["heads"] * (x["head_dim"] + x["value_dim"]) / t + 2 * kv_width(x)
     share = x["moe_layers"] / x["layers"]
     ffn = (1 - share) * x["ffn"] + share * (x["topk"] + x["shared"]) * x["moe_ffn"]
@@ -63,7 +63,7 @@ def layer_bytes(x: Mapping[str, Array], k: Mapping[str, Array]) -> tuple[Array, 
         k["kept_width"] * x["width"] / split
         + k["kept_hidden"] * (attention + x["projections"] * ffn / t) / 2
     )
-    scores = jnp.where(
+    scores = xp.where(
         (x["modern"] > 0) | (x["selective"] > 0),
         0.0,
         k["kept_score"] * T * x["seq"] * x["heads"] / t,
@@ -76,14 +76,15 @@ def memory(x: Mapping[str, Array], k: Mapping[str, Array]) -> Array:
     """Peak bytes per device, the larger of the first stage (most microbatches in flight) and the
     last (logits).
     """
+    xp = array_module(x, k)
     p, m = x["pp"], x["microbatches"]
-    layers = jnp.ceil(x["layers"] / p - 1e-6)
+    layers = xp.ceil(x["layers"] / p - 1e-6)
     kept, inputs = layer_bytes(x, k)
-    per_layer = jnp.where(x["full"] > 0, inputs, kept)
-    live = jnp.where(x["full"] > 0, kept, 0.0)
-    chunks = jnp.where(x["virtual"] > 1, 1 + (p - 1) / (p * x["virtual"]), 1.0)
-    first = layers * per_layer * jnp.minimum(p, m) * chunks
+    per_layer = xp.where(x["full"] > 0, inputs, kept)
+    live = xp.where(x["full"] > 0, kept, 0.0)
+    chunks = xp.where(x["virtual"] > 1, 1 + (p - 1) / (p * x["virtual"]), 1.0)
+    first = layers * per_layer * xp.minimum(p, m) * chunks
     T = x["microbatch"] * x["seq"] / x["cp"]
     last = layers * per_layer + k["kept_logit"] * T * x["vocab"] / x["tp"]
-    activations = jnp.where(p > 1, jnp.maximum(first, last), last) + live
+    activations = xp.where(p > 1, xp.maximum(first, last), last) + live
     return (state_bytes(x, k["gradient"]) + activations) * k["fragments"] + k["constant"]

@@ -59,7 +59,7 @@ def _gpu(
     """Units as data sheets print them: TFLOP/s, GiB, TB/s, GB/s, W."""
     rates = (bf16 * TERA, fp8 * TERA if fp8 else None, None)
     links = (hbm * GIB, round(hbm_tb * 1000) * GIGA, up * GIGA, 1, round(out * GIGA))
-    return Chip(name, *rates, *links, domain, idle, watts, fp4 * TERA if fp4 else None)  # fmt: skip
+    return Chip(name, *rates, *links, domain, idle, watts, fp4 * TERA if fp4 else None)
 
 
 def _tpu(

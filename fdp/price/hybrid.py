@@ -1,14 +1,15 @@
 """The fitted cost model: analytic step time with physical coefficients, times a learned residual,
 with intervals.
 
-    log T = log T_analytic(job; θ) + r(features),   r = mean of an ensemble of radial-basis
-                                                    networks, 0 far from data
+    log T = log T_analytic(job; θ) + r(features)
 
-θ lies within the bounds of fdp.price.step_time on a logit scale; chips, clusters and software
-stacks shift it by fitted effects that are zero for what was never measured. A pipeline on a cluster
-where stalls were observed has two regimes (see `stall_features`); memory comes from
-fdp.price.footprint, feasibility from its distance to the chip's HBM. What ships, fitted elsewhere:
-coefficients/step_time.json, with its provenance.
+r is the mean of an ensemble of radial-basis networks and 0 far from data. θ lies within the bounds
+of fdp.price.step_time on a logit scale; chips, clusters and software stacks shift it by fitted
+effects that are zero for what was never measured. A pipeline on a cluster where stalls were observed
+has two regimes (see `stall_features`); memory comes from fdp.price.footprint, feasibility from its
+distance to the chip's HBM. What ships is coefficients/step_time.json, with its provenance and
+held-out errors, rewritten by `python -m tools.fit_step_time FOLDER` (fdp.price.fit). Prices are
+plain numpy: nothing is compiled.
 
 Legend: N jobs, K features, M centres, E members; times in seconds, memory in bytes.
 """
@@ -17,16 +18,14 @@ import functools
 import importlib.resources
 import json
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from fdp.price import footprint, step_time
+from fdp.price import footprint, network, step_time
 from fdp.price.workload import Columns
 
 Array = Any
@@ -85,7 +84,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PricedJobs:
     """Arrays (N,): seconds a step with a 90 % interval, bytes a device, probability that it runs,
     parts of the time.
     """
@@ -95,19 +94,36 @@ class Prediction:
     high: np.ndarray
     log_std: np.ndarray
     memory: np.ndarray
-    memory_high: (
-        np.ndarray
-    )  # not exceeded by nine in ten runs of models and clusters that the fit had not seen
+    # not exceeded by nine in ten runs of models and clusters that the fit had not seen
+    memory_high: np.ndarray
     feasible: np.ndarray
     stalled: np.ndarray  # probability
     analytic: np.ndarray  # seconds without the residual
     terms: dict[str, np.ndarray]
+
+    def at(self, index: np.ndarray | slice) -> "PricedJobs":
+        """Those at some places."""
+        return _each(lambda v: v[index], self)
 
     def bottleneck(self) -> list[str]:
         """The largest term of each job by its name in `BOTTLENECKS`."""
         share = np.stack([self.terms[name] for name in BOTTLENECKS])
         names = list(BOTTLENECKS.values())
         return [names[i] for i in share.argmax(0)]
+
+
+def _each(change: Callable[..., np.ndarray], *parts: PricedJobs) -> PricedJobs:
+    """Every array of the parts through `change`."""
+    arrays = [vars(p) | p.terms for p in parts]
+    done = {k: change(*(a[k] for a in arrays)) for k in arrays[0] if k != "terms"}
+    terms = {k: done.pop(k) for k in parts[0].terms}
+    return PricedJobs(**done, terms=terms)
+
+
+def joined(parts: Sequence[PricedJobs]) -> PricedJobs:
+    """All jobs of the parts, in order."""
+
+    return _each(lambda *v: np.concatenate(v), *parts)
 
 
 BOTTLENECKS = {
@@ -149,11 +165,20 @@ def numeric(x: Columns) -> dict[str, Array]:
     return {k: v for k, v in x.items() if k not in ("stack", "cluster", "chip")}
 
 
+def sigmoid(value: Array) -> Array:
+    """1 / (1 + e^-value), in the kind of array that it is given."""
+    if network.namespace(value) is np:
+        return scipy.special.expit(value)
+    import jax
+
+    return jax.nn.sigmoid(value)
+
+
 def bounded(
     raw: Mapping[str, Array], bounds: Mapping[str, tuple[float, float, float]]
 ) -> dict[str, Array]:
     """Logit-scale values inside their bounds."""
-    return {n: low + (high - low) * jax.nn.sigmoid(raw[n]) for n, (low, high, _) in bounds.items()}
+    return {n: low + (high - low) * sigmoid(raw[n]) for n, (low, high, _) in bounds.items()}
 
 
 def time_coefficients(
@@ -163,10 +188,11 @@ def time_coefficients(
     its groups.
     """
     k = bounded({n: raw[n] + shift.get(n, 0.0) for n in step_time.BOUNDS}, step_time.BOUNDS)
-    k["linear"] = jnp.where(
-        x["fp4"] > 0, k["gemm_fp4"], jnp.where(x["fp8"] > 0, k["gemm_fp8"], k["gemm"])
+    xp = step_time.array_module(x, raw)
+    k["linear"] = xp.where(
+        x["fp4"] > 0, k["gemm_fp4"], xp.where(x["fp8"] > 0, k["gemm_fp8"], k["gemm"])
     )
-    k["scale"] = jnp.exp(shift.get("scale", 0.0))
+    k["scale"] = xp.exp(shift.get("scale", 0.0))
     return k
 
 
@@ -196,12 +222,14 @@ def family_code(groups: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _log2(value: Array) -> Array:
-    return jnp.log2(jnp.maximum(value, 1e-9))
+    xp = network.namespace(value)
+    return xp.log2(xp.maximum(value, 1e-9))
 
 
 def nodes(x: Mapping[str, Array]) -> Array:
     """Scale-up domains that a job spans."""
-    return jnp.maximum(x["tp"] * x["pp"] * x["dp"] * x["cp"] / x["domain"], 1.0)
+    xp = step_time.array_module(x)
+    return xp.maximum(x["tp"] * x["pp"] * x["dp"] * x["cp"] / x["domain"], 1.0)
 
 
 def stall_features(x: Mapping[str, Array], pressure: Array) -> Array:
@@ -210,24 +238,25 @@ def stall_features(x: Mapping[str, Array], pressure: Array) -> Array:
 
     The Ultra-Scale Playbook's pipelines run either as the analytic model says or with about 1.2·(1
     − p^-1.2) s more per microbatch, whatever the model's size; which one depends on these."""
+    xp = step_time.array_module(x, {"pressure": pressure})
     span = _log2(nodes(x))
-    plain = jnp.where((x["zero"] == 0) & (x["dp"] > 1) & (nodes(x) > 1), 1.0, 0.0)
+    plain = xp.where((x["zero"] == 0) & (x["dp"] > 1) & (nodes(x) > 1), 1.0, 0.0)
     replicas = _log2(x["dp"])
     columns = [
-        jnp.ones_like(span),
+        xp.ones_like(span),
         span,
-        jnp.maximum(span - 4, 0),
+        xp.maximum(span - 4, 0),
         plain,
         plain * (span - 2),
-        plain * jnp.maximum(span - 3, 0),
-        *(plain * jnp.maximum(bend, 0) for bend in (2 - replicas, replicas - 3, replicas - 4)),
+        plain * xp.maximum(span - 3, 0),
+        *(plain * xp.maximum(bend, 0) for bend in (2 - replicas, replicas - 3, replicas - 4)),
         0.3 * _log2(x["tp"]),
         0.3 * _log2(x["microbatch"]),
         0.3 * _log2(x["pp"]),
-        jnp.maximum(pressure, -2.0),
-        3 * jnp.maximum(pressure + 0.3, 0.0),
+        xp.maximum(pressure, -2.0),
+        3 * xp.maximum(pressure + 0.3, 0.0),
     ]
-    return jnp.stack(columns, -1)
+    return xp.stack(columns, -1)
 
 
 def residual_features(
@@ -236,6 +265,7 @@ def residual_features(
     """(N, K) dimensionless inputs of the residual: shares of the time, log degrees, kind of
     software.
     """
+    xp = step_time.array_module(x, terms)
     shares = [terms[n] / terms["total"] for n in TERMS]
     tokens = x["microbatch"] * x["seq"] / x["cp"]
     scaled = (
@@ -268,67 +298,81 @@ def residual_features(
         *degrees,
         0.5 * _log2(nodes(x)),
         *sizes,
-        *(jnp.asarray(v, float) for v in kinds),
+        *(xp.asarray(v, float) for v in kinds),
         rank_shift,
     ]
     columns += [x["code"][..., i] for i in range(CODE)]
-    return jnp.stack(jnp.broadcast_arrays(*columns), -1)
+    return xp.stack(xp.broadcast_arrays(*columns), -1)
 
 
-def basis(features_NxK: Array, residual: Mapping[str, Array]) -> Array:
-    """(E, N, M) radial basis functions of the standardised features around each member's
-    centres.
-    """
-    z = (features_NxK - residual["mean"]) / residual["scale"]
-
-    return jnp.stack([radial(z, centres_MxK) for centres_MxK in residual["centres"]])
-
-
-def radial(z_NxK: Array, centres_MxK: Array) -> Array:
+def radial(z_NxK: np.ndarray, centres_MxK: np.ndarray) -> np.ndarray:
     """(N, M) Gaussians of the distance, in units that do not grow with the number of features."""
-    square = (z_NxK**2).sum(-1)[:, None] - 2 * z_NxK @ centres_MxK.T + (centres_MxK**2).sum(-1)
-    return jnp.exp(-square / (2 * LENGTH**2 * z_NxK.shape[-1] / 10))
+    scale = -1 / (2 * LENGTH**2 * z_NxK.shape[-1] / 10)
+
+    def columns(left: np.ndarray, *more: np.ndarray | float) -> np.ndarray:
+        return np.column_stack([left, *(np.full(len(left), m, left.dtype) for m in more)])
+
+    # |z - c|² = |z|² - 2 z·c + |c|² as one product of matrices.
+    left = columns(-2 * scale * z_NxK, scale * (z_NxK**2).sum(-1), 1.0)
+    right = columns(centres_MxK, 1.0, scale * (centres_MxK**2).sum(-1))
+    found_NxM = left @ right.T
+    np.maximum(found_NxM, -80.0, out=found_NxM)  # beyond, float32 falls into slow denormals
+    return np.exp(found_NxM, out=found_NxM)
 
 
-@jax.jit
-def _evaluate(
-    x: Any, raw: Any, shift: Any, memory_raw: Any, memory_shift: Any, gate: Any, residual: Any
-) -> Any:
-    k = time_coefficients(x, raw, shift)
-    terms = {
-        n: jnp.broadcast_to(v, x["layers"].shape) for n, v in step_time.step_time(x, k).items()
-    }
-    used = {n: memory_raw[n] + memory_shift.get(n, 0.0) for n in footprint.BOUNDS}
-    memory = footprint.memory(x, bounded(used, footprint.BOUNDS))
-    pressure = jnp.log(memory / x["hbm_bytes"])
-    odds = stall_features(x, pressure) @ gate
-    stalled = jnp.where((x["pp"] > 1) & (x["stalls"] > 0), jax.nn.sigmoid(odds), 0.0)
-    corrections = jnp.zeros((1, *memory.shape))
-    if residual:
-        features = residual_features(x, terms, shift.get("launch_rank", 0.0))
-        corrections = jnp.einsum("enm,em->en", basis(features, residual), residual["weights"])
-    return terms, memory, pressure, stalled, corrections
+def corrections(features_NxK: np.ndarray, residual: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(E, N) log corrections by each member: radial basis functions of the standardised features
+    around its centres, weighted."""
+    kind = features_NxK.dtype
+    parts = {k: np.asarray(v, kind) for k, v in residual.items()}
+    z_NxK = (features_NxK - parts["mean"]) / parts["scale"]
+    members = zip(parts["centres"], parts["weights"], strict=True)
+    return np.stack([radial(z_NxK, centres_MxK) @ w_M for centres_MxK, w_M in members])
 
 
-def predict(model: Model, x: Columns) -> Prediction:
-    """Price the jobs of `x` (fdp.price.workload.columns); float64 where the caller has enabled it,
-    else float32.
-    """
+def predict(model: Model, x: Columns, single: bool = False) -> PricedJobs:
+    """Price the jobs of `x` (fdp.price.workload.columns). `single`: the residual in float32, for
+    many thousand jobs; it changes seconds by some 1e-6 of them."""
     groups = groups_of(x)
     measured = model.effects.get("scale|family", {})
     seen = np.isin(groups["family"].astype(str), list(measured))
     groups["family"] = resolved(groups["family"], measured.keys())
-    shift, memory_shift = shifts(model.effects, groups), shifts(model.memory_effects, groups)
-    inputs = numeric(x) | {
-        "code": family_code(groups),
-        "stalls": np.isin(groups["cluster"].astype(str), STALLING).astype(float),
-    }
-    terms, memory, pressure, stalled, corrections = jax.tree.map(
-        np.asarray,
-        _evaluate(
-            inputs, model.time, shift, model.memory, memory_shift, model.gate, model.residual
-        ),
-    )
+    inputs = numeric(x) | {"code": family_code(groups)}
+    shift = shifts(model.effects, groups)
+    terms = step_time.step_time(inputs, time_coefficients(inputs, model.time, shift))
+    terms = {n: np.broadcast_to(v, x["layers"].shape) for n, v in terms.items()}
+    memory, pressure = _memory(model, inputs, groups)
+    stalled = _stalled(model, inputs, groups, pressure)
+    more_ExN = np.zeros((1, len(memory)))
+    if model.residual:
+        features = residual_features(inputs, terms, shift.get("launch_rank", 0.0))
+        more_ExN = corrections(features.astype(np.float32 if single else float), model.residual)
+    return _with_intervals(model, x, (terms, memory, pressure, stalled, more_ExN), seen)
+
+
+def _memory(
+    model: Model, x: Mapping[str, Array], groups: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes a device, log of their share of the HBM)."""
+    shift = shifts(model.memory_effects, groups)
+    used = {n: model.memory[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}
+    memory = footprint.memory(x, bounded(used, footprint.BOUNDS))
+    return memory, np.log(memory / x["hbm_bytes"])
+
+
+def _stalled(
+    model: Model, x: Mapping[str, Array], groups: Mapping[str, np.ndarray], pressure: np.ndarray
+) -> np.ndarray:
+    """Probability that transfers stall."""
+    may = (x["pp"] > 1) & np.isin(groups["cluster"].astype(str), STALLING)
+    return np.where(may, sigmoid(stall_features(x, pressure) @ model.gate), 0.0)
+
+
+def _with_intervals(
+    model: Model, x: Columns, parts: tuple[Any, ...], seen: np.ndarray
+) -> PricedJobs:
+    """What is predicted from its parts: (terms, memory, log pressure, stalled, corrections)."""
+    terms, memory, pressure, stalled, more_ExN = parts
     # The regime with the smaller expected relative error: a stall is a factor, so it needs odds
     # beyond that factor.
     factor = terms["stalled"] / terms["total"]
@@ -337,9 +381,9 @@ def predict(model: Model, x: Columns) -> Prediction:
     known = np.maximum(
         np.where(seen, s["seen"], s["unseen"]), np.where(x["moe_layers"] > 0, s["experts"], 0.0)
     )
-    log_std = np.sqrt(known**2 + (s["ensemble"] * corrections.std(0)) ** 2)
-    time = analytic * np.exp(corrections.mean(0))
-    parts = {n: terms[n] for n in TERMS} | {"stall": analytic - terms["total"]}
+    log_std = np.sqrt(known**2 + (s["ensemble"] * more_ExN.std(0)) ** 2)
+    time = analytic * np.exp(more_ExN.mean(0))
+    shown = {n: terms[n] for n in TERMS} | {"stall": analytic - terms["total"]}
     width = np.exp(s["quantile"] * log_std)
     high = np.where(
         (stalled > 0.05) & (analytic < terms["stalled"]), terms["stalled"] * width, time * width
@@ -349,7 +393,7 @@ def predict(model: Model, x: Columns) -> Prediction:
     )
     feasible = scipy.special.expit(-model.fit["slope"] * (pressure - model.fit["margin"]))
     most = memory * np.exp(s["memory"])
-    return Prediction(time, low, high, log_std, memory, most, feasible, stalled, analytic, parts)
+    return PricedJobs(time, low, high, log_std, memory, most, feasible, stalled, analytic, shown)
 
 
 def to_json(model: Model) -> str:
@@ -358,7 +402,7 @@ def to_json(model: Model) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, float | np.floating | np.ndarray | jax.Array):
+        if isinstance(value, float | np.floating | np.ndarray):
             return (
                 np.vectorize(lambda v: float(f"{v:.6g}"))(np.asarray(value, float)).tolist()
                 if np.size(value)

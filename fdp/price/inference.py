@@ -6,7 +6,7 @@ a block (a reuse) or one (autoregressive). FLOPs and collectives are exact: test
 the jaxpr of the real programs. Seconds:
 
     matmul      max(FLOPs / (peak·gemm) · (1 + h_n/N)(1 + h_k/K), bytes / (HBM·hbm))
-                of M×K by K×N, weights read once
+                M×K by K×N, weights read once
     attention   max(FLOPs / (peak·attention), bytes / (HBM·hbm)),  elementwise = bytes / (HBM·hbm)
     network     fdp.price.network.collective_time,                  launch = KERNEL a kernel
 
@@ -23,7 +23,6 @@ Legend: B sequences of a device, R rows, S keys, D width, H query heads, K key/v
 head_dim, F FFN hidden, V vocabulary, t = tp; bytes and FLOPs are per device, of the busiest one.
 """
 
-import math
 from dataclasses import dataclass, field
 
 from fdp.models.shape import ModelShape
@@ -64,7 +63,7 @@ class Degrees:
 
 
 @dataclass(frozen=True)
-class Work:
+class ForwardPass:
     """One step over all requests: `rows` positions of each run, `keys` are attended to, `head_rows`
     reach the head.
     """
@@ -75,7 +74,7 @@ class Work:
     head_rows: int
 
 
-def check(shape: ModelShape, work: Work, degrees: Degrees) -> None:
+def check(shape: ModelShape, work: ForwardPass, degrees: Degrees) -> None:
     """Raises ValueError for a model that is not priced (dense attention and SwiGLU without time
     conditioning are), and where the degrees do not divide it or exceed the requests."""
     if shape.time_conditioning:
@@ -115,7 +114,9 @@ def check(shape: ModelShape, work: Work, degrees: Degrees) -> None:
 # -------------------------------------------------------------------------------------------------
 
 
-def matmuls(shape: ModelShape, work: Work, degrees: Degrees) -> list[tuple[int, int, int, int]]:
+def matmuls(
+    shape: ModelShape, work: ForwardPass, degrees: Degrees
+) -> list[tuple[int, int, int, int]]:
     """(M rows, N columns, K depth, times) of the products with weights, q, k, v and gate, up each
     as one.
     """
@@ -129,7 +130,7 @@ def matmuls(shape: ModelShape, work: Work, degrees: Degrees) -> list[tuple[int, 
     ]
 
 
-def attention_flops(shape: ModelShape, work: Work, degrees: Degrees) -> int:
+def attention_flops(shape: ModelShape, work: ForwardPass, degrees: Degrees) -> int:
     """q·kᵀ and p·v of one layer, every key counted."""
     return (
         4
@@ -142,14 +143,14 @@ def attention_flops(shape: ModelShape, work: Work, degrees: Degrees) -> int:
     )
 
 
-def flops(shape: ModelShape, work: Work, degrees: Degrees) -> int:
+def flops(shape: ModelShape, work: ForwardPass, degrees: Degrees) -> int:
     """Matmul FLOPs of the step (2·m·n·k each)."""
     products = sum(2 * m * n * k * times for m, n, k, times in matmuls(shape, work, degrees))
     return products + shape.layers * attention_flops(shape, work, degrees)
 
 
 def collectives(
-    shape: ModelShape, work: Work, degrees: Degrees, sequence_parallel: bool
+    shape: ModelShape, work: ForwardPass, degrees: Degrees, sequence_parallel: bool
 ) -> list[tuple[str, int, int]]:
     """(op of fdp.price.network, payload bytes, times) over tp: sublayer sums, and two numbers a row
     to draw a token.
@@ -198,7 +199,7 @@ def cache_bytes(shape: ModelShape, requests: int, keys: int, degrees: Degrees) -
     )
 
 
-def workspace_bytes(shape: ModelShape, work: Work, degrees: Degrees) -> int:
+def workspace_bytes(shape: ModelShape, work: ForwardPass, degrees: Degrees) -> int:
     """Activations alive at once in one layer, and the float32 logits."""
     s, t, b = shape, degrees.tp, degrees.sequences(work.requests)
     widths = 4 * s.width + ((s.heads + 2 * s.kv_heads) * s.head_dim + 3 * s.ffn) // t
@@ -217,7 +218,7 @@ BOUND = {
 
 
 @dataclass(frozen=True)
-class Step:
+class PassTime:
     """A priced step. `terms`: seconds by the keys of BOUND; `sequence_parallel`: whether the faster
     program is that.
     """
@@ -243,12 +244,10 @@ class Step:
 
 def coefficient(name: str, chip: str) -> float:
     """Fitted coefficient `name` of fdp.price.step_time.BOUNDS with the shift of `chip`."""
-    low, high, _ = step_time.BOUNDS[name]
     model = hybrid.shipped()
-    raw = model.time[name] + model.effects.get(f"{name}|chip", {}).get(
-        hardware.chip(chip).name, 0.0
-    )
-    return low + (high - low) / (1 + math.exp(-raw))
+    shift = model.effects.get(f"{name}|chip", {}).get(hardware.chip(chip).name, 0.0)
+    bounds = {name: step_time.BOUNDS[name]}
+    return float(hybrid.bounded({name: model.time[name] + shift}, bounds)[name])
 
 
 def matmul_error(chip: str) -> tuple[float, float]:
@@ -293,8 +292,12 @@ def matmul_bounds(m: int, n: int, k: int, chip: str, itemsize: int = 2) -> tuple
 
 
 def price(
-    shape: ModelShape, work: Work, degrees: Degrees, chip: str, sequence_parallel: bool = False
-) -> Step:
+    shape: ModelShape,
+    work: ForwardPass,
+    degrees: Degrees,
+    chip: str,
+    sequence_parallel: bool = False,
+) -> PassTime:
     """Seconds of one step on a node of `chip`, all ranks in one scale-up domain.
 
     Raises ValueError as `check` does, for tp beyond the domain, and for rows that tp does not
@@ -322,11 +325,11 @@ def price(
     for op, nbytes, times in collectives(shape, work, degrees, sequence_parallel):
         name = "network below 1 MiB" if nbytes < SMALL else "network from 1 MiB"
         terms[name] += times * float(network.collective_time(op, nbytes, t, t, chip))
-    return Step(terms, sequence_parallel)
+    return PassTime(terms, sequence_parallel)
 
 
 def _attention(
-    terms: dict[str, float], shape: ModelShape, work: Work, degrees: Degrees, chip: str
+    terms: dict[str, float], shape: ModelShape, work: ForwardPass, degrees: Degrees, chip: str
 ) -> None:
     c, b = hardware.chip(chip), degrees.sequences(work.requests)
     compute = attention_flops(shape, work, degrees) / (
@@ -342,7 +345,9 @@ def _attention(
     )
 
 
-def _elementwise(shape: ModelShape, work: Work, degrees: Degrees, chip: str, split: int) -> float:
+def _elementwise(
+    shape: ModelShape, work: ForwardPass, degrees: Degrees, chip: str, split: int
+) -> float:
     """Norms, residuals, rotary, gating and the draw; `split`: tp where the sequence is parallel
     between sublayers.
     """
@@ -354,7 +359,7 @@ def _elementwise(shape: ModelShape, work: Work, degrees: Degrees, chip: str, spl
     return moved / (hardware.chip(chip).hbm_bandwidth * coefficient("hbm", chip))
 
 
-def fastest(shape: ModelShape, work: Work, degrees: Degrees, chip: str) -> Step:
+def fastest(shape: ModelShape, work: ForwardPass, degrees: Degrees, chip: str) -> PassTime:
     """The faster of the plain and, where tp divides the rows, the sequence-parallel program."""
     steps = [price(shape, work, degrees, chip)]
     if degrees.tp > 1 and work.rows % degrees.tp == 0:

@@ -34,7 +34,7 @@ class Resource:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class TimedTask:
     """Work of `size` units on `resource` (for `dispatch`: on a machine of that pool) once the tasks
     `after` have ended.
 
@@ -75,7 +75,7 @@ class Result:
 
 
 def simulate(
-    tasks: Sequence[Task],
+    tasks: Sequence[TimedTask],
     resources: Sequence[Resource],
     mode: str = "asynchronous",
     neighbours: Mapping[str, Sequence[str]] | None = None,
@@ -124,7 +124,7 @@ def simulate(
 
 
 def dispatch(
-    tasks: Sequence[Task], pools: Mapping[str, Sequence[Resource]], rule: str = "ready"
+    tasks: Sequence[TimedTask], pools: Mapping[str, Sequence[Resource]], rule: str = "ready"
 ) -> Result:
     """Greedy, work-conserving: whenever a machine of a task's pool is free and a task is ready, one
     starts.
@@ -146,7 +146,7 @@ def dispatch(
     )
 
 
-def list_schedule(tasks: Sequence[Task], machines: Sequence[Resource]) -> Result:
+def list_schedule(tasks: Sequence[TimedTask], machines: Sequence[Resource]) -> Result:
     """Graham's list scheduling: any machine may run any task (`task.resource` is not read), first
     ready in the list.
 
@@ -159,7 +159,7 @@ def list_schedule(tasks: Sequence[Task], machines: Sequence[Resource]) -> Result
 
 
 def _greedy(
-    tasks: Sequence[Task], pool_N: list[int], pools: Sequence[Sequence[Resource]], rule: str
+    tasks: Sequence[TimedTask], pool_N: list[int], pools: Sequence[Sequence[Resource]], rule: str
 ) -> Result:
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
@@ -181,7 +181,7 @@ def _greedy(
 
 
 def _events(
-    tasks: Sequence[Task],
+    tasks: Sequence[TimedTask],
     deps_N: list[list[int]],
     pool_N: list[int],
     machines: Sequence[Resource],
@@ -226,7 +226,7 @@ def _events(
     return _result(tasks, machines, on_N, seconds_N, start_N, by_N, order)
 
 
-def _dependencies(tasks: Sequence[Task]) -> list[list[int]]:
+def _dependencies(tasks: Sequence[TimedTask]) -> list[list[int]]:
     """Indices of every task's dependencies; checks ids and numbers."""
     index = {t.id: n for n, t in enumerate(tasks)}
     if len(index) < len(tasks):
@@ -309,7 +309,9 @@ def _topological(preds_N: list[list[int]]) -> list[int]:
     return order
 
 
-def _raise_cycle(tasks: Sequence[Task], deps_N: list[list[int]], preds_N: list[list[int]]) -> None:
+def _raise_cycle(
+    tasks: Sequence[TimedTask], deps_N: list[list[int]], preds_N: list[list[int]]
+) -> None:
     """Names one cycle of the dependencies or, where they have none, of dependencies and queues
     together.
     """
@@ -369,7 +371,7 @@ def _rounds(order: list[int], preds_N: list[list[int]], link_N: list[bool]) -> l
 
 def _play(
     rounds: list[list[int]],
-    tasks: Sequence[Task],
+    tasks: Sequence[TimedTask],
     preds_N: list[list[int]],
     seconds_N: list[float],
     on_N: list[int],
@@ -402,7 +404,7 @@ def _play(
 
 
 def _result(
-    tasks: Sequence[Task],
+    tasks: Sequence[TimedTask],
     resources: Sequence[Resource],
     on_N: list[int],
     seconds_N: list[float],
@@ -439,7 +441,7 @@ def _result(
 
 
 def _memory(
-    tasks: Sequence[Task], start_N: list[float], end_N: list[float], order: list[int]
+    tasks: Sequence[TimedTask], start_N: list[float], end_N: list[float], order: list[int]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(peak, held at the end) bytes per device. What ends at a time frees before what starts then
     allocates.

@@ -8,12 +8,13 @@ a dp rank."""
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fdp.keys import UserError
 from fdp.models.shape import ModelShape
-from fdp.price.hardware import Chip
+from fdp.price.hardware import CHIPS, Chip, Cluster
 
 if TYPE_CHECKING:
     from fdp.experiment import Experiment
@@ -96,6 +97,74 @@ def of_experiment(e: "Experiment", chip: Chip) -> Job:
     job = Job(m, plan, chip, e.fit.batch, e.input_length, causal=causal, modern=False)
     check(job)
     return job
+
+
+def weakest(cluster: Cluster) -> Chip:
+    """The chip that a mixed cluster is priced with: its slowest, with the least memory and links of
+    any.
+
+    A synchronous step waits for the slowest chip, and one plan has to fit into every one. FP8 and
+    FP4 need all of them."""
+    chips = [g.chip for g in cluster.groups]
+
+    def least(key: str) -> Any:
+        values = [getattr(c, key) for c in chips]
+        return None if None in values else min(values)
+
+    same = (
+        "peak_fp8_flops",
+        "peak_fp4_flops",
+        "hbm_bytes",
+        "hbm_bandwidth",
+        "scale_up_bandwidth",
+        "scale_up_links",
+    )
+    out = [c.scale_out_bandwidth for c in chips if c.scale_out_bandwidth]
+    return dataclasses.replace(
+        cluster.chip,
+        **{key: least(key) for key in same},
+        scale_out_bandwidth=min(out) if out else None,
+    )
+
+
+def domain_of(cluster: Cluster) -> int:
+    """Chips on one fast network: a pod's torus, else an NVLink domain that no smaller node cuts
+    short.
+    """
+    return min(
+        g.chip.domain if g.chip.scale_out_bandwidth is None else min(g.chip.domain, g.chips)
+        for g in cluster.groups
+    )
+
+
+def job_on(
+    a: ModelShape,
+    cluster: Cluster,
+    batch: int,
+    seq: int,
+    precision: str = "bf16",
+    causal: bool = True,
+) -> Job:
+    """The job to plan for; its own plan is a placeholder. Raises UserError where a chip lacks the
+    precision.
+    """
+    chip = weakest(cluster)
+    rates = {
+        "fp16": chip.peak_bf16_flops,
+        "bf16": chip.peak_bf16_flops,
+        "fp8": chip.peak_fp8_flops,
+        "fp4": chip.peak_fp4_flops,
+    }
+    if precision not in rates:
+        raise UserError(f"precision {precision!r} is unknown: {', '.join(rates)}")
+    if rates[precision] is None:
+        able = [name for name, c in CHIPS.items() if getattr(c, f"peak_{precision}_flops")]
+        raise UserError(
+            f"{cluster.name} has a chip without {precision}: set precision=bf16 or take one "
+            f"of {able}"
+        )
+    domain = domain_of(cluster)
+    return Job(a, Plan(dp=cluster.size), chip, batch, seq, precision, domain, causal=causal)
 
 
 def check(job: Job) -> None:
@@ -218,4 +287,5 @@ def _row(job: Job) -> dict[str, object]:
 
 def with_plan(job: Job, **changes: object) -> Job:
     """The job with some fields of its plan changed."""
-    return dataclasses.replace(job, plan=dataclasses.replace(job.plan, **changes))  # type: ignore[arg-type]
+    plan = dataclasses.replace(job.plan, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(job, plan=plan)

@@ -179,7 +179,7 @@ def test_shipped_coefficients_are_physical():
 
 
 def test_the_fit_finds_coefficients_it_was_not_started_at():
-    truth = energy.Coefficients(0.3, 1.2, 1.7, 0.6, **fit_energy.LINKS)
+    truth = energy.EnergyCoefficients(0.3, 1.2, 1.7, 0.6, **fit_energy.LINKS)
     draw, made = np.random.default_rng(0), []
     for _ in range(200):
         precision, flop, hbm = (

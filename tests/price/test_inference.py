@@ -20,7 +20,7 @@ from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models.transformer import transformer
 from fdp.parallel.masks import Mask
 from fdp.price import hardware, inference
-from fdp.price.inference import GQA_70B, LLADA_8B, Degrees, Work
+from fdp.price.inference import GQA_70B, LLADA_8B, Degrees, ForwardPass
 from fdp.price.shapes import named
 from fdp.sampling.cached import BlockDecoder
 from fdp.sampling.noise import Draw
@@ -44,14 +44,18 @@ def program(c, mesh, kind):
     state, (_, cache) = P(BATCH_AXES), model.decode_state(B, L)
     z, ids = jax.ShapeDtypeStruct((B, L), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
     if kind == "refresh":
-        step = lambda params, ids, z: how.refresh(params, key, ids, z, jnp.int32(0), jnp.int32(R))
-        f = shard_map(step, mesh, (specs, state, state), (state, cache))
+
+        def refresh(params, ids, z):
+            return how.refresh(params, key, ids, z, jnp.int32(0), jnp.int32(R))
+
+        f = shard_map(refresh, mesh, (specs, state, state), (state, cache))
         return jax.make_jaxpr(f)(shapes, ids, z)
     whole = jax.eval_shape(lambda: model.decode_state(B, L)[0])
-    step = lambda params, cache, ids, z: how.reuse(
-        params, cache, key, ids, z, jnp.int32(0), jnp.int32(R)
-    )
-    return jax.make_jaxpr(shard_map(step, mesh, (specs, cache, state, state), (state, cache)))(
+
+    def reuse(params, cache, ids, z):
+        return how.reuse(params, cache, key, ids, z, jnp.int32(0), jnp.int32(R))
+
+    return jax.make_jaxpr(shard_map(reuse, mesh, (specs, cache, state, state), (state, cache)))(
         shapes, whole, ids, z
     )
 
@@ -73,7 +77,7 @@ def test_flops_and_collectives_are_those_of_the_programs(kind, dp, tp, changes):
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"dp": dp, "tp": tp})
     made = program(c, mesh, kind)
     shape, degrees = c, Degrees(tp, dp)
-    work = Work(B, L if kind == "refresh" else R, L, R)
+    work = ForwardPass(B, L if kind == "refresh" else R, L, R)
     assert inference.flops(shape, work, degrees) == jaxpr.dot_flops(made)
     counted: dict = {}
     for one in jaxpr.collectives(made, mesh.shape):
@@ -91,10 +95,12 @@ def test_an_autoregressive_step_is_one_row():
     model = transformer(c, Mask("causal"))
     shapes, specs = builders.shapes_and_specs(model, L)
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": 4})
-    asked = lambda ids: Draw(jax.random.key(0), ids, L, 30)
-    run = lambda p, ids: sample_cached(model, p, asked(ids), 31)[0]
+
+    def run(p, ids):
+        return autoregressive.sample_cached(model, p, jax.random.key(0), ids, L, 31, n_ids=30)[0]
+
     made = jax.make_jaxpr(shard_map(run, mesh, (specs, P()), P()))(shapes, jnp.arange(2))
-    one = inference.flops(c, Work(2, 1, L, 1), Degrees(4, 1))
+    one = inference.flops(c, ForwardPass(2, 1, L, 1), Degrees(4, 1))
     assert jaxpr.dot_flops(made) == L * one
 
 
@@ -103,7 +109,7 @@ def test_a_whole_pass_is_the_models_forward():
     shape = c
     degrees = dict.fromkeys(AXES, 1)
     whole = transformer(c, Mask()).counts(Rows(B, L, B * L), degrees)
-    assert inference.flops(shape, Work(B, L, L, L), Degrees(1, 1)) == whole.forward.flops
+    assert inference.flops(shape, ForwardPass(B, L, L, L), Degrees(1, 1)) == whole.forward.flops
     norms = (2 * shape.layers + 1) * shape.width
     assert inference.weight_bytes(shape, 1) == 4 * (whole.parameters - norms)
 
@@ -139,26 +145,29 @@ def test_matmuls_are_as_far_from_measured_ones_as_stated(gpu):
 
 
 def test_regimes():
-    refresh, reuse = Work(8, 2048, 2048, 32), Work(8, 32, 2048, 32)
-    price = lambda work, tp, dp: inference.fastest(LLADA_8B, work, Degrees(tp, dp), "h100")
+    refresh, reuse = ForwardPass(8, 2048, 2048, 32), ForwardPass(8, 32, 2048, 32)
+
+    def price(work, tp, dp):
+        return inference.fastest(LLADA_8B, work, Degrees(tp, dp), "h100")
+
     assert price(refresh, 1, 8).bound == "compute"
     assert price(reuse, 1, 8).bound == "memory"
     assert price(refresh, 1, 8).seconds < price(refresh, 8, 1).seconds
     assert price(reuse, 8, 1).seconds < price(reuse, 1, 8).seconds
     assert price(refresh, 1, 8).terms["network from 1 MiB"] == 0
     # Weights are read once a step: doubling the rows of a memory-bound step costs little.
-    twice = price(Work(8, 64, 2048, 64), 1, 8)
+    twice = price(ForwardPass(8, 64, 2048, 64), 1, 8)
     assert price(reuse, 1, 8).seconds < twice.seconds < 1.3 * price(reuse, 1, 8).seconds
 
 
 def test_terms_scale_as_their_formulas():
-    work = Work(8, 512, 512, 512)
+    work = ForwardPass(8, 512, 512, 512)
     one, two = (inference.price(LLADA_8B, work, Degrees(2, dp), "h100").terms for dp in (4, 2))
     for name in ("matmul compute", "attention compute", "elementwise"):
         assert two[name] == pytest.approx(2 * one[name])
     assert two["launch"] == one["launch"] == pytest.approx(inference.KERNEL * (9 * 32 + 4))
     # One row against a long cache waits for the cache.
-    row = inference.price(LLADA_8B, Work(8, 1, 2**17, 1), Degrees(2, 4), "h100").terms[
+    row = inference.price(LLADA_8B, ForwardPass(8, 1, 2**17, 1), Degrees(2, 4), "h100").terms[
         "attention memory"
     ]
     rate = hardware.chip("h100").hbm_bandwidth * inference.coefficient("hbm", "h100")
@@ -167,19 +176,20 @@ def test_terms_scale_as_their_formulas():
     )
     # 3 requests on 2 replicas wait for the one with two of them.
     uneven, even = (
-        inference.price(LLADA_8B, Work(b, 512, 512, 512), Degrees(4, 2), "h100") for b in (3, 4)
+        inference.price(LLADA_8B, ForwardPass(b, 512, 512, 512), Degrees(4, 2), "h100")
+        for b in (3, 4)
     )
     assert uneven.seconds == even.seconds
 
 
 def test_a_parallel_sequence_is_chosen_where_it_is_faster():
-    work = Work(8, 2048, 2048, 32)
+    work = ForwardPass(8, 2048, 2048, 32)
     both = [inference.price(LLADA_8B, work, Degrees(8, 1), "h100", sp) for sp in (False, True)]
     assert both[1].terms["elementwise"] < both[0].terms["elementwise"]
     best = inference.fastest(LLADA_8B, work, Degrees(8, 1), "h100")
     assert best.seconds == min(step.seconds for step in both)
     assert not inference.fastest(
-        LLADA_8B, Work(8, 33, 2048, 33), Degrees(8, 1), "h100"
+        LLADA_8B, ForwardPass(8, 33, 2048, 33), Degrees(8, 1), "h100"
     ).sequence_parallel
 
 
@@ -187,13 +197,17 @@ def test_a_parallel_sequence_is_chosen_where_it_is_faster():
     ("work", "degrees", "message"),
     [
         (
-            Work(8, 32, 64, 32),
+            ForwardPass(8, 32, 64, 32),
             Degrees(3, 1),
             "heads = 32 is not divisible by tp = 3: choose tp among",
         ),
-        (Work(4, 32, 64, 32), Degrees(1, 8), "dp = 8 replicas and 4 requests"),
-        (Work(8, 128, 64, 32), Degrees(1, 8), "head_rows ≤ rows ≤ keys must hold: 32, 128, 64"),
-        (Work(8, 32, 64, 32), Degrees(16, 1), "tp = 16 exceeds the 8 chips"),
+        (ForwardPass(4, 32, 64, 32), Degrees(1, 8), "dp = 8 replicas and 4 requests"),
+        (
+            ForwardPass(8, 128, 64, 32),
+            Degrees(1, 8),
+            "head_rows ≤ rows ≤ keys must hold: 32, 128, 64",
+        ),
+        (ForwardPass(8, 32, 64, 32), Degrees(16, 1), "tp = 16 exceeds the 8 chips"),
     ],
 )
 def test_bad_steps_are_refused(work, degrees, message):
@@ -203,13 +217,17 @@ def test_bad_steps_are_refused(work, degrees, message):
 
 def test_other_bad_input():
     with pytest.raises(ValueError, match="kv_heads = 8 is not divisible by tp = 16"):
-        inference.check(GQA_70B, Work(8, 1, 1, 1), Degrees(16, 1))
+        inference.check(GQA_70B, ForwardPass(8, 1, 1, 1), Degrees(16, 1))
     with pytest.raises(ValueError, match=r"rows % tp = 9 % 2 = 1"):
-        inference.price(LLADA_8B, Work(8, 9, 64, 9), Degrees(2, 1), "h100", sequence_parallel=True)
+        inference.price(
+            LLADA_8B, ForwardPass(8, 9, 64, 9), Degrees(2, 1), "h100", sequence_parallel=True
+        )
     with pytest.raises(ValueError, match=r"model\.time_conditioning=False"):
-        inference.price(small(time_conditioning=True), Work(8, 1, 1, 1), Degrees(1, 8), "h100")
+        inference.price(
+            small(time_conditioning=True), ForwardPass(8, 1, 1, 1), Degrees(1, 8), "h100"
+        )
     with pytest.raises(ValueError, match="lack a mixture of 8 experts"):
-        inference.check(named("mixtral-8x7b"), Work(8, 1, 1, 1), Degrees(1, 8))
+        inference.check(named("mixtral-8x7b"), ForwardPass(8, 1, 1, 1), Degrees(1, 8))
     with pytest.raises(ValueError, match=r"no held-out error of collectives on b200"):
         inference.network_error("b200", small=True)
     assert inference.network_error("h100", small=False) == pytest.approx((0.099, 0.323))

@@ -126,9 +126,11 @@ def test_arrays_tracers_and_numbers_agree(op, name):
 @pytest.mark.parametrize(("n", "local"), [(8.0, 8.0), (32.0, 4.0), (24.5, 3.5)])
 def test_derivatives_match_differences(op, n, local):
     with jax.enable_x64(True):
-        f = lambda log_bytes, log_n: jnp.log(
-            network.collective_time(op, jnp.exp(log_bytes), jnp.exp(log_n), local, "h100")
-        )
+
+        def f(log_bytes, log_n):
+            sizes = jnp.exp(log_bytes), jnp.exp(log_n)
+            return jnp.log(network.collective_time(op, *sizes, local, "h100"))
+
         for log_bytes in (8.0, 14.0, 20.0):
             at = (jnp.float64(log_bytes), jnp.log(jnp.float64(n * 1.01)))
             for i, slope in enumerate(jax.grad(f, (0, 1))(*at)):
@@ -230,7 +232,9 @@ def test_shipped_coefficients_are_physical_and_say_where_they_come_from():
         == network.coefficients("gb300")
         != network.coefficients("h100")
     )
-    assert network.coefficients("v5p") == network.Coefficients(**shipped["coefficients"]["torus"])
+    assert network.coefficients("v5p") == network.LinkCoefficients(
+        **shipped["coefficients"]["torus"]
+    )
 
 
 def test_a_measured_figure():
@@ -246,7 +250,9 @@ def test_a_measured_figure():
 
 
 def test_the_fit_finds_coefficients_it_was_not_started_at():
-    truth = network.Coefficients(9e-6, 8e-6, 2e-6, 4e-6, 2e-5, 0.4, 0.9, 0.6, 0.5, 0.8, 0.3, 0.6)
+    truth = network.LinkCoefficients(
+        9e-6, 8e-6, 2e-6, 4e-6, 2e-5, 0.4, 0.9, 0.6, 0.5, 0.8, 0.3, 0.6
+    )
     nbytes_P, found = 2.0 ** np.arange(10, 31, 2), []
     for op in network.OPS:
         for n, local in ((2, 2), (8, 8), (2, 1), (8, 2), (16, 8), (128, 8)):

@@ -20,8 +20,8 @@ PUBLISHED = {
     "llama2-7b": (6.74, None), "llama2-70b": (68.98, None), "mixtral-8x7b": (46.70, 12.88),
     "mixtral-8x22b": (140.63, 39.2),
     "qwen3-30b-a3b": (30.53, 3.35), "qwen3-235b-a22b": (235.09, 22.2),
-    "deepseek-v3": (671.03, 37.55),
-    "gpt-oss-20b": (20.91, None), "gpt-oss-120b": (116.8, None), "gpt3-175b": (174.6, None),
+    "deepseek-v3": (671.03, 37.55), "gpt-oss-20b": (20.91, None), "gpt-oss-120b": (116.8, None),
+    "gpt3-175b": (174.6, None),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdp.price.simulate import MODES, RULES, Resource, Task, dispatch, list_schedule, simulate
+from fdp.price.simulate import MODES, RULES, Resource, TimedTask, dispatch, list_schedule, simulate
 
 pytestmark = pytest.mark.fast
 
@@ -36,7 +36,7 @@ def graphs(draw, most=12, release=True):
         device, held = draw(st.sampled_from("abc")), draw(st.integers(0, 4))
         memory = (((device, held),), ((device, held),)) if held else ((), ())
         tasks.append(
-            Task(
+            TimedTask(
                 n,
                 draw(st.sampled_from("abc")),
                 size,
@@ -84,7 +84,7 @@ def peak_by_scan(tasks, r, device):
 @pytest.mark.parametrize("mode", MODES)
 def test_cost_is_overhead_plus_per_unit_times_size(mode):
     link = [Resource("x", overhead=2.0, per_unit=0.5)]
-    tasks = [Task("m", "x", 6.0), Task("n", "x", 0.0)]
+    tasks = [TimedTask("m", "x", 6.0), TimedTask("n", "x", 0.0)]
     r = simulate(tasks, link, mode, {} if mode == "neighbour" else None)
     assert (r.start, r.end) == ({"m": 0.0, "n": 5.0}, {"m": 5.0, "n": 7.0})
     assert (r.makespan, r.critical_path, r.wait) == (7.0, ["m", "n"], 0.0)
@@ -103,7 +103,11 @@ def test_nothing_to_do(mode):
 
 
 def test_queue_is_kept_even_when_a_later_task_is_ready():
-    tasks = [Task("slow", "a", 5), Task("blocked", "b", 1, ("slow",)), Task("ready", "b", 2)]
+    tasks = [
+        TimedTask("slow", "a", 5),
+        TimedTask("blocked", "b", 1, ("slow",)),
+        TimedTask("ready", "b", 2),
+    ]
     r = run(tasks)
     assert r.start == {"slow": 0, "blocked": 5, "ready": 6} and r.makespan == 8
     free = dispatch(tasks, {x.name: [x] for x in R})
@@ -112,7 +116,11 @@ def test_queue_is_kept_even_when_a_later_task_is_ready():
 
 def test_release_is_the_wait_of_the_critical_path():
     r = run(
-        [Task("early", "a", 1), Task("late", "a", 2, release=4), Task("last", "b", 3, ("late",))]
+        [
+            TimedTask("early", "a", 1),
+            TimedTask("late", "a", 2, release=4),
+            TimedTask("last", "b", 3, ("late",)),
+        ]
     )
     assert (r.critical_path, r.wait, r.makespan) == (["late", "last"], 4, 9)
 
@@ -125,7 +133,7 @@ def test_the_three_modes_by_hand():
     in round 1.
     """
     tasks = [
-        Task(n, n[0], s)
+        TimedTask(n, n[0], s)
         for n, s in (("a0", 1), ("a1", 1), ("a2", 1), ("b0", 1), ("b1", 1), ("c0", 4), ("c1", 1))
     ]
     assert run(tasks).start == {"a0": 0, "a1": 1, "a2": 2, "b0": 0, "b1": 1, "c0": 0, "c1": 4}
@@ -145,7 +153,10 @@ def test_the_three_modes_by_hand():
 
 def test_an_idle_round_passes_the_delay_on():
     """b has nothing to do after its first task; c's delay still reaches a through it."""
-    tasks = [Task(("a", k), "a", 1) for k in range(4)] + [Task("b", "b", 1), Task("c", "c", 10)]
+    tasks = [TimedTask(("a", k), "a", 1) for k in range(4)] + [
+        TimedTask("b", "b", 1),
+        TimedTask("c", "c", 10),
+    ]
     assert [run(tasks, "neighbour").start["a", k] for k in range(4)] == [0, 1, 10, 11]
     assert [run(tasks, "lock-step").start["a", k] for k in range(4)] == [0, 10, 11, 12]
 
@@ -156,15 +167,15 @@ def test_a_message_belongs_to_the_round_of_its_sender(link, makespan):
     own.
     """
     tasks = [
-        Task("send", "a", 3),
-        Task("busy", "b", 5),
-        Task("message", "x", 2, ("send",)),
-        Task("receive", "b", 5, ("message",)),
+        TimedTask("send", "a", 3),
+        TimedTask("busy", "b", 5),
+        TimedTask("message", "x", 2, ("send",)),
+        TimedTask("receive", "b", 5, ("message",)),
     ]
     resources = [*R, Resource("x", link=True) if link else Resource("x")]
     assert run(tasks, "lock-step", resources).makespan == makespan
     prefetch = [
-        Task("fetched", "x", 9),
+        TimedTask("fetched", "x", 9),
         *tasks,
     ]  # a message that nobody sends goes in the first round
     assert run(prefetch, "lock-step", resources).start["receive"] == 9 + 2
@@ -273,7 +284,7 @@ def test_longer_tasks_never_end_earlier_in_a_given_order(tasks, data, mode):
 @given(graphs(), st.data())
 def test_an_added_task_never_shortens_an_asynchronous_order(tasks, data):
     n = data.draw(st.integers(0, len(tasks)))
-    added = Task("new", data.draw(st.sampled_from("abc")), data.draw(st.integers(0, 5)))
+    added = TimedTask("new", data.draw(st.sampled_from("abc")), data.draw(st.integers(0, 5)))
     before, after = run(tasks), run([*tasks[:n], added, *tasks[n:]])
     assert all(before.end[t.id] <= after.end[t.id] for t in tasks)
 
@@ -282,9 +293,9 @@ def test_an_added_task_can_shorten_lock_step():
     """An empty first round on a moves its long task beside b's: the claim above is true of no other
     mode.
     """
-    tasks = [Task("a0", "a", 10), Task("b0", "b", 1), Task("b1", "b", 10)]
+    tasks = [TimedTask("a0", "a", 10), TimedTask("b0", "b", 1), TimedTask("b1", "b", 10)]
     assert run(tasks, "lock-step").makespan == 20
-    assert run([Task("empty", "a", 0), *tasks], "lock-step").makespan == 11
+    assert run([TimedTask("empty", "a", 0), *tasks], "lock-step").makespan == 11
 
 
 # Greedy choice
@@ -326,10 +337,10 @@ def test_graham_bound(tasks, m):
 @pytest.mark.parametrize("m", [1, 2, 3, 8])
 def test_graham_bound_is_reached(m):
     """m(m−1) tasks of 1 s before one of m s: 2m − 1 seconds, the optimum is m."""
-    short = [Task(n, "", 1) for n in range(m * (m - 1))]
+    short = [TimedTask(n, "", 1) for n in range(m * (m - 1))]
     machines = [Resource(str(k)) for k in range(m)]
-    assert list_schedule([*short, Task("long", "", m)], machines).makespan == 2 * m - 1
-    assert list_schedule([Task("long", "", m), *short], machines).makespan == m
+    assert list_schedule([*short, TimedTask("long", "", m)], machines).makespan == 2 * m - 1
+    assert list_schedule([TimedTask("long", "", m), *short], machines).makespan == m
 
 
 def test_graham_anomalies():
@@ -340,7 +351,7 @@ def test_graham_anomalies():
     after = {9: (1,), 5: (4,), 6: (4,), 7: (4,), 8: (4,)}
 
     def makespan(machines, size=size, after=after):
-        tasks = [Task(n, "", s, after.get(n, ())) for n, s in size.items()]
+        tasks = [TimedTask(n, "", s, after.get(n, ())) for n, s in size.items()]
         return list_schedule(tasks, [Resource(str(k)) for k in range(machines)]).makespan
 
     assert makespan(3) == 12
@@ -350,8 +361,8 @@ def test_graham_anomalies():
 
 
 def test_priority_and_machines_of_two_speeds():
-    tasks = [Task("low", "p", 4), Task("high", "p", 4, priority=1)]
-    tasks += [Task("late", "p", 4, priority=-1), Task("last", "p", 1, priority=-2)]
+    tasks = [TimedTask("low", "p", 4), TimedTask("high", "p", 4, priority=1)]
+    tasks += [TimedTask("late", "p", 4, priority=-1), TimedTask("last", "p", 1, priority=-2)]
     r = dispatch(tasks, {"p": [Resource("fast", 0, 1), Resource("slow", 1, 2)]}, "priority")
     assert r.ran_on == {"high": "fast", "low": "slow", "late": "fast", "last": "fast"}
     assert r.end == {"high": 4, "low": 9, "late": 8, "last": 9}
@@ -362,10 +373,10 @@ def test_priority_and_machines_of_two_speeds():
 
 def test_memory_lives_from_the_allocating_start_to_the_freeing_end():
     tasks = [
-        Task("f0", "a", 1, (), (("d", 5),)),
-        Task("f1", "a", 1, (), (("d", 7),)),
-        Task("b0", "a", 1, ("f0",), (), (("d", 5),)),
-        Task("f2", "a", 1, (), (("d", 4),)),
+        TimedTask("f0", "a", 1, (), (("d", 5),)),
+        TimedTask("f1", "a", 1, (), (("d", 7),)),
+        TimedTask("b0", "a", 1, ("f0",), (), (("d", 5),)),
+        TimedTask("f2", "a", 1, (), (("d", 4),)),
     ]
     r = run(tasks)
     assert (r.peak_bytes, r.held_bytes) == ({"d": 12}, {"d": 11})
@@ -373,13 +384,13 @@ def test_memory_lives_from_the_allocating_start_to_the_freeing_end():
 
 def test_what_ends_frees_before_what_starts_allocates():
     swap = [
-        Task("old", "a", 2, (), (("d", 8),), (("d", 8),)),
-        Task("new", "b", 2, ("old",), (("d", 8),), (("d", 8),)),
+        TimedTask("old", "a", 2, (), (("d", 8),), (("d", 8),)),
+        TimedTask("new", "b", 2, ("old",), (("d", 8),), (("d", 8),)),
     ]
     assert run(swap).peak_bytes == {"d": 8}
     instant = [
-        Task("old", "a", 0, (), (("d", 8),)),
-        Task("new", "b", 0, ("old",), (("d", 3),), (("d", 11),)),
+        TimedTask("old", "a", 0, (), (("d", 8),)),
+        TimedTask("new", "b", 0, ("old",), (("d", 3),), (("d", 11),)),
     ]
     assert run(instant).peak_bytes == run(instant[::-1]).peak_bytes == {"d": 11}
 
@@ -403,21 +414,24 @@ def test_peak_memory_is_what_a_scan_finds(tasks, mode):
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ([Task("x", "a", 1), Task("x", "b", 1)], "task 'x' is given twice"),
-        ([Task("x", "a", 1, ("y",))], "task 'x' depends on unknown task 'y'"),
-        ([Task("x", "a", -1)], "task 'x': size=-1"),
-        ([Task("x", "a", math.nan)], "task 'x': size=nan"),
-        ([Task("x", "a", 1, release=-2)], "release=-2"),
-        ([Task("x", "a", 1, release=math.inf)], "release=inf"),
-        ([Task("x", "a", 1, (), (("d", -3),))], "task 'x': -3 bytes on 'd'"),
-        ([Task("x", "a", 1, (), (), (("d", 3),))], "'d' holds 0.0 bytes at 1.* task 'x' frees 3"),
-        ([Task("x", "a", 1, ("x",))], "dependency cycle: 'x' after 'x'"),
+        ([TimedTask("x", "a", 1), TimedTask("x", "b", 1)], "task 'x' is given twice"),
+        ([TimedTask("x", "a", 1, ("y",))], "task 'x' depends on unknown task 'y'"),
+        ([TimedTask("x", "a", -1)], "task 'x': size=-1"),
+        ([TimedTask("x", "a", math.nan)], "task 'x': size=nan"),
+        ([TimedTask("x", "a", 1, release=-2)], "release=-2"),
+        ([TimedTask("x", "a", 1, release=math.inf)], "release=inf"),
+        ([TimedTask("x", "a", 1, (), (("d", -3),))], "task 'x': -3 bytes on 'd'"),
+        (
+            [TimedTask("x", "a", 1, (), (), (("d", 3),))],
+            "'d' holds 0.0 bytes at 1.* task 'x' frees 3",
+        ),
+        ([TimedTask("x", "a", 1, ("x",))], "dependency cycle: 'x' after 'x'"),
         (
             [
-                Task("u", "a"),
-                Task("x", "a", 1, ("y",)),
-                Task("y", "b", 1, ("z",)),
-                Task("z", "c", 1, ("x",)),
+                TimedTask("u", "a"),
+                TimedTask("x", "a", 1, ("y",)),
+                TimedTask("y", "b", 1, ("z",)),
+                TimedTask("z", "c", 1, ("x",)),
             ],
             "dependency cycle: 'x' after 'y' after 'z' after 'x'",
         ),
@@ -431,10 +445,10 @@ def test_bad_tasks(solve, tasks, message):
 def test_an_order_that_deadlocks_names_who_waits_for_whom():
     """Each device wants to receive before it sends."""
     tasks = [
-        Task("a gets", "a", 1, ("b sends",)),
-        Task("a sends", "a", 1),
-        Task("b gets", "b", 1, ("a sends",)),
-        Task("b sends", "b", 1),
+        TimedTask("a gets", "a", 1, ("b sends",)),
+        TimedTask("a sends", "a", 1),
+        TimedTask("b gets", "b", 1, ("a sends",)),
+        TimedTask("b sends", "b", 1),
     ]
     with pytest.raises(ValueError, match="queue order deadlocks") as e:
         run(tasks)
@@ -465,7 +479,10 @@ def test_any_order_runs_or_is_reported(tasks, random):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: run([Task("x", "gpu")]), "'x' names unknown resource 'gpu': known are a, b, c"),
+        (
+            lambda: run([TimedTask("x", "gpu")]),
+            "'x' names unknown resource 'gpu': known are a, b, c",
+        ),
         (
             lambda: run([], "sync"),
             "unknown mode 'sync': choose one of asynchronous, neighbour, lock-step",
@@ -481,7 +498,7 @@ def test_any_order_runs_or_is_reported(tasks, random):
             "unknown rule 'fifo': choose one of ready, list, priority",
         ),
         (lambda: dispatch([], {"p": []}), r"pools without machines: \['p'\]"),
-        (lambda: dispatch([Task("x", "q")], {"p": R}), "'x' names unknown resource 'q'"),
+        (lambda: dispatch([TimedTask("x", "q")], {"p": R}), "'x' names unknown resource 'q'"),
         (lambda: list_schedule([], []), "at least one machine"),
     ],
 )
@@ -491,7 +508,7 @@ def test_bad_arguments(call, message):
 
 
 def test_a_hundred_thousand_tasks_take_seconds():
-    tasks = [Task(n, "abc"[n % 3], 1.0, (n - 1,) if n else ()) for n in range(100_000)]
+    tasks = [TimedTask(n, "abc"[n % 3], 1.0, (n - 1,) if n else ()) for n in range(100_000)]
     for solve in (run, lambda t: dispatch(t, {x.name: [x] for x in R})):
         begun = time.process_time()
         r = solve(tasks)

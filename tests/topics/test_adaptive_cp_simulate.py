@@ -125,7 +125,7 @@ def test_rest_of_the_step_is_shared_by_all_plans() -> None:
     assert seen.uniform == pytest.approx(rest + 16 * baselines.uniform_any(problem).seconds)
     assert seen.low == seen.high == pytest.approx(seen.ratio)  # without draws
     step = inference.price(
-        model, inference.Work(1, 2**14, 2**17, 2**14), inference.Degrees(1, 1), "h100"
+        model, inference.ForwardPass(1, 2**14, 2**17, 2**14), inference.Degrees(1, 1), "h100"
     )
     attention = step.terms["attention compute"] + step.terms["attention memory"]
     assert rest == pytest.approx(3 * (step.seconds - attention))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fdp.price.simulate import Resource, Task
+from fdp.price.simulate import Resource, TimedTask
 
 
 class Op(NamedTuple):
@@ -26,11 +26,12 @@ Order = list[list[Op]]
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Arguments of `simulate`. The name of a task is (kind, stage, microbatch, chunk), that of a
-    message ("send", *task)."""
+class PipelineSchedule:
+    """Arguments of `simulate`. Tasks are called (kind, stage, microbatch, chunk), messages ("send",
+    *task).
+    """
 
-    tasks: list[Task]
+    tasks: list[TimedTask]
     resources: list[Resource]
     neighbours: dict[str, list[str]]
 
@@ -104,9 +105,9 @@ def tasks_of(
     send: float = 0.0,
     activation: Any = 0.0,
     stash: Any = 0.0,
-) -> Schedule:
-    """Tasks of an order. F follows F of the previous virtual stage; B follows its own F and B of
-    the next virtual stage; W follows B.
+) -> PipelineSchedule:
+    """Tasks of an order: F follows F of the virtual stage before, B follows F and B of the virtual
+    stage after, W B.
 
     forward, input_grad, weight_grad: seconds, as a number, [p] per stage or [p, m] per stage and
     microbatch. BW takes the sum of its two. send: seconds of one message between devices, 0 for
@@ -133,7 +134,7 @@ def tasks_of(
         )
     freed = {"F": 0 * held, "B": held - kept, "W": kept, "BW": held}
     done = {(op.kind, i, op.microbatch, op.chunk) for i, ops in enumerate(order) for op in ops}
-    tasks: list[Task] = []
+    tasks: list[TimedTask] = []
     links: dict[tuple[int, int], str] = {}
     for i, ops in enumerate(order):
         for op in ops:
@@ -141,16 +142,18 @@ def tasks_of(
             allocates = _on(i, held[i] if op.kind == "F" else 0.0)
             after = _inputs(here, done, p, v, send > 0)
             seconds = float(time[op.kind][i, op.microbatch]) / v
-            tasks.append(Task(here, str(i), seconds, after, allocates, _on(i, freed[op.kind][i])))
+            tasks.append(
+                TimedTask(here, str(i), seconds, after, allocates, _on(i, freed[op.kind][i]))
+            )
             to = _receiver(here, p, v)
             if to is not None:
                 links[i, to] = f"{i}>{to}"
                 if send > 0:
-                    tasks.append(Task(("send", *here), links[i, to], 1.0, (here,)))
+                    tasks.append(TimedTask(("send", *here), links[i, to], 1.0, (here,)))
     resources = [Resource(str(i)) for i in range(p)]
     if send > 0:
         resources += [Resource(name, 0.0, send, link=True) for name in links.values()]
-    return Schedule(tasks, resources, _neighbours(p, links, send > 0))
+    return PipelineSchedule(tasks, resources, _neighbours(p, links, send > 0))
 
 
 def _on(stage: int, amount: float) -> tuple[tuple[str, float], ...]:

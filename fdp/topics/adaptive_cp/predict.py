@@ -102,7 +102,7 @@ def rest_seconds(model: ModelShape, seq_len: int, cp: int, chip: str = "h100") -
     """Seconds of everything but attention in a step of one sequence, on each of cp devices."""
     rows = seq_len // cp
     step = inference.price(
-        model, inference.Work(1, rows, seq_len, rows), inference.Degrees(1, 1), chip
+        model, inference.ForwardPass(1, rows, seq_len, rows), inference.Degrees(1, 1), chip
     )
     return 3 * sum(seconds for term, seconds in step.terms.items() if "attention" not in term)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from fdp.models.shape import ModelShape
 from fdp.price import hardware, inference
-from fdp.price.inference import Degrees, Step, Work
+from fdp.price.inference import Degrees, ForwardPass, PassTime
 from fdp.price.network import collective_time
 
 KINDS = ("refresh", "reuse")
@@ -36,10 +36,10 @@ class Job:
     chip: str = "h100"
     devices: int = 8
 
-    def work(self, kind: str) -> Work:
+    def work(self, kind: str) -> ForwardPass:
         """The rows of one step of `kind`; only the block's rows reach the head."""
         rows = self.length if kind == "refresh" else self.block
-        return Work(self.requests, rows, self.length, self.block)
+        return ForwardPass(self.requests, rows, self.length, self.block)
 
     def degrees(self) -> list[Degrees]:
         """Every {tp, dp} with tp·dp = devices, dp ≤ requests, tp dividing the model. Raises
@@ -71,11 +71,11 @@ class Entry:
     degrees: Degrees
     flops: int
     tp_bytes: float
-    step: Step
+    step: PassTime
 
 
 @functools.lru_cache(maxsize=4096)
-def _entry(shape: ModelShape, work: Work, kind: str, degrees: Degrees, chip: str) -> Entry:
+def _entry(shape: ModelShape, work: ForwardPass, kind: str, degrees: Degrees, chip: str) -> Entry:
     step = inference.fastest(shape, work, degrees, chip)
     found = inference.collectives(shape, work, degrees, step.sequence_parallel)
     wire = inference.wire_bytes(found, degrees.tp)

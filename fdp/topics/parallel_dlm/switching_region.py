@@ -12,9 +12,8 @@ import numpy as np
 
 from fdp.models.shape import ModelShape
 from fdp.price import inference
-from fdp.price.inference import BOUND, Degrees, Step
-from fdp.study import uncertainty
-from fdp.study.figures import figure, save
+from fdp.price.inference import BOUND, Degrees, PassTime
+from fdp.study.report import figure, save_plot
 from fdp.topics.parallel_dlm.switching import KINDS, Choice, Job, candidates, plan, profile
 
 # 90 % quantile of |error| where nothing was measured here; assumed, wide on purpose.
@@ -52,7 +51,7 @@ class Errors:
             self._drawn[key] = drawn
         return self._drawn[key]
 
-    def seconds(self, kind: str, degrees: Degrees, step: Step) -> np.ndarray:
+    def seconds(self, kind: str, degrees: Degrees, step: PassTime) -> np.ndarray:
         """Possible seconds [N] of one step."""
         total = np.zeros(self.draws)
         for term, seconds in step.terms.items():

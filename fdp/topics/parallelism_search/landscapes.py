@@ -7,27 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fdp.price.fit import FitData
+from fdp.price.measurements import Measurement
 from fdp.topics.parallelism_search import search
-from fdp.topics.parallelism_search.fit import Data
-from fdp.topics.parallelism_search.measurements import Measurement
-from fdp.topics.parallelism_search.validate import Outcome, landscapes
+from fdp.topics.parallelism_search.validate import HoldOut, landscapes
 
 WITHIN = 0.05
 CLOSE = 0.01  # a search ends there
 LEAST = 20  # plans: fewer are no search
-ALGORITHMS = {
-    "random": search.random,
-    "expert": search.expert,
-    "tpe": search.tpe,
-    "cma_es": search.cma_es,
-    "evolution": search.evolution,
-    "bayes_flat": search.bayes_flat,
-    "bayes": search.bayes,
+ALGORITHMS: dict[str, search.Algorithm] = {
+    name: getattr(search, name)
+    for name in ("random", "expert", "tpe", "cma_es", "evolution", "bayes_flat", "bayes")
 }
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Searches:
     """Per landscape and algorithm: runs needed to come within 5 % (one per seed), and regret after
     each run (mean).
     """
@@ -41,62 +36,50 @@ def _plan(m: Measurement) -> dict[str, int]:
     return {"tp": p.tp, "pp": p.pp, "dp": p.dp, "mbs": p.microbatch, "zero": p.zero}
 
 
+def _time(m: Measurement) -> float:
+    return float("inf") if m.failed or not np.isfinite(m.step_time) else m.step_time
+
+
 def _landscape(
-    data: Data, outcome: Outcome, rows: np.ndarray, name: str
+    data: FitData, o: HoldOut, rows: np.ndarray, name: str
 ) -> tuple[search.Landscape, search.Prior]:
     """Distinct plans of `rows` with their times; a plan measured twice keeps its faster run."""
+    runs = data.measurements
     found: dict[tuple[tuple[str, int], ...], int] = {}
     for row in rows:
-        key = tuple(_plan(data.measurements[row]).items())
-        if key not in found or _time(data, row) < _time(data, found[key]):
+        key = tuple(_plan(runs[row]).items())
+        if key not in found or _time(runs[row]) < _time(runs[found[key]]):
             found[key] = int(row)
-    kept = np.array(list(found.values()))
-    times = np.array([_time(data, row) for row in kept])
-    p = outcome.hybrid
+    kept, p = np.array(list(found.values())), o.hybrid
+    times = np.array([_time(runs[row]) for row in kept])
     prior = search.Prior(np.log(p.time[kept]), p.log_std[kept], np.clip(p.feasible[kept], 0.0, 1.0))
     return search.Landscape(name, tuple(dict(key) for key in found), times), prior
 
 
-def _time(data: Data, row: int) -> float:
-    m = data.measurements[row]
-    return float("inf") if m.failed or not np.isfinite(m.step_time) else m.step_time
-
-
-def compare(data: Data, outcomes: Sequence[Outcome], seeds: int) -> Comparison:
+def compare(data: FitData, outcomes: Sequence[HoldOut], seeds: int) -> Searches:
     """Search every landscape of at least `LEAST` plans at 64 GPUs and more of the outcomes' unseen
     models.
     """
-    needed: dict[str, dict[str, np.ndarray]] = {}
-    regret: dict[str, dict[str, np.ndarray]] = {}
-    for outcome in (o for o in outcomes if o.case.kind == "model"):
-        for places in landscapes(data, outcome.at).values():
-            rows = outcome.at[places]
-            chips = data.measurements[rows[0]].job.plan.chips
-            if len(rows) < LEAST or not np.isfinite([_time(data, r) for r in rows]).any():
+    found = Searches({}, {})
+    for o in (o for o in outcomes if o.case.kind == "model"):
+        for places in landscapes(data, o.at).values():
+            rows = o.at[places]
+            if len(rows) < LEAST or np.isinf([_time(data.measurements[r]) for r in rows]).all():
                 continue
-            name = f"{outcome.case.name} on {chips}"
-            landscape, prior = _landscape(data, outcome, rows, name)
-            runs = {
-                a: [_run(landscape, f, s, prior) for s in range(seeds)]
-                for a, f in ALGORITHMS.items()
-            }
-            count = len(landscape.plans)
-            needed[name] = {
-                a: np.array(
-                    [min(search.evaluations_to(t.order, landscape, WITHIN), count) for t in traces]
-                )
-                for a, traces in runs.items()
-            }
-            regret[name] = {
-                a: np.mean([_padded(t.regret_E, count) for t in ts], 0) for a, ts in runs.items()
-            }
-    return Comparison(needed, regret)
-
-
-def _run(
-    landscape: search.Landscape, algorithm: search.Algorithm, seed: int, prior: search.Prior
-) -> search.Trace:
-    return search.run(landscape, algorithm, seed, prior, within=CLOSE)
+            name = f"{o.case.name} on {data.measurements[rows[0]].job.plan.chips}"
+            landscape, prior = _landscape(data, o, rows, name)
+            found.needed[name], found.regret[name] = {}, {}
+            for algorithm, function in ALGORITHMS.items():
+                traces = [
+                    search.run(landscape, function, seed, prior, within=CLOSE)
+                    for seed in range(seeds)
+                ]
+                count = len(landscape.plans)
+                needed = [search.evaluations_to(t.order, landscape, WITHIN) for t in traces]
+                found.needed[name][algorithm] = np.minimum(needed, count)
+                curves = [_padded(t.regret_E, count) for t in traces]
+                found.regret[name][algorithm] = np.mean(curves, 0)
+    return found
 
 
 def _padded(regret_E: np.ndarray, count: int) -> np.ndarray:

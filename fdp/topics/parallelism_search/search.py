@@ -19,11 +19,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+import cmaes
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.special import ndtr
 
-Plan = Mapping[str, int]
+Point = Mapping[str, int]  # a plan
 Proposals = Generator[int, float, None]
 
 NODE = 8  # accelerators that share one scale-up domain: where tensor parallelism is cheap
@@ -43,39 +44,35 @@ class Landscape:
     or if no plan is feasible."""
 
     name: str
-    plans: tuple[Plan, ...]
+    plans: tuple[Point, ...]
     time_N: np.ndarray
 
     def __post_init__(self) -> None:
-        if not self.plans:
+        plans, count = self.plans, len(self.plans)
+        if not plans:
             raise ValueError(f"landscape {self.name!r} is empty: give at least one plan")
-        if np.shape(self.time_N) != (len(self.plans),):
-            raise ValueError(
-                f"{self.name!r}: time_N has shape {np.shape(self.time_N)}, plans are "
-                f"{len(self.plans)}"
-            )
+        if np.shape(self.time_N) != (count,):
+            shape = np.shape(self.time_N)
+            raise ValueError(f"{self.name!r}: time_N has shape {shape}, plans are {count}")
         seen: dict[tuple[tuple[str, int], ...], int] = {}
-        for i, (plan, time) in enumerate(zip(self.plans, self.time_N, strict=True)):
-            if plan.keys() != self.plans[0].keys():
-                raise ValueError(
-                    f"{self.name!r}: plan {i} has keys {sorted(plan)}, plan 0 "
-                    f"{sorted(self.plans[0])}"
-                )
-            if bad := {k: v for k, v in plan.items() if v != int(v) or v < (k != "zero")}:
-                raise ValueError(
-                    f"{self.name!r}: plan {i} has {bad}: degrees are integers >= 1, zero >= 0"
-                )
-            if (first := seen.setdefault(tuple(sorted(plan.items())), i)) != i:
-                raise ValueError(
-                    f"{self.name!r}: plans {first} and {i} are both {dict(plan)}: keep one of them"
-                )
-            if not time > 0:  # catches NaN
-                raise ValueError(
-                    f"{self.name!r}: time_N[{i}] = {time} s: give seconds > 0, or inf for a failed "
-                    "run"
-                )
+        for i, (plan, time) in enumerate(zip(plans, self.time_N, strict=True)):
+            wrong = {k: v for k, v in plan.items() if v != int(v) or v < (k != "zero")}
+            first = seen.setdefault(tuple(sorted(plan.items())), i)
+            problem = (
+                f"plan {i} has keys {sorted(plan)}, plan 0 {sorted(plans[0])}"
+                if plan.keys() != plans[0].keys()
+                else f"plan {i} has {wrong}: degrees are integers >= 1, zero >= 0"
+                if wrong
+                else f"plans {first} and {i} are both {dict(plan)}: keep one of them"
+                if first != i
+                else f"time_N[{i}] = {time} s: give seconds > 0, or inf for a failed run"
+                if not time > 0  # catches NaN
+                else ""
+            )
+            if problem:
+                raise ValueError(f"{self.name!r}: {problem}")
         if not np.isfinite(self.time_N).any():
-            raise ValueError(f"{self.name!r}: no feasible plan, all {len(self.plans)} runs failed")
+            raise ValueError(f"{self.name!r}: no feasible plan, all {count} runs failed")
 
     @property
     def best(self) -> float:
@@ -96,25 +93,20 @@ class Prior:
     feasible_N: np.ndarray
 
     def __post_init__(self) -> None:
-        shapes = {np.shape(self.log_time_N), np.shape(self.std_N), np.shape(self.feasible_N)}
+        names = ("log_time_N", "std_N", "feasible_N")
+        log_N, std_N, p_N = values = [np.asarray(getattr(self, name)) for name in names]
+        shapes = {v.shape for v in values}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-            raise ValueError(
-                "log_time_N, std_N and feasible_N must be vectors of one length, got shapes "
-                f"{shapes}"
-            )
-        rules = {
-            "log_time_N, finite": np.isfinite(self.log_time_N),
-            "std_N, finite and > 0": np.isfinite(self.std_N) & (np.asarray(self.std_N) > 0),
-            "feasible_N, in [0, 1]": (np.asarray(self.feasible_N) >= 0)
-            & (np.asarray(self.feasible_N) <= 1),
-        }
-        for rule, holds_N in rules.items():
+            raise ValueError(f"{', '.join(names)} must be vectors of one length, got {shapes}")
+        rules = ("finite", "finite and > 0", "in [0, 1]")
+        holds = (np.isfinite(log_N), np.isfinite(std_N) & (std_N > 0), (p_N >= 0) & (p_N <= 1))
+        for name, value_N, rule, holds_N in zip(names, values, rules, holds, strict=True):
             if not holds_N.all():
-                field, i = rule.split(",")[0], int(np.argmin(holds_N))
-                raise ValueError(f"prior {rule}: {field}[{i}] = {getattr(self, field)[i]}")
+                i = int(np.argmin(holds_N))
+                raise ValueError(f"prior {name}, {rule}: {name}[{i}] = {value_N[i]}")
 
 
-Algorithm = Callable[[Sequence[Plan], np.random.Generator, Prior | None], Proposals]
+Algorithm = Callable[[Sequence[Point], np.random.Generator, Prior | None], Proposals]
 
 
 @dataclass(frozen=True)
@@ -181,9 +173,8 @@ def regret_curve(order: Sequence[int], landscape: Landscape) -> np.ndarray:
     """[E] best time so far / best time of the landscape - 1 after each evaluation; inf until one
     succeeds.
     """
-    return (
-        np.minimum.accumulate(np.asarray(landscape.time_N, float)[list(order)]) / landscape.best - 1
-    )
+    time_E = np.asarray(landscape.time_N, float)[list(order)]
+    return np.minimum.accumulate(time_E) / landscape.best - 1
 
 
 def evaluations_to(order: Sequence[int], landscape: Landscape, within: float) -> float:
@@ -210,12 +201,10 @@ class Grid:
 
     keys: tuple[str, ...]
     log2_NxK: np.ndarray
-    level_NxK: (
-        np.ndarray
-    )  # position of the value among the distinct values of its key: neighbours differ by 1
+    level_NxK: np.ndarray  # place of the value among those of its key: neighbours differ by 1
 
     @classmethod
-    def of(cls, plans: Sequence[Plan]) -> "Grid":
+    def of(cls, plans: Sequence[Point]) -> "Grid":
         """Keys that never change are left out, and dp where it follows from the others, as on a
         fixed cluster.
         """
@@ -245,7 +234,7 @@ class Grid:
         return np.flatnonzero(free_N & (steps_N == steps_N[free_N].min()))
 
 
-def relief(plans: Sequence[Plan]) -> np.ndarray:
+def relief(plans: Sequence[Point]) -> np.ndarray:
     """[N, K] memory-relevant coordinates, log2 (ZeRO as it is): a plan that is larger in all of
     them needs no more.
     """
@@ -258,13 +247,13 @@ def relief(plans: Sequence[Plan]) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------
 
 
-def random(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def random(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """Uniform without repetition."""
     for index in rng.permutation(len(plans)):
         yield int(index)
 
 
-def expert(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def expert(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """The rules of an experienced Megatron user (Narayanan et al. 2021, arXiv:2104.04473, takeaways
     1 to 3).
 
@@ -299,19 +288,15 @@ def expert(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None)
             best, best_time = index, time
 
 
-def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def tpe(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """Tree-structured Parzen estimator (Bergstra et al. 2011; optuna's multivariate TPESampler) on
     grid levels.
 
     A suggestion that is off the landscape or measured already is drawn again, and after eight draws
     moved to the nearest unmeasured plan; the sampler is told the plan that ran. Failed runs are
-    told as slower than all others. Raises ImportError without optuna."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(
-            "the algorithm tpe needs the package optuna: pip install optuna"
-        ) from error
+    told as slower than all others."""
+    import optuna  # takes a second
+
     sampler = optuna.samplers.TPESampler(seed=int(rng.integers(2**31)), multivariate=True)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -327,9 +312,8 @@ def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) ->
     while free_N.any():
         for _ in range(8):
             trial = study.ask(space)
-            study.tell(
-                trial, state=optuna.trial.TrialState.FAIL
-            )  # ignored by the sampler, which is told what ran
+            # Ignored by the sampler, which is told what ran.
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
             level_K = [trial.params[key] for key in grid.keys]
             index = plan_at.get(tuple(level_K), -1)
             if index >= 0 and free_N[index]:
@@ -344,19 +328,13 @@ def tpe(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) ->
         )
 
 
-def cma_es(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def cma_es(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """CMA-ES (Hansen 2016, arXiv:1604.00772; package cmaes) in log2 coordinates scaled to [-1, 1].
 
     A sample stands for the nearest plan; where that was measured before, the driver answers from
     memory. A generation with nothing new ends in a restart around a random unmeasured plan. (Moving
     every sample to an unmeasured plan tells the optimizer lies: worse than random on the playbook.)
-    Failed runs rank last. Raises ImportError without cmaes."""
-    try:
-        import cmaes
-    except ImportError as error:
-        raise ImportError(
-            "the algorithm cma_es needs the package cmaes: pip install cmaes"
-        ) from error
+    Failed runs rank last."""
     grid = Grid.of(plans)
     low_K, high_K = grid.log2_NxK.min(0), grid.log2_NxK.max(0)
     idle = max(0, 2 - len(grid.keys))  # cmaes asks for two coordinates
@@ -383,7 +361,7 @@ def cma_es(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None)
 
 
 def evolution(
-    plans: Sequence[Plan],
+    plans: Sequence[Point],
     rng: np.random.Generator,
     prior: Prior | None,
     population: int = 10,
@@ -409,7 +387,7 @@ def evolution(
         members = [*members, (_log(time), index)][-population:]
 
 
-def bayes(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def bayes(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """Bayesian optimisation with a cost model as prior: expected improvement x P(feasible) (Gardner
     et al. 2014).
 
@@ -423,7 +401,7 @@ def bayes(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) 
     yield from _bayes(plans, rng, prior, flat=False)
 
 
-def bayes_flat(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | None) -> Proposals:
+def bayes_flat(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """`bayes` that knows nothing beforehand: constant mean, unit std, P(feasible) = 0.5. The
     ablation of the prior.
     """
@@ -431,7 +409,7 @@ def bayes_flat(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior | N
     yield from _bayes(plans, rng, Prior(0 * flat_N, flat_N, 0.5 * flat_N), flat=True)
 
 
-def _bayes(plans: Sequence[Plan], rng: np.random.Generator, prior: Prior, flat: bool) -> Proposals:
+def _bayes(plans: Sequence[Point], rng: np.random.Generator, prior: Prior, flat: bool) -> Proposals:
     log2_NxK, relief_NxK = Grid.of(plans).log2_NxK, relief(plans)
     free_N = np.ones(len(plans), bool)
     measured: list[int] = []

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from fdp.price import hybrid
-from fdp.topics.parallelism_search import anchors, fit, settings
-from fdp.topics.parallelism_search.measurements import Measurement
+from fdp.price import anchors, fit, hybrid
+from fdp.price.measurements import Measurement
+from fdp.topics.parallelism_search import settings
 
 Choice = Callable[[Measurement], bool]
 
@@ -52,15 +52,15 @@ CASES = (
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One case: the judged rows (place in Data) and what three models say of them, seconds and
+class HoldOut:
+    """One case: the judged rows (place in FitData) and what three models say of them, seconds and
     bytes.
     """
 
     case: Case
     rows: np.ndarray
     measured: np.ndarray
-    hybrid: hybrid.Prediction
+    hybrid: hybrid.PricedJobs
     learned: np.ndarray
     at: np.ndarray  # rows of the case in the whole prediction, failed ones included
     failed: np.ndarray
@@ -71,19 +71,19 @@ class Outcome:
         return self.hybrid.time[self.rows]
 
 
-def run_case(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> Outcome:
+def run_case(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> HoldOut:
     """Fit without the unseen rows and price the judged ones. Raises NothingToJudge."""
     data = fitter.data
     unseen = np.array([case.unseen(m) for m in data.measurements])
     judged = unseen & np.array([case.judged(m) for m in data.measurements])
-    timed = judged & np.isfinite(data.log_time) & ~data.failed
+    timed = judged & data.timed
     if not timed.any():
         raise NothingToJudge(f"hold-out {case.name!r}: no measured row to judge")
     model = fitter.fit(~unseen, steps, seed)
     prediction = hybrid.predict(model, data.x)
     rows = np.flatnonzero(timed)
-    learned = fit.learned_only(data, ~unseen, seed)
-    return Outcome(
+    learned = learned_only(data, ~unseen, seed)
+    return HoldOut(
         case,
         rows,
         np.exp(data.log_time[rows]),
@@ -94,7 +94,30 @@ def run_case(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> Outco
     )
 
 
-def landscapes(data: fit.Data, rows: np.ndarray) -> dict[str, np.ndarray]:
+def learned_only(data: fit.FitData, keep: np.ndarray, seed: int) -> np.ndarray:
+    """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure
+    learning would be.
+
+    It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees, sizes and the
+    chip's rates, and from the code of the software's family that the hybrid's residual is given
+    too."""
+    x, jobs = data.x, [m.job for m in data.measurements]
+    forward = [j.shape.forward_flops(j.seq, j.causal) * j.batch * j.seq for j in jobs]
+    ideal = np.log(3 * np.array(forward) / (x["tp"] * x["pp"] * x["dp"] * x["cp"] * x["peak"]))
+    sizes = "tp pp dp cp ep virtual microbatch microbatches width layers seq batch peak hbm up "
+    kinds = "full modern lora fp8 fp4 fp16"
+    stalls = np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)
+    columns = [np.log2(x[n]) for n in (sizes + "out_bw domain").split()]
+    columns += [x[n] for n in kinds.split()] + [x["zero"] == 0, x["zero"] >= 3, stalls]
+    features = np.stack([*columns, *hybrid.family_code(data.groups).T], -1).astype(float)
+    timed, target = keep & data.timed, data.log_time - ideal
+    middle, weight = float(np.median(target[timed])), data.weight[timed]
+    seen = features[timed], target[timed] - middle, weight, data.tasks[timed]
+    parts = fit.ensemble(*seen, seed, ridge=0.1)
+    return np.exp(ideal + middle + hybrid.corrections(features, parts).mean(0))
+
+
+def landscapes(data: fit.FitData, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Places within `rows` of every task."""
     groups: dict[str, list[int]] = collections.defaultdict(list)
     for i, row in enumerate(rows):
@@ -117,21 +140,41 @@ class Scores:
     correlations: list[float]
     regrets: list[float]
 
+    def raw(self) -> dict[str, list[float]]:
+        """For the file of raw numbers."""
+        names = ("errors_pct", "spearman", "regret_pct")
+        return dict(zip(names, (self.errors, self.correlations, self.regrets), strict=True))
 
-def score(data: fit.Data, rows: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> Scores:
-    """Scores of `predicted` seconds for `rows` against `measured` ones."""
-    errors, correlations, regrets = [], [], []
-    for places in landscapes(data, rows).values():
-        y, p = measured[places], predicted[places]
-        errors.append(error(p, y))
+
+def score(data: fit.FitData, o: HoldOut, which: str = "hybrid") -> Scores:
+    """Scores of one hold-out by its hybrid, analytic or learned prediction."""
+    predicted = {
+        "hybrid": o.predicted,
+        "analytic": o.hybrid.analytic[o.rows],
+        "learned": o.learned,
+    }[which]
+    found = Scores([], [], [])
+    for places in landscapes(data, o.rows).values():
+        y, p = o.measured[places], predicted[places]
+        found.errors.append(error(p, y))
         if len(places) >= 8:
-            correlations.append(float(spearmanr(p, y).statistic))
-            regrets.append(float(100 * (y[p.argmin()] / y.min() - 1)))
-    return Scores(errors, correlations, regrets)
+            found.correlations.append(float(spearmanr(p, y).statistic))
+            found.regrets.append(float(100 * (y[p.argmin()] / y.min() - 1)))
+    return found
+
+
+def scores(data: fit.FitData, outcomes: Sequence[HoldOut]) -> Scores:
+    """Hybrid scores of several hold-outs, one after the other."""
+    each = [score(data, o) for o in outcomes]
+    return Scores(
+        [e for s in each for e in s.errors],
+        [c for s in each for c in s.correlations],
+        [r for s in each for r in s.regrets],
+    )
 
 
 def with_anchors(
-    data: fit.Data, outcome: Outcome, count: int, draws: int
+    data: fit.FitData, outcome: HoldOut, count: int, draws: int
 ) -> tuple[list[float], list[float]]:
     """Mean error (%) per landscape of the other rows, (once `count` rows drawn at random are
     measured, without them).
@@ -154,7 +197,7 @@ def with_anchors(
     return errors, before
 
 
-def one_anchor_each(data: fit.Data, outcome: Outcome, draws: int) -> list[float]:
+def one_anchor_each(data: fit.FitData, outcome: HoldOut, draws: int) -> list[float]:
     """Mean error (%) of all other rows once one row of every (model, chip) is measured, one value
     per draw.
     """
@@ -170,7 +213,9 @@ def one_anchor_each(data: fit.Data, outcome: Outcome, draws: int) -> list[float]
     return errors
 
 
-def _corrected(data: fit.Data, outcome: Outcome, known: np.ndarray, rest: np.ndarray) -> np.ndarray:
+def _corrected(
+    data: fit.FitData, outcome: HoldOut, known: np.ndarray, rest: np.ndarray
+) -> np.ndarray:
     def part(places: np.ndarray) -> tuple[list, np.ndarray, np.ndarray]:
         rows = outcome.rows[places]
         jobs = [data.measurements[row].job for row in rows]
@@ -184,7 +229,7 @@ def _corrected(data: fit.Data, outcome: Outcome, known: np.ndarray, rest: np.nda
     return time * np.exp(mean)
 
 
-def copied(data: fit.Data, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
+def copied(data: fit.FitData, outcome: HoldOut) -> tuple[np.ndarray, np.ndarray]:
     """(places within `outcome.rows`, seconds) by copying the run of the same configuration in
     another release.
 
@@ -207,7 +252,7 @@ def copied(data: fit.Data, outcome: Outcome) -> tuple[np.ndarray, np.ndarray]:
     return np.array(places, int), np.array(seconds, float)
 
 
-def coverage(outcomes: Sequence[Outcome]) -> float:
+def coverage(outcomes: Sequence[HoldOut]) -> float:
     """Share (%) of measured times inside 90 % intervals, every case weighing the same.
 
     The width of a case's intervals is set by the other cases alone (cross-conformal, Vovk 2015):
@@ -222,7 +267,7 @@ def coverage(outcomes: Sequence[Outcome]) -> float:
     return float(100 * np.mean(inside))
 
 
-def memory_coverage(data: fit.Data, outcomes: Sequence[Outcome]) -> tuple[float, int]:
+def memory_coverage(data: fit.FitData, outcomes: Sequence[HoldOut]) -> tuple[float, int]:
     """(share (%) of measured peaks below their 90 % quantile, hold-outs judged), cross-conformal as
     above.
     """
@@ -242,7 +287,7 @@ def memory_coverage(data: fit.Data, outcomes: Sequence[Outcome]) -> tuple[float,
     return float(100 * np.mean(inside)) if inside else float("nan"), len(inside)
 
 
-def _width(outcomes: Sequence[Outcome]) -> float:
+def _width(outcomes: Sequence[HoldOut]) -> float:
     """The factor on log interval widths that covers 90 % of the outcomes' rows, every outcome
     weighing the same.
     """
@@ -260,7 +305,7 @@ def _width(outcomes: Sequence[Outcome]) -> float:
     return fit.weighted_quantile(np.concatenate(needed), np.concatenate(weight), fit.INTERVAL)
 
 
-def memory_alarm(outcome: Outcome) -> tuple[float, float]:
+def memory_alarm(outcome: HoldOut) -> tuple[float, float]:
     """(recall of failed runs, false alarms among those that ran), %, where feasibility below one
     half is an alarm.
     """

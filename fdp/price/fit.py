@@ -1,5 +1,5 @@
-"""Fitting the hybrid cost model of fdp.price.hybrid on measurements: one program for every
-hold-out, rows by weight.
+"""Fits the cost model of fdp.price.hybrid to measurements: one program for every hold-out, rows by
+weight.
 
 Step time and the stall regime by maximum likelihood (Student-t on the log, so that a few broken
 runs do not bend the physics; bounds by construction; Gaussian priors on effects); memory by Huber
@@ -8,6 +8,7 @@ ensemble member on its own bootstrap of tasks and centres. Every task weighs as 
 its rows, so that no large collection outvotes the rest."""
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,8 @@ from scipy.optimize import minimize
 
 from fdp.price import footprint, hybrid, step_time
 from fdp.price.hybrid import EFFECTS, MEMORY_EFFECTS, Model
+from fdp.price.measurements import Measurement
 from fdp.price.workload import Columns, columns
-from fdp.topics.parallelism_search.measurements import Measurement
 
 SIGMA, FREEDOM = 0.06, 3.0  # scale of the log error and degrees of freedom of its Student-t
 MEMBERS, CENTRES = 8, 128
@@ -30,7 +31,7 @@ INTERVAL = 0.9
 
 
 @dataclass(frozen=True)
-class Data:
+class FitData:
     """All measurements as arrays (N,), built once; a fit chooses rows by weight."""
 
     measurements: tuple[Measurement, ...]
@@ -43,8 +44,18 @@ class Data:
     failed: np.ndarray
     weight: np.ndarray
 
+    @property
+    def timed(self) -> np.ndarray:
+        """(N,) bool: runs with a step time."""
+        return np.isfinite(self.log_time) & ~self.failed
 
-def gather(measurements: Sequence[Measurement]) -> Data:
+    @property
+    def tasks(self) -> np.ndarray:
+        """(N,) names: configurations that may be ranked against each other share one."""
+        return np.array([m.task for m in self.measurements], object)
+
+
+def gather(measurements: Sequence[Measurement]) -> FitData:
     """Arrays of the measurements. Raises ValueError when there is none with a time."""
     kept = tuple(
         m for m in measurements if m.failed or np.isfinite(m.step_time) or np.isfinite(m.memory)
@@ -63,7 +74,9 @@ def gather(measurements: Sequence[Measurement]) -> Data:
         log_time = np.log([m.step_time for m in kept])
         log_memory = np.log([m.memory for m in kept])
     failed = np.array([m.failed for m in kept])
-    return Data(kept, x, groups, names, index, log_time, log_memory, failed, weight / weight.mean())
+    return FitData(
+        kept, x, groups, names, index, log_time, log_memory, failed, weight / weight.mean()
+    )
 
 
 def _start(bounds: dict[str, tuple[float, float, float]]) -> np.ndarray:
@@ -72,7 +85,7 @@ def _start(bounds: dict[str, tuple[float, float, float]]) -> np.ndarray:
 
 
 def _split(
-    z: Any, bounds: Any, effects: Any, data: Data
+    z: Any, bounds: Any, effects: Any, data: FitData
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Flat vector → (coefficients, {"name|group": values of its members}, the rest)."""
     raw = {name: z[i] for i, name in enumerate(bounds)}
@@ -105,9 +118,10 @@ def _minimise(loss: Any, start: np.ndarray, steps: int, *args: Any) -> np.ndarra
 
 
 class Fitter:
-    """Compiled losses over one Data; `fit` gives a Model from the rows it may see."""
+    """Losses over one FitData, compiled once for every choice of rows and every value measured on
+    them; `fit` gives a Model from the rows it may see."""
 
-    def __init__(self, data: Data):
+    def __init__(self, data: FitData):
         self.data = data
         inputs = hybrid.numeric(data.x) | {"code": hybrid.family_code(data.groups)}
         self.inputs = {k: jnp.asarray(v) for k, v in inputs.items()}
@@ -119,11 +133,11 @@ class Fitter:
         self.memory_loss = jax.jit(jax.value_and_grad(self._memory_loss))
         self.prior = {"time": _start(step_time.BOUNDS), "memory": _start(footprint.BOUNDS)}
 
-    def _time_loss(self, z: Any, weight: Any, pressure: Any) -> Any:
+    def _time_loss(self, z: Any, weight: Any, pressure: Any, log_time: Any) -> Any:
         raw, parts, gate = _split(z, step_time.BOUNDS, EFFECTS, self.data)
         k = hybrid.time_coefficients(self.inputs, raw, _shift(parts, self.index))
         terms = step_time.step_time(self.inputs, k)
-        y = jnp.where(weight > 0, jnp.nan_to_num(self.data.log_time), jnp.log(terms["total"]))
+        y = jnp.where(weight > 0, jnp.nan_to_num(log_time), jnp.log(terms["total"]))
 
         def likelihood(seconds: Any) -> Any:
             return -(FREEDOM + 1) / 2 * jnp.log1p(((jnp.log(seconds) - y) / SIGMA) ** 2 / FREEDOM)
@@ -139,12 +153,12 @@ class Fitter:
         )
         return -0.05 * jnp.sum(both * weight) / jnp.maximum(jnp.sum(weight), 1e-9) + penalty
 
-    def _memory_loss(self, z: Any, weight: Any) -> Any:
+    def _memory_loss(self, z: Any, weight: Any, log_memory: Any) -> Any:
         raw, parts, _ = _split(z, footprint.BOUNDS, MEMORY_EFFECTS, self.data)
         shift = _shift(parts, self.index)
         used = {n: raw[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}
         log = jnp.log(footprint.memory(self.inputs, hybrid.bounded(used, footprint.BOUNDS)))
-        r = jnp.abs(jnp.where(weight > 0, log - jnp.nan_to_num(self.data.log_memory), 0.0))
+        r = jnp.abs(jnp.where(weight > 0, log - jnp.nan_to_num(log_memory), 0.0))
         huber = jnp.where(r < 0.1, r * r / 0.2, r - 0.05)
         n = jnp.maximum(jnp.sum(weight > 0), 1)
         spread = jnp.mean((z[: len(footprint.BOUNDS)] - self.prior["memory"]) ** 2)
@@ -172,11 +186,10 @@ class Fitter:
     def analytic(self, keep: np.ndarray, steps: int) -> Model:
         """θ, the regime head and the memory model from the rows in `keep`, without residual."""
         data, x = self.data, self.data.x
-        timed = keep & np.isfinite(data.log_time) & ~data.failed
+        timed = keep & data.timed
         sized = keep & np.isfinite(data.log_memory)
-        zm = _minimise(
-            self.memory_loss, self._start("memory", MEMORY_EFFECTS, 0), steps, data.weight * sized
-        )
+        zm = self._start("memory", MEMORY_EFFECTS, 0)
+        zm = _minimise(self.memory_loss, zm, steps, data.weight * sized, data.log_memory)
         memory, memory_parts, _ = _split(zm, footprint.BOUNDS, MEMORY_EFFECTS, data)
         shift = _shift({k: np.asarray(v) for k, v in memory_parts.items()}, data.index)
         used = {n: memory[n] + shift.get(n, 0.0) for n in footprint.BOUNDS}
@@ -186,7 +199,7 @@ class Fitter:
         pressure = log_memory - np.log(x["hbm_bytes"])
         width = hybrid.stall_features(self.inputs, jnp.asarray(pressure)).shape[-1]
         z = self._start("time", EFFECTS, width)
-        z = _minimise(self.time_loss, z, steps, data.weight * timed, pressure)
+        z = _minimise(self.time_loss, z, steps, data.weight * timed, pressure, data.log_time)
         time, parts, gate = _split(z, step_time.BOUNDS, EFFECTS, data)
         return Model(
             {k: float(v) for k, v in time.items()},
@@ -217,7 +230,7 @@ class Fitter:
     def with_residual(self, model: Model, keep: np.ndarray, seed: int) -> Model:
         """The model with an ensemble of radial-basis networks fitted to what it leaves over."""
         data = self.data
-        timed = keep & np.isfinite(data.log_time) & ~data.failed
+        timed = keep & data.timed
         now = hybrid.predict(model, data.x)
         error_N = (data.log_time - np.log(now.analytic))[timed]
         features_NxK = np.asarray(
@@ -225,18 +238,13 @@ class Fitter:
         )[timed]
         # Gross errors belong to the regime head or to a broken run, not to a smooth correction.
         fair = np.abs(error_N) < 0.7
-        tasks = np.array([m.task for m in data.measurements], object)[timed]
+        tasks = data.tasks[timed]
         stretch = np.ones(features_NxK.shape[1])
         stretch[-hybrid.CODE :] = APART
-        parts = _ensemble(
+        parts = ensemble(
             features_NxK[fair], error_N[fair], data.weight[timed][fair], tasks[fair], seed, stretch
         )
-        return replace(model, residual=parts)
-
-
-def replace(model: Model, **changes: Any) -> Model:
-    """The model with some parts changed."""
-    return Model(**{k: changes.get(k, getattr(model, k)) for k in Model.__dataclass_fields__})
+        return dataclasses.replace(model, residual=parts)
 
 
 @jax.jit
@@ -245,64 +253,7 @@ def _features(inputs: Any, time: Any, shift: Any) -> Any:
     return hybrid.residual_features(inputs, step_time.step_time(inputs, k), shift["launch_rank"])
 
 
-def learned_only(data: Data, keep: np.ndarray, seed: int) -> np.ndarray:
-    """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure
-    learning would be.
-
-    It learns log(time·chips·peak/FLOPs), an inverse utilisation, from log degrees, sizes and the
-    chip's rates, and from the code of the software's family that the hybrid's residual is given
-    too."""
-    x = data.x
-    chips = x["tp"] * x["pp"] * x["dp"] * x["cp"]
-    flops = np.array(
-        [
-            3 * m.job.shape.forward_flops(m.job.seq, m.job.causal) * m.job.batch * m.job.seq
-            for m in data.measurements
-        ]
-    )
-    ideal = np.log(flops / (chips * x["peak"]))
-    sizes = (
-        "tp",
-        "pp",
-        "dp",
-        "cp",
-        "ep",
-        "virtual",
-        "microbatch",
-        "microbatches",
-        "width",
-        "layers",
-        "seq",
-        "batch",
-        "peak",
-        "hbm",
-        "up",
-        "out_bw",
-        "domain",
-    )
-    kinds = ("full", "modern", "lora", "fp8", "fp4", "fp16")
-    stage = [
-        x["zero"] == 0,
-        x["zero"] >= 3,
-        np.isin(data.groups["cluster"].astype(str), hybrid.STALLING),
-    ]
-    family = hybrid.family_code(data.groups).T
-    features = np.stack(
-        [*(np.log2(x[n]) for n in sizes), *(x[n] for n in kinds), *stage, *family], -1
-    ).astype(float)
-    timed = keep & np.isfinite(data.log_time) & ~data.failed
-    target = data.log_time - ideal
-    middle = float(np.median(target[timed]))
-    tasks = np.array([m.task for m in data.measurements], object)[timed]
-    parts = _ensemble(
-        features[timed], target[timed] - middle, data.weight[timed], tasks, seed, ridge=0.1
-    )
-    z = (features - parts["mean"]) / parts["scale"]
-    each = [_radial(z, c) @ w for c, w in zip(parts["centres"], parts["weights"], strict=True)]
-    return np.exp(ideal + middle + np.mean(each, 0))
-
-
-def _ensemble(
+def ensemble(
     features_NxK: np.ndarray,
     error_N: np.ndarray,
     weight_N: np.ndarray,
@@ -328,7 +279,7 @@ def _ensemble(
             p=chance / chance.sum(),
         )
         one = (features_NxK[picked] - mean) / scale
-        phi_NxM = _radial((features_NxK - mean) / scale, one)
+        phi_NxM = hybrid.radial((features_NxK - mean) / scale, one)
         w_N, value_M = weight_N * count_N, np.zeros(len(picked))
         for _ in range(3):  # reweighted as the Student-t asks
             robust_N = w_N / (1 + ((error_N - phi_NxM @ value_M) / SIGMA) ** 2 / FREEDOM)
@@ -349,14 +300,6 @@ def _ensemble(
     }
 
 
-def _radial(z_NxK: np.ndarray, centres_MxK: np.ndarray) -> np.ndarray:
-    """`hybrid.radial` in numpy: the number of rows differs from fit to fit and must not compile
-    anew.
-    """
-    square = (z_NxK**2).sum(-1)[:, None] - 2 * z_NxK @ centres_MxK.T + (centres_MxK**2).sum(-1)
-    return np.exp(-square / (2 * hybrid.LENGTH**2 * z_NxK.shape[-1] / 10))
-
-
 def weighted_quantile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
     """The least value below or at which `share` of the weight lies."""
     order = np.argsort(values)
@@ -364,7 +307,7 @@ def weighted_quantile(values: np.ndarray, weights: np.ndarray, share: float) -> 
     return float(values[order][int(np.argmax(reached))])
 
 
-def _feasibility(pressure: np.ndarray, data: Data, keep: np.ndarray) -> dict[str, float]:
+def _feasibility(pressure: np.ndarray, data: FitData, keep: np.ndarray) -> dict[str, float]:
     """The log(memory/HBM) that tells failed runs from others best: most recall less false alarms
     (Youden 1950).
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fdp.price import energy, hybrid, network, step_time
 from fdp.price.hardware import Cluster
-from fdp.price.hybrid import Model, Prediction
+from fdp.price.hybrid import Model, PricedJobs
 from fdp.price.workload import Columns, Job
 
 AXES = ("tp", "cp", "ep", "pp", "dp")
@@ -72,8 +72,7 @@ def _leaving(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({"linear", "rest"} FLOPs, HBM bytes) of a chip in a step, recomputation included, mean over
-    chips.
-    """
+    chips. A causal mask halves the scores, the convention of `ModelShape.forward_flops`."""
     a, tokens = job.shape, job.batch * job.seq / (x["tp"] * x["pp"] * x["dp"] * x["cp"])
     scores = (
         2
@@ -86,7 +85,7 @@ def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.nd
     head = 2.0 * a.vocab * a.width
     linear = (3 + x["full"]) * (a.forward_flops(job.seq, job.causal) - scores - head) * tokens
     rest = (3 * head + (3.5 + x["full"] + x["selective"]) * scores) * tokens
-    k = {n: float(v) for n, v in hybrid.bounded(model.time, step_time.BOUNDS).items()}
+    k = hybrid.bounded(model.time, step_time.BOUNDS)
     ffn = (a.layers - a.moe_layers) * a.ffn + a.moe_layers * (a.topk + a.shared_experts) * a.moe_ffn
     split = np.where(
         x["sp"] > 0, 1.0, x["tp"]
@@ -95,7 +94,7 @@ def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.nd
         a.layers * a.width * k["bytes_width"] * split
         + (a.layers * a.heads * a.head_dim + ffn) * k["bytes_hidden"]
     )
-    plain, experts, embedding = (np.asarray(v) for v in step_time.local_parameters(x))
+    plain, experts, embedding = step_time.local_parameters(x)
     held = plain + experts + embedding
     shards = np.where(x["zero"] >= 1, x["shards"], 1.0)
     weights = 2 * held * (3 + x["full"]) * x["microbatches"]
@@ -104,7 +103,7 @@ def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.nd
     ) * streams + weights + 30 * held / shards + 24 * tokens * a.vocab
 
 
-def joules(model: Model, job: Job, cluster: Cluster, x: Columns, p: Prediction) -> np.ndarray:
+def joules(model: Model, job: Job, cluster: Cluster, x: Columns, p: PricedJobs) -> np.ndarray:
     """Energy (K,) of a step over all nodes and chips; nan where a chip's power is not published."""
     total = np.zeros(len(p.time))
     if any(g.chip.peak_power is None for g in cluster.groups):

@@ -8,15 +8,17 @@ import pytest
 
 from configs import topic15
 from fdp.config import UserError
+from fdp.models.shape import ModelShape
+from fdp.price.shapes import named
 from fdp.topics.parallelism_search import study
 
 pytestmark = pytest.mark.fast
 
 
 def test_without_measurements_the_claims_are_not_testable_and_say_what_to_set():
-    rows = study._untestable(
+    rows = study.untestable(
         "nowhere: holds neither measured_configs.csv nor ultrascale_playbook_runs.csv"
-    )
+    ).rows
     assert {row.verdict for row in rows} == {"not testable here"}
     assert all("set plan.measurements to a folder" in row.note for row in rows)
 
@@ -33,7 +35,11 @@ def test_the_arm_trains_on_the_mesh_that_the_planner_found(variant):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("cluster", "h100:1x8", r"smallest footprint is [\d.]+ GiB .* use \d+ h100"),
+        (
+            "cluster",
+            "h100:1x8",
+            r"^config\.plan: .*smallest footprint is [\d.]+ GiB .* use \d+ h100",
+        ),
         ("precision", "fp4", "has a chip without fp4"),
     ],
 )
@@ -45,6 +51,20 @@ def test_a_plan_that_does_not_exist_is_refused_before_training(key, value, messa
 
 
 def test_uneven_stages_agree_and_gain():
-    agree, gain = study._stages()
+    agree, gain = study.uneven().rows
     assert agree.verdict == gain.verdict == "holds"
     assert gain.ratio < 0.95
+
+
+def test_a_config_plans_for_a_published_model_or_its_own():
+    c = topic15.get_config("tiny")
+    c.plan.update(cluster="h100:1x8", batch=64, seq_len=1024)
+    for model, objective, causal in (
+        ("llama3-8b", "mdlm", True),
+        ("", "mdlm", False),
+        ("", "autoregressive", True),
+    ):
+        c.plan.model, c.objective.name = model, objective
+        found = study.ranked(c)
+        assert found.job.causal is causal and found.cluster.size == 8
+        assert found.job.shape == (named(model) if model else ModelShape.of(c.model))

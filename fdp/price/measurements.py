@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fdp.config import UserError
+from fdp.keys import UserError
 from fdp.models.shape import ModelShape
 from fdp.price import shapes
 from fdp.price.hardware import chip

@@ -1,5 +1,5 @@
-"""Our own counts: what the closed formulas of fdp.count predict for a program against what its
-compiled form contains.
+"""Random small programs of this code base: what the closed formulas of fdp.count say of each
+against what its compiled form contains.
 
 Bytes by (op, axes): fdp.count.bytes against the HLO of loss and gradients. FLOPs: fdp.count.flops
 against the matmuls of the jaxpr. Memory: fdp.count.memory against the compiler's plan of the whole
@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import ml_collections
@@ -29,7 +30,7 @@ OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block
 
 
 @dataclass(frozen=True)
-class Comparison(Bytes):
+class ProgramCheck(Bytes):
     """One config. Bytes: sent per device, by (op, axes). FLOPs: executed by all devices. Memory:
     bytes per device at the peak of the train step, None where it was not
     compiled."""
@@ -107,7 +108,10 @@ def _random_degrees(rng: np.random.Generator, devices: int) -> dict[str, int]:
 
 def _random_config(rng: np.random.Generator, devices: int) -> ml_collections.ConfigDict:
     """Sizes are multiples of the degrees that shard them, so that most draws are valid."""
-    pick = lambda *values: values[int(rng.integers(len(values)))]
+
+    def pick(*values: Any) -> Any:
+        return values[int(rng.integers(len(values)))]
+
     c = fdp_config.base()
     degrees = _random_degrees(rng, devices)
     c.mesh.update(degrees)
@@ -144,7 +148,7 @@ def program(c: ml_collections.ConfigDict) -> TrainStep:
     return TrainStep(experiment, make_mesh(experiment.degrees))
 
 
-def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
+def compare(c: ml_collections.ConfigDict, memory: bool = False) -> ProgramCheck:
     """Formulas against the program of one config: loss and gradients, with `memory` the whole train
     step as well.
 
@@ -163,7 +167,7 @@ def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
     if memory:
         planned = aot.memory(p.jit_train_step().lower(state, batch).compile(hlo.QUICK))
         sizes = (analytic.estimate(p).total(), planned.peak)
-    return Comparison(
+    return ProgramCheck(
         dict(closed.traffic(p)),
         sent(compiled, p.mesh),
         flops.executed(p),
@@ -172,7 +176,7 @@ def compare(c: ml_collections.ConfigDict, memory: bool = False) -> Comparison:
     )
 
 
-def summarise(comparisons: Sequence[Comparison]) -> Summary:
+def summarise(comparisons: Sequence[ProgramCheck]) -> Summary:
     """Counts and errors over all comparisons. Raises ValueError when there is none."""
     if not comparisons:
         raise ValueError("no comparison to summarise: give at least one config")

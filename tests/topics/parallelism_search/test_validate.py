@@ -1,19 +1,23 @@
 """Hold-outs and landscapes: the arithmetic of their scores, on outcomes made by hand."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from fdp.price import fit
 from fdp.price.hardware import chip
+from fdp.price.measurements import Measurement, published
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan
-from fdp.topics.parallelism_search import fit, landscapes, validate
-from fdp.topics.parallelism_search.measurements import Measurement
+from fdp.topics.parallelism_search import landscapes, validate
 
 pytestmark = pytest.mark.fast
 
+SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "planning"
 TPS = [1, 2, 4, 8, 16, 32]
 
 
@@ -30,7 +34,7 @@ def measured(times: list[float], failed: list[int]) -> list[Measurement]:
 
 def outcome(
     kind: str = "model", width: float = 1.2, bias: float = 1.1
-) -> tuple[fit.Data, validate.Outcome]:
+) -> tuple[fit.FitData, validate.HoldOut]:
     """24 plans of 1 s to 3.3 s, two of which failed; predictions too high by `bias`, intervals of a
     factor `width`.
     """
@@ -49,18 +53,19 @@ def outcome(
     )
     rows = np.flatnonzero(~data.failed)
     case = validate.Case(f"{kind} {bias}", kind, lambda m: True)
-    return data, validate.Outcome(
+    return data, validate.HoldOut(
         case, rows, seconds[rows], p, seconds[rows], np.arange(24), data.failed
     )
 
 
 def test_scores_are_per_landscape():
     data, o = outcome()
-    s = validate.score(data, o.rows, o.predicted, o.measured)
+    s = validate.score(data, o)
     assert s.errors == pytest.approx([10.0])
     assert s.correlations == pytest.approx([1.0])
     assert s.regrets == pytest.approx([0.0])
-    reversed_ = validate.score(data, o.rows, o.predicted[::-1], o.measured)
+    backwards = dataclasses.replace(o, learned=o.predicted[::-1])
+    reversed_ = validate.score(data, backwards, "learned")
     assert reversed_.correlations == pytest.approx([-1.0])
     assert reversed_.regrets == pytest.approx([230.0])
 
@@ -85,7 +90,7 @@ def test_copying_takes_the_same_configuration_of_the_newest_other_release():
     data = fit.gather(plans + old + older)
     rows = np.arange(3)
     case = validate.Case("release", "release", lambda m: m.job.stack == "s/f/1")
-    o = validate.Outcome(case, rows, np.array([1.0, 2.0, 3.0]), None, None, rows, data.failed)
+    o = validate.HoldOut(case, rows, np.array([1.0, 2.0, 3.0]), None, None, rows, data.failed)
     places, seconds = validate.copied(data, o)
     assert places.tolist() == [0, 1] and seconds == pytest.approx([1.5, 3.0])
 
@@ -141,3 +146,15 @@ def test_a_right_prior_finds_the_best_plan_at_once_and_failed_runs_are_in_the_la
     (curves,) = found.regret.values()
     assert len(curves["random"]) == 24, "every plan, the failed ones included"
     assert not landscapes.compare(data, [outcome(kind="moe")[1]], seeds=2).needed
+
+
+@pytest.mark.slow
+def test_a_published_model_is_priced_without_having_been_seen():
+    if not SHARED.is_dir():
+        pytest.skip("the published measurements (shared data, planning/) are not on this machine")
+    with jax.enable_x64(True):
+        data = fit.gather(published(SHARED)[0])
+        fitter = fit.Fitter(data)
+        case = next(c for c in validate.CASES if c.name == "llama3-70b")
+        outcome = validate.run_case(fitter, case, 200)
+    assert validate.error(outcome.predicted, outcome.measured) < 10

@@ -1,10 +1,9 @@
 """Price a file of configurations: step time with a 90 % interval, tokens/s, memory, feasibility and
 the bottleneck.
 
-    python -m fdp.topics.parallelism_search.predict configs.csv \\
-        --anchors anchors.csv --out predictions.csv
+    python -m fdp.price.predict configs.csv --anchors anchors.csv --out predictions.csv
 
-Columns of both files: see fdp.topics.parallelism_search.measurements. What the first file says was
+Columns of both files: see fdp.price.measurements. What the first file says was
 measured is not read; anchors are a few runs with step_time_s or tokens_s_gpu, and mem_gb where
 known, and correct the prediction of whatever resembles them. Every input row comes back in its
 place with all its columns; one that cannot be priced says why under `reason`. Times in seconds a
@@ -16,19 +15,17 @@ import csv
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import IO, NoReturn
 
-import jax
 import numpy as np
 
-from fdp.config import UserError
+from fdp.keys import UserError
 from fdp.price import hybrid
-from fdp.price.hybrid import Model, Prediction
+from fdp.price.anchors import correct
+from fdp.price.hybrid import Model, PricedJobs
+from fdp.price.measurements import Measurement, measurement, read
 from fdp.price.workload import Job, columns
-from fdp.topics.parallelism_search.anchors import correct
-from fdp.topics.parallelism_search.measurements import Measurement, measurement, read
 
 Row = dict[str, str]
 
@@ -141,15 +138,9 @@ def to_anchors(rows: Sequence[Mapping[str, str]]) -> tuple[list[Measurement], li
     return used, rejected
 
 
-def _take(prediction: Prediction, at: np.ndarray | slice) -> Prediction:
-    return Prediction(
-        *(jax.tree.map(lambda v: v[at], getattr(prediction, f.name)) for f in fields(prediction))
-    )
-
-
 def price(
     model: Model, jobs: Sequence[Job], anchors: Sequence[Measurement] = ()
-) -> tuple[Prediction, np.ndarray]:
+) -> tuple[PricedJobs, np.ndarray]:
     """(prediction of the jobs that have a finite one, corrected by the anchors; bool (N,): which
     have).
     """
@@ -166,10 +157,10 @@ def price(
     ours, theirs = fine[: len(jobs)], fine[len(jobs) :]
     told = [m for m, ok in zip(anchors, theirs, strict=True) if ok]
     corrected = correct(
-        _take(both, np.flatnonzero(ours)),
+        both.at(np.flatnonzero(ours)),
         [job for job, ok in zip(jobs, ours, strict=True) if ok],
         [m.job for m in told],
-        _take(both, len(jobs) + np.flatnonzero(theirs)),
+        both.at(len(jobs) + np.flatnonzero(theirs)),
         np.array([m.step_time for m in told]),
         np.array([m.memory for m in told]),
         model.fit["slope"],
@@ -200,7 +191,7 @@ def predict(
     ]
 
 
-def _cells(p: Prediction, jobs: Sequence[Job]) -> list[Row]:
+def _cells(p: PricedJobs, jobs: Sequence[Job]) -> list[Row]:
     tokens_N = np.array([job.batch * job.seq / job.plan.chips for job in jobs]) / p.time
     numbers = (p.time, tokens_N, p.memory / 1e9, p.memory_high / 1e9, p.low, p.high, p.feasible)
     texts = [[f"{value:.6g}" for value in values] for values in numbers]

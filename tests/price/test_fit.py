@@ -2,21 +2,18 @@
 was measured.
 """
 
+import copy
 import dataclasses
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from fdp.price import hybrid, step_time
+from fdp.price import fit, hybrid, step_time
 from fdp.price.hardware import chip
+from fdp.price.measurements import Measurement
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan, columns
-from fdp.topics.parallelism_search import fit, validate
-from fdp.topics.parallelism_search.measurements import Measurement, published
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "planning"
 
 
 def jobs() -> list[Job]:
@@ -48,7 +45,7 @@ def truth() -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def synthetic() -> fit.Data:
+def synthetic() -> fit.FitData:
     """Step times that the analytic model made with coefficients of its own, and 2 % noise."""
     work = jobs()
     x = columns(work)
@@ -71,6 +68,13 @@ def fitted(synthetic) -> tuple[fit.Fitter, hybrid.Model]:
         return fitter, fitter.fit(seen, steps=80)
 
 
+def refit(fitter: fit.Fitter, data: fit.FitData) -> fit.Fitter:
+    """The same compiled losses on other measured values of the same jobs."""
+    other = copy.copy(fitter)
+    other.data = data
+    return other
+
+
 def test_an_unseen_model_is_priced_to_the_noise(synthetic, fitted):
     out = np.array([m.job.shape.name == "llama2-7b" for m in synthetic.measurements])
     with jax.enable_x64(True):
@@ -84,7 +88,7 @@ def test_shuffled_times_destroy_the_ranking(synthetic, fitted):
     order = np.random.default_rng(1).permutation(len(synthetic.log_time))
     shuffled = dataclasses.replace(synthetic, log_time=synthetic.log_time[order])
     with jax.enable_x64(True):
-        model = fit.Fitter(shuffled).fit(np.ones(len(order), bool), steps=40, residual=False)
+        model = refit(fitted[0], shuffled).fit(np.ones(len(order), bool), steps=40, residual=False)
         time = np.log(hybrid.predict(model, synthetic.x).time)
     assert abs(np.corrcoef(time, shuffled.log_time)[0, 1]) < 0.3
 
@@ -101,7 +105,7 @@ def test_rows_of_weight_zero_do_not_matter(synthetic, fitted):
     seen = np.array([m.job.shape.name != "llama2-7b" for m in synthetic.measurements])
     spoiled = dataclasses.replace(synthetic, log_time=np.where(seen, synthetic.log_time, 99.0))
     with jax.enable_x64(True):
-        again = fit.Fitter(spoiled).fit(seen, steps=80)
+        again = refit(fitted[0], spoiled).fit(seen, steps=80)
     assert again.time == pytest.approx(model.time, rel=1e-9)
     np.testing.assert_allclose(
         again.residual["weights"], model.residual["weights"], rtol=1e-6, atol=1e-9
@@ -154,15 +158,3 @@ def test_unmeasured_software_of_a_known_framework_is_priced_as_its_like():
 def test_nothing_to_fit_is_said():
     with pytest.raises(ValueError, match="none of 0 measurements has a step time"):
         fit.gather([])
-
-
-@pytest.mark.slow
-def test_a_published_model_is_priced_without_having_been_seen():
-    if not SHARED.is_dir():
-        pytest.skip("the published measurements (shared data, planning/) are not on this machine")
-    with jax.enable_x64(True):
-        data = fit.gather(published(SHARED)[0])
-        fitter = fit.Fitter(data)
-        case = next(c for c in validate.CASES if c.name == "llama3-70b")
-        outcome = validate.run_case(fitter, case, 200)
-    assert validate.error(outcome.predicted, outcome.measured) < 10

@@ -4,7 +4,8 @@ and by an ILP.
 The problem is the inter-operator pass of Alpa (Zheng et al. 2022, arXiv:2201.12023, eq. 2): with m
 microbatches, stage times T_1..T_p and every device in one stage,
 
-    minimise  T_1 + ... + T_p + (m - 1) max_s T_s,    T_s = Σ layers of s + cost of the cut after s,
+    minimise  T_1 + ... + T_p + (m - 1) max_s T_s,
+              T_s = Σ layers of s + cost of the cut after s,
 
 over contiguous non-empty stages and, per stage, one of C sub-meshes with its own layer times. The
 stage number p is given. Count the embedding and the logits as layers.

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from fdp.price import hybrid, step_time, workload
+from fdp.price import hybrid, ranking, space, step_time, workload
+from fdp.price import traffic as spent
 from fdp.price.hardware import cluster
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan
-from fdp.topics.parallelism_search import plan as planner
-from fdp.topics.parallelism_search import traffic as spent
-from tests.topics.planning_jobs import EXPERTS, SMALL, job_of
+from tests.price.planning_jobs import EXPERTS, SMALL, job_of
 
 pytestmark = pytest.mark.fast
 
@@ -41,9 +40,9 @@ def test_bytes_by_axis_are_those_that_the_step_time_prices(model):
     a = replace(EXPERTS, layers=8, first_dense=0, vocab=32768)
     job, _ = job_of(a, "h100:8x8", 64, 1024)
     job = dataclasses.replace(job, domain=10**6)
-    points = planner.space(a, 64, 64, 1024)
+    points = space.space(a, 64, 64, 1024)
     points = {k: v[8 % points["pp"] == 0] for k, v in points.items()}  # equal stages
-    x = planner.columns_of(job, points)
+    x = space.columns_of(job, points)
     with jax.enable_x64(True):
         k = hybrid.time_coefficients(hybrid.numeric(x), model.time, {})
         terms = jax.jit(step_time.step_time)(
@@ -62,8 +61,8 @@ def test_bytes_by_axis_are_those_that_the_step_time_prices(model):
 
 def test_one_chip_sends_nothing():
     job, _ = job_of(SMALL, "h100:1x1", 8, 512)
-    points = planner.space(SMALL, 1, 8, 512)
-    assert all((v == 0).all() for v in spent.traffic(planner.columns_of(job, points)).values())
+    points = space.space(SMALL, 1, 8, 512)
+    assert all((v == 0).all() for v in spent.traffic(space.columns_of(job, points)).values())
 
 
 def test_bytes_of_a_dense_plan_by_hand():
@@ -142,9 +141,9 @@ def test_work_of_all_chips_is_that_of_the_model_whatever_the_degrees(model):
 
 def test_energy_of_a_mixed_cluster_is_the_sum_of_its_groups(model):
     job, both = job_of("llama3-8b", "h100:2x8+a100:2x8", 256)
-    points = planner.space(job.shape, 32, 256, 4096)
+    points = space.space(job.shape, 32, 256, 4096)
     points = {k: v[:64] for k, v in points.items()}
-    x, p = planner.columns_of(job, points), planner.price(model, job, points)
+    x, p = space.columns_of(job, points), ranking.price(model, job, points)
     parts = [spent.joules(model, job, cluster(text), x, p) for text in ("h100:2x8", "a100:2x8")]
     np.testing.assert_allclose(spent.joules(model, job, both, x, p), sum(parts), rtol=1e-12)
     # The faster group waits: less than were it busy as long as the slow one.

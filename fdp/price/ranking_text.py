@@ -2,6 +2,7 @@
 that trains the fastest plan that this code base can train."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tabulate import tabulate
@@ -9,13 +10,16 @@ from tabulate import tabulate
 from fdp.config import MODEL
 from fdp.models.shape import SIZES
 from fdp.price.hardware import GIB, Cluster
+from fdp.price.space import name_of
 from fdp.price.workload import Plan
-from fdp.topics.parallelism_search.plan import Ranking, name_of
+
+if TYPE_CHECKING:
+    from fdp.price.ranking import Ranking
 
 PLANNED = ("dtype", "remat", "sequence_parallel")  # of a ModelShape, by the plan
 
 
-def describe(ranking: Ranking) -> str:
+def describe(ranking: "Ranking") -> str:
     """The table for the terminal and, below it, why each plan lost to the first."""
     job, heads = (
         ranking.job,
@@ -75,16 +79,16 @@ def _evidence(cluster: Cluster) -> str:
         if unfitted
         else ""
     )
-    return (
+    known = (
         "simulated: cost model fitted on published runs; intervals cover 90 % of held-out models"
-        f"{foreign}"
     )
+    return f"{known}{foreign}"
 
 
-def fragment(ranking: Ranking) -> str:
+def fragment(ranking: "Ranking", topic: str) -> str:
     """Text of a config file for `python -m fdp.train --config=FILE --dry_run` with the fastest plan
     that this code base can train (pp = ep = etp = 1); comments alone where it cannot build the
-    model or no such plan fits."""
+    model or no such plan fits. `topic`: the one that trains it, to be named in the file."""
     job, best = ranking.job, ranking.plans[0]
     lines = [f'"""{job.shape.name} on {ranking.cluster.name}: written by the planner."""', ""]
     lines.append(f"# Fastest plan: {name_of(best.plan)}, {best.time:.3g} s a step (predicted).")
@@ -110,10 +114,10 @@ def fragment(ranking: Ranking) -> str:
             f"# Planned in {job.precision}; this code base trains in bfloat16, so it will be "
             "slower than predicted."
         )
-    return "\n".join([*lines, _config_text(ranking, r.plan)]) + "\n"
+    return "\n".join([*lines, _config_text(ranking, r.plan, topic)]) + "\n"
 
 
-def _config_text(ranking: Ranking, p: Plan) -> str:
+def _config_text(ranking: "Ranking", p: Plan, topic: str) -> str:
     job, a = ranking.job, ranking.job.shape
     switches = [f.name for f in dataclasses.fields(a) if getattr(a, f.name) != f.default]
     switches = [k for k in switches if k in MODEL and k not in (*SIZES, *PLANNED)]
@@ -133,8 +137,8 @@ def _config_text(ranking: Ranking, p: Plan) -> str:
             "",
             "",
             'def get_config(variant="pod"):',
-            '    c = config.base(**config.topic_sections("parallel_dlm"))',
-            '    c.topic, c.variant = "parallel_dlm", config.check_variant(variant)',
+            f'    c = config.base(**config.topic_sections("{topic}"))',
+            f'    c.topic, c.variant = "{topic}", config.check_variant(variant)',
             f"    c.model.update({shape})",
             f'    c.model.update(dtype="bfloat16", remat="{p.recompute}", '
             f"sequence_parallel={p.tp > 1})",

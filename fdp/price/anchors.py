@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from fdp.price.hybrid import Prediction
+from fdp.price.hybrid import PricedJobs
 from fdp.price.workload import Job
 
 FIELDS = ("cluster", "stack", "model", "chip", "gpus")
@@ -78,7 +78,10 @@ def _averaged(
     place = {job: u for u, job in enumerate(dict.fromkeys(anchors))}
     at_M = np.array([place[job] for job in anchors])
     count_U = np.bincount(at_M)
-    mean = lambda values: np.bincount(at_M, values) / count_U
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return np.bincount(at_M, values) / count_U
+
     return list(place), mean(std_M), mean(error_M), NOISE**2 / count_U
 
 
@@ -138,14 +141,14 @@ def posterior(
 
 
 def correct(
-    prediction: Prediction,
+    prediction: PricedJobs,
     jobs: Sequence[Job],
     anchors: Sequence[Job],
-    at_anchors: Prediction,
+    at_anchors: PricedJobs,
     time_M: np.ndarray,
     memory_M: np.ndarray | None = None,
     slope: float = 0.0,
-) -> Prediction:
+) -> PricedJobs:
     """The prediction for `jobs` after runs of `anchors` took `time_M` seconds and `memory_M` bytes
     (NaN: not measured).
 
@@ -172,9 +175,12 @@ def correct(
     more_N, _ = posterior(jobs, flat[0], known, flat[1], error_M)
     odds_N = prediction.feasible * np.exp(-slope * more_N)
     return dataclasses.replace(
-        prediction, time=time_N, log_std=std_N, memory=prediction.memory * np.exp(more_N),
+        prediction,
+        time=time_N,
+        log_std=std_N,
+        memory=prediction.memory * np.exp(more_N),
         memory_high=prediction.memory_high * np.exp(more_N),
         low=time_N * (prediction.low / prediction.time) ** share_N,
         high=time_N * (prediction.high / prediction.time) ** share_N,
         feasible=odds_N / (odds_N + 1 - prediction.feasible),
-    )  # fmt: skip
+    )

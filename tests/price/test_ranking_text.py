@@ -8,11 +8,9 @@ import pytest
 
 from fdp import config as fdp_config
 from fdp.models.shape import ModelShape
-from fdp.price import hybrid
+from fdp.price import hybrid, ranking, ranking_text, space
 from fdp.price.shapes import named
-from fdp.topics.parallelism_search import plan as planner
-from fdp.topics.parallelism_search import ranking_text
-from tests.topics.planning_jobs import SMALL, job_of
+from tests.price.planning_jobs import SMALL, job_of
 
 pytestmark = pytest.mark.fast
 
@@ -24,29 +22,29 @@ def model():
 
 @pytest.fixture(scope="module")
 def llama(model):
-    return planner.rank(model, *job_of("llama3-70b", "h100:32x8"))
+    return ranking.rank(model, *job_of("llama3-70b", "h100:32x8"))
 
 
 def test_experts_are_ranked_with_expert_parallelism(model):
-    ranking = planner.rank(model, *job_of("mixtral-8x7b", "h100:8x8", 256))
-    assert ranking.plans[0].traffic["ep"] > 0 and ranking.trainable is None
-    text = ranking_text.fragment(ranking)
+    found = ranking.rank(model, *job_of("mixtral-8x7b", "h100:8x8", 256))
+    assert found.plans[0].traffic["ep"] > 0 and found.trainable is None
+    text = ranking_text.fragment(found, "")
     assert "mixture of 8 experts" in text and "PLAN" in text
     exec(compile(text, "fragment", "exec"), names := {})
-    assert names["PLAN"] == dataclasses.asdict(ranking.plans[0].plan)
+    assert names["PLAN"] == dataclasses.asdict(found.plans[0].plan)
 
 
 @pytest.mark.parametrize(
     ("name", "where"), [("llama3-70b", "h100:32x8"), ("llama3-8b", "v5p:4x4x4")]
 )
 def test_fragment_is_a_valid_config_with_the_mesh_of_the_plan(model, tmp_path, name, where):
-    ranking = planner.rank(model, *job_of(name, where))
+    found = ranking.rank(model, *job_of(name, where))
     path = tmp_path / "planned.py"
-    path.write_text(ranking_text.fragment(ranking), "utf8")
+    path.write_text(ranking_text.fragment(found, ""), "utf8")
     exec(compile(path.read_text("utf8"), str(path), "exec"), names := {})
     c = names["get_config"]()
     fdp_config.validate(c)
-    plan = ranking.trainable.plan
+    plan = found.trainable.plan
     assert dict(c.mesh) == {"pp": 1, "dp": plan.dp, "ep": 1, "cp": plan.cp, "tp": plan.tp}
     assert (c.train.batch, c.train.zero, c.model.remat) == (1024, plan.zero, plan.recompute)
     assert c.train.batch // (c.train.microbatches * plan.dp) == plan.microbatch
@@ -69,17 +67,17 @@ def test_fragment_takes_no_plan_that_validation_refuses(changes):
     """
     a = replace(SMALL, **{"kv_heads": 8} | changes)
     job, here = job_of(a, "h100:1x8", 16, 1024)
-    points = planner.space(a, 8, 16, 1024)
+    points = space.space(a, 8, 16, 1024)
     points = {k: v[(points["pp"] == 1)] for k, v in points.items()}
-    marked = planner.trainable(job, points)
+    marked = space.trainable(job, points)
     assert 0 < marked.sum() < len(marked)
     for i, ok in enumerate(marked):
-        plan = planner.plan_at(points, i)
+        plan = space.plan_at(points, i)
         if plan.recompute == "selective":
             assert not ok
             continue
-        row = planner.Ranked(plan, 1, 1, 1, 1, 1, 1, 1, {}, "", {}, "")
-        text = ranking_text.fragment(planner.Ranking(job, here, 1, 1, (row,), row))
+        row = ranking.Ranked(plan, 1, 1, 1, 1, 1, 1, 1, {}, "", {}, "")
+        text = ranking_text.fragment(ranking.Ranking(job, here, 1, 1, (row,), row), "")
         exec(compile(text, "fragment", "exec"), names := {})
         try:
             fdp_config.validate(names["get_config"]())
@@ -92,7 +90,9 @@ def test_fragment_takes_no_plan_that_validation_refuses(changes):
 def test_fragment_keeps_the_switches_of_the_model(model):
     a = replace(SMALL, kv_heads=8, tied=True, qk_norm=True, rope_base=5e5)
     job, here = job_of(a, "h100:1x8", 16, 1024)
-    text = ranking_text.fragment(planner.rank(model, dataclasses.replace(job, causal=False), here))
+    text = ranking_text.fragment(
+        ranking.rank(model, dataclasses.replace(job, causal=False), here), ""
+    )
     exec(compile(text, "fragment", "exec"), names := {})
     c = names["get_config"]()
     built = ModelShape.of(c.model)
@@ -103,13 +103,12 @@ def test_fragment_keeps_the_switches_of_the_model(model):
 def test_table_tells_plans_and_reasons(llama):
     text = ranking_text.describe(llama)
     assert (
-        "llama3-70b on h100:32x8: 256 chips" in text
-        and planner.name_of(llama.plans[0].plan) in text
+        "llama3-70b on h100:32x8: 256 chips" in text and space.name_of(llama.plans[0].plan) in text
     )
     assert text.rstrip().splitlines()[-1].startswith("10  ") and " 1  fastest" in text
     assert "simulated: cost model fitted on published runs" in text and "extrapolation" not in text
 
 
 def test_a_plan_for_a_tpu_says_that_none_was_fitted(model):
-    text = ranking_text.describe(planner.rank(model, *job_of("llama3-8b", "v5p:4x4x4")))
+    text = ranking_text.describe(ranking.rank(model, *job_of("llama3-8b", "v5p:4x4x4")))
     assert "no v5p, no TPU at all, was in the fit: an extrapolation" in text

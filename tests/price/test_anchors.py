@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdp.price.anchors import correct, correlation, posterior
 from fdp.price.hardware import chip
-from fdp.price.hybrid import BOTTLENECKS, Prediction
+from fdp.price.hybrid import BOTTLENECKS, PricedJobs
 from fdp.price.shapes import PUBLISHED
 from fdp.price.workload import Job, Plan, with_plan
-from fdp.topics.parallelism_search.anchors import correct, correlation, posterior
 
 pytestmark = pytest.mark.fast
 
@@ -34,10 +34,9 @@ JOBS = [LLAMA, NEIGHBOUR, OTHER_MODEL, ELSEWHERE]
 
 
 def prediction(n, time=2.0, log_std=0.2, feasible=0.7):
-    times = time, time / 1.4, time * 1.6
-    values = (*times, log_std, 50e9, 60e9, feasible, 0.0, time)
-    terms = {name: np.full(n, 1.0) for name in BOTTLENECKS}
-    return Prediction(*(np.full(n, value) for value in values), terms)
+    memory, terms = (50e9, 60e9), {name: np.full(n, 1.0) for name in BOTTLENECKS}
+    values = (time, time / 1.4, time * 1.6, log_std, *memory, feasible, 0.0, time)
+    return PricedJobs(*(np.full(n, value) for value in values), terms)
 
 
 def mean_of(jobs, known, errors, std=0.2):
@@ -49,7 +48,7 @@ def mean_of(jobs, known, errors, std=0.2):
 def test_without_anchors_nothing_changes():
     before = prediction(4)
     after = correct(before, JOBS, [], prediction(0), np.zeros(0))
-    for field in dataclasses.fields(Prediction):
+    for field in dataclasses.fields(PricedJobs):
         if field.name != "terms":
             np.testing.assert_array_equal(getattr(after, field.name), getattr(before, field.name))
 
@@ -57,8 +56,8 @@ def test_without_anchors_nothing_changes():
 @pytest.mark.parametrize("factor", [0.3, 0.8, 1.0, 1.5, 4.0])
 @pytest.mark.parametrize("log_std", [0.05, 0.1, 0.35, 1.2])
 def test_an_anchor_moves_its_own_row_to_the_measurement(factor, log_std):
-    model = prediction(1, log_std=log_std)
-    after = correct(model, [LLAMA], [LLAMA], model, np.array([2.0 * factor]))
+    before = prediction(1, log_std=log_std)
+    after = correct(before, [LLAMA], [LLAMA], before, np.array([2.0 * factor]))
     assert after.time[0] == pytest.approx(2.0 * factor, rel=0.05)
 
 

@@ -4,8 +4,8 @@ import csv
 
 import pytest
 
-from fdp.topics.parallelism_search import measurements
-from fdp.topics.parallelism_search.measurements import Malformed, measurement, read, table
+from fdp.price import measurements
+from fdp.price.measurements import Malformed, measurement, read, table
 
 pytestmark = pytest.mark.fast
 

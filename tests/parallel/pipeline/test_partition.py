@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdp.topics.parallelism_search.stages import partition_dp, partition_ilp, pipeline_time
+from fdp.parallel.pipeline.partition import partition_dp, partition_ilp, pipeline_time
 
 fast = pytest.mark.fast
 SOLVERS = [partition_dp, partition_ilp]

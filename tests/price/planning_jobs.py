@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from fdp.price import space
 from fdp.price.hardware import cluster
 from fdp.price.shapes import named
-from fdp.topics.parallelism_search import plan as planner
+from fdp.price.workload import job_on
 
 SMALL = replace(
     named("llama3-8b"),
@@ -23,8 +24,8 @@ EXPERTS = replace(SMALL, name="experts", experts=8, topk=2, moe_ffn=512, first_d
 def job_of(name_or_shape, text, batch=1024, seq=4096, precision="bf16"):
     a = named(name_or_shape) if isinstance(name_or_shape, str) else name_or_shape
     here = cluster(text)
-    return planner.job_on(a, here, batch, seq, precision), here
+    return job_on(a, here, batch, seq, precision), here
 
 
 def tuples(points):
-    return list(zip(*(points[k].tolist() for k in planner.KEYS), strict=True))
+    return list(zip(*(points[k].tolist() for k in space.KEYS), strict=True))

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from fdp.price import hybrid
-from fdp.topics.parallelism_search import predict as command
-from fdp.topics.parallelism_search.measurements import measurement
-from fdp.topics.parallelism_search.predict import ADDED, MEASURED, main, predict, price, to_anchors
+from fdp.price import predict as command
+from fdp.price.measurements import measurement
+from fdp.price.predict import ADDED, MEASURED, main, predict, price, to_anchors
 
 pytestmark = pytest.mark.fast
 
@@ -246,7 +246,10 @@ def test_an_anchor_on_a_row_sets_it_and_narrows_it(tmp_path):
     other = ROW | {"model": "mixtral-8x7b", "gpu": "gb200", "group": "theirs", "id": "x2"}
     got, far = run(tmp_path, [ROW, other], [ROW | {"step_time_s": str(measured)}])
     assert float(got["predicted_step_time_s"]) == pytest.approx(measured, rel=0.05)
-    width = lambda row: float(row["high_step_time_s"]) / float(row["low_step_time_s"])
+
+    def width(row):
+        return float(row["high_step_time_s"]) / float(row["low_step_time_s"])
+
     assert width(got) < width(free)
     assert float(far["predicted_step_time_s"]) == pytest.approx(
         float(one(other)["predicted_step_time_s"]), rel=1e-4
