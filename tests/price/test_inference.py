@@ -23,8 +23,6 @@ from fdp.price import hardware, inference
 from fdp.price.inference import GQA_70B, LLADA_8B, Degrees, ForwardPass
 from fdp.price.shapes import named
 from fdp.sampling.cached import BlockDecoder
-from fdp.sampling.noise import Draw
-from tests.oracles import sample_cached
 
 pytestmark = pytest.mark.fast
 MATMULS = Path(__file__).parents[2].parent / "shared/data/planning/comm/gemm_bf16_vidur.csv.gz"

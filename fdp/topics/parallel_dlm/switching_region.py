@@ -13,7 +13,7 @@ import numpy as np
 from fdp.models.shape import ModelShape
 from fdp.price import inference
 from fdp.price.inference import BOUND, Degrees, PassTime
-from fdp.study.report import figure, save_plot
+from fdp.study.report import figure
 from fdp.topics.parallel_dlm.switching import KINDS, Choice, Job, candidates, plan, profile
 
 # 90 % quantile of |error| where nothing was measured here; assumed, wide on purpose.
