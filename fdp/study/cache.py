@@ -30,8 +30,9 @@ from fdp.config import UserError, flatten
 from fdp.files import write_atomic
 
 Key = Mapping[str, str]  # what a result depends on, by name
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error, NotImplementedError)
+UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, KeyError, IndexError)
+UNREADABLE += (TypeError, AttributeError, ImportError, NotImplementedError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error)
 
 
 # Values as JSON and arrays
@@ -127,8 +128,8 @@ def _comparable(value: Any) -> Any:
         return dict(value.shape)
     if isinstance(value, PurePath):
         return str(value)
-    if inspect.isfunction(value) or isinstance(value, type):
-        return f"{value.__module__}:{value.__qualname__}"
+    if inspect.isfunction(value):
+        return f"{value.__module__}:{value.__qualname__} of code {code_of(value)}"
     if isinstance(value, Mapping):
         return {k: _comparable(v) for k, v in value.items()}
     names = _fields(type(value))
@@ -212,7 +213,9 @@ class Cache:
             value = unpack(kept["value"], arrays)
         except UNREADABLE as error:
             said = f"{type(error).__name__}: {error}"
-            raise Absent(f"{path} is truncated or no result of this program ({said:.80})") from error
+            raise Absent(
+                f"{path} is truncated or no result of this program ({said:.80})"
+            ) from error
         for what in dict.fromkeys((*expected, *found)):
             old, new = found.get(what, "not stated"), expected.get(what, "not stated")
             if old != new:

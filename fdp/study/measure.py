@@ -194,7 +194,8 @@ class _Runner:
             raise ValueError(f"{m.name!r}: each() of {counts} values cannot go in step")
         found = []
         for i, item in enumerate(every[0]):
-            now = [v.items[i] if isinstance(v, Each) else v for v in values]
+            one = iter([items[i] for items in every])
+            now = [next(one) if isinstance(v, Each) else v for v in values]
             label = item.label if isinstance(item, Arm) else str(i)
             found.append(self._one(m, f"{m.name} {label}", now))
         return found
