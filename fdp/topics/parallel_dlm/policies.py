@@ -167,19 +167,21 @@ def sampler(
         def outputs(x: Any, method: str | None) -> jax.Array:
             return suppress(module.run(model, {"params": params}, x, method=method)[0], n_ids)
 
-        step_to = functools.partial(forward, model, params, policy=policy, per_step=per_step)
+        def step_to(z: jax.Array, cache: Any, step: StepRows | None) -> tuple[jax.Array, Any]:
+            return forward(model, params, z, cache, policy, per_step, step)
+
         noise_B = vary_like(jnp.zeros(sample_ids_B.shape), sample_ids_B)
 
         def body(carry: Any, number: jax.Array) -> Any:
             z, before, cache, sums = carry
             keys = position_keys(key, sample_ids_B, number, jnp.arange(length))
             read = choose(uniform(keys), z == n_ids, per_step)
-            hidden, cache = jax.lax.cond(
-                policy.full(number),
-                lambda c: step_to(z, c, step=None),
-                lambda c: step_to(z, c, step=StepRows(z != before, read, number)),
-                cache,
-            )
+            rows = StepRows(z != before, read, number)
+            whole, some = (functools.partial(step_to, z, step=given) for given in (None, rows))
+            if policy.kind == "exact":
+                hidden, cache = whole(cache)
+            else:
+                hidden, cache = jax.lax.cond(policy.full(number), whole, some, cache)
             logits = outputs(hidden, "outputs")
             exact = outputs({"inputs": z, "noise": noise_B}, None)
             sums += _compare(z, read, n_ids, exact, logits)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from fdp.price import inference
-from fdp.price.inference import LLADA_8B
 from fdp.study.claims import unigram_entropy
 from fdp.study.grid import Grid
 from fdp.study.report import Row
@@ -147,14 +146,9 @@ def _one_task(name: str, label: str, found: dict[str, PolicyResult]) -> list[Row
 # -------------------------------------------------------------------------------------------------
 
 
-def best_job(region: Grid) -> switching.SamplingJob:
-    """The job of the region that gains most."""
-    return switching.job_at(LLADA_8B, region.best())
-
-
 def region(found: Grid) -> list[Row]:
     """Gain over the best fixed degrees: of the typical job, and of the best one."""
-    at, job = found.at(**found.best()), best_job(found)
+    at, job = found.at(**found.best()), switching.best_job(found)
     chosen, fits = switching.plan(job), int(np.isfinite(found.fields["value"]).sum())
     errors = inference.matmul_error("h100"), inference.network_error("h100", small=False)
     requests, steps = found.axes["requests"], found.axes["reuse steps a refresh"]

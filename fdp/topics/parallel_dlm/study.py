@@ -14,7 +14,6 @@ import ml_collections
 from fdp.arm import Arm
 from fdp.experiment import Experiment, standard
 from fdp.files import write_atomic
-from fdp.price.inference import LLADA_8B
 from fdp.run import Run
 from fdp.sampling.draw import draw
 from fdp.study import claims
@@ -102,7 +101,7 @@ def study(run: Run) -> Report:
         )
         for name in ("mdlm", "ar")
     }
-    strip = measure("states", policies.states, mdlm[0], raw=_nothing)
+    strip = measure("states", policies.states, mdlm[0])
     report = run.report(
         derive("loss", run.workdir, plot=figures.losses),
         measure("head", head.masked_rows_head, mdlm[0], rows=rows.head, group="Training"),
@@ -123,10 +122,6 @@ def study(run: Run) -> Report:
     lines = [f"[{name}] {text}" for name in samples for text in report.raw[samples[name].name]]
     write_atomic(run.workdir / "samples.txt", "\n".join([*lines, ""]))
     return report
-
-
-def _nothing(result: Any) -> None:
-    """Of no row."""
 
 
 def _texts(arm: Arm, ids_BxL: Any) -> list[str]:
@@ -150,7 +145,7 @@ def _sharded(run: Run) -> Iterator[Any]:
         yield claims.needs_devices(claim, "errors, bytes over tp", "<= 1e-5", DEVICES)
         return
     group = "Sharded equals unsharded"
-    yield claims.sharded_equals_unsharded(small, c, MESHES, plot=_bytes, group=group)
+    yield claims.sharded_equals_unsharded(small, c, MESHES, plot=figures.traffic, group=group)
     degrees, group = (1, 8) if tiny else (1, 2, 4, 8), "Ids on the wire"
     wire = each(degrees[1:])
     yield measure("bytes of ids", head.sampling_bytes, wire, rows=rows.sampling_bytes, group=group)
@@ -158,10 +153,6 @@ def _sharded(run: Run) -> Iterator[Any]:
     yield measure("ids by tp", *ids, rows=rows.equal_ids, group=group)
     yield from _selective(run, tasks)
     yield from _switching(c, mdlm[0])
-
-
-def _bytes(comparisons: list[Any]) -> dict[str, Any]:
-    return {"bytes": figures.traffic(comparisons)}
 
 
 def _selective(run: Run, tasks: dict[str, list[Arm]]) -> Iterator[Measurement]:
@@ -193,12 +184,8 @@ def _switching(c: ml_collections.ConfigDict, arm: Arm) -> Iterator[Measurement |
         return
     group = "A degree for each phase"
     drawn = {"rows": rows.region, "plot": figures.speedups}
-    found = measure("switching", switching.region, LLADA_8B, **drawn, group=group)
+    found = measure("switching", switching.region, **drawn, group=group)
     yield found
-    yield derive("switching_steps", found, plot=_best_steps)
+    yield derive("switching_steps", found, plot=figures.step_times)
     ids = switching_run.fixed_and_switched, arm, DEVICES
     yield measure("switched ids", *ids, rows=rows.switched, group=group)
-
-
-def _best_steps(region: Any) -> Any:
-    return figures.step_times(rows.best_job(region))

@@ -19,7 +19,7 @@ import numpy as np
 
 from fdp.models.shape import ModelShape
 from fdp.price import hardware, inference
-from fdp.price.inference import BOUND, Degrees, Step, Work
+from fdp.price.inference import BOUND, LLADA_8B, Degrees, Step, Work
 from fdp.price.network import collective_time
 from fdp.study import uncertainty
 from fdp.study.grid import Grid
@@ -28,9 +28,7 @@ KINDS = ("refresh", "reuse")
 LARGE = "network from 1 MiB"  # the term of inference.BOUND that moving a cache belongs to
 # 90 % quantile of |error| where nothing was measured here; assumed, wide on purpose.
 ASSUMED_ERROR = {"attention": 0.5, "elementwise": 0.5, "launch": 1.0}
-# The jobs of the region, on a node of eight.
-LENGTHS, REQUESTS = (512, 1024, 2048, 4096), (1, 2, 4, 8, 16, 32, 64)
-REUSE_STEPS = (1, 3, 7, 15, 31)
+AXES = ("positions", "requests", "reuse steps a refresh")  # of the region
 
 _priced = functools.lru_cache(maxsize=4096)(inference.fastest)
 _factors = functools.lru_cache(maxsize=1024)(uncertainty.factors)
@@ -38,13 +36,13 @@ _factors = functools.lru_cache(maxsize=1024)(uncertainty.factors)
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """What is sampled: `requests` sequences of `length` in blocks of `block`, `reuse_steps` after
-    every refresh.
+    """What is sampled: sequences of `length` in blocks of `block`, `reuse_steps` after every
+    refresh.
     """
 
     shape: ModelShape
-    requests: int
     length: int
+    requests: int
     reuse_steps: int
     block: int = 32
     chip: str = "h100"
@@ -54,6 +52,10 @@ class SamplingJob:
         """The rows of one step of `kind`; only the block's rows reach the head."""
         rows = self.length if kind == "refresh" else self.block
         return Work(self.requests, rows, self.length, self.block)
+
+    def cache(self, degrees: Degrees) -> int:
+        """Bytes of keys and values of a device."""
+        return inference.cache_bytes(self.shape, self.requests, self.length, degrees)
 
     def degrees(self) -> list[Degrees]:
         """Every {tp, dp} with tp·dp = devices, dp ≤ requests, tp dividing the model. Raises
@@ -87,14 +89,12 @@ class SamplingJob:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """{tp, dp} of each phase, seconds of one period with the switch in them, and bytes of the
-    fullest device."""
+    """{tp, dp} of each phase and seconds of one period, the switch included."""
 
     refresh: Degrees
     reuse: Degrees
     seconds: float
     switch_seconds: float
-    memory: int
 
     def __str__(self) -> str:
         return f"{self.refresh} → {self.reuse}"
@@ -124,7 +124,7 @@ def needed_memory(job: SamplingJob, refresh: Degrees, reuse: Degrees) -> int:
     Raises ValueError, with the equation, where they exceed the usable HBM."""
     shape, chip, gib = job.shape, hardware.chip(job.chip), hardware.GIB
     held = [inference.weight_bytes(shape, t) for t in sorted({refresh.tp, reuse.tp})]
-    copies, cache = len({refresh, reuse}), _largest_cache(job, refresh, reuse)
+    copies, cache = len({refresh, reuse}), max(job.cache(refresh), job.cache(reuse))
     steps = zip(KINDS, (refresh, reuse), strict=True)
     space = max(inference.workspace_bytes(shape, job.work(kind), d) for kind, d in steps)
     needed = sum(held) + copies * cache + space
@@ -139,11 +139,6 @@ def needed_memory(job: SamplingJob, refresh: Degrees, reuse: Degrees) -> int:
     return needed
 
 
-def _largest_cache(job: SamplingJob, refresh: Degrees, reuse: Degrees) -> int:
-    size = functools.partial(inference.cache_bytes, job.shape, job.requests, job.length)
-    return max(size(refresh), size(reuse))
-
-
 def exchange_ranks(refresh: Degrees, reuse: Degrees) -> int:
     """Devices of a group inside which the cache moves, 1 for equal degrees."""
     return max(refresh.tp, reuse.tp) // min(refresh.tp, reuse.tp)
@@ -155,7 +150,7 @@ def moved_cache_bytes(job: SamplingJob, refresh: Degrees, reuse: Degrees) -> flo
 
     Sequences and heads trade places in groups of k devices: `switching_run` nests the shards so."""
     k = exchange_ranks(refresh, reuse)
-    return (k - 1) / k * inference.cache_bytes(job.shape, job.requests, job.length, refresh)
+    return (k - 1) / k * job.cache(refresh)
 
 
 def switch_terms(job: SamplingJob, refresh: Degrees, reuse: Degrees) -> dict[str, float]:
@@ -164,7 +159,7 @@ def switch_terms(job: SamplingJob, refresh: Degrees, reuse: Degrees) -> dict[str
     k, chip = exchange_ranks(refresh, reuse), hardware.chip(job.chip)
     if k == 1:
         return {"cache": 0.0, "copies": 0.0, "ids": 0.0}
-    cache = _largest_cache(job, refresh, reuse)
+    cache = max(job.cache(refresh), job.cache(reuse))
     ids = 4 * max(d.sequences(job.requests) for d in (refresh, reuse)) * job.length
     return {
         "cache": float(collective_time("all_to_all", cache, k, k, job.chip)),
@@ -181,13 +176,13 @@ def candidates(job: SamplingJob) -> list[PhasePlan]:
     for refresh in job.degrees():
         for reuse in job.degrees():
             try:
-                needed = needed_memory(job, refresh, reuse)
+                needed_memory(job, refresh, reuse)
             except ValueError as refused:
                 error = refused
                 continue
             switch = sum(switch_terms(job, refresh, reuse).values())
             period = _period(job, refresh, reuse, {k: s.seconds for k, s in steps.items()})
-            found.append(PhasePlan(refresh, reuse, period + switch, switch, needed))
+            found.append(PhasePlan(refresh, reuse, period + switch, switch))
     if all(p.switches for p in found):
         raise ValueError(f"no plan fits {job.devices} × {job.chip}; the last: {error}")
     return sorted(found, key=lambda p: p.seconds)
@@ -254,17 +249,17 @@ def interval(
 
 
 def region(
-    shape: ModelShape,
-    lengths: tuple[int, ...] = LENGTHS,
-    requests: tuple[int, ...] = REQUESTS,
-    reuse_steps: tuple[int, ...] = REUSE_STEPS,
+    shape: ModelShape = LLADA_8B,
+    lengths: tuple[int, ...] = (512, 1024, 2048, 4096),
+    requests: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64),
+    reuse_steps: tuple[int, ...] = (1, 3, 7, 15, 31),
     draws: int = 1000,
 ) -> Grid:
     """Speed-up of the best plan over the best fixed degrees ("value") with its interval, for every
     job that fits a node of eight H100."""
 
-    def gain(**at: Any) -> dict[str, float] | None:
-        job = job_at(shape, at)
+    def gain(**at: int) -> dict[str, float] | None:
+        job = SamplingJob(shape, at[AXES[0]], at[AXES[1]], at[AXES[2]])
         try:
             chosen = plan(job)
         except ValueError:  # nothing fits
@@ -272,10 +267,9 @@ def region(
         low, high = interval(job, chosen, draws)
         return {"value": chosen.speedup, "low": low, "high": high}
 
-    axes = {"positions": lengths, "requests": requests, "reuse steps a refresh": reuse_steps}
-    return Grid.over(gain, **axes)
+    return Grid.over(gain, **dict(zip(AXES, (lengths, requests, reuse_steps), strict=True)))
 
 
-def job_at(shape: ModelShape, at: dict[str, int]) -> SamplingJob:
-    """The job of a case of the region."""
-    return SamplingJob(shape, at["requests"], at["positions"], at["reuse steps a refresh"])
+def best_job(region: Grid) -> SamplingJob:
+    """The job of LLaDA-8B that gains most."""
+    return SamplingJob(LLADA_8B, *region.best().values())

@@ -176,7 +176,7 @@ def execute(
     `PhaseMeshes.of`."""
     shape, period = decoder.model.shape, refresh_period(decoder, refresh_every)
     n = refresh.tp * refresh.dp
-    job = SamplingJob(shape, requests, length, period - 1, decoder.block, devices=n)
+    job = SamplingJob(shape, length, requests, period - 1, decoder.block, devices=n)
     for kind, d in zip(KINDS, (refresh, reuse), strict=True):
         inference.check(shape, job.work(kind), d)
         if requests % d.dp:

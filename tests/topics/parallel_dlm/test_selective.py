@@ -193,7 +193,10 @@ def test_compiled_program_sends_what_the_count_says() -> None:
     given = arm.trained_on_host.params, jnp.zeros((8, L), jnp.int32), flags, flags
     wire = sum(sent(program.lower(*given).compile(), mesh).values())
     rows, D, layers = 8 * L, 32, 3
-    all_reduce = lambda n, width: 2 * 7 / 8 * 4 * n * width
+
+    def all_reduce(n: float, width: int) -> float:
+        return 2 * 7 / 8 * 4 * n * width
+
     scores = all_reduce(rows, 1) * 2 * (layers - 1)
     later = sum(all_reduce(n, D) for n in (8, *[rows / 2] * 2 * (layers - 1), 8, 8)) + scores
     assert wire == all_reduce(rows, D) * (2 * layers + 1) + later
