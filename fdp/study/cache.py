@@ -111,7 +111,7 @@ def describe(value: Any) -> str:
     arrays: list[np.ndarray] = []
     text = json.dumps(pack(_comparable(value), arrays))
     if len(text) <= 60 and not arrays:
-        return text.strip('"')
+        return text
     digest = hashlib.sha256(text.encode())
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).data)
@@ -136,7 +136,9 @@ def _comparable(value: Any) -> Any:
     if names is not None:
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
         return {"class": kind} | {n: _comparable(getattr(value, n)) for n in names}
-    return [_comparable(v) for v in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_comparable, value))
+    return value
 
 
 def _arm(arm: Arm) -> str:
@@ -160,16 +162,21 @@ def code_of(function: Callable[..., Any]) -> str:
     return _source(function.__module__)
 
 
-@functools.cache
-def _source(name: str) -> str:
+def reached(name: str) -> set[str]:
+    """The module and those of its package whose names it uses, directly or not."""
     package, seen, todo = name.split(".")[0], set[str](), {name}
-    digest = hashlib.sha256()
     while todo:
         seen |= todo
         modules = [sys.modules[n] for n in todo if n in sys.modules]
         refers = {r for module in modules for r in map(_home, vars(module).values())}
         todo = {r for r in refers if r.split(".")[0] == package} - seen
-    for found in sorted(seen):
+    return seen
+
+
+@functools.cache
+def _source(name: str) -> str:
+    digest = hashlib.sha256()
+    for found in sorted(reached(name)):
         file = getattr(sys.modules.get(found), "__file__", None)
         digest.update(Path(file).read_bytes() if file else found.encode())
     return digest.hexdigest()[:12]

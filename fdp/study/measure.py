@@ -84,14 +84,14 @@ def perform(parts: Iterable[Part], cache: Cache, workdir: Path, group: str = "")
     """Run or find every measurement, in order, then its rows, raw numbers and pictures.
 
     Raises ValueError for two measurements of one name and what functions raise."""
-    listed = list(_flat(parts))
-    needed = list(dict.fromkeys(n for part in listed for n in _needed(part)))
-    files = [slug(m.name) for m in needed]
-    twice = sorted({m.name for m in needed if files.count(slug(m.name)) > 1})
+    needed = list({id(n): n for part in _flat(parts) for n in _needed(part)}.values())
+    measurements = [m for m in needed if isinstance(m, Measurement)]
+    files = [slug(m.name) for m in measurements]
+    twice = sorted({m.name for m in measurements if files.count(slug(m.name)) > 1})
     if twice:
         raise ValueError(f"two measurements are named {twice[0]!r}: a name is a file in measured/")
-    runner, found = _Runner(cache, sum(map(_calls, needed))), Found()
-    for part in listed:
+    runner, found = _Runner(cache, sum(map(_calls, measurements))), Found()
+    for part in needed:
         if isinstance(part, Row):
             found.rows.append(_grouped(part, group))
             continue
@@ -147,13 +147,13 @@ def _inside(value: Any) -> Iterator[Measurement]:
             yield from _inside(item)
 
 
-def _needed(part: Measurement | Row) -> Iterator[Measurement]:
-    """The measurement and all that it builds on."""
+def _needed(part: Measurement | Row) -> Iterator[Measurement | Row]:
+    """All that a part builds on, and itself."""
     if isinstance(part, Measurement):
         for value in part.values:
             for m in _inside(value):
                 yield from _needed(m)
-        yield part
+    yield part
 
 
 def _calls(m: Measurement) -> int:
@@ -216,7 +216,11 @@ class _Runner:
         assert m.function is not None
         key = {"function": f"{m.function.__module__}.{m.function.__qualname__}"}
         key["code"] = code_of(m.function)
-        key |= {f"argument {i + 1}": describe(v) for i, v in enumerate(values)}
+        for i, value in enumerate(values):
+            try:
+                key[f"argument {i + 1}"] = describe(value)
+            except TypeError as error:
+                raise TypeError(f"argument {i + 1} of {name!r}: {error}") from error
         try:
             result = self.cache.find(name, key)
             self.kept += 1
