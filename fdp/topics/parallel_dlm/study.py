@@ -89,23 +89,14 @@ def small(config: ml_collections.ConfigDict, name: str, degrees: Mapping[str, in
 def study(run: Run) -> Report:
     """Judge the claims, draw the plots, write samples."""
     c, mdlm, ar = run.config, run.arms["mdlm"], run.arms["ar"]
-    samples = {
-        name: measure(
-            f"samples {name}",
-            draw,
-            run.arms[name][0],
-            c.eval.samples,
-            rows=partial(claims.entropy, name, run.arms[name][0]),
-            raw=partial(_texts, run.arms[name][0]),
-            group="Likelihood and samples",
-        )
-        for name in ("mdlm", "ar")
-    }
+    samples = [_samples(run.arms[name][0], c.eval.samples) for name in ("mdlm", "ar")]
     strip = measure("states", policies.states, mdlm[0])
+    claim = "sharded equals unsharded; what all-reduces over tp may leave out"
+    need = claims.needs_devices(claim, "errors, bytes over tp", "<= 1e-5", DEVICES)
     report = run.report(
         derive("loss", run.workdir, plot=figures.losses),
-        measure("head", head.masked_rows_head, mdlm[0], rows=rows.head, group="Training"),
-        *_sharded(run),
+        _training(run),
+        _sampling(run) if jax.device_count() >= DEVICES else need,
         claims.likelihood(
             "MDLM reaches the likelihood of AR at equal budget",
             mdlm,
@@ -115,51 +106,59 @@ def study(run: Run) -> Report:
             metric="validation NELBO (AR: NLL)",
             note="the NELBO bounds the NLL from above; a small MDLM is known to be far behind",
         ),
-        samples.values(),
+        samples,
         strip,
         derive("film_strip", mdlm[0], strip, plot=figures.film_strip),
+        group="Likelihood and samples",
     )
-    lines = [f"[{name}] {text}" for name in samples for text in report.raw[samples[name].name]]
-    write_atomic(run.workdir / "samples.txt", "\n".join([*lines, ""]))
+    texts = "\n".join(line for m in samples for line in report.raw[m.name])
+    write_atomic(run.workdir / "samples.txt", texts + "\n")
     return report
 
 
-def _texts(arm: Arm, ids_BxL: Any) -> list[str]:
+def _samples(arm: Arm, count: int) -> Measurement:
     tokenizer = arm.data.tokenizer
     assert tokenizer is not None
-    return [" ".join(tokenizer.decode(row).split()) for row in ids_BxL]
+
+    def texts(ids_BxL: Any) -> list[str]:
+        return [f"[{arm.name}] {' '.join(tokenizer.decode(row).split())}" for row in ids_BxL]
+
+    judged = partial(claims.entropy, arm.name, arm)
+    return measure(f"samples {arm.name}", draw, arm, count, rows=judged, raw=texts)
 
 
-def _sharded(run: Run) -> Iterator[Any]:
-    """What needs several devices, and the variance of the estimators between."""
-    c, mdlm, tiny = run.config, run.arms["mdlm"], run.config.variant == "tiny"
-    tasks: dict[str, list[Arm]] = {
-        name: run.arms[name] for name in ("mdlm", "markov") if name in run.arms
-    }
-    for name, many in tasks.items():
-        judged, draws = partial(rows.variance, name), c.sampling.draws
-        scatter = estimators.scatter
-        yield measure(f"losses {name}", scatter, each(many), draws, rows=judged, group="Training")
-    if jax.device_count() < DEVICES:
-        claim = "sharded equals unsharded; what sums over tp may leave out"
-        yield claims.needs_devices(claim, "errors, bytes over tp", "<= 1e-5", DEVICES)
-        return
-    group = "Sharded equals unsharded"
+def _tasks(run: Run) -> dict[str, list[Arm]]:
+    """The masked diffusion LMs: of text, and of the chain where there is one."""
+    return {name: arms for name, arms in run.arms.items() if name != "ar"}
+
+
+def _training(run: Run) -> Iterator[Measurement]:
+    """FLOPs of the head, and how much the estimators of the loss scatter."""
+    group, draws = "Training", run.config.sampling.draws
+    yield measure("head", head.masked_rows_head, run.arms["mdlm"][0], rows=rows.head, group=group)
+    for name, arms in _tasks(run).items():
+        given = estimators.scatter, each(arms), draws
+        yield measure(f"losses {name}", *given, rows=partial(rows.variance, name), group=group)
+
+
+def _sampling(run: Run) -> Iterator[Any]:
+    """What needs several devices: equality, ids on the wire, selective sums, switching."""
+    c, arm, group = run.config, run.arms["mdlm"][0], "Sharded equals unsharded"
     yield claims.sharded_equals_unsharded(small, c, MESHES, plot=figures.traffic, group=group)
-    degrees, group = (1, 8) if tiny else (1, 2, 4, 8), "Ids on the wire"
-    wire = each(degrees[1:])
-    yield measure("bytes of ids", head.sampling_bytes, wire, rows=rows.sampling_bytes, group=group)
-    ids = head.ids_by_degree, mdlm[0], c.eval.samples, degrees
+    degrees, group = (1, 8) if c.variant == "tiny" else (1, 2, 4, 8), "Ids on the wire"
+    wire = head.sampling_bytes, each(degrees[1:])
+    yield measure("bytes of ids", *wire, rows=rows.sampling_bytes, group=group)
+    ids = head.ids_by_degree, arm, c.eval.samples, degrees
     yield measure("ids by tp", *ids, rows=rows.equal_ids, group=group)
-    yield from _selective(run, tasks)
-    yield from _switching(c, mdlm[0])
+    yield _selective(run)
+    yield _switching(c, arm)
 
 
-def _selective(run: Run, tasks: dict[str, list[Arm]]) -> Iterator[Measurement]:
+def _selective(run: Run) -> Iterator[Measurement]:
     """Every policy on all tasks at N = L and N = L/4 steps."""
     c, results = run.config, {}
     chosen = each(policies.chosen(tuple(c.sampling.policies)))
-    for name, many in tasks.items():
+    for name, many in _tasks(run).items():
         # The oracle's model is small, and its exact likelihood deserves little noise.
         sequences = c.sampling.sequences * (8 if name == "markov" else 1)
         judges = None if name == "markov" else run.arms["ar"]

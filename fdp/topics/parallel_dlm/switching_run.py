@@ -9,6 +9,7 @@ cache.
 Legend: B sequences, L positions, k ranks of the exchange; coarse = the phase with the smaller tp.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,25 @@ class SwitchedRun:
     compilations: dict[str, int]
 
 
+@functools.lru_cache(maxsize=32)  # runs share what they have in common
+def _phase(decoder: BlockDecoder, kind: str, mesh: Mesh, length: int) -> tuple[Any, Any]:
+    """The jitted step of `kind` on its mesh, and the specs of its parameters."""
+    noised = {"inputs": jnp.zeros((1, length), jnp.int32), "noise": jnp.zeros(1)}
+    specs = module.abstract(decoder.model, noised)[1]["params"]
+    cache, rest = decoder.model.decode_state(1, length)[1], (P(), STATE, STATE, P(), P())
+    step, given = (
+        (decoder.refresh, (specs, *rest))
+        if kind == "refresh"
+        else (decoder.reuse, (specs, cache, *rest))
+    )
+    program = jax.jit(
+        shard_map(step, mesh, given, (STATE, cache)),
+        out_shardings=(NamedSharding(mesh, P("dp")), NamedSharding(mesh, CACHE)),
+        compiler_options=hlo.QUICK,  # a few steps of one job
+    )
+    return program, specs
+
+
 class _Programs:
     """Compiled programs and both layouts of the weights."""
 
@@ -121,24 +141,12 @@ class _Programs:
         self, decoder: BlockDecoder, params: Any, key: jax.Array, length: int, meshes: PhaseMeshes
     ):
         self.decoder, self.meshes, self.key = decoder, meshes, key
-        noised = {"inputs": jnp.zeros((1, length), jnp.int32), "noise": jnp.zeros(1)}
-        specs = module.abstract(decoder.model, noised)[1]["params"]
-        cache, rest = decoder.model.decode_state(1, length)[1], (P(), STATE, STATE, P(), P())
-        self.params, self.state, self.cache = {}, {}, {}
-        self.phase: dict[str, Any] = {}
-        for kind, step, given in (
-            ("refresh", decoder.refresh, (specs, *rest)),
-            ("reuse", decoder.reuse, (specs, cache, *rest)),
-        ):
+        self.phase, self.params, self.state = {}, {}, {}
+        for kind in KINDS:
             mesh = getattr(meshes, kind)
+            self.phase[kind], specs = _phase(decoder, kind, mesh, length)
             self.params[kind] = jax.device_put(params, sharding.shardings(mesh, specs))
             self.state[kind] = NamedSharding(mesh, P("dp"))
-            self.cache[kind] = NamedSharding(mesh, CACHE)
-            self.phase[kind] = jax.jit(
-                shard_map(step, mesh, given, (STATE, cache)),
-                out_shardings=(self.state[kind], self.cache[kind]),
-                compiler_options=hlo.QUICK,  # a few steps of one job
-            )
         self.exchange = exchange(meshes)
 
     def run(self, kind: str, ids_B: Any, z_BxL: Any, cache: Any, step: int) -> tuple[Any, Any]:
@@ -154,7 +162,8 @@ class _Programs:
         """The cache in the layout of the reuse phase."""
         before = NamedSharding(self.meshes.exchange, LAYOUTS[0 if self.meshes.finer else 1])
         moved = self.exchange(jax.tree.map(lambda x: relabelled(x, before), cache))
-        return jax.tree.map(lambda x: relabelled(x, self.cache["reuse"]), moved)
+        after = NamedSharding(self.meshes.reuse, CACHE)
+        return jax.tree.map(lambda x: relabelled(x, after), moved)
 
 
 def execute(
@@ -209,4 +218,7 @@ def fixed_and_switched(arm: Arm, requests: int) -> tuple[SwitchedRun, SwitchedRu
     length, fine = arm.data.seq_len, Degrees(tp=8, dp=1)
     decoder = BlockDecoder(arm.model, arm.objective.n_ids, block=length // 4)
     given = decoder, arm.trained_on_host.params, jax.random.key(arm.seed), requests, length
-    return execute(*given, fine, fine), execute(*given, Degrees(tp=2, dp=4), fine)
+    coarse = Degrees(tp=2, dp=4)
+    # The fixed run on the devices in the order of the switched one's: they share a program.
+    devices = list(PhaseMeshes.of(coarse, fine).reuse.devices.ravel())
+    return execute(*given, fine, fine, devices=devices), execute(*given, coarse, fine)
