@@ -15,7 +15,7 @@ L, IDS = 16, 30
 
 def tiny(**overrides: object) -> Experiment:
     c = config.base()
-    c.model.update(layers=3, width=32, heads=8, kv_heads=8, head_dim=4, ffn=64, vocab=32)
+    c.model.update(layers=2, width=32, heads=8, kv_heads=8, head_dim=4, ffn=64, vocab=32)
     c.data.seq_len, c.train.batch = L, 8
     c.update_from_flattened_dict(overrides)
     return standard(c, blank(L, IDS + 1))

@@ -192,7 +192,7 @@ def test_compiled_program_sends_what_the_count_says() -> None:
     )
     given = arm.trained_on_host.params, jnp.zeros((8, L), jnp.int32), flags, flags
     wire = sum(sent(program.lower(*given).compile(), mesh).values())
-    rows, D, layers = 8 * L, 32, 3
+    rows, D, layers = 8 * L, 32, 2
 
     def all_reduce(n: float, width: int) -> float:
         return 2 * 7 / 8 * 4 * n * width

@@ -1,5 +1,7 @@
 """Topic 1, what crosses the wire: ids and scalars instead of logits (T1.5), int8 sums."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,18 +19,23 @@ from fdp.sampling.noise import categorical, categorical_confidence, position_key
 from fdp.topics.parallel_dlm import head
 
 
+@functools.cache
+def whole() -> tuple[jax.Array, ...]:
+    """Keys, logits, and the tokens and confidences of one device."""
+    normal = np.random.default_rng(0).normal(0, 2, (4, 64, 32))
+    logits = suppress(jnp.asarray(normal, jnp.float32), 30)
+    keys = position_keys(jax.random.key(5), jnp.arange(4), 0, jnp.arange(64))
+    return keys, logits, categorical(keys, logits), jax.nn.softmax(logits).max(-1)
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_token_and_confidence_do_not_depend_on_the_shards(tp: int) -> None:
-    logits = suppress(
-        jnp.asarray(np.random.default_rng(0).normal(0, 2, (4, 64, 32)), jnp.float32), 30
-    )
-    keys = position_keys(jax.random.key(5), jnp.arange(4), 0, jnp.arange(64))
+    keys, logits, expected, confidence = whole()
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": tp})
-    token, sure = shard_map(categorical_confidence, mesh, (P(), P(None, None, "tp")), (P(), P()))(
-        keys, logits
-    )
-    np.testing.assert_array_equal(token, categorical(keys, logits))
-    np.testing.assert_allclose(sure, jax.nn.softmax(logits).max(-1), rtol=1e-6)
+    specs = (P(), P(None, None, "tp"))
+    token, sure = jax.jit(shard_map(categorical_confidence, mesh, specs, (P(), P())))(keys, logits)
+    np.testing.assert_array_equal(token, expected)
+    np.testing.assert_allclose(sure, confidence, rtol=1e-6)
 
 
 @pytest.mark.fast
