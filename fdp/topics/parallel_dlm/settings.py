@@ -1,5 +1,5 @@
-"""Configuration of topic 1: the policies by which sums over tp are made while sampling, and how much
-is sampled. Imports neither jax nor flax.
+"""Configuration of topic 1: the policies by which sums over tp are made while sampling, and how
+much is sampled. Imports neither jax nor flax.
 """
 
 from typing import Any
@@ -52,8 +52,8 @@ def check(c: ml_collections.ConfigDict) -> None:
         )
     if c.objective.name not in OBJECTIVES:
         raise UserError(
-            f"objective.name={c.objective.name!r} is none whose loss and sampler this topic judges: "
-            f"set objective.name to one of {', '.join(OBJECTIVES)}"
+            f"objective.name={c.objective.name!r} is none whose loss and sampler this topic "
+            f"judges: set objective.name to one of {', '.join(OBJECTIVES)}"
         )
     length = c.data.seq_len
     if length % PER_STEP:
