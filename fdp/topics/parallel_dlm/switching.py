@@ -32,6 +32,7 @@ AXES = ("positions", "requests", "reuse steps a refresh")  # of the region
 
 _priced = functools.lru_cache(maxsize=4096)(inference.fastest)
 _factors = functools.lru_cache(maxsize=1024)(uncertainty.factors)
+_collective_time = functools.lru_cache(maxsize=4096)(collective_time)
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ def switch_terms(job: SamplingJob, refresh: Degrees, reuse: Degrees) -> dict[str
     cache = max(job.cache(refresh), job.cache(reuse))
     ids = 4 * max(d.sequences(job.requests) for d in (refresh, reuse)) * job.length
     return {
-        "cache": float(collective_time("all_to_all", cache, k, k, job.chip)),
+        "cache": float(_collective_time("all_to_all", cache, k, k, job.chip)),
         "copies": 4 * cache / (chip.hbm_bandwidth * inference.coefficient("hbm", job.chip)),
-        "ids": float(collective_time("all_gather", ids, k, k, job.chip)),
+        "ids": float(_collective_time("all_gather", ids, k, k, job.chip)),
     }
 
 
