@@ -226,7 +226,7 @@ class Cache:
         for what in dict.fromkeys((*expected, *found)):
             old, new = found.get(what, "not stated"), expected.get(what, "not stated")
             if old != new:
-                raise Absent(f"{path} is of another {what}: {old}, not {new}")
+                raise Absent(f"{path} is of another {what}: {old}, now {new}")
         return value
 
     def keep(self, name: str, key: Key, value: Any, seconds: float) -> Any:

@@ -109,6 +109,7 @@ def reference(axes: Any, level: float, text: str, axis: str = "y") -> None:
     size = max(SMALLEST, _points(axes.figure.get_figwidth()))
     style: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1}
     words: dict[str, Any] = {"color": GREY, "fontsize": size}
+    words["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1.0}
     if axis == "y":
         axes.axhline(level, **style)
         place = axes.get_yaxis_transform()

@@ -51,8 +51,9 @@ class Grid:
     def share(self, threshold: str, sure: bool = False, **at: Any) -> float:
         """Share of the cases with a value that meet "<= x" or ">= x"; `sure`: with the end of the
         interval that is worse for it."""
-        worse = "low" if threshold_of(threshold)[1] == ">=" else "high"
-        value, tested = (self.at(**at)[name] for name in ("value", worse if sure else "value"))
+        value, tested = (
+            self.at(**at)[name] for name in ("value", _worse(threshold)[0] if sure else "value")
+        )
         there = np.isfinite(value)
         held = [judge(float(x), threshold) == "holds" for x in tested[there]]
         return float(np.mean(held))
@@ -64,6 +65,11 @@ class Grid:
         return {name: values[i] for (name, values), i in zip(self.axes.items(), at, strict=True)}
 
 
+def _worse(threshold: str) -> tuple[str, str]:
+    """The field that bounds a value on the side that the threshold fears, and its sign."""
+    return ("low", "≥") if threshold_of(threshold)[1] == ">=" else ("high", "≤")
+
+
 def heat_map(
     grid: Grid,
     title: str,
@@ -72,8 +78,8 @@ def heat_map(
     texts: Mapping[str, Callable[[Any], str]] | None = None,
 ) -> Any:
     """The figure of a grid of three axes: a panel for each value of the first, rows of the second,
-    columns of the third. A box marks cases that meet `threshold`; the second line of a cell is its
-    interval. `texts` {axis: how its values are written}."""
+    columns of the third. A box marks cases that meet `threshold`; the second line of a cell is the
+    end of its interval that is worse for it. `texts` {axis: how its values are written}."""
     (panel_name, panels), (row_name, rows), (column_name, columns) = grid.axes.items()
     write = dict.fromkeys(grid.axes, str) | dict(texts or {})
     beside = min(len(panels), max(1, 11 // len(columns)))  # so many numbers can be read in a row
@@ -98,8 +104,9 @@ def heat_map(
     for axes in many[:, 0]:
         axes.set_ylabel(row_name)
     fig.colorbar(image, ax=many, label=label)
-    interval = "; second line: 95 % interval" if {"low", "high"} <= grid.fields.keys() else ""
-    fig.suptitle(f"{title} (boxed: {threshold}{interval})")
+    worse, _ = _worse(threshold)
+    second = f"; second line: {worse} end of the 95 % interval" if worse in grid.fields else ""
+    fig.suptitle(f"{title}\nboxed: {threshold}{second}")
     return fig
 
 
@@ -110,9 +117,8 @@ def _cell(
     if not math.isfinite(value):
         axes.text(*place, "none fits", ha="center", va="center")
         return
-    text = f"{value:.3g}"
-    if {"low", "high"} <= fields.keys():
-        text += f"\n{fields['low']:.2g}…{fields['high']:.2g}"
+    worse, sign = _worse(threshold)
+    text = f"{value:#.3g}" + (f"\n{sign}{fields[worse]:#.3g}" if worse in fields else "")
     colour = "black" if shade > 0.5 else "white"
     held = judge(value, threshold) == "holds"
     box = {"boxstyle": "square,pad=0.2", "fill": False, "edgecolor": colour} if held else None

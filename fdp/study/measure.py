@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdp.arm import Arm
 from fdp.study import figures
 from fdp.study.cache import Absent, Cache, code_of, describe, slug
 from fdp.study.report import Row, plain
@@ -192,11 +191,10 @@ class _Runner:
         if len({len(items) for items in every}) > 1:
             counts = ", ".join(str(len(items)) for items in every)
             raise ValueError(f"{m.name!r}: each() of {counts} values cannot go in step")
-        found = []
-        for i, item in enumerate(every[0]):
+        found, labels = [], _labels(every[0])
+        for i, label in enumerate(labels):
             one = iter([items[i] for items in every])
             now = [next(one) if isinstance(v, Each) else v for v in values]
-            label = item.label if isinstance(item, Arm) else str(i)
             found.append(self._one(m, f"{m.name} {label}", now))
         return found
 
@@ -248,6 +246,21 @@ class _Runner:
         found = f", {self.kept} of them at an earlier start" if self.kept else ""
         past = clock(time.perf_counter() - self.started)
         print(f"study     {self.total} measured{found}; {past}", flush=True)
+
+
+def _labels(items: Sequence[Any]) -> list[str]:
+    """What tells each item from the others on the screen and in file names."""
+
+    def label(item: Any) -> str:
+        named = item[0] if isinstance(item, tuple) and item else item
+        if isinstance(named, str | int):
+            return str(named)
+        return str(getattr(item, "label", "") or getattr(item, "name", ""))
+
+    labels = [label(item) for item in items]
+    if "" in labels or len({slug(text) for text in labels}) < len(labels):
+        return [str(i) for i in range(len(labels))]
+    return labels
 
 
 def clock(seconds: float) -> str:

@@ -79,8 +79,8 @@ def test_a_grid_shares_its_cells_out(tmp_path):
     assert grid.at(**grid.best()) == {"value": 4, "low": 2, "high": 8}
     fig = heat_map(grid, "Gain", "speed-up", ">= 2", {"length": "{}K".format})
     found = texts(fig)
-    assert {"fabric slow", "fabric fast", "1K", "none fits", "4\n2…8", "speed-up"} <= found
-    assert "Gain (boxed: >= 2; second line: 95 % interval)" in found
+    assert {"fabric slow", "fabric fast", "1K", "none fits", "4.00\n≥2.00", "speed-up"} <= found
+    assert "Gain\nboxed: >= 2; second line: low end of the 95 % interval" in found
     figures.save(fig, tmp_path / "map.png")
     assert figures.smallest_text(fig) >= 8.999
 

@@ -115,13 +115,13 @@ def test_a_second_start_measures_nothing_and_reports_the_same(go, tmp_path) -> N
     assert called == [1, 2, 3, ("mdlm-s0", 5), ("mdlm-s1", 5), ("add", [1, 4, 9], 4)]
     lines = said.splitlines()
     assert [x.split(": ")[-1] for x in lines[:5]] == [
-        "square 0",
         "square 1",
         "square 2",
+        "square 3",
         "label mdlm-s0",
         "label mdlm-s1",
     ]
-    assert re.fullmatch(r"study     1 of 6 after \d:\d\d: square 0", lines[0])
+    assert re.fullmatch(r"study     1 of 6 after \d:\d\d: square 1", lines[0])
     assert re.match(r"study     4 of 6 after \d:\d\d, about \d:\d\d left: label", lines[3])
     second, called, said = go(*parts())
     assert called == []
@@ -136,9 +136,9 @@ def test_a_second_start_measures_nothing_and_reports_the_same(go, tmp_path) -> N
 @pytest.mark.parametrize(
     ("context", "said"),
     [
-        ({"config": "4567", "jax": "0.10.2"}, "of another config: 0123, not 4567"),
-        ({"config": "0123", "jax": "0.12.0"}, "of another jax: 0.10.2, not 0.12.0"),
-        ({"config": "0123"}, "of another jax: 0.10.2, not not stated"),
+        ({"config": "4567", "jax": "0.10.2"}, "of another config: 0123, now 4567"),
+        ({"config": "0123", "jax": "0.12.0"}, "of another jax: 0.10.2, now 0.12.0"),
+        ({"config": "0123"}, "of another jax: 0.10.2, now not stated"),
     ],
 )
 def test_what_another_config_or_version_measured_is_measured_again(go, context, said) -> None:
@@ -310,6 +310,27 @@ def test_raw_json_holds_numbers_and_the_shapes_of_long_arrays(go) -> None:
 
 # Mistakes
 # --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("items", "names"),
+    [
+        (["a", "b"], ["a", "b"]),
+        ([("dp2", {}), ("tp2", {})], ["dp2", "tp2"]),
+        ([Point("p", (0, 1.0)), Point("q", (0, 1.0))], ["p", "q"]),
+        ([Point("p", (0, 1.0)), Point("p", (1, 1.0))], ["0", "1"]),
+        (["a/b", "a b"], ["0", "1"]),
+        ([{"a": 1}, {"b": 2}], ["0", "1"]),
+    ],
+)
+def test_each_call_is_named_after_its_item(go, tmp_path, items, names) -> None:
+    go(measure("m", text_of, each(items)))
+    found = sorted(p.stem for p in (tmp_path / "measured").iterdir())
+    assert found == [f"m_{name}" for name in names]
+
+
+def text_of(item):
+    return str(item)
 
 
 def test_mistakes_in_a_study_are_named(go) -> None:
