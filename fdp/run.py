@@ -120,8 +120,8 @@ def build_arms(
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
-    """Train, study, report. Raises UserError for what the user can fix; returns after a signal, with
-    what was finished on disk and the command that resumes on the screen.
+    """Train, study, report. Raises UserError for what the user can fix; returns after a signal,
+    with what was finished on disk and the command that resumes on the screen.
     """
     resume = f"Resume with:\n  python -m fdp.train {command}"
     try:

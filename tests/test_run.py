@@ -1,5 +1,5 @@
-"""A run that is interrupted outside training ends in one line and the command that resumes; one that
-reports nonsense says what is wrong and keeps what it measured."""
+"""A run that is interrupted outside training ends in one line and the command that resumes; one
+that reports nonsense says what is wrong and keeps what it measured."""
 
 import json
 import signal

@@ -5,7 +5,7 @@ with intervals.
 
 r is the mean of an ensemble of radial-basis networks and 0 far from data. θ lies within the bounds
 of fdp.price.step_time on a logit scale; chips, clusters and software stacks shift it by fitted
-effects that are zero for what was never measured. A pipeline on a cluster where stalls were observed
+effects that are zero for what was never measured. A pipeline on a cluster where stalls were seen
 has two regimes (see `stall_features`); memory comes from fdp.price.footprint, feasibility from its
 distance to the chip's HBM. What ships is coefficients/step_time.json, with its provenance and
 held-out errors, rewritten by `python -m tools.fit_step_time FOLDER` (fdp.price.fit). Prices are

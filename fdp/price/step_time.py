@@ -6,8 +6,8 @@ operations, launch floor; exposed communication over tp, ep, cp, dp with the NIC
 fdp.price.network (which says how its rates relate to these); the pipeline's bubble and transfers;
 optimizer. FLOPs as the field reports them: a causal mask halves the scores
 (`ModelShape.forward_flops`), unlike in `fdp.count.counts.CONVENTION`. Formulas: Shoeybi et al.
-2019, Narayanan et al. 2021 (arXiv 2104.04473, interleaving), Korthikanti et al. 2022 (recomputation,
-sequence parallelism), Rajbhandari et al. 2020 (ZeRO).
+2019, Narayanan et al. 2021 (arXiv 2104.04473, interleaving), Korthikanti et al. 2022
+(recomputation, sequence parallelism), Rajbhandari et al. 2020 (ZeRO).
 
 Legend: T tokens of a microbatch on a device, D width; every array is (N,), one entry a job; times
 in seconds."""

@@ -72,8 +72,8 @@ def smallest_text(fig: Any) -> float:
 
 
 def save(fig: Any, path: Path) -> Path:
-    """Render `fig` with Agg to the PNG `path`, atomically, and return the path. Text too small to be
-    read is enlarged."""
+    """Render `fig` with Agg to the PNG `path`, atomically, and return the path. Text too small to
+    be read is enlarged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas, least = FigureCanvasAgg(fig), _points(fig.get_figwidth())
@@ -134,8 +134,8 @@ def curves(
     smooth: int = 1,
 ) -> Any:
     """The figure of one line per label of `series` {label: (x, y)} and a labelled level for each of
-    `levels`. `smooth`: lines of at least twice as many values are means over so many, and say it."""
-    fig, axes = figure(height=4.0)
+    `levels`. `smooth`: lines of at least twice as many values are means over so many, and say
+    it.""" fig, axes = figure(height=4.0)
     for i, (label, (x, y)) in enumerate(series.items()):
         if smooth > 1 and len(y) >= 2 * smooth:
             x, y, label = (

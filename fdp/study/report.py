@@ -1,5 +1,5 @@
-"""The Report of a study: claims with numbers, verdicts that follow from the numbers, how each number
-came to be, and what a person reads first: the question, the answer, the rows that decide.
+"""The Report of a study: claims with numbers, verdicts that follow from the numbers, how each
+number came to be, and what a person reads first: the question, the answer, the rows that decide.
 """
 
 import dataclasses
@@ -62,7 +62,8 @@ def threshold_of(text: str) -> tuple[str | None, str, float]:
 
 
 def judge(number: float, threshold: str) -> str:
-    """ "holds" or "fails": the point estimate decides (`crosses` tells whether its interval agrees).
+    """ "holds" or "fails": the point estimate decides (`crosses` tells whether its interval
+    agrees).
 
     `threshold` is "<= x", ">= x" or "== x" (equal to 1 part in 10⁹), optionally after "value" or
     "ratio". Raises BadReport on another text and on a number that is not finite."""
@@ -100,9 +101,9 @@ class Row:
     """One claim with the number that decides it. Make rows with `Row.judged` or `Row.untestable`.
 
     `threshold` speaks of the ratio where there is one, else of the value; "value <= x" or "ratio <=
-    x" says which. `ci` is the 95 % interval of that same number. Rows of one `group` stand together;
-    those that answer the question of the study have `decides`. Raises BadReport where the verdict is
-    not what the number says."""
+    x" says which. `ci` is the 95 % interval of that same number. Rows of one `group` stand
+    together; those that answer the question of the study have `decides`. Raises BadReport where the verdict
+    is not what the number says."""
 
     claim: str
     metric: str

@@ -20,10 +20,10 @@ def interval(
     """Interval of the mean over seeds, or None below two seeds.
 
     With `baseline`, values of the same seeds in the same order: of the paired ratio mean(values) /
-    mean(baseline). Below FEW seeds: Student's t with n - 1 degrees of freedom, of the mean or of the
-    logarithm of the ratio (to first order, which centres the interval on the ratio itself; a ratio
-    of numbers that are not all positive is taken as it is); else a bias-corrected bootstrap. Raises
-    ValueError for unequal counts."""
+    mean(baseline). Below FEW seeds: Student's t with n - 1 degrees of freedom, of the mean or of
+    the logarithm of the ratio (to first order, which centres the interval on the ratio itself; a
+    ratio of numbers that are not all positive is taken as it is); else a bias-corrected bootstrap.
+    Raises ValueError for unequal counts."""
     x_N = np.asarray(values, float)
     if baseline is not None and np.shape(baseline) != x_N.shape:
         raise ValueError(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from oracles import sample_cached
 
 from fdp.collectives import shard_map
 from fdp.count import jaxpr
@@ -23,6 +24,7 @@ from fdp.price import hardware, inference
 from fdp.price.inference import GQA_70B, LLADA_8B, Degrees, ForwardPass
 from fdp.price.shapes import named
 from fdp.sampling.cached import BlockDecoder
+from fdp.sampling.noise import Draw
 
 pytestmark = pytest.mark.fast
 MATMULS = Path(__file__).parents[2].parent / "shared/data/planning/comm/gemm_bf16_vidur.csv.gz"
@@ -95,7 +97,7 @@ def test_an_autoregressive_step_is_one_row():
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"tp": 4})
 
     def run(p, ids):
-        return autoregressive.sample_cached(model, p, jax.random.key(0), ids, L, 31, n_ids=30)[0]
+        return sample_cached(model, p, Draw(jax.random.key(0), ids, L, 30), 31)[0]
 
     made = jax.make_jaxpr(shard_map(run, mesh, (specs, P()), P()))(shapes, jnp.arange(2))
     one = inference.flops(c, ForwardPass(2, 1, L, 1), Degrees(4, 1))

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from oracles import sample_cached
 
 from fdp.collectives import shard_map
 from fdp.mesh import AXES, make_mesh
 from fdp.models import module
 from fdp.sampling import autoregressive, cached, masked
 from fdp.sampling.noise import Draw
-from tests.oracles import sample_cached
 
 pytestmark = pytest.mark.fast
 

@@ -109,7 +109,8 @@ def test_the_first_picture_on_a_machine_says_nothing(tmp_path):
     code = (
         "import logging; logging.basicConfig(level=0)\nfrom fdp.study.figures import figure, save"
     )
-    code += f"\nfrom pathlib import Path\nfig, axes = figure()\nsave(fig, Path({str(tmp_path)!r}) / 'a.png')"
+    code += "\nfrom pathlib import Path\nfig, axes = figure()"
+    code += f"\nsave(fig, Path({str(tmp_path)!r}) / 'a.png')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"MPLCONFIGDIR": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(sys.path)},

@@ -1,5 +1,5 @@
-"""What was measured is found again, and nothing else is: not of another config, version, seed, value
-or code, and not from a damaged file."""
+"""What was measured is found again, and nothing else is: not of another config, version, seed,
+value or code, and not from a damaged file."""
 
 import json
 import os

@@ -27,9 +27,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "iid exact k": {"form": "k", "antithetic": False},
     METHOD: {"form": "k", "antithetic": True},
 }
-CHUNK = (
-    16  # draws in one program: few enough calls, and the queue of multi-device programs stays short
-)
+CHUNK = 16  # draws in one program: few calls, and the queue of multi-device programs stays short
 
 
 @dataclass(frozen=True)

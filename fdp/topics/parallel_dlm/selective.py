@@ -1,23 +1,22 @@
-"""Selective all-reduce across denoising steps: of every sum over tp, send only the rows that this
-step needs.
+"""Selective all-reduce across denoising steps: of every all-reduce over tp, send only the rows that
+this step needs.
 
-Between two denoising steps few tokens change, and few positions are read. Each device keeps, for
-every row-parallel sum, the other devices' share of each row as of the last time that row was sent
-(`rest`). A row that is not sent adds its own fresh partial product to that stale rest. Which rows
-to send, all devices of a tp group must agree on:
+Between two denoising steps few tokens change, and few positions are read. For every row-parallel
+sum, each device keeps the other devices' share of each row as of the last time that row was sent
+(`rest`). A row that is not sent adds its own fresh partial product to that stale rest. All devices
+of a tp group agree on the rows to send:
 
-- rows whose token has just changed, and rows that will be read in this step (the noise is
-  counter-based, so the positions that this step reveals are known before the forward pass); in the
-  last layer only the latter;
-- of the others, those with the largest score under a rule: "drift", how far the partial products
-  have moved since the row was last sent (Σ over devices, one float a row on the wire); "attention",
-  the attention mass on changed rows; "window", nearness to a changed row.
+- Rows whose token has just changed, and rows that this step will read. The noise is counter-based,
+  so the positions about to be revealed are known before the forward pass. The last layer sends only
+  rows that are read.
+- Of the others, those with the largest score under a rule. "drift": how far the partial products
+  have moved since the row was last sent (Σ over devices, one float a row on the wire).
+  "attention": the attention mass on changed rows. "window": nearness to a changed row.
 
 Rows are chosen among all sequences of a device, in a static number. With every row sent this is the
 exact sum, bit for bit. Sampling only: gradients through stale sums would be biased.
 
-Legend: B sequences and L positions of this device, D width, A rows sent, V vocabulary (local over
-tp)."""
+Legend: B sequences and L positions of this device, D width, A rows sent."""
 
 import math
 from dataclasses import dataclass, replace
@@ -93,7 +92,7 @@ class Policy:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Step:
+class StepRows:
     """What all devices of a tp group know of a denoising step: rows changed and rows to be read,
     bool, its number.
     """
@@ -111,7 +110,7 @@ class Step:
 class SelectiveSum(Module):
     """Replaces the all-reduce over tp (`fdp.models.layers.Reduction`), with its state in the cache.
 
-    `capacity`: rows sent. Those that `Step.forced` names come first, at most `capacity`; where
+    `capacity`: rows sent. Those that `StepRows.forced` names come first, at most `capacity`; where
     there are as many (`spare` False), no other row is looked at. `given` None sends all.
     """
 
@@ -123,7 +122,7 @@ class SelectiveSum(Module):
 
     @compact
     def __call__(
-        self, partial_BxLxD: Array, layer: str, attended: Any = None, given: Step | None = None
+        self, partial_BxLxD: Array, layer: str, attended: Any = None, given: StepRows | None = None
     ) -> Array:
         partial_BxLxD = vary(partial_BxLxD, "tp")
 
@@ -147,17 +146,19 @@ class SelectiveSum(Module):
             score_BxL = self._score(partial_BxLxD - own, attended, given)
         score_BxL = jnp.where(given.forced(self.forced), jnp.inf, score_BxL)
         _, rows_A = jax.lax.top_k(score_BxL.reshape(-1), self.capacity)
-        flat = lambda x: x.reshape(-1, x.shape[-1])
-        sent_AxD = flat(partial_BxLxD)[rows_A]
+        sent_AxD = partial_BxLxD.reshape(-1, partial_BxLxD.shape[-1])[rows_A]
         total_AxD = self._sum(sent_AxD)
-        put = lambda x, new: flat(x).at[rows_A].set(new).reshape(x.shape)
+
+        def put(x: Array, new: Array) -> Array:
+            return x.reshape(-1, x.shape[-1]).at[rows_A].set(new).reshape(x.shape)
+
         keep(put(rest, total_AxD - sent_AxD), put(own, sent_AxD))
         return put(stale_BxLxD, total_AxD)
 
     def _sum(self, partial: Array) -> Array:
         return vary(int8_psum(partial, "tp") if self.policy.int8 else psum(partial, "tp"), "tp")
 
-    def _score(self, moved_BxLxD: Array, attended: Any, step: Step) -> Array:
+    def _score(self, moved_BxLxD: Array, attended: Any, step: StepRows) -> Array:
         """Who else needs sending, f32 [B, L], equal on every device of the tp group."""
         changed_BxL = step.changed_BxL.astype(jnp.float32)
         if self.policy.rule == "drift":
@@ -172,7 +173,7 @@ class SelectiveSum(Module):
             self.cache("mass", vary(mass, "tp"))
         return self.cached("mass")
 
-    def _channels(self, partial_BxLxD: Array, rest: Array, layer: str, step: Step) -> Array:
+    def _channels(self, partial_BxLxD: Array, rest: Array, layer: str, step: StepRows) -> Array:
         """Partial synchronisation (as in CAAT-Net, there trained): the channels whose turn it is,
         the rest stale.
         """
@@ -180,7 +181,10 @@ class SelectiveSum(Module):
         if D % ways:
             raise ValueError(f"width {D} is not divisible by refresh = {ways} groups of channels")
         turn = step.number % ways
-        group = lambda x: x.reshape(*x.shape[:-1], ways, D // ways)
+
+        def group(x: Array) -> Array:
+            return x.reshape(*x.shape[:-1], ways, D // ways)
+
         sent = jax.lax.dynamic_index_in_dim(group(partial_BxLxD), turn, -2, keepdims=False)
         total = self._sum(sent)
 
@@ -229,8 +233,8 @@ def selective(model: Transformer, policy: Policy, sizes: tuple[int, ...]) -> Tra
         return layer(SelectiveSum, policy=policy, **fields)
 
     mixing, ffn = layer(Attention, core=core), layer(SwiGLU)
-    block = lambda i: layer(Block, mixing=mixing, ffn=ffn, reduction=sums(i))
-    return model.clone(pattern=tuple(block(i) for i in range(1, last + 1)), reduction=sums(0))
+    pattern = [layer(Block, mixing=mixing, ffn=ffn, reduction=sums(i)) for i in range(1, last + 1)]
+    return model.clone(pattern=tuple(pattern), reduction=sums(0))
 
 
 def forward(
@@ -240,18 +244,16 @@ def forward(
     cache: Cache | None,
     policy: Policy,
     per_step: int,
-    step: Step | None,
+    step: StepRows | None,
 ) -> tuple[Array, Cache]:
     """Final normed activations [B, L, D] and the new cache; `step` None sends everything (and fills
     a first cache).
     """
-    layers, length = model.shape.layers, z_BxL.shape[1]
+    layers, length, stacked = model.shape.layers, z_BxL.shape[1], params["layers"]
     sizes = capacities(policy, layers, z_BxL.size, per_step, length)
-    of_layer = lambda i: jax.tree.map(lambda p: p[i : i + 1], params["layers"])
-    split = {**params, "layers": {str(i): of_layer(i) for i in range(layers)}}
+    every = {str(i): jax.tree.map(lambda p, i=i: p[i : i + 1], stacked) for i in range(layers)}
     args = z_BxL, jnp.zeros(len(z_BxL)), None, None, step
     sums = selective(model, policy, tuple(sizes))
-    out, _, cache = run(
-        sums, {"params": split}, *args, method="hidden", cache=cache, keep_cache=True
-    )
+    given = {"params": {**params, "layers": every}}
+    out, _, cache = run(sums, given, *args, method="hidden", cache=cache, keep_cache=True)
     return out, cache

@@ -11,7 +11,7 @@ from fdp.price.fit import FitData
 from fdp.price.hardware import GIB
 from fdp.price.ranking import LIKELY, Ranking, price
 from fdp.price.space import space
-from fdp.study.report import figure
+from fdp.study.figures import figure, save
 from fdp.topics.parallelism_search.landscapes import Searches
 from fdp.topics.parallelism_search.validate import HoldOut
 

@@ -16,11 +16,12 @@ from fdp.count import hlo
 from fdp.price import inference
 from fdp.price.inference import GQA_70B, LLADA_8B, Degrees
 from fdp.sampling import cached
-from fdp.topics.parallel_dlm import switching, switching_region, switching_run
-from fdp.topics.parallel_dlm.switching import Job
+from fdp.study.figures import smallest_text
+from fdp.topics.parallel_dlm import figures, switching, switching_run
+from fdp.topics.parallel_dlm.switching import SamplingJob
 
 pytestmark = pytest.mark.fast
-JOB = Job(LLADA_8B, requests=8, length=1024, reuse_steps=7)
+JOB = SamplingJob(LLADA_8B, requests=8, length=1024, reuse_steps=7)
 KEY, B, L, N_IDS = jax.random.key(3), 8, 12, 13
 
 
@@ -38,7 +39,10 @@ def execute(refresh, reuse, **options):
 @functools.cache
 def reference(refresh_every=None):
     how, params = made()
-    run = lambda p, ids: cached.sample(how, p, KEY, ids, L, refresh_every=refresh_every)[0]
+
+    def run(p, ids):
+        return cached.sample(how, p, KEY, ids, L, refresh_every=refresh_every)[0]
+
     return np.asarray(jax.jit(run)(params, np.arange(B)))
 
 
@@ -79,19 +83,19 @@ def test_more_refreshes_move_more_and_change_what_they_should():
 
 
 def test_a_cache_that_is_lost_or_mislaid_is_noticed(monkeypatch):
-    right = switching_run._Phases.move
+    right = switching_run._Programs.move
     for spoil in (
         lambda x: 0 * x,
         lambda x: jax.device_put(np.roll(np.asarray(x), 1, 1), x.sharding),
     ):
         monkeypatch.setattr(
-            switching_run._Phases,
+            switching_run._Programs,
             "move",
             lambda self, cache, s=spoil: jax.tree.map(s, right(self, cache)),
         )
         assert (execute(Degrees(2, 4), Degrees(4, 2)).ids != reference()).any()
     monkeypatch.setattr(switching_run, "exchange", lambda meshes: lambda cache: cache)
-    monkeypatch.setattr(switching_run._Phases, "move", right)
+    monkeypatch.setattr(switching_run._Programs, "move", right)
     with pytest.raises(ValueError, match="move the array instead"):
         execute(Degrees(2, 4), Degrees(4, 2))
 
@@ -105,14 +109,14 @@ def test_no_exchange_could_send_less(refresh, reuse):
     no more.
     """
     refresh, reuse = Degrees(*refresh), Degrees(*reuse)
-    meshes = switching_run.Meshes.of(refresh, reuse)
+    meshes = switching_run.PhaseMeshes.of(refresh, reuse)
     shape = (2, B, L, 8, 4)
     spec = P(None, "dp", None, "tp", None)
     maps = [
         NamedSharding(m, spec).devices_indices_map(shape) for m in (meshes.refresh, meshes.reuse)
     ]
-    cells = lambda index: np.arange(np.prod(shape)).reshape(shape)[index].ravel()
-    lacking = {len(np.setdiff1d(cells(maps[1][d]), cells(maps[0][d]))) for d in jax.devices()}
+    cells = np.arange(np.prod(shape)).reshape(shape)
+    lacking = {len(np.setdiff1d(cells[maps[1][d]], cells[maps[0][d]])) for d in jax.devices()}
     k = switching.exchange_ranks(refresh, reuse)
     assert lacking == {int((k - 1) / k * np.prod(shape) / 8)}
     finer = reuse.tp > refresh.tp
@@ -154,32 +158,23 @@ def test_runs_that_cannot_be_are_refused(refresh, reuse, requests, message):
 # The plan.
 
 
-def test_the_profile_lists_every_step_with_its_counts():
-    table = switching.profile(JOB)
-    assert [(e.kind, e.degrees.tp) for e in table] == [
+def test_every_kind_of_step_is_priced_at_every_degree():
+    table = JOB.steps()
+    assert [(kind, d.tp) for kind, d in table] == [
         (k, t) for k in switching.KINDS for t in (1, 2, 4, 8)
     ]
-    for entry in table:
-        work = JOB.work(entry.kind)
-        assert entry.flops == inference.flops(LLADA_8B, work, entry.degrees)
-        t, rows = entry.degrees.tp, entry.degrees.sequences(8) * work.rows
-        draws = 4 * entry.degrees.sequences(8) * 32 * 2
-        assert entry.tp_bytes == pytest.approx(2 * (t - 1) / t * (65 * rows * 4096 * 2 + draws))
-    assert (
-        len({e.flops for e in table if e.kind == "refresh"}) == 1
-    )  # the work of a device is the same on every mesh
-    assert [e.degrees.dp for e in switching.profile(dataclasses.replace(JOB, requests=2))] == [
-        2,
-        1,
-        2,
-        1,
-    ]
+    for (kind, d), step in table.items():
+        assert step == inference.fastest(LLADA_8B, JOB.work(kind), d, "h100")
+    # The work of a device is the same on every mesh.
+    flops = {inference.flops(LLADA_8B, JOB.work("refresh"), d) for _, d in table}
+    assert len(flops) == 1
+    two = dataclasses.replace(JOB, requests=2).steps()
+    assert [d.dp for _, d in two] == [2, 1, 2, 1]
 
 
 def test_refreshes_want_dp_and_reuses_want_tp():
     choice = switching.plan(JOB)
     assert choice.best.refresh.tp < choice.best.reuse.tp
-    assert choice.best.weights == "held twice"
     assert choice.speedup > 1.1
     assert not choice.fixed.switches
     assert choice.best.seconds > choice.best.switch_seconds > 0
@@ -189,11 +184,14 @@ def brute(job):
     """Least seconds of one period over all pairs, with and without a switch, from the formulas
     alone.
     """
-    step = lambda kind, d: inference.fastest(job.shape, job.work(kind), d, job.chip).seconds
+
+    def step(kind, d):
+        return inference.fastest(job.shape, job.work(kind), d, job.chip).seconds
+
     pairs = {}
     for a in job.degrees():
         for b in job.degrees():
-            switch = sum(switching.switch_terms(job, a, b, "held twice").values())
+            switch = sum(switching.switch_terms(job, a, b).values())
             pairs[a, b] = step("refresh", a) + job.reuse_steps * step("reuse", b) + switch
     return min(pairs.values()), min(s for (a, b), s in pairs.items() if a == b)
 
@@ -214,46 +212,31 @@ def test_one_request_leaves_nothing_to_switch():
 
 def test_the_switch_is_paid_for():
     a, b = Degrees(1, 8), Degrees(8, 1)
-    terms = switching.switch_terms(JOB, a, b, "held twice")
-    assert terms["weights"] == 0 and all(terms[name] > 0 for name in ("cache", "copies", "ids"))
+    assert all(seconds > 0 for seconds in switching.switch_terms(JOB, a, b).values())
     assert switching.moved_cache_bytes(JOB, a, b) == 7 / 8 * 2 * 32 * 1024 * 4096 * 2
-    assert sum(switching.switch_terms(JOB, a, a, "one layout").values()) == 0
-    again = switching.switch_terms(JOB, a, b, "gathered again")
-    assert (
-        again["weights"] > 0.03
-    )  # 16 GB through NVLink for every refresh: more than the refresh saves
-    assert {k: v for k, v in again.items() if k != "weights"} == {
-        k: v for k, v in terms.items() if k != "weights"
-    }
+    assert sum(switching.switch_terms(JOB, a, a).values()) == 0
 
 
 def test_memory_is_an_equation_and_bounds_the_plans():
     a, b, gib = Degrees(2, 4), Degrees(8, 1), 2**30
-    one, text = switching.memory(JOB, a, b, "held twice")
-    again, _ = switching.memory(JOB, a, b, "gathered again")
-    alone, _ = switching.memory(JOB, a, a, "one layout")
-    assert one - again == inference.weight_bytes(LLADA_8B, 8)
-    assert again - alone == inference.cache_bytes(LLADA_8B, 8, 1024, a)
-    assert text == (
-        f"weights {inference.weight_bytes(LLADA_8B, 2) / gib:.1f} + "
-        f"{inference.weight_bytes(LLADA_8B, 8) / gib:.1f} + "
-        "cache 2·0.5 + activations "
-        f"{inference.workspace_bytes(LLADA_8B, JOB.work('refresh'), a) / gib:.1f} GiB"
+    both, one = switching.needed_memory(JOB, a, b), switching.needed_memory(JOB, a, a)
+    assert both - one == inference.weight_bytes(LLADA_8B, 8) + inference.cache_bytes(
+        LLADA_8B, 8, 1024, a
     )
-    large = Job(GQA_70B, 8, 1024, 7)
+    large = SamplingJob(GQA_70B, 1024, 8, 7)
+    cache = inference.cache_bytes(GQA_70B, 8, 1024, a) / gib
     with pytest.raises(
-        ValueError, match=r"weights held twice: weights 65.7 \+ 16.4 \+ .* > 0.9·80 GiB of h100"
+        ValueError, match=rf"weights 65.7 \+ 16.4 \+ cache 2·{cache:.1f} \+ .* > 0.9·80 GiB of h100"
     ):
-        switching.check_memory(large, a, b, "held twice")
+        switching.needed_memory(large, a, b)
     plans = switching.candidates(large)
-    assert all(p.memory <= 0.9 * 80 * gib for p in plans)
+    assert all(switching.needed_memory(large, p.refresh, p.reuse) <= 72 * gib for p in plans)
     assert not any(Degrees(1, 8) in (p.refresh, p.reuse) for p in plans)
-    assert any(p.weights == "gathered again" and p.refresh == a for p in plans)
 
 
 def test_jobs_without_a_plan_are_refused():
     with pytest.raises(ValueError, match=r"no plan fits 8 × h100; .* GiB > 0.9·80 GiB"):
-        switching.plan(Job(GQA_70B, 512, 8192, 7))
+        switching.plan(SamplingJob(GQA_70B, 8192, 512, 7))
     with pytest.raises(ValueError, match=r"no \{tp, dp\} with tp·dp = 7"):
         switching.plan(dataclasses.replace(JOB, devices=7, requests=3))
     with pytest.raises(ValueError, match="head_rows ≤ rows ≤ keys must hold: 32, 16, 16"):
@@ -265,11 +248,11 @@ def test_jobs_without_a_plan_are_refused():
 
 def test_the_interval_holds_the_plan_against_the_best_of_every_draw():
     choice = switching.plan(JOB)
-    low, high = switching_region.interval(JOB, choice)
+    low, high = switching.interval(JOB, choice)
     assert low < choice.speedup < high
-    assert (low, high) == switching_region.interval(JOB, choice)  # seeded
-    assert (low, high) != switching_region.interval(JOB, choice, seed=1)
-    wide = switching_region.interval(JOB, choice, level=0.99)
+    assert (low, high) == switching.interval(JOB, choice)  # seeded
+    assert (low, high) != switching.interval(JOB, choice, seed=1)
+    wide = switching.interval(JOB, choice, level=0.99)
     assert wide[0] < low and wide[1] > high
 
 
@@ -277,44 +260,53 @@ def test_a_fixed_plan_may_lose_to_another_fixed_one():
     job = dataclasses.replace(JOB, requests=64, reuse_steps=1)
     choice = switching.plan(job)
     assert choice.best == choice.fixed
-    low, high = switching_region.interval(job, choice)
+    low, high = switching.interval(job, choice)
     assert low < 0.95 and high == 1
 
 
 def test_without_errors_the_interval_is_the_estimate(monkeypatch):
-    monkeypatch.setattr(
-        switching_region, "spread", lambda chip: dict.fromkeys(inference.BOUND, 0.0)
-    )
+    monkeypatch.setattr(switching, "spread", lambda chip: dict.fromkeys(inference.BOUND, 0.0))
     choice = switching.plan(JOB)
-    assert switching_region.interval(JOB, choice, draws=4) == pytest.approx((choice.speedup,) * 2)
+    assert switching.interval(JOB, choice, draws=4) == pytest.approx((choice.speedup,) * 2)
 
 
 def test_errors_are_shared_where_they_have_one_cause():
-    errors = switching_region.Errors("h100", 50, 0)
-    collective = "network from 1 MiB"
-    assert (errors.factor(collective, 2) == errors.factor(collective, 2)).all()
-    assert (errors.factor(collective, 2) != errors.factor(collective, 4)).all()
+    sigma = switching.spread("h100")
+    assert sigma["network below 1 MiB"] > 3 * sigma[switching.LARGE]
     step = inference.price(LLADA_8B, JOB.work("reuse"), Degrees(2, 4), "h100")
-    sigma = switching_region.spread("h100")
-    assert sigma["network below 1 MiB"] > 3 * sigma[collective]
-    seconds = switching_region.Errors("h100", 4000, 0).seconds("reuse", Degrees(2, 4), step)
-    assert np.median(seconds) == pytest.approx(step.seconds, rel=0.1)
-    with pytest.raises(ValueError, match="no measured matmuls of b200"):
-        switching_region.spread("b200")
 
+    def seconds(kind, tp, term):
+        alone = dataclasses.replace(step, terms={term: 1.0})
+        return switching.possible_seconds(kind, tp, alone, sigma, 50, 0)
 
-def test_the_region_is_the_plans_of_its_cells(tmp_path):
-    found = switching_region.region(LLADA_8B, (1024, 2048), (1, 8, 64), (1, 7), draws=50)
-    assert found.speedup.shape == (2, 3, 2)
-    assert found.speedup[0, 1, 1] == switching.plan(JOB).speedup
-    assert (found.speedup[:, 0] == 1).all()
-    assert found.share() == pytest.approx((found.speedup >= 1.1).mean())
-    assert found.share(sure=True) <= found.share() <= found.share(1.0) == 1
-    full = switching_region.region(GQA_70B, (8192,), (8, 512), (7,), draws=10)
-    assert np.isnan(full.speedup[0, 1, 0]) and full.choices[0, 1, 0] is None
-    assert full.share(1.0) == 1
-    for path in (
-        switching_region.heat_map(tmp_path / "map.png", full, "70B"),
-        switching_region.step_times(tmp_path / "steps.png", JOB, "8B"),
+    for term, by_tp, by_kind in (
+        (switching.LARGE, True, False),
+        ("matmul compute", True, True),
+        ("attention compute", False, False),
+        ("launch", False, False),
     ):
-        assert path.stat().st_size > 10_000
+        one = seconds("reuse", 2, term)
+        assert (seconds("reuse", 4, term) != one).all() == by_tp
+        assert (seconds("refresh", 2, term) != one).all() == by_kind
+    many = switching.possible_seconds("reuse", 2, step, sigma, 4000, 0)
+    assert np.median(many) == pytest.approx(step.seconds, rel=0.1)
+    with pytest.raises(ValueError, match="no measured matmuls of b200"):
+        switching.spread("b200")
+
+
+def test_the_region_is_the_plans_of_its_cells():
+    found = switching.region(LLADA_8B, (1024, 2048), (1, 8, 64), (1, 7), draws=50)
+    speedup = found.fields["value"]
+    assert speedup.shape == (2, 3, 2)
+    assert speedup[0, 1, 1] == switching.plan(JOB).speedup
+    assert (speedup[:, 0] == 1).all()
+    assert found.share("value >= 1.1") == pytest.approx((speedup >= 1.1).mean())
+    assert found.share("value >= 1.1", sure=True) <= found.share("value >= 1.1")
+    full = switching.region(GQA_70B, (8192,), (8, 512), (7,), draws=10)
+    assert np.isnan(full.fields["value"][0, 1, 0]) and full.share("value >= 1") == 1
+
+
+def test_pictures_of_the_plans_can_be_read():
+    found = switching.region(LLADA_8B, (1024, 2048), (1, 8), (1, 7), draws=10)
+    for drawn in (figures.speedups(found), figures.step_times(found)):
+        assert smallest_text(drawn) >= 8.999
