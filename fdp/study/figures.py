@@ -135,7 +135,8 @@ def curves(
 ) -> Any:
     """The figure of one line per label of `series` {label: (x, y)} and a labelled level for each of
     `levels`. `smooth`: lines of at least twice as many values are means over so many, and say
-    it.""" fig, axes = figure(height=4.0)
+    it."""
+    fig, axes = figure(height=4.0)
     for i, (label, (x, y)) in enumerate(series.items()):
         if smooth > 1 and len(y) >= 2 * smooth:
             x, y, label = (

@@ -102,8 +102,8 @@ class Row:
 
     `threshold` speaks of the ratio where there is one, else of the value; "value <= x" or "ratio <=
     x" says which. `ci` is the 95 % interval of that same number. Rows of one `group` stand
-    together; those that answer the question of the study have `decides`. Raises BadReport where the verdict
-    is not what the number says."""
+    together; those that answer the question of the study have `decides`. Raises BadReport where
+    the verdict is not what the number says."""
 
     claim: str
     metric: str
