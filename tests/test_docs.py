@@ -25,3 +25,17 @@ def test_links_and_pictures_are_there() -> None:
             if not target.startswith("http") and not (page.parent / target).exists():
                 missing.append(f"{page.relative_to(ROOT)}: {target}")
     assert not missing
+
+
+def test_the_counts_of_claims_are_those_of_the_published_tables() -> None:
+    rows = re.findall(
+        r"^\| \d+ \[\w+\]\((.+)/README.md\) .*\| (\d+) \| (\d+) \|$",
+        (ROOT / "README.md").read_text(encoding="utf8"),
+        re.MULTILINE,
+    )
+    assert len(rows) == len(list(ROOT.glob("configs/topic*.py")))
+    for folder, held, failed in rows:
+        page = ROOT / folder / "results.md"
+        table = (page if page.exists() else ROOT / folder / "README.md").read_text(encoding="utf8")
+        found = [len(re.findall(rf"\| \W*{word}\W* \|", table)) for word in ("holds", "fails")]
+        assert found == [int(held), int(failed)], folder
