@@ -369,6 +369,16 @@ def test_core_names_no_topic() -> None:
 
 
 @pytest.mark.fast
+def test_every_class_has_a_name_of_its_own() -> None:
+    names: dict[str, list[str]] = {}
+    for path in (p for p in SOURCES if p.is_relative_to(ROOT / "fdp")):
+        for node in ast.parse(path.read_text(encoding="utf8")).body:
+            if isinstance(node, ast.ClassDef):
+                names.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert not {name: paths for name, paths in names.items() if len(paths) > 1}
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("source", "path"),
     [

@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 
 from fdp.price import footprint, hybrid, step_time
 from fdp.price.hybrid import EFFECTS, MEMORY_EFFECTS, Model
-from fdp.price.measurements import Measurement
+from fdp.price.measurements import MeasuredRun
 from fdp.price.workload import Columns, columns
 
 SIGMA, FREEDOM = 0.06, 3.0  # scale of the log error and degrees of freedom of its Student-t
@@ -34,7 +34,7 @@ INTERVAL = 0.9
 class FitData:
     """All measurements as arrays (N,), built once; a fit chooses rows by weight."""
 
-    measurements: tuple[Measurement, ...]
+    measurements: tuple[MeasuredRun, ...]
     x: Columns
     groups: dict[str, np.ndarray]
     names: dict[str, list[str]]  # members of each group
@@ -55,7 +55,7 @@ class FitData:
         return np.array([m.task for m in self.measurements], object)
 
 
-def gather(measurements: Sequence[Measurement]) -> FitData:
+def gather(measurements: Sequence[MeasuredRun]) -> FitData:
     """Arrays of the measurements. Raises ValueError when there is none with a time."""
     kept = tuple(
         m for m in measurements if m.failed or np.isfinite(m.step_time) or np.isfinite(m.memory)

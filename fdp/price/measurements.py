@@ -40,7 +40,7 @@ UNKNOWN = ("", "nan", "unknown")
 
 
 @dataclass(frozen=True)
-class Measurement:
+class MeasuredRun:
     """A priced row: its place in the file, the job, and what was measured (NaN: nothing; `failed`:
     it did not run).
     """
@@ -59,7 +59,7 @@ class Table:
     reason).
     """
 
-    measurements: tuple[Measurement, ...]
+    measurements: tuple[MeasuredRun, ...]
     refused: dict[int, str]
 
 
@@ -99,8 +99,8 @@ def table(rows: Iterable[Mapping[str, str]]) -> Table:
     return Table(tuple(kept), refused)
 
 
-def measurement(i: int, row: Mapping[str, str]) -> Measurement:
-    """Row `i` as a Measurement. Raises ValueError that names the column and says why it cannot be
+def measurement(i: int, row: Mapping[str, str]) -> MeasuredRun:
+    """Row `i` as a MeasuredRun. Raises ValueError that names the column and says why it cannot be
     priced.
     """
     job = to_job(row)
@@ -121,7 +121,7 @@ def measurement(i: int, row: Mapping[str, str]) -> Measurement:
             str(job.batch),
         )
     )
-    return Measurement(i, task, job, time, _measured(row, "mem_gb") * 1e9, failed)
+    return MeasuredRun(i, task, job, time, _measured(row, "mem_gb") * 1e9, failed)
 
 
 def _measured(row: Mapping[str, str], name: str) -> float:
@@ -364,14 +364,14 @@ def playbook(rows: Iterable[Mapping[str, str]]) -> Table:
     return Table(tuple(kept), refused)
 
 
-def published(folder: Path) -> tuple[list[Measurement], list[str]]:
+def published(folder: Path) -> tuple[list[MeasuredRun], list[str]]:
     """(priced rows, why each other one is refused) of measured_configs.csv and
     ultrascale_playbook_runs.csv.
 
     Either file may be absent. Raises Malformed when both are, and for a file without the columns it
     needs."""
     folder = Path(folder)
-    found: list[Measurement] = []
+    found: list[MeasuredRun] = []
     refused: list[str] = []
     for name, needed, parse in (
         ("measured_configs.csv", ("gpu", "seq", "gbs"), table),

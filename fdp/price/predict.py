@@ -24,7 +24,7 @@ from fdp.keys import UserError
 from fdp.price import hybrid
 from fdp.price.anchors import correct
 from fdp.price.hybrid import Model, PricedJobs
-from fdp.price.measurements import Measurement, measurement, read
+from fdp.price.measurements import MeasuredRun, measurement, read
 from fdp.price.workload import Job, columns
 
 Row = dict[str, str]
@@ -90,7 +90,7 @@ def unmeasured(row: Mapping[str, str]) -> Row:
     return {name: cell for name, cell in row.items() if name not in MEASURED}
 
 
-def checked(i: int, row: Mapping[str, str]) -> Measurement:
+def checked(i: int, row: Mapping[str, str]) -> MeasuredRun:
     """`measurement` with every number within `LIMITS`. Raises ValueError that names the column and
     says why.
     """
@@ -117,7 +117,7 @@ def to_jobs(rows: Sequence[Mapping[str, str]]) -> tuple[dict[int, Job], dict[int
     return jobs, refused
 
 
-def to_anchors(rows: Sequence[Mapping[str, str]]) -> tuple[list[Measurement], list[str]]:
+def to_anchors(rows: Sequence[Mapping[str, str]]) -> tuple[list[MeasuredRun], list[str]]:
     """(usable measurements, why each other row is rejected, by its line in the file)."""
     used, rejected = [], []
     for i, row in enumerate(rows):
@@ -139,7 +139,7 @@ def to_anchors(rows: Sequence[Mapping[str, str]]) -> tuple[list[Measurement], li
 
 
 def price(
-    model: Model, jobs: Sequence[Job], anchors: Sequence[Measurement] = ()
+    model: Model, jobs: Sequence[Job], anchors: Sequence[MeasuredRun] = ()
 ) -> tuple[PricedJobs, np.ndarray]:
     """(prediction of the jobs that have a finite one, corrected by the anchors; bool (N,): which
     have).
@@ -169,7 +169,7 @@ def price(
 
 
 def predict(
-    rows: Sequence[Mapping[str, str]], model: Model, anchors: Sequence[Measurement] = ()
+    rows: Sequence[Mapping[str, str]], model: Model, anchors: Sequence[MeasuredRun] = ()
 ) -> list[Row]:
     """The rows, in order and with their columns, and the columns `ADDED`: empty but for `reason`
     where not priced.

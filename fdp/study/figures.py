@@ -77,7 +77,7 @@ def save(fig: Any, path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas, least = FigureCanvasAgg(fig), _points(fig.get_figwidth())
-    canvas.draw()  # tick labels are there from now on
+    fig.draw_without_rendering()  # tick labels are there from now on
     for text in _texts(fig):
         text.set_fontsize(max(text.get_fontsize(), least))
     for axes in fig.axes:

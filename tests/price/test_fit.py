@@ -11,7 +11,7 @@ import pytest
 
 from fdp.price import fit, hybrid, step_time
 from fdp.price.hardware import chip
-from fdp.price.measurements import Measurement
+from fdp.price.measurements import MeasuredRun
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan, columns
 
@@ -56,7 +56,7 @@ def synthetic() -> fit.FitData:
     names = [f"{j.shape.name}|{j.chip.name}" for j in work]
     rows = zip(names, work, noisy, strict=True)
     return fit.gather(
-        [Measurement(i, name, job, float(s)) for i, (name, job, s) in enumerate(rows)]
+        [MeasuredRun(i, name, job, float(s)) for i, (name, job, s) in enumerate(rows)]
     )
 
 

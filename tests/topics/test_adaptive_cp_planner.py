@@ -20,7 +20,7 @@ from fdp.topics.adaptive_cp import predict as simulate
 from fdp.topics.adaptive_cp.planner import ModelPlan
 from fdp.topics.adaptive_cp.price import (
     BLOCKS,
-    Counts,
+    BlockCounts,
     Price,
     Refused,
     dense_traffic,
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.fast
 @pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
 def test_counts_equal_the_need_matrix(layout: SequenceLayout) -> None:
     mask = random_masks(1, 0.3)[0]
-    counts = Counts.of(mask, owners(layout, W, BLOCK, 4), 4)
+    counts = BlockCounts.of(mask, owners(layout, W, BLOCK, 4), 4)
     want = cost.needs(mask[0], layout, 4, BLOCK)
     pairs_DxO, needed_DxO = (x[0] for x in counts.grouped(1))
     np.testing.assert_array_equal(pairs_DxO, want.work)
@@ -63,7 +63,7 @@ def test_counts_equal_the_need_matrix(layout: SequenceLayout) -> None:
 def test_groups_by_brute_force() -> None:
     mask_JxWxW = random_masks(1, 0.15, seed=3, J=2)[0]
     owner = owners(STRIPED, W, BLOCK, 4)
-    pairs, needed = Counts.of(mask_JxWxW, owner, 4).grouped(2)
+    pairs, needed = BlockCounts.of(mask_JxWxW, owner, 4).grouped(2)
     for j, g, o in itertools.product(range(2), range(2), range(2)):
         rows, columns = owner // 2 == g, owner // 2 == (g - o) % 2
         part = mask_JxWxW[j][rows][:, columns]
@@ -84,7 +84,7 @@ def test_bytes_and_steps_of_dense_plans_are_those_of_cost_context(
     plan: CommPlan, kv_heads: int
 ) -> None:
     shape = replace(SHAPE, kv_heads=kv_heads)
-    counts = Counts.of(random_masks(1, 0.3)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    counts = BlockCounts.of(random_masks(1, 0.3)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     found = price(counts, plan, shape, BLOCK, SLOW)
     causal = Mask("causal")
     want = [sum(f(plan, shape, causal).values()) for f in (cost.forward_bytes, cost.backward_bytes)]
@@ -106,7 +106,7 @@ def test_bytes_of_a_gather_by_hand() -> None:
     # 3 peers, 2 blocks of 8 positions; 4 key heads of 16, k and v, bf16, 4 sequences; 4 lists of
     # ids; the count of blocks that did not fit, all-reduced over 4 devices.
     kv = 3 * 2 * 8 * (2 * 4 * 16 * 2 * 4)
-    counts = Counts.of(random_masks(1, 0.02, J=4)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    counts = BlockCounts.of(random_masks(1, 0.02, J=4)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     assert counts.capacity <= 2
     found = price(counts, CommPlan(BLOCKS, capacity=2), SHAPE, BLOCK, SLOW)
     assert found.bytes == (3 * 2 * 4 * 4 + 2 * 3 / 4 * 4 + kv, kv) and found.steps == (3, 1)
@@ -116,7 +116,7 @@ def test_bytes_of_a_gather_by_hand() -> None:
 @pytest.mark.parametrize("J", [1, 4])
 def test_work_by_brute_force(J: int) -> None:
     mask_JxWxW, owner = random_masks(1, 0.3, 1, J)[0], owners(ZIGZAG, W, BLOCK, 4)
-    counts = Counts.of(mask_JxWxW, owner, 4)
+    counts = BlockCounts.of(mask_JxWxW, owner, 4)
     pair = 2 * 2 * BLOCK**2 * SHAPE.head_dim  # one head of one sequence
     for plan in (
         CommPlan("ring"),
@@ -187,7 +187,7 @@ def test_without_compute_time_is_bytes_and_latencies(
     plan: CommPlan, latencies: int, kv_heads: int
 ) -> None:
     seen = np.eye(W, dtype=bool) if plan.hops is not None else np.tri(W, dtype=bool)
-    counts = Counts.of(seen[None], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    counts = BlockCounts.of(seen[None], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     found = price(
         counts, plan, replace(SHAPE, kv_heads=kv_heads), BLOCK, Machine(1e30, Link(1e9, 1e-6))
     )
@@ -195,7 +195,7 @@ def test_without_compute_time_is_bytes_and_latencies(
 
 
 def test_a_full_set_of_hops_is_a_ring() -> None:
-    counts = Counts.of(random_masks(1, 0.3)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    counts = BlockCounts.of(random_masks(1, 0.3)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     hops, ring = (
         price(counts, CommPlan("ring", hops=h), SHAPE, BLOCK, FAST).seconds
         for h in ((1, 2, 3), None)
@@ -204,7 +204,7 @@ def test_a_full_set_of_hops_is_a_ring() -> None:
 
 
 def test_exchanges_of_a_split_are_exposed() -> None:
-    counts = Counts.of(random_masks(1, 1.0)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    counts = BlockCounts.of(random_masks(1, 1.0)[0], owners(CONTIGUOUS, W, BLOCK, 4), 4)
     found = price(counts, CommPlan("ulysses", 4), SHAPE, BLOCK, SLOW)
     assert found.exposed == pytest.approx(4e-6 + found.wire / 1e9)  # two exchanges each way
     assert (
@@ -214,7 +214,7 @@ def test_exchanges_of_a_split_are_exposed() -> None:
 
 
 def test_a_hidden_ring_costs_its_compute() -> None:
-    counts = Counts.of(np.ones((1, W, W), bool), owners(CONTIGUOUS, W, BLOCK, 4), 4)
+    counts = BlockCounts.of(np.ones((1, W, W), bool), owners(CONTIGUOUS, W, BLOCK, 4), 4)
     found = price(counts, CommPlan("ring"), SHAPE, BLOCK, FAST)
     last = FAST.send(PERMUTE, 2 * SHAPE.unit, 4)[
         0

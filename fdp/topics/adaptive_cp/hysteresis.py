@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fdp.parallel.context.plan import CommPlan
-from fdp.topics.adaptive_cp.planner import Choice, ModelPlan, model_value, plan_among
+from fdp.topics.adaptive_cp.planner import LayerPlan, ModelPlan, model_value, plan_among
 from fdp.topics.adaptive_cp.price import Price
 from fdp.topics.adaptive_cp.problem import Problem
 from fdp.topics.adaptive_cp.search import ROUNDING
@@ -109,6 +109,6 @@ class Scheduler:
             found = problem.price(layer, plan)
             if not isinstance(found, Price):
                 return None
-            choices.append(Choice(plan, found))
+            choices.append(LayerPlan(plan, found))
         model = ModelPlan(tuple(choices))
         return model if model.imbalance <= problem.balance * (1 + ROUNDING) else None

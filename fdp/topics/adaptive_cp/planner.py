@@ -25,7 +25,7 @@ from fdp.topics.adaptive_cp.problem import Priced, Problem, candidates
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class LayerPlan:
     """The plan of one layer and its price; `lost`: every alternative in its layout, with the
     reason.
     """
@@ -41,7 +41,7 @@ class ModelPlan:
     in another layout between layers, forward and backward. `lost`: other layouts, with the
     reason."""
 
-    choices: tuple[Choice, ...]
+    choices: tuple[LayerPlan, ...]
     moved: float = 0.0
     moved_N: np.ndarray = field(default_factory=lambda: np.zeros(1))
     lost: dict[SequenceLayout, str] = field(default_factory=dict)
@@ -87,7 +87,7 @@ def uniform(problem: Problem, plan: CommPlan) -> ModelPlan | str:
     found = [problem.price(layer, plan) for layer in range(problem.layers)]
     if refused := [f"layer {i}: {f}" for i, f in enumerate(found) if isinstance(f, str)]:
         return refused[0]
-    model = ModelPlan(tuple(Choice(plan, f) for f in found if isinstance(f, Price)))
+    model = ModelPlan(tuple(LayerPlan(plan, f) for f in found if isinstance(f, Price)))
     if model.imbalance > problem.balance * (1 + search.ROUNDING):
         return f"max/mean FLOPs {model.imbalance:.2f} exceeds {problem.balance:.2f}"
     return model
@@ -186,7 +186,7 @@ def _options(problem: Problem, layout: SequenceLayout) -> list[Priced]:
     ]
 
 
-def _choice(problem: Problem, priced: Priced, best: CommPlan) -> Choice:
+def _choice(problem: Problem, priced: Priced, best: CommPlan) -> LayerPlan:
     """A choice with the reasons against the others: what they cost more, or that they are too
     uneven to be afforded.
     """
@@ -202,6 +202,6 @@ def _choice(problem: Problem, priced: Priced, best: CommPlan) -> Choice:
         )
         return f"{more:+.3g} {problem.objective}{uneven}"
 
-    return Choice(
+    return LayerPlan(
         best, mine, {plan: reason(found) for plan, found in priced.items() if plan != best}
     )

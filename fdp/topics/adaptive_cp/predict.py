@@ -118,7 +118,7 @@ def problem(
 
 
 @dataclass(frozen=True)
-class Prediction:
+class StepPrediction:
     """Step seconds of the adaptive and of the best uniform plan, their ratio with its 95 %
     interval, and the ratio of their wire bytes."""
 
@@ -136,7 +136,7 @@ class Prediction:
         return self.adaptive / self.uniform
 
 
-def predict(model: ModelShape, found: Problem, level: float = 0.95) -> Prediction:
+def predict(model: ModelShape, found: Problem, level: float = 0.95) -> StepPrediction:
     """Step time of the adaptive plan against the best uniform one, of all kinds.
 
     L masks stand for the model's layers, each for layers/L of them. Plans are chosen at nominal
@@ -156,7 +156,7 @@ def predict(model: ModelShape, found: Problem, level: float = 0.95) -> Predictio
     bytes_ratio = adaptive.bytes / uniform.bytes if uniform.bytes else 1.0
     seconds = float(total(adaptive)[0]), float(total(uniform)[0])
     names = baselines.summary(adaptive), baselines.describe(uniform.plans[0])
-    return Prediction(*seconds, low, high, bytes_ratio, *names)
+    return StepPrediction(*seconds, low, high, bytes_ratio, *names)
 
 
 def uniform_plans(found: Problem) -> list[ModelPlan]:

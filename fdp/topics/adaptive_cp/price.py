@@ -73,7 +73,7 @@ def owners(layout: SequenceLayout, W: int, block: int, cp: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Counts:
+class BlockCounts:
     """Of one layer in one layout: `seen_JxDxW`, block pairs of each device with each key block;
     owner of each block.
     """
@@ -83,7 +83,7 @@ class Counts:
     _grouped: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, mask_JxWxW: np.ndarray, owner_W: np.ndarray, cp: int) -> "Counts":
+    def of(cls, mask_JxWxW: np.ndarray, owner_W: np.ndarray, cp: int) -> "BlockCounts":
         """From masks bool [J, W, W], rows query blocks."""
         held_DxW = (np.arange(cp)[:, None] == owner_W).astype(np.float32)  # exact below 2^24 pairs
         return cls(held_DxW @ mask_JxWxW.astype(np.float32), owner_W)
@@ -158,7 +158,7 @@ class Price:
 
 
 def price(
-    counts: Counts, plan: CommPlan, shape: AttentionShape, block: int, machine: Machine
+    counts: BlockCounts, plan: CommPlan, shape: AttentionShape, block: int, machine: Machine
 ) -> Price:
     """Price of a plan for a layer; `counts` must be of the plan's layout. Raises Refused when it is
     not exact.
@@ -190,7 +190,7 @@ def price(
     )
 
 
-def check(counts: Counts, plan: CommPlan, shape: AttentionShape) -> None:
+def check(counts: BlockCounts, plan: CommPlan, shape: AttentionShape) -> None:
     """Raises Refused for a plan that these heads and sequences cannot run, or that leaves out
     needed keys.
     """
@@ -213,7 +213,7 @@ def check(counts: Counts, plan: CommPlan, shape: AttentionShape) -> None:
         raise Refused(f"hops {plan.hops} miss needed offsets {missing}")
 
 
-def work(counts: Counts, plan: CommPlan, shape: AttentionShape, block: int) -> np.ndarray:
+def work(counts: BlockCounts, plan: CommPlan, shape: AttentionShape, block: int) -> np.ndarray:
     """Forward FLOPs of each device by ring offset, [D, O]; blocks are computed whole."""
     u, J = plan.head_split, len(counts.seen_JxDxW)
     pairs_JxRxO = counts.grouped(u)[0].astype(float)

@@ -74,7 +74,7 @@ def budget(length: int) -> Budget:
 
 
 @dataclass
-class Found:
+class ArmResult:
     """What measurements add up to: rows, raw numbers, pictures."""
 
     rows: list[Row] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Found:
 
 def study(run: Run) -> Report:
     """Measure, plan, judge."""
-    found, tiny = Found(), run.config.variant == "tiny"
+    found, tiny = ArmResult(), run.config.variant == "tiny"
     enough = jax.device_count() >= checks.DEVICES
     exact = [_needs_devices()]
     for name in ("text", *run.config.profile.tasks):
@@ -101,7 +101,7 @@ def study(run: Run) -> Report:
     return Report(c.topic, c.variant, digest(c), found.rows, [*plots], found.raw)
 
 
-def _masks_and_plans(run: Run, found: Found, name: str) -> list[Measured]:
+def _masks_and_plans(run: Run, found: ArmResult, name: str) -> list[Measured]:
     """Densities, masks and what they cost, and the plans for them, of one arm."""
     arms_, sequences = run.arms[name], run.config.profile.sequences
     measured = [measure(arm, run.workdir, sequences) for arm in arms_]
@@ -124,7 +124,7 @@ def _masks_and_plans(run: Run, found: Found, name: str) -> list[Measured]:
     return measured
 
 
-def _training_on(run: Run, found: Found, name: str, measured: list[Measured]) -> None:
+def _training_on(run: Run, found: ArmResult, name: str, measured: list[Measured]) -> None:
     """With the coverage that was found, for a sixth of the steps in WINDOWS windows."""
     adapted = []
     for arm, m in zip(run.arms[name], measured, strict=True):
@@ -135,7 +135,7 @@ def _training_on(run: Run, found: Found, name: str, measured: list[Measured]) ->
     found.rows += rows.adapted(name, adapted)
 
 
-def _native_sparse(run: Run, found: Found) -> None:
+def _native_sparse(run: Run, found: ArmResult) -> None:
     """Validation losses after the same steps as dense attention, which went on."""
     arms_ = run.arms["nsa"]
     e, written = arms_[0].experiment, read_metrics(run.workdir)
@@ -150,7 +150,7 @@ def _native_sparse(run: Run, found: Found) -> None:
     found.rows.append(rows.native_sparse(pairs, e.fit.steps, budget(length), length))
 
 
-def _region(run: Run, found: Found, tiny: bool) -> None:
+def _region(run: Run, found: ArmResult, tiny: bool) -> None:
     """Where adaptive plans would pay, on synthetic masks."""
     region = simulate.region(draws=100, lengths=simulate.LENGTHS[:1] if tiny else simulate.LENGTHS)
     path, title = run.workdir / "plots" / "region.png", "Step time, adaptive / best uniform"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fdp.price.fit import FitData
-from fdp.price.measurements import Measurement
+from fdp.price.measurements import MeasuredRun
 from fdp.topics.parallelism_search import search
 from fdp.topics.parallelism_search.validate import HoldOut, landscapes
 
@@ -31,12 +31,12 @@ class Searches:
     regret: dict[str, dict[str, np.ndarray]]
 
 
-def _plan(m: Measurement) -> dict[str, int]:
+def _plan(m: MeasuredRun) -> dict[str, int]:
     p = m.job.plan
     return {"tp": p.tp, "pp": p.pp, "dp": p.dp, "mbs": p.microbatch, "zero": p.zero}
 
 
-def _time(m: Measurement) -> float:
+def _time(m: MeasuredRun) -> float:
     return float("inf") if m.failed or not np.isfinite(m.step_time) else m.step_time
 
 

@@ -196,7 +196,7 @@ def _good(landscape: Landscape, within: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Grid:
+class PlanGrid:
     """Plans as points: log2 of the degrees and the ZeRO stage as it is."""
 
     keys: tuple[str, ...]
@@ -204,7 +204,7 @@ class Grid:
     level_NxK: np.ndarray  # place of the value among those of its key: neighbours differ by 1
 
     @classmethod
-    def of(cls, plans: Sequence[Point]) -> "Grid":
+    def of(cls, plans: Sequence[Point]) -> "PlanGrid":
         """Keys that never change are left out, and dp where it follows from the others, as on a
         fixed cluster.
         """
@@ -238,7 +238,7 @@ def relief(plans: Sequence[Point]) -> np.ndarray:
     """[N, K] memory-relevant coordinates, log2 (ZeRO as it is): a plan that is larger in all of
     them needs no more.
     """
-    grid = Grid.of(plans)
+    grid = PlanGrid.of(plans)
     used = [k for k, key in enumerate(grid.keys) if key in RELIEF]
     return grid.log2_NxK[:, used] * np.array([RELIEF[grid.keys[k]] for k in used], float)
 
@@ -263,7 +263,7 @@ def expert(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None
     the next of this order that does not need at least the memory of a failed run in every respect.
     Then climb: the unmeasured neighbours (fewest steps on the grid, first of the order) of the
     fastest plan so far. Plans known not to fit come last. Deterministic."""
-    grid, relief_NxK = Grid.of(plans), relief(plans)
+    grid, relief_NxK = PlanGrid.of(plans), relief(plans)
     fits_N = np.ones(len(plans), bool) if prior is None else np.asarray(prior.feasible_N) >= 0.5
 
     def preference(i: int) -> tuple[int, ...]:
@@ -302,7 +302,7 @@ def tpe(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=sampler)  # announces itself
     optuna.logging.set_verbosity(verbosity)
-    grid = Grid.of(plans)
+    grid = PlanGrid.of(plans)
     space: dict[str, optuna.distributions.BaseDistribution] = {
         key: optuna.distributions.IntDistribution(0, int(grid.level_NxK[:, k].max()))
         for k, key in enumerate(grid.keys)
@@ -335,7 +335,7 @@ def cma_es(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None
     memory. A generation with nothing new ends in a restart around a random unmeasured plan. (Moving
     every sample to an unmeasured plan tells the optimizer lies: worse than random on the playbook.)
     Failed runs rank last."""
-    grid = Grid.of(plans)
+    grid = PlanGrid.of(plans)
     low_K, high_K = grid.log2_NxK.min(0), grid.log2_NxK.max(0)
     idle = max(0, 2 - len(grid.keys))  # cmaes asks for two coordinates
     unit_NxK = np.pad((grid.log2_NxK - low_K) / (high_K - low_K) * 2 - 1, ((0, 0), (0, idle)))
@@ -372,7 +372,7 @@ def evolution(
 
     A mutation is a random unmeasured neighbour on the grid of the best of `sample` random members.
     """
-    grid = Grid.of(plans)
+    grid = PlanGrid.of(plans)
     free_N = np.ones(len(plans), bool)
     members: list[tuple[float, int]] = []  # oldest first
     while free_N.any():
@@ -410,7 +410,7 @@ def bayes_flat(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | 
 
 
 def _bayes(plans: Sequence[Point], rng: np.random.Generator, prior: Prior, flat: bool) -> Proposals:
-    log2_NxK, relief_NxK = Grid.of(plans).log2_NxK, relief(plans)
+    log2_NxK, relief_NxK = PlanGrid.of(plans).log2_NxK, relief(plans)
     free_N = np.ones(len(plans), bool)
     measured: list[int] = []
     logs: list[float] = []

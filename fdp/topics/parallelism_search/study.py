@@ -33,7 +33,7 @@ TRAINER = "parallel_dlm"  # the topic whose config the planner writes
 
 
 @dataclass(frozen=True)
-class Measured:
+class Priced:
     """What one measurement adds to the report."""
 
     rows: list[Row] = field(default_factory=list)
@@ -85,21 +85,21 @@ def study(run: Run) -> Report:
     return Report(c.topic, c.variant, digest(c), rows, plots, raw)
 
 
-def planned(run: Run) -> Measured:
+def planned(run: Run) -> Priced:
     """The ten best plans, a config of the best that can be trained, and their landscape."""
     best = ranked(run.config)
     print(f"\n{best}\n")
     fragment = run.workdir / "planned.py"
     fragment.write_text(ranking_text.fragment(best, TRAINER), encoding="utf8")
     print(f"config    {fragment}")
-    return Measured(plots=[figures.landscape(run.workdir, best)])
+    return Priced(plots=[figures.landscape(run.workdir, best)])
 
 
 # Published measurements
 # -------------------------------------------------------------------------------------------------
 
 
-def measured(run: Run) -> list[Measured]:
+def measured(run: Run) -> list[Priced]:
     """Hold-outs and searches; where there are no measurements, the claims are not testable."""
     folder = Path(run.config.plan.measurements)
     if not folder.is_dir():
@@ -127,14 +127,14 @@ def read(folder: Path) -> fit.FitData:
     return fit.gather(priced)
 
 
-def untestable(reason: str) -> Measured:
+def untestable(reason: str) -> Priced:
     """The claims about measured runs, without any."""
     note = f"{reason}: set plan.measurements to a folder of published measurements"
     claims = (
         (f"zero-shot step time, {ZERO_SHOT}", "mean error", "%", "<= 8", "simulated"),
         ("searching with the model as prior", "runs to within 5 %", "", "<= 5", "counted"),
     )
-    return Measured([Row.untestable(*claim, note) for claim in claims])
+    return Priced([Row.untestable(*claim, note) for claim in claims])
 
 
 def hold_outs(plan: ml_collections.ConfigDict, data: fit.FitData) -> Iterator[HoldOut]:
@@ -173,7 +173,7 @@ def row(
     return Row.judged(claim, metric, values, unit, threshold, evidence, *baseline, note=note)
 
 
-def validated(run: Run, data: fit.FitData, outcomes: list[HoldOut]) -> Measured:
+def validated(run: Run, data: fit.FitData, outcomes: list[HoldOut]) -> Priced:
     """What the cost model says of what its fits had not seen."""
     rows = [
         *_model_rows(data, outcomes),
@@ -183,7 +183,7 @@ def validated(run: Run, data: fit.FitData, outcomes: list[HoldOut]) -> Measured:
     ]
     raw = {o.case.name: validate.score(data, o).raw() for o in outcomes}
     plots = [figures.predicted(run.workdir, outcomes), figures.memory(run.workdir, data, outcomes)]
-    return Measured(rows, raw, plots)
+    return Priced(rows, raw, plots)
 
 
 def _of(outcomes: list[HoldOut], *kinds: str) -> list[HoldOut]:
@@ -281,14 +281,14 @@ def _memory_rows(data: fit.FitData, outcomes: list[HoldOut]) -> Iterator[Row]:
         yield row(claim, "share of measured peaks", below, ">= 85", note)
 
 
-def searched(run: Run, data: fit.FitData, outcomes: list[HoldOut]) -> Measured:
+def searched(run: Run, data: fit.FitData, outcomes: list[HoldOut]) -> Priced:
     """Runs that each search needs on measured landscapes."""
     seeds = run.config.plan.searches
     print(f"searching the measured landscapes, {seeds} seeds of every algorithm", flush=True)
     found = landscapes.compare(data, outcomes, seeds)
     raw = {n: {a: e.tolist() for a, e in per.items()} for n, per in found.needed.items()}
     plots = [figures.regret(run.workdir, found)] if found.needed else []
-    return Measured(_search_rows(found), {"evaluations to within 5 %": raw}, plots)
+    return Priced(_search_rows(found), {"evaluations to within 5 %": raw}, plots)
 
 
 def _search_rows(found: landscapes.Searches) -> list[Row]:
@@ -313,7 +313,7 @@ def _search_rows(found: landscapes.Searches) -> list[Row]:
 # -------------------------------------------------------------------------------------------------
 
 
-def uneven() -> Measured:
+def uneven() -> Priced:
     """A pipeline of llama3-8b, its head as one more layer of as many FLOPs, over four stages."""
     a, p, m = shapes.named("llama3-8b"), 4, 16
     layer = (a.forward_flops(8192, causal=True) - 2 * a.vocab * a.width) / a.layers
@@ -326,10 +326,10 @@ def uneven() -> Measured:
     agree = row(claim, "relative difference", gap, "<= 1e-9", note, "", evidence="counted")
     claim, same = "uneven pipelines beat equal ones", ("equal layers a stage", baseline)
     gain = row(claim, "pipeline time", program.time, "ratio <= 1", note, "layers", same)
-    return Measured([agree, gain])
+    return Priced([agree, gain])
 
 
-def speed() -> Measured:
+def speed() -> Priced:
     """How fast plans are priced and a whole space is ranked, on this machine."""
     model, where = hybrid.shipped(), "h100:64x8"
     best = planner.plan("llama3-70b", where, 1024, 8192)
@@ -350,10 +350,10 @@ def speed() -> Measured:
         "a whole 512-GPU space is ranked at once",
         f"{best.valid:,} plans, warm, space and columns included",
     )
-    return Measured([cheap, row(claim, "time", whole, "<= 2", note, "s", evidence="measured")])
+    return Priced([cheap, row(claim, "time", whole, "<= 2", note, "s", evidence="measured")])
 
 
-def counted(count: int) -> Measured:
+def counted(count: int) -> Priced:
     """Formulas of this code base against the compiler, on random programs."""
     print(
         f"counting  {count} random programs of this code base, formulas against the compiler",
@@ -373,4 +373,4 @@ def counted(count: int) -> Measured:
     claim, metric = "analytic memory against the compiler's plan", "median relative error"
     note = f"train steps of {f.memory_configs} of them; largest {f.memory_error_max:.2f}"
     held = row(claim, metric, f.memory_error, "<= 0.25", note, "", evidence="counted")
-    return Measured([sent, flops, held])
+    return Priced([sent, flops, held])

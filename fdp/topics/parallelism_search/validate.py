@@ -14,10 +14,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from fdp.price import anchors, fit, hybrid
-from fdp.price.measurements import Measurement
+from fdp.price.measurements import MeasuredRun
 from fdp.topics.parallelism_search import settings
 
-Choice = Callable[[Measurement], bool]
+Choice = Callable[[MeasuredRun], bool]
 
 
 class NothingToJudge(ValueError):
@@ -38,7 +38,7 @@ def _named(name: str) -> Choice:
     return lambda m: m.job.shape.name == name
 
 
-def _mid_size(m: Measurement) -> bool:
+def _mid_size(m: MeasuredRun) -> bool:
     return 64 <= m.job.plan.chips <= 512
 
 
@@ -236,7 +236,7 @@ def copied(data: fit.FitData, outcome: HoldOut) -> tuple[np.ndarray, np.ndarray]
     Of several releases the one whose name sorts last, the newest. The strongest baseline of an
     unseen release: most of its rows repeat an older row with other software."""
 
-    def key(m: Measurement) -> object:
+    def key(m: MeasuredRun) -> object:
         return dataclasses.replace(m.job, stack="")
 
     seen: dict[object, tuple[str, float]] = {}

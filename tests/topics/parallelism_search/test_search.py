@@ -291,7 +291,7 @@ def test_evolution_mutates_the_best_of_the_ten_youngest():
     of all.
     """
     landscape = bowl(0)
-    grid = search.Grid.of(landscape.plans)
+    grid = search.PlanGrid.of(landscape.plans)
 
     def whole(plans, rng, prior):
         return search.evolution(plans, rng, prior, sample=10)
@@ -347,11 +347,11 @@ def test_grid_leaves_out_what_follows_and_what_is_constant():
         for m in (1, 3)
         for z in (0, 3)
     ]
-    grid = search.Grid.of(plans)
+    grid = search.PlanGrid.of(plans)
     assert grid.keys == ("tp", "mbs", "zero")
     np.testing.assert_allclose(grid.log2_NxK[-1], [3, np.log2(3), 3])
     assert grid.level_NxK[-1].tolist() == [2, 1, 1]
-    assert search.Grid.of([{"tp": 1, "dp": 1}, {"tp": 1, "dp": 2}]).keys == (
+    assert search.PlanGrid.of([{"tp": 1, "dp": 1}, {"tp": 1, "dp": 2}]).keys == (
         "dp",
     )  # a cluster that grows
     free_N = np.ones(12, bool)
@@ -414,7 +414,7 @@ def test_expert_skips_what_needs_more_memory_than_a_failure_and_what_is_predicte
 
 
 def test_posterior_without_data_is_the_prior_and_at_the_data_the_data():
-    grid = search.Grid.of([{"tp": 2**i} for i in range(6)])
+    grid = search.PlanGrid.of([{"tp": 2**i} for i in range(6)])
     mean_N, std_N = np.arange(6.0), np.full(6, 0.3)
     none = np.array([], int)
     np.testing.assert_array_equal(

@@ -10,7 +10,7 @@ import pytest
 
 from fdp.price import fit
 from fdp.price.hardware import chip
-from fdp.price.measurements import Measurement, published
+from fdp.price.measurements import MeasuredRun, published
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan
 from fdp.topics.parallelism_search import landscapes, validate
@@ -21,13 +21,13 @@ SHARED = Path(__file__).parents[3].parent / "shared" / "data" / "planning"
 TPS = [1, 2, 4, 8, 16, 32]
 
 
-def measured(times: list[float], failed: list[int]) -> list[Measurement]:
+def measured(times: list[float], failed: list[int]) -> list[MeasuredRun]:
     out = []
     for i, time in enumerate(times):
         plan = Plan(tp=TPS[i % 6], dp=64 // TPS[i % 6], microbatch=2 ** (i // 6))
         job = Job(named("llama3-8b"), plan, chip("h100"), 1024, 4096, stack="s/f/1", cluster="c")
         out.append(
-            Measurement(i, "task", job, float("nan") if i in failed else time, failed=i in failed)
+            MeasuredRun(i, "task", job, float("nan") if i in failed else time, failed=i in failed)
         )
     return out
 
