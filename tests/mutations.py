@@ -103,6 +103,14 @@ MUTATIONS = (
         "then = every > 0 and step % every == 0",
         f"{HOOKS}test_a_hook_that_raises_is_named_and_the_run_resumes_from_its_step",
     ),
+    Mutation(
+        "the worst uniform plan is called the best",
+        "topics/adaptive_cp/planner.py",
+        "return min(runs, key",
+        "return max(runs, key",
+        "tests/topics/test_adaptive_cp_planner.py::"
+        "test_the_best_uniform_plan_is_the_cheapest_sum_over_layers",
+    ),
 )
 
 

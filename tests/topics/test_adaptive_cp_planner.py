@@ -28,7 +28,7 @@ from fdp.topics.adaptive_cp.price import (
     price,
     work,
 )
-from fdp.topics.adaptive_cp.problem import Masks, Problem, candidates
+from fdp.topics.adaptive_cp.problem import Masks, Problem, candidates, dense
 from fdp.topics.adaptive_cp.timing import Link, Machine
 from tests.topics.adaptive_cp_problems import (
     BLOCK,
@@ -314,6 +314,20 @@ def test_adaptive_is_never_worse_than_uniform(seed: int, objective: str) -> None
     dense, sparse = baselines.uniform_dense(problem), baselines.uniform_sparse(problem)
     values = [planner.model_value(problem, f) for f in (dense, sparse) if isinstance(f, ModelPlan)]
     assert planner.model_value(problem, best) == min(values)
+
+
+@pytest.mark.parametrize("objective", ["seconds", "bytes"])
+def test_the_best_uniform_plan_is_the_cheapest_sum_over_layers(objective: str) -> None:
+    problem, plans = mixed(objective=objective), dense(CONTIGUOUS, 4)
+    found = {plan: [problem.price(i, plan) for i in range(problem.layers)] for plan in plans}
+    sums = {
+        plan: sum(p.seconds if objective == "seconds" else p.wire for p in prices)
+        for plan, prices in found.items()
+        if all(isinstance(p, Price) for p in prices)
+    }
+    assert len(set(sums.values())) > 1
+    best = planner.best_uniform(problem, plans)
+    assert getattr(best, objective) == pytest.approx(min(sums.values()))
 
 
 def test_capacity_is_on_the_grid_and_exact() -> None:
