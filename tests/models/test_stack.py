@@ -1,6 +1,7 @@
 """Stacks of patterns refuse, by name and before a program is compiled, what they cannot run."""
 
 import build as builders
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -55,6 +56,7 @@ def test_layer_inputs_reach_their_blocks_and_other_lengths_are_refused() -> None
     ids_BxL = jnp.zeros((1, 4), jnp.int32)
     variables = {"params": builders.parameters(made, 4)}
 
+    @jax.jit
     def hidden(inputs_N):
         args = made, variables, ids_BxL, jnp.zeros(1), None, inputs_N
         return module.run(*args, method="hidden")[0]
