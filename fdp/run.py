@@ -1,9 +1,13 @@
 """One run: banner, every arm of every seed, the topic's study, the report."""
 
+import contextlib
 import dataclasses
 import importlib
+import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 import jax
 import ml_collections
@@ -17,6 +21,9 @@ from fdp.data.batches import default_cache_dir, eval_batches
 from fdp.hooks import HookError
 from fdp.mesh import degrees_equation, is_virtual, make_mesh
 from fdp.metrics import ImpossibleSpeed
+from fdp.study.cache import Cache
+from fdp.study.measure import Part, clock, perform
+from fdp.study.report import VERDICTS, BadReport, Report, devices, versions
 
 
 @dataclasses.dataclass
@@ -29,6 +36,34 @@ class Run:
     mesh: Mesh
     workdir: Path
     arms: dict[str, list[Arm]]
+
+    def report(self, *parts: Part, group: str = "") -> Report:
+        """Measure what was not measured before, and report: `fdp.study` says how. `group`: of the
+        rows that have none."""
+        c, digest = self.config, fdp_config.digest(self.config)
+        shape = "·".join(f"{axis}{n}" for axis, n in self.mesh.shape.items())
+        context = {"config": digest, "mesh": shape, "devices": devices(), **versions()}
+        found = perform(parts, Cache(self.workdir, context), self.workdir, group)
+        return Report(c.topic, c.variant, digest, found.rows, found.plots, found.raw)
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C arrived where everything finished is on disk."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise Interrupted at once on the first SIGTERM or Ctrl-C; the loop handles its own."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted
+
+    previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def study_of(topic: str) -> ModuleType:
@@ -86,12 +121,22 @@ def build_arms(
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
-    """Train, study, report. Raises UserError for what the user can fix; exits 0 after a signal,
-    state saved.
+    """Train, study, report. Raises UserError for what the user can fix; returns after a signal, with
+    what was finished on disk and the command that resumes on the screen.
     """
+    resume = f"Resume with:\n  python -m fdp.train {command}"
+    try:
+        with interruptible():
+            _run(config, workdir)
+    except loop.Stopped as stopped:
+        print(f"{stopped}; state saved. {resume}")
+    except Interrupted:
+        print(f"\nstopped; what was finished is kept in {workdir}. {resume}")
+
+
+def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     use_compilation_cache()
     study = study_of(config.topic)
-    digest = fdp_config.digest(config)
     try:
         mesh = make_mesh(config.mesh)
         arms = build_arms(config, study, mesh)
@@ -99,34 +144,60 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
         bind_workdir(
             workdir,
             fdp_config.flatten(config),
-            digest,
+            fdp_config.digest(config),
             config.checkpoint.allow_config_change,
             fdp_config.FREE_KEYS,
         )
     except (ValueError, OSError, CheckpointError) as error:
         raise fdp_config.UserError(str(error)) from error
-    resume = f"python -m fdp.train {command}"
     try:
-        for i, arm in enumerate(a for seeds in arms.values() for a in seeds):
-            if i == 0:
-                print(banner(arm))
-                (workdir / "sharding.txt").write_text(
-                    sharding.report(arm.program.specs.shapes, arm.program.specs.stored, mesh) + "\n"
-                )
-            loop.fit(arm, workdir)
-    except loop.Stopped as stopped:
-        print(f"{stopped}; state saved. Resume with:\n  {resume}")
-        return
+        _train([arm for seeds in arms.values() for arm in seeds], workdir)
     except CheckpointError as error:
         raise fdp_config.UserError(str(error)) from error
     except (FloatingPointError, HookError, ImpossibleSpeed) as error:
         raise fdp_config.UserError(
             f"{error}\nThe last checkpoint is intact in {workdir}/checkpoints"
         ) from error
-    report = study.study(Run(config, mesh, workdir, arms))
-    report.write(workdir)
-    print(report.terminal())
-    print(
-        f"\nreport    {workdir / 'report.md'}\nplots     "
-        f"{', '.join(str(workdir / p) for p in report.plots)}"
-    )
+    try:
+        report = study.study(Run(config, mesh, workdir, arms))
+        report.question = getattr(study, "QUESTION", "")
+        report.write(workdir)
+    except BadReport as error:
+        raise fdp_config.UserError(
+            f"{error}\nWhat was measured is kept in {workdir}/measured"
+        ) from error
+    _print_end(report, workdir)
+
+
+def _train(arms: list[Arm], workdir: Path) -> None:
+    """Every arm in turn, with the time that is left for all of them."""
+    saved = [_newest(workdir, arm) for arm in arms]
+    todo = [arm.experiment.fit.steps - step for arm, step in zip(arms, saved, strict=True)]
+    started, done = time.perf_counter(), 0
+    for i, arm in enumerate(arms):
+        if i == 0:
+            print(banner(arm))
+            specs, path = arm.program.specs, workdir / "sharding.txt"
+            path.write_text(sharding.report(specs.shapes, specs.stored, arm.mesh) + "\n")
+        left = (time.perf_counter() - started) / done * sum(todo[i:]) if done else 0.0
+        eta = f"; about {clock(left)} of training left" if done and sum(todo[i:]) else ""
+        steps = f"{todo[i]} of {arm.experiment.fit.steps} steps to go"
+        print(f"arm       {i + 1} of {len(arms)}: {arm.label}, {steps}{eta}", flush=True)
+        loop.fit(arm, workdir)
+        done += todo[i]
+
+
+def _newest(workdir: Path, arm: Arm) -> int:
+    """Step of the arm's newest checkpoint, 0 without one."""
+    folder = workdir / "checkpoints" / arm.label
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
+    return min(max(steps, default=0), arm.experiment.fit.steps)
+
+
+def _print_end(report: Report, workdir: Path) -> None:
+    """What was found, in short, and where the rest is."""
+    counts = [(sum(row.verdict == v for row in report.rows), v) for v in VERDICTS]
+    said = ", ".join(f"{n} {verdict}" for n, verdict in counts if n)
+    print(f"\n{report.terminal()}\n")
+    print(f"report    {workdir / 'report.md'} ({len(report.rows)} rows: {said})")
+    print(f"plots     {', '.join(str(workdir / p) for p in report.plots)}")

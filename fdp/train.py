@@ -82,9 +82,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def quiet() -> None:
-    """JAX reports, at level info, each accelerator that is not there; absl's handler would print
-    it.
+    """JAX reports, at level info, each accelerator that is not there, and matplotlib that it lists
+    fonts; absl's handler would print it.
     """
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
 
 
@@ -117,6 +118,8 @@ def main(argv: list[str]) -> None:
     except fdp_config.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:  # while modules are imported, or in a dry run
+        print(f"\nstopped. Start again with:\n  python -m fdp.train {' '.join(sys.argv[1:])}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ code of the function, and its values (an Arm counts with its seed, step and para
 - The result: numbers, texts, arrays, lists, tuples, dicts, dataclasses and NamedTuples of them.
 - `each(values)` among the values: the function runs once for each of them (arms of all seeds,
   policies), each run is kept by itself, and the result is the list. Several `each` go in step.
-- A measurement among the values stands for its result: `measure("plans", plan, each(masks))`.
+- A measurement among the values stands for its result: `measure("plans", plan, each(masks))`; it
+  need not be listed itself.
 - `rows(result)` gives a Row or several; `plot(result)` gives a Figure, saved as plots/<name>.png,
   or {name: Figure}; `raw(result)` what raw.json holds of it (default: all but long arrays).
 - `derive(name, *values, rows=, plot=)` keeps nothing: rows(*values) and plot(*values) of several

@@ -30,8 +30,9 @@ from fdp.config import UserError, flatten
 from fdp.files import write_atomic
 
 Key = Mapping[str, str]  # what a result depends on, by name
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error, NotImplementedError)
+UNREADABLE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, KeyError, IndexError)
+UNREADABLE += (TypeError, AttributeError, ImportError, NotImplementedError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error)
 
 
 # Values as JSON and arrays
@@ -110,7 +111,7 @@ def describe(value: Any) -> str:
     arrays: list[np.ndarray] = []
     text = json.dumps(pack(_comparable(value), arrays))
     if len(text) <= 60 and not arrays:
-        return text.strip('"')
+        return text
     digest = hashlib.sha256(text.encode())
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).data)
@@ -127,15 +128,17 @@ def _comparable(value: Any) -> Any:
         return dict(value.shape)
     if isinstance(value, PurePath):
         return str(value)
-    if inspect.isfunction(value) or isinstance(value, type):
-        return f"{value.__module__}:{value.__qualname__}"
+    if inspect.isfunction(value):
+        return f"{value.__module__}:{value.__qualname__} of code {code_of(value)}"
     if isinstance(value, Mapping):
         return {k: _comparable(v) for k, v in value.items()}
     names = _fields(type(value))
     if names is not None:
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
         return {"class": kind} | {n: _comparable(getattr(value, n)) for n in names}
-    return [_comparable(v) for v in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_comparable, value))
+    return value
 
 
 def _arm(arm: Arm) -> str:
@@ -159,16 +162,21 @@ def code_of(function: Callable[..., Any]) -> str:
     return _source(function.__module__)
 
 
-@functools.cache
-def _source(name: str) -> str:
+def reached(name: str) -> set[str]:
+    """The module and those of its package whose names it uses, directly or not."""
     package, seen, todo = name.split(".")[0], set[str](), {name}
-    digest = hashlib.sha256()
     while todo:
         seen |= todo
         modules = [sys.modules[n] for n in todo if n in sys.modules]
         refers = {r for module in modules for r in map(_home, vars(module).values())}
         todo = {r for r in refers if r.split(".")[0] == package} - seen
-    for found in sorted(seen):
+    return seen
+
+
+@functools.cache
+def _source(name: str) -> str:
+    digest = hashlib.sha256()
+    for found in sorted(reached(name)):
         file = getattr(sys.modules.get(found), "__file__", None)
         digest.update(Path(file).read_bytes() if file else found.encode())
     return digest.hexdigest()[:12]
@@ -212,11 +220,13 @@ class Cache:
             value = unpack(kept["value"], arrays)
         except UNREADABLE as error:
             said = f"{type(error).__name__}: {error}"
-            raise Absent(f"{path} is truncated or no result of this program ({said:.80})") from error
+            raise Absent(
+                f"{path} is truncated or no result of this program ({said:.80})"
+            ) from error
         for what in dict.fromkeys((*expected, *found)):
             old, new = found.get(what, "not stated"), expected.get(what, "not stated")
             if old != new:
-                raise Absent(f"{path} is of another {what}: {old}, not {new}")
+                raise Absent(f"{path} is of another {what}: {old}, now {new}")
         return value
 
     def keep(self, name: str, key: Key, value: Any, seconds: float) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdp.arm import Arm
 from fdp.study import figures
 from fdp.study.cache import Absent, Cache, code_of, describe, slug
 from fdp.study.report import Row, plain
@@ -84,14 +83,14 @@ def perform(parts: Iterable[Part], cache: Cache, workdir: Path, group: str = "")
     """Run or find every measurement, in order, then its rows, raw numbers and pictures.
 
     Raises ValueError for two measurements of one name and what functions raise."""
-    listed = list(_flat(parts))
-    needed = list(dict.fromkeys(n for part in listed for n in _needed(part)))
-    files = [slug(m.name) for m in needed]
-    twice = sorted({m.name for m in needed if files.count(slug(m.name)) > 1})
+    needed = list({id(n): n for part in _flat(parts) for n in _needed(part)}.values())
+    measurements = [m for m in needed if isinstance(m, Measurement)]
+    files = [slug(m.name) for m in measurements]
+    twice = sorted({m.name for m in measurements if files.count(slug(m.name)) > 1})
     if twice:
         raise ValueError(f"two measurements are named {twice[0]!r}: a name is a file in measured/")
-    runner, found = _Runner(cache, sum(map(_calls, needed))), Found()
-    for part in listed:
+    runner, found = _Runner(cache, sum(map(_calls, measurements))), Found()
+    for part in needed:
         if isinstance(part, Row):
             found.rows.append(_grouped(part, group))
             continue
@@ -147,13 +146,13 @@ def _inside(value: Any) -> Iterator[Measurement]:
             yield from _inside(item)
 
 
-def _needed(part: Measurement | Row) -> Iterator[Measurement]:
-    """The measurement and all that it builds on."""
+def _needed(part: Measurement | Row) -> Iterator[Measurement | Row]:
+    """All that a part builds on, and itself."""
     if isinstance(part, Measurement):
         for value in part.values:
             for m in _inside(value):
                 yield from _needed(m)
-        yield part
+    yield part
 
 
 def _calls(m: Measurement) -> int:
@@ -192,10 +191,10 @@ class _Runner:
         if len({len(items) for items in every}) > 1:
             counts = ", ".join(str(len(items)) for items in every)
             raise ValueError(f"{m.name!r}: each() of {counts} values cannot go in step")
-        found = []
-        for i, item in enumerate(every[0]):
-            now = [v.items[i] if isinstance(v, Each) else v for v in values]
-            label = item.label if isinstance(item, Arm) else str(i)
+        found, labels = [], _labels(every[0])
+        for i, label in enumerate(labels):
+            one = iter([items[i] for items in every])
+            now = [next(one) if isinstance(v, Each) else v for v in values]
             found.append(self._one(m, f"{m.name} {label}", now))
         return found
 
@@ -215,7 +214,11 @@ class _Runner:
         assert m.function is not None
         key = {"function": f"{m.function.__module__}.{m.function.__qualname__}"}
         key["code"] = code_of(m.function)
-        key |= {f"argument {i + 1}": describe(v) for i, v in enumerate(values)}
+        for i, value in enumerate(values):
+            try:
+                key[f"argument {i + 1}"] = describe(value)
+            except TypeError as error:
+                raise TypeError(f"argument {i + 1} of {name!r}: {error}") from error
         try:
             result = self.cache.find(name, key)
             self.kept += 1
@@ -243,6 +246,21 @@ class _Runner:
         found = f", {self.kept} of them at an earlier start" if self.kept else ""
         past = clock(time.perf_counter() - self.started)
         print(f"study     {self.total} measured{found}; {past}", flush=True)
+
+
+def _labels(items: Sequence[Any]) -> list[str]:
+    """What tells each item from the others on the screen and in file names."""
+
+    def label(item: Any) -> str:
+        named = item[0] if isinstance(item, tuple) and item else item
+        if isinstance(named, str | int):
+            return str(named)
+        return str(getattr(item, "label", "") or getattr(item, "name", ""))
+
+    labels = [label(item) for item in items]
+    if "" in labels or len({slug(text) for text in labels}) < len(labels):
+        return [str(i) for i in range(len(labels))]
+    return labels
 
 
 def clock(seconds: float) -> str:

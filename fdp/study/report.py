@@ -1,12 +1,12 @@
-"""The Report of a study: claims with numbers, verdicts that follow from the numbers, and how each
-number came to be.
+"""The Report of a study: claims with numbers, verdicts that follow from the numbers, how each number
+came to be, and what a person reads first: the question, the answer, the rows that decide.
 """
 
 import dataclasses
 import importlib.metadata
-import io
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -22,6 +22,7 @@ from tabulate import tabulate
 
 from fdp.files import write_atomic
 from fdp.mesh import is_virtual
+from fdp.study.statistics import interval
 
 VERDICTS = ("holds", "fails", "not testable here")
 EVIDENCE = {
@@ -32,45 +33,42 @@ EVIDENCE = {
     "timing",
     "simulated": "from the cost model, with its calibration data and validation error in the note",
 }
-ROW_KEYS = (
-    "claim",
-    "metric",
-    "value",
-    "unit",
-    "baseline",
-    "baseline_value",
-    "ratio",
-    "ci",
-    "threshold",
-    "verdict",
-    "evidence",
-    "note",
-)
+ROW_TEXTS = ("claim", "metric", "unit", "baseline", "threshold", "note")
+ROW_MORE = ("group", "decides")
 REPORT_KEYS = ("topic", "variant", "config_hash", "versions", "devices", "rows", "plots")
+REPORT_MORE = ("question", "answer")
+REMARK = ", interval crosses"
 
 _THRESHOLD = re.compile(r"\s*(value|ratio)?\s*(<=|>=|==)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
 
 
-def _parse(threshold: str) -> tuple[str | None, str, float]:
-    """ "ratio <= 0.35" → ("ratio", "<=", 0.35)."""
-    match = _THRESHOLD.fullmatch(threshold)
+class BadReport(ValueError):
+    """A row or report that says what its numbers do not, or nothing."""
+
+
+# Verdicts
+# -------------------------------------------------------------------------------------------------
+
+
+def threshold_of(text: str) -> tuple[str | None, str, float]:
+    """ "ratio <= 0.35" → ("ratio", "<=", 0.35). Raises BadReport for another text."""
+    match = _THRESHOLD.fullmatch(text)
     if match is None:
-        raise ValueError(
-            f"threshold {threshold!r}: write '<= x', '>= x' or '== x', optionally after 'value' or "
+        raise BadReport(
+            f"threshold {text!r}: write '<= x', '>= x' or '== x', optionally after 'value' or "
             "'ratio'"
         )
     return match.group(1), match.group(2), float(match.group(3))
 
 
 def judge(number: float, threshold: str) -> str:
-    """ "holds" or "fails": the point estimate decides (`straddles` tells whether its interval
-    agrees).
+    """ "holds" or "fails": the point estimate decides (`crosses` tells whether its interval agrees).
 
     `threshold` is "<= x", ">= x" or "== x" (equal to 1 part in 10⁹), optionally after "value" or
-    "ratio". Raises ValueError on another text and on a number that is not finite."""
-    _, operator, limit = _parse(threshold)
+    "ratio". Raises BadReport on another text and on a number that is not finite."""
+    _, operator, limit = threshold_of(threshold)
     if not math.isfinite(number):
-        raise ValueError(
+        raise BadReport(
             f"{number} cannot be judged by {threshold!r}: report how many runs diverged as a row "
             "instead"
         )
@@ -81,41 +79,20 @@ def judge(number: float, threshold: str) -> str:
     return "holds" if holds else "fails"
 
 
-def straddles(ci: tuple[float, float], threshold: str) -> bool:
+def crosses(ci: Sequence[float] | None, threshold: str) -> bool:
     """Whether the ends of `ci` get different verdicts; an exact "==" has no two sides."""
-    return _parse(threshold)[1] != "==" and judge(ci[0], threshold) != judge(ci[1], threshold)
+    if ci is None or threshold_of(threshold)[1] == "==":
+        return False
+    return judge(ci[0], threshold) != judge(ci[1], threshold)
 
 
-def bootstrap_ci(
-    values: Sequence[float],
-    baseline: Sequence[float] | None = None,
-    seed: int = 0,
-    level: float = 0.95,
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval (10 000 resamples) of the mean over seeds, or None below two
-    seeds.
-
-    With `baseline`, values of the same seeds in the same order: of the paired ratio mean(values) /
-    mean(baseline)."""
-    x_N = np.asarray(values, float)
-    if x_N.size < 2:
-        return None
-    draws_BxN = np.random.default_rng(seed).integers(0, x_N.size, (10_000, x_N.size))
-    means_B = x_N[draws_BxN].mean(1)
-    if baseline is not None:
-        y_N = np.asarray(baseline, float)
-        if y_N.shape != x_N.shape:
-            raise ValueError(
-                f"a paired ratio needs one baseline per seed: {x_N.size} values, {y_N.size} "
-                "baselines"
-            )
-        means_B = means_B / y_N[draws_BxN].mean(1)
-    lo, hi = np.quantile(means_B, ((1 - level) / 2, (1 + level) / 2))
-    return float(lo), float(hi)
+def _subject(threshold: str, ratio: float | None) -> str:
+    """Which number the threshold speaks of."""
+    return threshold_of(threshold)[0] or ("value" if ratio is None else "ratio")
 
 
-def _seeds(values: float | Sequence[float]) -> list[float]:
-    return [float(v) for v in np.atleast_1d(np.asarray(values, float))]
+# Rows
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,8 +100,9 @@ class Row:
     """One claim with the number that decides it. Make rows with `Row.judged` or `Row.untestable`.
 
     `threshold` speaks of the ratio where there is one, else of the value; "value <= x" or "ratio <=
-    x" says which. `ci` is the 95 % interval of that same number. Raises ValueError where the
-    verdict is not what the number says."""
+    x" says which. `ci` is the 95 % interval of that same number. Rows of one `group` stand together;
+    those that answer the question of the study have `decides`. Raises BadReport where the verdict is
+    not what the number says."""
 
     claim: str
     metric: str
@@ -138,6 +116,8 @@ class Row:
     verdict: str
     evidence: str
     note: str
+    group: str = ""
+    decides: bool = False
 
     def __post_init__(self) -> None:
         _check_row(dataclasses.asdict(self), f"row {self.claim!r}")
@@ -156,137 +136,129 @@ class Row:
         ratio: float | None = None,
         ci: tuple[float, float] | None = None,
         note: str = "",
+        group: str = "",
+        decides: bool = False,
     ) -> "Row":
         """A row from one value or one value per seed; means, ratio, interval and verdict follow
         from them.
 
         Pass `ratio` or `ci` where they were computed otherwise (an interval over prompts, say).
-        """
+        Raises BadReport naming the claim for a number that is not finite."""
         xs = _seeds(values)
         ys = None if baseline_values is None else _seeds(baseline_values)
-        value, baseline_value = float(np.mean(xs)), None if ys is None else float(np.mean(ys))
-        if ratio is None and baseline_value:
-            ratio = value / baseline_value
-            if (
-                ci is None
-                and ys is not None
-                and len(ys) == len(xs)
-                and _subject(threshold, ratio) == "ratio"
-            ):
-                ci = bootstrap_ci(xs, ys)
+        value, base = float(np.mean(xs)), None if ys is None else float(np.mean(ys))
+        given = ratio is not None
+        if ratio is None and base:
+            ratio = value / base
         of_ratio = ratio is not None and _subject(threshold, ratio) == "ratio"
+        try:
+            verdict = judge(ratio if ratio is not None and of_ratio else value, threshold)
+        except BadReport as error:
+            raise BadReport(f"row {claim!r}: {error}") from error
         if ci is None and not of_ratio:
-            ci = bootstrap_ci(xs)
-        if ci is not None and straddles(ci, threshold):
-            straddle = f"the interval [{_number(ci[0])}, {_number(ci[1])}] straddles the threshold"
-            note = f"{note}; {straddle}" if note else straddle
-        verdict = judge(ratio if ratio is not None and of_ratio else value, threshold)
-        return cls(
-            claim,
-            metric,
-            value,
-            unit,
-            baseline,
-            baseline_value,
-            ratio,
-            ci,
-            threshold,
-            verdict,
-            evidence,
-            note,
-        )
+            ci = interval(xs)
+        elif ci is None and not given and ys is not None and len(ys) == len(xs):
+            ci = interval(xs, ys)
+        if ci is not None and crosses(ci, threshold):
+            said = f"the interval [{_number(ci[0])}, {_number(ci[1])}] crosses the threshold"
+            note = f"{note}; {said}" if note else said
+        numbers = value, unit, baseline, base, ratio, ci
+        return cls(claim, metric, *numbers, threshold, verdict, evidence, note, group, decides)
 
     @classmethod
     def untestable(
-        cls, claim: str, metric: str, unit: str, threshold: str, evidence: str, note: str
+        cls,
+        claim: str,
+        metric: str,
+        unit: str,
+        threshold: str,
+        evidence: str,
+        note: str,
+        group: str = "",
+        decides: bool = False,
     ) -> "Row":
         """A claim that this machine cannot decide; `note` says why and what it would take."""
-        return cls(
-            claim,
-            metric,
-            None,
-            unit,
-            "",
-            None,
-            None,
-            None,
-            threshold,
-            "not testable here",
-            evidence,
-            note,
-        )
+        none = None, unit, "", None, None, None
+        verdict = VERDICTS[2]
+        return cls(claim, metric, *none, threshold, verdict, evidence, note, group, decides)
+
+    @property
+    def said(self) -> str:
+        """The verdict, and whether its interval disagrees."""
+        judged = self.verdict != VERDICTS[2]
+        return self.verdict + REMARK * (judged and crosses(self.ci, self.threshold))
+
+    @property
+    def result(self) -> str:
+        """The number that decides, with unit and interval; "–" where there is none."""
+        if self.value is None:
+            return "–"
+        of_ratio = _subject(self.threshold, self.ratio) == "ratio"
+        text = f"{_number(self.ratio)} ×" if of_ratio else _with_unit(self.value, self.unit)
+        return text + _bracket(self.ci)
 
 
-def _subject(threshold: str, ratio: float | None) -> str:
-    """Which number the threshold speaks of."""
-    return _parse(threshold)[0] or ("value" if ratio is None else "ratio")
+ROW_KEYS = tuple(f.name for f in dataclasses.fields(Row) if f.name not in ROW_MORE)
+
+
+def _seeds(values: float | Sequence[float]) -> list[float]:
+    return [float(v) for v in np.atleast_1d(np.asarray(values, float))]
 
 
 def _require(condition: bool, where: str, key: str, text: str) -> None:
     if not condition:
-        raise ValueError(f"{where}, key {key!r}: {text}")
+        raise BadReport(f"{where}, key {key!r}: {text}")
+
+
+def _check_keys(
+    content: Mapping[str, Any], needed: tuple[str, ...], more: tuple[str, ...], where: str
+) -> None:
+    for key in (*needed, *content):
+        _require(key in content, where, key, "missing")
+        _require(key in needed + more, where, key, "unknown")
 
 
 def _check_row(row: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError naming `where` and the key that is wrong."""
-    for key in (*ROW_KEYS, *row):
-        _require(key in row, where, key, "missing")
-        _require(key in ROW_KEYS, where, key, "unknown")
-    for key in ("claim", "metric", "unit", "baseline", "threshold", "note"):
+    """Raise BadReport naming `where` and the key that is wrong."""
+    _check_keys(row, ROW_KEYS, ROW_MORE, where)
+    for key in ROW_TEXTS:
         _require(isinstance(row[key], str), where, key, f"{row[key]!r} is not a text")
     for key in ("claim", "metric"):
         _require(bool(row[key]), where, key, "empty")
     ci = row["ci"]
     _require(ci is None or len(ci) == 2, where, "ci", f"{ci!r} is not [low, high]")
-    for key, numbers in {
-        "value": [row["value"]],
-        "baseline_value": [row["baseline_value"]],
-        "ratio": [row["ratio"]],
-        "ci": ci or [],
-    }.items():
-        for value in numbers:
+    for key in ("value", "baseline_value", "ratio", "ci"):
+        for value in ci or () if key == "ci" else (row[key],):
             finite = value is None or (isinstance(value, int | float) and math.isfinite(value))
             _require(finite, where, key, f"{value!r} is not a finite number or null")
     _require(ci is None or ci[0] <= ci[1], where, "ci", f"{ci!r} has low > high")
-    _require(
-        row["evidence"] in EVIDENCE,
-        where,
-        "evidence",
-        f"{row['evidence']!r} is none of {tuple(EVIDENCE)}",
-    )
+    evidence, verdict = row["evidence"], row["verdict"]
+    _require(evidence in EVIDENCE, where, "evidence", f"{evidence!r} is none of {tuple(EVIDENCE)}")
+    _require(verdict in VERDICTS, where, "verdict", f"{verdict!r} is none of {VERDICTS}")
     _check_verdict(row, where)
 
 
 def _check_verdict(row: Mapping[str, Any], where: str) -> None:
-    verdict = row["verdict"]
-    _require(verdict in VERDICTS, where, "verdict", f"{verdict!r} is none of {VERDICTS}")
+    verdict, threshold = row["verdict"], row["threshold"]
     try:
-        subject = _subject(row["threshold"], row["ratio"])
-    except ValueError as error:
-        raise ValueError(f"{where}, key 'threshold': {error}") from error
+        subject = _subject(threshold, row["ratio"])
+    except BadReport as error:
+        raise BadReport(f"{where}, key 'threshold': {error}") from error
     if verdict == "not testable here":
-        _require(
-            bool(row["note"]),
-            where,
-            "note",
-            "an untestable claim must say why and what it would take",
-        )
-        return
+        why = "an untestable claim must say why and what it would take"
+        return _require(bool(row["note"]), where, "note", why)
     number = row[subject]
     _require(row["value"] is not None, where, "value", f"a verdict {verdict!r} needs a number")
+    absent = f"threshold {threshold!r} speaks of a {subject} that is null"
+    _require(number is not None, where, subject, absent)
+    said = judge(number, threshold)
     _require(
-        number is not None,
-        where,
-        subject,
-        f"threshold {row['threshold']!r} speaks of a {subject} that is null",
+        verdict == said, where, "verdict", f"{verdict!r}, but {number} {said} at {threshold!r}"
     )
-    said = judge(number, row["threshold"])
-    _require(
-        verdict == said,
-        where,
-        "verdict",
-        f"{verdict!r}, but {number} {said} at {row['threshold']!r}",
-    )
+
+
+# What made the numbers
+# -------------------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
@@ -309,6 +281,13 @@ def devices() -> str:
     return f"{n} {'virtual ' if is_virtual(found) else ''}CPU device{'s' if n > 1 else ''}"
 
 
+# Rendering
+# -------------------------------------------------------------------------------------------------
+
+_HEAD = ["claim", "result", "baseline", "ratio", "threshold", "verdict", "evidence"]
+_DECIDING = ["verdict", "claim", "result", "threshold", "evidence"]
+
+
 def _number(value: float | None) -> str:
     """Counts in full, everything else to four digits."""
     if value is None:
@@ -320,30 +299,25 @@ def _with_unit(value: float | None, unit: str) -> str:
     return f"{_number(value)} {unit}".strip()
 
 
+def _bracket(ci: tuple[float, float] | None) -> str:
+    return "" if ci is None else f" [{_number(ci[0])}, {_number(ci[1])}]"
+
+
 def _cells(row: Row) -> list[str]:
-    """The table cells of a row: claim, result, baseline, ratio, threshold, verdict, evidence."""
+    """The table cells of a row, as _HEAD."""
     baseline = row.baseline
     if row.baseline_value is not None:
         baseline = f"{row.baseline}: {_with_unit(row.baseline_value, row.unit)}".removeprefix(": ")
-    result, ratio = _with_unit(row.value, row.unit), _number(row.ratio)
-    if row.ci is not None:
-        interval = f" [{_number(row.ci[0])}, {_number(row.ci[1])}]"
-        if _subject(row.threshold, row.ratio) == "ratio":
-            ratio += interval
-        else:
-            result += interval
-    return [
-        row.claim,
-        f"{row.metric}: {result}",
-        baseline,
-        ratio,
-        row.threshold,
-        row.verdict,
-        row.evidence,
-    ]
+    of_ratio = _subject(row.threshold, row.ratio) == "ratio"
+    result = _with_unit(row.value, row.unit) + _bracket(None if of_ratio else row.ci)
+    ratio = _number(row.ratio) + _bracket(row.ci if of_ratio else None)
+    metric = f"{row.metric}: {result}"
+    return [row.claim, metric, baseline, ratio, row.threshold, row.said, row.evidence]
 
 
-_HEAD = ["claim", "result", "baseline", "ratio", "threshold", "verdict", "evidence"]
+def _deciding_cells(row: Row) -> list[str]:
+    """As _DECIDING."""
+    return [row.said, row.claim, f"{row.metric}: {row.result}", row.threshold, row.evidence]
 
 
 def _fit(widths: list[int], floors: list[int], total: int) -> list[int]:
@@ -355,6 +329,20 @@ def _fit(widths: list[int], floors: list[int], total: int) -> list[int]:
         widest = max(range(len(widths)), key=lambda i: (widths[i] > floors[i], widths[i]))
         widths[widest] -= 1
     return widths
+
+
+def _table(head: list[str], cells: list[list[str]], width: int) -> str:
+    """Wrapped to `width` columns."""
+    floors = [len(title) + 2 for title in head]  # tabulate pads a header by two
+    natural = [max([floor, *(len(c[i]) for c in cells)]) for i, floor in enumerate(floors)]
+    widths = _fit(natural, floors, width)
+    options: dict[str, Any] = {"disable_numparse": True, "maxcolwidths": widths}
+    return tabulate(cells, head, "simple", maxheadercolwidths=[w - 2 for w in widths], **options)
+
+
+def _markdown_table(head: list[str], cells: list[list[str]]) -> list[str]:
+    plain = [[c.replace("|", "\\|").replace("\n", " ") for c in row] for row in cells]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *plain)]
 
 
 @dataclass
@@ -371,6 +359,30 @@ class Report:
     raw: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
     devices: str = field(default_factory=devices)
+    question: str = ""
+
+    @property
+    def deciding(self) -> list[Row]:
+        """The rows that answer the question; all of them where none is marked."""
+        return [row for row in self.rows if row.decides] or self.rows
+
+    @property
+    def answer(self) -> str:
+        """One sentence made of the deciding rows: how many hold, the first number, what fails."""
+        rows = self.deciding
+        count = {v: sum(row.verdict == v for row in rows) for v in VERDICTS}
+        holds, fails, unknown = count.values()
+        judged = holds + fails
+        word = "In part" if holds and fails else "Yes" if holds else "No" if fails else "Open"
+        kind = "deciding claims" if any(row.decides for row in rows) else "claims"
+        parts = [f"{holds} of {judged} {kind} hold" if judged else "no claim could be decided"]
+        if unknown:
+            parts.append(f"{unknown} not testable here")
+        first = next((r for r in rows if r.value is not None and r.decides), None)
+        shown = [] if first is None else [first]
+        shown += [r for r in rows if r.decides and r.verdict == "fails" and r is not first]
+        parts += [f"{r.claim}: {r.result} ({r.threshold}, {r.said})" for r in shown]
+        return f"{word}: {'; '.join(parts)}."
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
@@ -378,191 +390,94 @@ class Report:
             dataclasses.asdict(row) | {"ci": None if row.ci is None else list(row.ci)}
             for row in self.rows
         ]
-        return {
-            "topic": self.topic,
-            "variant": self.variant,
-            "config_hash": self.config_hash,
-            "versions": self.versions,
-            "devices": self.devices,
-            "rows": rows,
-            "plots": [Path(plot).as_posix() for plot in self.plots],
-        }
+        head = {key: getattr(self, key) for key in REPORT_KEYS[:5]}
+        plots = [Path(plot).as_posix() for plot in self.plots]
+        return head | {"rows": rows, "plots": plots} | {k: getattr(self, k) for k in REPORT_MORE}
 
     def markdown(self) -> str:
-        """The report as Markdown, with the kinds of evidence explained and the plots embedded."""
-        cell = lambda text: text.replace("|", "\\|").replace("\n", " ")
-        table = [
-            _HEAD,
-            ["---"] * len(_HEAD),
-            *([cell(c) for c in _cells(row)] for row in self.rows),
-        ]
+        """The report as Markdown: question, answer and deciding rows, all rows by group, pictures,
+        notes, and what the kinds of evidence mean."""
         made_by = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"# {self.topic}: report of variant `{self.variant}`", ""]
-        lines += [f"Config `{self.config_hash}` on {self.devices}; {made_by}.", ""]
-        lines += [f"| {' | '.join(row)} |" for row in table]
+        lines += [f"**{self.question}**", ""] if self.question else []
+        lines += [self.answer, ""]
+        if any(row.decides for row in self.rows):
+            lines += [*_markdown_table(_DECIDING, [_deciding_cells(r) for r in self.deciding]), ""]
+        lines += [f"Config `{self.config_hash}` on {self.devices}; {made_by}.", "", "## All rows"]
+        for group in dict.fromkeys(row.group for row in self.rows):
+            cells = [_cells(row) for row in self.rows if row.group == group]
+            lines += ["", *([f"### {group}", ""] if group else []), *_markdown_table(_HEAD, cells)]
+        lines += ["", *(f"![{Path(plot).stem}]({Path(plot).as_posix()})\n" for plot in self.plots)]
+        lines += ["Square brackets are 95 % intervals; the point estimate decides a verdict."]
+        lines += [f"Where they reach over the threshold it says so: {REMARK[2:]}.", ""]
+        lines += [f"- **{kind}**: {text}." for kind, text in EVIDENCE.items()]
         notes = [f"- {row.claim}: {row.note}" for row in self.rows if row.note]
         lines += ["", "## Notes", "", *notes] if notes else []
-        lines += [
-            "",
-            "## Evidence",
-            "",
-            *(f"- **{kind}**: {text}." for kind, text in EVIDENCE.items()),
-        ]
-        lines += [
-            "",
-            "Square brackets are 95 % intervals; the point estimate decides a verdict.",
-            "",
-        ]
-        lines += [f"![{Path(plot).stem}]({Path(plot).as_posix()})\n" for plot in self.plots]
-        return "\n".join(lines)
+        return "\n".join([*lines, ""])
 
     def terminal(self, width: int | None = None) -> str:
-        """The verdict table, wrapped to `width` columns (default: the terminal's)."""
+        """The opening of the report, wrapped to `width` columns (default: the terminal's)."""
         width = width or shutil.get_terminal_size((120, 24)).columns
-        table = [_cells(row) for row in self.rows]
-        floors = [len(head) + 2 for head in _HEAD]  # tabulate pads a header by two
-        natural = [
-            max([floor, *(len(cells[i]) for cells in table)]) for i, floor in enumerate(floors)
-        ]
-        widths = _fit(natural, floors, width)
-        heads = [w - 2 for w in widths]
-        text = tabulate(
-            table,
-            _HEAD,
-            "simple",
-            disable_numparse=True,
-            maxcolwidths=widths,
-            maxheadercolwidths=heads,
+        lines = textwrap.wrap(f"{self.topic} ({self.variant}) on {self.devices}", width)
+        for name, text in (("question", self.question), ("answer", self.answer)):
+            indent: dict[str, str] = {"initial_indent": f"{name:10}", "subsequent_indent": " " * 10}
+            lines += textwrap.wrap(text, width, **indent) if text else []  # type: ignore[arg-type]
+        return "\n".join(
+            [*lines, "", _table(_DECIDING, list(map(_deciding_cells, self.deciding)), width)]
         )
-        title = f"{self.topic} ({self.variant}) on {self.devices}"
-        notes = [
-            textwrap.fill(f"note: {r.claim}: {r.note}", width, subsequent_indent="  ")
-            for r in self.rows
-            if r.note
-        ]
-        return "\n".join([*textwrap.wrap(title, width), "", text, *(["", *notes] if notes else [])])
 
     def write(self, workdir: Path, raw: Mapping[str, Any] | None = None) -> None:
         """Write raw.json (`raw`, else self.raw), then check the report and write report.json and
         report.md.
 
-        Raises ValueError as `validate` does: raw numbers are on disk by then, so nothing measured
+        Raises BadReport as `validate` does: raw numbers are on disk by then, so nothing measured
         is lost."""
         workdir = Path(workdir)
-        root = workdir.absolute()
-        self.plots = [
-            p.relative_to(root) if (p := root / plot).is_relative_to(root) else p
-            for plot in self.plots
-        ]
-        write_atomic(
-            workdir / "raw.json",
-            json.dumps(_plain(self.raw if raw is None else raw), indent=1) + "\n",
-        )
+        self.plots = [_inside(plot, os.path.abspath(workdir)) for plot in self.plots]
+        numbers = plain(self.raw if raw is None else raw)
+        write_atomic(workdir / "raw.json", json.dumps(numbers, indent=1) + "\n")
         report = self.to_json()
         validate(report, workdir)
         write_atomic(workdir / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
         write_atomic(workdir / "report.md", self.markdown())
 
 
-def _plain(value: Any) -> Any:
-    """JSON of nested containers, arrays and numbers; non-finite numbers become "nan", "inf" and
-    "-inf".
-    """
+def _inside(plot: str | Path, root: str) -> Path:
+    """The plot's path in the folder `root`, given there or from the current directory."""
+    path = Path(root, plot)
+    if not path.is_file():
+        path = Path(os.path.abspath(plot))
+    return path.relative_to(root) if path.is_relative_to(root) else Path(plot)
+
+
+def plain(value: Any, many: int | None = None) -> Any:
+    """JSON of nested containers, dataclasses, arrays and numbers; non-finite numbers become "nan",
+    "inf" and "-inf", arrays of more than `many` elements their shapes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v, many) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v, many) for v in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
+        x = np.asarray(value)
+        if many is not None and x.size > many:
+            return f"{x.dtype} [{', '.join(map(str, x.shape))}] in measured/"
+        return plain(x.tolist())
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def validate(report: Mapping[str, Any], workdir: Path | None = None) -> None:
-    """Raise ValueError naming the row and key that is wrong in the content of a report.json.
+    """Raise BadReport naming the row and key that is wrong in the content of a report.json.
 
     With `workdir`, the plot files must exist there, under relative paths.
     """
-    for key in (*REPORT_KEYS, *report):
-        _require(key in report, "report", key, "missing")
-        _require(key in REPORT_KEYS, "report", key, "unknown")
+    _check_keys(report, REPORT_KEYS, REPORT_MORE, "report")
     _require(len(report["rows"]) > 0, "report", "rows", "a study must judge at least one claim")
     for i, row in enumerate(report["rows"]):
         _check_row(row, f"row {i} ({row.get('claim', 'no claim')!r})")
-    for plot in report["plots"]:
-        _require(
-            not Path(plot).is_absolute() and ".." not in Path(plot).parts,
-            "report",
-            "plots",
-            f"{plot} is not a path inside the workdir",
-        )
-        _require(
-            workdir is None or (Path(workdir) / plot).is_file(),
-            "report",
-            "plots",
-            f"file {plot} is missing",
-        )
-
-
-# Okabe and Ito's colours, told apart by colour-blind readers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STYLE: dict[Any, Any] = {
-    "figure.dpi": 150,
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e5e5e5",
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.5,
-}
-
-
-def figure(columns: int = 1, width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
-    """(Figure, Axes or array of Axes) in the house style, width in inches a column, without any
-    global state.
-    """
-    import matplotlib  # imported on use: it costs half a second at start-up
-    from cycler import cycler
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=_COLOURS)}):
-        fig = Figure(figsize=(width * columns, height))
-        return fig, fig.subplots(1, columns)
-
-
-def save_plot(fig: Any, path: Path) -> Path:
-    """Render `fig` with Agg to the PNG `path`, atomically, and return the path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = io.BytesIO()
-    FigureCanvasAgg(fig).print_figure(image, format="png")
-    write_atomic(path, image.getvalue())
-    return path
-
-
-def plot_curves(
-    path: Path,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    title: str,
-    hlines: Mapping[str, float] | None = None,
-) -> Path:
-    """One line per label of `series` {label: (x, y)} and a dashed level per label of `hlines`;
-    returns the path.
-    """
-    fig, axes = figure()
-    for label, (x, y) in series.items():
-        axes.plot(x, y, label=label, marker="o" if len(x) <= 20 else None, markersize=3)
-    for i, (label, level) in enumerate((hlines or {}).items()):
-        axes.axhline(
-            level, label=label, linestyle="--", linewidth=1, color=("#444444", "#999999")[i % 2]
-        )
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if series or hlines:
-        axes.legend(fontsize=8)
-    return save_plot(fig, path)
+    for plot in map(Path, report["plots"]):
+        outside = plot.is_absolute() or ".." in plot.parts
+        _require(not outside, "report", "plots", f"{plot} is not a path inside the workdir")
+        there = workdir is None or (Path(workdir) / plot).is_file()
+        _require(there, "report", "plots", f"file {plot} is missing")

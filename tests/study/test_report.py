@@ -3,20 +3,23 @@ the terminal.
 """
 
 import json
+import os
+from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fdp.study import figures
 from fdp.study.report import (
     EVIDENCE,
+    BadReport,
     Report,
     Row,
-    bootstrap_ci,
+    crosses,
     devices,
     judge,
-    plot_curves,
-    straddles,
     validate,
     versions,
 )
@@ -98,7 +101,7 @@ def test_rows_compute_means_ratios_intervals_and_verdicts():
     assert measured.ci is not None
     assert measured.ci[0] <= measured.value <= measured.ci[1]
     assert measured.verdict == "holds"
-    assert "straddles the threshold" in measured.note
+    assert "crosses the threshold" in measured.note
     assert (untestable.value, untestable.verdict) == (None, "not testable here")
 
 
@@ -109,41 +112,77 @@ def test_a_verdict_cannot_be_passed_by_hand():
         Row("c", "m", 2.0, "s", "", None, None, None, "<= 1", "holds", "measured", "")
 
 
-def test_bootstrap_covers_the_truth_and_pairing_narrows_the_ratio():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for i in range(40):
-        lo, hi = bootstrap_ci(rng.normal(5.0, 1.0, 20), seed=i)
-        hits += lo <= 5.0 <= hi
-    assert hits >= 34
-    base = rng.uniform(1, 9, 8)
-    lo, hi = bootstrap_ci(0.5 * base, base)
-    assert lo == pytest.approx(0.5)
-    assert hi == pytest.approx(0.5)
-    assert bootstrap_ci([1.0]) is None
-    assert bootstrap_ci([1.0, 2.0, 4.0]) == bootstrap_ci([1.0, 2.0, 4.0])
-    with pytest.raises(ValueError, match="2 values, 3 baselines"):
-        bootstrap_ci([1, 2], [1, 2, 3])
-    assert straddles((0.9, 1.1), "<= 1")
-    assert not straddles((0.8, 0.9), "<= 1")
-    assert not straddles((0.9, 1.1), "== 1")
+def test_the_interval_that_reaches_over_the_threshold_is_named_in_the_verdict_column():
+    assert crosses((0.9, 1.1), "<= 1")
+    assert not crosses((0.8, 0.9), "<= 1")
+    assert not crosses((0.9, 1.1), "== 1")
+    measured = rows()[1]
+    assert measured.said == "holds, interval crosses"
+    assert "| holds, interval crosses |" in report().markdown()
+    assert "holds, interval crosses" in report().terminal(200)
+    assert report().to_json()["rows"][1]["verdict"] == "holds"
+
+
+def test_a_report_opens_with_question_answer_and_deciding_rows():
+    yes, part, unknown = rows()
+    failed = Row.judged("It is fast", "time", 3, "s", "<= 2", "measured", decides=True)
+    marked = [replace(yes, decides=True), part, replace(unknown, decides=True), failed]
+    found = report(rows=marked, question="Does it pay?")
+    assert found.answer == (
+        "In part: 1 of 2 deciding claims hold; 1 not testable here; TP halves the bytes | a step: "
+        "0.5 × (<= 0.55, holds); It is fast: 3 s (<= 2, fails)."
+    )
+    lines = [x for x in found.markdown().splitlines() if x]
+    assert lines[1:3] == ["**Does it pay?**", found.answer]
+    assert [x.split(" | ")[0] for x in lines[5:8]] == ["| holds", "| not testable here", "| fails"]
+    shown = found.terminal(200)
+    assert "question  Does it pay?" in shown
+    assert "answer    In part:" in shown
+    assert "The loss is equal" not in shown
+    content = found.to_json()
+    validate(content)
+    assert (content["question"], content["answer"]) == ("Does it pay?", found.answer)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [((1, 1), "Yes: 2 of 2 claims"), ((9, 9), "No: 0 of 2"), ((1, 9), "In part")],
+)
+def test_the_answer_counts_all_rows_where_none_decides(values, word):
+    many = [Row.judged("c", "m", v, "", "<= 2", "counted") for v in values]
+    assert report(rows=many).answer.startswith(word)
+    assert report(rows=[rows()[2]]).answer == (
+        "Open: no claim could be decided; 1 not testable here."
+    )
+
+
+def test_rows_of_a_group_stand_together():
+    a, b, c = (replace(row, group=group) for row, group in zip(rows(), "xyx", strict=True))
+    text = report(rows=[a, b, c]).markdown()
+    order = [text.index(x) for x in ("### x", a.metric, c.metric, "### y", b.metric, "## Notes")]
+    assert order == sorted(order)
 
 
 def test_written_files_validate_and_raw_numbers_lie_beside(tmp_path):
-    plot = plot_curves(
-        tmp_path / "plots" / "loss.png",
-        {"tp": ([0, 1], [3, 2])},
-        "step",
-        "loss",
-        "Loss",
-        {"AR": 2.5},
-    )
+    fig = figures.curves({"tp": ([0, 1], [3, 2])}, "step", "loss", "Loss", {"AR": 2.5})
+    plot = figures.save(fig, tmp_path / "plots" / "loss.png")
     raw = {"loss": {"tp": np.array([3.1, np.inf]), "ar": jnp.float32(2.0)}}
     report(plots=[plot], raw=raw).write(tmp_path)
     assert plot.read_bytes()[:4] == b"\x89PNG"
     content = json.loads((tmp_path / "report.json").read_text())
     validate(content, tmp_path)
     assert content["plots"] == ["plots/loss.png"]
+    assert list(content) == [
+        "topic",
+        "variant",
+        "config_hash",
+        "versions",
+        "devices",
+        "rows",
+        "plots",
+        "question",
+        "answer",
+    ]
     assert list(content["rows"][0]) == [
         "claim",
         "metric",
@@ -157,6 +196,8 @@ def test_written_files_validate_and_raw_numbers_lie_beside(tmp_path):
         "verdict",
         "evidence",
         "note",
+        "group",
+        "decides",
     ]
     assert json.loads((tmp_path / "raw.json").read_text()) == {
         "loss": {"tp": [3.1, "inf"], "ar": 2.0}
@@ -195,6 +236,24 @@ def test_validate_names_row_and_key(key, value, message):
         validate(content)
 
 
+def test_a_row_that_is_nan_is_named():
+    with pytest.raises(BadReport, match=r"row 'loss': nan cannot be judged by '<= 1'"):
+        Row.judged("loss", "m", [1.0, float("nan")], "", "<= 1", "measured")
+
+
+@pytest.mark.parametrize("cwd", [".", "plots", ".."])
+def test_plots_of_a_relative_workdir_are_found(tmp_path, monkeypatch, cwd):
+    root = tmp_path / "run"
+    (root / "plots").mkdir(parents=True)
+    (root / "plots" / "a.png").touch()
+    monkeypatch.chdir(root / cwd)
+    workdir = Path(os.path.relpath(root))
+    for plot in (root / "plots" / "a.png", workdir / "plots" / "a.png", "plots/a.png"):
+        found = report(plots=[plot])
+        found.write(workdir)
+        assert found.to_json()["plots"] == ["plots/a.png"], plot
+
+
 def test_validate_finds_missing_keys_plots_and_rows(tmp_path):
     content = report().to_json()
     del content["rows"][2]["unit"]
@@ -212,7 +271,6 @@ def test_terminal_table_fits(width):
     text = report().terminal(width)
     assert max(map(len, text.splitlines())) <= width
     assert "holds" in text
-    assert "note: The loss is equal" in text
 
 
 def test_environment_is_named():

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.collectives import all_gather, psum, size, vary
-from fdp.config import digest
 from fdp.data.batches import Arrays, Data
 from fdp.experiment import Experiment, standard
 from fdp.hooks import Hook
 from fdp.models.module import Module, compact, initializers
 from fdp.objectives.base import Objective
-from fdp.study.report import Report, Row
+from fdp.study.measure import measure
+from fdp.study.report import Row
 
 X, Y, D = 8, 4, 16
 
@@ -144,16 +144,17 @@ def arms(config) -> dict[str, Experiment]:
     return {"herd": made}
 
 
-def study(run) -> Report:
-    """One row."""
-    arm = run.arms["herd"][0]
-    bias = np.asarray(arm.trained_on_host.model["herd"]["bias"])
-    row = Row.judged(
-        "the bias has moved",
-        "largest bias",
-        float(np.abs(bias).max()),
-        "",
-        "value >= 0",
-        "measured",
-    )
-    return Report(run.config.topic, run.config.variant, digest(run.config), [row], [], {})
+def study(run):
+    """One measurement and its row."""
+    return run.report(measure("bias", largest_bias, run.arms["herd"][0], rows=has_moved))
+
+
+def largest_bias(arm) -> float:
+    """Of the groups."""
+    return float(np.abs(np.asarray(arm.trained_on_host.model["herd"]["bias"])).max())
+
+
+def has_moved(bias: float) -> Row:
+    """The row."""
+    texts = "the bias has moved", "largest bias", bias, "", "value >= 0", "measured"
+    return Row.judged(*texts, decides=True)

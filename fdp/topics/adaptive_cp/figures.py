@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fdp.study.report import figure, save_plot
+from fdp.study.figures import figure, save
 from fdp.topics.adaptive_cp.baselines import Baseline, describe
 from fdp.topics.adaptive_cp.planner import ModelPlan
 from fdp.topics.adaptive_cp.predict import Region
@@ -28,7 +28,7 @@ DENSE, SPARSE, BOUND = "#999999", "#D55E00", "white"
 
 def density_map(path: Path, density_LxT: np.ndarray, steps: Sequence[int], title: str) -> Path:
     """Density of every layer at every measured step, on a logarithmic scale. Returns the path."""
-    from matplotlib.colors import LogNorm  # on use, as fdp.study.report does
+    from matplotlib.colors import LogNorm  # on use, as fdp.study.figures does
 
     density_LxT = np.asarray(density_LxT, float)
     L, T = density_LxT.shape
@@ -45,7 +45,7 @@ def density_map(path: Path, density_LxT: np.ndarray, steps: Sequence[int], title
     axes.grid(False)
     axes.set(xlabel="training step", ylabel="layer", title=title)
     fig.colorbar(image, ax=axes, label="share of visible key blocks kept")
-    return save_plot(fig, path)
+    return save(fig, path)
 
 
 def need_map(path: Path, units_LxDxD: np.ndarray, title: str) -> Path:
@@ -64,7 +64,7 @@ def need_map(path: Path, units_LxDxD: np.ndarray, title: str) -> Path:
     np.atleast_1d(panels)[0].set_ylabel("queries of device")
     fig.colorbar(image, ax=panels, label="share needed")
     fig.suptitle(title, fontsize=10)
-    return save_plot(fig, path)
+    return save(fig, path)
 
 
 def plan_picture(path: Path, found: ModelPlan, title: str) -> Path:
@@ -102,7 +102,7 @@ def plan_picture(path: Path, found: ModelPlan, title: str) -> Path:
     )
     fig.legend(*right.get_legend_handles_labels(), fontsize=7, loc="outside lower right", ncols=2)
     fig.suptitle(title, fontsize=10)
-    return save_plot(fig, path)
+    return save(fig, path)
 
 
 def bytes_chart(path: Path, rows: Sequence[Baseline], title: str, threshold: float = 0.7) -> Path:
@@ -158,7 +158,7 @@ def bytes_chart(path: Path, rows: Sequence[Baseline], title: str, threshold: flo
         title=title,
     )
     axes.legend(fontsize=7, loc="lower right")
-    return save_plot(fig, path)
+    return save(fig, path)
 
 
 def region_map(path: Path, found: Region, title: str, threshold: float = 0.9) -> Path:
@@ -193,4 +193,4 @@ def region_map(path: Path, found: Region, title: str, threshold: float = 0.9) ->
     np.atleast_1d(panels)[0].set_ylabel("mean density of the layers")
     fig.colorbar(image, ax=panels, label="adaptive / best uniform step time")
     fig.suptitle(f"{title} (second line: 95 % interval)", fontsize=10)
-    return save_plot(fig, path)
+    return save(fig, path)

@@ -10,11 +10,8 @@ same for all plans as well.
 Legend: L layers, N draws of the models' errors (draw 0 is nominal).
 """
 
-import math
-import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +19,7 @@ from fdp.count.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, Attent
 from fdp.models.shape import ModelShape
 from fdp.price import hardware, inference, network
 from fdp.price.shapes import named
+from fdp.study.uncertainty import factors, interval, sigma
 from fdp.topics.adaptive_cp import baselines, planner, synthetic
 from fdp.topics.adaptive_cp.planner import ModelPlan
 from fdp.topics.adaptive_cp.problem import Masks, Problem, dense, sparse
@@ -38,7 +36,6 @@ OPS = {
 # 90 % quantile of |error| of attention, block-sparse kernels included: assumed, wide on purpose
 ATTENTION_ERROR = 0.5
 LENGTHS = (2**17, 2**18, 2**19, 2**20)  # positions of simulated sequences
-QUANTILE = 1.645  # standard deviations of the 90 % quantile of |error|
 
 
 @dataclass(frozen=True)
@@ -77,8 +74,9 @@ class Fitted:
         operand = wire if op == PERMUTE else wire * ranks / (ranks - 1) / (2 if op == REDUCE else 1)
         nominal = float(network.collective_time(OPS[op], operand, ranks, local, self.chip, fit))
         small, crosses = operand < inference.SMALL, local < ranks
-        sigma = math.log1p(network_error(self.chip, crosses, small)[1]) / QUANTILE
-        return nominal * factors((op, ranks, inner, small), sigma, self.draws, self.seed)
+        spread = sigma(network_error(self.chip, crosses, small)[1])
+        what = op, ranks, inner, small
+        return nominal * factors(what, spread, self.draws, self.seed, nominal=True)
 
 
 def network_error(chip: str, crosses: bool, small: bool) -> tuple[float, float]:
@@ -90,18 +88,12 @@ def network_error(chip: str, crosses: bool, small: bool) -> tuple[float, float]:
     return found["median_pct"] / 100, found["p90_pct"] / 100
 
 
-def factors(what: Any, sigma: float, draws: int, seed: int) -> np.ndarray:
-    """Lognormal factors [N] of the error of `what`, equal for equal arguments; the first is 1."""
-    rng = np.random.default_rng([seed, zlib.crc32(repr(what).encode())])
-    return np.r_[1.0, np.exp(sigma * rng.standard_normal(draws - 1))]
-
-
 def machine(fabric: Fabric, chip: str = "h100", draws: int = 1, seed: int = 0) -> Machine:
     """Attention at the fitted share of the chip's peak (no block-sparse kernel was timed) and a
     network.
     """
     rate = hardware.chip(chip).peak_bf16_flops * inference.coefficient("attention", chip)
-    error = factors("attention", math.log1p(ATTENTION_ERROR) / QUANTILE, draws, seed)
+    error = factors("attention", sigma(ATTENTION_ERROR), draws, seed, nominal=True)
     return Machine(rate / error, Fitted(fabric, chip, draws, seed))
 
 
@@ -154,17 +146,17 @@ def predict(model: ModelShape, found: Problem, level: float = 0.95) -> Predictio
     run."""
     s, N = found.shape, len(np.atleast_1d(found.machine.flops))
     repeat = model.layers / found.layers
-    sigma = math.log1p(inference.matmul_error("h100")[1]) / QUANTILE
-    rest_N = rest_seconds(model, s.seq_len, s.cp) * factors("rest", sigma, N, 0)
+    spread = sigma(inference.matmul_error("h100")[1])
+    rest_N = rest_seconds(model, s.seq_len, s.cp) * factors("rest", spread, N, nominal=True)
     adaptive, uniform = planner.plan(found), baselines.uniform_any(found)
     total = lambda plan: rest_N + repeat * plan.total_N
     fixed = [total(plan) for plan in uniform_plans(found)]
     ratio_N = total(adaptive) / np.min(fixed, axis=0)
-    low, high = np.quantile(ratio_N, [(1 - level) / 2, (1 + level) / 2])
+    low, high = interval(ratio_N, level)
     bytes_ratio = adaptive.bytes / uniform.bytes if uniform.bytes else 1.0
     seconds = float(total(adaptive)[0]), float(total(uniform)[0])
     names = baselines.summary(adaptive), baselines.describe(uniform.plans[0])
-    return Prediction(*seconds, float(low), float(high), bytes_ratio, *names)
+    return Prediction(*seconds, low, high, bytes_ratio, *names)
 
 
 def uniform_plans(found: Problem) -> list[ModelPlan]:

@@ -5,7 +5,6 @@ Legend: L positions, T states.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.metrics import read_metrics
 from fdp.models import module
 from fdp.sampling.masked import first_hitting
-from fdp.study.report import figure, plot_curves, save_plot
+from fdp.study.figures import figure, save, training_curves
 from fdp.topics.parallel_dlm.checks import Comparison
 from fdp.topics.parallel_dlm.pareto import Outcome
 
@@ -26,31 +24,9 @@ ARMS = {"mdlm": "MDLM (NELBO)", "ar": "AR (NLL)", "markov": "MDLM on the Markov 
 
 
 def curves(workdir: Path) -> str:
-    """Loss against steps, mean over seeds; training smoothed over ten rows. Returns the path inside
-    the workdir.
-    """
-    found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_metrics(workdir):
-        for key in ("loss", "val_loss"):
-            if key in row and math.isfinite(float(row[key])):
-                found[row["arm"], key][row["step"]].append(float(row[key]))
-    series = {}
-    for (arm, key), by_step in found.items():
-        steps = sorted(by_step)
-        means = np.array([np.mean(by_step[step]) for step in steps])
-        if key == "loss" and len(steps) >= 20:
-            means = np.convolve(means, np.ones(10) / 10, "valid")
-            steps = steps[9:]
-        series[f"{ARMS.get(arm, arm)}, {'training' if key == 'loss' else 'validation'}"] = (
-            steps,
-            means.tolist(),
-        )
-    title = "Masked diffusion and autoregressive LM, equal budget"
-    return str(
-        plot_curves(
-            workdir / "plots" / "loss.png", series, "step", "nats per token", title
-        ).relative_to(workdir)
-    )
+    """Loss against steps, mean over seeds. Returns the path inside the workdir."""
+    fig = training_curves(workdir, ARMS, "Masked diffusion and autoregressive LM, equal budget")
+    return str(save(fig, workdir / "plots" / "loss.png").relative_to(workdir))
 
 
 def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
@@ -79,7 +55,7 @@ def traffic(workdir: Path, comparisons: list[Comparison]) -> str:
         title="Wire bytes of loss and gradients, counted in the HLO",
     )
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return str(save_plot(fig, workdir / "plots" / "bytes.png").relative_to(workdir))
+    return str(save(fig, workdir / "plots" / "bytes.png").relative_to(workdir))
 
 
 def pareto(workdir: Path, outcomes: Mapping[tuple[str, int], list[Outcome]]) -> str:
@@ -114,7 +90,7 @@ def pareto(workdir: Path, outcomes: Mapping[tuple[str, int], list[Outcome]]) -> 
         )
     np.atleast_1d(panels)[0].set_ylabel("KL(exact ‖ policy), nats, rows read (1e-7: exact)")
     np.atleast_1d(panels)[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return str(save_plot(fig, workdir / "plots" / "pareto.png").relative_to(workdir))
+    return str(save(fig, workdir / "plots" / "pareto.png").relative_to(workdir))
 
 
 def film_strip(workdir: Path, arm: Arm, frames: int = 6) -> str:
@@ -140,7 +116,7 @@ def film_strip(workdir: Path, arm: Arm, frames: int = 6) -> str:
                 )
         axes.set(title=f"step {t}", xticks=[], yticks=[])
         axes.grid(False)
-    return str(save_plot(fig, workdir / "plots" / "film_strip.png").relative_to(workdir))
+    return str(save(fig, workdir / "plots" / "film_strip.png").relative_to(workdir))
 
 
 def printable(text: str) -> str:

@@ -4,8 +4,6 @@ model's errors, pictures.
 Legend: N draws; grids are [lengths, requests, reuse steps].
 """
 
-import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ import numpy as np
 from fdp.models.shape import ModelShape
 from fdp.price import inference
 from fdp.price.inference import BOUND, Degrees, Step
-from fdp.study.report import figure, save_plot
+from fdp.study import uncertainty
+from fdp.study.figures import figure, save
 from fdp.topics.parallel_dlm.switching import KINDS, Choice, Job, candidates, plan, profile
 
 # 90 % quantile of |error| where nothing was measured here; assumed, wide on purpose.
@@ -34,7 +33,7 @@ def spread(chip: str) -> dict[str, float]:
     of = lambda term: (
         network["below" in term] if term.startswith("network") else quantile[term.split()[0]]
     )
-    return {term: math.log1p(of(term)) / 1.645 for term in BOUND}
+    return {term: uncertainty.sigma(of(term)) for term in BOUND}
 
 
 class Errors:
@@ -49,8 +48,8 @@ class Errors:
         """Factors [N] of `term` for one member of its class; equal calls give equal factors."""
         key = (term, *what)
         if key not in self._drawn:
-            rng = np.random.default_rng([self.seed, zlib.crc32(repr(key).encode())])
-            self._drawn[key] = np.exp(self.sigma[term] * rng.standard_normal(self.draws))
+            drawn = uncertainty.factors(key, self.sigma[term], self.draws, self.seed)
+            self._drawn[key] = drawn
         return self._drawn[key]
 
     def seconds(self, kind: str, degrees: Degrees, step: Step) -> np.ndarray:
@@ -84,8 +83,7 @@ def interval(
         "network from 1 MiB", "switch", best.refresh.tp, best.reuse.tp
     )
     ratio = np.min(fixed, axis=0) / (period(best.refresh, best.reuse) + switch)
-    low, high = np.quantile(ratio, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return uncertainty.interval(ratio, level)
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def heat_map(path: Path, found: Region, title: str) -> Path:
     np.atleast_1d(panels)[0].set_ylabel("requests")
     fig.colorbar(image, ax=panels, label="speed-up over the best fixed degrees")
     fig.suptitle(f"{title}; second line: lower end of the 95 % interval", fontsize=10)
-    return save_plot(fig, path)
+    return save(fig, path)
 
 
 def step_times(path: Path, job: Job, title: str) -> Path:
@@ -205,4 +203,4 @@ def step_times(path: Path, job: Job, title: str) -> Path:
         panel.set_ylim(0, 1.25 * base.max())
     panels[0].legend(fontsize=7, loc="upper left")
     fig.suptitle(title, fontsize=10)
-    return save_plot(fig, path)
+    return save(fig, path)

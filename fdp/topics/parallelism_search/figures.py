@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fdp.price import hybrid
-from fdp.study.report import figure, save_plot
+from fdp.study.figures import figure, save
 from fdp.topics.parallelism_search.fit import Data
 from fdp.topics.parallelism_search.landscapes import Comparison
 from fdp.topics.parallelism_search.plan import Ranking, price, space
@@ -19,7 +19,7 @@ COLOURS = 7  # of the house style
 
 def _save(fig: Any, workdir: Path, name: str) -> str:
     """The picture's path in the workdir."""
-    return str(save_plot(fig, workdir / "plots" / f"{name}.png").relative_to(workdir))
+    return str(save(fig, workdir / "plots" / f"{name}.png").relative_to(workdir))
 
 
 def predicted(workdir: Path, outcomes: Sequence[Outcome]) -> str:

@@ -2,11 +2,14 @@
 
 import jax
 
-from fdp.config import digest
 from fdp.experiment import standard
-from fdp.loop import evaluate
 from fdp.sampling.draw import draw
-from fdp.study.report import Report, Row, figure, save_plot
+from fdp.study.claims import validation_loss
+from fdp.study.figures import figure
+from fdp.study.measure import derive, each, measure
+from fdp.study.report import Row
+
+QUESTION = "Is the loss of a masked diffusion LM near that of an autoregressive one?"
 
 
 def arms(config):
@@ -18,14 +21,8 @@ def arms(config):
 
 
 def study(run):
-    """One row and one picture."""
-    mdlm, ar = (evaluate(a, a.trained) for a in (run.arms["mdlm"][0], run.arms["ar"][0]))
-    row = Row.judged(
-        "MDLM is near AR", "validation loss", mdlm, "nats", "ratio <= 2", "measured", "AR", ar
-    )
-    fig, axes = figure()
-    axes.bar(["mdlm", "ar"], [mdlm, ar])
-    plot = save_plot(fig, run.workdir / "plots" / "losses.png").relative_to(run.workdir)
+    """Two rows and one picture."""
+    losses = [measure(f"loss {n}", validation_loss, each(run.arms[n])) for n in ("mdlm", "ar")]
     size = sum(x.size for x in jax.tree.leaves(run.arms["mdlm"][0].program.specs.shapes))
     count = Row.judged("the model has parameters", "parameters", size, "", "value >= 1", "counted")
     lines = [
@@ -34,6 +31,17 @@ def study(run):
         for ids in draw(arms[0], run.config.eval.samples)
     ]
     (run.workdir / "samples.txt").write_text("\n".join(lines) + "\n")
-    return Report(
-        run.config.topic, run.config.variant, digest(run.config), [row, count], [plot], {}
-    )
+    return run.report(losses, derive("losses", *losses, rows=near, plot=bars), count)
+
+
+def near(mdlm, ar):
+    """The row that decides."""
+    texts = "MDLM is near AR", "validation loss", mdlm, "nats", "ratio <= 2", "measured", "AR", ar
+    return Row.judged(*texts, decides=True)
+
+
+def bars(mdlm, ar):
+    """Both losses."""
+    fig, axes = figure()
+    axes.bar(["mdlm", "ar"], [mdlm[0], ar[0]])
+    return fig
