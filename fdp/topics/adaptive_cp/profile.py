@@ -1,10 +1,12 @@
 """What a trained model attends to: block masses, densities and block masks of every layer.
 
-Legend: B sequences, S positions, W blocks of a sequence, H query heads, N layers.
+Legend: B sequences, S positions, W blocks of a sequence, H query heads, N layers, T steps of
+training.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
+from fdp.metrics import read_metrics
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
@@ -87,6 +90,25 @@ class Densities:
         variables = jax.device_get(state.variables)
         found = profile(arm, variables, tokens_BxS, tokens_BxS.shape[1] // BLOCKS, TAU)
         return {DENSITY: found.density_N}
+
+
+@dataclass(frozen=True)
+class History:
+    """Density of every layer [N, T] at `steps` of the training of one arm."""
+
+    steps: list[int]
+    density_NxT: np.ndarray
+
+
+def history(arm: Arm, workdir: Path) -> History:
+    """What the hook of the run wrote there. Raises RuntimeError where there is nothing."""
+    me = (arm.name, arm.seed)
+    rows = read_metrics(workdir)
+    found = {r["step"]: r[DENSITY] for r in rows if (r["arm"], r["seed"]) == me and DENSITY in r}
+    if not found:
+        raise RuntimeError(f"{workdir} holds no densities of arm {arm.label}: train it with a hook")
+    steps = sorted(found)
+    return History(steps, np.array([found[step] for step in steps], np.float32).T)
 
 
 def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:

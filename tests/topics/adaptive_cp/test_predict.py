@@ -14,8 +14,8 @@ from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG
 from fdp.price import inference, network
 from fdp.topics.adaptive_cp import baselines, figures, planner, rows, synthetic
 from fdp.topics.adaptive_cp import predict as simulate
-from fdp.topics.adaptive_cp.problem import Masks, Problem
-from tests.topics.adaptive_cp_problems import SHAPE, SLOW, W, mixed, random_masks
+from fdp.parallel.context.planner_problem import Masks, Problem
+from tests.parallel.context.planner_problems import SHAPE, SLOW, W, mixed, random_masks
 
 pytestmark = pytest.mark.fast
 

@@ -17,8 +17,8 @@ from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.masks import Mask
 from fdp.topics.adaptive_cp import baselines, planner, timing
 from fdp.topics.adaptive_cp import predict as simulate
-from fdp.topics.adaptive_cp.planner import ModelPlan
-from fdp.topics.adaptive_cp.price import (
+from fdp.parallel.context.planner import ModelPlan
+from fdp.parallel.context.planner_price import (
     BLOCKS,
     Counts,
     Price,
@@ -28,9 +28,9 @@ from fdp.topics.adaptive_cp.price import (
     price,
     work,
 )
-from fdp.topics.adaptive_cp.problem import Masks, Problem, candidates
-from fdp.topics.adaptive_cp.timing import Link, Machine
-from tests.topics.adaptive_cp_problems import (
+from fdp.parallel.context.planner_problem import Masks, Problem, candidates
+from fdp.parallel.context.planner_time import Link, Machine
+from tests.parallel.context.planner_problems import (
     BLOCK,
     FAST,
     OWN,

@@ -12,7 +12,7 @@ the overflow count, an all-to-all of int32 ids and one of keys and values; backw
 gradients, in the type of the keys. What was gathered is kept for the backward pass, as by an
 all-gather.
 
-Time: fdp.topics.adaptive_cp.timing.
+Time: fdp.parallel.context.planner_time.
 
 Legend: J lists of a layer (1, or one a key head), W blocks of the sequence, D devices = cp, R
 groups = cp/u of u neighbours, O ring offsets 0 … R-1, N draws of an uncertain network (draw 0 is
@@ -35,11 +35,11 @@ from fdp.count.context import (
 )
 from fdp.count.gather import BlockGather
 from fdp.parallel.context import layouts
+from fdp.parallel.context import planner_time as timing
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.context.planner_time import Machine
 from fdp.parallel.masks import Mask
-from fdp.topics.adaptive_cp import timing
-from fdp.topics.adaptive_cp.timing import Machine
 
 BLOCKS = "gather"  # CommPlan.kind; capacity: key blocks that each pair of devices exchanges
 ANY = Mask("bidirectional")  # formulas of plans that send all keys do not depend on the mask
@@ -73,7 +73,7 @@ def owners(layout: SequenceLayout, W: int, block: int, cp: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Counts:
+class BlockCounts:
     """Of one layer in one layout: `seen_JxDxW`, block pairs of each device with each key block;
     owner of each block.
     """
@@ -83,7 +83,7 @@ class Counts:
     _grouped: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, mask_JxWxW: np.ndarray, owner_W: np.ndarray, cp: int) -> "Counts":
+    def of(cls, mask_JxWxW: np.ndarray, owner_W: np.ndarray, cp: int) -> "BlockCounts":
         """From masks bool [J, W, W], rows query blocks."""
         held_DxW = (np.arange(cp)[:, None] == owner_W).astype(np.float32)  # exact below 2^24 pairs
         return cls(held_DxW @ mask_JxWxW.astype(np.float32), owner_W)
@@ -158,7 +158,7 @@ class Price:
 
 
 def price(
-    counts: Counts, plan: CommPlan, shape: AttentionShape, block: int, machine: Machine
+    counts: BlockCounts, plan: CommPlan, shape: AttentionShape, block: int, machine: Machine
 ) -> Price:
     """Price of a plan for a layer; `counts` must be of the plan's layout. Raises Refused when it is
     not exact.
@@ -171,13 +171,11 @@ def price(
         layer = BlockGather(shape, block, plan.capacity, len(counts.seen_JxDxW))
         traffic = layer.forward_bytes(), layer.backward_bytes()
         wire, steps = (sum(traffic[0].values()), sum(traffic[1].values())), (3, 1)
-        send = lambda nbytes, op=EXCHANGE: machine.send(op, nbytes, shape.cp)
-        ids, decision = (
-            traffic[0].get(EXCHANGE, 0.0) - layer.fetched,
-            send(traffic[0][REDUCE], REDUCE),
-        )
-        there = decision + send(ids) + send(layer.fetched)
-        forward, backward = timing.gathered(*passes, there, send(layer.fetched))
+        ids = traffic[0].get(EXCHANGE, 0.0) - layer.fetched
+        keys = machine.send(EXCHANGE, layer.fetched, shape.cp)
+        there = machine.send(REDUCE, traffic[0][REDUCE], shape.cp)  # whether some list overflows
+        there = there + machine.send(EXCHANGE, ids, shape.cp) + keys
+        forward, backward = timing.gathered(*passes, there, keys)
     else:
         traffic, steps = dense_traffic(plan, shape), cost.steps(plan, shape.cp)
         wire = sum(traffic[0].values()), sum(traffic[1].values())
@@ -190,7 +188,7 @@ def price(
     )
 
 
-def check(counts: Counts, plan: CommPlan, shape: AttentionShape) -> None:
+def check(counts: BlockCounts, plan: CommPlan, shape: AttentionShape) -> None:
     """Raises Refused for a plan that these heads and sequences cannot run, or that leaves out
     needed keys.
     """
@@ -213,7 +211,7 @@ def check(counts: Counts, plan: CommPlan, shape: AttentionShape) -> None:
         raise Refused(f"hops {plan.hops} miss needed offsets {missing}")
 
 
-def work(counts: Counts, plan: CommPlan, shape: AttentionShape, block: int) -> np.ndarray:
+def work(counts: BlockCounts, plan: CommPlan, shape: AttentionShape, block: int) -> np.ndarray:
     """Forward FLOPs of each device by ring offset, [D, O]; blocks are computed whole."""
     u, J = plan.head_split, len(counts.seen_JxDxW)
     pairs_JxRxO = counts.grouped(u)[0].astype(float)
