@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fdp.parallel.context.planner_methods import Method
 from fdp.study.figures import COLOURS, GREY, curves, figure, legend, reference
 from fdp.study.grid import Grid, heat_map
-from fdp.topics.adaptive_cp.planned import Method, PlannedLayer
+from fdp.topics.adaptive_cp.planned import PlannedLayer
 from fdp.topics.adaptive_cp.profile import TAU, History
 from fdp.topics.adaptive_cp.rows import FASTER
 
@@ -27,7 +28,10 @@ def density(name: str, found: History) -> Any:
     """Density of every layer over training."""
     series = {f"layer {i}": (found.steps, d.tolist()) for i, d in enumerate(found.density_NxT)}
     title = f"{name}: key blocks that hold {TAU:.0%} of the attention mass"
-    return curves(series, "training step", "share of the visible key blocks", title)
+    fig = curves(series, "training step", "share of the visible key blocks", title)
+    fig.axes[0].set_ylim(0, 1)
+    fig.axes[0].xaxis.get_major_locator().set_params(integer=True)
+    return fig
 
 
 def needs(name: str, units_NxDxD: np.ndarray) -> Any:
@@ -91,7 +95,8 @@ def methods(name: str, found: Sequence[Method], threshold: float = 0.7) -> Any:
         value = method.bytes / 1e6 if np.isfinite(method.bytes) else 0.0
         axes.barh(i, value, label=label, color=colour, height=0.7, edgecolor=GREY, linewidth=0.6)
         text = f"{method.bytes / min(uniform):.2f}×" if value else "cannot run"
-        axes.text(value + 0.01 * most, i, text, va="center")
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.text(value + 0.01 * most, i, text, va="center", bbox=white)
     reference(axes, threshold * min(uniform) / 1e6, f"{threshold:g}× the best uniform", axis="x")
     axes.set_yticks(range(len(found)), [method.name for method in found])
     axes.set_ylim(len(found) - 0.5, -1.5)  # room for the text of the line

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fdp.models.shape import ModelShape
-from fdp.parallel.context import planner
+from fdp.parallel.context import planner, planner_masks
 from fdp.parallel.context.planner import ModelPlan, describe, model_value, summary
 from fdp.parallel.context.planner_machine import (
     ATTENTION_ERROR,
@@ -34,7 +34,6 @@ from fdp.price import inference, network
 from fdp.price.shapes import named
 from fdp.study.grid import Grid
 from fdp.study.uncertainty import factors, interval, sigma
-from fdp.topics.adaptive_cp import synthetic
 
 GQA_8B, CP, CHIP = named("llama3-8b"), 8, "h100"
 LENGTHS = (2**17, 2**18, 2**19, 2**20)  # positions of simulated sequences
@@ -106,7 +105,7 @@ def predict(model: ModelShape, found: Problem) -> StepSeconds:
 
 @lru_cache(maxsize=16)  # masks keep what was counted, for all fabrics and lengths
 def _masks(layers: int, blocks: int, density: float) -> Masks:
-    return Masks(synthetic.layers(layers, blocks, density, SPREAD))
+    return Masks(planner_masks.layers(layers, blocks, density, SPREAD))
 
 
 def region(

@@ -18,7 +18,7 @@ from fdp.metrics import read_metrics
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
-from fdp.parallel.context import density, gather
+from fdp.parallel.context import density
 from fdp.parallel.masks import Mask
 from fdp.state import TrainState
 from fdp.topics.adaptive_cp.settings import BLOCKS
@@ -135,17 +135,9 @@ def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
     return (masks | np.eye(W, dtype=bool)) & past_WxW
 
 
-def block_ids(masks_NxWxW: np.ndarray, width: int | None = None) -> np.ndarray:
-    """The masks as lists of ascending key blocks, -1 unused: int32 [N, W, width]; None = the
-    longest of any layer.
-    """
-    width = int(masks_NxWxW.sum(-1).max()) if width is None else width
-    return np.stack([gather.block_ids(mask, 1, width=width)[0, 0] for mask in masks_NxWxW])
-
-
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two orders of layers; 1 where both are constant."""
-    import scipy.stats
+    import scipy.stats  # on use: it costs a second at start-up
 
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float(np.ptp(a) == np.ptp(b))

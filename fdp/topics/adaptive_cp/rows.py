@@ -10,9 +10,9 @@ from fdp.data.recall import task_of
 from fdp.models.nsa import Budget
 from fdp.parallel.context.planner import describe
 from fdp.parallel.context.planner_machine import CONGESTED, INFINIBAND, NVLINK
+from fdp.parallel.context.switching import Switching
 from fdp.study.grid import Grid
 from fdp.study.report import Row
-from fdp.topics.adaptive_cp.checks import Switching
 from fdp.topics.adaptive_cp.measured import ANSWERS, WIDTHS, Measured
 from fdp.topics.adaptive_cp.planned import CP, FAR, Planned
 from fdp.topics.adaptive_cp.predict import SPREAD, evidence
@@ -22,7 +22,7 @@ from fdp.topics.adaptive_cp.settings import BLOCKS
 
 FASTER = "<= 0.9"  # step time of the adaptive plan over that of the best uniform one
 LISTED, ALL, CHOSEN = "listed blocks", "all keys", "8 blocks chosen by each input"
-BRANCHES = {  # of the programs of `checks`
+BRANCHES = {  # of the programs of `fdp.parallel.context.switching`
     LISTED: "gather that fits, gather of at most one block with its exact fallback, Ulysses, "
     "all-gather",
     ALL: "ring, USP, Ulysses",

@@ -13,7 +13,10 @@ import numpy as np
 
 from fdp import loop
 from fdp.arm import Arm
+from fdp.count.compare import Comparison
 from fdp.models.transformer import with_core
+from fdp.parallel.context import switching
+from fdp.parallel.context.cores import Listed
 from fdp.parallel.context.exactness import DEVICES
 from fdp.parallel.context.layouts import ZIGZAG
 from fdp.parallel.context.plan import CommPlan
@@ -24,8 +27,6 @@ from fdp.parallel.context.planner_problem import Masks, Problem
 from fdp.parallel.context.planner_uniform import best_uniform
 from fdp.sharding import shardings
 from fdp.state import TrainState
-from fdp.topics.adaptive_cp import checks
-from fdp.topics.adaptive_cp.cores import Listed
 from fdp.topics.adaptive_cp.measured import Measured, share
 from fdp.topics.adaptive_cp.profile import TAU, block_masks, profile
 from fdp.topics.adaptive_cp.settings import BLOCKS
@@ -64,7 +65,7 @@ def branches(heads: int, blocks: int) -> tuple[CommPlan, ...]:
     held = blocks // DEVICES
     sizes = [2**i for i in range((held - 1).bit_length())]
     gathers = [CommPlan("gather", capacity=size, layout=ZIGZAG) for size in sizes]
-    return (*gathers, *(checks.WHOLE if heads % DEVICES == 0 else checks.WHOLE[1:]))
+    return (*gathers, *(switching.WHOLE if heads % DEVICES == 0 else switching.WHOLE[1:]))
 
 
 def adapt(arm: Arm, found: Measured, sequences: int, windows: int, steps: int) -> Adapted:
@@ -78,7 +79,7 @@ def adapt(arm: Arm, found: Measured, sequences: int, windows: int, steps: int) -
     probe_BxS = arm.data.val.take(range(sequences))["tokens"]
     plans = branches(arm.model.shape.heads, BLOCKS)
     model = with_core(arm.model, Listed(plans, block))
-    program = checks.program_over_cp(arm, fit.batch, model, checks.CHOICE)
+    program = switching.program_over_cp(arm, fit.batch, model, switching.CHOICE)
     other = Arm(arm.name, program.experiment, program)  # its programs take any plans and lists
     state = jax.device_put(arm.trained_on_host, program.specs.state_shardings())
     dense, scheduler, ran = arm.trained, Scheduler(plans, windows=2), []
@@ -89,8 +90,8 @@ def adapt(arm: Arm, found: Measured, sequences: int, windows: int, steps: int) -
         problem = _problem(arm, masks)
         numbers = scheduler.observe(problem)
         ran.append(_window(problem, plans, numbers, masks))
-        choice: Any = (numbers, checks.place_ids(masks, block, BLOCKS))
-        choice = jax.device_put(choice, shardings(program.mesh, checks.CHOICE))
+        choice: Any = (numbers, switching.place_ids(masks, block, BLOCKS))
+        choice = jax.device_put(choice, shardings(program.mesh, switching.CHOICE))
         state = _train(loop.Segment(start + steps, other, (choice,)), start, state)
         dense = _train(loop.Segment(start + steps, arm), start, dense)
     return Adapted(
@@ -107,7 +108,7 @@ def _train(segment: loop.Segment, start: int, state: TrainState) -> TrainState:
 
 def _problem(arm: Arm, masks_NxWxW: np.ndarray) -> Problem:
     """The arm's own attention over DEVICES, planned for bytes."""
-    shape, on = checks.shape_of(arm, arm.experiment.fit.batch), machine(INFINIBAND)
+    shape, on = switching.shape_of(arm, arm.experiment.fit.batch), machine(INFINIBAND)
     return Problem(Masks(masks_NxWxW), shape, on, objective="bytes", layouts=(ZIGZAG,))
 
 
@@ -119,3 +120,13 @@ def _window(
     # The scheduler runs no plan without a price.
     wire = sum(found.wire for found in prices if isinstance(found, Price))
     return Window(chosen, share(masks_NxWxW), wire, best_uniform(problem, plans).bytes)
+
+
+def switch_listed(arm: Arm, found: Measured) -> switching.Switching:
+    """The measured masks as data of one program."""
+    return switching.switch_listed(arm, found.masks_NxWxW)
+
+
+def static_plan(arm: Arm, found: Measured) -> Comparison:
+    """The measured masks under plans that are constants of a program."""
+    return switching.static_plan(arm, found.masks_NxWxW)

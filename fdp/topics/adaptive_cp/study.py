@@ -13,18 +13,18 @@ from fdp.metrics import read_metrics
 from fdp.models.layers import SwiGLU
 from fdp.models.nsa import Budget, NativeSparseAttention
 from fdp.models.stack import Block, layer
-from fdp.parallel.context import exactness
+from fdp.parallel.context import exactness, switching
 from fdp.parallel.context.layouts import CONTIGUOUS
 from fdp.run import Run
 from fdp.study.claims import needs_devices, validation_loss
 from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Report, Row
-from fdp.topics.adaptive_cp import checks, figures, rows
+from fdp.topics.adaptive_cp import figures, rows
 from fdp.topics.adaptive_cp.measured import Measured, measured
 from fdp.topics.adaptive_cp.planned import Planned, planned
 from fdp.topics.adaptive_cp.predict import LENGTHS, region
 from fdp.topics.adaptive_cp.profile import Densities, History, history
-from fdp.topics.adaptive_cp.runtime import Adapted, adapt
+from fdp.topics.adaptive_cp.runtime import Adapted, adapt, static_plan, switch_listed
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 QUESTION = (
@@ -174,9 +174,9 @@ def _exact(arm: Arm, masks: Measurement, tiny: bool) -> list[Measurement]:
     found = [measure("plans", exactness.compare, each(plans), rows=rows.plans, group=group)]
     if arm.model.shape.heads % exactness.DEVICES:
         return found
-    switches = {rows.LISTED: measure("switch listed", checks.switch_listed, arm, masks)}
+    switches = {rows.LISTED: measure("switch listed", switch_listed, arm, masks)}
     if not tiny:
-        switches[rows.ALL] = measure("switch plans", checks.switch_plans, arm)
-        switches[rows.CHOSEN] = measure("switch indexed", checks.switch_indexed, arm, 8)
-    fixed = measure("plans by layer", checks.static_plan, arm, masks, rows=rows.static, group=group)
+        switches[rows.ALL] = measure("switch plans", switching.switch_plans, arm)
+        switches[rows.CHOSEN] = measure("switch indexed", switching.switch_indexed, arm, BLOCKS, 8)
+    fixed = measure("plans by layer", static_plan, arm, masks, rows=rows.static, group=group)
     return [*found, derive("switched", switches, rows=rows.switched, group=group), fixed]

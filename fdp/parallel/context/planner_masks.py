@@ -1,4 +1,4 @@
-"""Block masks that no model produced.
+"""Block masks that no model produced, to plan for.
 
 Legend: L layers, W blocks of the sequence.
 """

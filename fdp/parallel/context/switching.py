@@ -1,4 +1,5 @@
-"""Plans as data against one device, and the switched program against the static one.
+"""Comm plans as data of one compiled program (`cores`), and as constants of another, against one
+device: loss, gradients and bytes of a trained model.
 
 Legend: B sequences, S positions, N layers, W blocks of a sequence.
 """
@@ -21,15 +22,12 @@ from fdp.mesh import AXES, factor, make_mesh
 from fdp.models import module
 from fdp.models.transformer import Transformer, with_core
 from fdp.parallel.context import gather
+from fdp.parallel.context.cores import Indexed, Listed, Sparse, Switched, by_layer, unstacked
 from fdp.parallel.context.exactness import CAUSAL, DEVICES, over_cp
 from fdp.parallel.context.layouts import ZIGZAG
 from fdp.parallel.context.plan import CommPlan
 from fdp.sharding import shardings
 from fdp.step import TrainStep, mean_loss
-from fdp.topics.adaptive_cp.cores import Indexed, Listed, Sparse, Switched, by_layer, unstacked
-from fdp.topics.adaptive_cp.measured import Measured
-from fdp.topics.adaptive_cp.profile import block_ids
-from fdp.topics.adaptive_cp.settings import BLOCKS
 
 CHOICE = (P(), P(None, None, None, "cp"))  # specs of plan numbers [N] and block ids [N, b, k, W, L]
 WHOLE = CommPlan("ulysses", DEVICES, layout=ZIGZAG), CommPlan("all_gather", layout=ZIGZAG)
@@ -59,22 +57,21 @@ def switch_plans(arm: Arm) -> Switching:
     return _switching(program, arm, _numbers(arm, len(plans)), _on_one_device(arm, arm.model))
 
 
-def switch_listed(arm: Arm, found: Measured) -> Switching:
+def switch_listed(arm: Arm, masks_NxWxW: np.ndarray) -> Switching:
     """The same with attention to measured blocks: gathers that fit, gathers that overflow, Ulysses
     and all-gather."""
-    masks_NxWxW = found.masks_NxWxW
-    block = arm.experiment.input_length // BLOCKS
+    block = arm.experiment.input_length // masks_NxWxW.shape[-1]
     plans, ids = listed_plans(masks_NxWxW, block), place_ids(masks_NxWxW, block)
     program = program_over_cp(arm, 2, with_core(arm.model, Listed(plans, block)), CHOICE)
     choices = [(numbers, ids) for numbers in _numbers(arm, len(plans))]
     return _switching(program, arm, choices, _listed_on_one_device(arm, masks_NxWxW))
 
 
-def switch_indexed(arm: Arm, width: int) -> Switching:
+def switch_indexed(arm: Arm, blocks: int, width: int) -> Switching:
     """The same with lists of `width` blocks made from each input: gathers of half of a device's
     blocks, Ulysses and all-gather."""
-    block, layers = arm.experiment.input_length // BLOCKS, arm.model.shape.layers
-    half = CommPlan("gather", capacity=max(BLOCKS // DEVICES // 2, 1), layout=ZIGZAG)
+    block, layers = arm.experiment.input_length // blocks, arm.model.shape.layers
+    half = CommPlan("gather", capacity=max(blocks // DEVICES // 2, 1), layout=ZIGZAG)
     plans = (half, *WHOLE)
     program = program_over_cp(
         arm, 2, with_core(arm.model, Indexed(plans, block, width)), (P(), P())
@@ -92,6 +89,14 @@ def listed_plans(masks_NxWxW: np.ndarray, block: int) -> tuple[CommPlan, ...]:
     fits = exact_capacity(masks_NxWxW, ZIGZAG, DEVICES, block)
     sizes = dict.fromkeys((fits, min(fits, 1)))
     return (*(CommPlan("gather", capacity=c, layout=ZIGZAG) for c in sizes), *WHOLE)
+
+
+def block_ids(masks_NxWxW: np.ndarray, width: int | None = None) -> np.ndarray:
+    """The masks as lists of ascending key blocks, -1 unused: int32 [N, W, width]; None = the
+    longest of any layer.
+    """
+    width = int(masks_NxWxW.sum(-1).max()) if width is None else width
+    return np.stack([gather.block_ids(mask, 1, width=width)[0, 0] for mask in masks_NxWxW])
 
 
 def place_ids(masks_NxWxW: np.ndarray, block: int, width: int | None = None) -> np.ndarray:
@@ -131,11 +136,10 @@ def _switching(program: TrainStep, arm: Arm, choices: Sequence[Any], expected: A
 # -------------------------------------------------------------------------------------------------
 
 
-def static_plan(arm: Arm, found: Measured) -> Comparison:
+def static_plan(arm: Arm, masks_NxWxW: np.ndarray) -> Comparison:
     """The plans of `switch_listed` by turns, without the gather that overflows, as constants of the
     program. Bytes: of all-to-all, all-gather and reduce-scatter."""
-    masks_NxWxW, layers = found.masks_NxWxW, arm.model.shape.layers
-    block = arm.experiment.input_length // BLOCKS
+    block, layers = arm.experiment.input_length // masks_NxWxW.shape[-1], arm.model.shape.layers
     plans = (listed_plans(masks_NxWxW, block)[0], *WHOLE)
     chosen = [plans[n] for n in _numbers(arm, len(plans))[-1]]
     model = by_layer(arm.model, [Listed((plan,), block) for plan in chosen])
@@ -186,7 +190,7 @@ def _tokens(arm: Arm) -> np.ndarray:
 
 def _listed_on_one_device(arm: Arm, masks_NxWxW: np.ndarray) -> tuple[Any, Any]:
     """(mean loss, gradients) with attention to measured blocks."""
-    core = Sparse(arm.experiment.input_length // BLOCKS)
+    core = Sparse(arm.experiment.input_length // masks_NxWxW.shape[-1])
     return _on_one_device(arm, with_core(arm.model, core), block_ids(masks_NxWxW))
 
 
