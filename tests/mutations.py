@@ -32,6 +32,7 @@ OPTIMIZER, TOY, HOOKS = (
     "tests/test_experiment.py::",
     "tests/test_hooks.py::",
 )
+PLANNER = "tests/parallel/context/test_planner.py::"
 MUTATIONS = (
     Mutation(
         "the learning rate rises to ten times its peak",
@@ -102,6 +103,13 @@ MUTATIONS = (
         "then = last or (every > 0 and step % every == 0)",
         "then = every > 0 and step % every == 0",
         f"{HOOKS}test_a_hook_that_raises_is_named_and_the_run_resumes_from_its_step",
+    ),
+    Mutation(
+        "the dearest plan for all layers is called the best",
+        "parallel/context/planner_uniform.py",
+        "return min(runs, key=lambda f: model_value(problem, f))",
+        "return max(runs, key=lambda f: model_value(problem, f))",
+        f"{PLANNER}test_best_uniform_is_the_least_of_all_plans_that_run",
     ),
 )
 
