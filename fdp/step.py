@@ -242,9 +242,12 @@ class TrainStep:
         )
 
     def compiled_train_step(self) -> Any:
-        """`jit_train_step`, compiled once for the abstract arguments of the experiment."""
+        """`jit_train_step`, compiled once for the abstract arguments of the experiment; one with
+        layer inputs, whose shapes the caller knows, at its first call."""
         if self._train is None:
-            self._train = self.jit_train_step().lower(*self.abstract_arguments()).compile()
+            step = self.jit_train_step()
+            given = self.inputs is not None
+            self._train = step if given else step.lower(*self.abstract_arguments()).compile()
         return self._train
 
     def jit_eval_step(self) -> Any:

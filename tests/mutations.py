@@ -32,6 +32,7 @@ OPTIMIZER, TOY, HOOKS = (
     "tests/test_experiment.py::",
     "tests/test_hooks.py::",
 )
+PLANNER = "tests/parallel/context/test_planner.py::"
 MUTATIONS = (
     Mutation(
         "the learning rate rises to ten times its peak",
@@ -104,12 +105,11 @@ MUTATIONS = (
         f"{HOOKS}test_a_hook_that_raises_is_named_and_the_run_resumes_from_its_step",
     ),
     Mutation(
-        "the worst uniform plan is called the best",
-        "topics/adaptive_cp/planner.py",
-        "return min(runs, key",
-        "return max(runs, key",
-        "tests/topics/test_adaptive_cp_planner.py::"
-        "test_the_best_uniform_plan_is_the_cheapest_sum_over_layers",
+        "the dearest plan for all layers is called the best",
+        "parallel/context/planner_uniform.py",
+        "return min(runs, key=lambda f: model_value(problem, f))",
+        "return max(runs, key=lambda f: model_value(problem, f))",
+        f"{PLANNER}test_best_uniform_is_the_least_of_all_plans_that_run",
     ),
 )
 

@@ -1,11 +1,10 @@
 """What a trained model attends to, and the sparsest block masks that cost it little.
 
-Legend: B sequences, S positions, W blocks of a sequence, N layers, T steps of training.
+Legend: B sequences, S positions, W blocks of a sequence, N layers.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,15 +14,15 @@ import numpy as np
 from fdp.arm import Arm
 from fdp.data.batches import eval_batches
 from fdp.data.recall import RECALL, accuracy, task_of
-from fdp.metrics import read_metrics
 from fdp.models import module
 from fdp.models.transformer import Transformer, with_core
 from fdp.objectives.base import TokenObjective
+from fdp.parallel.context.cores import Indexed, Sparse
 from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.context.switching import block_ids
 from fdp.parallel.tensor import suppress
 from fdp.step import mean_loss
-from fdp.topics.adaptive_cp.cores import Indexed, Sparse
-from fdp.topics.adaptive_cp.profile import DENSITY, TAU, block_ids, block_masks, profile
+from fdp.topics.adaptive_cp.profile import TAU, block_masks, profile
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 Variables = module.Variables
@@ -37,82 +36,51 @@ CHOOSE, JUDGE, ANSWERS = 2, 3, 64
 
 @dataclass(frozen=True)
 class Measured:
-    """What one trained arm attends to: density [N, T] at `steps`, block masks, their coverage and
-    loss; of a recall task the share of answers that are right, (dense, sparse)."""
+    """Block masks of one trained arm, their coverage and loss; of a recall task the share of
+    answers that are right, (dense, sparse); `width` of lists made from each input, and the loss
+    with them."""
 
-    density_NxT: np.ndarray
-    steps: list[int]
     masks_NxWxW: np.ndarray
     coverage: float
     dense_loss: float
     sparse_loss: float
     answers: tuple[float, float] | None
-    width: int  # of lists made from each input, and the loss with them
+    width: int
     indexed_loss: float
 
     @property
-    def share(self) -> np.ndarray:
-        """Share of the causal blocks that each layer's mask keeps, [N]."""
-        W = self.masks_NxWxW.shape[-1]
-        return self.masks_NxWxW.sum((1, 2)) / (W * (W + 1) / 2)
-
-    def plain(self) -> dict[str, Any]:
-        """For a file."""
-        return {
-            "density": self.density_NxT,
-            "steps": self.steps,
-            "mask share": self.share,
-            "coverage": self.coverage,
-            "dense loss": self.dense_loss,
-            "sparse loss": self.sparse_loss,
-            "answers": self.answers,
-            "width": self.width,
-            "indexed loss": self.indexed_loss,
-        }
+    def share_N(self) -> np.ndarray:
+        """Share of the causal blocks that each layer's mask keeps."""
+        return share(self.masks_NxWxW)
 
 
-def history(arm: Arm, workdir: Path) -> tuple[list[int], np.ndarray]:
-    """Steps, and the density of every layer [N, T] that the hook of the run wrote there. Raises
-    RuntimeError where there is none."""
-    me = (arm.name, arm.seed)
-    rows = read_metrics(workdir)
-    found = {r["step"]: r[DENSITY] for r in rows if (r["arm"], r["seed"]) == me and DENSITY in r}
-    if not found:
-        raise RuntimeError(f"{workdir} holds no densities of arm {arm.label}: train it with a hook")
-    steps = sorted(found)
-    return steps, np.array([found[step] for step in steps], np.float32).T
+def share(masks_NxWxW: np.ndarray) -> np.ndarray:
+    """Share of the causal blocks that each layer's mask keeps, [N]."""
+    W = masks_NxWxW.shape[-1]
+    return masks_NxWxW.sum((1, 2)) / (W * (W + 1) / 2)
 
 
-def measure(arm: Arm, workdir: Path, sequences: int) -> Measured:
-    """Densities over training, then the sparsest block masks whose loss stays within GAP on
-    held-out sequences, and with it the share of right answers.
+def measured(arm: Arm, sequences: int) -> Measured:
+    """The sparsest block masks whose loss stays within GAP on held-out sequences, and with it the
+    share of right answers.
 
     Of three times `sequences`, a third yields masks, another chooses the coverage; what is reported
     is of sequences that took part in neither."""
     (batch,) = eval_batches(arm.data.val, 3 * sequences, 1)
-    third = lambda i: {k: x[i * sequences : (i + 1) * sequences] for k, x in batch.items()}
-    first, choose, judge = map(third, range(3))
+    first, choose, judge = (
+        {k: x[i * sequences : (i + 1) * sequences] for k, x in batch.items()} for i in range(3)
+    )
     variables = arm.trained_on_host.variables
-    steps, density_NxT = history(arm, workdir)
     block = first["tokens"].shape[1] // BLOCKS
     mass_NxWxW = profile(arm, variables, first["tokens"], block, TAU).mass_NxWxW
     coverage, masks = _sparsest(arm, variables, choose, mass_NxWxW)
-    width = _shortest(arm, variables, choose)
-    answers = None
+    width, answers = _shortest(arm, variables, choose), None
     if arm.name in RECALL:
-        both = [answers_of(arm, variables, JUDGE, m) for m in (None, masks)]
-        answers = (both[0], both[1])
-    return Measured(
-        density_NxT,
-        steps,
-        masks,
-        coverage,
-        loss_of(arm, variables, judge, None),
-        loss_of(arm, variables, judge, masks),
-        answers,
-        width,
-        indexed_loss(arm, variables, judge, width),
-    )
+        dense, sparse = (answers_of(arm, variables, JUDGE, m) for m in (None, masks))
+        answers = (dense, sparse)
+    losses = [loss_of(arm, variables, judge, m) for m in (None, masks)]
+    listed = width, indexed_loss(arm, variables, judge, width)
+    return Measured(masks, coverage, losses[0], losses[1], answers, *listed)
 
 
 def _sparsest(

@@ -1,10 +1,12 @@
 """What a trained model attends to: block masses, densities and block masks of every layer.
 
-Legend: B sequences, S positions, W blocks of a sequence, H query heads, N layers.
+Legend: B sequences, S positions, W blocks of a sequence, H query heads, N layers, T steps of
+training.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
+from fdp.metrics import read_metrics
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
-from fdp.parallel.context import density, requests
+from fdp.parallel.context import density
 from fdp.parallel.masks import Mask
 from fdp.state import TrainState
 from fdp.topics.adaptive_cp.settings import BLOCKS
@@ -89,6 +92,25 @@ class Densities:
         return {DENSITY: found.density_N}
 
 
+@dataclass(frozen=True)
+class History:
+    """Density of every layer [N, T] at `steps` of the training of one arm."""
+
+    steps: list[int]
+    density_NxT: np.ndarray
+
+
+def history(arm: Arm, workdir: Path) -> History:
+    """What the hook of the run wrote there. Raises RuntimeError where there is nothing."""
+    me = (arm.name, arm.seed)
+    rows = read_metrics(workdir)
+    found = {r["step"]: r[DENSITY] for r in rows if (r["arm"], r["seed"]) == me and DENSITY in r}
+    if not found:
+        raise RuntimeError(f"{workdir} holds no densities of arm {arm.label}: train it with a hook")
+    steps = sorted(found)
+    return History(steps, np.array([found[step] for step in steps], np.float32).T)
+
+
 def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
     """Fewest key blocks of each query block that hold `coverage` of its mean mass, with its own and
     the first: bool.
@@ -113,17 +135,9 @@ def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
     return (masks | np.eye(W, dtype=bool)) & past_WxW
 
 
-def block_ids(masks_NxWxW: np.ndarray, width: int | None = None) -> np.ndarray:
-    """The masks as lists of ascending key blocks, -1 unused: int32 [N, W, width]; None = the
-    longest of any layer.
-    """
-    width = int(masks_NxWxW.sum(-1).max()) if width is None else width
-    return np.stack([requests.block_ids(mask, 1, width=width)[0, 0] for mask in masks_NxWxW])
-
-
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two orders of layers; 1 where both are constant."""
-    import scipy.stats
+    import scipy.stats  # on use: it costs a second at start-up
 
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float(np.ptp(a) == np.ptp(b))

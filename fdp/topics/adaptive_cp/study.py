@@ -1,33 +1,37 @@
-"""Topic 3: does a context plan of its own for every layer pay, on what trained models really attend
-to?
+"""Topic 3: does a comm plan of its own for every layer pay, on what trained models really attend
+to?"""
 
-Legend: B sequences, S positions, W blocks of a sequence, N layers, T steps of training.
-"""
-
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import jax
 import ml_collections
 
-from fdp.config import digest
+from fdp.arm import Arm
 from fdp.experiment import Experiment, standard
 from fdp.hooks import Hook
-from fdp.loop import evaluate
 from fdp.metrics import read_metrics
 from fdp.models.layers import SwiGLU
 from fdp.models.nsa import Budget, NativeSparseAttention
 from fdp.models.stack import Block, layer
+from fdp.parallel.context import exactness, switching
 from fdp.parallel.context.layouts import CONTIGUOUS
 from fdp.run import Run
+from fdp.study.claims import needs_devices, validation_loss
+from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Report, Row
-from fdp.topics.adaptive_cp import checks, figures, rows, runtime
-from fdp.topics.adaptive_cp import predict as simulate
-from fdp.topics.adaptive_cp.measured import Measured, measure
-from fdp.topics.adaptive_cp.profile import TAU, Densities
+from fdp.topics.adaptive_cp import figures, rows
+from fdp.topics.adaptive_cp.measured import Measured, measured
+from fdp.topics.adaptive_cp.planned import Planned, planned
+from fdp.topics.adaptive_cp.predict import LENGTHS, region
+from fdp.topics.adaptive_cp.profile import Densities, History, history
+from fdp.topics.adaptive_cp.runtime import Adapted, adapt, static_plan, switch_listed
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
+QUESTION = (
+    "Does a comm plan of its own for every layer beat the best plan for all of them, on what "
+    "trained models attend to?"
+)
 WINDOWS = 4  # of training with sparse attention
 
 
@@ -73,91 +77,107 @@ def budget(length: int) -> Budget:
     return Budget(2 * part, part, part, selected=4, initial=1, local=1, window=2 * part)
 
 
-@dataclass
-class ArmResult:
-    """What measurements add up to: rows, raw numbers, pictures."""
-
-    rows: list[Row] = field(default_factory=list)
-    raw: dict[str, Any] = field(default_factory=dict)
-    plots: list[Path] = field(default_factory=list)
-
-
 def study(run: Run) -> Report:
     """Measure, plan, judge."""
-    found, tiny = ArmResult(), run.config.variant == "tiny"
-    enough = jax.device_count() >= checks.DEVICES
-    exact = [_needs_devices()]
-    for name in ("text", *run.config.profile.tasks):
-        measured = _masks_and_plans(run, found, name)
+    names, tiny = ("text", *run.config.profile.tasks), run.config.variant == "tiny"
+    masks = {name: [_masks(run, arm) for arm in run.arms[name]] for name in names}
+    enough = jax.device_count() >= exactness.DEVICES
+    parts: list[Part] = []
+    for name in names:
+        parts += _attended(run, name, masks[name])
         if enough and (name == "text" or not tiny):
-            _training_on(run, found, name, measured)
-        if enough and name == "text":
-            exact = rows.exactness(run.arms[name][0], measured[0].masks_NxWxW, tiny)
+            parts.append(_training_on(run, name, masks[name]))
     if "nsa" in run.arms:
-        _native_sparse(run, found)
-    found.rows += exact
-    _region(run, found, tiny)
-    c, plots = run.config, [path.relative_to(run.workdir) for path in found.plots]
-    return Report(c.topic, c.variant, digest(c), found.rows, [*plots], found.raw)
+        parts += _native_sparse(run)
+    if enough:
+        parts += _exact(run.arms["text"][0], masks["text"][0], tiny)
+    else:
+        errors = "errors", "<= 1e-4", exactness.DEVICES
+        parts.append(needs_devices("every plan equals one device", *errors))
+    lengths = LENGTHS[:1] if tiny else LENGTHS
+    pays: dict[str, Any] = {"rows": rows.region, "plot": figures.region}
+    pays["group"] = "Where it would pay"
+    return run.report(*parts, measure("region", region, lengths, 100, **pays))
 
 
-def _masks_and_plans(run: Run, found: ArmResult, name: str) -> list[Measured]:
-    """Densities, masks and what they cost, and the plans for them, of one arm."""
-    arms_, sequences = run.arms[name], run.config.profile.sequences
-    measured = [measure(arm, run.workdir, sequences) for arm in arms_]
-    planned, table, plan = rows.planned(name, measured)
+def _masks(run: Run, arm: Arm) -> Measurement:
+    return measure(f"{arm.label} masks", measured, arm, run.config.profile.sequences)
+
+
+def _attended(run: Run, name: str, masks: list[Measurement]) -> list[Measurement]:
+    """Densities, masks and what they cost, and the plans for them, of the seeds of an arm."""
+    arms_, decides = run.arms[name], name == "text"
+    histories = [history(arm, run.workdir) for arm in arms_]
     length = arms_[0].experiment.input_length
-    found.rows += [*rows.density(name, measured), *rows.masks(name, measured, length), *planned]
-    both = zip(measured, arms_, strict=True)
-    found.raw[name] = [m.plain() | {"val_loss": evaluate(a, a.trained)} for m, a in both]
-    found.raw[f"{name} plans"] = [vars(row) for row in table]
-    first, folder = measured[0], run.workdir / "plots"
-    units, found.raw[f"{name} needs"] = rows.needs(rows.problem_of(first.masks_NxWxW, "bytes"))
-    density, title = first.density_NxT, f"{name}: blocks for {TAU:.0%} of the mass"
-    needs, wire = f"{name}: what devices need, zig-zag over {rows.CP}", f"{name}: wire bytes"
-    found.plots += [
-        figures.density_map(folder / f"density_{name}.png", density, first.steps, title),
-        figures.need_map(folder / f"needs_{name}.png", units, needs),
-        figures.bytes_chart(folder / f"bytes_{name}.png", table, f"{wire}, cp = {rows.CP}"),
-        figures.plan_picture(folder / f"plan_{name}.png", plan, f"{name}: plan by layer"),
+
+    def densities(found: list[History]) -> list[Row]:
+        return rows.density(name, found, decides)
+
+    def costs(found: list[Measured]) -> list[Row]:
+        return rows.masks(name, found, length)
+
+    def plans(found: list[Planned]) -> list[Row]:
+        return rows.planned(name, found, decides)
+
+    def pictures(found: list[Planned]) -> dict[str, Any]:
+        first = found[0]
+        return {
+            f"needs {name}": figures.needs(name, first.units_NxDxD),
+            f"bytes {name}": figures.methods(name, first.methods),
+            f"plan {name}": figures.plan(name, first.layers),
+        }
+
+    def picture(found: list[History]) -> Any:
+        return figures.density(name, found[0])
+
+    told: dict[str, Any] = {"raw": list, "group": name}
+    return [
+        derive(f"density {name}", histories, rows=densities, plot=picture, **told),
+        derive(f"masks {name}", masks, rows=costs, group=name),
+        measure(f"plans {name}", planned, each(masks), rows=plans, plot=pictures, group=name),
     ]
-    return measured
 
 
-def _training_on(run: Run, found: ArmResult, name: str, measured: list[Measured]) -> None:
+def _training_on(run: Run, name: str, masks: list[Measurement]) -> Measurement:
     """With the coverage that was found, for a sixth of the steps in WINDOWS windows."""
-    adapted = []
-    for arm, m in zip(run.arms[name], measured, strict=True):
-        probe_BxS = arm.data.val.take(range(run.config.profile.sequences))["tokens"]
-        steps = max(1, arm.experiment.fit.steps // (6 * WINDOWS))
-        adapted.append(runtime.adapt(arm, probe_BxS, BLOCKS, m.coverage, WINDOWS, steps))
-    found.raw[f"{name} windows"] = [[window.plain() for window in a.windows] for a in adapted]
-    found.rows += rows.adapted(name, adapted)
+    arms_, sequences = run.arms[name], run.config.profile.sequences
+    steps = max(1, arms_[0].experiment.fit.steps // (6 * WINDOWS))
+
+    def costs(found: list[Adapted]) -> list[Row]:
+        return rows.adapted(name, found)
+
+    given = each(arms_), each(masks), sequences, WINDOWS, steps
+    return measure(f"windows {name}", adapt, *given, rows=costs, group=name)
 
 
-def _native_sparse(run: Run, found: ArmResult) -> None:
+def _native_sparse(run: Run) -> list[Measurement]:
     """Validation losses after the same steps as dense attention, which went on."""
     arms_ = run.arms["nsa"]
-    e, written = arms_[0].experiment, read_metrics(run.workdir)
+    fit, length = arms_[0].experiment.fit, arms_[0].experiment.input_length
     dense = {
         r["seed"]: r["val_loss"]
-        for r in written
-        if (r["arm"], r["step"]) == ("text", e.fit.steps) and "val_loss" in r
+        for r in read_metrics(run.workdir)
+        if (r["arm"], r["step"]) == ("text", fit.steps) and "val_loss" in r
     }
-    pairs = [(dense[arm.seed], evaluate(arm, arm.trained)) for arm in arms_]
-    found.raw["nsa"] = [{"dense loss": a, "sparse loss": b} for a, b in pairs]
-    length = e.input_length
-    found.rows.append(rows.native_sparse(pairs, e.fit.steps, budget(length), length))
+
+    def costs(sparse: list[float]) -> Row:
+        of_seeds = [dense[arm.seed] for arm in arms_]
+        return rows.native_sparse(of_seeds, sparse, fit.steps, budget(length), length)
+
+    return [measure("validation loss nsa", validation_loss, each(arms_), rows=costs, group="text")]
 
 
-def _region(run: Run, found: ArmResult, tiny: bool) -> None:
-    """Where adaptive plans would pay, on synthetic masks."""
-    region = simulate.region(draws=100, lengths=simulate.LENGTHS[:1] if tiny else simulate.LENGTHS)
-    path, title = run.workdir / "plots" / "region.png", "Step time, adaptive / best uniform"
-    found.plots.append(figures.region_map(path, region, title))
-    found.rows.append(rows.region(region))
-
-
-def _needs_devices() -> Row:
-    claim = "every plan equals one device"
-    return Row.untestable(claim, "errors", "", "<= 1e-4", "measured", "needs 8 devices")
+def _exact(arm: Arm, masks: Measurement, tiny: bool) -> list[Measurement]:
+    """Exact plans against one device, and plans and lists as data in one compiled program; `tiny`:
+    fewer of them."""
+    group = "Exactness"
+    plans = exactness.PLANS[::9] if tiny else exactness.PLANS
+    found = [measure("plans", exactness.compare, each(plans), rows=rows.plans, group=group)]
+    if arm.model.shape.heads % exactness.DEVICES:
+        return found
+    switches = {rows.LISTED: measure("switch listed", switch_listed, arm, masks)}
+    if not tiny:
+        switches[rows.ALL] = measure("switch plans", switching.switch_plans, arm)
+        switches[rows.CHOSEN] = measure("switch indexed", switching.switch_indexed, arm, BLOCKS, 8)
+    fixed = measure("plans by layer", static_plan, arm, masks, rows=rows.static, group=group)
+    return [*found, derive("switched", switches, rows=rows.switched, group=group), fixed]

@@ -1,4 +1,4 @@
-"""Block masks that no model produced, and measured ones at another size.
+"""Block masks that no model produced, to plan for.
 
 Legend: L layers, W blocks of the sequence.
 """
@@ -51,21 +51,5 @@ def layers(L: int, W: int, density: float, spread: float = 16.0, seed: int = 0) 
         density_L = np.minimum(density_L, 1.0)
         density_L[free] *= (density * L - (~free).sum()) / density_L[free].sum()
     kinds = [PATTERNS[i % len(PATTERNS)] for i in range(L)]
-    return np.stack(
-        [
-            pattern(k, W, min(d, 1.0), seed + i)
-            for i, (k, d) in enumerate(zip(kinds, density_L, strict=True))
-        ]
-    )
-
-
-def magnify(masks: np.ndarray, factor: int) -> np.ndarray:
-    """Masks [..., W, W] with every block divided into factor × factor: [..., factor·W, factor·W].
-
-    The relative structure and the density stay, which is an assumption: a window of fixed width, or
-    a fixed number of keys, would become sparser as 1/S, so that a longer sequence is priced too
-    dear; and structure finer than a measured block is not seen, so that needs are overestimated
-    once more. Raises ValueError for a factor below 1."""
-    if factor < 1:
-        raise ValueError(f"factor = {factor} must be at least 1: masks are never made coarser")
-    return masks.repeat(factor, axis=-1).repeat(factor, axis=-2)
+    each = enumerate(zip(kinds, density_L, strict=True))
+    return np.stack([pattern(kind, W, min(d, 1.0), seed + i) for i, (kind, d) in each])

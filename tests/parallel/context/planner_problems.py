@@ -7,8 +7,8 @@ import numpy as np
 
 from fdp.count.context import AttentionShape
 from fdp.parallel.context.layouts import SequenceLayout
-from fdp.topics.adaptive_cp.problem import Masks, Problem
-from fdp.topics.adaptive_cp.timing import Link, Machine
+from fdp.parallel.context.planner_problem import Masks, Problem
+from fdp.parallel.context.planner_time import Link, Machine
 
 W, BLOCK = 16, 8
 STRIPED = SequenceLayout("striped", BLOCK)

@@ -4,6 +4,7 @@ Legend: L layers, J lists, W blocks, D devices, N draws.
 """
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +13,18 @@ import pytest
 from fdp.count import context as cost
 from fdp.count.context import EXCHANGE, PERMUTE, AttentionShape
 from fdp.count.gather import BlockGather
+from fdp.parallel.context import (
+    planner,
+    planner_machine,
+    planner_masks,
+    planner_methods,
+    planner_uniform,
+)
+from fdp.parallel.context import planner_time as timing
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
-from fdp.parallel.masks import Mask
-from fdp.topics.adaptive_cp import baselines, planner, timing
-from fdp.topics.adaptive_cp import predict as simulate
-from fdp.topics.adaptive_cp.planner import ModelPlan
-from fdp.topics.adaptive_cp.price import (
+from fdp.parallel.context.planner import ModelPlan
+from fdp.parallel.context.planner_price import (
     BLOCKS,
     BlockCounts,
     Price,
@@ -28,9 +34,10 @@ from fdp.topics.adaptive_cp.price import (
     price,
     work,
 )
-from fdp.topics.adaptive_cp.problem import Masks, Problem, candidates, dense
-from fdp.topics.adaptive_cp.timing import Link, Machine
-from tests.topics.adaptive_cp_problems import (
+from fdp.parallel.context.planner_problem import Masks, Problem, candidates
+from fdp.parallel.context.planner_time import Link, Machine
+from fdp.parallel.masks import Mask
+from tests.parallel.context.planner_problems import (
     BLOCK,
     FAST,
     OWN,
@@ -44,7 +51,7 @@ from tests.topics.adaptive_cp_problems import (
 
 pytestmark = pytest.mark.fast
 
-# Counts, bytes, work
+# BlockCounts, bytes, work
 # -------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +254,7 @@ def test_plan_equals_brute_force(objective: str, machine: Machine) -> None:
     value = found.seconds if objective == "seconds" else found.bytes
     assert value == pytest.approx(brute(problem, tuple(problem.places)), rel=1e-12)
     assert len({p.layout for p in found.plans}) == 1
-    for layer, choice in enumerate(found.choices):
+    for layer, choice in enumerate(found.layers):
         tried = set(candidates(problem, layer, choice.plan.layout))
         assert (
             {choice.plan, *choice.lost} == tried
@@ -294,11 +301,9 @@ def test_tokens_move_when_it_pays() -> None:
     assert planner.move(problem, STRIPED, STRIPED)[0] == 0
     assert (
         found.moved == wire
-        and found.bytes == wire + sum(c.price.wire for c in found.choices) < still.bytes
+        and found.bytes == wire + sum(c.price.wire for c in found.layers) < still.bytes
     )
-    assert found.seconds == pytest.approx(
-        seconds_N[0] + sum(c.price.seconds for c in found.choices)
-    )
+    assert found.seconds == pytest.approx(seconds_N[0] + sum(c.price.seconds for c in found.layers))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -308,26 +313,36 @@ def test_adaptive_is_never_worse_than_uniform(seed: int, objective: str) -> None
     masks = np.concatenate([random_masks(1, d, seed + i, J=4) for i, d in enumerate(densities)])
     problem = Problem(Masks(masks), SHAPE, SLOW, grid=2, objective=objective)
     found = planner.plan(problem)
-    for other in simulate.uniform_plans(problem):
+    for other in planner_uniform.uniform_plans(problem):
         assert planner.model_value(problem, found)[0] <= planner.model_value(problem, other)[0]
-    best = baselines.uniform_any(problem)
-    dense, sparse = baselines.uniform_dense(problem), baselines.uniform_sparse(problem)
+    best = planner_uniform.uniform_any(problem)
+    dense, sparse = planner_uniform.uniform_dense(problem), planner_uniform.uniform_sparse(problem)
     values = [planner.model_value(problem, f) for f in (dense, sparse) if isinstance(f, ModelPlan)]
     assert planner.model_value(problem, best) == min(values)
 
 
 @pytest.mark.parametrize("objective", ["seconds", "bytes"])
-def test_the_best_uniform_plan_is_the_cheapest_sum_over_layers(objective: str) -> None:
-    problem, plans = mixed(objective=objective), dense(CONTIGUOUS, 4)
-    found = {plan: [problem.price(i, plan) for i in range(problem.layers)] for plan in plans}
-    sums = {
-        plan: sum(p.seconds if objective == "seconds" else p.wire for p in prices)
-        for plan, prices in found.items()
-        if all(isinstance(p, Price) for p in prices)
-    }
-    assert len(set(sums.values())) > 1
-    best = planner.best_uniform(problem, plans)
-    assert getattr(best, objective) == pytest.approx(min(sums.values()))
+@pytest.mark.parametrize("machine", [SLOW, FAST], ids=["slow", "fast"])
+def test_best_uniform_is_the_least_of_all_plans_that_run(objective: str, machine: Machine) -> None:
+    """Of every kind, layout, set of hops and capacity, priced layer by layer."""
+    problem = mixed(machine, objective=objective)
+    problem = replace(problem, masks=Masks(problem.masks.masks_LxJxWxW[:3]))
+    hops = [h for n in range(4) for h in itertools.combinations((1, 2, 3), n)]
+    tried = [replace(p, hops=h) for p in cost.plans(4) for h in (None, *hops)]
+    tried += [CommPlan(BLOCKS, capacity=c) for c in range(1, W // 4 + 1)]
+    totals = []
+    for plan, layout in itertools.product(tried, problem.places):
+        ring = plan.ring_degree(4) if plan.kind != BLOCKS else 1
+        if plan.hops is not None and (ring == 1 or max(plan.hops, default=0) >= ring):
+            continue
+        prices = [problem.price(layer, replace(plan, layout=layout)) for layer in range(3)]
+        if all(isinstance(found, Price) for found in prices):
+            totals.append(sum(f.seconds if objective == "seconds" else f.wire for f in prices))
+    assert len(set(totals)) > 3
+    best = planner_uniform.uniform_any(problem)
+    got = best.seconds if objective == "seconds" else best.bytes
+    assert got == pytest.approx(min(totals), rel=1e-12)
+    assert len(set(best.plans)) == 1
 
 
 def test_capacity_is_on_the_grid_and_exact() -> None:
@@ -380,7 +395,7 @@ def test_balance_limits_the_model_by_brute_force(balance: float, objective: str)
     found = planner.plan(problem)
     assert planner.model_value(problem, found)[0] == pytest.approx(least, rel=1e-12)
     assert found.imbalance <= balance * (1 + 1e-8)
-    for other in simulate.uniform_plans(problem):
+    for other in planner_uniform.uniform_plans(problem):
         assert other.imbalance <= balance * (1 + 1e-8) and least <= planner.model_value(
             problem, other
         )[0] * (1 + 1e-12)
@@ -396,14 +411,14 @@ def test_a_limit_is_one_of_the_sum_of_layers() -> None:
     free, even = planner.plan(problem), planner.plan(replace(problem, balance=1.15))
     assert (
         free.imbalance == pytest.approx((10 + 10 + 34) / 45)
-        and free.bytes == free.choices[2].price.wire
+        and free.bytes == free.layers[2].price.wire
     )
     # A pair of devices that exchanges heads or sequences, but no keys, computes 8, 8, 14, 14
     # halves.
     assert (
         even.imbalance == pytest.approx((10 + 7 + 34) / 45) and even.bytes == (3 + 4.5) * SHAPE.unit
     )
-    pair = next(choice for choice in even.choices[:2] if choice.plan.head_split == 2)
+    pair = next(choice for choice in even.layers[:2] if choice.plan.head_split == 2)
     assert pair.plan.hops == () and pair.price.imbalance == pytest.approx(14 / 11)
     assert (
         pair.lost[CommPlan("ring", hops=())] == f"{-3 * SHAPE.unit:+.3g} bytes, max/mean FLOPs 1.82"
@@ -412,7 +427,7 @@ def test_a_limit_is_one_of_the_sum_of_layers() -> None:
 
 def test_limits() -> None:
     contiguous = mixed(FAST, balance=1.05, layouts=(CONTIGUOUS,))
-    reason = planner.uniform(
+    reason = planner_uniform.uniform(
         replace(contiguous, masks=Masks(np.tri(W, dtype=bool)[None])), CommPlan("ring")
     )
     assert reason == "max/mean FLOPs 1.71 exceeds 1.05"  # 13+14+15+16 blocks over 34
@@ -422,17 +437,17 @@ def test_limits() -> None:
     ):
         planner.plan(lone)
     small = mixed(FAST, memory=8 * SHAPE.unit)
-    assert all(choice.price.memory <= 8 * SHAPE.unit for choice in planner.plan(small).choices)
+    assert all(choice.price.memory <= 8 * SHAPE.unit for choice in planner.plan(small).layers)
     assert "holds" in str(replace(small, memory=SHAPE.unit).price(3, CommPlan("all_gather")))
     for call in (planner.plan, planner.plan_moving):
         with pytest.raises(ValueError, match=r"layer 1 can run nothing: .*holds"):
             call(replace(small, memory=1.0))
     with pytest.raises(ValueError, match="no uniform plan can run"):
-        baselines.uniform_any(replace(small, memory=1.0))
+        planner_uniform.uniform_any(replace(small, memory=1.0))
 
 
 def test_imbalance_of_a_model_weighs_layers_by_work() -> None:
-    found = planner.uniform(mixed(), CommPlan("ring"))
+    found = planner_uniform.uniform(mixed(), CommPlan("ring"))
     assert isinstance(found, ModelPlan)
     works = [
         work(mixed().counts(i, CONTIGUOUS), CommPlan("ring"), SHAPE, BLOCK).sum(1) for i in range(4)
@@ -440,7 +455,7 @@ def test_imbalance_of_a_model_weighs_layers_by_work() -> None:
     assert found.imbalance == pytest.approx(
         sum(w.max() for w in works) / sum(w.mean() for w in works)
     )
-    assert found.steps == 4 * (3 + 4) and found.bytes == sum(c.price.wire for c in found.choices)
+    assert found.steps == 4 * (3 + 4) and found.bytes == sum(c.price.wire for c in found.layers)
 
 
 # Baselines
@@ -450,7 +465,7 @@ def test_imbalance_of_a_model_weighs_layers_by_work() -> None:
 @pytest.mark.parametrize("layout", [CONTIGUOUS, ZIGZAG, STRIPED], ids=lambda at: at.kind)
 def test_need_only_padded_gather_all_gather_in_order(layout: SequenceLayout) -> None:
     problem = replace(mixed(), masks=Masks(random_masks(2, 0.1, J=4)))
-    need, padded = (baselines.need_only_bytes(problem, layout, p) for p in (False, True))
+    need, padded = (planner_uniform.need_only_bytes(problem, layout, p) for p in (False, True))
     gathers = [
         CommPlan(BLOCKS, capacity=problem.counts(i, layout).capacity, layout=layout)
         for i in range(2)
@@ -460,8 +475,8 @@ def test_need_only_padded_gather_all_gather_in_order(layout: SequenceLayout) -> 
     whole = replace(problem, masks=Masks(np.ones((2, W, W), bool)))
     everything = 2 * 3 * SHAPE.unit * 2
     assert (
-        baselines.need_only_bytes(whole, layout)
-        == baselines.need_only_bytes(whole, layout, True)
+        planner_uniform.need_only_bytes(whole, layout)
+        == planner_uniform.need_only_bytes(whole, layout, True)
         == everything
     )
 
@@ -471,15 +486,15 @@ def test_need_only_by_hand() -> None:
     mask[[4, 5, 8], 0] = True  # devices 1 and 2 need block 0 of device 0
     problem = Problem(Masks(mask[None]), SHAPE, SLOW)
     block = SHAPE.unit / 4 * 2  # and its gradient
-    assert baselines.need_only_bytes(problem, CONTIGUOUS) == block * 2 / 4
+    assert planner_uniform.need_only_bytes(problem, CONTIGUOUS) == block * 2 / 4
     assert (
-        baselines.need_only_bytes(problem, CONTIGUOUS, padded=True) == block * 2
+        planner_uniform.need_only_bytes(problem, CONTIGUOUS, padded=True) == block * 2
     )  # offsets 1 and 2
 
 
 def test_baseline_rows() -> None:
     problem = mixed()
-    rows = {row.name: row for row in baselines.baselines(problem)}
+    rows = {row.name: row for row in planner_methods.methods(problem)}
     assert (
         rows["ring, dense attention"].bytes
         == rows["ring"].bytes
@@ -491,9 +506,11 @@ def test_baseline_rows() -> None:
     bars = [rows[f"best uniform {kind}"].seconds for kind in ("dense", "sparse")]
     assert rows["adaptive"].seconds <= min(bars)
     assert rows["adaptive, moving tokens"].seconds <= rows["adaptive"].seconds
-    assert rows["need only (as MagiAttention, bound)"].seconds is None
+    assert rows["need only (as MagiAttention), bound"].seconds is None
     narrow = replace(problem, layouts=(CONTIGUOUS,))
-    row = next(r for r in baselines.baselines(narrow) if r.name == "striped ring (as MTraining)")
+    row = next(
+        r for r in planner_methods.methods(narrow) if r.name == "striped ring (as MTraining)"
+    )
     assert np.isnan(row.bytes) and "layout" in row.what
 
 
@@ -501,19 +518,19 @@ def test_dense_attention_is_causal_only_where_all_masks_are() -> None:
     ahead = OWN.copy()
     ahead[0, 1] = True
     causal, full = (
-        baselines.baselines(Problem(Masks(m[None]), SHAPE, FAST))[0] for m in (OWN, ahead)
+        planner_methods.methods(Problem(Masks(m[None]), SHAPE, FAST))[0] for m in (OWN, ahead)
     )
     assert full.seconds / causal.seconds == pytest.approx(W * W / (W * (W + 1) / 2), rel=0.01)
 
 
 def test_names() -> None:
     assert (
-        baselines.describe(CommPlan("usp", 2, hops=(1, 3), layout=ZIGZAG))
+        planner.describe(CommPlan("usp", 2, hops=(1, 3), layout=ZIGZAG))
         == "usp u=2 hops 1,3 zigzag"
     )
-    assert baselines.describe(CommPlan(BLOCKS, capacity=3)) == "gather c=3 contiguous"
-    found = planner.uniform(mixed(), CommPlan("ring"))
-    assert isinstance(found, ModelPlan) and baselines.summary(found) == "4× ring contiguous"
+    assert planner.describe(CommPlan(BLOCKS, capacity=3)) == "gather c=3 contiguous"
+    found = planner_uniform.uniform(mixed(), CommPlan("ring"))
+    assert isinstance(found, ModelPlan) and planner.summary(found) == "4× ring contiguous"
 
 
 # Bad input
@@ -563,4 +580,17 @@ def test_refused_plans_say_why() -> None:
         (CommPlan("ring", capacity=1), "capacity = 1"),
     ]:
         assert message in str(problem.price(0, plan))
-    assert "layer 1: hops () miss" in str(planner.uniform(problem, CommPlan("ring", hops=())))
+    assert "layer 1: hops () miss" in str(
+        planner_uniform.uniform(problem, CommPlan("ring", hops=()))
+    )
+
+
+def test_a_notebook_plans_a_named_model_in_three_lines() -> None:
+    masks_LxWxW = planner_masks.layers(2, 32, density=0.1)
+    problem = planner_machine.problem("llama3-8b", masks_LxWxW, seq_len=131_072, cp=8)
+    assert re.fullmatch(r"\d× .* MB sent per device, .* ms", str(planner.plan(problem)))
+    assert problem.block == 4096 and problem.shape.kv_heads == 8
+    with pytest.raises(ValueError, match=r"unknown model 'llama3-8': did you mean 'llama3-8b'"):
+        planner_machine.problem("llama3-8", masks_LxWxW, 131_072, 8)
+    with pytest.raises(ValueError, match="h101"):
+        planner_machine.machine(planner_machine.NVLINK, "h101")

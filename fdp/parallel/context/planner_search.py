@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fdp.parallel.context.plan import CommPlan
-from fdp.topics.adaptive_cp.price import Price
-from fdp.topics.adaptive_cp.problem import Priced, Problem
+from fdp.parallel.context.planner_price import Price
+from fdp.parallel.context.planner_problem import Priced, Problem
 
 MOST = 2000
 ROUNDING = 1e-9
@@ -42,7 +42,10 @@ def best_path(
             )
             raise ValueError(f"layer {layer} can run nothing: {'; '.join(reasons)}")
     limited = problem.balance < float("inf")
-    busy = lambda found: float(found.compute_N[0]) if limited else 0.0
+
+    def busy(found: Price) -> float:
+        return float(found.compute_N[0]) if limited else 0.0
+
     every = [[found for at in layer for found in at.values()] for layer in runs]
     mean = sum(busy(found[0]) / found[0].imbalance for found in every)
     least = [min(map(busy, found)) for found in every]

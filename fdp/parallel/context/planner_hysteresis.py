@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fdp.parallel.context.plan import CommPlan
-from fdp.topics.adaptive_cp.planner import LayerPlan, ModelPlan, model_value, plan_among
-from fdp.topics.adaptive_cp.price import Price
-from fdp.topics.adaptive_cp.problem import Problem
-from fdp.topics.adaptive_cp.search import ROUNDING
+from fdp.parallel.context.planner import LayerPlan, ModelPlan, model_value, plan_among
+from fdp.parallel.context.planner_price import Price
+from fdp.parallel.context.planner_problem import Problem
+from fdp.parallel.context.planner_search import ROUNDING
 
 
 def check_branches(branches: Sequence[CommPlan]) -> None:
@@ -104,11 +104,11 @@ class Scheduler:
         if self.current is None:
             return None
         plans = decode(self.current, self.branches, problem.layers)
-        choices = []
+        layers = []
         for layer, plan in enumerate(plans):
             found = problem.price(layer, plan)
             if not isinstance(found, Price):
                 return None
-            choices.append(LayerPlan(plan, found))
-        model = ModelPlan(tuple(choices))
+            layers.append(LayerPlan(plan, found))
+        model = ModelPlan(tuple(layers))
         return model if model.imbalance <= problem.balance * (1 + ROUNDING) else None

@@ -10,10 +10,10 @@ import pytest
 
 from fdp.parallel.context.layouts import ZIGZAG
 from fdp.parallel.context.plan import CommPlan
-from fdp.topics.adaptive_cp.hysteresis import Scheduler, decode, encode
-from fdp.topics.adaptive_cp.price import BLOCKS
-from fdp.topics.adaptive_cp.problem import Masks, Problem
-from tests.topics.adaptive_cp_problems import FULL, OWN, SHAPE, SLOW
+from fdp.parallel.context.planner_hysteresis import Scheduler, decode, encode
+from fdp.parallel.context.planner_price import BLOCKS
+from fdp.parallel.context.planner_problem import Masks, Problem
+from tests.parallel.context.planner_problems import FULL, OWN, SHAPE, SLOW
 
 pytestmark = pytest.mark.fast
 

@@ -14,8 +14,8 @@ from fdp.count import context as cost
 from fdp.count.context import AttentionShape
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
-from fdp.topics.adaptive_cp.price import BLOCKS, BlockCounts, Price, Refused, owners, price
-from fdp.topics.adaptive_cp.timing import Machine
+from fdp.parallel.context.planner_price import BLOCKS, BlockCounts, Price, Refused, owners, price
+from fdp.parallel.context.planner_time import Machine
 
 OBJECTIVES = ("seconds", "bytes")
 Priced = dict[CommPlan, Price | str]  # a price, or why the plan cannot run
@@ -53,7 +53,7 @@ class Masks:
         return self.masks_LxJxWxW.shape[:3]
 
     def counts(self, layer: int, owner_W: np.ndarray, cp: int) -> BlockCounts:
-        """Counts of a layer where device owner_W[w] holds block w."""
+        """BlockCounts of a layer where device owner_W[w] holds block w."""
         key = (layer, cp, owner_W.tobytes())
         if key not in self._counts:
             self._counts[key] = BlockCounts.of(self.masks_LxJxWxW[layer], owner_W, cp)
@@ -121,7 +121,7 @@ class Problem:
         return found
 
     def counts(self, layer: int, layout: SequenceLayout) -> BlockCounts:
-        """Counts of one layer in one layout."""
+        """BlockCounts of one layer in one layout."""
         return self.masks.counts(layer, self.places[layout], self.shape.cp)
 
     def price(self, layer: int, plan: CommPlan) -> Price | str:

@@ -141,5 +141,8 @@ def by_layer(model: Transformer, cores: Sequence[Core]) -> Transformer:
 
 def unstacked(params: Any, layers: int) -> Any:
     """The parameters of a scanned stack as those of `by_layer`: layer i alone under its number."""
-    one = lambda i: jax.tree.map(lambda x: x[i : i + 1], params["layers"])
+
+    def one(i: int) -> Any:
+        return jax.tree.map(lambda x: x[i : i + 1], params["layers"])
+
     return {**params, "layers": {str(i): one(i) for i in range(layers)}}

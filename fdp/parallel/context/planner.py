@@ -1,9 +1,18 @@
-"""The cheapest communication plan of every attention layer, given the key blocks that each layer
-really attends to.
+"""The cheapest comm plan of every layer, given the key blocks that each layer really attends to.
+
+In a notebook, for layers of a named model on eight H100 in eight nodes:
+
+    from fdp.parallel.context import planner, planner_machine
+    problem = planner_machine.problem("llama3-8b", masks_LxWxW, seq_len=131_072, cp=8)
+    print(planner.plan(problem))
+
+`masks_LxWxW`: bool, key blocks that each query block attends to. What is planned stands in
+`planner_problem`, prices in `planner_price` and `planner_time`, one plan for all layers in
+`planner_uniform`, switching plans while a model trains in `planner_hysteresis`.
 
 All layers of a model share one layout of the sequence, unless moving the hidden states between two
 layers is paid for (`plan_moving`). Layers do not overlap one another, so a model's cost is the sum
-of theirs and the best plan is the best choice of each layer, in the best layout. Whatever runs in
+of theirs and the best plan is the best one of each layer, in the best layout. Whatever runs in
 all layers alike is among every layer's candidates: the adaptive plan is never worse than a uniform
 one in the objective that it minimises.
 
@@ -11,17 +20,17 @@ Legend: N draws of an uncertain machine.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fdp.count.context import EXCHANGE
+from fdp.parallel.context import planner_search as search
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
-from fdp.topics.adaptive_cp import search
-from fdp.topics.adaptive_cp.price import Price
-from fdp.topics.adaptive_cp.problem import Priced, Problem, candidates
+from fdp.parallel.context.planner_price import Price
+from fdp.parallel.context.planner_problem import Priced, Problem, candidates
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,29 +46,34 @@ class LayerPlan:
 
 @dataclass(frozen=True, eq=False)
 class ModelPlan:
-    """A choice for every layer. `moved`, `moved_N`: wire bytes and seconds [N] of hidden states put
+    """A plan for every layer. `moved`, `moved_N`: wire bytes and seconds [N] of hidden states put
     in another layout between layers, forward and backward. `lost`: other layouts, with the
     reason."""
 
-    choices: tuple[LayerPlan, ...]
+    layers: tuple[LayerPlan, ...]
     moved: float = 0.0
     moved_N: np.ndarray = field(default_factory=lambda: np.zeros(1))
     lost: dict[SequenceLayout, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """What its layers run, bytes and seconds."""
+        cost = f"{self.bytes / 1e6:,.1f} MB sent per device, {1e3 * self.seconds:.3g} ms"
+        return f"{summary(self)}: {cost}"
+
     @property
     def plans(self) -> tuple[CommPlan, ...]:
         """One plan a layer."""
-        return tuple(choice.plan for choice in self.choices)
+        return tuple(layer.plan for layer in self.layers)
 
     @property
     def bytes(self) -> float:
         """Wire bytes per device of all layers, forward and backward."""
-        return self.moved + sum(choice.price.wire for choice in self.choices)
+        return self.moved + sum(layer.price.wire for layer in self.layers)
 
     @property
     def total_N(self) -> np.ndarray:
         """Seconds [N] of all layers, forward and backward."""
-        return self.moved_N + np.sum([choice.price.total_N for choice in self.choices], axis=0)
+        return self.moved_N + np.sum([layer.price.total_N for layer in self.layers], axis=0)
 
     @property
     def seconds(self) -> float:
@@ -69,46 +83,22 @@ class ModelPlan:
     @property
     def steps(self) -> int:
         """Dependent collectives of all layers, forward and backward, without moves."""
-        return sum(sum(choice.price.steps) for choice in self.choices)
+        return sum(sum(layer.price.steps) for layer in self.layers)
 
     @property
     def imbalance(self) -> float:
         """Σ over layers of the busiest device's FLOPs over that of the mean: devices meet in every
         layer.
         """
-        busiest = np.array([choice.price.compute_N[0] for choice in self.choices])
+        busiest = np.array([layer.price.compute_N[0] for layer in self.layers])
         return float(
-            busiest.sum() / (busiest / [choice.price.imbalance for choice in self.choices]).sum()
+            busiest.sum() / (busiest / [layer.price.imbalance for layer in self.layers]).sum()
         )
-
-
-def uniform(problem: Problem, plan: CommPlan) -> ModelPlan | str:
-    """One plan in every layer, or why some layer cannot run it."""
-    found = [problem.price(layer, plan) for layer in range(problem.layers)]
-    if refused := [f"layer {i}: {f}" for i, f in enumerate(found) if isinstance(f, str)]:
-        return refused[0]
-    model = ModelPlan(tuple(LayerPlan(plan, f) for f in found if isinstance(f, Price)))
-    if model.imbalance > problem.balance * (1 + search.ROUNDING):
-        return f"max/mean FLOPs {model.imbalance:.2f} exceeds {problem.balance:.2f}"
-    return model
 
 
 def model_value(problem: Problem, found: ModelPlan) -> tuple[float, float]:
     """`Problem.value` of a model."""
     return problem.ordered(found.seconds, found.bytes)
-
-
-def best_uniform(problem: Problem, plans: Iterable[CommPlan]) -> ModelPlan:
-    """The best of some plans, each run in all layers. Raises ValueError, with the reasons, when
-    none can.
-    """
-    found = {plan: uniform(problem, plan) for plan in plans}
-    runs = [f for f in found.values() if isinstance(f, ModelPlan)]
-    if not runs:
-        raise ValueError(
-            "no uniform plan can run: " + "; ".join(f"{p.kind}: {f}" for p, f in found.items())
-        )
-    return min(runs, key=lambda f: model_value(problem, f))
 
 
 def plan(problem: Problem) -> ModelPlan:
@@ -136,7 +126,9 @@ def plan_among(problem: Problem, options: list[Priced]) -> ModelPlan:
     """
     path = search.best_path(problem, [[priced] for priced in options], {(0, 0): (0.0, 0.0)})
     return ModelPlan(
-        tuple(_choice(problem, priced, at) for priced, (_, at) in zip(options, path, strict=True))
+        tuple(
+            _layer_plan(problem, priced, at) for priced, (_, at) in zip(options, path, strict=True)
+        )
     )
 
 
@@ -156,7 +148,9 @@ def plan_moving(problem: Problem) -> ModelPlan:
     path = search.best_path(
         problem, [list(of_layer) for of_layer in zip(*options, strict=True)], between
     )
-    chosen = tuple(_choice(problem, options[i][layer], at) for layer, (i, at) in enumerate(path))
+    chosen = tuple(
+        _layer_plan(problem, options[i][layer], at) for layer, (i, at) in enumerate(path)
+    )
     made = [moves[a, b] for (a, _), (b, _) in itertools.pairwise(path)]
     return ModelPlan(
         chosen, sum(m[0] for m in made), np.sum([np.zeros(1), *(m[1] for m in made)], axis=0)
@@ -186,8 +180,8 @@ def _options(problem: Problem, layout: SequenceLayout) -> list[Priced]:
     ]
 
 
-def _choice(problem: Problem, priced: Priced, best: CommPlan) -> LayerPlan:
-    """A choice with the reasons against the others: what they cost more, or that they are too
+def _layer_plan(problem: Problem, priced: Priced, best: CommPlan) -> LayerPlan:
+    """A plan with the reasons against the others: what they cost more, or that they are too
     uneven to be afforded.
     """
     mine = priced[best]
@@ -205,3 +199,21 @@ def _choice(problem: Problem, priced: Priced, best: CommPlan) -> LayerPlan:
     return LayerPlan(
         best, mine, {plan: reason(found) for plan, found in priced.items() if plan != best}
     )
+
+
+# In words
+# -------------------------------------------------------------------------------------------------
+
+
+def describe(plan: CommPlan) -> str:
+    """ "usp u=4 hops 1,2 zigzag"."""
+    parts = [plan.kind, f"u={plan.head_split}" if plan.head_split > 1 else ""]
+    parts.append("" if plan.hops is None else f"hops {','.join(map(str, plan.hops)) or 'none'}")
+    parts.append(f"c={plan.capacity}" if plan.capacity else "")
+    return " ".join(part for part in (*parts, plan.layout.kind) if part)
+
+
+def summary(found: ModelPlan) -> str:
+    """Plans of a model with the number of layers that run each, the most frequent first."""
+    count = Counter(map(describe, found.plans))
+    return ", ".join(f"{count[n]}× {n}" for n in sorted(count, key=lambda n: (-count[n], n)))

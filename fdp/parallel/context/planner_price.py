@@ -12,7 +12,7 @@ the overflow count, an all-to-all of int32 ids and one of keys and values; backw
 gradients, in the type of the keys. What was gathered is kept for the backward pass, as by an
 all-gather.
 
-Time: fdp.topics.adaptive_cp.timing.
+Time: fdp.parallel.context.planner_time.
 
 Legend: J lists of a layer (1, or one a key head), W blocks of the sequence, D devices = cp, R
 groups = cp/u of u neighbours, O ring offsets 0 … R-1, N draws of an uncertain network (draw 0 is
@@ -35,11 +35,11 @@ from fdp.count.context import (
 )
 from fdp.count.gather import BlockGather
 from fdp.parallel.context import layouts
+from fdp.parallel.context import planner_time as timing
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.context.planner_time import Machine
 from fdp.parallel.masks import Mask
-from fdp.topics.adaptive_cp import timing
-from fdp.topics.adaptive_cp.timing import Machine
 
 BLOCKS = "gather"  # CommPlan.kind; capacity: key blocks that each pair of devices exchanges
 ANY = Mask("bidirectional")  # formulas of plans that send all keys do not depend on the mask
@@ -171,13 +171,11 @@ def price(
         layer = BlockGather(shape, block, plan.capacity, len(counts.seen_JxDxW))
         traffic = layer.forward_bytes(), layer.backward_bytes()
         wire, steps = (sum(traffic[0].values()), sum(traffic[1].values())), (3, 1)
-        send = lambda nbytes, op=EXCHANGE: machine.send(op, nbytes, shape.cp)
-        ids, decision = (
-            traffic[0].get(EXCHANGE, 0.0) - layer.fetched,
-            send(traffic[0][REDUCE], REDUCE),
-        )
-        there = decision + send(ids) + send(layer.fetched)
-        forward, backward = timing.gathered(*passes, there, send(layer.fetched))
+        ids = traffic[0].get(EXCHANGE, 0.0) - layer.fetched
+        keys = machine.send(EXCHANGE, layer.fetched, shape.cp)
+        there = machine.send(REDUCE, traffic[0][REDUCE], shape.cp)  # whether some list overflows
+        there = there + machine.send(EXCHANGE, ids, shape.cp) + keys
+        forward, backward = timing.gathered(*passes, there, keys)
     else:
         traffic, steps = dense_traffic(plan, shape), cost.steps(plan, shape.cp)
         wire = sum(traffic[0].values()), sum(traffic[1].values())

@@ -1,5 +1,4 @@
-"""Topic 3: profiles and masks of known attention, block-sparse evaluation, plans as data, exactness
-checks.
+"""Topic 3: profiles and masks of known attention, block-sparse evaluation, training on, its arms.
 
 Legend: S positions, W blocks, N layers.
 """
@@ -9,7 +8,6 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from build import experiment, tiny
@@ -23,36 +21,13 @@ from fdp.experiment import Experiment
 from fdp.hooks import Hook
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
-from fdp.models.attention import Softmax, Where
-from fdp.parallel.context import layouts
-from fdp.parallel.context.plan import CommPlan
-from fdp.parallel.masks import Mask
+from fdp.parallel.context.switching import block_ids
 from fdp.sharding import shardings
 from fdp.step import TrainStep
-from fdp.topics.adaptive_cp import checks, measured, runtime, study
-from fdp.topics.adaptive_cp.cores import Sparse
-from fdp.topics.adaptive_cp.profile import Densities, block_ids, block_masks, profile, spearman
-
-S, BLOCK = 64, 2
-
-
-@functools.cache
-def an_arm() -> Arm:
-    """Trained, or so it says: initial parameters, enlarged so that attention is not even."""
-    sizes = {"model.heads": 8, "model.kv_heads": 8, "model.head_dim": 4, "data.seq_len": S}
-    c = tiny(**sizes, **{"objective.name": "autoregressive", "train.batch": 2})
-    arm = Arm.of("text", experiment(c), make_mesh(c.mesh))
-    state = arm.init()
-    arm.keep(dataclasses.replace(state, params=jax.tree.map(lambda p: 1.5 * p, state.params)))
-    return arm
-
-
-def variables() -> dict:
-    return an_arm().trained_on_host.variables
-
-
-def tokens() -> np.ndarray:
-    return an_arm().data.val.take([0, 1])["tokens"]
+from fdp.topics.adaptive_cp import measured, runtime, study
+from fdp.topics.adaptive_cp.profile import Densities, block_masks, history, profile, spearman
+from fdp.topics.adaptive_cp.settings import BLOCKS
+from tests.parallel.context.attending_arm import BLOCK, S, an_arm, tokens, variables
 
 
 def batch() -> dict:
@@ -107,7 +82,7 @@ def test_masks_hold_the_coverage_and_nothing_of_the_future() -> None:
 
 
 def test_all_blocks_are_dense_attention_and_fewer_are_not() -> None:
-    W, arm = measured.BLOCKS, an_arm()
+    W, arm = BLOCKS, an_arm()
     loss = functools.partial(measured.loss_of, arm, variables(), batch())
     dense, layers = loss(None), (2, W, W)
     assert loss(np.broadcast_to(np.tri(W, dtype=bool), layers)) == pytest.approx(dense, rel=1e-6)
@@ -119,72 +94,12 @@ def test_all_blocks_are_dense_attention_and_fewer_are_not() -> None:
     assert indexed(2) != pytest.approx(dense, rel=1e-4)
 
 
-def test_the_sparse_core_sees_just_the_listed_blocks() -> None:
-    rng = np.random.default_rng(1)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, 16, 2, 4)), jnp.float32) for _ in range(3))
-    where = Where(jnp.arange(16), jnp.arange(16))
-    core = jax.jit(lambda v, ids: Sparse(4)(q, k, v, where, ids))
-    ids = jnp.asarray([[0, -1, -1, -1], [0, 1, -1, -1], [1, 2, -1, -1], [0, 3, -1, -1]], jnp.int32)
-    other = v.at[:, 4:8].set(9.0)  # block 1: read by query blocks 1 and 2 alone
-    changed = np.abs(np.asarray(core(other, ids) - core(v, ids))).max((0, 2, 3)).reshape(4, 4)
-    assert (changed[[0, 3]] == 0).all() and (changed[[1, 2]] > 0).any(1).all()
-    whole = jnp.asarray([[0, -1, -1, -1], [0, 1, -1, -1], [0, 1, 2, -1], [0, 1, 2, 3]], jnp.int32)
-    dense = Softmax(Mask("causal"))(q, k, v, where, None)
-    np.testing.assert_allclose(core(v, whole), dense, atol=1e-6)
-
-
-@pytest.mark.parametrize("plan", [CommPlan("ring", layout=layouts.ZIGZAG), CommPlan("usp", 2)])
-def test_comparison_finds_a_plan_exact(plan: CommPlan) -> None:
-    found = checks.compare(plan)
-    assert found.output_error < 1e-5 and found.gradient_error < 1e-5
-    assert found.counted and not found.mismatches()
-    off = {key: wire + 1 for key, wire in found.formula.items()}
-    assert len(dataclasses.replace(found, formula=off).mismatches()) == len(off)
-
-
-def test_plan_arrays_share_one_program_and_equal_one_device() -> None:
-    found = checks.switch_plans(an_arm(), tokens())
-    assert found.compilations == 1 and found.arrays == 4
-    assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
-
-
-@functools.cache
-def measured_masks() -> np.ndarray:
-    mass = profile(an_arm(), variables(), tokens(), BLOCK, 0.9).mass_NxWxW
-    return block_masks(mass, 0.5)
-
-
-def test_lists_as_data_equal_one_device_by_every_plan_and_by_the_fallback() -> None:
-    masks = measured_masks()
-    gathers = [p.capacity for p in checks.listed_plans(masks, BLOCK) if p.kind == "gather"]
-    assert gathers[0] > gathers[1] == 1  # the second one overflows
-    found = checks.switch_listed(an_arm(), tokens(), masks)
-    assert found.compilations == 1 and found.arrays == 5
-    assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
-    loss = functools.partial(measured.loss_of, an_arm(), variables(), batch())
-    assert loss(masks) != pytest.approx(loss(None), rel=1e-4)
-
-
-def test_lists_from_each_input_equal_one_device_by_every_plan() -> None:
-    found = checks.switch_indexed(an_arm(), tokens(), S // BLOCK, 4)
-    assert found.compilations == 1 and found.arrays == 4
-    assert found.loss_error < 1e-5 and found.gradient_error < 1e-4
-
-
-def test_a_program_of_one_plan_equals_one_device_and_sends_the_sum_of_its_layers_formulas() -> None:
-    found = checks.static_plan(an_arm(), tokens(), measured_masks())
-    assert found.output_error < 1e-5 and found.gradient_error < 1e-4
-    exchanged = [found.formula[checks.over_cp(op)] for op in ("all-to-all", "all-gather")]
-    assert min(exchanged) > 0 and not found.mismatches()
-    off = {key: wire + 4 for key, wire in found.formula.items()}
-    assert len(dataclasses.replace(found, formula=off).mismatches()) == 3
-
-
 def test_training_goes_on_with_plans_as_data_and_leaves_the_arm_as_it_was() -> None:
     """With every block listed, sparse and dense training are the same, whatever plans run."""
     arm = an_arm()
     before = jax.tree.map(np.copy, arm.trained_on_host.params)
-    found = runtime.adapt(arm, tokens(), measured.BLOCKS, 1.0, windows=2, steps=1)
+    whole = measured.Measured(np.ones((2, BLOCKS, BLOCKS), bool), 1.0, 1.0, 1.0, None, 32, 1.0)
+    found = runtime.adapt(arm, whole, 2, windows=2, steps=1)
     assert found.loss == pytest.approx(found.dense_loss, rel=1e-5)
     assert (
         [len(w.plans) for w in found.windows] == [2, 2] and found.steps == 2 and found.switches == 0
@@ -200,15 +115,15 @@ def test_densities_of_every_step_are_in_the_rows_of_a_resumed_run(tmp_path: Path
     e = an_arm().experiment
     hook = Hook("densities", 2, Densities(2))
 
-    def train(folder: Path, *stops: int) -> list[dict]:
+    def train(folder: Path, *stops: int) -> tuple[list[int], np.ndarray]:
         for steps in stops:
             fit = dataclasses.replace(e.fit, steps=steps, checkpoint_every=1, eval_batches=1)
             arm = Arm("text", dataclasses.replace(e, fit=fit, hooks=(hook,)), an_arm().program)
             loop.fit(arm, folder)
-        found = measured.history(arm, folder)
+        found = history(arm, folder)
         last = profile(arm, arm.trained_on_host.variables, tokens(), BLOCK, 0.95).density_N
-        np.testing.assert_array_equal(found[1][:, -1], last)
-        return found
+        np.testing.assert_array_equal(found.density_NxT[:, -1], last)
+        return found.steps, found.density_NxT
 
     steps, density_NxT = train(tmp_path / "whole", 5)
     assert steps == [2, 4, 5] and density_NxT.shape == (2, 3)
@@ -218,7 +133,7 @@ def test_densities_of_every_step_are_in_the_rows_of_a_resumed_run(tmp_path: Path
     np.testing.assert_array_equal(resumed[:, [s != 3 for s in again]], density_NxT)
     assert all("density" in r for r in read_metrics(tmp_path / "whole") if "hook/densities" in r)
     with pytest.raises(RuntimeError, match="no densities of arm text-s0"):
-        measured.history(an_arm(), tmp_path)
+        history(an_arm(), tmp_path)
 
 
 @pytest.mark.fast
@@ -259,14 +174,6 @@ def test_compiled_plans_hold_gathers_of_every_size_and_ulysses_where_heads_allow
     gathers = [("gather", n) for n in (1, 2, 4)]
     assert kinds(8) == [*gathers, ("ulysses", 0), ("all_gather", 0)]
     assert kinds(4) == [*gathers, ("all_gather", 0)]
-
-
-@pytest.mark.fast
-def test_blocks_that_the_devices_cannot_share_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"data.seq_len = 128 must be a multiple of 24 blocks, .* 2·cp = 16"
-    ):
-        runtime.block_of(128, 24)
 
 
 @pytest.mark.fast

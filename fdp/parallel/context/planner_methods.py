@@ -1,0 +1,89 @@
+"""What every method would send on the same masks: the bars, and the bounds, of a plan for every
+layer.
+
+Sources: Liu et al. 2023 (ring), Llama 3 2024 §3.3.2 (zig-zag, all-gather), Fang & Zhao 2024 (USP),
+MTraining (striped ring, saves compute and sends every key), MagiAttention (sends a key only where
+it is needed).
+
+Legend: L layers, W blocks of a sequence.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fdp.parallel.context import planner
+from fdp.parallel.context.layouts import ZIGZAG, SequenceLayout
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.context.planner import ModelPlan, model_value, summary
+from fdp.parallel.context.planner_problem import Masks, Problem
+from fdp.parallel.context.planner_uniform import (
+    need_only_bytes,
+    uniform,
+    uniform_dense,
+    uniform_sparse,
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """`bytes` on the wire per device, forward and backward, `seconds` (None: a bound, not a
+    program) and max/mean FLOPs of all layers; `kind`: fixed, uniform, adaptive or bound; `what`
+    tells the plan, or why there is none (bytes then NaN)."""
+
+    name: str
+    kind: str
+    bytes: float
+    seconds: float | None
+    imbalance: float
+    what: str
+
+    @classmethod
+    def of(cls, name: str, kind: str, found: ModelPlan | str) -> "Method":
+        """A plan, or why there is none."""
+        if isinstance(found, str):
+            return cls(name, kind, float("nan"), None, float("nan"), found)
+        return cls(name, kind, found.bytes, found.seconds, found.imbalance, summary(found))
+
+
+def methods(problem: Problem) -> list[Method]:
+    """All of them, on the same masks. Raises ValueError when no layout lets every layer run."""
+    ring, striped = CommPlan("ring", layout=ZIGZAG), SequenceLayout("striped", problem.block)
+    everything = replace(problem, masks=_visible(problem))
+    gathers = [CommPlan("all_gather", layout=layout) for layout in problem.places]
+    found: list[tuple[str, str, ModelPlan | str]] = [
+        ("ring, dense attention", "fixed", _one(everything, [ring])),
+        ("ring", "fixed", _one(problem, [ring])),
+        ("all-gather", "fixed", _one(problem, gathers)),
+        ("striped ring (as MTraining)", "fixed", _one(problem, [CommPlan("ring", layout=striped)])),
+        ("best uniform dense", "uniform", uniform_dense(problem)),
+        ("best uniform sparse", "uniform", uniform_sparse(problem)),
+        ("adaptive", "adaptive", planner.plan(problem)),
+        ("adaptive, moving tokens", "adaptive", planner.plan_moving(problem)),
+    ]
+    bounds = {"gather padded by offset": True, "need only (as MagiAttention)": False}
+    return [*(Method.of(*row) for row in found), *(_bound(problem, *b) for b in bounds.items())]
+
+
+def _bound(problem: Problem, name: str, padded: bool) -> Method:
+    least = {layout: need_only_bytes(problem, layout, padded) for layout in problem.places}
+    best = min(least, key=least.__getitem__)
+    return Method(f"{name}, bound", "bound", least[best], None, float("nan"), best.kind)
+
+
+def _one(problem: Problem, plans: Iterable[CommPlan]) -> ModelPlan | str:
+    """The best uniform of some plans, or why none can run."""
+    found = [uniform(problem, plan) for plan in plans if plan.layout in problem.places]
+    runs = [f for f in found if isinstance(f, ModelPlan)]
+    if runs:
+        return min(runs, key=lambda f: model_value(problem, f))
+    return "; ".join(map(str, found)) or "its layout divides blocks"
+
+
+def _visible(problem: Problem) -> Masks:
+    """Masks without sparsity: causal where all of them are, else full."""
+    L, _, W = problem.masks.size
+    causal = not np.triu(problem.masks.masks_LxJxWxW, 1).any()
+    visible_WxW = np.tri(W, dtype=bool) if causal else np.ones((W, W), bool)
+    return Masks(np.broadcast_to(visible_WxW, (L, W, W)))
