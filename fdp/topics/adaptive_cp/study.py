@@ -24,7 +24,7 @@ from fdp.topics.adaptive_cp.measured import Measured, measured
 from fdp.topics.adaptive_cp.planned import Planned, planned
 from fdp.topics.adaptive_cp.predict import LENGTHS, region
 from fdp.topics.adaptive_cp.profile import Densities, History, history
-from fdp.topics.adaptive_cp.runtime import Adapted, adapt, static_plan, switch_listed
+from fdp.topics.adaptive_cp.runtime import Adapted, adapt, switch_listed
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 QUESTION = (
@@ -169,14 +169,12 @@ def _native_sparse(run: Run) -> list[Measurement]:
 def _exact(arm: Arm, masks: Measurement, tiny: bool) -> list[Measurement]:
     """Exact plans against one device, and plans and lists as data in one compiled program; `tiny`:
     fewer of them."""
-    group = "Exactness"
     plans = exactness.PLANS[::9] if tiny else exactness.PLANS
-    found = [measure("plans", exactness.compare, each(plans), rows=rows.plans, group=group)]
+    found = [measure("plans", exactness.compare, each(plans), rows=rows.plans, group="Exactness")]
     if arm.model.shape.heads % exactness.DEVICES:
         return found
-    switches = {rows.LISTED: measure("switch listed", switch_listed, arm, masks)}
+    listed, more = measure("switch listed", switch_listed, arm, masks), []
     if not tiny:
-        switches[rows.ALL] = measure("switch plans", switching.switch_plans, arm)
-        switches[rows.CHOSEN] = measure("switch indexed", switching.switch_indexed, arm, BLOCKS, 8)
-    fixed = measure("plans by layer", static_plan, arm, masks, rows=rows.static, group=group)
-    return [*found, derive("switched", switches, rows=rows.switched, group=group), fixed]
+        more.append(measure("switch plans", switching.switch_plans, arm))
+        more.append(measure("switch indexed", switching.switch_indexed, arm, BLOCKS, 8))
+    return [*found, derive("switched", listed, more, rows=rows.switched, group="Exactness")]
