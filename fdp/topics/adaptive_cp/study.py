@@ -83,7 +83,7 @@ def study(run: Run) -> Report:
     enough = jax.device_count() >= exactness.DEVICES
     parts: list[Part] = []
     for name in names:
-        parts += _attended(run, name, masks[name])
+        parts += _attended(run, name, masks[name], drawn=name == "text" or not tiny)
         if enough and (name == "text" or not tiny):
             parts.append(_training_on(run, name, masks[name]))
     if "nsa" in run.arms:
@@ -103,7 +103,7 @@ def _masks(run: Run, arm: Arm) -> Measurement:
     return measure(f"{arm.label} masks", measured, arm, run.config.profile.sequences)
 
 
-def _attended(run: Run, name: str, masks: list[Measurement]) -> list[Measurement]:
+def _attended(run: Run, name: str, masks: list[Measurement], drawn: bool) -> list[Measurement]:
     """Densities, masks and what they cost, and the plans for them, of the seeds of an arm."""
     arms_, decides = run.arms[name], name == "text"
     histories = [history(arm, run.workdir) for arm in arms_]
@@ -129,12 +129,12 @@ def _attended(run: Run, name: str, masks: list[Measurement]) -> list[Measurement
     def picture(found: list[History]) -> Any:
         return figures.density(name, found[0])
 
-    told: dict[str, Any] = {"raw": list, "group": name}
-    return [
-        derive(f"density {name}", histories, rows=densities, plot=picture, **told),
+    found = [
+        derive(f"density {name}", histories, rows=densities, plot=picture, raw=list, group=name),
         derive(f"masks {name}", masks, rows=costs, group=name),
         measure(f"plans {name}", planned, each(masks), rows=plans, plot=pictures, group=name),
     ]
+    return found if drawn else [replace(part, plot=None) for part in found]
 
 
 def _training_on(run: Run, name: str, masks: list[Measurement]) -> Measurement:
