@@ -8,6 +8,7 @@ Legend: N draws of the models' errors (draw 0 is nominal).
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,17 +64,22 @@ class Fitted:
         """Seconds [N] of a collective, as `planner_time.Network`; errors of one op, group and size
         class are the same.
         """
-        local = min(ranks, max(1, self.fabric.local // inner))
-        fit = network.coefficients(self.chip)
-        if not self.fabric.congested:
-            fit = replace(fit, congestion=0.0)
-        # fdp.price.network speaks of whole operands, of which a device sends (n-1)/n, in an
-        # all-reduce twice.
-        operand = wire if op == PERMUTE else wire * ranks / (ranks - 1) / (2 if op == REDUCE else 1)
-        nominal = float(network.collective_time(OPS[op], operand, ranks, local, self.chip, fit))
-        small, crosses = operand < inference.SMALL, local < ranks
-        p90 = network_error(self.chip, crosses, small)[1]
-        return nominal * self.errors((op, ranks, inner, small), p90)
+        return _seconds(self, op, wire, ranks, inner)
+
+
+@lru_cache(maxsize=4096)  # many plans of many layers send the same
+def _seconds(of: Fitted, op: str, wire: float, ranks: int, inner: int) -> np.ndarray:
+    local = min(ranks, max(1, of.fabric.local // inner))
+    fit = network.coefficients(of.chip)
+    if not of.fabric.congested:
+        fit = replace(fit, congestion=0.0)
+    # fdp.price.network speaks of whole operands, of which a device sends (n-1)/n, in an all-reduce
+    # twice.
+    operand = wire if op == PERMUTE else wire * ranks / (ranks - 1) / (2 if op == REDUCE else 1)
+    nominal = float(network.collective_time(OPS[op], operand, ranks, local, of.chip, fit))
+    small, crosses = operand < inference.SMALL, local < ranks
+    p90 = network_error(of.chip, crosses, small)[1]
+    return nominal * of.errors((op, ranks, inner, small), p90)
 
 
 def network_error(chip: str, crosses: bool, small: bool) -> tuple[float, float]:

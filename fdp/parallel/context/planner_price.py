@@ -81,12 +81,14 @@ class BlockCounts:
     seen_JxDxW: np.ndarray
     owner_W: np.ndarray
     _grouped: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+    _hops: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, mask_JxWxW: np.ndarray, owner_W: np.ndarray, cp: int) -> "BlockCounts":
         """From masks bool [J, W, W], rows query blocks."""
-        held_DxW = (np.arange(cp)[:, None] == owner_W).astype(np.float32)  # exact below 2^24 pairs
-        return cls(held_DxW @ mask_JxWxW.astype(np.float32), owner_W)
+        J, W, _ = mask_JxWxW.shape
+        mine_JxDxRxW = mask_JxWxW[:, np.argsort(owner_W, kind="stable")].reshape(J, cp, W // cp, W)
+        return cls(mine_JxDxRxW.sum(2, dtype=np.float32), owner_W)  # exact below 2^24 pairs
 
     def grouped(self, u: int) -> tuple[np.ndarray, np.ndarray]:
         """(pairs, needed) int [J, R, O]: block pairs of a group of u devices with the keys of the
@@ -117,8 +119,10 @@ class BlockCounts:
 
     def hops(self, u: int) -> tuple[int, ...]:
         """Ring offsets that any group of u devices needs."""
-        needed_JxRxO = self.grouped(u)[1]
-        return tuple(int(o) for o in np.flatnonzero(needed_JxRxO.any((0, 1))) if o > 0)
+        if u not in self._hops:
+            needed_O = self.grouped(u)[1].any((0, 1))
+            self._hops[u] = tuple(int(o) for o in np.flatnonzero(needed_O) if o > 0)
+        return self._hops[u]
 
 
 @dataclass(frozen=True, eq=False)

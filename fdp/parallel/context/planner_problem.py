@@ -5,7 +5,7 @@ Legend: L layers, J lists of a layer (1, or one a key head), W blocks of the seq
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -75,6 +75,9 @@ class Problem:
     balance: float = float("inf")
     objective: str = "seconds"
     layouts: tuple[SequenceLayout, ...] | None = None
+    _prices: dict[tuple[int, CommPlan], Price | str] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         (_, J, W), s = self.masks.size, self.shape
@@ -126,6 +129,11 @@ class Problem:
 
     def price(self, layer: int, plan: CommPlan) -> Price | str:
         """Price of a plan at a layer, or why it cannot run there."""
+        if (layer, plan) not in self._prices:
+            self._prices[layer, plan] = self._price(layer, plan)
+        return self._prices[layer, plan]
+
+    def _price(self, layer: int, plan: CommPlan) -> Price | str:
         try:
             found = price(
                 self.counts(layer, plan.layout), plan, self.shape, self.block, self.machine

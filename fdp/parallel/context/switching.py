@@ -57,14 +57,17 @@ def switch_plans(arm: Arm) -> Switching:
     return _switching(program, arm, _numbers(arm, len(plans)), _on_one_device(arm, arm.model))
 
 
-def switch_listed(arm: Arm, masks_NxWxW: np.ndarray) -> Switching:
+def switch_listed(arm: Arm, masks_NxWxW: np.ndarray) -> tuple[Switching, Comparison]:
     """The same with attention to measured blocks: gathers that fit, gathers that overflow, Ulysses
-    and all-gather."""
+    and all-gather; and beside it these plans by turns, without the gather that overflows, as
+    constants of a program (bytes: of all-to-all, all-gather and reduce-scatter)."""
     block = arm.experiment.input_length // masks_NxWxW.shape[-1]
     plans, ids = listed_plans(masks_NxWxW, block), place_ids(masks_NxWxW, block)
+    expected = _on_one_device(arm, with_core(arm.model, Sparse(block)), block_ids(masks_NxWxW))
     program = program_over_cp(arm, 2, with_core(arm.model, Listed(plans, block)), CHOICE)
     choices = [(numbers, ids) for numbers in _numbers(arm, len(plans))]
-    return _switching(program, arm, choices, _listed_on_one_device(arm, masks_NxWxW))
+    fixed = _static(arm, (plans[0], *WHOLE), ids, block, expected)
+    return _switching(program, arm, choices, expected), fixed
 
 
 def switch_indexed(arm: Arm, blocks: int, width: int) -> Switching:
@@ -136,24 +139,22 @@ def _switching(program: TrainStep, arm: Arm, choices: Sequence[Any], expected: A
 # -------------------------------------------------------------------------------------------------
 
 
-def static_plan(arm: Arm, masks_NxWxW: np.ndarray) -> Comparison:
-    """The plans of `switch_listed` by turns, without the gather that overflows, as constants of the
-    program. Bytes: of all-to-all, all-gather and reduce-scatter."""
-    block, layers = arm.experiment.input_length // masks_NxWxW.shape[-1], arm.model.shape.layers
-    plans = (listed_plans(masks_NxWxW, block)[0], *WHOLE)
+def _static(
+    arm: Arm, plans: Sequence[CommPlan], ids: np.ndarray, block: int, expected: Any
+) -> Comparison:
+    """One of `plans` in each layer, by turns."""
+    layers = arm.model.shape.layers
     chosen = [plans[n] for n in _numbers(arm, len(plans))[-1]]
     model = by_layer(arm.model, [Listed((plan,), block) for plan in chosen])
     program = program_over_cp(arm, 2, model, (CHOICE,) * layers)
-    loss, grads = _listed_on_one_device(arm, masks_NxWxW)
     variables = arm.trained_on_host.variables
     variables = variables | {"params": unstacked(variables["params"], layers)}
-    ids = place_ids(masks_NxWxW, block)
     inputs = tuple((np.zeros(1, np.int32), ids[i : i + 1]) for i in range(layers))
     given = (*_placed(program, arm, variables), inputs)
     compiled: Any = jax.jit(program.grads).lower(*given).compile(hlo.QUICK)
-    errors = against_one_device(compiled(*given)[:2], (loss, unstacked(grads, layers)))
-    shape = shape_of(arm, 2)
-    formula = _static_bytes(chosen, shape, block, ids.shape[-1])
+    want = expected[0], unstacked(expected[1], layers)
+    errors = against_one_device(compiled(*given)[:2], want)
+    formula = _static_bytes(chosen, shape_of(arm, 2), block, ids.shape[-1])
     counted = sent(compiled, program.mesh, {gather.SCOPE: 0})
     counted = {key: wire for key, wire in counted.items() if key in formula}
     return Comparison(formula, counted, "plans by layer", *errors)
@@ -186,12 +187,6 @@ def _static_bytes(
 
 def _tokens(arm: Arm) -> np.ndarray:
     return arm.data.val.take([0, 1])["tokens"]
-
-
-def _listed_on_one_device(arm: Arm, masks_NxWxW: np.ndarray) -> tuple[Any, Any]:
-    """(mean loss, gradients) with attention to measured blocks."""
-    core = Sparse(arm.experiment.input_length // masks_NxWxW.shape[-1])
-    return _on_one_device(arm, with_core(arm.model, core), block_ids(masks_NxWxW))
 
 
 def _on_one_device(arm: Arm, model: Transformer, inputs_N: Any = None) -> tuple[Any, Any]:

@@ -21,12 +21,11 @@ from fdp.topics.adaptive_cp.runtime import Adapted
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 FASTER = "<= 0.9"  # step time of the adaptive plan over that of the best uniform one
-LISTED, ALL, CHOSEN = "listed blocks", "all keys", "8 blocks chosen by each input"
 BRANCHES = {  # of the programs of `fdp.parallel.context.switching`
-    LISTED: "gather that fits, gather of at most one block with its exact fallback, Ulysses, "
+    "listed blocks": "gather that fits, gather of at most one block with its exact fallback, Ulysses, "
     "all-gather",
-    ALL: "ring, USP, Ulysses",
-    CHOSEN: "gather with its exact fallback, Ulysses, all-gather",
+    "all keys": "ring, USP, Ulysses",
+    "8 blocks chosen by each input": "gather with its exact fallback, Ulysses, all-gather",
 }
 
 
@@ -258,8 +257,10 @@ def plans(found: list[Comparison]) -> list[Row]:
     ]
 
 
-def switched(found: Mapping[str, Switching]) -> list[Row]:
-    """Plans and lists as data in one compiled program."""
+def switched(listed: tuple[Switching, Comparison], more: list[Switching]) -> list[Row]:
+    """Plans and lists as data in one compiled program, and as constants of another."""
+    fixed = listed[1]
+    found = dict(zip(BRANCHES, (listed[0], *more), strict=False))
     arrays = "; ".join(f"{what}: {s.arrays} plan arrays" for what, s in found.items())
     branches = "; ".join(f"{what}: {BRANCHES[what]}, and all of them by layer" for what in found)
     return [
@@ -279,24 +280,18 @@ def switched(found: Mapping[str, Switching]) -> list[Row]:
             "<= 1e-4",
             branches,
         ),
-    ]
-
-
-def static(found: Comparison) -> list[Row]:
-    """Plans as constants of a program."""
-    return [
         _measured(
             "a program compiled for one plan agrees",
             "largest relative error",
-            max(found.output_error, found.gradient_error),
+            max(fixed.output_error, fixed.gradient_error),
             "<= 1e-4",
             "gather, Ulysses and all-gather by layer as constants of the program, against one "
             "device",
         ),
         _differ(
             "… and sends what its layers' formulas add up to",
-            [found],
-            f"HLO, bytes a device: {_sent(found.counted)}",
+            [fixed],
+            f"HLO, bytes a device: {_sent(fixed.counted)}",
         ),
     ]
 

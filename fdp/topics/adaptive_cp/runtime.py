@@ -122,11 +122,6 @@ def _window(
     return Window(chosen, share(masks_NxWxW), wire, best_uniform(problem, plans).bytes)
 
 
-def switch_listed(arm: Arm, found: Measured) -> switching.Switching:
-    """The measured masks as data of one program."""
+def switch_listed(arm: Arm, found: Measured) -> tuple[switching.Switching, Comparison]:
+    """The measured masks as data of one program, and plans that are constants of another."""
     return switching.switch_listed(arm, found.masks_NxWxW)
-
-
-def static_plan(arm: Arm, found: Measured) -> Comparison:
-    """The measured masks under plans that are constants of a program."""
-    return switching.static_plan(arm, found.masks_NxWxW)

@@ -25,7 +25,7 @@ from fdp.topics.adaptive_cp.measured import Measured, measured
 from fdp.topics.adaptive_cp.planned import Planned, planned
 from fdp.topics.adaptive_cp.predict import LENGTHS, region
 from fdp.topics.adaptive_cp.profile import Densities, History, history
-from fdp.topics.adaptive_cp.runtime import Adapted, adapt, static_plan, switch_listed
+from fdp.topics.adaptive_cp.runtime import Adapted, adapt, switch_listed
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 QUESTION = (
@@ -84,7 +84,7 @@ def study(run: Run) -> Report:
     enough = jax.device_count() >= exactness.DEVICES
     parts: list[Part] = []
     for name in names:
-        parts += _attended(run, name, masks[name])
+        parts += _attended(run, name, masks[name], drawn=name == "text" or not tiny)
         if enough and (name == "text" or not tiny):
             parts.append(_training_on(run, name, masks[name]))
     if "nsa" in run.arms:
@@ -104,7 +104,7 @@ def _masks(run: Run, arm: Arm) -> Measurement:
     return measure(f"{arm.label} masks", measured, arm, run.config.profile.sequences)
 
 
-def _attended(run: Run, name: str, masks: list[Measurement]) -> list[Measurement]:
+def _attended(run: Run, name: str, masks: list[Measurement], drawn: bool) -> list[Measurement]:
     """Densities, masks and what they cost, and the plans for them, of the seeds of an arm."""
     arms_, decides = run.arms[name], name == "text"
     histories = [history(arm, run.workdir) for arm in arms_]
@@ -130,12 +130,12 @@ def _attended(run: Run, name: str, masks: list[Measurement]) -> list[Measurement
     def picture(found: list[History]) -> Any:
         return figures.density(name, found[0])
 
-    told: dict[str, Any] = {"raw": list, "group": name}
-    return [
-        derive(f"density {name}", histories, rows=densities, plot=picture, **told),
+    found = [
+        derive(f"density {name}", histories, rows=densities, plot=picture, raw=list, group=name),
         derive(f"masks {name}", masks, rows=costs, group=name),
         measure(f"plans {name}", planned, each(masks), rows=plans, plot=pictures, group=name),
     ]
+    return found if drawn else [replace(part, plot=None) for part in found]
 
 
 def _training_on(run: Run, name: str, masks: list[Measurement]) -> Measurement:
@@ -170,14 +170,12 @@ def _native_sparse(run: Run) -> list[Measurement]:
 def _exact(arm: Arm, masks: Measurement, tiny: bool) -> list[Measurement]:
     """Exact plans against one device, and plans and lists as data in one compiled program; `tiny`:
     fewer of them."""
-    group = "Exactness"
     plans = exactness.PLANS[::9] if tiny else exactness.PLANS
-    found = [measure("plans", exactness.compare, each(plans), rows=rows.plans, group=group)]
+    found = [measure("plans", exactness.compare, each(plans), rows=rows.plans, group="Exactness")]
     if arm.model.shape.heads % exactness.DEVICES:
         return found
-    switches = {rows.LISTED: measure("switch listed", switch_listed, arm, masks)}
+    listed, more = measure("switch listed", switch_listed, arm, masks), []
     if not tiny:
-        switches[rows.ALL] = measure("switch plans", switching.switch_plans, arm)
-        switches[rows.CHOSEN] = measure("switch indexed", switching.switch_indexed, arm, BLOCKS, 8)
-    fixed = measure("plans by layer", static_plan, arm, masks, rows=rows.static, group=group)
-    return [*found, derive("switched", switches, rows=rows.switched, group=group), fixed]
+        more.append(measure("switch plans", switching.switch_plans, arm))
+        more.append(measure("switch indexed", switching.switch_indexed, arm, BLOCKS, 8))
+    return [*found, derive("switched", listed, more, rows=rows.switched, group="Exactness")]
