@@ -22,8 +22,8 @@ from fdp.topics.adaptive_cp.settings import BLOCKS
 
 FASTER = "<= 0.9"  # step time of the adaptive plan over that of the best uniform one
 BRANCHES = {  # of the programs of `fdp.parallel.context.switching`
-    "listed blocks": "gather that fits, gather of at most one block with its exact fallback, Ulysses, "
-    "all-gather",
+    "listed blocks": "gather that fits, gather of at most one block with its exact fallback, "
+    "Ulysses, all-gather",
     "all keys": "ring, USP, Ulysses",
     "8 blocks chosen by each input": "gather with its exact fallback, Ulysses, all-gather",
 }

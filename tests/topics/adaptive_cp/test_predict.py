@@ -53,7 +53,7 @@ def test_rest_of_the_step_is_shared_by_all_plans() -> None:
     assert seen.adaptive == pytest.approx(rest + 16 * planner.plan(found).seconds)
     assert seen.uniform == pytest.approx(rest + 16 * uniform_any(found).seconds)
     assert seen.low == seen.high == pytest.approx(seen.ratio)  # without draws
-    work = inference.Work(1, 2**14, 2**17, 2**14)
+    work = inference.ForwardPass(1, 2**14, 2**17, 2**14)
     step = inference.price(model, work, inference.Degrees(1, 1), "h100")
     attention = step.terms["attention compute"] + step.terms["attention memory"]
     assert rest == pytest.approx(3 * (step.seconds - attention))
