@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from fdp.parallel.context.planner_methods import Method
+from fdp.parallel.context.profile import TAU
 from fdp.study.figures import COLOURS, GREY, curves, figure, legend, reference
 from fdp.study.grid import Grid, heat_map
+from fdp.topics.adaptive_cp.densities import History
 from fdp.topics.adaptive_cp.planned import PlannedLayer
-from fdp.topics.adaptive_cp.profile import TAU, History
 from fdp.topics.adaptive_cp.rows import FASTER
 
 KINDS = {

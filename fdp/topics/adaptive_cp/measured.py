@@ -19,10 +19,10 @@ from fdp.models.transformer import Transformer, with_core
 from fdp.objectives.base import TokenObjective
 from fdp.parallel.context.cores import Indexed, Sparse
 from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.context.profile import TAU, block_masks, profile
 from fdp.parallel.context.switching import block_ids
 from fdp.parallel.tensor import suppress
 from fdp.step import mean_loss
-from fdp.topics.adaptive_cp.profile import TAU, block_masks, profile
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 Variables = module.Variables

@@ -13,10 +13,10 @@ from fdp.parallel.context.planner_machine import CONGESTED, INFINIBAND, NVLINK
 from fdp.parallel.context.switching import Switching
 from fdp.study.grid import Grid
 from fdp.study.report import Row
+from fdp.topics.adaptive_cp.densities import History, spearman
 from fdp.topics.adaptive_cp.measured import ANSWERS, WIDTHS, Measured
 from fdp.topics.adaptive_cp.planned import CP, FAR, Planned
 from fdp.topics.adaptive_cp.predict import SPREAD, evidence
-from fdp.topics.adaptive_cp.profile import History, spearman
 from fdp.topics.adaptive_cp.runtime import Adapted
 from fdp.topics.adaptive_cp.settings import BLOCKS
 

@@ -20,10 +20,10 @@ from fdp.study.claims import needs_devices, validation_loss
 from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Report, Row
 from fdp.topics.adaptive_cp import figures, rows
+from fdp.topics.adaptive_cp.densities import Densities, History, history
 from fdp.topics.adaptive_cp.measured import Measured, measured
 from fdp.topics.adaptive_cp.planned import Planned, planned
 from fdp.topics.adaptive_cp.predict import LENGTHS, region
-from fdp.topics.adaptive_cp.profile import Densities, History, history
 from fdp.topics.adaptive_cp.runtime import Adapted, adapt, switch_listed
 from fdp.topics.adaptive_cp.settings import BLOCKS
 

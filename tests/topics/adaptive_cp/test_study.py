@@ -21,11 +21,12 @@ from fdp.experiment import Experiment
 from fdp.hooks import Hook
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
+from fdp.parallel.context.profile import block_masks, profile
 from fdp.parallel.context.switching import block_ids
 from fdp.sharding import shardings
 from fdp.step import TrainStep
 from fdp.topics.adaptive_cp import measured, runtime, study
-from fdp.topics.adaptive_cp.profile import Densities, block_masks, history, profile, spearman
+from fdp.topics.adaptive_cp.densities import Densities, history, spearman
 from fdp.topics.adaptive_cp.settings import BLOCKS
 from tests.parallel.context.attending_arm import BLOCK, S, an_arm, tokens, variables
 
