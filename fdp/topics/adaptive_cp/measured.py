@@ -47,11 +47,6 @@ class Measured:
     width: int
     indexed_loss: float
 
-    @property
-    def share_N(self) -> np.ndarray:
-        """Share of the causal blocks that each layer's mask keeps."""
-        return share(self.masks_NxWxW)
-
 
 def share(masks_NxWxW: np.ndarray) -> np.ndarray:
     """Share of the causal blocks that each layer's mask keeps, [N]."""

@@ -67,7 +67,7 @@ def test_pictures_can_be_read(tmp_path: Path) -> None:
     ]
     history = History([0, 10], np.array([[0.1, 0.2], [0.5, 1.0]]))
     drawn = [
-        figures.density("d", history),
+        figures.density("d", [history]),
         figures.plan("p", layers),
         figures.methods("b", found),
         figures.needs("n", np.ones((6, 4, 4))),
