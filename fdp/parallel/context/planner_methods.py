@@ -5,14 +5,16 @@ Sources: Liu et al. 2023 (ring), Llama 3 2024 §3.3.2 (zig-zag, all-gather), Fan
 MTraining (striped ring, saves compute and sends every key), MagiAttention (sends a key only where
 it is needed).
 
-Legend: L layers, W blocks of a sequence.
+Legend: L and N layers, W blocks of a sequence, D devices.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from fdp.count import context
 from fdp.parallel.context import planner
 from fdp.parallel.context.layouts import ZIGZAG, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
@@ -87,3 +89,26 @@ def _visible(problem: Problem) -> Masks:
     causal = not np.triu(problem.masks.masks_LxJxWxW, 1).any()
     visible_WxW = np.tri(W, dtype=bool) if causal else np.ones((W, W), bool)
     return Masks(np.broadcast_to(visible_WxW, (L, W, W)))
+
+
+def needs(found: Problem, lengths: Sequence[int]) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """(share [N, D, D] of each device's keys that each one needs, zig-zag; what each layer needs in
+    every layout).
+
+    A line of the table: units of keys and values that a device receives (mean), the most of any
+    pair, max/mean work, and the bytes of the mean at `lengths` in the shape that is planned."""
+    s, units, table = found.shape, [], []
+    for layer in range(found.layers):
+        mask_WxW = found.masks.masks_LxJxWxW[layer].any(0)
+        for layout in found.places:
+            need = context.needs(mask_WxW, layout, s.cp, found.block)
+            remote_DxD = np.where(np.eye(s.cp, dtype=bool), 0.0, need.units)
+            received = float(remote_DxD.sum(1).mean())
+            line: dict[str, Any] = {"layer": layer, "layout": layout.kind, "units": received}
+            line |= {"most of a pair": float(remote_DxD.max())}
+            line |= {"max/mean work": need.worker_imbalance}
+            line |= {"bytes": {n: received * replace(s, seq_len=n).unit for n in lengths}}
+            table.append(line)
+            if layout == ZIGZAG:
+                units.append(need.units)
+    return np.stack(units), table

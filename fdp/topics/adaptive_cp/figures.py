@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from fdp.parallel.context.planner_methods import Method
+from fdp.parallel.context.profile import TAU
 from fdp.study.figures import COLOURS, GREY, curves, figure, legend, reference
 from fdp.study.grid import Grid, heat_map
+from fdp.topics.adaptive_cp.densities import History
 from fdp.topics.adaptive_cp.planned import PlannedLayer
-from fdp.topics.adaptive_cp.profile import TAU, History
 from fdp.topics.adaptive_cp.rows import FASTER
 
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}  # behind text over bars and lines
 KINDS = {
     "fixed": ("one plan for all, fixed", "#BBBBBB"),
     "uniform": ("one plan for all, the best", COLOURS[0]),
@@ -24,8 +26,9 @@ KINDS = {
 }
 
 
-def density(name: str, found: History) -> Any:
-    """Density of every layer over training."""
+def density(name: str, seeds: Sequence[History]) -> Any:
+    """Density of every layer over training, first seed."""
+    found = seeds[0]
     series = {f"layer {i}": (found.steps, d.tolist()) for i, d in enumerate(found.density_NxT)}
     title = f"{name}: key blocks that hold {TAU:.0%} of the attention mass"
     fig = curves(series, "training step", "share of the visible key blocks", title)
@@ -39,17 +42,15 @@ def needs(name: str, units_NxDxD: np.ndarray) -> Any:
     N, D, _ = units_NxDxD.shape
     beside = min(N, 4)
     fig, panels = figure(beside, 2.3, 2.6, rows=-(-N // beside))
-    image: Any = None
-    for axes in np.atleast_1d(panels).flat[N:]:
+    every, image = list(np.atleast_1d(panels).flat), None
+    for axes in every[N:]:
         axes.set_axis_off()
-    for layer, (axes, units_DxD) in enumerate(
-        zip(np.atleast_1d(panels).flat, units_NxDxD, strict=False)
-    ):
+    for layer, (axes, units_DxD) in enumerate(zip(every, units_NxDxD, strict=False)):
         image = axes.imshow(units_DxD, cmap="cividis", vmin=0, vmax=1)
         remote = (units_DxD.sum() - np.trace(units_DxD)) / D
         axes.set(xlabel="keys of device", title=f"layer {layer}\n{remote:.1f} units in")
         axes.grid(False)
-    np.atleast_1d(panels).flat[0].set_ylabel("queries of device")
+    every[0].set_ylabel("queries of device")
     fig.colorbar(image, ax=panels, label="share needed")
     fig.suptitle(f"{name}: what devices need, zig-zag over {D}")
     return fig
@@ -65,8 +66,7 @@ def plan(name: str, layers: Sequence[PlannedLayer]) -> Any:
     )
     left.barh(range(N), sent, color=COLOURS[0], height=0.6)
     for i, layer in enumerate(layers):
-        inside = {"color": "white", "ha": "left"} if sent[i] > 0.5 * max(sent) else {"ha": "left"}
-        left.text(0 if "color" in inside else sent[i], i, f" {layer.plan}", va="center", **inside)
+        left.text(0.02 * max(sent), i, layer.plan, va="center", bbox=WHITE)
     right.barh(range(N), compute, color="#BBBBBB", height=0.6, label="busiest device's attention")
     last = {"left": compute, "color": COLOURS[1], "height": 0.6}
     right.barh(range(N), exposed, label="exposed communication", **last)
@@ -95,8 +95,7 @@ def methods(name: str, found: Sequence[Method], threshold: float = 0.7) -> Any:
         value = method.bytes / 1e6 if np.isfinite(method.bytes) else 0.0
         axes.barh(i, value, label=label, color=colour, height=0.7, edgecolor=GREY, linewidth=0.6)
         text = f"{method.bytes / min(uniform):.2f}×" if value else "cannot run"
-        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axes.text(value + 0.01 * most, i, text, va="center", bbox=white)
+        axes.text(value + 0.01 * most, i, text, va="center", bbox=WHITE)
     reference(axes, threshold * min(uniform) / 1e6, f"{threshold:g}× the best uniform", axis="x")
     axes.set_yticks(range(len(found)), [method.name for method in found])
     axes.set_ylim(len(found) - 0.5, -1.5)  # room for the text of the line
@@ -110,17 +109,5 @@ def methods(name: str, found: Sequence[Method], threshold: float = 0.7) -> Any:
 def region(found: Grid) -> Any:
     """Adaptive over best uniform step time by density and length, one panel a fabric."""
     title = "Step time of the adaptive plan over that of the best uniform one"
-    texts = {"fabric": _fabric, "length": _length, "density": _density}
+    texts = {"fabric": lambda fabric: fabric.name, "length": lambda n: f"{n // 1024}K"}
     return heat_map(found, title, "adaptive / best uniform", FASTER, texts)
-
-
-def _fabric(fabric: Any) -> str:
-    return fabric.name.replace(", ", ",\n")
-
-
-def _length(positions: int) -> str:
-    return f"{positions // 1024}K"
-
-
-def _density(density: float) -> str:
-    return f"{density:g}"

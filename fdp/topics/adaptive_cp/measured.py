@@ -19,10 +19,10 @@ from fdp.models.transformer import Transformer, with_core
 from fdp.objectives.base import TokenObjective
 from fdp.parallel.context.cores import Indexed, Sparse
 from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.context.profile import TAU, block_masks, profile
 from fdp.parallel.context.switching import block_ids
 from fdp.parallel.tensor import suppress
 from fdp.step import mean_loss
-from fdp.topics.adaptive_cp.profile import TAU, block_masks, profile
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 Variables = module.Variables
@@ -47,11 +47,6 @@ class Measured:
     answers: tuple[float, float] | None
     width: int
     indexed_loss: float
-
-    @property
-    def share_N(self) -> np.ndarray:
-        """Share of the causal blocks that each layer's mask keeps."""
-        return share(self.masks_NxWxW)
 
 
 def share(masks_NxWxW: np.ndarray) -> np.ndarray:

@@ -4,17 +4,15 @@ of one another, and what other methods would send.
 Legend: N layers, W blocks of a sequence, D devices.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fdp.count import context
 from fdp.parallel.context import planner
-from fdp.parallel.context.layouts import ZIGZAG
 from fdp.parallel.context.planner import describe, summary
 from fdp.parallel.context.planner_machine import INFINIBAND, machine, problem
-from fdp.parallel.context.planner_methods import Method, methods
+from fdp.parallel.context.planner_methods import Method, methods, needs
 from fdp.parallel.context.planner_problem import Problem
 from fdp.parallel.context.planner_uniform import uniform_any
 from fdp.topics.adaptive_cp.measured import Measured
@@ -30,33 +28,6 @@ def problem_of(masks_NxWxW: np.ndarray, objective: str, draws: int = 1) -> Probl
     BALANCE."""
     on = machine(INFINIBAND, errors=Draws(draws))
     return problem(GQA_8B, masks_NxWxW, FAR, CP, on, objective, balance=BALANCE)
-
-
-def needs(found: Problem) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """(share [N, D, D] of each device's keys that each one needs, zig-zag; what each layer needs in
-    every layout).
-
-    A line of the table: units of keys and values that a device receives (mean), the most of any
-    pair, max/mean work, and the bytes of the mean at LENGTHS in the shape that is planned."""
-    s, units, table = found.shape, [], []
-    for layer in range(found.layers):
-        mask_WxW = found.masks.masks_LxJxWxW[layer].any(0)
-        for layout in found.places:
-            need = context.needs(mask_WxW, layout, s.cp, found.block)
-            remote_DxD = np.where(np.eye(s.cp, dtype=bool), 0.0, need.units)
-            received = float(remote_DxD.sum(1).mean())
-            line: dict[str, Any] = {"layer": layer, "layout": layout.kind, "units": received}
-            line |= {"most of a pair": float(remote_DxD.max())}
-            line |= {"max/mean work": need.worker_imbalance}
-            line |= {"bytes": {n: received * replace(s, seq_len=n).unit for n in LENGTHS}}
-            table.append(line)
-            if layout == ZIGZAG:
-                units.append(need.units)
-    return np.stack(units), table
-
-
-# One model
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -100,4 +71,4 @@ def planned(measured: Measured) -> Planned:
     names = summary(best), describe(bar.plans[0])
     step = predict(GQA_8B, problem_of(masks_NxWxW, "seconds", draws=200))
     numbers = best.bytes, bar.bytes, best.imbalance
-    return Planned(layers, *numbers, *names, step, methods(found), *needs(found))
+    return Planned(layers, *numbers, *names, step, methods(found), *needs(found, LENGTHS))

@@ -13,10 +13,10 @@ from fdp.parallel.context.planner_machine import CONGESTED, INFINIBAND, NVLINK
 from fdp.parallel.context.switching import Switching
 from fdp.study.grid import Grid
 from fdp.study.report import Row
-from fdp.topics.adaptive_cp.measured import ANSWERS, WIDTHS, Measured
+from fdp.topics.adaptive_cp.densities import History, spearman
+from fdp.topics.adaptive_cp.measured import ANSWERS, WIDTHS, Measured, share
 from fdp.topics.adaptive_cp.planned import CP, FAR, Planned
 from fdp.topics.adaptive_cp.predict import SPREAD, evidence
-from fdp.topics.adaptive_cp.profile import History, spearman
 from fdp.topics.adaptive_cp.runtime import Adapted
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
@@ -29,45 +29,37 @@ BRANCHES = {  # of the programs of `fdp.parallel.context.switching`
 }
 
 
-def _measured(
-    claim: str, metric: str, values: Any, threshold: str, note: str, decides: bool = False
+def _row(
+    claim: str, metric: str, values: Any, threshold: str, evidence: str, note: str, **more: Any
 ) -> Row:
-    """A measured number without unit."""
-    given = claim, metric, values, "", threshold, "measured"
-    return Row.judged(*given, note=note, decides=decides)
+    """A number without unit."""
+    return Row.judged(claim, metric, values, "", threshold, evidence, note=note, **more)
 
 
 def _costs_little(claim: str, losses: Sequence[tuple[float, float]], note: str) -> Row:
     """(loss, loss of dense attention) of every seed."""
     change = [loss / dense - 1 for loss, dense in losses]
-    return _measured(claim, "relative change of the loss", change, "value <= 0.005", note)
+    metric = "relative change of the loss"
+    return _row(claim, metric, change, "value <= 0.005", "measured", note)
 
 
-def _bytes(
-    claim: str,
-    metric: str,
-    mine: list[float],
-    bar: str,
-    theirs: list[float],
-    note: str,
-    **more: Any,
-) -> Row:
+def _bytes(claim: str, metric: str, mine: Any, bar: str, theirs: Any, **more: Any) -> Row:
     """Bytes on the wire against those of the best uniform plan."""
     given = claim, metric, mine, "bytes", "ratio <= 0.7", "counted", bar, theirs
-    return Row.judged(*given, note=note, **more)
+    return Row.judged(*given, **more)
 
 
 def _differ(claim: str, comparisons: Sequence[Comparison], note: str) -> Row:
     """Programs whose compiled bytes must be those of the formula."""
     wrong = sum(len(c.mismatches()) for c in comparisons)
-    return Row.judged(claim, "ops that differ", wrong, "", "== 0", "counted", note=note)
+    return _row(claim, "ops that differ", wrong, "== 0", "counted", note)
 
 
 # What a model attends to
 # -------------------------------------------------------------------------------------------------
 
 
-def density(name: str, found: list[History], decides: bool) -> list[Row]:
+def density(name: str, decides: bool, found: list[History]) -> list[Row]:
     """Do layers differ, and do they keep their order? Over the last 500 steps, or all there are."""
     last = [h.density_NxT[:, -1] for h in found]
     first = [next(i for i, s in enumerate(h.steps) if s >= h.steps[-1] - 500) for h in found]
@@ -75,27 +67,29 @@ def density(name: str, found: list[History], decides: bool) -> list[Row]:
     span = found[0].steps[-1] - found[0].steps[first[0]]
     final = "; ".join(" ".join(f"{x:.2f}" for x in d) for d in last)
     return [
-        _measured(
+        _row(
             f"{name}: layers differ in density",
             "max/min over layers, blocks for 95 % of the mass",
             [float(d.max() / d.min()) for d in last],
             "value >= 4",
+            "measured",
             f"densities by layer after training: {final}",
-            decides,
+            decides=decides,
         ),
-        _measured(
+        _row(
             f"{name}: … in a stable order",
             f"Spearman correlation of layers, {span} steps apart",
             [spearman(a, b) for a, b in zip(early, last, strict=True)],
             "value >= 0.8",
+            "measured",
             f"{len(found)} seed(s), {len(last[0])} layers",
         ),
     ]
 
 
-def masks(name: str, found: list[Measured], seq_len: int) -> list[Row]:
+def masks(name: str, seq_len: int, found: list[Measured]) -> list[Row]:
     """What the masks cost: loss, and answers of a recall task."""
-    kept = "; ".join(" ".join(f"{s:.2f}" for s in m.share_N) for m in found)
+    kept = "; ".join(" ".join(f"{s:.2f}" for s in share(m.masks_NxWxW)) for m in found)
     dense = [m.dense_loss for m in found]
     rows = [
         _costs_little(
@@ -120,19 +114,21 @@ def masks(name: str, found: list[Measured], seq_len: int) -> list[Row]:
 def _answers(name: str, answers: list[tuple[float, float]], seq_len: int) -> list[Row]:
     known, chance = [dense for dense, _ in answers], task_of(name, seq_len).chance
     return [
-        _measured(
+        _row(
             f"{name}: … and no answers",
             "share of right answers lost",
             [dense - sparse for dense, sparse in answers],
             "value <= 0.005",
+            "measured",
             f"dense attention gives {_list(f'{a:.3f}' for a in known)} of the answers of {ANSWERS} "
             f"fresh sequences; chance {chance:.3f}",
         ),
-        _measured(
+        _row(
             f"{name}: … which dense attention knows",
             "share of right answers",
             known,
             "value >= 0.95",
+            "measured",
             f"length {seq_len}, {ANSWERS} fresh sequences; else the rows above say nothing",
         ),
     ]
@@ -146,7 +142,7 @@ def _list(values: Any) -> str:
 # -------------------------------------------------------------------------------------------------
 
 
-def planned(name: str, found: list[Planned], decides: bool) -> list[Row]:
+def planned(name: str, decides: bool, found: list[Planned]) -> list[Row]:
     """Bytes, balance and predicted time of the adaptive plan on the masks."""
     first, steps = found[0], [f.step for f in found]
     need_only = min(m.bytes for m in first.methods if np.isfinite(m.bytes))
@@ -157,25 +153,23 @@ def planned(name: str, found: list[Planned], decides: bool) -> list[Row]:
             [f.bytes for f in found],
             "best uniform plan of any kind",
             [f.uniform_bytes for f in found],
-            f"these masks scaled up to {FAR:,} tokens, 32 query and 8 key heads, cp = {CP}; closed "
-            f"formulas, padding of static shapes included: {first.plans} against "
+            note=f"these masks scaled up to {FAR:,} tokens, 32 query and 8 key heads, cp = {CP}; "
+            f"closed formulas, padding of static shapes included: {first.plans} against "
             f"{first.uniform_plan}; need-only bound {need_only:,.0f}",
             decides=decides,
         ),
-        Row.judged(
+        _row(
             f"{name}: … in balance",
             "max/mean FLOPs",
             [f.imbalance for f in found],
-            "",
             "value <= 1.1",
             "counted",
             note="a limit of the planner, adaptive and uniform alike",
         ),
-        Row.judged(
+        _row(
             f"{name}: … and is faster at 128K on InfiniBand",
             "step time over that of the best uniform plan",
             [s.ratio for s in steps],
-            "",
             f"value {FASTER}",
             "simulated",
             ci=(min(s.low for s in steps), max(s.high for s in steps)),
@@ -190,11 +184,12 @@ def adapted(name: str, found: list[Adapted]) -> list[Row]:
     """Training that goes on with measured masks and plans of its own for every layer."""
     first, last = found[0], found[0].windows[-1]
     return [
-        _measured(
+        _row(
             f"{name}: training on with a plan for every layer costs little",
             "relative change of the validation loss",
             [f.loss / f.dense_loss - 1 for f in found],
             "value <= 0.005",
+            "measured",
             f"{len(first.windows)} windows, {first.steps} steps after the trained state, against "
             "the same steps with dense attention; masks measured and plans chosen anew in each "
             f"window; last window keeps {' '.join(f'{s:.2f}' for s in last.share_N)} of the causal "
@@ -207,7 +202,7 @@ def adapted(name: str, found: list[Adapted]) -> list[Row]:
             [float(np.mean([w.bytes for w in f.windows])) for f in found],
             "best uniform plan with lists",
             [float(np.mean([w.uniform for w in f.windows])) for f in found],
-            "the run's own shape, mean over windows, planned for bytes",
+            note="the run's own shape, mean over windows, planned for bytes",
         ),
     ]
 
@@ -215,11 +210,10 @@ def adapted(name: str, found: list[Adapted]) -> list[Row]:
 def region(found: Grid) -> Row:
     """Where adaptive plans would pay."""
     share = {fabric: found.share(FASTER, fabric=fabric) for fabric in found.axes["fabric"]}
-    return Row.judged(
+    return _row(
         "adaptive plans pay on InfiniBand over densities and lengths",
         "share of the grid at least 10 % faster",
         share[INFINIBAND],
-        "",
         "value >= 0.5",
         "simulated",
         note=f"synthetic masks, layers {SPREAD:g}-fold apart in density: densities "
@@ -235,18 +229,20 @@ def region(found: Grid) -> Row:
 def plans(found: list[Comparison]) -> list[Row]:
     """Exact plans against one device."""
     return [
-        _measured(
+        _row(
             "every plan equals attention on one device",
             "largest relative error, forward",
             max(f.output_error for f in found),
             "<= 1e-5",
+            "measured",
             f"{len(found)} plans × layouts, causal, cp = 8, float32",
         ),
-        _measured(
+        _row(
             "… and so do its gradients",
             "largest relative error of dq, dk, dv",
             max(f.gradient_error for f in found),
             "<= 1e-4",
+            "measured",
             "custom backward of the ring included",
         ),
         _differ(
@@ -264,27 +260,28 @@ def switched(listed: tuple[Switching, Comparison], more: list[Switching]) -> lis
     arrays = "; ".join(f"{what}: {s.arrays} plan arrays" for what, s in found.items())
     branches = "; ".join(f"{what}: {BRANCHES[what]}, and all of them by layer" for what in found)
     return [
-        Row.judged(
+        _row(
             "a changed plan compiles nothing again",
             "programs compiled",
             max(s.compilations for s in found.values()),
-            "",
             "== 1",
             "counted",
             note=f"loss and gradients of the trained model, one program each: {arrays}",
         ),
-        _measured(
+        _row(
             "… and gives one device's loss and gradients",
             "largest relative error",
             max(max(s.loss_error, s.gradient_error) for s in found.values()),
             "<= 1e-4",
+            "measured",
             branches,
         ),
-        _measured(
+        _row(
             "a program compiled for one plan agrees",
             "largest relative error",
             max(fixed.output_error, fixed.gradient_error),
             "<= 1e-4",
+            "measured",
             "gather, Ulysses and all-gather by layer as constants of the program, against one "
             "device",
         ),
@@ -305,11 +302,12 @@ def native_sparse(
 ) -> Row:
     """Validation losses of training with dense and with native sparse attention from the start."""
     read, all_keys = budget.tokens(length), (length + 1) / 2
-    return _measured(
+    return _row(
         "text: native sparse attention trains as well",
         "relative change of the validation loss",
         [s / d - 1 for s, d in zip(sparse, dense, strict=True)],
         "value <= 0.005",
+        "measured",
         f"{steps} steps of each; a query reads {read:.1f} tokens in the mean, "
         f"{read / all_keys:.2f} of what dense attention reads: blocks of {budget.compress_block} "
         f"compressed every {budget.stride}, {budget.selected} of {budget.select_block} in full, a "

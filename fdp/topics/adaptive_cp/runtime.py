@@ -25,10 +25,10 @@ from fdp.parallel.context.planner_machine import INFINIBAND, machine
 from fdp.parallel.context.planner_price import Price
 from fdp.parallel.context.planner_problem import Masks, Problem
 from fdp.parallel.context.planner_uniform import best_uniform
+from fdp.parallel.context.profile import TAU, block_masks, profile
 from fdp.sharding import shardings
 from fdp.state import TrainState
 from fdp.topics.adaptive_cp.measured import Measured, share
-from fdp.topics.adaptive_cp.profile import TAU, block_masks, profile
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 

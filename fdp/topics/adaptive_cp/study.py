@@ -2,6 +2,7 @@
 to?"""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,11 +22,11 @@ from fdp.study.claims import needs_devices, validation_loss
 from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Report, Row
 from fdp.topics.adaptive_cp import figures, rows
-from fdp.topics.adaptive_cp.measured import Measured, measured
+from fdp.topics.adaptive_cp.densities import Densities, history
+from fdp.topics.adaptive_cp.measured import measured
 from fdp.topics.adaptive_cp.planned import Planned, planned
 from fdp.topics.adaptive_cp.predict import LENGTHS, region
-from fdp.topics.adaptive_cp.profile import Densities, History, history
-from fdp.topics.adaptive_cp.runtime import Adapted, adapt, switch_listed
+from fdp.topics.adaptive_cp.runtime import adapt, switch_listed
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 QUESTION = (
@@ -80,7 +81,11 @@ def budget(length: int) -> Budget:
 def study(run: Run) -> Report:
     """Measure, plan, judge."""
     names, tiny = ("text", *run.config.profile.tasks), run.config.variant == "tiny"
-    masks = {name: [_masks(run, arm) for arm in run.arms[name]] for name in names}
+    some = run.config.profile.sequences
+    masks = {
+        name: [measure(f"{arm.label} masks", measured, arm, some) for arm in run.arms[name]]
+        for name in names
+    }
     enough = jax.device_count() >= exactness.DEVICES
     parts: list[Part] = []
     for name in names:
@@ -92,16 +97,10 @@ def study(run: Run) -> Report:
     if enough:
         parts += _exact(run.arms["text"][0], masks["text"][0], tiny)
     else:
-        errors = "errors", "<= 1e-4", exactness.DEVICES
-        parts.append(needs_devices("every plan equals one device", *errors))
+        parts.append(needs_devices("every plan equals one device", "errors", "<= 1e-4", 8))
     lengths = LENGTHS[:1] if tiny else LENGTHS
-    pays: dict[str, Any] = {"rows": rows.region, "plot": figures.region}
-    pays["group"] = "Where it would pay"
-    return run.report(*parts, measure("region", region, lengths, 100, **pays))
-
-
-def _masks(run: Run, arm: Arm) -> Measurement:
-    return measure(f"{arm.label} masks", measured, arm, run.config.profile.sequences)
+    pays = measure("region", region, lengths, 100, rows=rows.region, plot=figures.region)
+    return run.report(*parts, replace(pays, group="Where it would pay"))
 
 
 def _attended(run: Run, name: str, masks: list[Measurement], drawn: bool) -> list[Measurement]:
@@ -109,15 +108,6 @@ def _attended(run: Run, name: str, masks: list[Measurement], drawn: bool) -> lis
     arms_, decides = run.arms[name], name == "text"
     histories = [history(arm, run.workdir) for arm in arms_]
     length = arms_[0].experiment.input_length
-
-    def densities(found: list[History]) -> list[Row]:
-        return rows.density(name, found, decides)
-
-    def costs(found: list[Measured]) -> list[Row]:
-        return rows.masks(name, found, length)
-
-    def plans(found: list[Planned]) -> list[Row]:
-        return rows.planned(name, found, decides)
 
     def pictures(found: list[Planned]) -> dict[str, Any]:
         first = found[0]
@@ -127,11 +117,12 @@ def _attended(run: Run, name: str, masks: list[Measurement], drawn: bool) -> lis
             f"plan {name}": figures.plan(name, first.layers),
         }
 
-    def picture(found: list[History]) -> Any:
-        return figures.density(name, found[0])
-
+    density = partial(rows.density, name, decides), partial(figures.density, name)
+    costs, plans = partial(rows.masks, name, length), partial(rows.planned, name, decides)
     found = [
-        derive(f"density {name}", histories, rows=densities, plot=picture, raw=list, group=name),
+        derive(
+            f"density {name}", histories, rows=density[0], plot=density[1], raw=list, group=name
+        ),
         derive(f"masks {name}", masks, rows=costs, group=name),
         measure(f"plans {name}", planned, each(masks), rows=plans, plot=pictures, group=name),
     ]
@@ -143,11 +134,8 @@ def _training_on(run: Run, name: str, masks: list[Measurement]) -> Measurement:
     arms_, sequences = run.arms[name], run.config.profile.sequences
     steps = max(1, arms_[0].experiment.fit.steps // (6 * WINDOWS))
 
-    def costs(found: list[Adapted]) -> list[Row]:
-        return rows.adapted(name, found)
-
     given = each(arms_), each(masks), sequences, WINDOWS, steps
-    return measure(f"windows {name}", adapt, *given, rows=costs, group=name)
+    return measure(f"windows {name}", adapt, *given, rows=partial(rows.adapted, name), group=name)
 
 
 def _native_sparse(run: Run) -> list[Measurement]:

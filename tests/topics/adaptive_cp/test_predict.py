@@ -17,7 +17,7 @@ from fdp.parallel.context.planner_uniform import uniform_any
 from fdp.price import inference
 from fdp.study.figures import save, smallest_text
 from fdp.topics.adaptive_cp import figures, planned, predict, rows
-from fdp.topics.adaptive_cp.profile import History
+from fdp.topics.adaptive_cp.densities import History
 from tests.parallel.context.planner_problems import SHAPE, SLOW, W, mixed
 
 pytestmark = pytest.mark.fast
@@ -67,7 +67,7 @@ def test_pictures_can_be_read(tmp_path: Path) -> None:
     ]
     history = History([0, 10], np.array([[0.1, 0.2], [0.5, 1.0]]))
     drawn = [
-        figures.density("d", history),
+        figures.density("d", [history]),
         figures.plan("p", layers),
         figures.methods("b", found),
         figures.needs("n", np.ones((6, 4, 4))),
@@ -80,7 +80,9 @@ def test_pictures_can_be_read(tmp_path: Path) -> None:
 
 def test_need_tables_by_hand() -> None:
     causal, own = np.tri(W, dtype=bool), np.eye(W, dtype=bool)
-    units, table = planned.needs(Problem(Masks(np.stack([causal, own])), SHAPE, SLOW))
+    units, table = planner_methods.needs(
+        Problem(Masks(np.stack([causal, own])), SHAPE, SLOW), (2**17, 2**18)
+    )
     np.testing.assert_array_equal(units[1], np.eye(4))
     lines = {(line["layer"], line["layout"]): line for line in table}
     assert len(lines) == 2 * 3

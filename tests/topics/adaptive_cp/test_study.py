@@ -21,11 +21,12 @@ from fdp.experiment import Experiment
 from fdp.hooks import Hook
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
+from fdp.parallel.context.profile import block_masks, profile
 from fdp.parallel.context.switching import block_ids
 from fdp.sharding import shardings
 from fdp.step import TrainStep
 from fdp.topics.adaptive_cp import measured, runtime, study
-from fdp.topics.adaptive_cp.profile import Densities, block_masks, history, profile, spearman
+from fdp.topics.adaptive_cp.densities import Densities, history, spearman
 from fdp.topics.adaptive_cp.settings import BLOCKS
 from tests.parallel.context.attending_arm import BLOCK, S, an_arm, tokens, variables
 
@@ -139,7 +140,7 @@ def test_densities_of_every_step_are_in_the_rows_of_a_resumed_run(tmp_path: Path
 @pytest.mark.fast
 def test_arms_are_text_recall_with_a_convolution_and_native_sparse_attention() -> None:
     c = get_config("cpu")
-    c.data.update(source="markov", vocab=512)
+    c.data.source = "blank"  # whose text does not matter here
     arms = study.arms(c)
     assert list(arms) == ["text", "mqar", "nsa"]
     assert arms["mqar"].model.shape.conv == 4 and "weights" in arms["mqar"].data.dims

@@ -1,12 +1,10 @@
-"""What a trained model attends to: block masses, densities and block masks of every layer.
+"""What a trained model attends to: mass of key blocks, density and block masks of every layer.
 
-Legend: B sequences, S positions, W blocks of a sequence, H query heads, N layers, T steps of
-training.
+Legend: B sequences, S positions, W blocks of a sequence, H query heads, N layers.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,19 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.metrics import read_metrics
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
 from fdp.parallel.context import density
 from fdp.parallel.masks import Mask
-from fdp.state import TrainState
-from fdp.topics.adaptive_cp.settings import BLOCKS
 
 Array = jax.Array
 CAUSAL = Mask("causal")
 TAU = 0.95  # of the mass
-DENSITY = "density"  # name of the metric
 
 
 @dataclass(frozen=True)
@@ -77,40 +71,6 @@ def _probe(model: Transformer, objective: Objective, block: int, tau: float) -> 
     return one
 
 
-@dataclass(frozen=True)
-class Densities:
-    """Run of a hook: the density of every layer, [N], on the first `sequences` of the validation
-    split."""
-
-    sequences: int
-
-    def __call__(self, arm: Arm, step: int, state: TrainState) -> dict[str, np.ndarray]:
-        """As `Hook`."""
-        tokens_BxS = arm.data.val.take(range(self.sequences))["tokens"]
-        variables = jax.device_get(state.variables)
-        found = profile(arm, variables, tokens_BxS, tokens_BxS.shape[1] // BLOCKS, TAU)
-        return {DENSITY: found.density_N}
-
-
-@dataclass(frozen=True)
-class History:
-    """Density of every layer [N, T] at `steps` of the training of one arm."""
-
-    steps: list[int]
-    density_NxT: np.ndarray
-
-
-def history(arm: Arm, workdir: Path) -> History:
-    """What the hook of the run wrote there. Raises RuntimeError where there is nothing."""
-    me = (arm.name, arm.seed)
-    rows = read_metrics(workdir)
-    found = {r["step"]: r[DENSITY] for r in rows if (r["arm"], r["seed"]) == me and DENSITY in r}
-    if not found:
-        raise RuntimeError(f"{workdir} holds no densities of arm {arm.label}: train it with a hook")
-    steps = sorted(found)
-    return History(steps, np.array([found[step] for step in steps], np.float32).T)
-
-
 def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
     """Fewest key blocks of each query block that hold `coverage` of its mean mass, with its own and
     the first: bool.
@@ -133,12 +93,3 @@ def block_masks(mass_NxWxW: np.ndarray, coverage: float) -> np.ndarray:
     np.put_along_axis(masks, order, kept, -1)
     masks[..., 0] = True
     return (masks | np.eye(W, dtype=bool)) & past_WxW
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two orders of layers; 1 where both are constant."""
-    import scipy.stats  # on use: it costs a second at start-up
-
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float(np.ptp(a) == np.ptp(b))
-    return round(float(scipy.stats.spearmanr(a, b).statistic), 12)  # 0.8 of four layers is 0.8
