@@ -46,7 +46,7 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     c.data.seq_len = 128
     c.train.update(steps=30, warmup=5)
     c.eval.batches = 2
-    c.profile.update(sequences=2, every=10, native_sparse=False)
+    c.profile.update(tasks=(), sequences=2, every=10, native_sparse=False)
 
 
 def _full(c: ml_collections.ConfigDict) -> None:

@@ -81,9 +81,10 @@ def small(c: ml_collections.ConfigDict, degrees: Mapping[str, int]) -> ml_collec
     x.head_split = min(x.head_split, cp)
     kv_heads = tp * (cp if x.plan in ("ulysses", "usp") else 1)
     m.update(layers=2, kv_heads=kv_heads, heads=kv_heads * min(group, 2), head_dim=8, width=32)
-    m.update(ffn=32 * tp, vocab=72, dtype="float32", window=min(m.window, 8))
+    m.update(ffn=32 * tp, vocab=72, dtype="float32", window=min(m.window, 8), conv=min(m.conv, 4))
     x.stripe = min(x.stripe, 4)
     c.data.update(source="blank", vocab=64, tokenizer="bpe", seq_len=32 * cp)
+    c.objective.block = math.gcd(c.objective.block, 8)
     c.train.microbatches = min(c.train.microbatches, 2)
     c.train.batch = 2 * degrees["dp"] * degrees["ep"] * c.train.microbatches
     c.train.batch *= x.head_split if x.plan == "batch" else 1

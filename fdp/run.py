@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import signal
 import time
 from collections.abc import Iterator
@@ -66,9 +66,15 @@ def interruptible() -> Iterator[None]:
 
 
 def study_of(topic: str) -> ModuleType:
-    """The topic's study module; raises UserError naming the closest folder."""
+    """The topic's study module; raises UserError for a topic without one, naming the closest."""
     fdp_config.topic_settings(topic)
-    return importlib.import_module(f"fdp.topics.{topic}.study")
+    name = f"fdp.topics.{topic}.study" if topic else ""
+    if not name or importlib.util.find_spec(name) is None:
+        raise fdp_config.UserError(
+            f"topic={topic!r} has no study to run: set c.topic to the name of a folder of "
+            "fdp/topics that has a study.py"
+        )
+    return importlib.import_module(name)
 
 
 def use_compilation_cache() -> None:

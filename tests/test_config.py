@@ -326,6 +326,11 @@ def test_an_unknown_topic_is_refused_with_the_closest_folder() -> None:
         run.study_of("paralel_dlm")
 
 
+def test_a_config_without_a_topic_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^topic='' has no study to run: set c.topic to the name"):
+        run.study_of(config.base().topic)
+
+
 HUGE = [
     (
         {"model.vocab": 2**31 - 1, "model.width": 2048},

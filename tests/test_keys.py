@@ -176,6 +176,16 @@ OF_TOPICS = [
         "sequence length 30 is not divisible by positions revealed a step",
     ),
     (topic1, "objective.name", "sedd_uniform", "objective.name='sedd_uniform' is none whose loss"),
+    (topic1, "objective.name", "autoregressive", "objective.name='autoregressive' is none whose"),
+    (topic1, "data.packing", "documents", "data.packing='documents': samples of this topic have"),
+    (topic1, "data.source", "mqar", "data.source='mqar' weighs answers, and this topic judges"),
+    (
+        topic1,
+        "sampling.sequences",
+        1,
+        "sampling.sequences=1 is less than dp·ep = 2·1 = 2, over which they are judged: set samp",
+    ),
+    (topic3, "data.packing", "documents", "data.packing='documents': profiles and masks of this"),
     (topic3, "profile.tasks", ("mqarr",), "profile.tasks=('mqarr',) holds 'mqarr', which is unkn"),
     (
         topic3,

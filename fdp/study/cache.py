@@ -4,6 +4,7 @@ workdir/measured/<name>.npz is a zip of result.json ({"name", "key", "seconds", 
 arrays that the value refers to, replaced as a whole.
 """
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -151,8 +152,10 @@ def _arm(arm: Arm) -> str:
 
 
 def code_of(function: Callable[..., Any]) -> str:
-    """Hash of the source of the function's module and of all modules of the same package that it
-    refers to, directly or not. Raises ValueError for a function without a name of its own."""
+    """Hash of the source of the function's module, of all modules of the same package that it
+    refers to, directly or not, and of the JSON files in folders beside them.
+
+    Raises ValueError for a function without a name of its own."""
     name = getattr(function, "__qualname__", "<no name>")
     if "<" in name or not inspect.isfunction(function):
         raise ValueError(
@@ -163,23 +166,38 @@ def code_of(function: Callable[..., Any]) -> str:
 
 
 def reached(name: str) -> set[str]:
-    """The module and those of its package whose names it uses, directly or not."""
+    """The module and those of its package whose names it uses or imports, directly or not."""
     package, seen, todo = name.split(".")[0], set[str](), {name}
     while todo:
         seen |= todo
         modules = [sys.modules[n] for n in todo if n in sys.modules]
         refers = {r for module in modules for r in map(_home, vars(module).values())}
+        refers |= {r for module in modules for r in _imported(module)}
         todo = {r for r in refers if r.split(".")[0] == package} - seen
     return seen
 
 
 @functools.cache
 def _source(name: str) -> str:
-    digest = hashlib.sha256()
+    digest, data = hashlib.sha256(), set[Path]()
     for found in sorted(reached(name)):
         file = getattr(sys.modules.get(found), "__file__", None)
         digest.update(Path(file).read_bytes() if file else found.encode())
+        data.update(Path(file).parent.glob("*/*.json") if file else ())
+    for path in sorted(data):  # such as the coefficients of a price
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+@functools.cache
+def _imported(module: ModuleType) -> set[str]:
+    """Modules from which it imports names, such as constants, that do not tell their home."""
+    file = getattr(module, "__file__", None)
+    if not file or not file.endswith(".py"):
+        return set()
+    tree = ast.parse(Path(file).read_text(encoding="utf8"))
+    whole = (node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level)
+    return {node.module for node in whole if node.module in sys.modules}
 
 
 def _home(value: Any) -> str:

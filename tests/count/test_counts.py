@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from build import experiment, tiny
 
-from fdp import audit, dry_run
+from fdp import audit, config, dry_run
 from fdp.arm import Arm
 from fdp.collectives import psum
 from fdp.count import bytes as closed
@@ -173,6 +173,19 @@ def test_an_unstated_model_is_dry_run_and_audited_as_not_stated() -> None:
     rows = {f.check: (f.holds, f.found) for f in audit.audit_arm("arm", e)}
     assert rows.pop("bytes = formula") == (None, "Silent has no counts")
     assert all(holds for holds, _ in rows.values())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"objective.name": "block_diffusion", "objective.block": 64, "data.seq_len": 64},
+        {"model.conv": 40, "data.seq_len": 64},
+    ],
+)
+def test_what_is_valid_at_full_size_is_valid_at_the_size_of_the_audit(sizes: dict) -> None:
+    c = tiny(**{"mesh.dp": 2} | sizes)
+    for degrees in audit.small_degrees(c.mesh):
+        config.validate(audit.small(c, degrees))
 
 
 def test_a_stated_model_is_dry_run_and_audited_with_numbers() -> None:

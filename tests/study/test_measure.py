@@ -1,6 +1,7 @@
 """What was measured is found again, and nothing else is: not of another config, version, seed,
 value or code, and not from a damaged file."""
 
+import importlib
 import json
 import os
 import re
@@ -195,19 +196,42 @@ def test_a_result_that_changed_changes_what_builds_on_it(go) -> None:
     assert out.count("measured again") == 2
 
 
-def test_changed_code_is_measured_again(tmp_path, monkeypatch) -> None:
-    (tmp_path / "kit_a.py").write_text("from kit_a_b import x\ndef f():\n    return x\n")
-    (tmp_path / "kit_a_b.py").write_text("x = 1\n")
+@pytest.mark.parametrize(
+    "changed", ["work.py", "constants.py", "deeper.py", "coefficients/link.json"]
+)
+def test_changed_code_constants_and_data_are_measured_again(tmp_path, monkeypatch, changed) -> None:
+    """Of the function's module, of one that it only takes a constant from, of one behind that, and
+    of the coefficients beside them."""
+    folder = tmp_path / "kit_package"
+    (folder / "coefficients").mkdir(parents=True)
+    sources = {
+        "__init__.py": "",
+        "work.py": "from kit_package.constants import X\n\ndef f():\n    return X\n",
+        "constants.py": "from kit_package.deeper import Y\nX = Y + 1\n",
+        "deeper.py": "Y = 1\n",
+        "coefficients/link.json": "{}",
+    }
+    for name, source in sources.items():
+        (folder / name).write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    import kit_a  # type: ignore[import-not-found]
+    for name in [n for n in sys.modules if n.startswith("kit_package")]:
+        monkeypatch.delitem(sys.modules, name)
+    work = importlib.import_module("kit_package.work")
 
-    before = kept.code_of(kit_a.f)
-    assert kept.code_of(kit_a.f) == before
-    (tmp_path / "kit_a.py").write_text("from kit_a_b import x\ndef f():\n    return x + 1\n")
-    kept._source.cache_clear()
-    assert kept.code_of(kit_a.f) != before
-    reached = kept.reached(claims.__name__)
-    assert {"fdp.count.compare", "fdp.step", "fdp.collectives"} <= reached
+    def code() -> str:
+        for function in (kept._source, kept._imported):
+            function.cache_clear()
+        return kept.code_of(work.f)
+
+    before = code()
+    assert code() == before
+    with (folder / changed).open("a") as file:
+        file.write("\n")
+    assert code() != before
+
+
+def test_a_measurement_reaches_what_its_module_stands_on() -> None:
+    assert {"fdp.count.compare", "fdp.step", "fdp.collectives"} <= kept.reached(claims.__name__)
 
 
 # Damaged and foreign files

@@ -19,7 +19,12 @@ SECTIONS = {
 
 
 def check(c: ml_collections.ConfigDict) -> None:
-    """Raise UserError for a length that has no whole blocks."""
+    """Raise UserError for a length that has no whole blocks, and for documents."""
+    if c.data.packing != "stream":
+        raise UserError(
+            f"data.packing={c.data.packing!r}: profiles and masks of this topic are of whole "
+            "windows; set data.packing=stream"
+        )
     length = c.data.seq_len
     if length % BLOCKS:
         raise UserError(

@@ -9,6 +9,7 @@ import jax
 import ml_collections
 
 from fdp.arm import Arm
+from fdp.config import UserError
 from fdp.experiment import Experiment, standard
 from fdp.hooks import Hook
 from fdp.metrics import read_metrics
@@ -49,7 +50,19 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
         found["nsa"] = nsa = native_sparse(text)
         fit = replace(text.fit, eval_every=nsa.fit.steps)
         found["text"] = replace(found["text"], fit=fit)
+    for name, e in found.items():
+        if e.data.name != "blank":  # of a dry run
+            _check_profile(name, p.sequences, len(e.data.val))
     return found
+
+
+def _check_profile(name: str, sequences: int, held_out: int) -> None:
+    if 3 * sequences > held_out:
+        raise UserError(
+            f"profile.sequences={sequences}: masks, coverage and judgement take 3 × {sequences} = "
+            f"{3 * sequences} validation sequences of {name}, which has {held_out}: set "
+            f"profile.sequences={held_out // 3}"
+        )
 
 
 def _recall(config: ml_collections.ConfigDict, task: str) -> ml_collections.ConfigDict:
@@ -89,8 +102,8 @@ def study(run: Run) -> Report:
     enough = jax.device_count() >= exactness.DEVICES
     parts: list[Part] = []
     for name in names:
-        parts += _attended(run, name, masks[name], drawn=name == "text" or not tiny)
-        if enough and (name == "text" or not tiny):
+        parts += _attended(run, name, masks[name])
+        if enough and not tiny:
             parts.append(_training_on(run, name, masks[name]))
     if "nsa" in run.arms:
         parts += _native_sparse(run)
@@ -103,7 +116,7 @@ def study(run: Run) -> Report:
     return run.report(*parts, replace(pays, group="Where it would pay"))
 
 
-def _attended(run: Run, name: str, masks: list[Measurement], drawn: bool) -> list[Measurement]:
+def _attended(run: Run, name: str, masks: list[Measurement]) -> list[Measurement]:
     """Densities, masks and what they cost, and the plans for them, of the seeds of an arm."""
     arms_, decides = run.arms[name], name == "text"
     histories = [history(arm, run.workdir) for arm in arms_]
@@ -119,14 +132,13 @@ def _attended(run: Run, name: str, masks: list[Measurement], drawn: bool) -> lis
 
     density = partial(rows.density, name, decides), partial(figures.density, name)
     costs, plans = partial(rows.masks, name, length), partial(rows.planned, name, decides)
-    found = [
+    return [
         derive(
             f"density {name}", histories, rows=density[0], plot=density[1], raw=list, group=name
         ),
         derive(f"masks {name}", masks, rows=costs, group=name),
         measure(f"plans {name}", planned, each(masks), rows=plans, plot=pictures, group=name),
     ]
-    return found if drawn else [replace(part, plot=None) for part in found]
 
 
 def _training_on(run: Run, name: str, masks: list[Measurement]) -> Measurement:
@@ -157,13 +169,14 @@ def _native_sparse(run: Run) -> list[Measurement]:
 
 def _exact(arm: Arm, masks: Measurement, tiny: bool) -> list[Measurement]:
     """Exact plans against one device, and plans and lists as data in one compiled program; `tiny`:
-    fewer of them."""
+    two plans and no such program."""
     plans = exactness.PLANS[::9] if tiny else exactness.PLANS
     found = [measure("plans", exactness.compare, each(plans), rows=rows.plans, group="Exactness")]
-    if arm.model.shape.heads % exactness.DEVICES:
+    if tiny or arm.model.shape.heads % exactness.DEVICES:
         return found
-    listed, more = measure("switch listed", switch_listed, arm, masks), []
-    if not tiny:
-        more.append(measure("switch plans", switching.switch_plans, arm))
-        more.append(measure("switch indexed", switching.switch_indexed, arm, BLOCKS, 8))
+    listed = measure("switch listed", switch_listed, arm, masks)
+    more = [
+        measure("switch plans", switching.switch_plans, arm),
+        measure("switch indexed", switching.switch_indexed, arm, BLOCKS, 8),
+    ]
     return [*found, derive("switched", listed, more, rows=rows.switched, group="Exactness")]

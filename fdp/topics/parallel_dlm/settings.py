@@ -6,6 +6,7 @@ from typing import Any
 
 import ml_collections
 
+from fdp.data.recall import RECALL
 from fdp.keys import UserError, at_least, count, section, words
 
 EXACT = "exact"
@@ -30,7 +31,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     EVERY_ROW: {"rows": 0.55, "lean": False, "int8": True},
 }
 
-OBJECTIVES = ("mdlm", "sedd_absorbing", "autoregressive")
+OBJECTIVES = ("mdlm", "sedd_absorbing")  # the study adds the autoregressive arm
 PER_STEP = 4  # positions revealed by a step of the shorter of the two samplings
 
 SECTIONS = {
@@ -55,9 +56,30 @@ def check(c: ml_collections.ConfigDict) -> None:
             f"objective.name={c.objective.name!r} is none whose loss and sampler this topic "
             f"judges: set objective.name to one of {', '.join(OBJECTIVES)}"
         )
+    _check_data(c)
+    shards = c.mesh.dp * c.mesh.ep
+    if c.sampling.sequences < shards:
+        raise UserError(
+            f"sampling.sequences={c.sampling.sequences} is less than dp·ep = {c.mesh.dp}·"
+            f"{c.mesh.ep} = {shards}, over which they are judged: set sampling.sequences={shards}"
+        )
     length = c.data.seq_len
     if length % PER_STEP:
         raise UserError(
             f"sequence length {length} is not divisible by positions revealed a step = {PER_STEP}: "
             f"set data.seq_len={-(-length // PER_STEP) * PER_STEP}"
+        )
+
+
+def _check_data(c: ml_collections.ConfigDict) -> None:
+    """Samples are whole windows of text, and are judged as such."""
+    if c.data.packing != "stream":
+        raise UserError(
+            f"data.packing={c.data.packing!r}: samples of this topic have no documents; set "
+            "data.packing=stream"
+        )
+    if c.data.source in RECALL:
+        raise UserError(
+            f"data.source={c.data.source!r} weighs answers, and this topic judges whole texts: set "
+            "data.source=kjv"
         )

@@ -144,8 +144,10 @@ def _training(run: Run) -> Iterator[Measurement]:
 def _sampling(run: Run) -> Iterator[Any]:
     """What needs several devices: equality, ids on the wire, selective sums, switching."""
     c, arm, group = run.config, run.arms["mdlm"][0], "Sharded equals unsharded"
-    yield claims.sharded_equals_unsharded(small, c, MESHES, plot=figures.traffic, group=group)
-    degrees, group = (1, 8) if c.variant == "tiny" else (1, 2, 4, 8), "Ids on the wire"
+    tiny = c.variant == "tiny"  # one mesh, two degrees, no third program for switching
+    meshes = {MIXED: MESHES[MIXED]} if tiny else MESHES
+    yield claims.sharded_equals_unsharded(small, c, meshes, plot=figures.traffic, group=group)
+    degrees, group = (1, 8) if tiny else (1, 2, 4, 8), "Ids on the wire"
     wire = head.sampling_bytes, each(degrees[1:])
     yield measure("bytes of ids", *wire, rows=rows.sampling_bytes, group=group)
     ids = head.ids_by_degree, arm, c.eval.samples, degrees
@@ -186,5 +188,7 @@ def _switching(c: ml_collections.ConfigDict, arm: Arm) -> Iterator[Measurement |
     found = measure("switching", switching.region, **drawn, group=group)
     yield found
     yield derive("switching_steps", found, plot=figures.step_times)
+    if c.variant == "tiny":
+        return
     ids = switching_run.fixed_and_switched, arm, DEVICES
     yield measure("switched ids", *ids, rows=rows.switched, group=group)

@@ -15,17 +15,18 @@ from build import experiment, tiny
 from configs.topic3 import get_config
 from fdp import loop
 from fdp.arm import Arm
+from fdp.config import UserError
 from fdp.count import hlo
-from fdp.count.compare import relative_error
+from fdp.count.compare import Comparison, relative_error
 from fdp.experiment import Experiment
 from fdp.hooks import Hook
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
 from fdp.parallel.context.profile import block_masks, profile
-from fdp.parallel.context.switching import block_ids
+from fdp.parallel.context.switching import Switching, block_ids
 from fdp.sharding import shardings
 from fdp.step import TrainStep
-from fdp.topics.adaptive_cp import measured, runtime, study
+from fdp.topics.adaptive_cp import measured, rows, runtime, study
 from fdp.topics.adaptive_cp.densities import Densities, history, spearman
 from fdp.topics.adaptive_cp.settings import BLOCKS
 from tests.parallel.context.attending_arm import BLOCK, S, an_arm, tokens, variables
@@ -106,6 +107,9 @@ def test_training_goes_on_with_plans_as_data_and_leaves_the_arm_as_it_was() -> N
         [len(w.plans) for w in found.windows] == [2, 2] and found.steps == 2 and found.switches == 0
     )
     assert all(0.9 < share <= 1 for w in found.windows for share in w.share_N)
+    costs, sends = rows.adapted("text", [found])
+    assert costs.verdict == "holds" and costs.value == pytest.approx(0, abs=1e-5)
+    assert sends.value <= sends.baseline_value
     after = arm.trained_on_host.params
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -150,6 +154,14 @@ def test_arms_are_text_recall_with_a_convolution_and_native_sparse_attention() -
     assert arms["text"].optimizer is arms["nsa"].optimizer
 
 
+def test_a_profile_larger_than_the_validation_split_is_refused_before_training() -> None:
+    c = get_config("tiny")
+    c.data.source, c.profile.sequences = "mqar", 86
+    said = r"profile.sequences=86: .* 3 × 86 = 258 validation sequences of text, which has 256: set"
+    with pytest.raises(UserError, match=said + " profile.sequences=85"):
+        study.arms(c)
+
+
 def test_native_sparse_attention_of_the_study_equals_one_device_over_cp() -> None:
     c = tiny(**{"objective.name": "autoregressive", "data.seq_len": S, "model.kv_heads": 2})
     e, results = study.native_sparse(experiment(c)), []
@@ -178,6 +190,16 @@ def test_compiled_plans_hold_gathers_of_every_size_and_ulysses_where_heads_allow
 
 
 @pytest.mark.fast
+def test_rows_of_plans_as_data_name_every_program_and_fail_for_the_worst() -> None:
+    """The values themselves are held by the tests of switching."""
+    fixed = Comparison({("all-to-all", ("cp",)): 8.0}, {("all-to-all", ("cp",)): 8.0}, "", 0.0, 0.0)
+    good, bad = Switching(1e-7, 1e-6, 5, 1), Switching(1e-7, 2e-4, 4, 2)
+    assert [r.verdict for r in rows.switched((good, fixed), [good, good])] == ["holds"] * 4
+    found = rows.switched((good, fixed), [good, bad])
+    assert [r.verdict for r in found] == ["fails", "fails", "holds", "holds"]
+    assert all(name in found[0].note for name in rows.BRANCHES)
+
+
 def test_rank_correlation() -> None:
     assert spearman(np.array([1, 2, 3]), np.array([2, 4, 9])) == pytest.approx(1)
     assert spearman(np.array([1, 2, 3]), np.array([3, 2, 1])) == pytest.approx(-1)

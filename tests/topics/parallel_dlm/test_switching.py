@@ -17,7 +17,7 @@ from fdp.price import inference
 from fdp.price.inference import GQA_70B, LLADA_8B, Degrees
 from fdp.sampling import cached
 from fdp.study.figures import smallest_text
-from fdp.topics.parallel_dlm import figures, switching, switching_run
+from fdp.topics.parallel_dlm import figures, rows, switching, switching_run
 from fdp.topics.parallel_dlm.switching import SamplingJob
 
 pytestmark = pytest.mark.fast
@@ -70,6 +70,9 @@ def test_switched_fixed_and_unsharded_runs_give_the_same_ids(refresh, reuse):
     assert done.counted_bytes == done.formula_bytes
     k, cache = switching.exchange_ranks(refresh, reuse), 2 * 2 * B * L * 8 * 4 * 4 / 8
     assert done.formula_bytes == (k - 1) / k * cache
+    other = dataclasses.replace(done, ids=done.ids + 1)
+    verdicts = [rows.switched((done, one)).verdict for one in (done, other)]
+    assert verdicts == ["holds", "fails"]
 
 
 def test_more_refreshes_move_more_and_change_what_they_should():
