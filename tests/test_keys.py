@@ -176,7 +176,6 @@ OF_TOPICS = [
         "sequence length 30 is not divisible by positions revealed a step",
     ),
     (topic1, "objective.name", "sedd_uniform", "objective.name='sedd_uniform' is none whose loss"),
-    (topic1, "objective.name", "autoregressive", "objective.name='autoregressive' is none whose"),
     (topic1, "data.packing", "documents", "data.packing='documents': samples of this topic have"),
     (topic1, "data.source", "mqar", "data.source='mqar' weighs answers, and this topic judges"),
     (

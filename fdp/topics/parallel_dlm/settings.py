@@ -31,7 +31,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     EVERY_ROW: {"rows": 0.55, "lean": False, "int8": True},
 }
 
-OBJECTIVES = ("mdlm", "sedd_absorbing")  # the study adds the autoregressive arm
+OBJECTIVES = ("mdlm", "sedd_absorbing", "autoregressive")  # the last one of an arm
 PER_STEP = 4  # positions revealed by a step of the shorter of the two samplings
 
 SECTIONS = {

@@ -12,6 +12,7 @@ import jax
 import ml_collections
 
 from fdp.arm import Arm
+from fdp.config import UserError
 from fdp.experiment import Experiment, standard
 from fdp.files import write_atomic
 from fdp.run import Run
@@ -52,7 +53,12 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     optimizer.
 
     Where everything runs on virtual devices, also a masked diffusion LM of a Markov chain, whose
-    likelihood is known."""
+    likelihood is known. Raises UserError for a config that is autoregressive itself."""
+    if config.objective.name == "autoregressive":
+        raise UserError(
+            "objective.name='autoregressive' leaves no diffusion LM to judge: this topic trains "
+            "the autoregressive LM beside it; set objective.name=mdlm"
+        )
     ar = config.copy_and_resolve_references()
     ar.objective.name = "autoregressive"
     mdlm = standard(config)

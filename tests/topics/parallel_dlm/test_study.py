@@ -3,11 +3,20 @@
 import numpy as np
 import pytest
 
+from configs.topic1 import get_config
+from fdp.config import UserError
 from fdp.study.figures import smallest_text
-from fdp.topics.parallel_dlm import figures, policies, rows
+from fdp.topics.parallel_dlm import figures, policies, rows, study
 from fdp.topics.parallel_dlm.settings import POLICIES
 
 pytestmark = pytest.mark.fast
+
+
+def test_an_autoregressive_config_leaves_no_diffusion_lm_to_judge() -> None:
+    c = get_config("tiny")
+    c.objective.name = "autoregressive"
+    with pytest.raises(UserError, match=r"leaves no diffusion LM to judge: .* objective\.name=mdlm"):
+        study.arms(c)
 
 
 def test_heads_that_eight_devices_cannot_share_leave_the_switch_undecided_and_say_why() -> None:
