@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 def test_an_autoregressive_config_leaves_no_diffusion_lm_to_judge() -> None:
     c = get_config("tiny")
     c.objective.name = "autoregressive"
-    with pytest.raises(UserError, match=r"leaves no diffusion LM to judge: .* objective\.name=mdlm"):
+    with pytest.raises(UserError, match=r"leaves no diffusion LM to judge: .*\.name=mdlm"):
         study.arms(c)
 
 
