@@ -39,15 +39,16 @@ def memory(kinds: Sequence[Sequence[HoldOut]]) -> Any:
     """Predicted against measured memory of the hold-outs that measured it; failed runs on the right
     edge.
     """
+    outcomes = [o for many in kinds for o in many if np.isfinite(o.memory).any()]
+    if not outcomes:
+        return None
     fig, axes = figure()
-    for o in (o for many in kinds for o in many):
+    for o in outcomes:
         known, gb = np.isfinite(o.memory), o.hybrid.memory / 1e9
-        if not known.any():
-            continue
         axes.plot(o.memory[known] / 1e9, gb[known], ".", markersize=3, label=o.name)
         axes.plot(np.full(o.failed.sum(), 95.0), gb[o.failed], "x", markersize=3, color=RED)
     axes.plot([1, 90], [1, 90], color=GREY, linewidth=1)
-    reference(axes, 80, "HBM")
+    reference(axes, 80, "80 GB")
     axes.set(xlabel="measured GB (crosses at 95: the run failed)", ylabel="predicted GB")
     axes.set(ylim=(0, 200), title="Memory of unseen models")
     legend(fig)
