@@ -18,10 +18,10 @@ def _log_log(axes: Any, x: str, y: str, title: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y, title=title)
 
 
-def predicted(kinds: Sequence[Sequence[HoldOut]]) -> Any:
+def predicted(found: Sequence[HoldOut]) -> Any:
     """Predicted against measured step time of every hold-out."""
     fig, axes = figure()
-    outcomes = [o.timed for many in kinds for o in many]
+    outcomes = [o.timed for o in found]
     for i, o in enumerate(outcomes):
         marker = "o^sx"[i // len(COLOURS) % 4]  # the colours repeat
         style = {"markersize": 2, "linestyle": "", "label": o.name}
@@ -32,14 +32,13 @@ def predicted(kinds: Sequence[Sequence[HoldOut]]) -> Any:
     title = "Hold-outs: predicted and measured"
     _log_log(axes, "measured, s a step", "predicted without having seen it, s", title)
     legend(fig)
-    return {"predicted": fig}
+    return fig
 
 
-def memory(kinds: Sequence[Sequence[HoldOut]]) -> Any:
+def memory(found: Sequence[HoldOut]) -> Any:
     """Predicted against measured memory of the hold-outs that measured it; failed runs on the right
-    edge.
-    """
-    outcomes = [o for many in kinds for o in many if np.isfinite(o.memory).any()]
+    edge."""
+    outcomes = [o for o in found if np.isfinite(o.memory).any()]
     if not outcomes:
         return None
     fig, axes = figure()

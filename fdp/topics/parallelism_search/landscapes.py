@@ -1,6 +1,5 @@
 """Measured landscapes, searched by every algorithm from the same seeds; priors come from fits
-without the model.
-"""
+without the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +23,7 @@ ALGORITHMS: dict[str, search.Algorithm] = {
 @dataclass(frozen=True)
 class Searched:
     """A landscape, for each algorithm: runs needed to come within 5 % (one per seed), and regret
-    after each run (mean).
-    """
+    after each run (mean)."""
 
     name: str
     needed: dict[str, np.ndarray]
@@ -34,21 +32,15 @@ class Searched:
 
 def compare(data: Published, o: HoldOut, seeds: int) -> list[Searched]:
     """Search every landscape of an unseen model that has at least `LEAST` plans."""
-    return searched(gathered(data), o, seeds)
-
-
-def searched(data: FitData, o: HoldOut, seeds: int) -> list[Searched]:
-    """As `compare`."""
     found = []
     for here in o.landscapes:
         if len(here.index) < LEAST or not np.isfinite(here.measured).any():
             continue
-        landscape, prior = _landscape(data, here)
+        landscape, prior = _landscape(gathered(data), here)
         count, result = len(landscape.plans), Searched(landscape.name, {}, {})
         for name, algorithm in ALGORITHMS.items():
-            traces = [
-                search.run(landscape, algorithm, seed, prior, within=CLOSE) for seed in range(seeds)
-            ]
+            runs = (search.run(landscape, algorithm, i, prior, within=CLOSE) for i in range(seeds))
+            traces = list(runs)
             needed = [search.evaluations_to(t.order, landscape, WITHIN) for t in traces]
             result.needed[name] = np.minimum(needed, count)
             result.regret[name] = np.mean([_padded(t.regret_E, count) for t in traces], 0)
@@ -87,8 +79,7 @@ def _landscape(data: FitData, o: HoldOut) -> tuple[search.Landscape, search.Prio
 
 def _padded(regret_E: np.ndarray, count: int) -> np.ndarray:
     """Regret after each of `count` runs; infinite (nothing ran yet) becomes the largest finite one
-    of the curve.
-    """
+    of the curve."""
     full = np.concatenate([regret_E, np.full(count - len(regret_E), regret_E[-1])])
     worst = full[np.isfinite(full)].max(initial=0.0)
     return np.where(np.isfinite(full), full, worst)

@@ -1,7 +1,6 @@
 """What hold-outs say of the cost model. Metrics are taken per landscape (one model, number of
 chips, batch and software) and averaged over landscapes, so that a large sweep does not outvote the
-rest.
-"""
+rest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,34 +17,24 @@ RANKED = 8  # least plans of a landscape whose order is judged
 @dataclass(frozen=True)
 class Scores:
     """Per landscape: mean error (%), rank correlation, top-1 regret (%); the latter two where it
-    has RANKED plans.
-    """
+    has RANKED plans."""
 
     errors: list[float]
     correlations: list[float]
     regrets: list[float]
 
 
-def score(outcomes: Sequence[HoldOut], which: str = "hybrid") -> Scores:
-    """Scores of the hybrid, analytic or learned prediction, one hold-out after the other."""
+def score(o: HoldOut, which: str = "hybrid") -> Scores:
+    """Scores of the hybrid, analytic or learned prediction."""
     found = Scores([], [], [])
-    for here in (part for o in outcomes for part in o.timed.landscapes):
-        said = {
-            "hybrid": here.hybrid.time,
-            "analytic": here.hybrid.analytic,
-            "learned": here.learned,
-        }
-        y, p = here.measured, said[which]
+    for here in o.timed.landscapes:
+        own = {"hybrid": here.hybrid.time, "analytic": here.hybrid.analytic}
+        y, p = here.measured, own.get(which, here.learned)
         found.errors.append(error(p, y))
         if len(y) >= RANKED:
             found.correlations.append(float(spearmanr(p, y).statistic))
             found.regrets.append(float(100 * (y[p.argmin()] / y.min() - 1)))
     return found
-
-
-def raw(outcomes: Sequence[HoldOut]) -> dict[str, Scores]:
-    """For the file of raw numbers."""
-    return {o.name: score([o]) for o in outcomes}
 
 
 def coverage(outcomes: Sequence[HoldOut]) -> float:
@@ -83,8 +72,7 @@ def _quantile(parts: Sequence[np.ndarray]) -> float:
 
 def memory_coverage(outcomes: Sequence[HoldOut]) -> tuple[float, int]:
     """(share (%) of measured peaks below their 90 % quantile, hold-outs judged), cross-conformal as
-    above.
-    """
+    above."""
     errors = [(np.log(o.memory) - np.log(o.hybrid.memory))[np.isfinite(o.memory)] for o in outcomes]
     errors = [own for own in errors if len(own)]
     if len(errors) < 2:
@@ -96,7 +84,6 @@ def memory_coverage(outcomes: Sequence[HoldOut]) -> tuple[float, int]:
 
 def memory_alarm(o: HoldOut) -> tuple[float, float]:
     """(recall of failed runs, false alarms among those that ran), %, where feasibility below one
-    half is an alarm.
-    """
+    half is an alarm."""
     alarm = o.hybrid.feasible < 0.5
     return float(100 * alarm[o.failed].mean()), float(100 * alarm[~o.failed].mean())

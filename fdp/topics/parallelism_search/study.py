@@ -1,12 +1,12 @@
 """Topic 15: a hybrid cost model validated on what it has not seen, and searches that spend real
 runs.
 
-The arm is a small model of this code base, trained on the mesh that the planner chose for it.
-"""
+The arm is a small model of this code base, trained on the mesh that the planner chose for it."""
 
 import functools
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -32,6 +32,7 @@ QUESTION = (
     "seen, and how few real runs find it?"
 )
 DEVICES = 8  # of the largest random program
+STAGES = 4, 16  # of a pipeline, and its microbatches
 PLANNED = 10  # random programs whose train step is compiled too, for its memory
 _plan = functools.cache(planner.plan)
 
@@ -75,17 +76,17 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
 
 def study(run: Run) -> Report:
     """Plan, validate on hold-outs, search measured landscapes, count real programs; judge the
-    claims.
-    """
+    claims."""
     c, best = run.config.plan, ranked(run.config)
     path = run.workdir / "planned.py"
     write_atomic(path, ranking_text.fragment(best, trainer(best.job.causal)))
     print(f"\n{best}\n\nconfig    {path}")
-    drawn, group = partial(figures.landscape, best), "Planner"
+    drawn, stages = partial(figures.landscape, best), partial(rows.uneven, *STAGES)
+    group = "Planner"
     return run.report(
         measure("landscape", planning.landscape, best.job, best.cluster.size, plot=drawn),
         _published(Path(c.measurements), tuple(c.cases), c.steps, c.searches),
-        measure("uneven stages", planning.uneven, rows=rows.uneven, group=group),
+        measure("uneven stages", planning.uneven, *STAGES, rows=stages, group=group),
         measure("speed", planning.speed, rows=rows.speed, group=group),
         _counted(c.counted),
     )
@@ -103,44 +104,33 @@ def _published(
     if not cases:
         yield from rows.untestable(f"{folder} has no row of the hold-outs")
         return
-    kinds = {
-        kind: measure(
-            f"hold-out {kind}",
-            validate.run_case,
-            data,
-            each([c.name for c in cases if c.kind == kind]),
-            steps,
-            raw=scores.raw,
-        )
-        for kind in dict.fromkeys(c.kind for c in cases)
-    }
+    kinds: dict[str, list[Measurement]] = {}
+    for case in cases:
+        given = f"hold-out {case.name}", validate.run_case, data, case.name, steps
+        kinds.setdefault(case.kind, []).append(measure(*given, raw=scores.score))
     yield from _validated(data, kinds)
     if "model" in kinds:
-        given = landscapes.compare, data, each(kinds["model"]), seeds
+        replayed = landscapes.compare, data, each(kinds["model"]), seeds
         drawn = {"rows": rows.searched, "plot": figures.regret, "raw": landscapes.needed}
-        yield measure("searches", *given, **drawn, group="Search")
+        yield measure("searches", *replayed, **drawn, group="Search")
 
 
-def _validated(data: Published, kinds: dict[str, Measurement]) -> Iterator[Measurement]:
+def _validated(data: Published, kinds: dict[str, list[Measurement]]) -> Iterator[Measurement]:
     """What the cost model says of what its fits had not seen."""
-    every = list(kinds.values())
-    if "model" in kinds:
-        given = validate.five_points, data, each(kinds["model"])
-        five, group = measure("five points", *given), "Unseen models"
-        yield derive("models", kinds["model"], five, rows=rows.models, group=group)
+    every, group = list(chain.from_iterable(kinds.values())), "Unseen models"
+    if models := kinds.get("model"):
+        five = measure("five points", validate.five_points, data, each(models))
+        yield derive("models", models, five, rows=rows.models, group=group)
     group = "All hold-outs"
-    yield derive("coverage", every, rows=rows.coverage, plot=figures.predicted, group=group)
-    yield derive("ablations", every, rows=rows.ablations, group=group)
+    yield derive("predicted", every, rows=rows.every, plot=figures.predicted, group=group)
     for kind, label in rows.KINDS.items():
-        if kind in kinds:
-            one = measure(f"one point {kind}", validate.one_point, data, each(kinds[kind]))
-            judged = partial(rows.kind, label)
-            yield derive(f"kind {kind}", kinds[kind], one, rows=judged, group=group)
-    if "release" in kinds:
-        copies = measure("copies", validate.copied, data, each(kinds["release"]))
-        yield derive("release", kinds["release"], copies, rows=rows.release, group=group)
-    if "cluster" in kinds:
-        yield derive("cluster", kinds["cluster"], rows=rows.unseen, group=group)
+        if some := kinds.get(kind):
+            one = measure(f"one point {kind}", validate.one_point, data, each(some))
+            yield derive(kind, some, one, rows=partial(rows.kind, label), group=group)
+    if releases := kinds.get("release"):
+        copies = measure("copies", validate.copied, data, each(releases))
+        yield derive("release", releases, copies, rows=rows.release, group=group)
+    yield derive("cluster", kinds.get("cluster", []), rows=rows.unseen, group=group)
     yield derive("memory", every, rows=rows.memory, plot=figures.memory, group="Memory")
 
 
@@ -150,13 +140,6 @@ def _counted(count: int) -> Measurement | Row:
         claim = "bytes, FLOPs and memory equal the compiled program"
         return claims.needs_devices(claim, "entries that differ", "== 0", DEVICES)
     configs = random_programs.random_configs(0, count, DEVICES)
-    planned = each([i < PLANNED for i in range(count)])
-    return measure(
-        "program",
-        random_programs.compare,
-        each(configs),
-        planned,
-        rows=rows.programs,
-        raw=random_programs.summarise,
-        group="Own programs",
-    )
+    given = each(configs), each([i < PLANNED for i in range(count)])
+    judged = {"rows": rows.programs, "raw": random_programs.summarise, "group": "Own programs"}
+    return measure("program", random_programs.compare, *given, **judged)  # type: ignore[arg-type]

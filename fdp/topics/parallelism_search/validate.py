@@ -4,8 +4,7 @@ what measured points of it add.
 A case names the rows that the fit may not see and those that are judged. Everything here is kept by
 the study; what follows from it alone is in `scores`.
 
-Legend: N published rows, J judged rows of a case, K features.
-"""
+Legend: N published rows, J judged rows of a case, K features."""
 
 import contextlib
 import dataclasses
@@ -57,6 +56,10 @@ CASES = (
 )
 
 
+def _case(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
 # Published measurements
 # -------------------------------------------------------------------------------------------------
 
@@ -80,8 +83,7 @@ class Published:
 @functools.cache
 def gathered(data: Published) -> fit.FitData:
     """The folder's rows. Raises UserError for a malformed file; rows that cannot be priced are
-    counted, three shown.
-    """
+    counted, three shown."""
     try:
         priced, refused = published(Path(data.folder))
     except Malformed as error:
@@ -156,30 +158,18 @@ class HoldOut:
 
 def run_case(data: Published, name: str, steps: int) -> HoldOut:
     """Fit without the unseen rows of a case and price the judged ones."""
+    rows, case = gathered(data), _case(name)
+    unseen = np.array([case.unseen(m) for m in rows.measurements])
+    at = np.flatnonzero(judged_rows(rows, case))
     with _precise():
-        return hold_out(_fitter(data), next(c for c in CASES if c.name == name), steps)
+        priced = hybrid.predict(_fitter(data).fit(~unseen, steps), rows.x).at(at)
+        learned = learned_only(rows, ~unseen)[at]
+    measured = np.where(rows.timed, np.exp(rows.log_time), np.nan)[at]
+    known = measured, np.exp(rows.log_memory[at]), rows.failed[at]
+    return HoldOut(name, case.kind, at, rows.tasks[at].astype(str), *known, priced, learned)
 
 
-def hold_out(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> HoldOut:
-    """As `run_case`, of any case that has judged rows."""
-    data = fitter.data
-    unseen = np.array([case.unseen(m) for m in data.measurements])
-    at = np.flatnonzero(judged_rows(data, case))
-    model = fitter.fit(~unseen, steps, seed)
-    return HoldOut(
-        case.name,
-        case.kind,
-        at,
-        data.tasks[at].astype(str),
-        np.where(data.timed, np.exp(data.log_time), np.nan)[at],
-        np.exp(data.log_memory[at]),
-        data.failed[at],
-        hybrid.predict(model, data.x).at(at),
-        learned_only(data, ~unseen, seed)[at],
-    )
-
-
-def learned_only(data: fit.FitData, keep: np.ndarray, seed: int) -> np.ndarray:
+def learned_only(data: fit.FitData, keep: np.ndarray, seed: int = 0) -> np.ndarray:
     """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure
     learning would be.
 
@@ -212,79 +202,61 @@ def error(predicted: Any, measured: Any) -> float:
 
 
 def five_points(data: Published, o: HoldOut) -> list[tuple[float, float]]:
-    """(mean error in % of the other rows once five random ones are measured, without them) per
-    landscape of at least ten."""
-    with _precise():
-        return with_anchors(gathered(data), o, POINTS, DRAWS)
-
-
-def with_anchors(
-    data: fit.FitData, o: HoldOut, count: int, draws: int
-) -> list[tuple[float, float]]:
-    """As `five_points`, of `count` of them, means over `draws`."""
+    """(mean error in % of the other rows once POINTS random ones are measured, without them) per
+    landscape of at least twice as many, means over DRAWS."""
     found = []
     for here in o.timed.landscapes:
-        if len(here.index) < 2 * count:
-            continue
-        pairs = []
-        for draw in range(draws):
-            known = np.random.default_rng(draw).choice(len(here.index), count, replace=False)
-            pairs.append(_errors(data, here, known))
-        after, before = zip(*pairs, strict=True)
-        found.append((float(np.mean(after)), float(np.mean(before))))
+        count = len(here.index)
+        if count >= 2 * POINTS:
+            rngs = map(np.random.default_rng, range(DRAWS))
+            drawn = [rng.choice(count, POINTS, replace=False) for rng in rngs]
+            after, before = np.mean([_errors(data, here, known) for known in drawn], 0)
+            found.append((float(after), float(before)))
     return found
 
 
 def one_point(data: Published, o: HoldOut) -> list[float]:
     """Mean error (%) of all other rows once one row of every (model, chip) is measured, one value
-    per draw.
-    """
-    o, rows = o.timed, gathered(data)
-    jobs = [rows.measurements[i].job for i in o.index]
+    per draw."""
+    o = o.timed
+    jobs = [gathered(data).measurements[i].job for i in o.index]
     keys = np.array([f"{job.shape.name}|{job.chip.name}" for job in jobs])
-    errors = []
-    for draw in range(DRAWS):
-        rng = np.random.default_rng(draw)
-        known = np.array([rng.choice(np.flatnonzero(keys == key)) for key in sorted(set(keys))])
-        if len(known) < len(keys):
-            with _precise():
-                errors.append(_errors(rows, o, known)[0])
-    return errors
+    names = sorted(set(keys))
+    if len(names) == len(keys):
+        return []
+    rngs = map(np.random.default_rng, range(DRAWS))
+    drawn = [[rng.choice(np.flatnonzero(keys == key)) for key in names] for rng in rngs]
+    return [_errors(data, o, np.array(known))[0] for known in drawn]
 
 
-def _errors(data: fit.FitData, o: HoldOut, known: np.ndarray) -> tuple[float, float]:
+def _errors(data: Published, o: HoldOut, known: np.ndarray) -> tuple[float, float]:
     """Mean errors (%) of the rows that are not at the places `known`: with those measured, and
     without."""
     told, rest = o.at(known), o.at(np.setdiff1d(np.arange(len(o.index)), known))
-    jobs, known_jobs = ([data.measurements[i].job for i in part.index] for part in (rest, told))
-    deviation = np.log(told.measured / told.hybrid.time)
-    stds = rest.hybrid.log_std, told.hybrid.log_std
-    mean, _ = anchors.posterior(jobs, stds[0], known_jobs, stds[1], deviation)
+    runs = gathered(data).measurements
+    new, old = (([runs[i].job for i in part.index], part.hybrid.log_std) for part in (rest, told))
+    with _precise():
+        mean, _ = anchors.posterior(*new, *old, np.log(told.measured / told.hybrid.time))
     corrected = rest.hybrid.time * np.exp(mean)
     return error(corrected, rest.measured), error(rest.hybrid.time, rest.measured)
 
 
 def copied(data: Published, o: HoldOut) -> list[tuple[float, float]]:
     """(error of the model, error of a copy) in percent, of rows whose configuration was measured in
-    another release too."""
-    return copies(gathered(data), o, next(c for c in CASES if c.name == o.name))
+    another release too.
 
-
-def copies(data: fit.FitData, o: HoldOut, case: Case) -> list[tuple[float, float]]:
-    """As `copied`. Of several releases the one whose name sorts last, the newest. The strongest
-    baseline of an unseen release: most of its rows repeat an older row with other software."""
+    Of several releases the one whose name sorts last, the newest. The strongest baseline of an
+    unseen release: most of its rows repeat an older row with other software."""
+    runs, unseen, o = gathered(data).measurements, _case(o.name).unseen, o.timed
 
     def key(m: MeasuredRun) -> object:
         return dataclasses.replace(m.job, stack="")
 
     seen: dict[object, tuple[str, float]] = {}
-    for m in data.measurements:
-        if not case.unseen(m) and not m.failed and np.isfinite(m.step_time):
+    for m in runs:
+        if not unseen(m) and not m.failed and np.isfinite(m.step_time):
             seen[key(m)] = max(seen.get(key(m), ("", 0.0)), (m.job.stack, m.step_time))
-    o = o.timed
-    keys = [key(data.measurements[i]) for i in o.index]
-    return [
-        (error(o.hybrid.time[i], o.measured[i]), error(seen[k][1], o.measured[i]))
-        for i, k in enumerate(keys)
-        if k in seen
-    ]
+    keys = [key(runs[i]) for i in o.index]
+    seconds = {i: seen[k][1] for i, k in enumerate(keys) if k in seen}
+    pairs = ((o.hybrid.time[i], copy, o.measured[i]) for i, copy in seconds.items())
+    return [(error(ours, measured), error(copy, measured)) for ours, copy, measured in pairs]

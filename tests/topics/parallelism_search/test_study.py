@@ -54,7 +54,7 @@ def test_a_plan_that_does_not_exist_is_refused_before_training(key, value, messa
 
 
 def test_uneven_stages_agree_and_gain():
-    agree, gain = rows.uneven(planning.uneven())
+    agree, gain = rows.uneven(*study.STAGES, planning.uneven(*study.STAGES))
     assert agree.verdict == gain.verdict == "holds"
     assert gain.ratio < 0.95
 

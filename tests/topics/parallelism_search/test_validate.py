@@ -13,7 +13,7 @@ from fdp.price.measurements import MeasuredRun
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan
 from fdp.study import cache
-from fdp.topics.parallelism_search import landscapes, scores, validate
+from fdp.topics.parallelism_search import landscapes, scores, settings, validate
 
 pytestmark = pytest.mark.fast
 
@@ -30,6 +30,13 @@ def measured(times: list[float], failed: list[int]) -> list[MeasuredRun]:
             MeasuredRun(i, "task", job, float("nan") if i in failed else time, failed=i in failed)
         )
     return out
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements made here stand for the folder that holds them."""
+    for module in (validate, landscapes):
+        monkeypatch.setattr(module, "gathered", lambda data: data)
 
 
 def outcome(
@@ -57,16 +64,16 @@ def remembering(o: validate.HoldOut, peak: float, predicted: float = 1e9) -> val
 
 def test_scores_are_per_landscape():
     _, o = outcome()
-    s = scores.score([o])
+    s = scores.score(o)
     assert s.errors == pytest.approx([10.0])
     assert s.correlations == pytest.approx([1.0])
     assert s.regrets == pytest.approx([0.0])
     backwards = dataclasses.replace(o, learned=o.hybrid.time[::-1])
-    reversed_ = scores.score([backwards], "learned")
+    reversed_ = scores.score(backwards, "learned")
     assert reversed_.correlations == pytest.approx([-1.0])
     assert reversed_.regrets == pytest.approx([230.0])
     two = dataclasses.replace(o, task=np.array(["a", "b"] * 12))
-    assert scores.score([two, o]).errors == pytest.approx([10.0] * 3)
+    assert scores.score(two).errors == pytest.approx([10.0] * 2)
 
 
 def test_only_cases_with_a_timed_row_are_present(tmp_path):
@@ -80,8 +87,11 @@ def test_only_cases_with_a_timed_row_are_present(tmp_path):
     assert validate.Published.of(tmp_path) != data, "another content is another key"
 
 
-def test_copying_takes_the_same_configuration_of_the_newest_other_release():
-    plans = measured([1.0, 2.0, 3.0], [])
+def test_copying_takes_the_same_configuration_of_the_newest_other_release(in_memory):
+    plans = [
+        dataclasses.replace(m, job=dataclasses.replace(m.job, stack="s/f/26.04.01"))
+        for m in measured([1.0, 2.0, 3.0], [])
+    ]
     old, older = (
         [
             dataclasses.replace(
@@ -92,11 +102,10 @@ def test_copying_takes_the_same_configuration_of_the_newest_other_release():
         for era, scale in (("0.9", 1.5), ("0.8", 9.0))
     )
     data = fit.gather(plans + old + older)
-    case = validate.Case("release", "release", lambda m: m.job.stack == "s/f/1")
-    o = outcome()[1].at(np.arange(3))
+    o = dataclasses.replace(outcome()[1].at(np.arange(3)), name=settings.RELEASE)
     o = dataclasses.replace(o, measured=np.array([1.0, 2.0, 3.0]))
     errors = 100 * np.abs(o.hybrid.time / o.measured - 1)
-    pairs = validate.copies(data, o, case)
+    pairs = validate.copied(data, o)
     np.testing.assert_allclose(pairs, [(errors[0], 50.0), (errors[1], 50.0)])
 
 
@@ -126,12 +135,15 @@ def test_alarms_are_counted_among_failed_and_other_runs():
     assert scores.memory_alarm(o) == (100.0, 100.0)
 
 
-def test_anchors_of_a_constant_error_remove_most_of_it():
+def test_anchors_of_a_constant_error_remove_most_of_it(in_memory):
     data, o = outcome(bias=1.5)
-    ((after, before),) = validate.with_anchors(data, o, 5, 2)
+    ((after, before),) = validate.five_points(data, o)
     assert before == pytest.approx(50.0)
     assert after < 15
-    assert validate.with_anchors(data, o, 12, 2) == [], "22 rows ran: too few for twice 12"
+    (one, *more) = validate.one_point(data, o)
+    assert one < before and len(more) == validate.DRAWS - 1
+    few = o.at(np.arange(2 * validate.POINTS + 1))
+    assert validate.five_points(data, few) == [], "two of eleven failed: nine ran"
 
 
 def test_weighted_quantile():
@@ -141,20 +153,20 @@ def test_weighted_quantile():
     assert fit.weighted_quantile(values, weights, 1.0) == 3.0
 
 
-def test_a_right_prior_finds_the_best_plan_at_once_and_failed_runs_are_in_the_landscape():
+def test_a_right_prior_finds_the_best_plan_at_once_and_failed_runs_are_in_the_landscape(in_memory):
     data, o = outcome()
-    (found,) = landscapes.searched(data, o, seeds=2)
+    (found,) = landscapes.compare(data, o, seeds=2)
     assert found.name == "model 1.1 on 64"
     assert (found.needed["bayes"] == 1).all()
     assert found.needed["random"].mean() > 1
     assert len(found.regret["random"]) == 24, "every plan, the failed ones included"
     few = o.at(np.arange(landscapes.LEAST - 1))
-    assert landscapes.searched(data, few, seeds=2) == []
+    assert landscapes.compare(data, few, seeds=2) == []
 
 
-def test_what_a_study_keeps_comes_back_as_it_was():
+def test_what_a_study_keeps_comes_back_as_it_was(in_memory):
     data, o = outcome()
-    for value in (o, landscapes.searched(data, o, seeds=1)):
+    for value in (o, landscapes.compare(data, o, seeds=1)):
         arrays: list[np.ndarray] = []
         again = cache.unpack(cache.pack(value, arrays), arrays)
         assert cache.describe(again) == cache.describe(value)
