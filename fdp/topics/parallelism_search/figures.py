@@ -12,15 +12,12 @@ from fdp.topics.parallelism_search.landscapes import Searched
 from fdp.topics.parallelism_search.validate import HoldOut
 
 RED = "#bb3333"
-
-
-def _log_log(axes: Any, x: str, y: str, title: str) -> None:
-    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y, title=title)
+LOG: dict[str, Any] = {"xscale": "log", "yscale": "log"}
 
 
 def predicted(found: Sequence[HoldOut]) -> Any:
     """Predicted against measured step time of every hold-out."""
-    fig, axes = figure()
+    fig, axes = figure(height=5.0)
     outcomes = [o.timed for o in found]
     for i, o in enumerate(outcomes):
         marker = "o^sx"[i // len(COLOURS) % 4]  # the colours repeat
@@ -29,8 +26,8 @@ def predicted(found: Sequence[HoldOut]) -> Any:
     measured = np.concatenate([o.measured for o in outcomes])
     ends = [measured.min(), measured.max()]
     axes.plot(ends, ends, color=GREY, linewidth=1)
-    title = "Hold-outs: predicted and measured"
-    _log_log(axes, "measured, s a step", "predicted without having seen it, s", title)
+    axes.set(xlabel="measured, s a step", ylabel="predicted, s a step", **LOG)
+    axes.set(title="Predicted without having seen it, and measured")
     legend(fig)
     return fig
 
@@ -47,7 +44,7 @@ def memory(found: Sequence[HoldOut]) -> Any:
         axes.plot(o.memory[known] / 1e9, gb[known], ".", markersize=3, label=o.name)
         axes.plot(np.full(o.failed.sum(), 95.0), gb[o.failed], "x", markersize=3, color=RED)
     axes.plot([1, 90], [1, 90], color=GREY, linewidth=1)
-    reference(axes, 80, "80 GB")
+    axes.axhline(80, color=GREY, linestyle="--", linewidth=1, label="80 GB")
     axes.set(xlabel="measured GB (crosses at 95: the run failed)", ylabel="predicted GB")
     axes.set(ylim=(0, 200), title="Memory of unseen models")
     legend(fig)
@@ -66,7 +63,7 @@ def regret(found: Sequence[Sequence[Searched]]) -> Any:
         series[algorithm] = np.arange(1, length + 1), np.maximum(middle, 0.1)
     title, x = f"Median of {len(every)} measured landscapes", "real runs, failed ones included"
     fig = curves(series, x, "regret to the best, %", title, levels={"5 %": 5})
-    fig.axes[0].set(xscale="log", yscale="log")
+    fig.axes[0].set(**LOG)
     return {"regret": fig}
 
 
@@ -81,7 +78,7 @@ def landscape(best: Ranking, priced: dict[str, np.ndarray]) -> Any:
     at = [p.memory / GIB for p in best.plans], [p.time for p in best.plans]
     axes.plot(*at, "*", color=RED, label="best ten")
     reference(axes, best.job.chip.hbm_bytes / GIB, "HBM", "x")
-    title = f"{best.job.shape.name} on {best.cluster.name}"
-    _log_log(axes, "predicted GiB a chip", "predicted s a step", title)
+    axes.set(xlabel="predicted GiB a chip", ylabel="predicted s a step", **LOG)
+    axes.set(title=f"{best.job.shape.name} on {best.cluster.name}")
     legend(fig)
     return fig

@@ -15,6 +15,7 @@ landscape. When it returns, it stops.
 Legend: N plans of a landscape, M plans measured so far, K coordinates of a plan, E evaluations."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -142,7 +143,7 @@ def run(
     order: dict[int, None] = {}
     repeats = 0
     proposals = algorithm(landscape.plans, np.random.default_rng(seed), prior)
-    try:
+    with suppress(StopIteration), closing(proposals):
         index = int(next(proposals))
         while repeats <= 100 + count:
             if not 0 <= index < count:
@@ -152,10 +153,6 @@ def run(
             if len(order) == count or landscape.time_N[index] <= enough:
                 break
             index = int(proposals.send(float(landscape.time_N[index])))
-    except StopIteration:
-        pass
-    finally:
-        proposals.close()
     return Trace(tuple(order), regret_curve(tuple(order), landscape))
 
 
