@@ -1,6 +1,5 @@
 """Measured landscapes, searched by every algorithm from the same seeds; priors come from fits
-without the model.
-"""
+without the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import numpy as np
 from fdp.price.fit import FitData
 from fdp.price.measurements import MeasuredRun
 from fdp.topics.parallelism_search import search
-from fdp.topics.parallelism_search.validate import HoldOut, landscapes
+from fdp.topics.parallelism_search.validate import HoldOut, Published, gathered
 
 WITHIN = 0.05
 CLOSE = 0.01  # a search ends there
@@ -22,13 +21,36 @@ ALGORITHMS: dict[str, search.Algorithm] = {
 
 
 @dataclass(frozen=True)
-class Searches:
-    """Per landscape and algorithm: runs needed to come within 5 % (one per seed), and regret after
-    each run (mean).
-    """
+class Searched:
+    """A landscape, for each algorithm: runs needed to come within 5 % (one per seed), and regret
+    after each run (mean)."""
 
-    needed: dict[str, dict[str, np.ndarray]]
-    regret: dict[str, dict[str, np.ndarray]]
+    name: str
+    needed: dict[str, np.ndarray]
+    regret: dict[str, np.ndarray]
+
+
+def compare(data: Published, o: HoldOut, seeds: int) -> list[Searched]:
+    """Search every landscape of an unseen model that has at least `LEAST` plans."""
+    found = []
+    for here in o.landscapes:
+        if len(here.index) < LEAST or not np.isfinite(here.measured).any():
+            continue
+        landscape, prior = _landscape(gathered(data), here)
+        count, result = len(landscape.plans), Searched(landscape.name, {}, {})
+        for name, algorithm in ALGORITHMS.items():
+            runs = (search.run(landscape, algorithm, i, prior, within=CLOSE) for i in range(seeds))
+            traces = list(runs)
+            needed = [search.evaluations_to(t.order, landscape, WITHIN) for t in traces]
+            result.needed[name] = np.minimum(needed, count)
+            result.regret[name] = np.mean([_padded(t.regret_E, count) for t in traces], 0)
+        found.append(result)
+    return found
+
+
+def needed(found: Sequence[Sequence[Searched]]) -> dict[str, dict[str, np.ndarray]]:
+    """For the file of raw numbers: runs to within 5 %."""
+    return {s.name: s.needed for many in found for s in many}
 
 
 def _plan(m: MeasuredRun) -> dict[str, int]:
@@ -40,52 +62,24 @@ def _time(m: MeasuredRun) -> float:
     return float("inf") if m.failed or not np.isfinite(m.step_time) else m.step_time
 
 
-def _landscape(
-    data: FitData, o: HoldOut, rows: np.ndarray, name: str
-) -> tuple[search.Landscape, search.Prior]:
-    """Distinct plans of `rows` with their times; a plan measured twice keeps its faster run."""
-    runs = data.measurements
+def _landscape(data: FitData, o: HoldOut) -> tuple[search.Landscape, search.Prior]:
+    """Distinct plans with their times; a plan measured twice keeps its faster run."""
+    runs = [data.measurements[i] for i in o.index]
     found: dict[tuple[tuple[str, int], ...], int] = {}
-    for row in rows:
-        key = tuple(_plan(runs[row]).items())
-        if key not in found or _time(runs[row]) < _time(runs[found[key]]):
-            found[key] = int(row)
-    kept, p = np.array(list(found.values())), o.hybrid
-    times = np.array([_time(runs[row]) for row in kept])
-    prior = search.Prior(np.log(p.time[kept]), p.log_std[kept], np.clip(p.feasible[kept], 0.0, 1.0))
+    for i, m in enumerate(runs):
+        key = tuple(_plan(m).items())
+        if key not in found or _time(m) < _time(runs[found[key]]):
+            found[key] = i
+    kept, name = list(found.values()), f"{o.name} on {runs[0].job.plan.chips}"
+    p = o.hybrid.at(np.array(kept))
+    prior = search.Prior(np.log(p.time), p.log_std, np.clip(p.feasible, 0.0, 1.0))
+    times = np.array([_time(runs[i]) for i in kept])
     return search.Landscape(name, tuple(dict(key) for key in found), times), prior
-
-
-def compare(data: FitData, outcomes: Sequence[HoldOut], seeds: int) -> Searches:
-    """Search every landscape of at least `LEAST` plans at 64 GPUs and more of the outcomes' unseen
-    models.
-    """
-    found = Searches({}, {})
-    for o in (o for o in outcomes if o.case.kind == "model"):
-        for places in landscapes(data, o.at).values():
-            rows = o.at[places]
-            if len(rows) < LEAST or np.isinf([_time(data.measurements[r]) for r in rows]).all():
-                continue
-            name = f"{o.case.name} on {data.measurements[rows[0]].job.plan.chips}"
-            landscape, prior = _landscape(data, o, rows, name)
-            found.needed[name], found.regret[name] = {}, {}
-            for algorithm, function in ALGORITHMS.items():
-                traces = [
-                    search.run(landscape, function, seed, prior, within=CLOSE)
-                    for seed in range(seeds)
-                ]
-                count = len(landscape.plans)
-                needed = [search.evaluations_to(t.order, landscape, WITHIN) for t in traces]
-                found.needed[name][algorithm] = np.minimum(needed, count)
-                curves = [_padded(t.regret_E, count) for t in traces]
-                found.regret[name][algorithm] = np.mean(curves, 0)
-    return found
 
 
 def _padded(regret_E: np.ndarray, count: int) -> np.ndarray:
     """Regret after each of `count` runs; infinite (nothing ran yet) becomes the largest finite one
-    of the curve.
-    """
+    of the curve."""
     full = np.concatenate([regret_E, np.full(count - len(regret_E), regret_E[-1])])
     worst = full[np.isfinite(full)].max(initial=0.0)
     return np.where(np.isfinite(full), full, worst)

@@ -12,10 +12,10 @@ landscape. When it returns, it stops.
     trace = run(landscape, bayes, seed=0, prior=prior)
     evaluations_to(trace.order, landscape, within=0.05)
 
-Legend: N plans of a landscape, M plans measured so far, K coordinates of a plan, E evaluations.
-"""
+Legend: N plans of a landscape, M plans measured so far, K coordinates of a plan, E evaluations."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import product
 
@@ -33,6 +33,7 @@ NODE = 8  # accelerators that share one scale-up domain: where tensor parallelis
 RELIEF = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "zero": 1, "mbs": -1, "vp": -1}
 # log seconds that stand for a failed run where only ranks matter: slower than any real step
 FAILED = 50.0
+POPULATION, SAMPLE = 10, 3  # of regularised evolution
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,7 @@ Algorithm = Callable[[Sequence[Point], np.random.Generator, Prior | None], Propo
 @dataclass(frozen=True)
 class Trace:
     """One search: indices of the plans measured, in order, each once, and the regret after each
-    evaluation.
-    """
+    evaluation."""
 
     order: tuple[int, ...]
     regret_E: np.ndarray
@@ -124,44 +124,35 @@ def run(
     algorithm: Algorithm,
     seed: int,
     prior: Prior | None = None,
-    budget: int | None = None,
     within: float | None = None,
 ) -> Trace:
-    """Let `algorithm` search until it stops, `budget` plans are measured (all, if None), or it is
-    stuck.
+    """Let `algorithm` search until it stops, all plans are measured, or it is stuck.
 
     With `within`, the referee, who knows the landscape, also ends it at a plan that close to the
     best: what follows would change no metric.
 
     A plan that is proposed again is answered from memory at no cost; an algorithm that proposes
-    nothing new 100 + N times in a row is stuck. Raises ValueError for a budget < 1, a prior of
-    another length or a proposal outside."""
+    nothing new 100 + N times in a row is stuck. Raises ValueError for a prior of another
+    length or a proposal outside."""
     count = len(landscape.plans)
-    if budget is not None and budget < 1:
-        raise ValueError(f"budget = {budget} evaluations: give at least 1")
     if prior is not None and len(prior.log_time_N) != count:
         raise ValueError(
             f"the prior has {len(prior.log_time_N)} plans, landscape {landscape.name!r} has {count}"
         )
-    budget = count if budget is None else min(budget, count)
     enough = 0.0 if within is None else (1 + within) * landscape.best
     order: dict[int, None] = {}
     repeats = 0
     proposals = algorithm(landscape.plans, np.random.default_rng(seed), prior)
-    try:
+    with suppress(StopIteration), closing(proposals):
         index = int(next(proposals))
         while repeats <= 100 + count:
             if not 0 <= index < count:
                 raise ValueError(f"{algorithm.__name__} proposed plan {index} of 0..{count - 1}")
             repeats = repeats + 1 if index in order else 0
             order[index] = None
-            if len(order) == budget or landscape.time_N[index] <= enough:
+            if len(order) == count or landscape.time_N[index] <= enough:
                 break
             index = int(proposals.send(float(landscape.time_N[index])))
-    except StopIteration:
-        pass
-    finally:
-        proposals.close()
     return Trace(tuple(order), regret_curve(tuple(order), landscape))
 
 
@@ -171,24 +162,17 @@ def run(
 
 def regret_curve(order: Sequence[int], landscape: Landscape) -> np.ndarray:
     """[E] best time so far / best time of the landscape - 1 after each evaluation; inf until one
-    succeeds.
-    """
+    succeeds."""
     time_E = np.asarray(landscape.time_N, float)[list(order)]
     return np.minimum.accumulate(time_E) / landscape.best - 1
 
 
 def evaluations_to(order: Sequence[int], landscape: Landscape, within: float) -> float:
     """Evaluations, failed ones included, until a plan of at most (1 + within) x best was measured;
-    inf if none was.
-    """
-    hits = np.flatnonzero(_good(landscape, within)[list(order)])
+    inf if none was."""
+    close_N = np.asarray(landscape.time_N, float) <= (1 + within) * landscape.best
+    hits = np.flatnonzero(close_N[list(order)])
     return float(hits[0] + 1) if len(hits) else np.inf
-
-
-def _good(landscape: Landscape, within: float) -> np.ndarray:
-    if not within >= 0:
-        raise ValueError(f"within = {within}: give a share >= 0, such as 0.05 for 5 %")
-    return np.asarray(landscape.time_N, float) <= (1 + within) * landscape.best
 
 
 # The grid of plans
@@ -206,8 +190,7 @@ class PlanGrid:
     @classmethod
     def of(cls, plans: Sequence[Point]) -> "PlanGrid":
         """Keys that never change are left out, and dp where it follows from the others, as on a
-        fixed cluster.
-        """
+        fixed cluster."""
         keys = tuple(k for k in plans[0] if len({p[k] for p in plans}) > 1)
         others = tuple(k for k in keys if k != "dp")
         if len({tuple(p[k] for k in others) for p in plans}) == len(plans):
@@ -228,16 +211,14 @@ class PlanGrid:
 
     def neighbours(self, index: int, free_N: np.ndarray) -> np.ndarray:
         """Free plans fewest level steps away from plan `index`: one step, where any is left
-        there.
-        """
+        there."""
         steps_N = np.abs(self.level_NxK - self.level_NxK[index]).sum(1)
         return np.flatnonzero(free_N & (steps_N == steps_N[free_N].min()))
 
 
 def relief(plans: Sequence[Point]) -> np.ndarray:
     """[N, K] memory-relevant coordinates, log2 (ZeRO as it is): a plan that is larger in all of
-    them needs no more.
-    """
+    them needs no more."""
     grid = PlanGrid.of(plans)
     used = [k for k, key in enumerate(grid.keys) if key in RELIEF]
     return grid.log2_NxK[:, used] * np.array([RELIEF[grid.keys[k]] for k in used], float)
@@ -360,31 +341,25 @@ def cma_es(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None
             optimizer.tell(generation)
 
 
-def evolution(
-    plans: Sequence[Point],
-    rng: np.random.Generator,
-    prior: Prior | None,
-    population: int = 10,
-    sample: int = 3,
-) -> Proposals:
+def evolution(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """Regularised evolution (Real et al. 2019, arXiv:1802.01548, algorithm 1): the oldest dies, not
     the worst.
 
-    A mutation is a random unmeasured neighbour on the grid of the best of `sample` random members.
+    A mutation is a random unmeasured neighbour on the grid of the best of SAMPLE random members.
     """
     grid = PlanGrid.of(plans)
     free_N = np.ones(len(plans), bool)
     members: list[tuple[float, int]] = []  # oldest first
     while free_N.any():
-        if len(members) < population:
+        if len(members) < POPULATION:
             candidates = np.flatnonzero(free_N)
         else:
-            drawn = rng.choice(len(members), min(sample, len(members)), replace=False)
+            drawn = rng.choice(len(members), min(SAMPLE, len(members)), replace=False)
             candidates = grid.neighbours(min(members[i] for i in drawn)[1], free_N)
         index = int(rng.choice(candidates))
         time = yield index
         free_N[index] = False
-        members = [*members, (_log(time), index)][-population:]
+        members = [*members, (_log(time), index)][-POPULATION:]
 
 
 def bayes(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
@@ -403,8 +378,7 @@ def bayes(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None)
 
 def bayes_flat(plans: Sequence[Point], rng: np.random.Generator, prior: Prior | None) -> Proposals:
     """`bayes` that knows nothing beforehand: constant mean, unit std, P(feasible) = 0.5. The
-    ablation of the prior.
-    """
+    ablation of the prior."""
     flat_N = np.ones(len(plans))
     yield from _bayes(plans, rng, Prior(0 * flat_N, flat_N, 0.5 * flat_N), flat=True)
 
@@ -520,8 +494,7 @@ def _log_expected_improvement(
     mean_N: np.ndarray, std_N: np.ndarray, incumbent: float
 ) -> np.ndarray:
     """log E[max(incumbent - y, 0)], y ~ N(mean, std²); in logs, for far from the incumbent it
-    underflows.
-    """
+    underflows."""
     z_N = (incumbent - mean_N) / std_N
     near_N = np.maximum(z_N, -5.0)
     density_N = np.exp(-0.5 * near_N**2) / np.sqrt(2 * np.pi)

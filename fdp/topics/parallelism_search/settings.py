@@ -1,6 +1,5 @@
 """Configuration of topic 15: what to find a parallel plan for, and how the cost model is judged.
-Imports neither jax nor flax.
-"""
+Imports neither jax nor flax."""
 
 import ml_collections
 

@@ -1,27 +1,32 @@
-"""Hold-outs: what the cost model says of models, clusters, lengths and releases that its fit has
-not seen.
+"""Hold-outs: fits of the cost model that do not see a model, a cluster, a length or a release, and
+what measured points of it add.
 
-A case names the rows that the fit may not see and those that are judged. Metrics are taken per
-landscape (one model, number of chips, batch and software) and averaged over landscapes, so that a
-large sweep does not outvote the rest."""
+A case names the rows that the fit may not see and those that are judged. Everything here is kept by
+the study; what follows from it alone is in `scores`.
 
-import collections
+Legend: N published rows, J judged rows of a case, K features."""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
-from scipy.stats import spearmanr
+from threadpoolctl import threadpool_limits
 
+from fdp.config import UserError
 from fdp.price import anchors, fit, hybrid
-from fdp.price.measurements import MeasuredRun
+from fdp.price.hybrid import PricedJobs
+from fdp.price.measurements import Malformed, MeasuredRun, published
 from fdp.topics.parallelism_search import settings
 
 Choice = Callable[[MeasuredRun], bool]
-
-
-class NothingToJudge(ValueError):
-    """The measurements hold no timed row of a hold-out."""
+POINTS = DRAWS = 5  # measured points of a landscape, and how often they are drawn
 
 
 @dataclass(frozen=True)
@@ -51,50 +56,120 @@ CASES = (
 )
 
 
+def _case(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+# Published measurements
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """A folder of published measurements and the hash of what its tables hold."""
+
+    folder: str
+    sha256: str
+
+    @classmethod
+    def of(cls, folder: Path) -> "Published":
+        """The folder as it is now."""
+        digest = hashlib.sha256()
+        for path in sorted(folder.glob("*.csv")):
+            digest.update(path.name.encode() + path.read_bytes())
+        return cls(str(folder), digest.hexdigest())
+
+
+@functools.cache
+def gathered(data: Published) -> fit.FitData:
+    """The folder's rows. Raises UserError for a malformed file; rows that cannot be priced are
+    counted, three shown."""
+    try:
+        priced, refused = published(Path(data.folder))
+    except Malformed as error:
+        raise UserError(f"plan.measurements: {error}") from error
+    print(f"measured  {len(priced)} rows priced, {len(refused)} refused")
+    for reason in refused[:3]:
+        print(f"  {reason}")
+    with _precise():
+        return fit.gather(priced)
+
+
+@functools.cache
+def _fitter(data: Published) -> fit.Fitter:
+    """Its losses are compiled once for all cases."""
+    return fit.Fitter(gathered(data))
+
+
+@contextlib.contextmanager
+def _precise() -> Iterator[None]:
+    """Float64, and one thread for many small factorisations: more would wait for each other."""
+    with jax.enable_x64(True), threadpool_limits(1, "blas"):
+        yield
+
+
+def judged_rows(data: fit.FitData, case: Case) -> np.ndarray:
+    """(N,) bool: failed runs included, as whether they fail is judged too."""
+    return np.array([case.unseen(m) and case.judged(m) for m in data.measurements])
+
+
+def present(data: Published) -> list[Case]:
+    """The cases of which a judged row has a time."""
+    rows = gathered(data)
+    return [case for case in CASES if (judged_rows(rows, case) & rows.timed).any()]
+
+
+# Fits
+# -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class HoldOut:
-    """One case: the judged rows (place in FitData) and what three models say of them, seconds and
-    bytes.
+    """The judged rows of a case (their places in FitData and landscapes), what was measured and
+    what three models say of them: arrays (J,), seconds and bytes; NaN where nothing was measured.
     """
 
-    case: Case
-    rows: np.ndarray
+    name: str
+    kind: str
+    index: np.ndarray
+    task: np.ndarray
     measured: np.ndarray
-    hybrid: hybrid.PricedJobs
-    learned: np.ndarray
-    at: np.ndarray  # rows of the case in the whole prediction, failed ones included
+    memory: np.ndarray
     failed: np.ndarray
+    hybrid: PricedJobs
+    learned: np.ndarray
+
+    def at(self, places: np.ndarray) -> "HoldOut":
+        """Those rows alone."""
+        names = "index", "task", "measured", "memory", "failed", "learned"
+        arrays = {name: getattr(self, name)[places] for name in names}
+        return dataclasses.replace(self, hybrid=self.hybrid.at(places), **arrays)
 
     @property
-    def predicted(self) -> np.ndarray:
-        """Seconds by the hybrid model, (rows,)."""
-        return self.hybrid.time[self.rows]
+    def timed(self) -> "HoldOut":
+        """The rows with a step time."""
+        return self.at(np.flatnonzero(np.isfinite(self.measured)))
+
+    @property
+    def landscapes(self) -> "list[HoldOut]":
+        """One for each task: configurations that may be ranked against each other."""
+        return [self.at(np.flatnonzero(self.task == name)) for name in np.unique(self.task)]
 
 
-def run_case(fitter: fit.Fitter, case: Case, steps: int, seed: int = 0) -> HoldOut:
-    """Fit without the unseen rows and price the judged ones. Raises NothingToJudge."""
-    data = fitter.data
-    unseen = np.array([case.unseen(m) for m in data.measurements])
-    judged = unseen & np.array([case.judged(m) for m in data.measurements])
-    timed = judged & data.timed
-    if not timed.any():
-        raise NothingToJudge(f"hold-out {case.name!r}: no measured row to judge")
-    model = fitter.fit(~unseen, steps, seed)
-    prediction = hybrid.predict(model, data.x)
-    rows = np.flatnonzero(timed)
-    learned = learned_only(data, ~unseen, seed)
-    return HoldOut(
-        case,
-        rows,
-        np.exp(data.log_time[rows]),
-        prediction,
-        learned[rows],
-        np.flatnonzero(judged),
-        data.failed,
-    )
+def run_case(data: Published, name: str, steps: int) -> HoldOut:
+    """Fit without the unseen rows of a case and price the judged ones."""
+    rows, case = gathered(data), _case(name)
+    unseen = np.array([case.unseen(m) for m in rows.measurements])
+    at = np.flatnonzero(judged_rows(rows, case))
+    with _precise():
+        priced = hybrid.predict(_fitter(data).fit(~unseen, steps), rows.x).at(at)
+        learned = learned_only(rows, ~unseen)[at]
+    measured = np.where(rows.timed, np.exp(rows.log_time), np.nan)[at]
+    known = measured, np.exp(rows.log_memory[at]), rows.failed[at]
+    return HoldOut(name, case.kind, at, rows.tasks[at].astype(str), *known, priced, learned)
 
 
-def learned_only(data: fit.FitData, keep: np.ndarray, seed: int) -> np.ndarray:
+def learned_only(data: fit.FitData, keep: np.ndarray, seed: int = 0) -> np.ndarray:
     """Seconds (N,) of the same ensemble without any physics but the FLOPs: the ablation that pure
     learning would be.
 
@@ -109,206 +184,79 @@ def learned_only(data: fit.FitData, keep: np.ndarray, seed: int) -> np.ndarray:
     stalls = np.isin(data.groups["cluster"].astype(str), hybrid.STALLING)
     columns = [np.log2(x[n]) for n in (sizes + "out_bw domain").split()]
     columns += [x[n] for n in kinds.split()] + [x["zero"] == 0, x["zero"] >= 3, stalls]
-    features = np.stack([*columns, *hybrid.family_code(data.groups).T], -1).astype(float)
+    features_NxK = np.stack([*columns, *hybrid.family_code(data.groups).T], -1).astype(float)
     timed, target = keep & data.timed, data.log_time - ideal
     middle, weight = float(np.median(target[timed])), data.weight[timed]
-    seen = features[timed], target[timed] - middle, weight, data.tasks[timed]
+    seen = features_NxK[timed], target[timed] - middle, weight, data.tasks[timed]
     parts = fit.ensemble(*seen, seed, ridge=0.1)
-    return np.exp(ideal + middle + hybrid.corrections(features, parts).mean(0))
+    return np.exp(ideal + middle + hybrid.corrections(features_NxK, parts).mean(0))
 
 
-def landscapes(data: fit.FitData, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Places within `rows` of every task."""
-    groups: dict[str, list[int]] = collections.defaultdict(list)
-    for i, row in enumerate(rows):
-        groups[data.measurements[row].task].append(i)
-    return {name: np.array(places) for name, places in sorted(groups.items())}
+# Measured points
+# -------------------------------------------------------------------------------------------------
 
 
-def error(predicted: np.ndarray, measured: np.ndarray) -> float:
+def error(predicted: Any, measured: Any) -> float:
     """Mean absolute error in percent of the measured value."""
     return float(100 * np.mean(np.abs(predicted / measured - 1)))
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Per landscape: mean error (%), rank correlation, top-1 regret (%); the latter two where it
-    has 8 plans.
-    """
-
-    errors: list[float]
-    correlations: list[float]
-    regrets: list[float]
-
-    def raw(self) -> dict[str, list[float]]:
-        """For the file of raw numbers."""
-        names = ("errors_pct", "spearman", "regret_pct")
-        return dict(zip(names, (self.errors, self.correlations, self.regrets), strict=True))
-
-
-def score(data: fit.FitData, o: HoldOut, which: str = "hybrid") -> Scores:
-    """Scores of one hold-out by its hybrid, analytic or learned prediction."""
-    predicted = {
-        "hybrid": o.predicted,
-        "analytic": o.hybrid.analytic[o.rows],
-        "learned": o.learned,
-    }[which]
-    found = Scores([], [], [])
-    for places in landscapes(data, o.rows).values():
-        y, p = o.measured[places], predicted[places]
-        found.errors.append(error(p, y))
-        if len(places) >= 8:
-            found.correlations.append(float(spearmanr(p, y).statistic))
-            found.regrets.append(float(100 * (y[p.argmin()] / y.min() - 1)))
+def five_points(data: Published, o: HoldOut) -> list[tuple[float, float]]:
+    """(mean error in % of the other rows once POINTS random ones are measured, without them) per
+    landscape of at least twice as many, means over DRAWS."""
+    found = []
+    for here in o.timed.landscapes:
+        count = len(here.index)
+        if count >= 2 * POINTS:
+            rngs = map(np.random.default_rng, range(DRAWS))
+            drawn = [rng.choice(count, POINTS, replace=False) for rng in rngs]
+            after, before = np.mean([_errors(data, here, known) for known in drawn], 0)
+            found.append((float(after), float(before)))
     return found
 
 
-def scores(data: fit.FitData, outcomes: Sequence[HoldOut]) -> Scores:
-    """Hybrid scores of several hold-outs, one after the other."""
-    each = [score(data, o) for o in outcomes]
-    return Scores(
-        [e for s in each for e in s.errors],
-        [c for s in each for c in s.correlations],
-        [r for s in each for r in s.regrets],
-    )
-
-
-def with_anchors(
-    data: fit.FitData, outcome: HoldOut, count: int, draws: int
-) -> tuple[list[float], list[float]]:
-    """Mean error (%) per landscape of the other rows, (once `count` rows drawn at random are
-    measured, without them).
-
-    Landscapes of fewer than twice as many rows are left out.
-    """
-    errors, before = [], []
-    for places in landscapes(data, outcome.rows).values():
-        if len(places) < 2 * count:
-            continue
-        drawn, plain = [], []
-        for draw in range(draws):
-            rng = np.random.default_rng(draw)
-            known = rng.choice(places, count, replace=False)
-            rest = np.setdiff1d(places, known)
-            drawn.append(error(_corrected(data, outcome, known, rest), outcome.measured[rest]))
-            plain.append(error(outcome.predicted[rest], outcome.measured[rest]))
-        errors.append(float(np.mean(drawn)))
-        before.append(float(np.mean(plain)))
-    return errors, before
-
-
-def one_anchor_each(data: fit.FitData, outcome: HoldOut, draws: int) -> list[float]:
+def one_point(data: Published, o: HoldOut) -> list[float]:
     """Mean error (%) of all other rows once one row of every (model, chip) is measured, one value
-    per draw.
-    """
-    jobs = [data.measurements[row].job for row in outcome.rows]
+    per draw."""
+    o = o.timed
+    jobs = [gathered(data).measurements[i].job for i in o.index]
     keys = np.array([f"{job.shape.name}|{job.chip.name}" for job in jobs])
-    errors = []
-    for draw in range(draws):
-        rng = np.random.default_rng(draw)
-        known = np.array([rng.choice(np.flatnonzero(keys == key)) for key in sorted(set(keys))])
-        rest = np.setdiff1d(np.arange(len(keys)), known)
-        if rest.size:
-            errors.append(error(_corrected(data, outcome, known, rest), outcome.measured[rest]))
-    return errors
+    names = sorted(set(keys))
+    if len(names) == len(keys):
+        return []
+    rngs = map(np.random.default_rng, range(DRAWS))
+    drawn = [[rng.choice(np.flatnonzero(keys == key)) for key in names] for rng in rngs]
+    return [_errors(data, o, np.array(known))[0] for known in drawn]
 
 
-def _corrected(
-    data: fit.FitData, outcome: HoldOut, known: np.ndarray, rest: np.ndarray
-) -> np.ndarray:
-    def part(places: np.ndarray) -> tuple[list, np.ndarray, np.ndarray]:
-        rows = outcome.rows[places]
-        jobs = [data.measurements[row].job for row in rows]
-        return jobs, outcome.hybrid.time[rows], outcome.hybrid.log_std[rows]
-
-    jobs, time, std = part(rest)
-    known_jobs, known_time, known_std = part(known)
-    mean, _ = anchors.posterior(
-        jobs, std, known_jobs, known_std, np.log(outcome.measured[known] / known_time)
-    )
-    return time * np.exp(mean)
+def _errors(data: Published, o: HoldOut, known: np.ndarray) -> tuple[float, float]:
+    """Mean errors (%) of the rows that are not at the places `known`: with those measured, and
+    without."""
+    told, rest = o.at(known), o.at(np.setdiff1d(np.arange(len(o.index)), known))
+    runs = gathered(data).measurements
+    new, old = (([runs[i].job for i in part.index], part.hybrid.log_std) for part in (rest, told))
+    with _precise():
+        mean, _ = anchors.posterior(*new, *old, np.log(told.measured / told.hybrid.time))
+    corrected = rest.hybrid.time * np.exp(mean)
+    return error(corrected, rest.measured), error(rest.hybrid.time, rest.measured)
 
 
-def copied(data: fit.FitData, outcome: HoldOut) -> tuple[np.ndarray, np.ndarray]:
-    """(places within `outcome.rows`, seconds) by copying the run of the same configuration in
-    another release.
+def copied(data: Published, o: HoldOut) -> list[tuple[float, float]]:
+    """(error of the model, error of a copy) in percent, of rows whose configuration was measured in
+    another release too.
 
     Of several releases the one whose name sorts last, the newest. The strongest baseline of an
     unseen release: most of its rows repeat an older row with other software."""
+    runs, unseen, o = gathered(data).measurements, _case(o.name).unseen, o.timed
 
     def key(m: MeasuredRun) -> object:
         return dataclasses.replace(m.job, stack="")
 
     seen: dict[object, tuple[str, float]] = {}
-    for m in data.measurements:
-        if not outcome.case.unseen(m) and not m.failed and np.isfinite(m.step_time):
+    for m in runs:
+        if not unseen(m) and not m.failed and np.isfinite(m.step_time):
             seen[key(m)] = max(seen.get(key(m), ("", 0.0)), (m.job.stack, m.step_time))
-    twins = [
-        (i, seen[key(data.measurements[row])][1])
-        for i, row in enumerate(outcome.rows)
-        if key(data.measurements[row]) in seen
-    ]
-    places, seconds = zip(*twins, strict=True) if twins else ((), ())
-    return np.array(places, int), np.array(seconds, float)
-
-
-def coverage(outcomes: Sequence[HoldOut]) -> float:
-    """Share (%) of measured times inside 90 % intervals, every case weighing the same.
-
-    The width of a case's intervals is set by the other cases alone (cross-conformal, Vovk 2015):
-    what a fit says of its own rows is too narrow for a model it has not seen. One case has no
-    others and keeps the width of the fit."""
-    inside = []
-    for i, o in enumerate(outcomes):
-        factor = _width([other for j, other in enumerate(outcomes) if j != i])
-        time = o.hybrid.time[o.rows]
-        low, high = (time * (end[o.rows] / time) ** factor for end in (o.hybrid.low, o.hybrid.high))
-        inside.append(np.mean((o.measured >= low) & (o.measured <= high)))
-    return float(100 * np.mean(inside))
-
-
-def memory_coverage(data: fit.FitData, outcomes: Sequence[HoldOut]) -> tuple[float, int]:
-    """(share (%) of measured peaks below their 90 % quantile, hold-outs judged), cross-conformal as
-    above.
-    """
-    errors = []
-    for o in outcomes:
-        rows = o.at[np.isfinite(data.log_memory[o.at])]
-        if len(rows):
-            errors.append(data.log_memory[rows] - np.log(o.hybrid.memory[rows]))
-    inside = []
-    for i, own in enumerate(errors):
-        others = errors[:i] + errors[i + 1 :]
-        if others:
-            weight = np.concatenate([np.full(len(e), 1 / len(e)) for e in others])
-            inside.append(
-                np.mean(own <= fit.weighted_quantile(np.concatenate(others), weight, fit.INTERVAL))
-            )
-    return float(100 * np.mean(inside)) if inside else float("nan"), len(inside)
-
-
-def _width(outcomes: Sequence[HoldOut]) -> float:
-    """The factor on log interval widths that covers 90 % of the outcomes' rows, every outcome
-    weighing the same.
-    """
-    if not outcomes:
-        return 1.0
-    needed, weight = [], []
-    for o in outcomes:
-        time = o.hybrid.time[o.rows]
-        error = np.log(o.measured / time)
-        end = np.where(
-            error > 0, np.log(o.hybrid.high[o.rows] / time), np.log(time / o.hybrid.low[o.rows])
-        )
-        needed.append(np.abs(error) / end)
-        weight.append(np.full(len(time), 1 / len(time)))
-    return fit.weighted_quantile(np.concatenate(needed), np.concatenate(weight), fit.INTERVAL)
-
-
-def memory_alarm(outcome: HoldOut) -> tuple[float, float]:
-    """(recall of failed runs, false alarms among those that ran), %, where feasibility below one
-    half is an alarm.
-    """
-    alarm = outcome.hybrid.feasible[outcome.at] < 0.5
-    failed = outcome.failed[outcome.at]
-    return float(100 * alarm[failed].mean()), float(100 * alarm[~failed].mean())
+    keys = [key(runs[i]) for i in o.index]
+    seconds = {i: seen[k][1] for i, k in enumerate(keys) if k in seen}
+    pairs = ((o.hybrid.time[i], copy, o.measured[i]) for i, copy in seconds.items())
+    return [(error(ours, measured), error(copy, measured)) for ours, copy, measured in pairs]
