@@ -200,9 +200,8 @@ def score(scored: Iterable[tuple[Fit, Class]]) -> dict[str, Any]:
         error_P = 100 * np.abs(predict(made.coefficients, one, made.harness) / one.seconds_P - 1)
         place = "in a node" if one.local >= one.ranks else "across nodes"
         for error, nbytes in zip(error_P, one.nbytes_P, strict=True):
-            ape.setdefault(
-                f"{place}, {'below' if nbytes < network.SMALL else 'from'} 1 MiB", []
-            ).append(error)
+            size = "below" if nbytes < network.SMALL else "from"
+            ape.setdefault(f"{place}, {size} 1 MiB", []).append(error)
     return {group: summary(ape[group]) for group in sorted(ape)}
 
 

@@ -7,11 +7,8 @@ Legend: N = S/cp positions of a device, J = N/block its blocks, W = cp·J all bl
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from fdp.count import context
 from fdp.count.context import EXCHANGE, GATHER, LABEL, REDUCE, SCATTER, AttentionShape, Traffic
-from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import GATHER as GATHER_PLAN
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.masks import Mask
@@ -109,18 +106,6 @@ def listed_bytes(
     }
     forward = _sum(context.forward_bytes(plan, shape, mask), gather.label_bytes(mask), labels)
     return forward, context.backward_bytes(plan, shape, mask)
-
-
-def exact_capacity(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> int:
-    """The smallest capacity without overflow: the most blocks that any device needs of another one,
-    over masks [W, W], or [K, W, W] for heads with lists of their own. Raises ValueError when the
-    layout divides blocks."""
-    masks = np.asarray(mask_WxW)
-    J = masks.shape[-1] // cp
-    units = [
-        context.needs(m, layout, cp, block).units * J for m in masks.reshape(-1, *masks.shape[-2:])
-    ]
-    return int(max(np.round(u[~np.eye(cp, dtype=bool)]).max(initial=0) for u in units))
 
 
 def _sum(*parts: Traffic) -> Traffic:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from fdp.count import context
 from fdp.parallel.context import planner
 from fdp.parallel.context.layouts import ZIGZAG, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
@@ -99,16 +98,15 @@ def needs(found: Problem, lengths: Sequence[int]) -> tuple[np.ndarray, list[dict
     pair, max/mean work, and the bytes of the mean at `lengths` in the shape that is planned."""
     s, units, table = found.shape, [], []
     for layer in range(found.layers):
-        mask_WxW = found.masks.masks_LxJxWxW[layer].any(0)
         for layout in found.places:
-            need = context.needs(mask_WxW, layout, s.cp, found.block)
-            remote_DxD = np.where(np.eye(s.cp, dtype=bool), 0.0, need.units)
+            need = found.counts(layer, layout)
+            remote_DxD = np.where(np.eye(s.cp, dtype=bool), 0.0, need.units_DxD)
             received = float(remote_DxD.sum(1).mean())
             line: dict[str, Any] = {"layer": layer, "layout": layout.kind, "units": received}
             line |= {"most of a pair": float(remote_DxD.max())}
-            line |= {"max/mean work": need.worker_imbalance}
+            line |= {"max/mean work": need.imbalance}
             line |= {"bytes": {n: received * replace(s, seq_len=n).unit for n in lengths}}
             table.append(line)
             if layout == ZIGZAG:
-                units.append(need.units)
+                units.append(need.units_DxD)
     return np.stack(units), table

@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from fdp.arm import Arm
 from fdp.count import context as cost
 from fdp.count import hlo
+from fdp.count.blocks import BlockCounts
 from fdp.count.compare import Comparison, Sent, against_one_device, sent
-from fdp.count.gather import BlockGather, exact_capacity, listed_bytes
+from fdp.count.gather import BlockGather, listed_bytes
 from fdp.grads import plain
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.models import module
@@ -89,7 +90,7 @@ def switch_indexed(arm: Arm, blocks: int, width: int) -> Switching:
 def listed_plans(masks_NxWxW: np.ndarray, block: int) -> tuple[CommPlan, ...]:
     """A gather that fits every layer, one of a single block, Ulysses and all-gather, zig-zag over
     DEVICES."""
-    fits = exact_capacity(masks_NxWxW, ZIGZAG, DEVICES, block)
+    fits = BlockCounts.laid_out(masks_NxWxW, ZIGZAG, DEVICES, block).capacity
     sizes = dict.fromkeys((fits, min(fits, 1)))
     return (*(CommPlan("gather", capacity=c, layout=ZIGZAG) for c in sizes), *WHOLE)
 
