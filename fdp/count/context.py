@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tabulate import tabulate
 
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.models.shape import ModelShape
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import SequenceLayout
@@ -25,8 +26,6 @@ from fdp.parallel.masks import Mask
 
 Traffic = dict[str, float]  # HLO op → wire bytes sent per device
 
-GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
-EXCHANGE, PERMUTE = "all-to-all", "collective-permute"
 # bytes: gradients of keys travel round the ring, and partial results to their merge, in float32
 ACCUMULATOR = 4
 LABEL = 4  # bytes: positions and segment ids are int32
@@ -89,7 +88,7 @@ def forward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic:
     out = {GATHER: (shape.cp - 1) * shape.unit if plan.kind == "all_gather" else 0.0}
     out[EXCHANGE] = _exchanged(plan, shape)
     out[PERMUTE] = hop_count(plan, shape.cp) * rho * shape.unit
-    return _live(out)
+    return live(out)
 
 
 def label_bytes(shape: AttentionShape, mask: Mask) -> Traffic:
@@ -99,7 +98,7 @@ def label_bytes(shape: AttentionShape, mask: Mask) -> Traffic:
     Labels are the same in all layers: a differentiated scan over layers gathers them once, any
     other loop in every iteration."""
     n = shape.seq_len // shape.cp
-    return _live(
+    return live(
         {
             GATHER: (shape.cp - 1)
             * LABEL
@@ -121,7 +120,7 @@ def backward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic
     out = {SCATTER: (shape.cp - 1) * shape.unit if plan.kind == "all_gather" else 0.0}
     out[EXCHANGE] = _exchanged(plan, shape)
     out[PERMUTE] = hop_count(plan, shape.cp) * rho * unit_and_gradient
-    return _live(out)
+    return live(out)
 
 
 def _exchanged(plan: CommPlan, shape: AttentionShape) -> float:
@@ -137,11 +136,12 @@ def decode_bytes(kind: str, batch: int, tokens: int, heads: int, head_dim: int, 
     """
     rows = ACCUMULATOR * batch * tokens * heads
     if kind == "helix":
-        return _live({EXCHANGE: (cp - 1) / cp * rows * (head_dim + 1)})
-    return _live({REDUCE: 2 * (cp - 1) / cp * rows * (1 + head_dim + 1)})
+        return live({EXCHANGE: (cp - 1) / cp * rows * (head_dim + 1)})
+    return live({REDUCE: 2 * (cp - 1) / cp * rows * (1 + head_dim + 1)})
 
 
-def _live(traffic: Traffic) -> Traffic:
+def live(traffic: Traffic) -> Traffic:
+    """Without the collectives that send nothing."""
     return {op: float(wire) for op, wire in traffic.items() if wire}
 
 

@@ -8,7 +8,8 @@ Legend: N = S/cp positions of a device, J = N/block its blocks, W = cp·J all bl
 from dataclasses import dataclass
 
 from fdp.count import context
-from fdp.count.context import EXCHANGE, GATHER, LABEL, REDUCE, SCATTER, AttentionShape, Traffic
+from fdp.count.context import LABEL, AttentionShape, Traffic, live
+from fdp.count.counts import EXCHANGE, GATHER, REDUCE, SCATTER, merged
 from fdp.parallel.context.plan import GATHER as GATHER_PLAN
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.masks import Mask
@@ -63,7 +64,7 @@ class BlockGather:
             out[GATHER] = peers * self.shape.unit
         else:
             out[EXCHANGE] = peers * self.capacity * self.lists * LABEL + self.fetched
-        return _live(out)
+        return live(out)
 
     def backward_bytes(self, overflow: bool = False) -> Traffic:
         """What the gradient adds: the gradients of the blocks, in the type of the keys. With
@@ -71,13 +72,13 @@ class BlockGather:
         are not repeated."""
         if self._overflows(overflow):
             dense = (self.shape.cp - 1) * self.shape.unit
-            return _live({GATHER: dense, SCATTER: dense})
-        return _live({EXCHANGE: self.fetched})
+            return live({GATHER: dense, SCATTER: dense})
+        return live({EXCHANGE: self.fetched})
 
     def label_bytes(self, mask: Mask) -> Traffic:
         """On both paths: the gather of the block ids of each device, and of segments, int32."""
         segments = self.shape.batch * self.shape.seq_len // self.shape.cp if mask.packed else 0
-        return _live({GATHER: (self.shape.cp - 1) * LABEL * (self.blocks + segments)})
+        return live({GATHER: (self.shape.cp - 1) * LABEL * (self.blocks + segments)})
 
     def _overflows(self, overflow: bool) -> bool:
         if overflow and self.capacity == self.blocks:
@@ -97,25 +98,12 @@ def listed_bytes(
     `gather`: shape, block and lists; its capacity counts for a gather only. width: of a list.
     """
     if plan.kind == GATHER_PLAN:
-        return _sum(gather.forward_bytes(), gather.label_bytes(mask)), gather.backward_bytes()
+        return merged(gather.forward_bytes(), gather.label_bytes(mask)), gather.backward_bytes()
     shape, peers = gather.shape, gather.shape.cp - 1
     lists = peers * LABEL * gather.blocks * width * gather.lists if plan.kind == "ulysses" else 0.0
     labels = {
         GATHER: lists + peers * LABEL * shape.seq_len / shape.cp,
         REDUCE: 2 * peers / shape.cp * LABEL,
     }
-    forward = _sum(context.forward_bytes(plan, shape, mask), gather.label_bytes(mask), labels)
+    forward = merged(context.forward_bytes(plan, shape, mask), gather.label_bytes(mask), labels)
     return forward, context.backward_bytes(plan, shape, mask)
-
-
-def _sum(*parts: Traffic) -> Traffic:
-    return _live(
-        {
-            op: sum(part.get(op, 0.0) for part in parts)
-            for op in {op for part in parts for op in part}
-        }
-    )
-
-
-def _live(traffic: Traffic) -> Traffic:
-    return {op: float(wire) for op, wire in traffic.items() if wire}

@@ -26,8 +26,6 @@ from fdp.experiment import standard
 from fdp.mesh import AXES, make_mesh
 from fdp.step import TrainStep
 
-OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
-
 
 @dataclass(frozen=True)
 class ProgramCheck(Bytes):
@@ -130,7 +128,7 @@ def _random_config(rng: np.random.Generator, devices: int) -> ml_collections.Con
         sequence_parallel=pick(False, True),
     )
     c.objective.update(
-        name=pick(*OBJECTIVES),
+        name=pick(*fdp_config.OBJECTIVES),
         form=pick("k", "t"),
         antithetic=pick(False, True),
         masked_head=pick(False, True),

@@ -37,7 +37,7 @@ def test_random_configs_are_valid_small_varied_and_reproducible() -> None:
     assert [config.flatten(c) for c in drawn[:20]] == again
     assert config.flatten(drawn[0]) != config.flatten(counts.random_configs(1, 1)[0])
     for read, values in (
-        (lambda c: c.objective.name, set(counts.OBJECTIVES)),
+        (lambda c: c.objective.name, set(config.OBJECTIVES)),
         (lambda c: c.train.zero, {0, 1, 3}),
         (lambda c: c.model.remat, {"none", "dots", "full"}),
         (lambda c: c.train.microbatches, {1, 2, 3}),

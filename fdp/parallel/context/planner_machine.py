@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fdp.count.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
+from fdp.count.context import AttentionShape
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.models.shape import ModelShape
 from fdp.parallel.context.planner_problem import Masks, Problem
 from fdp.parallel.context.planner_time import Machine

@@ -23,15 +23,8 @@ import numpy as np
 
 from fdp.count import context as cost
 from fdp.count.blocks import BlockCounts
-from fdp.count.context import (
-    ACCUMULATOR,
-    EXCHANGE,
-    GATHER,
-    PERMUTE,
-    REDUCE,
-    SCATTER,
-    AttentionShape,
-)
+from fdp.count.context import ACCUMULATOR, AttentionShape
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.count.gather import BlockGather
 from fdp.parallel.context import planner_time as timing
 from fdp.parallel.context.plan import CommPlan

@@ -12,7 +12,8 @@ import pytest
 
 from fdp.count import context as cost
 from fdp.count.blocks import BlockCounts
-from fdp.count.context import EXCHANGE, PERMUTE, AttentionShape
+from fdp.count.context import AttentionShape
+from fdp.count.counts import EXCHANGE, PERMUTE
 from fdp.count.gather import BlockGather
 from fdp.parallel.context import (
     planner,

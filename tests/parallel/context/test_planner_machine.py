@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fdp.count.context import EXCHANGE, GATHER, PERMUTE
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE
 from fdp.parallel.context import planner_machine as machines
 from fdp.parallel.context import planner_masks
 from fdp.parallel.context.planner_machine import CONGESTED, INFINIBAND, NVLINK, Fabric, Fitted

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdp.count.context import GATHER
+from fdp.count.counts import GATHER
 from fdp.parallel.context import planner, planner_machine, planner_masks, planner_methods
 from fdp.parallel.context.planner_machine import INFINIBAND, NVLINK, machine, problem
 from fdp.parallel.context.planner_problem import Masks, Problem
