@@ -13,7 +13,7 @@ aot.prepare_environment()  # before jax is imported
 
 import jax
 import ml_collections
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from tabulate import tabulate
 
 from fdp.count import bytes as closed
@@ -22,7 +22,7 @@ from fdp.count import memory as analytic
 from fdp.count.compare import sent
 from fdp.count.counts import CONVENTION
 from fdp.count.step import unstated
-from fdp.mesh import AXES, degrees_equation, make_mesh, use_virtual_devices
+from fdp.mesh import AXES, abstract_mesh, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models.shape import ModelShape
 from fdp.price import energy, hybrid, step_time, workload
 from fdp.price.hardware import Chip, chip
@@ -66,14 +66,11 @@ def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
             )
     except ValueError as error:
         raise UserError(f"hardware.topology: {error}") from error
-    mesh = AbstractMesh(
-        tuple(degrees[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
     note = (
         f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, "
         "nothing compiled"
     )
-    return Target(mesh, chip(name), note)
+    return Target(abstract_mesh(degrees), chip(name), note)
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
@@ -223,18 +220,11 @@ def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
     return text
 
 
-def _model_flops(p: TrainStep) -> int:
-    """Model FLOPs of one train step on the whole mesh."""
-    d = p.experiment.degrees
-    shards = d["dp"] * d["ep"] * d["cp"] * p.experiment.grads.microbatches
-    return flops.train_step(p.experiment, p.head_rows() * shards)
-
-
 def _flops_line(p: TrainStep, program: Any, stated: bool) -> str:
     counted = f"{jaxpr.dot_flops(program):.4g} in the program, recomputation included"
     if not stated:
         return f"FLOPs     {counted}"
-    share = _model_flops(p) / math.prod(p.experiment.degrees.values())
+    share = flops.train_step(p) / math.prod(p.experiment.degrees.values())
     return f"FLOPs     {share:.4g} per device and step ({CONVENTION}); {counted}"
 
 
@@ -248,7 +238,7 @@ def _time_line(p: TrainStep, program: Any, on: Target) -> str:
     x = workload.columns([job])
     found = hybrid.predict(model, x)
     time = float(found.time[0])
-    mfu = _model_flops(p) / job.plan.chips / target.peak_bf16_flops / time
+    mfu = flops.train_step(p) / job.plan.chips / target.peak_bf16_flops / time
     return (
         f"time      predicted {_ms(time)} ms a step (90 % interval "
         f"{_ms(found.low[0])}-{_ms(found.high[0])}), "
