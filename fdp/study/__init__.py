@@ -11,7 +11,7 @@ A study is a list of measurements:
         scatters = measure("scatter", scatter, each(arms), c.sampling.draws, rows=variance_rows)
         shares = measure("shares", shares_of_bytes, arms[0], rows=share_rows, plot=bars)
         return run.report(
-            *claims.sharded_equals_unsharded(small_experiment, MESHES),
+            *claims.sharded_equals_unsharded(small_experiment, c, MESHES),
             scatters,
             shares,
             derive("trade", scatters, shares, plot=scatter_against_share),
