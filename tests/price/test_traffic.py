@@ -135,6 +135,11 @@ def test_work_of_all_chips_is_that_of_the_model_whatever_the_degrees(model):
         )
         _, whole = spent._work(model, job, workload.columns([with_plan(job, zero=0)]))
         held = float(sum(step_time.local_parameters(workload.columns([job])))[0])
+        older = replace(job, modern=False)  # its scores are kept for the backward pass
+        less, _ = spent._work(model, older, workload.columns([older]))
+        assert 8 * float(flops["rest"][0] - less["rest"][0]) == pytest.approx(
+            64 * 4096 * 0.5 * scores
+        )
         ranks = job.plan.dp * job.plan.cp
         assert whole[0] - hbm[0] == pytest.approx(30 * held * (1 - 1 / ranks), rel=1e-3, abs=1.0)
 
