@@ -43,5 +43,6 @@ report      Row, Report, judge, crosses            statistics  interval (95 %, o
 measure     measure, derive, each                  uncertainty factors, sigma, interval
 claims      rows that many topics need             grid        Grid: region maps
 figures     figure, legend, reference, smoothed, curves, training_curves, save
-cache       how results are kept
+cache       how results are kept                   samples    draw: from a trained arm
+context_exactness, context_switching: comm plans of attention against one device
 """

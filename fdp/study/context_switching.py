@@ -24,11 +24,11 @@ from fdp.models import module
 from fdp.models.transformer import Transformer, with_core
 from fdp.parallel.context import gather, requests
 from fdp.parallel.context.cores import Indexed, Listed, Sparse, Switched, by_layer, unstacked
-from fdp.parallel.context.exactness import CAUSAL, DEVICES, over_cp
 from fdp.parallel.context.layouts import ZIGZAG
 from fdp.parallel.context.plan import CommPlan
 from fdp.sharding import shardings
 from fdp.step import TrainStep, mean_loss
+from fdp.study.context_exactness import CAUSAL, DEVICES, over_cp
 
 CHOICE = (P(), P(None, None, None, "cp"))  # specs of plan numbers [N] and block ids [N, b, k, W, L]
 WHOLE = CommPlan("ulysses", DEVICES, layout=ZIGZAG), CommPlan("all_gather", layout=ZIGZAG)
