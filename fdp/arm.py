@@ -79,17 +79,11 @@ class Arm:
         """Copy `state` to the host, so that the next arm has the device memory."""
         self._state = jax.tree.map(_host, state)
 
-    def head_rows(self) -> int:
-        """Rows (of all devices) that the output head computes in one train step."""
-        d = self.experiment.degrees
-        ways = d["dp"] * d["ep"] * d["cp"] * self.experiment.grads.microbatches
-        return self.program.head_rows() * ways
-
     def step_flops(self) -> int | None:
         """Model FLOPs of one train step on the whole mesh, in the convention of fdp.count.counts.
         None where a layer states no FLOPs."""
         try:
-            return flops.train_step(self.experiment, self.head_rows())
+            return flops.train_step(self.program)
         except Unstated:
             return None
 

@@ -40,6 +40,7 @@ FREE_KEYS = ("mesh", "context", "checkpoint", "log", "hardware", "train.zero")
 
 OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
 SCHEDULES = ("linear", "loglinear", "md4_cosine", "mdlm_cosine", "bd3_cosine", "geometric")
+PACKINGS = ("stream", "documents")
 PLANS = ("all_gather", "ring", "ulysses", "usp", "batch")
 
 MAX_VOCAB = 2**20  # ids of a tokenizer that is trained here; published ones have at most 2**18
@@ -116,9 +117,7 @@ DATA = section(
     vocab=count(1024, "token ids of bpe incl. end-of-text and mask", high=MAX_VOCAB),
     seq_len=count(64, "L", "tokens"),
     packing=choice(
-        "stream",
-        ("stream", "documents"),
-        "windows of one stream | attention and positions stay inside a document",
+        "stream", PACKINGS, "windows of one stream | attention and positions stay inside a document"
     ),
     val_fraction=within("(0, 1)", 0.05, "share of the documents kept for validation"),
     split_seed=at_least(0, 0, "which documents these are"),

@@ -13,7 +13,7 @@ aot.prepare_environment()  # before jax is imported
 
 import jax
 import ml_collections
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from tabulate import tabulate
 
 from fdp.count import bytes as closed
@@ -22,10 +22,10 @@ from fdp.count import memory as analytic
 from fdp.count.compare import sent
 from fdp.count.counts import CONVENTION
 from fdp.count.step import unstated
-from fdp.mesh import AXES, degrees_equation, make_mesh, use_virtual_devices
+from fdp.mesh import abstract_mesh, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models.shape import ModelShape
-from fdp.price import energy, hybrid, step_time, workload
-from fdp.price.hardware import Chip, chip
+from fdp.price import hybrid, traffic, workload
+from fdp.price.hardware import Chip, Cluster, chip, cluster
 from fdp.price.workload import Job
 from fdp.run import study_of
 from fdp.step import TrainStep
@@ -66,14 +66,11 @@ def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
             )
     except ValueError as error:
         raise UserError(f"hardware.topology: {error}") from error
-    mesh = AbstractMesh(
-        tuple(degrees[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
     note = (
         f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, "
         "nothing compiled"
     )
-    return Target(mesh, chip(name), note)
+    return Target(abstract_mesh(degrees), chip(name), note)
 
 
 def dry_run(config: ml_collections.ConfigDict) -> None:
@@ -113,7 +110,7 @@ def describe(p: TrainStep, target: Target) -> str:
     missing = unstated(p.experiment)
     parts.append(_bytes_table(p, compiled, not missing))
     parts.append(_flops_line(p, program, not missing))
-    parts.append(f"counts    not stated: {missing}" if missing else _time_line(p, program, target))
+    parts.append(f"counts    not stated: {missing}" if missing else _time_line(p, target))
     return "\n".join(part for part in parts if part)
 
 
@@ -223,22 +220,15 @@ def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
     return text
 
 
-def _model_flops(p: TrainStep) -> int:
-    """Model FLOPs of one train step on the whole mesh."""
-    d = p.experiment.degrees
-    shards = d["dp"] * d["ep"] * d["cp"] * p.experiment.grads.microbatches
-    return flops.train_step(p.experiment, p.head_rows() * shards)
-
-
 def _flops_line(p: TrainStep, program: Any, stated: bool) -> str:
     counted = f"{jaxpr.dot_flops(program):.4g} in the program, recomputation included"
     if not stated:
         return f"FLOPs     {counted}"
-    share = _model_flops(p) / math.prod(p.experiment.degrees.values())
+    share = flops.train_step(p) / math.prod(p.experiment.degrees.values())
     return f"FLOPs     {share:.4g} per device and step ({CONVENTION}); {counted}"
 
 
-def _time_line(p: TrainStep, program: Any, on: Target) -> str:
+def _time_line(p: TrainStep, on: Target) -> str:
     """Step time, MFU, bottleneck and energy by the shipped cost model, and the measurements behind
     it. Empty for a model whose shape cannot be priced."""
     target, e = on.chip, p.experiment
@@ -247,13 +237,14 @@ def _time_line(p: TrainStep, program: Any, on: Target) -> str:
     model, job = hybrid.shipped(), workload.of_experiment(e, target)
     x = workload.columns([job])
     found = hybrid.predict(model, x)
+    tokens = e.fit.batch * (e.data.seq_len or 1)
     time = float(found.time[0])
-    mfu = _model_flops(p) / job.plan.chips / target.peak_bf16_flops / time
+    mfu = flops.train_step(p) / job.plan.chips / target.peak_bf16_flops / time
     return (
         f"time      predicted {_ms(time)} ms a step (90 % interval "
         f"{_ms(found.low[0])}-{_ms(found.high[0])}), "
         f"MFU {100 * mfu:.2g} %; bottleneck {found.bottleneck()[0]}; "
-        f"{_energy(p, program, job, x, found)} "
+        f"{_energy(model, job, x, found, tokens)} "
         f"({_evidence(model, e.model, target)})"
     )
 
@@ -263,58 +254,22 @@ def _ms(seconds: float) -> str:
 
 
 def _energy(
-    p: TrainStep, program: Any, job: Job, x: workload.Columns, found: hybrid.PricedJobs
+    model: hybrid.Model, job: Job, x: workload.Columns, found: hybrid.PricedJobs, tokens: int
 ) -> str:
-    """Joules of all chips and hosts in a step, and tokens per joule."""
-    c, chips = job.chip, job.plan.chips
+    """Joules of all chips and hosts in a step, and tokens per joule, as the planner prices them."""
+    c = job.chip
     if c.peak_power is None:
         return f"energy: not known for {c.name}, whose power is not published"
-    time, terms = (
-        float(found.time[0]),
-        {name: float(value[0]) for name, value in found.terms.items()},
-    )
-    busy = time * (terms["compute"] + terms["optimizer"]) / sum(terms.values())
-    near, far = 0.0, 0.0
-    degrees = p.experiment.degrees
-    for (_, axes), wire in closed.traffic(p).items():
-        inside = math.prod(degrees[a] for a in AXES[AXES.index(axes[0]) :]) <= c.domain
-        near, far = near + wire * inside, far + wire * (not inside)
-    per_node = min(chips, c.domain, 4 if c.scale_out_bandwidth is None else 8)
-    activity = energy.Activity(
-        c.name,
-        chips,
-        -(-chips // per_node),
-        time,
-        busy,
-        {"bf16": jaxpr.dot_flops(program)},
-        _hbm_bytes(job, x),
-        near,
-        far,
-    )
-    spent = energy.step_energy(activity)
-    tokens = p.experiment.fit.batch * (p.experiment.data.seq_len or 1)
-    return f"energy {spent.joules:.3g} J a step, {spent.tokens_per_joule(tokens):.3g} tokens/J"
+    joules = float(traffic.joules(model, job, _nodes(c, job.plan.chips), x, found)[0])
+    return f"energy {joules:.3g} J a step, {tokens / joules:.3g} tokens/J"
 
 
-def _hbm_bytes(job: Job, x: workload.Columns) -> float:
-    """HBM traffic of a device in one step, in bytes: activations (fitted bytes per element),
-    weights, gradients and optimizer state."""
-    a, p = job.shape, job.plan
-    k = {
-        name: float(v)
-        for name, v in hybrid.bounded(hybrid.shipped().time, step_time.BOUNDS).items()
-    }
-    tokens = job.batch * job.seq / (p.dp * p.cp)
-    repeated = a.width * k["bytes_width"] / (p.tp if p.sequence_parallel else 1)
-    streams = (
-        tokens * a.layers * (repeated + (a.heads * a.head_dim + a.ffn) / p.tp * k["bytes_hidden"])
-    )
-    plain, experts, embedding = step_time.local_parameters(x)
-    held = float(plain[0] + experts[0] + embedding[0])
-    passes = 4 if p.recompute == "full" else 3
-    return passes * (streams + 2 * held * job.microbatches) + 30 * held / (
-        p.shards if p.zero else 1
-    )
+def _nodes(c: Chip, chips: int) -> Cluster:
+    """So many chips, GPUs in nodes of eight."""
+    if c.scale_out_bandwidth is None:
+        return cluster(f"{c.name}:{chips}")
+    groups = (f"{c.name}:{n}x{size}" for n, size in ((chips // 8, 8), (1, chips % 8)) if n and size)
+    return cluster("+".join(groups))
 
 
 def _evidence(model: hybrid.Model, priced: Any, target: Chip) -> str:

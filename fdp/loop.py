@@ -23,7 +23,7 @@ from fdp.data.batches import Prefetcher, batch, eval_batches
 from fdp.hooks import Hook, HookError
 from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
 from fdp.price.hardware import detect
-from fdp.state import TrainState, remesh
+from fdp.state import TrainState, moved_bytes, remesh
 
 
 class Stopped(Exception):
@@ -287,7 +287,7 @@ class _Run:
         if saves:
             self._save(step, state)
 
-    def _enter(self, step: int, state: TrainState) -> TrainState:
+    def _enter(self, step: int, state: TrainState, progress: Progress) -> TrainState:
         """Begin the segment at `step`; the state, on its mesh."""
         self.now = self.segments(step, state)
         if not step < self.now.until <= self.fit.steps:
@@ -295,7 +295,10 @@ class _Run:
                 f"the segment at step {step} ends at {self.now.until}: step < until ≤ "
                 f"train.steps = {self.fit.steps}"
             )
-        return remesh(state, self.now.arm.program.specs)
+        specs = self.now.arm.program.specs
+        if moved := moved_bytes(state, specs):
+            progress.note(f"step {step}: {moved:,} bytes of state go to {specs.mesh.size} devices")
+        return remesh(state, specs)
 
     def _steps(self, state: TrainState, stop: StopSignal) -> TrainState:
         total, step = self.fit.steps, self.start
@@ -303,7 +306,7 @@ class _Run:
         log = _Log(self.arm, self.writer, progress, int(state.skipped))
         with progress:
             while step < total:
-                state = self._enter(step, state)
+                state = self._enter(step, state, progress)
                 for step, state, metrics in steps(self.now, step, state):  # noqa: B020
                     self._after_step(step, state, metrics, log, progress, stop)
                 step += 1

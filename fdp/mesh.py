@@ -79,6 +79,12 @@ def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None =
     )
 
 
+def abstract_mesh(degrees: Mapping[str, int]) -> AbstractMesh:
+    """The mesh of `degrees` without devices, to trace and lower for."""
+    shape = tuple(degrees[a] for a in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def parts(mesh: AnyMesh, axis: str) -> tuple[str, ...]:
     """Names of `mesh` that make up the logical `axis`: itself, or its binary sub-axes, outermost
     first.

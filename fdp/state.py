@@ -150,12 +150,11 @@ def _resharded(state: TrainState, shardings: TrainState) -> TrainState:
     return jax.jit(lambda tree: tree, out_shardings=shardings)(state)
 
 
-def moved_bytes(before: StateSpecs, after: StateSpecs) -> int:
+def moved_bytes(state: TrainState, specs: StateSpecs) -> int:
     """Bytes that devices must receive in `remesh`: of every shard what its device does not hold."""
     total = 0
-    for old, new in zip(
-        *(jax.tree.leaves(s.abstract_state()) for s in (before, after)), strict=True
-    ):
+    pairs = (jax.tree.leaves(s) for s in (state, specs.abstract_state()))
+    for old, new in zip(*pairs, strict=True):
         held = old.sharding.devices_indices_map(old.shape)
         for device, wanted in new.sharding.devices_indices_map(new.shape).items():
             common = _cells(wanted, new.shape, held.get(device))

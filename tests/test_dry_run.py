@@ -69,6 +69,18 @@ def test_more_token_ids_than_embedding_rows_are_refused(monkeypatch) -> None:
         dry_run.dry_run(c)
 
 
+@pytest.mark.fast
+def test_chips_without_a_cluster_stand_in_nodes_of_eight_gpus() -> None:
+    for name, chips, groups in (
+        ("h100", 1, [(1, 1)]),
+        ("h100", 12, [(1, 8), (1, 4)]),
+        ("h100", 64, [(8, 8)]),
+        ("v5p", 128, [(32, 4)]),
+    ):
+        found = dry_run._nodes(chip(name), chips)
+        assert [(g.count, g.chips) for g in found.groups] == groups and found.size == chips
+
+
 def time_line(variant: str, monkeypatch, capsys, **overrides) -> dict[str, float]:
     """Numbers of the first arm's time line, its text under "text"."""
     monkeypatch.setattr(aot, "available", lambda platform: False)

@@ -3,6 +3,7 @@ NaN and signals.
 """
 
 import math
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -106,8 +107,15 @@ def test_a_resumed_run_writes_the_rows_of_the_uninterrupted_one(
     assert_bitwise_equal(arm.trained.variables, variables)
 
 
+def stored_bytes(arm: Arm) -> tuple[int, int]:
+    """Of the whole state, and of what one device holds of it."""
+    state = jax.tree.leaves(arm.program.specs.abstract_state())
+    whole = sum(x.size * x.dtype.itemsize for x in state)
+    return whole, sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
+
+
 def test_a_run_changes_its_mesh_and_resumes_in_between_on_another(
-    tmp_path: Path, uninterrupted: tuple[list[dict], Any]
+    tmp_path: Path, uninterrupted: tuple[list[dict], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stages = [({"dp": 8}, 4), ({"dp": 2, "tp": 2, "cp": 2, "zero": 3}, 8), ({}, STEPS)]
     made = [(toy(**options), until) for options, until in stages]
@@ -123,7 +131,13 @@ def test_a_run_changes_its_mesh_and_resumes_in_between_on_another(
         fit(parts[0].arm, tmp_path, segments)
     assert Checkpoints(tmp_path / "checkpoints" / arm.label).latest_step() == 6
     arm = parts[2].arm
+    capsys.readouterr()
     fit(arm, tmp_path, segments)
+    # One device holds all that the other seven need, and later lacks what they held for it.
+    whole, shard = stored_bytes(parts[1].arm)
+    moves = re.findall(r"step (\d+): ([\d,]+) bytes of state go to (\d)", capsys.readouterr().err)
+    found = [tuple(int(n.replace(",", "")) for n in move) for move in moves]
+    assert 0 < shard < whole and found == [(6, 7 * shard, 8), (8, whole - shard, 1)]
     want, variables = uninterrupted
     for name in ("loss", "val_loss", "blocks/sum"):
         pairs = [(r[name], w[name]) for r, w in zip(rows(tmp_path), want, strict=True) if name in w]

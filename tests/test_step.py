@@ -163,7 +163,7 @@ def test_other_objectives_sharded_equal_unsharded(model: str, case: str) -> None
 def test_flops_equal_the_jaxpr(model: str) -> None:
     found = reference(model)
     p = found["program"]
-    assert found["flops"] == flops.train_step(p.experiment, p.head_rows())
+    assert found["flops"] == flops.train_step(p)
     count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(p.specs.shapes))
     assert count == microbatch(p.experiment, 0).parameters
 

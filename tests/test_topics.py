@@ -252,6 +252,9 @@ MAY_IMPORT_TOPICS = (
     "fdp/dry_run.py",
 )  # and only by a name made at run time
 APART = {"fdp/price/": "fdp.count", "fdp/count/": "fdp.price"}  # neither needs the other
+# What a run is made of knows nothing of runs.
+PARTS = ("models", "objectives", "sampling", "parallel", "data", "kernels_pallas")
+RUNS = ("fdp.arm", "fdp.step", "fdp.loop", "fdp.run", "fdp.study")
 BOTTOM = ("fdp.kernels_pallas", "fdp.parallel.masks", "fdp.collectives", "fdp.mesh")
 
 
@@ -292,6 +295,8 @@ def offences(source: str, path: str) -> list[str]:
         wrong += [text for text in texts if re.match(r"fdp\.topics\b", text)]
     for folder, other in APART.items():
         wrong += [name for name in found if path.startswith(folder) and inside(name, other)]
+    if path.startswith(tuple(f"fdp/{part}/" for part in PARTS)):
+        wrong += [name for name in found if any(inside(name, run) for run in RUNS)]
     if any(inside(path.removesuffix(".py").replace("/", "."), module) for module in BOTTOM):
         wrong += [name for name in found if not any(inside(name, module) for module in BOTTOM)]
     return wrong
@@ -394,6 +399,9 @@ def test_every_class_has_a_name_of_its_own() -> None:
         ("from fdp.models import layers", "fdp/collectives.py"),
         ("from fdp.count import flops", "fdp/price/hybrid.py"),
         ("from fdp.price import hardware", "fdp/count/flops.py"),
+        ("from fdp.arm import Arm", "fdp/parallel/context/profile.py"),
+        ("from fdp import loop", "fdp/objectives/base.py"),
+        ("from fdp.study import measure", "fdp/sampling/draw.py"),
     ],
 )
 def test_a_wrong_import_is_found(source: str, path: str) -> None:

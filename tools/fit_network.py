@@ -49,7 +49,6 @@ BOUNDS = {
 # library's: up to 60 µs at sizes where NCCL's own benchmark shows 7. Fitted beside the coefficients
 # and not shipped.
 HARNESS = (0.0, 100e-6, 20e-6)
-SMALL = 2**20
 THIN = 40
 # pull of every coefficient to its start, in units of its range: decides only what no class shows
 PRIOR = 0.05
@@ -201,9 +200,8 @@ def score(scored: Iterable[tuple[Fit, Class]]) -> dict[str, Any]:
         error_P = 100 * np.abs(predict(made.coefficients, one, made.harness) / one.seconds_P - 1)
         place = "in a node" if one.local >= one.ranks else "across nodes"
         for error, nbytes in zip(error_P, one.nbytes_P, strict=True):
-            ape.setdefault(f"{place}, {'below' if nbytes < SMALL else 'from'} 1 MiB", []).append(
-                error
-            )
+            size = "below" if nbytes < network.SMALL else "from"
+            ape.setdefault(f"{place}, {size} 1 MiB", []).append(error)
     return {group: summary(ape[group]) for group in sorted(ape)}
 
 
@@ -262,7 +260,7 @@ def per_class(scored: list[tuple[Fit, Class]]) -> dict[str, float]:
     out = {}
     for made, one in scored:
         error_P = 100 * np.abs(predict(made.coefficients, one, made.harness) / one.seconds_P - 1)
-        large_P = error_P[one.nbytes_P >= SMALL]
+        large_P = error_P[one.nbytes_P >= network.SMALL]
         out[f"{one.op} {one.ranks}/{one.local}"] = round(float(np.median(large_P)), 1)
     return out
 

@@ -150,7 +150,6 @@ class CompiledMemory:
     temp: int
     alias: int  # of the outputs, how much reuses donated arguments
     peak: int  # largest at any instant; on CPU, the sum argument + output - alias + temp
-    host_temp: int  # offloaded to host memory
 
 
 def memory(compiled: Any) -> CompiledMemory:
@@ -168,7 +167,7 @@ def memory(compiled: Any) -> CompiledMemory:
     temp, peak = stats.temp_size_in_bytes, stats.peak_memory_in_bytes
     if _platform(compiled) == "cpu":  # its peak leaves temporaries out
         peak = argument + output - alias + temp
-    return CompiledMemory(argument, output, temp, alias, peak, stats.host_temp_size_in_bytes)
+    return CompiledMemory(argument, output, temp, alias, peak)
 
 
 def _platform(compiled: Any) -> str:

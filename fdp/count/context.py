@@ -3,13 +3,12 @@
     python -m fdp.count.context --seq 131072 --heads 32 --kv_heads 8 --head_dim 128 --cp 8 \\
         --mask causal [--window 4096]
 
-Also the keys that a block mask needs. All figures are per device, attention layer and microbatch;
-heads are those of one tp shard. Wire bytes follow fdp.count.hlo, and tests hold them equal to the
-compiled program. A unit is the keys and values of one device, 2·B·N·K·C·bytes. A plan has
-head_split u and rings of r = cp/u devices.
+All figures are per device, attention layer and microbatch; heads are those of one tp shard. Wire
+bytes follow fdp.count.hlo, and tests hold them equal to the compiled program. A unit is the keys
+and values of one device, 2·B·N·K·C·bytes. A plan has head_split u and rings of r = cp/u devices.
 
 Legend: B sequences on a device, S positions, N = S/cp, H query heads, K key/value heads, C
-head_dim, W blocks of the sequence."""
+head_dim."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tabulate import tabulate
 
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.models.shape import ModelShape
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import SequenceLayout
@@ -26,8 +26,6 @@ from fdp.parallel.masks import Mask
 
 Traffic = dict[str, float]  # HLO op → wire bytes sent per device
 
-GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
-EXCHANGE, PERMUTE = "all-to-all", "collective-permute"
 # bytes: gradients of keys travel round the ring, and partial results to their merge, in float32
 ACCUMULATOR = 4
 LABEL = 4  # bytes: positions and segment ids are int32
@@ -90,7 +88,7 @@ def forward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic:
     out = {GATHER: (shape.cp - 1) * shape.unit if plan.kind == "all_gather" else 0.0}
     out[EXCHANGE] = _exchanged(plan, shape)
     out[PERMUTE] = hop_count(plan, shape.cp) * rho * shape.unit
-    return _live(out)
+    return live(out)
 
 
 def label_bytes(shape: AttentionShape, mask: Mask) -> Traffic:
@@ -100,7 +98,7 @@ def label_bytes(shape: AttentionShape, mask: Mask) -> Traffic:
     Labels are the same in all layers: a differentiated scan over layers gathers them once, any
     other loop in every iteration."""
     n = shape.seq_len // shape.cp
-    return _live(
+    return live(
         {
             GATHER: (shape.cp - 1)
             * LABEL
@@ -122,7 +120,7 @@ def backward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic
     out = {SCATTER: (shape.cp - 1) * shape.unit if plan.kind == "all_gather" else 0.0}
     out[EXCHANGE] = _exchanged(plan, shape)
     out[PERMUTE] = hop_count(plan, shape.cp) * rho * unit_and_gradient
-    return _live(out)
+    return live(out)
 
 
 def _exchanged(plan: CommPlan, shape: AttentionShape) -> float:
@@ -138,11 +136,12 @@ def decode_bytes(kind: str, batch: int, tokens: int, heads: int, head_dim: int, 
     """
     rows = ACCUMULATOR * batch * tokens * heads
     if kind == "helix":
-        return _live({EXCHANGE: (cp - 1) / cp * rows * (head_dim + 1)})
-    return _live({REDUCE: 2 * (cp - 1) / cp * rows * (1 + head_dim + 1)})
+        return live({EXCHANGE: (cp - 1) / cp * rows * (head_dim + 1)})
+    return live({REDUCE: 2 * (cp - 1) / cp * rows * (1 + head_dim + 1)})
 
 
-def _live(traffic: Traffic) -> Traffic:
+def live(traffic: Traffic) -> Traffic:
+    """Without the collectives that send nothing."""
     return {op: float(wire) for op, wire in traffic.items() if wire}
 
 
@@ -166,11 +165,11 @@ def balance(
 
     The head_split devices (neighbours) share the heads or sequences of all their positions, so they
     have equal work. Raises ValueError for a packed mask: its pairs depend on the documents, see
-    `needs`."""
+    `fdp.count.blocks`."""
     if mask.packed or mask.rule is not None:
         raise ValueError(
             "the balance of a packed mask depends on its documents, and that of a rule on the "
-            "rule: use needs(block_mask, …)"
+            "rule: use fdp.count.blocks.BlockCounts of its block mask"
         )
     position = layouts.permutation(layout, seq_len, cp).astype(np.int64)
     reach = mask.window - 1 if mask.window else seq_len
@@ -178,48 +177,6 @@ def balance(
     after = np.minimum(seq_len - 1 - position, reach) if mask.kind == "bidirectional" else 0
     work = (1 + before + after).reshape(cp // head_split, -1).sum(1)
     return float(work.max() / work.mean())
-
-
-# Needed keys of any block mask
-# ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What an exact plan needs for a block mask and layout, without the padding of static shapes.
-
-    units[d, s]: keys of device s that device d needs, as a share of what s holds. work[d, o]:
-    allowed block pairs of device d with the keys of the device o places before it."""
-
-    units: np.ndarray
-    work: np.ndarray
-
-    @property
-    def worker_imbalance(self) -> float:
-        """Work of the busiest device over the mean: the loss if devices wait once, at the end."""
-        work = self.work.sum(1)
-        return float(work.max() / work.mean())
-
-
-def needs(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> Needs:
-    """Needed keys and work of a block mask (rows are query blocks) under a layout, for blocks of
-    `block` positions. Raises ValueError for a layout that divides a block."""
-    W = len(mask_WxW)
-    device_S = np.repeat(np.arange(cp), W * block // cp)
-    owners = device_S[layouts.inverse(layouts.permutation(layout, W * block, cp))].reshape(W, block)
-    if (owners != owners[:, :1]).any():
-        raise ValueError(
-            f"{layout} divides blocks of {block} between devices: use a multiple, or "
-            f"striped({block})"
-        )
-    held_by = (owners[:, :1] == np.arange(cp)).astype(np.int64)  # [W, cp]
-    seen_by = held_by.T @ mask_WxW.astype(
-        np.int64
-    )  # [cp, W] pairs of each device with each key block
-    pairs = seen_by @ held_by  # [cp, cp]
-    units = (seen_by > 0).astype(np.int64) @ held_by * (cp / W)
-    devices = np.arange(cp)
-    return Needs(units, pairs[devices[:, None], (devices[:, None] - devices[None, :]) % cp])
 
 
 # The command

@@ -14,7 +14,7 @@ payload, all-gather and reduce-scatter (n-1) shards, a permute its payload."""
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from fdp.mesh import AXES
 
@@ -26,9 +26,10 @@ CONVENTION = (
 Degrees = Mapping[str, int]
 Key = tuple[str, tuple[str, ...]]  # (op, mesh axes)
 Sent = dict[Key, float]  # bytes on the wire per device
+K = TypeVar("K")
 
 REDUCE, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
-PERMUTE = "collective-permute"
+EXCHANGE, PERMUTE = "all-to-all", "collective-permute"
 
 
 class Unstated(ValueError):
@@ -83,9 +84,9 @@ class Ledger:
         return self
 
 
-def merged(*parts: Mapping[Key, float]) -> Sent:
+def merged(*parts: Mapping[K, float]) -> dict[K, float]:
     """The sum of several ledgers."""
-    out: Sent = {}
+    out: dict[K, float] = {}
     for part in parts:
         for key, wire in part.items():
             out[key] = out.get(key, 0.0) + wire

@@ -2,14 +2,15 @@
 `fdp.count.counts`."""
 
 from fdp.count.step import microbatch
-from fdp.experiment import Experiment
 from fdp.step import TrainStep
 
 
-def train_step(e: Experiment, head_rows: int) -> int:
-    """Model FLOPs of one train step on the whole mesh; the output head computes `head_rows` rows in
-    all. Raises Unstated for a model or objective that states none."""
-    return microbatch(e, head_rows).flops
+def train_step(p: TrainStep) -> int:
+    """Model FLOPs of one train step on the whole mesh. Raises Unstated for a model or objective
+    that states none."""
+    e, d = p.experiment, p.experiment.degrees
+    shards = d["dp"] * d["ep"] * d["cp"] * e.grads.microbatches
+    return microbatch(e, p.head_rows() * shards).flops
 
 
 def executed(p: TrainStep) -> int:

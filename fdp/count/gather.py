@@ -7,11 +7,9 @@ Legend: N = S/cp positions of a device, J = N/block its blocks, W = cp·J all bl
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from fdp.count import context
-from fdp.count.context import EXCHANGE, GATHER, LABEL, REDUCE, SCATTER, AttentionShape, Traffic
-from fdp.parallel.context.layouts import SequenceLayout
+from fdp.count.context import LABEL, AttentionShape, Traffic, live
+from fdp.count.counts import EXCHANGE, GATHER, REDUCE, SCATTER, merged
 from fdp.parallel.context.plan import GATHER as GATHER_PLAN
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.masks import Mask
@@ -66,7 +64,7 @@ class BlockGather:
             out[GATHER] = peers * self.shape.unit
         else:
             out[EXCHANGE] = peers * self.capacity * self.lists * LABEL + self.fetched
-        return _live(out)
+        return live(out)
 
     def backward_bytes(self, overflow: bool = False) -> Traffic:
         """What the gradient adds: the gradients of the blocks, in the type of the keys. With
@@ -74,13 +72,13 @@ class BlockGather:
         are not repeated."""
         if self._overflows(overflow):
             dense = (self.shape.cp - 1) * self.shape.unit
-            return _live({GATHER: dense, SCATTER: dense})
-        return _live({EXCHANGE: self.fetched})
+            return live({GATHER: dense, SCATTER: dense})
+        return live({EXCHANGE: self.fetched})
 
     def label_bytes(self, mask: Mask) -> Traffic:
         """On both paths: the gather of the block ids of each device, and of segments, int32."""
         segments = self.shape.batch * self.shape.seq_len // self.shape.cp if mask.packed else 0
-        return _live({GATHER: (self.shape.cp - 1) * LABEL * (self.blocks + segments)})
+        return live({GATHER: (self.shape.cp - 1) * LABEL * (self.blocks + segments)})
 
     def _overflows(self, overflow: bool) -> bool:
         if overflow and self.capacity == self.blocks:
@@ -100,37 +98,12 @@ def listed_bytes(
     `gather`: shape, block and lists; its capacity counts for a gather only. width: of a list.
     """
     if plan.kind == GATHER_PLAN:
-        return _sum(gather.forward_bytes(), gather.label_bytes(mask)), gather.backward_bytes()
+        return merged(gather.forward_bytes(), gather.label_bytes(mask)), gather.backward_bytes()
     shape, peers = gather.shape, gather.shape.cp - 1
     lists = peers * LABEL * gather.blocks * width * gather.lists if plan.kind == "ulysses" else 0.0
     labels = {
         GATHER: lists + peers * LABEL * shape.seq_len / shape.cp,
         REDUCE: 2 * peers / shape.cp * LABEL,
     }
-    forward = _sum(context.forward_bytes(plan, shape, mask), gather.label_bytes(mask), labels)
+    forward = merged(context.forward_bytes(plan, shape, mask), gather.label_bytes(mask), labels)
     return forward, context.backward_bytes(plan, shape, mask)
-
-
-def exact_capacity(mask_WxW: np.ndarray, layout: SequenceLayout, cp: int, block: int) -> int:
-    """The smallest capacity without overflow: the most blocks that any device needs of another one,
-    over masks [W, W], or [K, W, W] for heads with lists of their own. Raises ValueError when the
-    layout divides blocks."""
-    masks = np.asarray(mask_WxW)
-    J = masks.shape[-1] // cp
-    units = [
-        context.needs(m, layout, cp, block).units * J for m in masks.reshape(-1, *masks.shape[-2:])
-    ]
-    return int(max(np.round(u[~np.eye(cp, dtype=bool)]).max(initial=0) for u in units))
-
-
-def _sum(*parts: Traffic) -> Traffic:
-    return _live(
-        {
-            op: sum(part.get(op, 0.0) for part in parts)
-            for op in {op for part in parts for op in part}
-        }
-    )
-
-
-def _live(traffic: Traffic) -> Traffic:
-    return {op: float(wire) for op, wire in traffic.items() if wire}

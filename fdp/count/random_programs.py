@@ -22,11 +22,9 @@ from fdp.count import bytes as closed
 from fdp.count import memory as analytic
 from fdp.count.compare import Bytes, sent
 from fdp.data.batches import blank
-from fdp.experiment import standard
+from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES, make_mesh
 from fdp.step import TrainStep
-
-OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _random_config(rng: np.random.Generator, devices: int) -> ml_collections.Con
         sequence_parallel=pick(False, True),
     )
     c.objective.update(
-        name=pick(*OBJECTIVES),
+        name=pick(*fdp_config.OBJECTIVES),
         form=pick("k", "t"),
         antithetic=pick(False, True),
         masked_head=pick(False, True),
@@ -142,23 +140,22 @@ def _random_config(rng: np.random.Generator, devices: int) -> ml_collections.Con
     return c
 
 
-def program(c: ml_collections.ConfigDict) -> TrainStep:
-    """The pure functions of the config on the first devices of this process."""
-    experiment = standard(c, blank(c.data.seq_len, c.model.vocab))
-    return TrainStep(experiment, make_mesh(experiment.degrees))
+def experiment(c: ml_collections.ConfigDict) -> Experiment:
+    """The experiment of the config, without data. Raises ValueError for a config that is not
+    valid."""
+    return standard(c, blank(c.data.seq_len, c.model.vocab))
 
 
-def compare(c: ml_collections.ConfigDict, memory: bool = False) -> ProgramCheck:
-    """Formulas against the program of one config: loss and gradients, with `memory` the whole train
-    step as well.
+def compare(e: Experiment, memory: bool = False) -> ProgramCheck:
+    """Formulas against the program of one experiment, on the first devices of this process: loss
+    and gradients, with `memory` the whole train step as well.
 
-    Raises ValueError for a config that is not valid, not float32, or needs more devices than are
-    here."""
-    if c.model.dtype != "float32":
+    Raises ValueError for a model that is not float32, or that needs more devices than are here."""
+    if e.model.shape.dtype != "float32":
         raise ValueError(
-            f"model.dtype={c.model.dtype!r}: XLA:CPU widens its collectives; count float32 programs"
+            f"dtype {e.model.shape.dtype!r}: XLA:CPU widens its collectives; count float32 programs"
         )
-    p = program(c)
+    p = TrainStep(e, make_mesh(e.degrees))
     state, batch = p.abstract_arguments()
     noised = jax.eval_shape(p.objective.corrupt, jax.random.key(0), batch)
     traced = jax.jit(p.grads).trace(state.variables, noised)
@@ -196,4 +193,4 @@ def summarise(comparisons: Sequence[ProgramCheck]) -> Summary:
 
 def summary(configs: Iterable[ml_collections.ConfigDict], memory: int = 10) -> Summary:
     """Compare all configs, the first `memory` of them with their train step's memory."""
-    return summarise([compare(c, memory=i < memory) for i, c in enumerate(configs)])
+    return summarise([compare(experiment(c), memory=i < memory) for i, c in enumerate(configs)])

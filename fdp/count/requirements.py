@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from fdp.count.compare import EXACT, Key, Sent
-from fdp.count.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.mesh import AXES, DATA_AXES
 from fdp.models.module import spec_leaf
 from fdp.models.transformer import Transformer

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fdp.config import closest
+from fdp.config import PACKINGS, closest
 from fdp.data.text import documents_sha256, load_corpus, split_documents
 from fdp.data.tokenizer import Tokenizer, build_tokenizer, write_cache
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # jax reads its environment when imported, which the caller m
     import jax
 
 DIM_NAMES = ("batch", "sequence")
-PACKINGS = ("stream", "documents")  # data.packing
 DOCUMENTS_PER_CALL = 1024  # documents tokenised at once: bounds the memory of a large corpus
 
 Dims = tuple[str | None, ...]  # "batch": over (dp, ep); "sequence": over cp; None: replicated

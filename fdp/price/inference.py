@@ -15,9 +15,9 @@ half_depth, attention, hbm, bytes_width, bytes_hidden, with the chip's shifts) a
 (fdp.price.network), never to inference. Its term half_rows is left out: the weights' bytes do its
 work at few rows. Checked on kernel times that no fit had seen, Vidur's bfloat16 matmuls of 1-4096
 rows (MIT licence; tests recompute it): |error| of KERNEL + matmul has median 9 % and 90 % quantile
-24 % on 2,346 H100 matmuls, 12 % and 21 % on 2,748 of the A100. Collectives: `network_error`.
-Attention and elementwise kernels: nothing to check them with here. CUDA graphs are assumed, so the
-host is never waited for.
+24 % on 2,346 H100 matmuls, 12 % and 21 % on 2,748 of the A100. Collectives:
+`network.held_out_error`. Attention and elementwise kernels: nothing to check them with here. CUDA
+graphs are assumed, so the host is never waited for.
 
 Legend: B sequences of a device, R rows, S keys, D width, H query heads, K key/value heads, C
 head_dim, F FFN hidden, V vocabulary, t = tp; bytes and FLOPs are per device, of the busiest one.
@@ -37,7 +37,6 @@ MATMUL_ERROR = {
     "h100": (0.091, 0.244),
     "a100": (0.119, 0.209),
 }  # (median, 90 % quantile) of |error|, as above
-SMALL = 2**20  # bytes: below, collectives are predicted less well
 LOGIT_BYTES = 8  # traffic of one float32 logit: written, and read by the draw
 USABLE = 0.9  # share of the HBM, as serving engines reserve it
 
@@ -263,22 +262,6 @@ def matmul_error(chip: str) -> tuple[float, float]:
     return MATMUL_ERROR[name]
 
 
-def network_error(chip: str, small: bool) -> tuple[float, float]:
-    """(median, 90 % quantile) of |error| of collectives in a node, of a class of group left out of
-    the fit.
-
-    Raises ValueError for a chip without measured collectives.
-    """
-    held_out = network.document()["errors"]["held_out_class"]
-    name = hardware.chip(chip).name
-    if name not in held_out:
-        raise ValueError(
-            f"no held-out error of collectives on {name}: measured are {', '.join(held_out)}"
-        )
-    found = held_out[name]["in a node, below 1 MiB" if small else "in a node, from 1 MiB"]
-    return found["median_pct"] / 100, found["p90_pct"] / 100
-
-
 def matmul_bounds(m: int, n: int, k: int, chip: str, itemsize: int = 2) -> tuple[float, float]:
     """Seconds of an M×K by K×N product by (compute, memory); the larger counts, and KERNEL comes on
     top.
@@ -323,7 +306,7 @@ def price(
     terms["elementwise"] = _elementwise(shape, work, degrees, chip, t if sequence_parallel else 1)
     terms["launch"] = KERNEL * (KERNELS * shape.layers + 4)  # embedding, last norm, head, draw
     for op, nbytes, times in collectives(shape, work, degrees, sequence_parallel):
-        name = "network below 1 MiB" if nbytes < SMALL else "network from 1 MiB"
+        name = "network below 1 MiB" if nbytes < network.SMALL else "network from 1 MiB"
         terms[name] += times * float(network.collective_time(op, nbytes, t, t, chip))
     return PassTime(terms, sequence_parallel)
 

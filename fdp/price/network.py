@@ -44,6 +44,7 @@ from fdp.price import hardware
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "point_to_point")
 # of the soft minimum between the two protocols: within 16 % of the minimum, equal far from the tie
 SHARPNESS = 4.0
+SMALL = 2**20  # bytes: below, collectives are predicted less well
 
 
 def namespace(*values: Any) -> Any:
@@ -171,6 +172,22 @@ def coefficients(chip_name: str) -> LinkCoefficients:
     fallback = "torus" if chip.scale_out_bandwidth is None else "default"
     fits = document()["coefficients"]
     return LinkCoefficients(**fits.get(chip.name, fits[fallback]))
+
+
+def held_out_error(chip: str, small: bool, crosses: bool = False) -> tuple[float, float]:
+    """(median, 90 % quantile) of |error| of collectives in a node or across nodes, of a class of
+    group left out of the fit; small: below `SMALL` bytes.
+
+    Raises ValueError for a chip without measured collectives.
+    """
+    held_out, name = document()["errors"]["held_out_class"], hardware.chip(chip).name
+    if name not in held_out:
+        raise ValueError(
+            f"no held-out error of collectives on {name}: measured are {', '.join(held_out)}"
+        )
+    where = "across nodes" if crosses else "in a node"
+    found = held_out[name][f"{where}, {'below' if small else 'from'} 1 MiB"]
+    return found["median_pct"] / 100, found["p90_pct"] / 100
 
 
 def _protocols(c: LinkCoefficients, transfer: Any) -> Any:

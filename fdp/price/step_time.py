@@ -300,13 +300,20 @@ def _data_parallel(x: Mapping[str, Array], k: Mapping[str, Array], backward: Arr
     return xp.where(x["lora"] > 0, 0.0, exposed)
 
 
+def score_passes(x: Mapping[str, Array]) -> Array:
+    """How often a step computes the scores of attention, in forward passes: three, half a pass more
+    where fused attention forms them again, and what is recomputed."""
+    again = array_module(x).where(x["modern"] > 0, 3.5, 3.0)
+    return again + x["full"] + x["selective"]
+
+
 def step_time(x: Mapping[str, Array], k: Mapping[str, Array]) -> Terms:
     """Seconds a step by term: the sum is under `total`. `k` as `coefficients` gives."""
     xp = array_module(x, k)
     p, m, layers = x["pp"], x["microbatches"], x["layers"]
     compute = layer_compute(x, k)
     matmul = xp.where(x["lora"] > 0, 2.0, 3.0) + x["full"]
-    score = xp.where(x["modern"] > 0, 3.5, 3.0) + x["full"] + x["selective"]
+    score = score_passes(x)
     common = matmul * compute["attention_matmuls"] + score * compute["scores"]
     dense = common + matmul * compute["dense_ffn"] + (3 + x["full"]) * compute["rest"]
     mixed = common + matmul * compute["expert_ffn"] + (3 + x["full"]) * compute["rest_moe"]

@@ -72,7 +72,8 @@ def _leaving(x: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """({"linear", "rest"} FLOPs, HBM bytes) of a chip in a step, recomputation included, mean over
-    chips. A causal mask halves the scores, the convention of `ModelShape.forward_flops`."""
+    chips. A causal mask halves the scores, the convention of `ModelShape.forward_flops`. Bytes are
+    those of activations, weights, gradients, optimizer state and float32 logits."""
     a, tokens = job.shape, job.batch * job.seq / (x["tp"] * x["pp"] * x["dp"] * x["cp"])
     scores = (
         2
@@ -84,7 +85,7 @@ def _work(model: Model, job: Job, x: Mapping[str, Any]) -> tuple[dict[str, np.nd
     )
     head = 2.0 * a.vocab * a.width
     linear = (3 + x["full"]) * (a.forward_flops(job.seq, job.causal) - scores - head) * tokens
-    rest = (3 * head + (3.5 + x["full"] + x["selective"]) * scores) * tokens
+    rest = (3 * head + step_time.score_passes(x) * scores) * tokens
     k = hybrid.bounded(model.time, step_time.BOUNDS)
     ffn = (a.layers - a.moe_layers) * a.ffn + a.moe_layers * (a.topk + a.shared_experts) * a.moe_ffn
     split = np.where(

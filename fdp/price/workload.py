@@ -283,9 +283,3 @@ def _row(job: Job) -> dict[str, object]:
         "cluster": job.cluster,
         "chip": c.name,
     }
-
-
-def with_plan(job: Job, **changes: object) -> Job:
-    """The job with some fields of its plan changed."""
-    plan = dataclasses.replace(job.plan, **changes)  # type: ignore[arg-type]
-    return dataclasses.replace(job, plan=plan)

@@ -1,4 +1,4 @@
-"""Samples from a trained arm: its parameters are moved to a mesh for generation.
+"""Samples from trained parameters, which are moved to a mesh for generation.
 
 Legend: B sequences, L positions.
 """
@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from fdp import sharding
-from fdp.arm import Arm
 from fdp.collectives import shard_map
+from fdp.experiment import Experiment
 from fdp.mesh import AXES, BATCH_AXES
 from fdp.models import module
 from fdp.objectives import Autoregressive, BlockDiffusion, SEDDUniform
@@ -39,25 +39,25 @@ def generation_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
 
 
-def draw(arm: Arm, count: int, mesh: Mesh | None = None) -> np.ndarray:
-    """`count` sequences int32 [B, L] from arm.state at temperature 1: equal ids on every mesh for
-    equal seeds.
+def draw(e: Experiment, params: Any, specs: Any, count: int, mesh: Mesh) -> np.ndarray:
+    """`count` sequences int32 [B, L] of the experiment's seed and temperature 1, equal ids on every
+    mesh. `params` with their PartitionSpecs `specs`; `mesh`: whose devices draw.
 
-    `mesh`: whose devices draw, by default the arm's. Masked objectives use first-hitting (without
-    factorisation error; block by block for block diffusion), autoregressive ones go from left to
-    right, and uniform noise takes as many analytic steps as there are positions."""
-    mesh = generation_mesh(mesh or arm.mesh)
-    specs = arm.program.specs.specs
-    params = jax.device_put(arm.trained_on_host.params, sharding.shardings(mesh, specs))
+    Masked objectives use first-hitting (without factorisation error; block by block for block
+    diffusion), autoregressive ones go from left to right, and uniform noise takes as many analytic
+    steps as there are positions."""
+    mesh = generation_mesh(mesh)
+    params = jax.device_put(params, sharding.shardings(mesh, specs))
     ways = mesh.shape["dp"]
 
-    sampler = jax.jit(shard_map(_method(arm), mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
+    sampler = jax.jit(shard_map(_method(e), mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
     return np.asarray(sampler(params, jnp.arange(-(-count // ways) * ways)))[:count]
 
 
-def _method(arm: Arm) -> Any:
-    """The sampler of the arm's objective: (params, sample_ids_B) → ids_BxL."""
-    objective, model, length = arm.objective, arm.model, arm.data.seq_len
+def _method(e: Experiment) -> Any:
+    """The sampler of the objective: (params, sample_ids_B) → ids_BxL."""
+    objective: Any = e.objective
+    model, length = e.model, e.data.seq_len
 
     def run(params: Any, *args: Any, method: str) -> Any:
         return module.run(model, {"params": params}, *args, method=method)[0]
@@ -75,7 +75,7 @@ def _method(arm: Arm) -> Any:
         return run(params, hidden[:, :length], method="outputs")
 
     def sampled(params: Any, sample_ids_B: jax.Array) -> jax.Array:
-        draw = Draw(jax.random.key(arm.seed), sample_ids_B, length, objective.n_ids)
+        draw = Draw(jax.random.key(e.fit.seed), sample_ids_B, length, objective.n_ids)
         if isinstance(objective, Autoregressive):
             return sample(partial(logits_at, params), draw, objective.bos)[0]
         denoise = partial(logits, params)

@@ -11,7 +11,7 @@ A study is a list of measurements:
         scatters = measure("scatter", scatter, each(arms), c.sampling.draws, rows=variance_rows)
         shares = measure("shares", shares_of_bytes, arms[0], rows=share_rows, plot=bars)
         return run.report(
-            *claims.sharded_equals_unsharded(small_experiment, MESHES),
+            *claims.sharded_equals_unsharded(small_experiment, c, MESHES),
             scatters,
             shares,
             derive("trade", scatters, shares, plot=scatter_against_share),
@@ -43,5 +43,6 @@ report      Row, Report, judge, crosses            statistics  interval (95 %, o
 measure     measure, derive, each                  uncertainty factors, sigma, interval
 claims      rows that many topics need             grid        Grid: region maps
 figures     figure, legend, reference, smoothed, curves, training_curves, save
-cache       how results are kept
+cache       how results are kept                   samples    draw: from a trained arm
+context_exactness, context_switching: comm plans of attention against one device
 """

@@ -427,16 +427,14 @@ class Report:
             [*lines, "", _table(_DECIDING, list(map(_deciding_cells, self.deciding)), width)]
         )
 
-    def write(self, workdir: Path, raw: Mapping[str, Any] | None = None) -> None:
-        """Write raw.json (`raw`, else self.raw), then check the report and write report.json and
-        report.md.
+    def write(self, workdir: Path) -> None:
+        """Write raw.json, then check the report and write report.json and report.md.
 
         Raises BadReport as `validate` does: raw numbers are on disk by then, so nothing measured
         is lost."""
         workdir = Path(workdir)
         self.plots = [_inside(plot, os.path.abspath(workdir)) for plot in self.plots]
-        numbers = plain(self.raw if raw is None else raw)
-        write_atomic(workdir / "raw.json", json.dumps(numbers, indent=1) + "\n")
+        write_atomic(workdir / "raw.json", json.dumps(plain(self.raw), indent=1) + "\n")
         report = self.to_json()
         validate(report, workdir)
         write_atomic(workdir / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")

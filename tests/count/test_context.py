@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fdp.count import context as cost
+from fdp.count.blocks import BlockCounts
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
@@ -91,12 +92,13 @@ def test_need_matrix_reproduces_the_published_rows(row: str) -> None:
     apart = blocks[:, None] - blocks[None, :]
     mask = (apart >= 0) & (apart < 64) if row == "window" else apart >= 0
     for layout, want in zip((CONTIGUOUS, ZIGZAG, STRIPED), TABLE[row], strict=True):
-        got = cost.needs(mask, layout, 8, 64)
+        got = BlockCounts.laid_out(mask, layout, 8, 64)
+        units, work = got.units_DxD, got.grouped(1)[0][0]
         # Units from other devices, and the busiest device's work over the mean where devices wait
         # once a hop.
-        remote = (got.units.sum() - np.trace(got.units)) / 8
-        hops = got.work.max(0).sum() / got.work.mean(0).sum()
-        numbers = (remote, got.worker_imbalance, hops)
+        remote = (units.sum() - np.trace(units)) / 8
+        hops = work.max(0).sum() / work.mean(0).sum()
+        numbers = (remote, got.imbalance, hops)
         assert numbers == pytest.approx(want, abs=0.0051)
 
 
@@ -116,26 +118,35 @@ def test_balance_by_enumeration(mask: Mask) -> None:
         )
 
 
-def test_needs_by_enumeration_of_a_random_mask() -> None:
+@pytest.mark.parametrize(
+    "layout", [CONTIGUOUS, ZIGZAG, SequenceLayout("striped", 2), SequenceLayout("striped", 4)]
+)
+def test_needed_blocks_by_enumeration_of_a_random_mask(layout: SequenceLayout) -> None:
     W, cp, block = 32, 4, 2
     mask = np.random.default_rng(0).random((W, W)) < 0.1
-    got = cost.needs(mask, ZIGZAG, cp, block)
+    got = BlockCounts.laid_out(mask, layout, cp, block)
+    pairs_DxO, needed_DxO = (x[0] for x in got.grouped(1))
     owner = {
         p // block: i
-        for i, held in enumerate(layouts.permutation(ZIGZAG, W * block, cp).reshape(cp, -1))
+        for i, held in enumerate(layouts.permutation(layout, W * block, cp).reshape(cp, -1))
         for p in held
     }
+    capacity = 0
     for d in range(cp):
         for s in range(cp):
             rows = [q for q in range(W) if owner[q] == d]
             columns = [k for k in range(W) if owner[k] == s]
-            assert got.units[d, s] == np.mean([mask[rows, k].any() for k in columns])
-            assert got.work[d, (d - s) % cp] == mask[np.ix_(rows, columns)].sum()
+            wanted = sum(mask[rows, k].any() for k in columns)
+            assert got.units_DxD[d, s] == wanted / len(columns)
+            assert needed_DxO[d, (d - s) % cp] == wanted
+            assert pairs_DxO[d, (d - s) % cp] == mask[np.ix_(rows, columns)].sum()
+            capacity = max(capacity, wanted * (d != s))
+    assert got.capacity == capacity > 0
 
 
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="divides blocks of 64"):
-        cost.needs(np.ones((16, 16), bool), SequenceLayout("striped", 32), 4, 64)
+        layouts.owners(SequenceLayout("striped", 32), 16, 64, 4)
     with pytest.raises(ValueError, match="depends on its documents"):
         cost.balance(Mask(packed=True), CONTIGUOUS, 64, 4)
     with pytest.raises(ValueError, match="heads = 4"):

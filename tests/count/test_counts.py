@@ -160,7 +160,7 @@ def test_what_states_nothing_is_named_and_its_model_has_no_numbers(name: str) ->
     e = replace(e, model=e.model.clone(pattern=(UNSTATED[name],)))
     assert unstated(e) == f"{name} has no counts"
     with pytest.raises(Unstated, match=name):
-        flops.train_step(e, 1)
+        microbatch(e, 1)
 
 
 def test_an_unstated_model_is_dry_run_and_audited_as_not_stated() -> None:

@@ -12,7 +12,9 @@ from fdp.count import flops, hlo, jaxpr
 from fdp.count import random_programs as counts
 from fdp.count.counts import GATHER, REDUCE, SCATTER, Counts, Ledger
 from fdp.count.random_programs import ProgramCheck
+from fdp.mesh import make_mesh
 from fdp.models.layers import Head, RMSNorm
+from fdp.step import TrainStep
 
 SEED = (
     53  # its first six configs use every axis, ZeRO stage, kind of remat and sequence parallelism
@@ -22,8 +24,11 @@ SEED = (
 @pytest.fixture(scope="module")
 def six() -> list[tuple]:
     """(program, comparison); the first with memory."""
-    drawn = counts.random_configs(SEED, 6)
-    return [(counts.program(c), counts.compare(c, memory=i == 0)) for i, c in enumerate(drawn)]
+    drawn = map(counts.experiment, counts.random_configs(SEED, 6))
+    return [
+        (TrainStep(e, make_mesh(e.degrees)), counts.compare(e, memory=i == 0))
+        for i, e in enumerate(drawn)
+    ]
 
 
 @pytest.mark.fast
@@ -37,7 +42,7 @@ def test_random_configs_are_valid_small_varied_and_reproducible() -> None:
     assert [config.flatten(c) for c in drawn[:20]] == again
     assert config.flatten(drawn[0]) != config.flatten(counts.random_configs(1, 1)[0])
     for read, values in (
-        (lambda c: c.objective.name, set(counts.OBJECTIVES)),
+        (lambda c: c.objective.name, set(config.OBJECTIVES)),
         (lambda c: c.train.zero, {0, 1, 3}),
         (lambda c: c.model.remat, {"none", "dots", "full"}),
         (lambda c: c.train.microbatches, {1, 2, 3}),
@@ -63,10 +68,10 @@ def test_configs_that_cannot_be_counted_are_refused() -> None:
     (c,) = counts.random_configs(0, 1)
     c.model.dtype = "bfloat16"
     with pytest.raises(ValueError, match="XLA:CPU widens"):
-        counts.compare(c)
+        counts.compare(counts.experiment(c))
     c.model.dtype, c.mesh.pp, c.model.layers = "float32", 2, 2
     with pytest.raises(ValueError, match=r"set mesh\.pp=1"):
-        counts.compare(c)
+        counts.experiment(c)
     with pytest.raises(ValueError, match="at least one config"):
         counts.summarise([])
 
@@ -142,7 +147,7 @@ def test_what_xla_merges_in_one_layer_the_program_itself_still_asks_for() -> Non
     c = next(c for c in counts.random_configs(SEED, 60) if _rich(c))
     c.model.layers = 1
     assert counts._merged(c)
-    p = counts.program(c)
+    p = TrainStep(counts.experiment(c), make_mesh(c.mesh))
     state, batch = p.abstract_arguments()
     noised = jax.eval_shape(p.objective.corrupt, jax.random.key(0), batch)
     program = jax.make_jaxpr(p.grads)(state.variables, noised)

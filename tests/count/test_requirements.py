@@ -10,7 +10,8 @@ from build import experiment, tiny
 
 from fdp.count import context, hlo
 from fdp.count.compare import Sent, sent
-from fdp.count.context import GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
+from fdp.count.context import AttentionShape
+from fdp.count.counts import GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.count.requirements import exchanges, missing, required, required_of, unexpected
 from fdp.kernels_pallas import attend
 from fdp.mesh import AXES, make_mesh

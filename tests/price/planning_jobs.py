@@ -5,7 +5,7 @@ from dataclasses import replace
 from fdp.price import space
 from fdp.price.hardware import cluster
 from fdp.price.shapes import named
-from fdp.price.workload import job_on
+from fdp.price.workload import Job, job_on
 
 SMALL = replace(
     named("llama3-8b"),
@@ -25,6 +25,11 @@ def job_of(name_or_shape, text, batch=1024, seq=4096, precision="bf16"):
     a = named(name_or_shape) if isinstance(name_or_shape, str) else name_or_shape
     here = cluster(text)
     return job_on(a, here, batch, seq, precision), here
+
+
+def with_plan(job: Job, **changes: object) -> Job:
+    """The job with some fields of its plan changed."""
+    return replace(job, plan=replace(job.plan, **changes))
 
 
 def tuples(points):

@@ -14,7 +14,8 @@ from fdp.price.anchors import correct, correlation, posterior
 from fdp.price.hardware import chip
 from fdp.price.hybrid import BOTTLENECKS, PricedJobs
 from fdp.price.shapes import PUBLISHED
-from fdp.price.workload import Job, Plan, with_plan
+from fdp.price.workload import Job, Plan
+from tests.price.planning_jobs import with_plan
 
 pytestmark = pytest.mark.fast
 

@@ -279,3 +279,12 @@ def test_the_command_reproduces_the_shipped_fit(data):
             assert error == pytest.approx(
                 shipped["errors"]["in_sample"][name][group], rel=0.05, abs=0.2
             )
+
+
+def test_held_out_errors_are_those_of_the_shipped_fit():
+    with pytest.raises(ValueError, match=r"no held-out error of collectives on b200"):
+        network.held_out_error("b200", small=True)
+    assert network.held_out_error("h100", small=False) == pytest.approx((0.099, 0.323))
+    across = network.document()["errors"]["held_out_class"]["h100"]["across nodes, below 1 MiB"]
+    found = network.held_out_error("h100", small=True, crosses=True)
+    assert found == (across["median_pct"] / 100, across["p90_pct"] / 100)

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 from build import experiment, tiny
 
-from fdp.count import flops
 from fdp.count.step import microbatch
 from fdp.models.shape import ModelShape
 from fdp.models.transformer import transformer
@@ -44,7 +43,7 @@ def test_our_own_model_has_the_parameters_and_flops_of_its_program():
     assert model.parameters() == microbatch(e, 0).parameters
     tokens = e.fit.batch * e.data.seq_len
     per_token = model.forward_flops(e.data.seq_len, causal=False)
-    assert 3 * per_token * tokens == flops.train_step(e, tokens)
+    assert 3 * per_token * tokens == microbatch(e, tokens).flops
 
 
 def test_switches_have_the_parameters_of_their_layers():

@@ -9,7 +9,8 @@ import pytest
 from fdp.price import hybrid, step_time
 from fdp.price.hardware import chip
 from fdp.price.shapes import named
-from fdp.price.workload import Job, Plan, check, columns, with_plan
+from fdp.price.workload import Job, Plan, check, columns
+from tests.price.planning_jobs import with_plan
 
 pytestmark = pytest.mark.fast
 

@@ -14,7 +14,7 @@ from fdp.price import traffic as spent
 from fdp.price.hardware import cluster
 from fdp.price.shapes import named
 from fdp.price.workload import Job, Plan
-from tests.price.planning_jobs import EXPERTS, SMALL, job_of
+from tests.price.planning_jobs import EXPERTS, SMALL, job_of, with_plan
 
 pytestmark = pytest.mark.fast
 
@@ -133,8 +133,13 @@ def test_work_of_all_chips_is_that_of_the_model_whatever_the_degrees(model):
         assert (
             hbm[0] > (8 + 30) * a.parameters() / 8 / 8 and hbm[0] / 3.35e12 < expected / 8 / 989e12
         )
-        _, whole = spent._work(model, job, workload.columns([workload.with_plan(job, zero=0)]))
+        _, whole = spent._work(model, job, workload.columns([with_plan(job, zero=0)]))
         held = float(sum(step_time.local_parameters(workload.columns([job])))[0])
+        older = replace(job, modern=False)  # its scores are kept for the backward pass
+        less, _ = spent._work(model, older, workload.columns([older]))
+        assert 8 * float(flops["rest"][0] - less["rest"][0]) == pytest.approx(
+            64 * 4096 * 0.5 * scores
+        )
         ranks = job.plan.dp * job.plan.cp
         assert whole[0] - hbm[0] == pytest.approx(30 * held * (1 - 1 / ranks), rel=1e-3, abs=1.0)
 

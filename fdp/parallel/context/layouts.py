@@ -88,6 +88,27 @@ def permutation(layout: SequenceLayout, seq_len: int, cp: int) -> np.ndarray:
     return np.concatenate([held(layout, seq_len // cp, cp, i) for i in range(cp)]).astype(np.int32)
 
 
+def block_order(layout: SequenceLayout, W: int, block: int, cp: int) -> np.ndarray:
+    """Which of W blocks of `block` positions is stored at each slot, int [W]. Raises ValueError
+    when the layout divides a block."""
+    blocks = layout
+    if layout.kind == "striped":
+        if layout.block % block:
+            raise ValueError(
+                f"striped({layout.block}) divides blocks of {block}: use a multiple of {block}"
+            )
+        blocks = SequenceLayout("striped", layout.block // block)
+    unit, equation = blocks.unit(cp)
+    if W % unit:
+        raise ValueError(f"{W} blocks of {block} are not divisible by {equation}")
+    return permutation(blocks, W, cp)
+
+
+def owners(layout: SequenceLayout, W: int, block: int, cp: int) -> np.ndarray:
+    """Device that holds each block, int [W]. Raises ValueError as `block_order`."""
+    return inverse(block_order(layout, W, block, cp)).astype(np.int64) // (W // cp)
+
+
 def inverse(permutation_S: np.ndarray) -> np.ndarray:
     """Slot of each global position, int32 [S]: undoes `permutation`."""
     out = np.empty_like(permutation_S)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fdp.count.context import EXCHANGE
+from fdp.count.counts import EXCHANGE
 from fdp.parallel.context import planner_search as search
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan

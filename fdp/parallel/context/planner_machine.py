@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fdp.count.context import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, AttentionShape
+from fdp.count.context import AttentionShape
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.models.shape import ModelShape
 from fdp.parallel.context.planner_problem import Masks, Problem
 from fdp.parallel.context.planner_time import Machine
@@ -77,18 +78,9 @@ def _seconds(of: Fitted, op: str, wire: float, ranks: int, inner: int) -> np.nda
     # twice.
     operand = wire if op == PERMUTE else wire * ranks / (ranks - 1) / (2 if op == REDUCE else 1)
     nominal = float(network.collective_time(OPS[op], operand, ranks, local, of.chip, fit))
-    small, crosses = operand < inference.SMALL, local < ranks
-    p90 = network_error(of.chip, crosses, small)[1]
+    small, crosses = operand < network.SMALL, local < ranks
+    p90 = network.held_out_error(of.chip, small, crosses)[1]
     return nominal * of.errors((op, ranks, inner, small), p90)
-
-
-def network_error(chip: str, crosses: bool, small: bool) -> tuple[float, float]:
-    """(median, 90 % quantile) of |error| of collectives in a node or across nodes, of a class left
-    out of the fit.
-    """
-    where = f"{'across nodes' if crosses else 'in a node'}, {'below' if small else 'from'} 1 MiB"
-    found = network.document()["errors"]["held_out_class"][hardware.chip(chip).name][where]
-    return found["median_pct"] / 100, found["p90_pct"] / 100
 
 
 def machine(fabric: Fabric, chip: str = "h100", errors: Errors = none) -> Machine:

@@ -8,21 +8,20 @@ it is needed).
 Legend: L and N layers, W blocks of a sequence, D devices.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fdp.count import context
 from fdp.parallel.context import planner
 from fdp.parallel.context.layouts import ZIGZAG, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
-from fdp.parallel.context.planner import ModelPlan, model_value, summary
+from fdp.parallel.context.planner import ModelPlan, summary
 from fdp.parallel.context.planner_problem import Masks, Problem
 from fdp.parallel.context.planner_uniform import (
+    best_or_why,
     need_only_bytes,
-    uniform,
     uniform_dense,
     uniform_sparse,
 )
@@ -51,14 +50,15 @@ class Method:
 
 def methods(problem: Problem) -> list[Method]:
     """All of them, on the same masks. Raises ValueError when no layout lets every layer run."""
-    ring, striped = CommPlan("ring", layout=ZIGZAG), SequenceLayout("striped", problem.block)
+    ring = CommPlan("ring", layout=ZIGZAG)
+    striped = CommPlan("ring", layout=SequenceLayout("striped", problem.block))
     everything = replace(problem, masks=_visible(problem))
     gathers = [CommPlan("all_gather", layout=layout) for layout in problem.places]
     found: list[tuple[str, str, ModelPlan | str]] = [
-        ("ring, dense attention", "fixed", _one(everything, [ring])),
-        ("ring", "fixed", _one(problem, [ring])),
-        ("all-gather", "fixed", _one(problem, gathers)),
-        ("striped ring (as MTraining)", "fixed", _one(problem, [CommPlan("ring", layout=striped)])),
+        ("ring, dense attention", "fixed", best_or_why(everything, [ring])),
+        ("ring", "fixed", best_or_why(problem, [ring])),
+        ("all-gather", "fixed", best_or_why(problem, gathers)),
+        ("striped ring (as MTraining)", "fixed", best_or_why(problem, [striped])),
         ("best uniform dense", "uniform", uniform_dense(problem)),
         ("best uniform sparse", "uniform", uniform_sparse(problem)),
         ("adaptive", "adaptive", planner.plan(problem)),
@@ -72,15 +72,6 @@ def _bound(problem: Problem, name: str, padded: bool) -> Method:
     least = {layout: need_only_bytes(problem, layout, padded) for layout in problem.places}
     best = min(least, key=least.__getitem__)
     return Method(f"{name}, bound", "bound", least[best], None, float("nan"), best.kind)
-
-
-def _one(problem: Problem, plans: Iterable[CommPlan]) -> ModelPlan | str:
-    """The best uniform of some plans, or why none can run."""
-    found = [uniform(problem, plan) for plan in plans if plan.layout in problem.places]
-    runs = [f for f in found if isinstance(f, ModelPlan)]
-    if runs:
-        return min(runs, key=lambda f: model_value(problem, f))
-    return "; ".join(map(str, found)) or "its layout divides blocks"
 
 
 def _visible(problem: Problem) -> Masks:
@@ -99,16 +90,15 @@ def needs(found: Problem, lengths: Sequence[int]) -> tuple[np.ndarray, list[dict
     pair, max/mean work, and the bytes of the mean at `lengths` in the shape that is planned."""
     s, units, table = found.shape, [], []
     for layer in range(found.layers):
-        mask_WxW = found.masks.masks_LxJxWxW[layer].any(0)
         for layout in found.places:
-            need = context.needs(mask_WxW, layout, s.cp, found.block)
-            remote_DxD = np.where(np.eye(s.cp, dtype=bool), 0.0, need.units)
+            need = found.counts(layer, layout)
+            remote_DxD = np.where(np.eye(s.cp, dtype=bool), 0.0, need.units_DxD)
             received = float(remote_DxD.sum(1).mean())
             line: dict[str, Any] = {"layer": layer, "layout": layout.kind, "units": received}
             line |= {"most of a pair": float(remote_DxD.max())}
-            line |= {"max/mean work": need.worker_imbalance}
+            line |= {"max/mean work": need.imbalance}
             line |= {"bytes": {n: received * replace(s, seq_len=n).unit for n in lengths}}
             table.append(line)
             if layout == ZIGZAG:
-                units.append(need.units)
+                units.append(need.units_DxD)
     return np.stack(units), table

@@ -14,29 +14,19 @@ all-gather.
 
 Time: fdp.parallel.context.planner_time.
 
-Legend: J lists of a layer (1, or one a key head), W blocks of the sequence, D devices = cp, R
-groups = cp/u of u neighbours, O ring offsets 0 … R-1, N draws of an uncertain network (draw 0 is
-nominal)."""
+Legend: J lists of a layer (1, or one a key head), D devices = cp, R groups = cp/u of u neighbours,
+O ring offsets 0 … R-1, N draws of an uncertain network (draw 0 is nominal)."""
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fdp.count import context as cost
-from fdp.count.context import (
-    ACCUMULATOR,
-    EXCHANGE,
-    GATHER,
-    PERMUTE,
-    REDUCE,
-    SCATTER,
-    AttentionShape,
-)
+from fdp.count.blocks import BlockCounts
+from fdp.count.context import ACCUMULATOR, AttentionShape
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.count.gather import BlockGather
-from fdp.parallel.context import layouts
 from fdp.parallel.context import planner_time as timing
-from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.planner_time import Machine
 from fdp.parallel.masks import Mask
@@ -51,78 +41,6 @@ FORWARD, BACKWARD = (
 
 class Refused(ValueError):
     """This layer cannot run the plan, or not exactly, or not within the limits."""
-
-
-def owners(layout: SequenceLayout, W: int, block: int, cp: int) -> np.ndarray:
-    """Device that holds each of W blocks of `block` positions, int [W]. Raises Refused when one
-    would be divided.
-    """
-    blocks = layout
-    if layout.kind == "striped":
-        if layout.block % block:
-            raise Refused(
-                f"striped({layout.block}) divides blocks of {block}: use a multiple of {block}"
-            )
-        blocks = SequenceLayout("striped", layout.block // block)
-    unit, equation = blocks.unit(cp)
-    if W % unit:
-        raise Refused(f"{W} blocks of {block} are not divisible by {equation}")
-    device_W = np.empty(W, np.int64)
-    device_W[layouts.permutation(blocks, W, cp)] = np.repeat(np.arange(cp), W // cp)
-    return device_W
-
-
-@dataclass(frozen=True, eq=False)
-class BlockCounts:
-    """Of one layer in one layout: `seen_JxDxW`, block pairs of each device with each key block;
-    owner of each block.
-    """
-
-    seen_JxDxW: np.ndarray
-    owner_W: np.ndarray
-    _grouped: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
-    _hops: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(cls, mask_JxWxW: np.ndarray, owner_W: np.ndarray, cp: int) -> "BlockCounts":
-        """From masks bool [J, W, W], rows query blocks."""
-        J, W, _ = mask_JxWxW.shape
-        mine_JxDxRxW = mask_JxWxW[:, np.argsort(owner_W, kind="stable")].reshape(J, cp, W // cp, W)
-        return cls(mine_JxDxRxW.sum(2, dtype=np.float32), owner_W)  # exact below 2^24 pairs
-
-    def grouped(self, u: int) -> tuple[np.ndarray, np.ndarray]:
-        """(pairs, needed) int [J, R, O]: block pairs of a group of u devices with the keys of the
-        group O places before it, and how many of that group's blocks it needs."""
-        if u not in self._grouped:
-            J, cp, W = self.seen_JxDxW.shape
-            R = cp // u
-            seen_JxRxW = self.seen_JxDxW.reshape(J, R, u, W).sum(2)
-            held_WxR = (self.owner_W[:, None] // u == np.arange(R)).astype(np.float32)
-            group = np.arange(R)
-            at = group[:, None], (group[:, None] - group) % R
-            both = [
-                (x @ held_WxR)[:, at[0], at[1]]
-                for x in (seen_JxRxW, (seen_JxRxW > 0).astype(np.float32))
-            ]
-            self._grouped[u] = (both[0].astype(np.int64), both[1].astype(np.int64))
-        return self._grouped[u]
-
-    @property
-    def remote_JxDxO(self) -> np.ndarray:
-        """Blocks that each device needs from each other one, by offset 1 … cp-1."""
-        return self.grouped(1)[1][:, :, 1:]
-
-    @cached_property
-    def capacity(self) -> int:
-        """The most blocks that any pair of devices exchanges: the exact static size of a gather."""
-        return int(self.remote_JxDxO.max(initial=0))
-
-    def hops(self, u: int) -> tuple[int, ...]:
-        """Ring offsets that any group of u devices needs."""
-        if u not in self._hops:
-            needed_O = self.grouped(u)[1].any((0, 1))
-            self._hops[u] = tuple(int(o) for o in np.flatnonzero(needed_O) if o > 0)
-        return self._hops[u]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,10 +11,11 @@ from functools import cached_property
 import numpy as np
 
 from fdp.count import context as cost
+from fdp.count.blocks import BlockCounts
 from fdp.count.context import AttentionShape
-from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout, owners
 from fdp.parallel.context.plan import CommPlan
-from fdp.parallel.context.planner_price import BLOCKS, BlockCounts, Price, Refused, owners, price
+from fdp.parallel.context.planner_price import BLOCKS, Price, Refused, price
 from fdp.parallel.context.planner_time import Machine
 
 OBJECTIVES = ("seconds", "bytes")
@@ -117,7 +118,7 @@ class Problem:
         for layout in self.layouts or (CONTIGUOUS, ZIGZAG, SequenceLayout("striped", self.block)):
             try:
                 found[layout] = owners(layout, self.masks.size[2], self.block, self.shape.cp)
-            except Refused as error:
+            except ValueError as error:
                 refused.append(str(error))
         if not found:
             raise ValueError("; ".join(refused))

@@ -32,25 +32,6 @@ class Network(Protocol):
     def seconds(self, op: str, wire: float, ranks: int, inner: int) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Link:
-    """Equal links: `bandwidth` bytes/s a device one way, `latency` s a collective."""
-
-    bandwidth: float
-    latency: float
-
-    def __post_init__(self) -> None:
-        if self.bandwidth <= 0 or self.latency < 0:
-            raise ValueError(
-                f"bandwidth = {self.bandwidth} B/s must be positive and latency = {self.latency} s "
-                "≥ 0"
-            )
-
-    def seconds(self, op: str, wire: float, ranks: int, inner: int) -> float:
-        """latency + wire/bandwidth."""
-        return self.latency + wire / self.bandwidth
-
-
 @dataclass(frozen=True, eq=False)
 class Machine:
     """`flops`: FLOP/s that the attention kernel reaches, one value or one a draw [N]; `network`

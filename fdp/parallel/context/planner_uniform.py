@@ -25,17 +25,22 @@ def uniform(problem: Problem, plan: CommPlan) -> ModelPlan | str:
     return model
 
 
-def best_uniform(problem: Problem, plans: Iterable[CommPlan]) -> ModelPlan:
-    """The best of some plans, each run in all layers. Raises ValueError, with the reasons, when
-    none can.
-    """
-    found = {plan: uniform(problem, plan) for plan in plans}
+def best_or_why(problem: Problem, plans: Iterable[CommPlan]) -> ModelPlan | str:
+    """The best of some plans, each run in all layers, or why none can."""
+    found = {plan: uniform(problem, plan) for plan in plans if plan.layout in problem.places}
     runs = [f for f in found.values() if isinstance(f, ModelPlan)]
-    if not runs:
-        raise ValueError(
-            "no uniform plan can run: " + "; ".join(f"{p.kind}: {f}" for p, f in found.items())
-        )
-    return min(runs, key=lambda f: model_value(problem, f))
+    if runs:
+        return min(runs, key=lambda f: model_value(problem, f))
+    why = "; ".join(f"{p.kind}: {f}" for p, f in found.items())
+    return f"no uniform plan can run: {why or 'the layout divides blocks'}"
+
+
+def best_uniform(problem: Problem, plans: Iterable[CommPlan]) -> ModelPlan:
+    """As `best_or_why`. Raises ValueError, with the reasons, when none can run."""
+    found = best_or_why(problem, plans)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 def uniform_dense(problem: Problem) -> ModelPlan:
@@ -49,10 +54,7 @@ def uniform_sparse(problem: Problem) -> ModelPlan | str:
     """The best plan with one set of hops or one capacity for all layers, or why there is none."""
     layers = range(problem.layers)
     plans = [plan for layout in problem.places for plan in sparse(problem, layout, layers)]
-    try:
-        return best_uniform(problem, plans)
-    except ValueError as error:
-        return str(error)
+    return best_or_why(problem, plans)
 
 
 def uniform_any(problem: Problem) -> ModelPlan:

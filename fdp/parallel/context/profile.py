@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.arm import Arm
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import Objective
@@ -35,14 +34,19 @@ class Profile:
 
 
 def profile(
-    arm: Arm, variables: module.Variables, tokens_BxS: np.ndarray, block: int, tau: float
+    model: Transformer,
+    objective: Objective,
+    variables: module.Variables,
+    tokens_BxS: np.ndarray,
+    block: int,
+    tau: float,
 ) -> Profile:
     """Exact masses over all rows of `tokens_BxS`, one sequence at a time. Variables on one device
     or the host.
 
     Raises ValueError where `block` does not divide the sequence.
     """
-    one = _probe(arm.model, arm.objective, block, tau)
+    one = _probe(model, objective, block, tau)
     parts = [jax.device_get(one(variables, tokens_BxS[i : i + 1])) for i in range(len(tokens_BxS))]
     return Profile(np.mean([p[0] for p in parts], 0), np.mean([p[1] for p in parts], 0), tau)
 

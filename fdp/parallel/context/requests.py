@@ -58,20 +58,7 @@ def block_ids(
     ids_KxWxL = np.full((*ids_KxWxW.shape[:2], width), -1, np.int32)
     used = min(width, W)
     ids_KxWxL[..., :used] = np.where(ids_KxWxW == W, -1, ids_KxWxW)[..., :used]
-    return ids_KxWxL[None, :, block_order(W, block, layout, cp)]
-
-
-def block_order(W: int, block: int, layout: SequenceLayout, cp: int) -> np.ndarray:
-    """Which block is stored at each slot, int [W]. Raises ValueError when the layout divides a
-    block."""
-    position_WxY = layouts.permutation(layout, W * block, cp).reshape(W, block)
-    if (position_WxY != position_WxY[:, :1] // block * block + np.arange(block)).any():
-        raise ValueError(
-            f"{layout} of {W} blocks of {block} on cp = {cp} divides blocks: W must be a multiple "
-            "of 2·cp (zig-zag) or "
-            f"cp, and the block of a striped layout a multiple of {block}"
-        )
-    return position_WxY[:, 0] // block
+    return ids_KxWxL[None, :, layouts.block_order(layout, W, block, cp)]
 
 
 def check_shapes(

@@ -29,7 +29,9 @@ class Densities:
         """As `Hook`."""
         tokens_BxS = arm.data.val.take(range(self.sequences))["tokens"]
         variables = jax.device_get(state.variables)
-        found = profile(arm, variables, tokens_BxS, tokens_BxS.shape[1] // BLOCKS, TAU)
+        found = profile(
+            arm.model, arm.objective, variables, tokens_BxS, tokens_BxS.shape[1] // BLOCKS, TAU
+        )
         return {DENSITY: found.density_N}
 
 

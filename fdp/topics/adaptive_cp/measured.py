@@ -20,9 +20,9 @@ from fdp.objectives.base import TokenObjective
 from fdp.parallel.context.cores import Indexed, Sparse
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.profile import TAU, block_masks, profile
-from fdp.parallel.context.switching import block_ids
 from fdp.parallel.tensor import suppress
 from fdp.step import mean_loss
+from fdp.study.context_switching import block_ids
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 Variables = module.Variables
@@ -67,7 +67,9 @@ def measured(arm: Arm, sequences: int) -> Measured:
     )
     variables = arm.trained_on_host.variables
     block = first["tokens"].shape[1] // BLOCKS
-    mass_NxWxW = profile(arm, variables, first["tokens"], block, TAU).mass_NxWxW
+    mass_NxWxW = profile(
+        arm.model, arm.objective, variables, first["tokens"], block, TAU
+    ).mass_NxWxW
     coverage, masks = _sparsest(arm, variables, choose, mass_NxWxW)
     width, answers = _shortest(arm, variables, choose), None
     if arm.name in RECALL:

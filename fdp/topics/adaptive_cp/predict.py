@@ -25,7 +25,6 @@ from fdp.parallel.context.planner_machine import (
     NVLINK,
     Fabric,
     machine,
-    network_error,
     problem,
 )
 from fdp.parallel.context.planner_problem import Masks, Problem
@@ -132,7 +131,7 @@ def region(
 
 def evidence() -> str:
     """What a simulated row must say of its calibration: data, held-out errors, assumptions."""
-    median, p90 = network_error(CHIP, crosses=True, small=False)
+    median, p90 = network.held_out_error(CHIP, small=False, crosses=True)
     points = sum(source["points"] for source in network.document()["sources"].values())
     return (
         f"simulated {CHIP}, {INFINIBAND.name}, {INFINIBAND.local} of {CP} cp devices a node: "

@@ -10,7 +10,7 @@ from fdp.data.recall import task_of
 from fdp.models.nsa import Budget
 from fdp.parallel.context.planner import describe
 from fdp.parallel.context.planner_machine import CONGESTED, INFINIBAND, NVLINK
-from fdp.parallel.context.switching import Switching
+from fdp.study.context_switching import Switching
 from fdp.study.grid import Grid
 from fdp.study.report import Row
 from fdp.topics.adaptive_cp.densities import History, spearman
@@ -21,7 +21,7 @@ from fdp.topics.adaptive_cp.runtime import Adapted
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
 FASTER = "<= 0.9"  # step time of the adaptive plan over that of the best uniform one
-BRANCHES = {  # of the programs of `fdp.parallel.context.switching`
+BRANCHES = {  # of the programs of `fdp.study.context_switching`
     "listed blocks": "gather that fits, gather of at most one block with its exact fallback, "
     "Ulysses, all-gather",
     "all keys": "ring, USP, Ulysses",

@@ -15,9 +15,7 @@ from fdp import loop
 from fdp.arm import Arm
 from fdp.count.compare import Comparison
 from fdp.models.transformer import with_core
-from fdp.parallel.context import switching
 from fdp.parallel.context.cores import Listed
-from fdp.parallel.context.exactness import DEVICES
 from fdp.parallel.context.layouts import ZIGZAG
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.planner_hysteresis import Scheduler
@@ -28,6 +26,8 @@ from fdp.parallel.context.planner_uniform import best_uniform
 from fdp.parallel.context.profile import TAU, block_masks, profile
 from fdp.sharding import shardings
 from fdp.state import TrainState
+from fdp.study import context_switching as switching
+from fdp.study.context_exactness import DEVICES
 from fdp.topics.adaptive_cp.measured import Measured, share
 from fdp.topics.adaptive_cp.settings import BLOCKS
 
@@ -85,7 +85,7 @@ def adapt(arm: Arm, found: Measured, sequences: int, windows: int, steps: int) -
     dense, scheduler, ran = arm.trained, Scheduler(plans, windows=2), []
     for start in range(fit.steps, fit.steps + windows * steps, steps):
         variables = jax.device_get(state.variables)
-        mass_NxWxW = profile(arm, variables, probe_BxS, block, TAU).mass_NxWxW
+        mass_NxWxW = profile(arm.model, arm.objective, variables, probe_BxS, block, TAU).mass_NxWxW
         masks = block_masks(mass_NxWxW, found.coverage)
         problem = _problem(arm, masks)
         numbers = scheduler.observe(problem)

@@ -16,9 +16,10 @@ from fdp.metrics import read_metrics
 from fdp.models.layers import SwiGLU
 from fdp.models.nsa import Budget, NativeSparseAttention
 from fdp.models.stack import Block, layer
-from fdp.parallel.context import exactness, switching
 from fdp.parallel.context.layouts import CONTIGUOUS
 from fdp.run import Run
+from fdp.study import context_exactness as exactness
+from fdp.study import context_switching as switching
 from fdp.study.claims import needs_devices, validation_loss
 from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Report, Row

@@ -18,9 +18,9 @@ from fdp.count import hlo, jaxpr
 from fdp.count.compare import sent
 from fdp.data.batches import batch
 from fdp.mesh import AXES, make_mesh
-from fdp.sampling.draw import draw
 from fdp.sampling.noise import categorical_confidence, gumbel
 from fdp.step import TrainStep
+from fdp.study.samples import draw
 
 V_WIDE, ROWS = 32_768, 64  # a vocabulary of today, rows a device samples at once
 

@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from fdp import sharding
 from fdp.arm import Arm
 from fdp.collectives import psum, shard_map, vary, vary_like
 from fdp.count import jaxpr
 from fdp.data.synthetic import MarkovChain
-from fdp.mesh import AXES, BATCH_AXES, make_mesh
+from fdp.mesh import AXES, BATCH_AXES, abstract_mesh, make_mesh
 from fdp.models import module
 from fdp.models.shape import ModelShape
 from fdp.parallel.tensor import suppress, vocab_argmax, vocab_logsumexp
@@ -83,7 +83,6 @@ def _wire_bytes(
     gives each device's own activations, from its jaxpr: nothing runs."""
     model = arm.model.clone(shape=replace(arm.model.shape, dtype="bfloat16", **fields))
     specs, degrees = arm.program.specs, node(arm.model.shape)
-    mesh = AbstractMesh(tuple(degrees.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     rows = [jax.ShapeDtypeStruct((sequences, arm.data.seq_len), t) for t in (jnp.int32, bool, bool)]
 
     def local(*given: Any) -> jax.Array:
@@ -91,7 +90,7 @@ def _wire_bytes(
 
     # Activations side by side: they need not agree, so no collective may join them.
     out = P(BATCH_AXES, None, "tp")
-    program = shard_map(local, mesh, (specs.specs, *[P(BATCH_AXES)] * 3), out)
+    program = shard_map(local, abstract_mesh(degrees), (specs.specs, *[P(BATCH_AXES)] * 3), out)
     found = jaxpr.collectives(jax.make_jaxpr(program)(specs.shapes, *rows), degrees)
     return sum(x.wire_bytes * x.count for x in found)
 

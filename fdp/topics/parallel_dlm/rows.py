@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fdp.price import inference
+from fdp.price import inference, network
 from fdp.study.claims import unigram_entropy
 from fdp.study.grid import Grid
 from fdp.study.report import Row
@@ -150,7 +150,7 @@ def region(found: Grid) -> list[Row]:
     """Gain over the best fixed degrees: of the typical job, and of the best one."""
     at, job = found.at(**found.best()), switching.best_job(found)
     chosen, fits = switching.plan(job), int(np.isfinite(found.fields["value"]).sum())
-    errors = inference.matmul_error("h100"), inference.network_error("h100", small=False)
+    errors = inference.matmul_error("h100"), network.held_out_error("h100", small=False)
     requests, steps = found.axes["requests"], found.axes["reuse steps a refresh"]
     note = (
         f"{fits} jobs: {requests} requests × {steps} reuse steps per refresh × "

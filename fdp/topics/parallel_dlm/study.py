@@ -16,10 +16,10 @@ from fdp.config import UserError
 from fdp.experiment import Experiment, standard
 from fdp.files import write_atomic
 from fdp.run import Run
-from fdp.sampling.draw import draw
 from fdp.study import claims
 from fdp.study.measure import Measurement, derive, each, measure
 from fdp.study.report import Report, Row
+from fdp.study.samples import draw
 from fdp.topics.parallel_dlm import (
     estimators,
     figures,

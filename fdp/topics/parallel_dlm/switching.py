@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fdp.models.shape import ModelShape
-from fdp.price import hardware, inference
+from fdp.price import hardware, inference, network
 from fdp.price.inference import BOUND, LLADA_8B, Degrees, ForwardPass, PassTime
 from fdp.price.network import collective_time
 from fdp.study import uncertainty
@@ -214,7 +214,7 @@ def spread(chip: str) -> dict[str, float]:
     p90 = {"matmul": inference.matmul_error(chip)[1], **ASSUMED_ERROR}
     for term in BOUND:
         if term.startswith("network"):
-            p90[term] = inference.network_error(chip, small="below" in term)[1]
+            p90[term] = network.held_out_error(chip, small="below" in term)[1]
     return {t: uncertainty.sigma(p90[t] if t in p90 else p90[t.split()[0]]) for t in BOUND}
 
 

@@ -3,12 +3,26 @@
 Legend: L layers, J lists, W blocks, D devices, N draws.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from fdp.count.context import AttentionShape
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.planner_problem import Masks, Problem
-from fdp.parallel.context.planner_time import Link, Machine
+from fdp.parallel.context.planner_time import Machine
+
+
+@dataclass(frozen=True)
+class Link:
+    """Equal links: `bandwidth` bytes/s a device one way, `latency` s a collective."""
+
+    bandwidth: float
+    latency: float
+
+    def seconds(self, op: str, wire: float, ranks: int, inner: int) -> float:
+        return self.latency + wire / self.bandwidth
+
 
 W, BLOCK = 16, 8
 STRIPED = SequenceLayout("striped", BLOCK)

@@ -18,13 +18,14 @@ from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import shard_map
 from fdp.count import hlo, jaxpr
+from fdp.count.blocks import BlockCounts
 from fdp.count.context import AttentionShape
-from fdp.count.gather import BlockGather, exact_capacity
+from fdp.count.gather import BlockGather
 from fdp.mesh import factor, make_mesh
 from fdp.parallel.context import layouts
 from fdp.parallel.context.gather import SCOPE, gather_attend
-from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
-from fdp.parallel.context.requests import block_ids, block_order
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout, block_order
+from fdp.parallel.context.requests import block_ids
 from fdp.parallel.masks import Mask
 
 B, S, H, K, C, Y = 2, 64, 4, 2, 4, 2
@@ -97,7 +98,7 @@ def missing(masks: np.ndarray, layout: SequenceLayout, cp: int, capacity: int) -
     """Blocks that do not fit, by layer and list, int [2, b, k]: counted from sets, device by
     device.
     """
-    order = block_order(W, Y, layout, cp).reshape(cp, -1)
+    order = block_order(layout, W, Y, cp).reshape(cp, -1)
     out = np.zeros(masks.shape[:3], int)
     for at in np.ndindex(*out.shape):
         unions = [masks[at][order[d]].any(0) for d in range(cp)]
@@ -455,14 +456,14 @@ def test_block_ids_hold_exactly_the_mask() -> None:
     masks = np.random.default_rng(2).random((K, W, W)) < 0.2
     masks[0, 3] = False
     for layout, cp in ((CONTIGUOUS, 1), (ZIGZAG, 8), (STRIPED, 4)):
-        ids, order = block_ids(masks, Y, layout, cp), block_order(W, Y, layout, cp)
+        ids, order = block_ids(masks, Y, layout, cp), block_order(layout, W, Y, cp)
         assert ids.shape == (1, K, W, masks.sum(-1).max()) and ids.dtype == np.int32
         for k, slot in np.ndindex(K, W):
             row = ids[0, k, slot]
             assert row[row >= 0].tolist() == np.flatnonzero(masks[k, order[slot]]).tolist()
             assert (row[(row >= 0).sum() :] == -1).all()
         assert (
-            exact_capacity(masks, layout, cp, Y)
+            BlockCounts.laid_out(masks, layout, cp, Y).capacity
             == max(
                 [c for c in range(W + 1) if missing(masks[None, None], layout, cp, c).any()],
                 default=-1,

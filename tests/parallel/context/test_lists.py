@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import psum, shard_map, vary
 from fdp.count import jaxpr
+from fdp.count.blocks import BlockCounts
 from fdp.count.context import AttentionShape
-from fdp.count.gather import BlockGather, exact_capacity, listed_bytes
+from fdp.count.gather import BlockGather, listed_bytes
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
@@ -100,7 +101,8 @@ def reference(mask: Mask, lead: tuple[int, int]) -> list[np.ndarray]:
 
 
 def capacity(lead: tuple[int, int], layout: SequenceLayout, cp: int) -> int:
-    return exact_capacity(wanted_blocks(lead).reshape(-1, W, W), layout, cp, Y)
+    masks = wanted_blocks(lead).reshape(-1, W, W)
+    return BlockCounts.laid_out(masks, layout, cp, Y).capacity
 
 
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fdp.count.context import EXCHANGE, GATHER, PERMUTE
+from fdp.count.counts import EXCHANGE, GATHER, PERMUTE
 from fdp.parallel.context import planner_machine as machines
 from fdp.parallel.context import planner_masks
 from fdp.parallel.context.planner_machine import CONGESTED, INFINIBAND, NVLINK, Fabric, Fitted
@@ -64,6 +64,6 @@ def test_errors_are_those_of_what_was_left_out_of_the_fit() -> None:
     one = Fitted(NVLINK).seconds(GATHER, 7e6, 8, 1)
     drawn = Fitted(NVLINK, errors=errors).seconds(GATHER, 7e6, 8, 1)
     np.testing.assert_array_equal(drawn, one * [1, 2])
-    assert asked == [((GATHER, 8, 1, False), machines.network_error("h100", False, False)[1])]
+    assert asked == [((GATHER, 8, 1, False), network.held_out_error("h100", small=False)[1])]
     fast, slow = machines.machine(NVLINK, errors=errors).flops
     assert fast == 2 * slow and asked[-1] == ("attention", machines.ATTENTION_ERROR)

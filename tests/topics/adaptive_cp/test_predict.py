@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdp.count.context import GATHER
+from fdp.count.counts import GATHER
 from fdp.parallel.context import planner, planner_machine, planner_masks, planner_methods
 from fdp.parallel.context.planner_machine import INFINIBAND, NVLINK, machine, problem
 from fdp.parallel.context.planner_problem import Masks, Problem
 from fdp.parallel.context.planner_uniform import uniform_any
-from fdp.price import inference
+from fdp.price import inference, network
 from fdp.study.figures import save, smallest_text
 from fdp.topics.adaptive_cp import figures, planned, predict, rows
 from fdp.topics.adaptive_cp.densities import History
@@ -28,7 +28,7 @@ def test_draws_have_the_stated_quantile_and_a_nominal_first() -> None:
     on = planner_machine.Fitted(NVLINK, errors=predict.Draws(400, seed=1))
     drawn = on.seconds(GATHER, 7e6, 8, 1)
     error = np.quantile(np.abs(drawn / drawn[0] - 1), 0.9)
-    stated = planner_machine.network_error("h100", crosses=False, small=False)[1]
+    stated = network.held_out_error("h100", small=False)[1]
     assert drawn.shape == (400,) and error == pytest.approx(stated, rel=0.3)
 
 

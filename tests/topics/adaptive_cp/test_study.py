@@ -23,13 +23,13 @@ from fdp.hooks import Hook
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
 from fdp.parallel.context.profile import block_masks, profile
-from fdp.parallel.context.switching import Switching, block_ids
 from fdp.sharding import shardings
 from fdp.step import TrainStep
+from fdp.study.context_switching import Switching, block_ids
 from fdp.topics.adaptive_cp import measured, rows, runtime, study
 from fdp.topics.adaptive_cp.densities import Densities, history, spearman
 from fdp.topics.adaptive_cp.settings import BLOCKS
-from tests.parallel.context.attending_arm import BLOCK, S, an_arm, tokens, variables
+from tests.study.attending_arm import BLOCK, S, an_arm, tokens, variables
 
 
 def batch() -> dict:
@@ -37,14 +37,16 @@ def batch() -> dict:
 
 
 def test_profile_equals_probabilities_done_by_hand() -> None:
-    found = profile(an_arm(), variables(), tokens(), BLOCK, 0.9)
+    found = profile(an_arm().model, an_arm().objective, variables(), tokens(), BLOCK, 0.9)
     assert found.mass_NxWxW.shape == (2, S // BLOCK, S // BLOCK)
     np.testing.assert_allclose(found.mass_NxWxW.sum(-1), 1, rtol=1e-5)
     assert not np.triu(found.mass_NxWxW, 1).any()
     assert ((found.density_N > 0) & (found.density_N <= 1)).all()
     without_queries = lambda k, p: 0 * p if "w_q" in str(k) else p
     flat = jax.tree_util.tree_map_with_path(without_queries, variables())
-    even = profile(an_arm(), flat, tokens(), BLOCK, 0.9)  # every visible key weighs the same
+    even = profile(
+        an_arm().model, an_arm().objective, flat, tokens(), BLOCK, 0.9
+    )  # every visible key weighs the same
     rows = np.arange(S)
     expected = (
         np.array(
@@ -126,7 +128,9 @@ def test_densities_of_every_step_are_in_the_rows_of_a_resumed_run(tmp_path: Path
             arm = Arm("text", dataclasses.replace(e, fit=fit, hooks=(hook,)), an_arm().program)
             loop.fit(arm, folder)
         found = history(arm, folder)
-        last = profile(arm, arm.trained_on_host.variables, tokens(), BLOCK, 0.95).density_N
+        last = profile(
+            arm.model, arm.objective, arm.trained_on_host.variables, tokens(), BLOCK, 0.95
+        ).density_N
         np.testing.assert_array_equal(found.density_NxT[:, -1], last)
         return found.steps, found.density_NxT
 

@@ -3,11 +3,11 @@
 import jax
 
 from fdp.experiment import standard
-from fdp.sampling.draw import draw
 from fdp.study.claims import validation_loss
 from fdp.study.figures import figure
 from fdp.study.measure import derive, each, measure
 from fdp.study.report import Row
+from fdp.study.samples import draw
 
 QUESTION = "Is the loss of a masked diffusion LM near that of an autoregressive one?"
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from fdp.models.attention import Softmax, Where
-from fdp.parallel.context import exactness, layouts, planner_masks, switching
+from fdp.parallel.context import layouts, planner_masks
 from fdp.parallel.context.cores import Sparse
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.masks import Mask
-from tests.parallel.context.attending_arm import BLOCK, W, an_arm
+from fdp.study import context_exactness as exactness
+from fdp.study import context_switching as switching
+from tests.study.attending_arm import BLOCK, W, an_arm
 
 MASKS = planner_masks.layers(2, W, 0.5, spread=2.0)
 

@@ -15,19 +15,20 @@ from jax.sharding import PartitionSpec as P
 from fdp.arm import Arm
 from fdp.count import context as cost
 from fdp.count import hlo
+from fdp.count.blocks import BlockCounts
 from fdp.count.compare import Comparison, Sent, against_one_device, sent
-from fdp.count.gather import BlockGather, exact_capacity, listed_bytes
+from fdp.count.gather import BlockGather, listed_bytes
 from fdp.grads import plain
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.models import module
 from fdp.models.transformer import Transformer, with_core
 from fdp.parallel.context import gather, requests
 from fdp.parallel.context.cores import Indexed, Listed, Sparse, Switched, by_layer, unstacked
-from fdp.parallel.context.exactness import CAUSAL, DEVICES, over_cp
 from fdp.parallel.context.layouts import ZIGZAG
 from fdp.parallel.context.plan import CommPlan
 from fdp.sharding import shardings
 from fdp.step import TrainStep, mean_loss
+from fdp.study.context_exactness import CAUSAL, DEVICES, over_cp
 
 CHOICE = (P(), P(None, None, None, "cp"))  # specs of plan numbers [N] and block ids [N, b, k, W, L]
 WHOLE = CommPlan("ulysses", DEVICES, layout=ZIGZAG), CommPlan("all_gather", layout=ZIGZAG)
@@ -89,7 +90,7 @@ def switch_indexed(arm: Arm, blocks: int, width: int) -> Switching:
 def listed_plans(masks_NxWxW: np.ndarray, block: int) -> tuple[CommPlan, ...]:
     """A gather that fits every layer, one of a single block, Ulysses and all-gather, zig-zag over
     DEVICES."""
-    fits = exact_capacity(masks_NxWxW, ZIGZAG, DEVICES, block)
+    fits = BlockCounts.laid_out(masks_NxWxW, ZIGZAG, DEVICES, block).capacity
     sizes = dict.fromkeys((fits, min(fits, 1)))
     return (*(CommPlan("gather", capacity=c, layout=ZIGZAG) for c in sizes), *WHOLE)
 
