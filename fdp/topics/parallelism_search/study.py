@@ -142,4 +142,9 @@ def _counted(count: int) -> Measurement | Row:
     configs = random_programs.random_configs(0, count, DEVICES)
     given = each(configs), each([i < PLANNED for i in range(count)])
     judged = {"rows": rows.programs, "raw": random_programs.summarise, "group": "Own programs"}
-    return measure("program", random_programs.compare, *given, **judged)  # type: ignore[arg-type]
+    return measure("program", _program, *given, **judged)  # type: ignore[arg-type]
+
+
+def _program(config: ml_collections.ConfigDict, memory: bool) -> random_programs.ProgramCheck:
+    """Of one random config; `memory`: of its whole train step, too."""
+    return random_programs.compare(random_programs.experiment(config), memory)
