@@ -46,7 +46,7 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     c.train.update(steps=20, batch=16, warmup=5)
     c.eval.batches = 2
     c.checkpoint.every = 10
-    c.plan.update(steps=60, cases=("gpt-39.1b",), searches=2, counted=3)
+    c.plan.update(steps=60, cases=("gpt-39.1b",), searches=2, counted=1)
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
