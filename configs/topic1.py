@@ -8,7 +8,7 @@ best fixed one. Sharded equals unsharded; MDLM against AR at equal budget (a sma
 to be behind).
 
     python -m fdp.train --config=configs/topic1.py        # ≤ 10 min on 2 cores, 8 virtual devices
-    python -m fdp.train --config=configs/topic1.py:tiny   # ≤ 60 s
+    python -m fdp.train --config=configs/topic1.py:tiny   # two minutes, one when compiled
     python -m fdp.train --config=configs/topic1.py:pod --dry_run
     python -m fdp.train --config=configs/topic1.py \\
         --config.mesh.dp=1 --config.mesh.tp=8                       # one variation

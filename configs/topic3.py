@@ -8,7 +8,7 @@ InfiniBand; layers differ at least fourfold in density, stably. Recall models kn
 their answers; native sparse attention trains within 0.5 % of dense attention.
 
     python -m fdp.train --config=configs/topic3.py        # ≤ 10 min on 2 cores, 8 virtual devices
-    python -m fdp.train --config=configs/topic3.py:tiny   # ≤ 60 s
+    python -m fdp.train --config=configs/topic3.py:tiny   # ≤ 60 s, text alone
     python -m fdp.train --config=configs/topic3.py:pod --dry_run
     python -m fdp.train --config=configs/topic3.py \\
         --config.mesh.cp=8 --config.context.plan=ring               # one variation
