@@ -37,5 +37,8 @@ def test_the_counts_of_claims_are_those_of_the_published_tables() -> None:
     for folder, held, failed in rows:
         page = ROOT / folder / "results.md"
         table = (page if page.exists() else ROOT / folder / "README.md").read_text(encoding="utf8")
-        found = [len(re.findall(rf"\| \W*{word}\W*(?:, interval crosses)? \|", table)) for word in ("holds", "fails")]
+        found = [
+            len(re.findall(rf"\| \W*{word}\W*(?:, interval crosses)? \|", table))
+            for word in ("holds", "fails")
+        ]
         assert found == [int(held), int(failed)], folder
