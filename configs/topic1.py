@@ -7,7 +7,7 @@ sends ids and scalars, and the same ids for every tp; a tp degree for each denoi
 best fixed one. Sharded equals unsharded; MDLM against AR at equal budget (a small MDLM is expected
 to be behind).
 
-    python -m fdp.train --config=configs/topic1.py        # 10 to 15 min on 2 cores, 8 virtual devices
+    python -m fdp.train --config=configs/topic1.py        # 10 to 15 min on 2 cores, 8 devices
     python -m fdp.train --config=configs/topic1.py:tiny   # two minutes, one when compiled
     python -m fdp.train --config=configs/topic1.py:pod --dry_run
     python -m fdp.train --config=configs/topic1.py \\
