@@ -14,24 +14,28 @@ from fdp.collectives import vary, vary_like
 
 LOSS_AXES = ("pp", "dp", "ep", "cp")
 Aux = dict[str, Any]
+Penalty = jax.Array | None
 
 
 class Stages(NamedTuple):
     """The stages of a model on this device's share of a microbatch, pure in the parameters.
 
-    embed: (params, noised) → (x, aux); stack: (params, x, noised) → (x, aux), this pp shard's
-    layers; score: (params, x, noised) → (this device's part of the mean loss, aux).
+    embed: (params, noised) → (x, aux, penalty); stack: (params, x, noised) → (x, aux, penalty),
+    this pp shard's layers; score: (params, x, noised) → (this device's part of the mean loss, aux,
+    penalty). A penalty is a scalar that a stage adds to the loss, or None.
     """
 
-    embed: Callable[[Any, Any], tuple[Any, Aux]]
-    stack: Callable[[Any, Any, Any], tuple[Any, Aux]]
-    score: Callable[[Any, Any, Any], tuple[jax.Array, Aux]]
+    embed: Callable[[Any, Any], tuple[Any, Aux, Penalty]]
+    stack: Callable[[Any, Any, Any], tuple[Any, Aux, Penalty]]
+    score: Callable[[Any, Any, Any], tuple[jax.Array, Aux, Penalty]]
 
     def loss(self, params: Any, noised: Any) -> tuple[jax.Array, Aux]:
-        """All stages, one after the other."""
-        x, aux = self.embed(params, noised)
-        x, of_layers = self.stack(params, x, noised)
-        loss, of_outputs = self.score(params, x, noised)
+        """All stages, one after the other, with their penalties."""
+        x, aux, first = self.embed(params, noised)
+        x, of_layers, second = self.stack(params, x, noised)
+        loss, of_outputs, third = self.score(params, x, noised)
+        for penalty in (first, second, third):
+            loss = loss if penalty is None else loss + penalty
         return loss, aux | of_layers | of_outputs
 
 

@@ -17,7 +17,7 @@ from fdp import sharding
 from fdp.collectives import psum, shard_map
 from fdp.config import UserError
 from fdp.experiment import Experiment
-from fdp.grads import LOSS_AXES, Aux, Stages
+from fdp.grads import LOSS_AXES, Aux, Penalty, Stages
 from fdp.mesh import DATA_AXES, AnyMesh, factor
 from fdp.models import module
 from fdp.objectives.base import Objective
@@ -34,24 +34,26 @@ def stages(
     count: Any,
     capacity: int | None = None,
     inputs_N: Any = None,
+    penalties: float = 1.0,
 ) -> Stages:
     """The stages of a model and its objective. `score` divides the summed loss by `count`.
 
-    `inputs_N`: layer inputs, a pytree whose leading dim is the periods of the stack."""
+    `inputs_N`: layer inputs, a pytree whose leading dim is the periods of the stack. `penalties`:
+    what the penalties of the model are multiplied by; 0 leaves them out, as an evaluation does."""
 
-    def run(params: Any, *args: Any, method: str) -> tuple[Any, Aux]:
+    def run(params: Any, *args: Any, method: str) -> tuple[Any, Aux, Penalty]:
         variables = {"params": params, "state": model_state}
-        out, aux, _ = module.run(model, variables, *args, method=method)
-        return out, aux
+        out, aux, penalty = module.learn(model, variables, *args, method=method)
+        return out, aux, penalty * penalties if penalty is not None and penalties else None
 
-    def stack(params: Any, x: Any, noised: Any) -> tuple[Any, Aux]:
+    def stack(params: Any, x: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
         more = () if inputs_N is None else (inputs_N,)
         return run(params, x, noised, *more, method="stack")
 
-    def score(params: Any, x: Any, noised: Any) -> tuple[jax.Array, Aux]:
+    def score(params: Any, x: Any, noised: Any) -> tuple[jax.Array, Aux, Penalty]:
         x, rows = objective.rows(x, noised, capacity)
-        outputs, aux = run(params, x, method="outputs")
-        return objective.loss(outputs, rows).sum() / count, aux
+        outputs, aux, penalty = run(params, x, method="outputs")
+        return objective.loss(outputs, rows).sum() / count, aux, penalty
 
     return Stages(lambda params, noised: run(params, noised, method="embed"), stack, score)
 
@@ -161,7 +163,13 @@ class TrainStep:
         count = static or count
         params, gather_vjp = jax.vjp(self._gather, variables["params"])
         parts = stages(
-            self.model, self.objective, variables["state"], count, self.capacity, inputs_N
+            self.model,
+            self.objective,
+            variables["state"],
+            count,
+            self.capacity,
+            inputs_N,
+            1 / self.experiment.grads.microbatches,  # a penalty is a mean over microbatches
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
         return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)
@@ -212,7 +220,7 @@ class TrainStep:
 
         def local(variables: Any, noised: Any, _: Any, inputs_N: Any) -> jax.Array:
             params = self._gather(variables["params"])
-            parts = stages(self.model, self.objective, variables["state"], 1, None, inputs_N)
+            parts = stages(self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0)
             return psum(parts.loss(params, noised)[0], LOSS_AXES)
 
         total = self._shard_map(local, noised, P())(variables, noised, None, inputs_N)

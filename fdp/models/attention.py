@@ -53,12 +53,14 @@ class Where:
 
     `index`: int [L], or [B, L] for rows of a cache: the index in the model's input, which masks
     read. `position`: the rotary position, of the same shape. `segment`: document ids [B, L] or
-    None. `given`: data of the whole pass for the layers of a topic."""
+    None. `given`: data of the whole pass for the layers of a topic. `noise`: f32 [B] or None, the
+    noise level of each sequence, for layers that depend on it."""
 
     index: Array
     position: Array
     segment: Array | None = None
     given: Any = None
+    noise: Array | None = None
 
 
 class Core(Protocol):

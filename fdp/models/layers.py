@@ -175,7 +175,7 @@ class SwiGLU(Module):
     reduction: Reduction | None = None
 
     @compact
-    def __call__(self, x_BxLxD: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, where: Any = None, given: Any = None) -> Array:
         s, dtype = self.shape, jnp.dtype(self.shape.dtype)
         D, F = s.width, s.ffn
         w_in = self.weight("w_in", normal(D**-0.5), (2, D, F), (None, None, "tp")).astype(dtype)

@@ -3,9 +3,9 @@
 A module states each parameter by its GLOBAL shape and the mesh axis of every dim, and gets the
 shard of this device. The metadata of a parameter hold what an optimizer or ZeRO must know.
 
-There are four collections. "params" are learned. "state" has no gradient and is changed by rules.
-"aux" holds metrics of a pass. "cache" is the state of decoding. `run` returns all of them, so that
-nothing is dropped silently."""
+There are five collections. "params" are learned. "state" has no gradient and is changed by rules.
+"aux" holds metrics of a pass, "penalty" what it adds to the training loss. "cache" is the state of
+decoding. `run` returns metrics and cache, `learn` metrics and penalty."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ Axes = tuple[str | None, ...]
 compact, broadcast = nn.compact, nn.broadcast
 initializers, silu = nn.initializers, nn.silu
 
-AUX, CACHE, PROBE = "aux", "cache", "probe"
-COLLECTIONS = ("params", "state", AUX, CACHE, PROBE)
+AUX, CACHE, PROBE, PENALTY = "aux", "cache", "probe", "penalty"
+COLLECTIONS = ("params", "state", AUX, CACHE, PROBE, PENALTY)
 
 
 class _Boxed(nn.Partitioned):
@@ -96,6 +96,12 @@ class Module(nn.Module):
         layers."""
         if self.is_mutable_collection(AUX):
             self.put_variable(AUX, name, _Boxed(value, (None,) * value.ndim))
+
+    def penalty(self, name: str, value: Array) -> None:
+        """Add a scalar to the training loss: the summand of this device, equal over tp. Its sum
+        over the data axes must not depend on the mesh."""
+        if self.is_mutable_collection(PENALTY) and not self.is_initializing():
+            self.put_variable(PENALTY, name, value)
 
     def cached(self, name: str) -> Array:
         """The value stored under `name` in the cache. Raises ValueError where no writable cache
@@ -197,6 +203,15 @@ def run(
     """(output, aux, cache) of `method`. The cache is {} unless one is given or kept."""
     out, new = _apply(model, variables, args, method, cache, keep_cache)
     return out, nn.meta.unbox(new.get(AUX, {})), dict(new.get(CACHE, {}))
+
+
+def learn(
+    model: Module, variables: Mapping[str, Any], *args: Any, method: str | None = None
+) -> tuple[Any, dict[str, Any], Array | None]:
+    """(output, aux, sum of the penalties) of `method` in training; None without penalties."""
+    out, new = model.apply(dict(variables), *args, mutable=[AUX, PENALTY], method=method)
+    terms = [x.sum() for x in jax.tree.leaves(new.get(PENALTY, {}))]
+    return out, nn.meta.unbox(new.get(AUX, {})), sum(terms[1:], terms[0]) if terms else None
 
 
 def probed(

@@ -48,12 +48,22 @@ def layer(cls: type[Module], **fields: Any) -> Layer:
     return Layer(cls, tuple(sorted(fields.items())))
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerInput:
+    """Layer inputs of the two layers of a block."""
+
+    mixing: Any = None
+    ffn: Any = None
+
+
 class Block(Module):
     """Pre-norm residual block: a mixing layer (attention) and an FFN. With time conditioning both
     are modulated by the noise level and start as the identity (adaLN-zero).
 
-    A mixing layer is a module `(x, where, layer input) → y`. `reduction` builds the module that
-    replaces the all-reduce over tp at the end of both layers; it may keep state in the cache."""
+    Both layers are modules `(x, where, layer input) → y`; a `LayerInput` gives each its own, other
+    layer inputs are those of the mixing layer. `reduction` builds the module that replaces the
+    all-reduce over tp at the end of both layers; it may keep state in the cache."""
 
     shape: ModelShape
     mixing: Layer
@@ -64,25 +74,22 @@ class Block(Module):
     def __call__(self, x_BxLxD: Array, shared: tuple, given: Any = None) -> tuple[Array, None]:
         s, dtype = self.shape, jnp.dtype(self.shape.dtype)
         noise_BxE, where = shared
+        own = given if isinstance(given, LayerInput) else LayerInput(given)
         more = {}
         if self.reduction is not None:
             reduction = self.reduction(s, name="reduction")
             more = {"reduction": functools.partial(reduction, given=where.given)}
         attention = self.mixing(s, name="attention", **more)
         ffn = self.ffn(s, name="mlp", **more)
-
-        def mix(h_BxLxD: Array) -> Array:
-            return attention(h_BxLxD, where, given)
-
-        for name, run in (("attention", mix), ("mlp", ffn)):
+        for name, part, part_given in (("attention", attention, own.mixing), ("mlp", ffn, own.ffn)):
             h_BxLxD = RMSNorm(s.epsilon, name=f"{name}_norm")(x_BxLxD)
             if noise_BxE is None:
-                x_BxLxD = x_BxLxD + run(h_BxLxD)
+                x_BxLxD = x_BxLxD + part(h_BxLxD, where, part_given)
             else:
                 modulation = Modulation(s.width, name=f"{name}_modulation")
                 shift, scale, gate = modulation(noise_BxE)
                 h_BxLxD = (h_BxLxD * (1 + scale) + shift).astype(dtype)
-                x_BxLxD = (x_BxLxD + gate * run(h_BxLxD)).astype(dtype)
+                x_BxLxD = (x_BxLxD + gate * part(h_BxLxD, where, part_given)).astype(dtype)
         return x_BxLxD, None
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:

@@ -1,6 +1,10 @@
-"""Collectives with fewer bits on the wire: int8 with one scale for each row and chunk.
+"""Collectives with fewer bits on the wire: formats of rows in an all-to-all, and a sum in int8 with
+one scale for each row and chunk.
 
 Legend: N rows, D width, t degree of the axis, C = D/t columns of a chunk."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,49 @@ import jax.numpy as jnp
 from fdp.collectives import Axes, all_gather, all_to_all, size, vary
 
 SCALE = jnp.bfloat16  # of a chunk's largest magnitude
+
+
+class Wire(Protocol):
+    """How rows [N, D] travel. Backward, their gradients travel in the same format, which follows
+    from the derivatives of `encode` and `decode`."""
+
+    def encode(self, x_NxD: jax.Array) -> Any:
+        """A pytree of arrays [N, …]."""
+        ...
+
+    def decode(self, sent: Any, dtype: Any) -> jax.Array:
+        """Rows [N, D] of `dtype`."""
+        ...
+
+    def row_bytes(self, width: int, itemsize: int) -> int:
+        """Bytes of a row whose elements have `itemsize` bytes in compute."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Rows as they are, or in 16 bits: `dtype` "" or "bfloat16"."""
+
+    dtype: str = ""
+
+    def encode(self, x_NxD: jax.Array) -> jax.Array:
+        """As `Wire`."""
+        return x_NxD.astype(self.dtype or x_NxD.dtype)
+
+    def decode(self, sent: jax.Array, dtype: Any) -> jax.Array:
+        """As `Wire`."""
+        return sent.astype(dtype)
+
+    def row_bytes(self, width: int, itemsize: int) -> int:
+        """As `Wire`."""
+        return width * (jnp.dtype(self.dtype).itemsize if self.dtype else itemsize)
+
+
+def exchange(x_NxD: jax.Array, axes: Axes, wire: Wire) -> jax.Array:
+    """Equal parts of the rows, one for each device of `axes`, go there: the parts that arrive, in
+    the order of their senders."""
+    sent = jax.tree.map(lambda a: all_to_all(a, axes, 0, 0), wire.encode(x_NxD))
+    return wire.decode(sent, x_NxD.dtype)
 
 
 def quantise(x_C: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -41,7 +41,7 @@ class Silent(Module):
     reduction: Any = None
 
     @compact
-    def __call__(self, x):
+    def __call__(self, x, where, given):
         s, F = self.shape, 2 * self.shape.ffn
         w_in = self.weight("w_in", normal(0.1), (s.width, F), (None, "tp"))
         w_out = self.weight("w_out", normal(0.1), (F, s.width), ("tp", None))
