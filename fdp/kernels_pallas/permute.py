@@ -1,0 +1,97 @@
+"""Rows into the order of their experts and back. Both directions, and both gradients, read rows by
+index and write them in order: no scatter of rows.
+
+`source` says which token a row holds, `slots` which row holds choice k of a token; each is the
+inverse of the other.
+
+Legend: T tokens, K choices of a token, R rows of the buffer, D width."""
+
+import jax
+import jax.numpy as jnp
+
+from fdp.kernels_pallas.walks import alike
+
+Array = jax.Array
+
+
+def permute(x_TxD: Array, source_R: Array, slots_TxK: Array) -> Array:
+    """Row r is x[source[r]], zeros where source is -1: [R, D]. Differentiable in x.
+
+    source int32 [R], slots int32 [T, K] with source[slots[t, k]] = t; -1: no token, no row. Raises
+    ValueError for shapes that do not fit."""
+    _check(x_TxD.shape[0], source_R, slots_TxK)
+    return _permute(*alike((x_TxD, source_R, slots_TxK)))
+
+
+def unpermute(y_RxD: Array, gates_TxK: Array, slots_TxK: Array, source_R: Array) -> Array:
+    """Σ_k gates[t, k] · y[slots[t, k]], summed in f32: [T, D] like y. A slot of -1 adds nothing.
+    Differentiable in y and gates (f32). Arguments and errors as in `permute`."""
+    _check(gates_TxK.shape[0], source_R, slots_TxK)
+    if y_RxD.shape[0] != source_R.shape[0] or gates_TxK.shape != slots_TxK.shape:
+        raise ValueError(
+            f"y {y_RxD.shape}, gates {gates_TxK.shape}, slots {slots_TxK.shape} and source "
+            f"{source_R.shape} must be [R, D], [T, K], [T, K] and [R]"
+        )
+    return _unpermute(*alike((y_RxD, gates_TxK, slots_TxK, source_R)))
+
+
+def _check(tokens: int, source_R: Array, slots_TxK: Array) -> None:
+    if source_R.ndim != 1 or slots_TxK.ndim != 2 or slots_TxK.shape[0] != tokens:
+        raise ValueError(
+            f"source {source_R.shape} and slots {slots_TxK.shape} of {tokens} tokens must be [R] "
+            f"and [{tokens}, K]"
+        )
+
+
+def _pick(x_NxD: Array, index: Array) -> Array:
+    """x[index], zeros where index is -1."""
+    return jnp.where(index[:, None] < 0, 0, x_NxD[jnp.maximum(index, 0)])
+
+
+def _sum_choices(y_RxD: Array, gates_TxK: Array | None, slots_TxK: Array) -> Array:
+    """One choice after the other, so that no [T, K, D] array is made."""
+    total = jnp.zeros((), jnp.float32)
+    for k in range(slots_TxK.shape[1]):
+        row = _pick(y_RxD, slots_TxK[:, k]).astype(jnp.float32)
+        total = total + (row if gates_TxK is None else row * gates_TxK[:, k, None])
+    return total.astype(y_RxD.dtype)
+
+
+@jax.custom_vjp
+def _permute(x, source, slots):
+    return _pick(x, source)
+
+
+def _permute_forward(x, source, slots):
+    return _pick(x, source), slots
+
+
+def _permute_backward(slots, dy):
+    return _sum_choices(dy, None, slots), None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+@jax.custom_vjp
+def _unpermute(y, gates, slots, source):
+    return _sum_choices(y, gates, slots)
+
+
+def _unpermute_forward(y, gates, slots, source):
+    return _unpermute(y, gates, slots, source), (y, gates, slots, source)
+
+
+def _unpermute_backward(saved, dout):
+    y, gates, slots, source = saved
+    token_R = jnp.maximum(source, 0)
+    mine_RxK = slots[token_R] == jnp.arange(len(source), dtype=slots.dtype)[:, None]
+    gate_R = jnp.where(mine_RxK, gates[token_R], 0).sum(1)
+    dy = _pick(dout, source).astype(jnp.float32) * gate_R[:, None]
+    wide = dout.astype(jnp.float32)
+    columns = range(slots.shape[1])
+    dgates = [(_pick(y, slots[:, k]).astype(jnp.float32) * wide).sum(1) for k in columns]
+    return dy.astype(y.dtype), jnp.stack(dgates, 1).astype(gates.dtype), None, None
+
+
+_unpermute.defvjp(_unpermute_forward, _unpermute_backward)

@@ -1,0 +1,176 @@
+"""Grouped products against every row with every weight: values, gradients, empty and full groups,
+and inside a checked shard_map.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from fdp.kernels_pallas import grouped
+from fdp.kernels_pallas.grouped import Groups, grouped_ffn, grouped_matmul, make_groups
+
+fast = pytest.mark.fast
+P = PartitionSpec
+E, BLOCK, ROWS = 4, 16, 61
+D, F = 24, 40  # no multiples of a tile
+SIZES = {
+    "mixed": (17, 0, 43, 1),
+    "all in one": (0, 0, ROWS, 0),
+    "none": (0, 0, 0, 0),
+    "whole blocks": (16, 16, 0, 16),
+    "one each": (1, 1, 1, 1),
+}
+
+
+def problem(sizes, dtype=jnp.float32):
+    """x with zero rows where no expert has one, w_in, w_out, the cotangent of y, and the groups."""
+    groups = make_groups(jnp.array(sizes, jnp.int32), ROWS, BLOCK)
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (groups.rows, D), (E, 2, D, F), (E, F, D), (groups.rows, D)
+    x, w_in, w_out, dy = (jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+    x = jnp.where(groups.holds_R[:, None], x, 0)
+    return (x, w_in * D**-0.5, w_out * F**-0.5, dy), groups
+
+
+def with_gradients(f, x, w_in, w_out, dy):
+    y, back = jax.vjp(f, x, w_in, w_out)
+    return y, *back(dy.astype(y.dtype))
+
+
+@partial(jax.jit, static_argnames="backend")
+def ffn(arrays, groups, backend):
+    return with_gradients(lambda *z: grouped_ffn(*z, groups, backend=backend), *arrays)
+
+
+@jax.jit
+def ffn_oracle(arrays, groups):
+    return with_gradients(lambda *z: grouped.reference_ffn(*z, groups), *arrays)
+
+
+def two_products(multiply):
+    """x → two widths and back, so that both orders of K and N are met."""
+
+    def f(x, w_in, w_out):
+        return multiply(multiply(x, w_in[:, 0]), w_out)
+
+    return f
+
+
+@partial(jax.jit, static_argnames="backend")
+def products(arrays, groups, backend):
+    multiply = lambda x, w: grouped_matmul(x, w, groups, backend=backend)
+    return with_gradients(two_products(multiply), *arrays)
+
+
+@jax.jit
+def products_oracle(arrays, groups):
+    multiply = lambda x, w: grouped.reference_matmul(x, w, groups)
+    return with_gradients(two_products(multiply), *arrays)
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Relative to the largest entry; NaN is nowhere."""
+    for name, a, b in zip(("y", "dx", "dw_in", "dw_out"), got, want, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        scale = max(np.abs(b).max(), 1e-6)
+        np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0, err_msg=name)
+
+
+@fast
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize(("f", "oracle"), [(ffn, ffn_oracle), (products, products_oracle)])
+def test_values_and_gradients(case, f, oracle):
+    arrays, groups = problem(SIZES[case])
+    got = f(arrays, groups, "xla")
+    assert_close(got, oracle(arrays, groups))
+    assert not np.asarray(got[0])[~np.asarray(groups.holds_R)].any()
+    for dw in got[2:]:
+        assert not np.asarray(dw)[np.array(SIZES[case]) == 0].any()
+
+
+@fast
+def test_bfloat16_sums_in_float32():
+    arrays, groups = problem(SIZES["mixed"], jnp.bfloat16)
+    wide = ffn_oracle([x.astype(jnp.float32) for x in arrays], groups)
+    got = ffn(arrays, groups, "xla")
+    assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
+    assert_close(got, wide, 0.02)
+
+
+def test_inside_a_checked_shard_map():
+    """Rows over both axes; weights over one, so that their gradients are summed over the other."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "ep"), (AxisType.Auto,) * 2)
+    (x, w_in, w_out, dy), groups = problem(SIZES["mixed"])
+    sizes = jnp.array([SIZES["mixed"][:2], SIZES["mixed"][2:]])
+
+    def local(x, w_in, w_out, sizes):
+        mine = Groups(sizes[0], BLOCK, groups.blocks)
+        return grouped_ffn(x, w_in, w_out, mine)
+
+    specs = P(("dp", "ep")), P("ep"), P("ep"), P("ep")
+    f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(("dp", "ep")))
+    x, dy = jnp.tile(x, (4, 1)), jnp.tile(dy, (4, 1))
+    got = jax.jit(lambda *z: with_gradients(lambda *w: f(*w, sizes), *z))(x, w_in, w_out, dy)
+
+    def whole(x, w_in, w_out):
+        parts = [
+            grouped.reference_ffn(
+                x[i * groups.rows : (i + 1) * groups.rows],
+                *(w[2 * (i % 2) : 2 * (i % 2) + 2] for w in (w_in, w_out)),
+                Groups(sizes[i % 2], BLOCK, groups.blocks),
+            )
+            for i in range(4)
+        ]
+        return jnp.concatenate(parts)
+
+    assert_close(got, jax.jit(partial(with_gradients, whole))(x, w_in, w_out, dy))
+
+
+@fast
+@pytest.mark.parametrize(
+    ("sizes", "block"), [((5, 0, 9, 1), 4), ((0, 0, 15, 0), 4), ((1, 1, 1, 1), 8), ((0,) * 4, 16)]
+)
+def test_layout(sizes, block):
+    groups = make_groups(jnp.array(sizes, jnp.int32), 15, block)
+    want, start = [], []
+    for e, size in enumerate(sizes):
+        start.append(len(want) * block)
+        want += [e] * -(-size // block)
+    assert groups.starts_E.tolist() == start
+    experts = groups.expert_of_block.tolist()
+    assert experts == want + [4] * (groups.blocks - len(want))
+    rows = [s + i for s, size in zip(start, sizes, strict=True) for i in range(size)]
+    assert np.flatnonzero(groups.holds_R).tolist() == rows
+
+
+@fast
+def test_most_blocks_is_reached_and_never_exceeded():
+    for rows, experts, block in ((15, 4, 4), (3, 8, 4), (64, 1, 16), (100, 7, 16)):
+        most, seen = grouped.most_blocks(rows, experts, block), 0
+        for seed in range(200):
+            rng = np.random.default_rng(seed)
+            sizes = rng.multinomial(rows, rng.dirichlet(np.full(experts, 0.3)))
+            seen = max(seen, int((-(-sizes // block)).sum()))
+        n = min(rows, experts)
+        worst = [1] * (n - 1) + [rows - n + 1]
+        assert seen <= most == sum(-(-s // block) for s in worst)
+
+
+@fast
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, a, b: (x[1:], a, b), r"x has 111 rows but groups have .* 7 · 16 = 112"),
+        (lambda x, a, b: (x, a[1:], b), r"weights of 4 groups that take width 24 must be"),
+        (lambda x, a, b: (x, a, b[:, 1:]), r"weights of 4 groups that take width 40 must be"),
+        (lambda x, a, b: (x.astype("bfloat16"), a, b), "bfloat16, float32 must be equal"),
+    ],
+)
+def test_bad_input_says_what_to_change(change, message):
+    (x, w_in, w_out, _), groups = problem(SIZES["mixed"])
+    with pytest.raises(ValueError, match=message):
+        grouped_ffn(*change(x, w_in, w_out), groups)
