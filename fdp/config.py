@@ -85,6 +85,42 @@ MODEL = section(
     window=at_least(0, 0, "attention to keys less than this far away; 0 = no limit", "positions"),
 )
 
+# A mixture of experts in place of the FFN; experts lie over ep, their hidden width over tp.
+MOE = section(
+    experts=at_least(0, 0, "E, routed experts, divisible by ep; 0 = dense"),
+    topk=count(2, "experts of a token"),
+    ffn=count(128, "hidden width of an expert, divisible by tp"),
+    shared=at_least(0, 0, "experts that every token visits"),
+    first_dense=at_least(0, 0, "first layers without experts"),
+    every=count(1, "of the others, every so many-th layer has experts"),
+    choice=choice("token", ("token", "expert"), "tokens choose experts, or experts their tokens"),
+    low=within("[0, inf)", 0.0, "expert choice: experts a token where all is masked; 0 = topk"),
+    high=within("[0, inf)", 0.0, "expert choice: experts a token where nothing is; 0 = topk"),
+    score=choice("softmax", ("softmax", "sigmoid"), "of the router's logits"),
+    normalise=flag(True, "the gates of a token sum to `scale`"),
+    scale=positive(1.0, "of the gates"),
+    groups=count(1, "groups of experts, divides experts"),
+    kept=count(1, "groups that a token may visit"),
+    best=count(1, "scores of a group that decide whether it is kept"),
+    noise=choice(
+        "none",
+        ("none", "additive", "film", "low_rank", "group"),
+        "how the router reads the share of masked tokens",
+    ),
+    dispatch=choice("flat", ("flat", "two_level", "gather"), "how rows reach the experts over ep"),
+    node=count(1, "two_level: devices of a node, divides ep"),
+    capacity=within("[0, inf)", 0.0, "most pairs of an expert over its level load; 0 = dropless"),
+    buffer=within("[0, inf)", 0.0, "rows of the buffers over level loads; 0 = the worst case"),
+    wire=choice("same", ("same", "bfloat16"), "format of rows between devices"),
+    switch=within("[0, inf)", 0.0, "coefficient of the load-balancing loss"),
+    z=within("[0, inf)", 0.0, "coefficient of the loss of large logits"),
+    sequence=within("[0, inf)", 0.0, "coefficient of the balance within each sequence"),
+    rank=within("[0, inf)", 0.0, "coefficient of the balance of ep's ranks in each noise bin"),
+    bins=count(1, "noise bins of that balance and of the logged load"),
+    ranks=count(1, "parts of the experts that `rank` keeps level, such as ep"),
+    bias=within("[0, inf)", 0.0, "step of the selection bias that levels the load without a loss"),
+)
+
 CONTEXT = section(  # how attention communicates over cp; none of it changes the result
     plan=choice("all_gather", PLANS, "what attention sends over cp"),
     # The other devices form a ring; ulysses takes cp.
@@ -163,6 +199,7 @@ HARDWARE = section(
 SECTIONS: dict[str, Section] = {
     "mesh": MESH,
     "model": MODEL,
+    "model.moe": MOE,
     "context": CONTEXT,
     "objective": OBJECTIVE,
     "data": DATA,
@@ -183,7 +220,9 @@ def base(**sections: Section) -> ml_collections.ConfigDict:
         raise ValueError(f"{taken[0]!r} is a section of core: give the topic's another name")
     c = ml_collections.ConfigDict({name: key.default for name, key in TOP.items()})
     for name, keys in (SECTIONS | sections).items():
-        c[name] = ml_collections.ConfigDict({k: key.default for k, key in keys.items()})
+        *above, last = name.split(".")
+        parent = c[above[0]] if above else c
+        parent[last] = ml_collections.ConfigDict({k: key.default for k, key in keys.items()})
     return c.lock()
 
 
@@ -295,10 +334,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
 def _check_values(c: ml_collections.ConfigDict) -> None:
     """Every declared key exists, there is no other key, and every value is allowed."""
     known = declared(c.topic)
-    values: dict[str, Any] = {}
-    for name, value in c.to_dict().items():
-        below = isinstance(value, dict)
-        values |= {f"{name}.{k}": v for k, v in value.items()} if below else {name: value}
+    values = _leaves(c.to_dict())
     for name in values:
         if name not in known and any(key.startswith(f"{name}.") for key in known):
             _refuse_replaced(name, values[name], known)
@@ -307,6 +343,15 @@ def _check_values(c: ml_collections.ConfigDict) -> None:
         if name not in values:
             _refuse_missing(name, c, known)
         key.check(name, values[name])
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name; those of a section that was replaced by a mapping too."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        below = isinstance(value, dict)
+        found |= _leaves(value, f"{prefix}{name}.") if below else {f"{prefix}{name}": value}
+    return found
 
 
 def _refuse_replaced(name: str, value: Any, known: Mapping[str, Key]) -> None:
@@ -350,6 +395,8 @@ def _check_divisors(c: ml_collections.ConfigDict) -> None:
     ):
         fix = f"set model.{key}={_next_multiple(m[key], tp)} or another mesh.tp"
         _divides(what, m[key], "mesh.tp", tp, fix)
+    if m.moe.experts:
+        _check_moe(c)
     fix = "set model.kv_heads to a divisor of model.heads"
     _divides("query heads", m.heads, "model.kv_heads", m.kv_heads, fix)
     _divides("head_dim", m.head_dim, "rotary pairs", 2, f"set model.head_dim={m.head_dim + 1}")
@@ -372,6 +419,45 @@ def _check_divisors(c: ml_collections.ConfigDict) -> None:
                 "block_diffusion doubles the sequence: set mesh.cp=1 and "
                 "model.sequence_parallel=False"
             )
+
+
+def _check_moe(c: ml_collections.ConfigDict) -> None:
+    """Conditions on a mixture of experts that need no router: degrees, layers, objective."""
+    m, moe, mesh = c.model, c.model.moe, c.mesh
+    more = _next_multiple(moe.experts, mesh.ep)
+    fix = f"set model.moe.experts={more} or another mesh.ep"
+    _divides("experts", moe.experts, "mesh.ep", mesh.ep, fix)
+    fix = f"set model.moe.ffn={_next_multiple(moe.ffn, mesh.tp)} or another mesh.tp"
+    _divides("hidden width of an expert", moe.ffn, "mesh.tp", mesh.tp, fix)
+    if moe.first_dense >= m.layers:
+        raise UserError(
+            f"model.moe.first_dense={moe.first_dense} of model.layers={m.layers} leave no layer "
+            f"with experts: set model.moe.first_dense={m.layers - 1}"
+        )
+    fix = "change model.layers, model.moe.first_dense or model.moe.every"
+    rest = m.layers - moe.first_dense
+    _divides("layers after first_dense", rest, "model.moe.every", moe.every, fix)
+    fix = f"set model.moe.experts={_next_multiple(moe.experts, moe.ranks)} or other ranks"
+    _divides("experts", moe.experts, "model.moe.ranks", moe.ranks, fix)
+    if moe.choice == "expert" and c.objective.name == "autoregressive":
+        raise UserError(
+            "model.moe.choice='expert' compares a token with later ones of its sequence, which a "
+            "causal model must not see: set model.moe.choice='token'"
+        )
+    if moe.choice == "expert" and moe.bias:
+        raise UserError("model.moe.bias moves what tokens choose: set it to 0 with choice='expert'")
+    if moe.rank and moe.bins < 2:
+        raise UserError(
+            f"model.moe.rank={moe.rank} balances noise bins, but model.moe.bins={moe.bins}: set "
+            "model.moe.bins=10"
+        )
+    reads = moe.noise != "none" or moe.bins > 1 or moe.low or moe.high
+    if reads and (c.objective.name != "mdlm" or c.objective.form != "k"):
+        raise UserError(
+            "model.moe.noise, bins, low and high read the share of masked tokens, which only "
+            "objective.name='mdlm' with objective.form='k' states: set those, or noise='none', "
+            "bins=1, low=0, high=0"
+        )
 
 
 def _check_sizes(c: ml_collections.ConfigDict) -> None:

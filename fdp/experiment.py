@@ -18,6 +18,8 @@ from fdp.grads import Grads, plain
 from fdp.hooks import Hook
 from fdp.mesh import AXES
 from fdp.models.module import Module
+from fdp.models import balance
+from fdp.models.moe import mixture
 from fdp.models.shape import ModelShape
 from fdp.models.transformer import transformer
 from fdp.objectives.base import Objective
@@ -122,9 +124,11 @@ def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experime
     objective = objectives.from_section(c.objective, ids.n_data, ids.eos_id)
     mask = objective.mask(length)
     mask = type(mask)(mask.kind, c.model.window, "segments" in data.dims, mask.rule)
+    moe = mixture(c.model.moe) if shape.experts else None
+    rules = (balance.Rule(dict(moe.fields)["balance"]),) if moe else ()
     return Experiment(
         # The same architecture for every objective; what it may see follows from the objective.
-        model=transformer(shape, mask, comm_plan(c), objective.position(length)),
+        model=transformer(shape, mask, comm_plan(c), objective.position(length), moe),
         objective=objective,
         data=data,
         optimizer=optimizer.adamw(
@@ -134,6 +138,7 @@ def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experime
         fit=fit_of(c),
         zero=t.zero,
         grads=plain(t.microbatches),
+        rules=rules,
     )
 
 

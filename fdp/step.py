@@ -272,7 +272,8 @@ def named(aux: Aux) -> dict[str, jax.Array]:
 
 
 def _factored(model: module.Module, mesh: AnyMesh) -> AnyMesh:
-    """`mesh` with cp in sub-axes, where the communication plan splits heads over a part of cp."""
-    split = getattr(model, "head_split", 1)
-    factors = 1 < split < mesh.shape.get("cp", 1)
-    return factor(mesh, "cp") if factors else mesh
+    """`mesh` with the axes in sub-axes that the model's plans split: cp by heads, ep by nodes."""
+    for axis, n in getattr(model, "parts", {}).items():
+        if 1 < n < mesh.shape.get(axis, 1):
+            mesh = factor(mesh, axis)
+    return mesh

@@ -3,7 +3,6 @@ read.
 
 Legend: B sequences, L positions, E experts, K choices of a token, J noise bins, R ranks of ep."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,22 +57,20 @@ def noise_bin(noise_B: Array, bins: int) -> Array:
     return jax.nn.one_hot(bin_B, bins)
 
 
-def rank_loss(load_JxE: Array, sum_JxE: Array, tokens_J: Array, ranks: int) -> Array:
+def rank_loss(load_JxE: Array, sum_JxE: Array, tokens: int, ranks: int) -> Array:
     """Σ_j T_j/T · R Σ_ρ f_jρ P_jρ over the R equal parts ρ of the experts: 1 where all ranks are
-    level in every bin. load: of any scale. sum: Σ of probabilities of the tokens of a bin."""
+    level in every bin. load: of any scale. sum: of the probabilities of the T_j tokens of a bin.
+    tokens: T, of the global batch."""
     f_JxR, p_JxR = (x.reshape(len(x), ranks, -1).sum(-1) for x in (load_JxE, sum_JxE))
     f_JxR = f_JxR / jnp.maximum(f_JxR.sum(-1, keepdims=True), 1e-20)
-    return ranks * (f_JxR * p_JxR).sum() / tokens_J.sum()
-
-
-def rule(balance: Balance) -> Callable[[Any, Any, jax.Array], Any]:
-    """The state rule of all mixtures of a model: selection biases move by `bias` towards the level
-    load, b ← b + bias·sign(mean load - load), and the running loads by noise bin decay."""
-    return _Rule(balance)
+    return ranks * (f_JxR * p_JxR).sum() / tokens
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
+    """The state rule of all mixtures of a model: selection biases move by `bias` towards the level
+    load, b ← b + bias·sign(mean load - load), and the running loads by noise bin decay."""
+
     balance: Balance
 
     def __call__(self, state: Any, aux: Any, step: jax.Array) -> Any:

@@ -8,21 +8,20 @@ Legend: B sequences, L positions (local over cp), T = B·L tokens, D width, F hi
 expert, E experts, K choices of a token, J noise bins."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fdp.collectives import psum, size, vary, vary_like
-from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Rows, Unstated, Work, merged
+from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Rows, Sent, Work, merged
 from fdp.kernels_pallas.grouped import Groups, choose_block, grouped_ffn, most_blocks
 from fdp.mesh import DATA_AXES
 from fdp.models import balance
 from fdp.models.balance import Balance
 from fdp.models.layers import (
     Reduction,
-    SwiGLU,
     enter_tp,
     entered,
     hidden_bytes,
@@ -30,11 +29,13 @@ from fdp.models.layers import (
     left,
     normal,
 )
-from fdp.models.module import Module, compact
+from fdp.models.module import Module, compact, silu
 from fdp.models.router import Routed, Router, Routing
 from fdp.models.shape import ModelShape
+from fdp.models.stack import Layer, layer
 from fdp.parallel.expert.exchange import Load
 from fdp.parallel.expert.plan import Dispatch
+from fdp.parallel.wire import Cast
 
 Array = jax.Array
 
@@ -47,9 +48,23 @@ class MoEInput:
     replay: Array | None = None
 
 
+def mixture(section: Mapping[str, Any]) -> Layer:
+    """The layer in the `model.moe` section of a config. Raises ValueError for values that do not
+    fit each other."""
+    names = ("experts", "topk", "choice", "score", "normalise", "scale", "groups", "kept", "best")
+    given = {n: section[n] for n in (*names, "low", "high", "noise")}
+    routing = Routing(bias=section["bias"] > 0, **given)
+    wire = Cast("" if section["wire"] == "same" else section["wire"])
+    plan, node = section["dispatch"], section["node"]
+    dispatch = Dispatch(plan, node, section["capacity"], section["buffer"], wire)
+    losses = ("switch", "z", "sequence", "rank", "ranks", "bins", "bias")
+    level = Balance(**{n: section[n] for n in losses})
+    return layer(MoE, routing=routing, dispatch=dispatch, balance=level)
+
+
 class MoE(Module):
-    """Σ_k gate_k · expert_k(x), plus shared experts that every token visits (one SwiGLU of their
-    total width). Experts are SwiGLUs."""
+    """Σ_k gate_k · expert_k(x), plus shared experts that every token visits. Experts are SwiGLUs, the
+    shared ones one SwiGLU of their total width."""
 
     shape: ModelShape
     routing: Routing
@@ -68,7 +83,6 @@ class MoE(Module):
         router = Router(s, self.routing, name="router")
         routed = router(x_BxLxD, where, None if given is None else given.replay)
         x_in = enter_tp(x_BxLxD, s.sequence_parallel)
-        self._balance(routed, where)
         x_TxD = x_in.reshape(-1, D)
         ids, gates = (a.reshape(len(x_TxD), -1) for a in (routed.ids, routed.gates))
         load = Load(ids, vary_like(gates, x_TxD), routed.pairs, routed.each, E)
@@ -78,17 +92,39 @@ class MoE(Module):
             return grouped_ffn(rows_RxD, *weights, groups)
 
         y_TxD, moved, fallback = self.dispatch(x_TxD, load, ffn)
-        for name, value in (moved._asdict() | {"fallback": fallback}).items():
-            self.aux(name, self._over_tp(value))
-        y_BxLxD = leave_tp(y_TxD.reshape(x_in.shape), s.sequence_parallel)
-        if not s.shared_experts:
-            return y_BxLxD
-        wide = replace(s, ffn=s.moe_ffn * s.shared_experts)
-        return y_BxLxD + SwiGLU(wide, name="shared")(x_BxLxD, where)
+        self._balance(routed, where)
+        self._report(jnp.stack([*moved, fallback]), routed.logits)
+        y_BxLxD = y_TxD.reshape(x_in.shape)
+        if s.shared_experts:
+            wide = F * s.shared_experts
+            w = self.weight("shared_in", normal(D**-0.5), (2, D, wide), (None, None, "tp"))
+            w_in, w_out = w.astype(dtype), normal(wide**-0.5)
+            w_out = self.weight("shared_out", w_out, (wide, D), ("tp", None)).astype(dtype)
+            y_BxLxD = y_BxLxD + (silu(x_in @ w_in[0]) * (x_in @ w_in[1])) @ w_out
+        return leave_tp(y_BxLxD, s.sequence_parallel)
+
+    @classmethod
+    def parts(cls, fields: Mapping[str, Any]) -> int:
+        """Devices of ep that form a node, by the fields of its layer; 1: no nodes."""
+        dispatch = fields["dispatch"]
+        return dispatch.inner if dispatch.plan == "two_level" else 1
+
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """Raises ValueError where the experts do not fit the degrees."""
+        self.dispatch.check(self.shape.experts, degrees)
 
     def _over_tp(self, x: Array) -> Array:
         """`x`, equal on all devices of tp, typed so. Without sequence parallelism it is already."""
         return psum(x / size("tp"), "tp") if self.shape.sequence_parallel else x
+
+    def _report(self, moved: Array, logits: Array) -> None:
+        """Metrics: "moved" is [pairs dropped, rows sent to other nodes, rows sent within a node,
+        share of devices whose buffers were too small]; "nonfinite" counts logits."""
+        bad = (~jnp.isfinite(logits)).sum(dtype=jnp.float32)[None]
+        if self.shape.sequence_parallel:
+            moved, bad = jnp.split(psum(jnp.append(moved / size("tp"), bad), "tp"), [4])
+        self.aux("moved", moved)
+        self.aux("nonfinite", bad[0])
 
     def _balance(self, routed: Routed, where: Any) -> None:
         """Losses of the load, and metrics; their sums over the data axes are global figures."""
@@ -108,7 +144,6 @@ class MoE(Module):
         self.aux("imbalance", load_E.max() / load_E.mean() / devices)
         part_S = load_E.reshape(size("ep"), -1).sum(-1)
         self.aux("rank_imbalance", part_S.max() / part_S.mean() / devices)
-        self.aux("nonfinite", total((~jnp.isfinite(routed.logits)).sum(dtype=jnp.float32)))
         losses: dict[str, Array] = {}
         if b.switch:
             losses["switch"] = balance.switch(load_E, sum_BxE.sum(0), tokens)
@@ -120,13 +155,13 @@ class MoE(Module):
             share = E * whole_BxE / whole_BxE.sum(-1, keepdims=True) * sum_BxE
             losses["sequence"] = share.sum() / tokens
         if b.bins > 1:
-            losses |= self._by_noise(count_BxE, sum_BxE, where.noise, L)
+            losses |= self._by_noise(count_BxE, sum_BxE, where.noise, tokens)
         for name, value in losses.items():
             self.aux(name, value)
             self.penalty(name, getattr(b, name) * value)
 
     def _by_noise(
-        self, count_BxE: Array, sum_BxE: Array, noise_B: Array, length: int
+        self, count_BxE: Array, sum_BxE: Array, noise_B: Array, tokens: int
     ) -> dict[str, Array]:
         """The load of each noise bin as a metric, and the rank loss."""
         b = self.balance
@@ -138,5 +173,65 @@ class MoE(Module):
         now_JxE = psum(count_JxE, DATA_AXES)
         past_JxE = self.model_state("load_bins", jnp.zeros, count_JxE.shape, (None, None))
         load_JxE = b.decay * past_JxE + (1 - b.decay) * now_JxE
-        tokens_J = psum(bin_BxJ.sum(0) * length, DATA_AXES)
-        return {"rank": balance.rank_loss(load_JxE, bin_BxJ.T @ sum_BxE, tokens_J, b.ranks)}
+        return {"rank": balance.rank_loss(load_JxE, bin_BxJ.T @ sum_BxE, tokens, b.ranks)}
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """FLOPs are those of the experts that tokens visit on average, not of rows that fill up
+        blocks. Saved for the backward pass: the rows of the buffers, the products with w_in, and
+        the rows that come back. Raises Unstated where the sum over tp is replaced."""
+        s, b, K = self.shape, self.balance, sum(self.routing.range) / 2
+        D, F, E, tp = s.width, s.moe_ffn, s.experts, degrees["tp"]
+        tokens, (between, inside) = rows.tokens(degrees), hidden_bytes(s, rows, degrees)
+        (enter, enter_back), (leave, leave_back) = (
+            entered(s, rows, degrees),
+            left(s, rows, degrees, self.reduction),
+        )
+        load = self._load(rows, degrees)
+        row = D, s.itemsize
+        there, back = self.dispatch.sent(tokens, load, row, degrees)
+        loads, metrics = self._statistics(rows, degrees)
+        gates = Ledger(degrees)
+        if not s.sequence_parallel:
+            gates.add(REDUCE, ("tp",), 4 * tokens * load.ids.shape[-1])
+        wide = F * s.shared_experts
+        flops = round(4 * K * rows.positions * D * F) + 4 * rows.positions * D * wide
+        last = Work(flops // 2, sent=merged(leave, metrics))
+        forward = Work(flops, sent=merged(enter, there, loads)) + last
+        held = self.dispatch.bounds(tokens, load, degrees["ep"])[0].pairs
+        blocks = most_blocks(held, E // degrees["ep"], choose_block(held, E // degrees["ep"]))
+        buffer = blocks * choose_block(held, E // degrees["ep"])
+        saved = buffer * (2 * D + 2 * F // tp) * s.itemsize
+        saved += between + inside + 4 * tokens * (wide // tp) * s.itemsize
+        found = Counts(
+            3 * D * (E * F + wide),
+            forward,
+            forward.backward(merged(enter_back, leave_back, back, gates.sent)),
+            last,
+            saved=saved,
+        )
+        return found + Router(s, self.routing, parent=None).counts(rows, degrees)
+
+    def _statistics(self, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
+        """Bytes of the statistics that gradients of the losses read, and of those that only metrics
+        and values of losses read."""
+        b, E, each = self.balance, self.shape.experts, 4 * rows.batch * self.shape.experts
+        loads, metrics = Ledger(degrees), Ledger(degrees)
+        (loads if b.switch else metrics).add(REDUCE, DATA_AXES, 4 * E)
+        if b.sequence:
+            loads.add(REDUCE, ("cp",), each)
+        if b.rank and b.bins > 1:
+            loads.add(REDUCE, DATA_AXES, 4 * b.bins * E)
+        if self.shape.sequence_parallel:
+            losses = b.switch or b.sequence or (b.rank and b.bins > 1)
+            (loads if losses else metrics).add(REDUCE, ("tp",), each)
+            metrics.add(REDUCE, ("tp",), (each if losses else 0) + 20 + (4 if b.z else 0))
+        return loads.sent, metrics.sent
+
+    def _load(self, rows: Rows, degrees: Degrees) -> Load:
+        """What a device routes, by shape."""
+        r, tokens = self.routing, rows.tokens(degrees)
+        local = rows.length // degrees["cp"]
+        each = rows.batch * min(r.most(rows.length), local) if r.choice == "expert" else tokens
+        pairs = r.experts * each if r.choice == "expert" else tokens * r.topk
+        ids = jax.ShapeDtypeStruct((tokens, r.columns()), jnp.int32)
+        return Load(ids, ids, pairs, each, r.experts)

@@ -246,11 +246,14 @@ class Router(Module):
             there.add(GATHER, ("tp",), 4 * mine * E / degrees["tp"])
             back.add(SCATTER, ("tp",), 4 * mine * E / degrees["tp"])
             back.add(REDUCE, ("tp",), 4 * self.weights(D))
+        shared = Ledger(degrees)
         if r.choice == "expert":
-            there.add(GATHER, ("cp",), 4 * mine * E).add(GATHER, ("cp",), 4 * rows.length / degrees["cp"])
+            there.add(GATHER, ("cp",), 4 * mine * E)
+            shared.add(GATHER, ("cp",), 4 * rows.length / degrees["cp"])  # positions
         forward = Work(flops, replicated=0 if s.sequence_parallel else flops, sent=there.sent)
         saved = mine * (4 * D + 3 * 4 * E)
-        return Counts(self.weights(D), forward, forward.backward(back.sent), saved=saved)
+        backward = forward.backward(back.sent)
+        return Counts(self.weights(D), forward, backward, once=shared.sent, saved=saved)
 
 
 def _scores(r: Routing, logits_E: Array) -> Array:

@@ -77,7 +77,13 @@ class ModelShape:
     @classmethod
     def of(cls, section: Mapping[str, Any]) -> "ModelShape":
         """The shape in the `model` section of a config; other keys there are ignored."""
-        return cls(**{f.name: section[f.name] for f in fields(cls) if f.name in section})
+        given = {f.name: section[f.name] for f in fields(cls) if f.name in section}
+        moe = section["moe"]
+        if moe["experts"]:
+            given |= {"experts": moe["experts"], "topk": moe["topk"], "moe_ffn": moe["ffn"]}
+            given |= {"shared_experts": moe["shared"], "first_dense": moe["first_dense"]}
+            given["moe_every"] = moe["every"]
+        return cls(**given)
 
     @property
     def itemsize(self) -> int:
@@ -88,7 +94,6 @@ class ModelShape:
     def unbuildable(self) -> list[str]:
         """Names of the features that the stock builder lacks."""
         parts = {
-            f"a mixture of {self.experts} experts": self.experts,
             "an FFN that is not gated": not self.gated,
             "latent attention": self.kv_rank or self.q_rank,
             "values of another width than keys": self.value_dim not in (0, self.head_dim),

@@ -108,8 +108,11 @@ class Block(Module):
         return replace(found, last=Work() if s.time_conditioning else ffn.last)
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """Raises ValueError where the mixing layer cannot run these sizes on these degrees. One
+        """Raises ValueError where a layer cannot run these sizes on these degrees. A mixing layer
         that states no `check` sees the positions of its device alone."""
+        ffn = self.ffn(self.shape, parent=None)
+        if hasattr(ffn, "check"):
+            ffn.check(batch, length, degrees)
         mixing = self.mixing(self.shape, parent=None)
         if hasattr(mixing, "check"):
             mixing.check(batch, length, degrees)

@@ -31,7 +31,8 @@ class Transformer(Module):
     of cp holds. `position`: maps indices to rotary positions; None is the identity. `gather`, for
     ZeRO-3: maps the name of a stack to the function that gathers the stored parameters of one
     period. `reduction` builds the module that replaces the all-reduce over tp at the end of the
-    embedding."""
+    embedding. `lead`: blocks before the stack, one layer each, all equal; they take no layer
+    inputs and keep no cache."""
 
     shape: ModelShape
     pattern: tuple[Layer, ...]
@@ -39,6 +40,7 @@ class Transformer(Module):
     position: Callable[[Array], Array] | None = None
     gather: Callable[[str], Any] | None = None
     reduction: Layer | None = None
+    lead: tuple[Layer, ...] = ()
 
     def setup(self) -> None:
         s = self.shape
@@ -49,7 +51,18 @@ class Transformer(Module):
         if s.time_conditioning:
             self.noise_embedding = NoiseEmbedding()
         gather = None if self.gather is None else self.gather("layers")
-        self.layers = Stack(s, self.pattern).build(gather, "layers")
+        self.layers = self._main.build(gather, "layers")
+        if self.lead:
+            gather = None if self.gather is None else self.gather("lead")
+            self.first = self._lead.build(gather, "lead")
+
+    @property
+    def _lead(self) -> Stack:
+        return Stack(replace(self.shape, layers=len(self.lead)), self.lead[:1])
+
+    @property
+    def _main(self) -> Stack:
+        return Stack(replace(self.shape, layers=self.shape.layers - len(self.lead)), self.pattern)
 
     def embed(self, noised: dict[str, Any], given: Any = None) -> Array:
         """Embeddings [B, L, D] of noised["inputs"], int32 [B, L]."""
@@ -76,8 +89,10 @@ class Transformer(Module):
             length = noised["inputs"].shape[1]
             index = layouts.positions(self.layout, length)
         position = index if self.position is None else self.position(index)
-        where = Where(index, position, noised.get("segments"), given)
-        Stack(s, self.pattern).check_inputs(inputs_N)
+        where = Where(index, position, noised.get("segments"), given, noised.get("noise"))
+        self._main.check_inputs(inputs_N)
+        if self.lead:
+            x_BxLxD, _ = self.first(x_BxLxD, (noise_BxE, where), None)
         x_BxLxD, _ = self.layers(x_BxLxD, (noise_BxE, where), inputs_N)
         x_BxLxD = self.norm(x_BxLxD)
         # Not `enter_tp`: without SP the rows are marked varying in the head, after the caller has
@@ -109,7 +124,9 @@ class Transformer(Module):
 
         A causal model may fill it row by row. A bidirectional model reads all of it, so it must
         first run a pass over all rows."""
-        state, specs = Stack(self.shape, self.pattern).decode_state(batch, length)
+        if self.lead:
+            raise ValueError("blocks before the stack have no cached decoding: use first_dense=0")
+        state, specs = self._main.decode_state(batch, length)
         return {"layers": state}, {"layers": specs}
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
@@ -119,7 +136,9 @@ class Transformer(Module):
         if self.reduction is not None:
             raise Unstated(f"{self.reduction.cls.__name__} has no counts")
         found = Embedding(s, parent=None).counts(rows, degrees)
-        found += Stack(s, self.pattern).counts(rows, degrees)
+        found += self._main.counts(rows, degrees)
+        if self.lead:
+            found += self._lead.counts(rows, degrees)
         found += RMSNorm(s.epsilon, parent=None).counts(s.width, s.sequence_parallel, degrees)
         if s.sequence_parallel:
             there, back = entered(s, rows, degrees)
@@ -133,7 +152,7 @@ class Transformer(Module):
         """Raises ValueError for layers that cannot run `batch` sequences per device on
         `degrees`."""
         length = noised["inputs"].shape[1]
-        for block in self.pattern:
+        for block in {*self.lead, *self.pattern}:
             made = block(self.shape, parent=None)
             if hasattr(made, "check"):
                 made.check(batch, length, degrees)
@@ -142,7 +161,7 @@ class Transformer(Module):
     def stock(self) -> bool:
         """Whether every block is softmax attention and SwiGLU, and every all-reduce over tp is
         exact."""
-        if self.reduction is not None:
+        if self.reduction is not None or self.lead:
             return False
         cores = [(block, _core_of(block)) for block in self.pattern]
         return all(isinstance(c, Softmax) and block == attention_block(c) for block, c in cores)
@@ -162,11 +181,14 @@ class Transformer(Module):
         return core
 
     @property
-    def head_split(self) -> int:
-        """Over how many devices of cp the first block splits heads or sequences; 1 for other mixing
-        layers."""
+    def parts(self) -> dict[str, int]:
+        """Devices of the parts into which plans split an axis: those of cp that share heads or
+        sequences, by the first block's plan, and those of ep that form a node. 1: no split."""
         plan = getattr(_core_of(self.pattern[0]), "plan", None)
-        return plan.head_split if isinstance(plan, CommPlan) else 1
+        ffns = [dict(block.fields).get("ffn") for block in self.pattern]
+        nodes = [f.cls.parts(dict(f.fields)) for f in ffns if f and hasattr(f.cls, "parts")]
+        split = plan.head_split if isinstance(plan, CommPlan) else 1
+        return {"cp": split, "ep": max(nodes, default=1)}
 
 
 def _core_of(block: Layer) -> Any:
@@ -175,20 +197,33 @@ def _core_of(block: Layer) -> Any:
     return dict(mixing.fields).get("core") if isinstance(mixing, Layer) else None
 
 
-def attention_block(core: Core) -> Layer:
-    """The stock block with `core` as its attention core."""
-    return layer(Block, mixing=layer(Attention, core=core), ffn=layer(SwiGLU))
+def attention_block(core: Core, ffn: Layer | None = None) -> Layer:
+    """The stock block with `core` as its attention core; `ffn` in place of SwiGLU."""
+    return layer(Block, mixing=layer(Attention, core=core), ffn=ffn or layer(SwiGLU))
 
 
 def transformer(
-    shape: ModelShape, mask: Mask, plan: CommPlan = GATHER, position: Any = None
+    shape: ModelShape,
+    mask: Mask,
+    plan: CommPlan = GATHER,
+    position: Any = None,
+    moe: Layer | None = None,
 ) -> Transformer:
-    """The stock model: softmax attention under `mask` with `plan` over cp. Raises ValueError, by
-    name, for features of `shape` that the stock blocks lack."""
+    """The stock model: softmax attention under `mask` with `plan` over cp. `moe`: the FFN of the
+    layers that have experts. Raises ValueError, by name, for features of `shape` that the stock
+    blocks lack."""
     shape.check()
-    return with_core(Transformer(shape, (), plan.layout, position), Softmax(mask, plan))
+    dense = attention_block(Softmax(mask, plan))
+    if moe is None:
+        return Transformer(shape, (dense,), plan.layout, position)
+    pattern = (dense,) * (shape.moe_every - 1) + (attention_block(Softmax(mask, plan), moe),)
+    lead = (dense,) * shape.first_dense
+    return Transformer(shape, pattern, plan.layout, position, lead=lead)
 
 
 def with_core(model: Transformer, core: Core) -> Transformer:
     """`model` with `core` in every layer, and with the layout of that core."""
-    return model.clone(pattern=(attention_block(core),), layout=core.layout)
+    ffns = [dict(block.fields)["ffn"] for block in model.pattern]
+    pattern = tuple(attention_block(core, ffn) for ffn in ffns)
+    lead = tuple(attention_block(core) for _ in model.lead)
+    return model.clone(pattern=pattern, layout=core.layout, lead=lead)

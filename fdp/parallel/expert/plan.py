@@ -58,10 +58,10 @@ class Dispatch:
                     f"two_level needs ep to be a power of two, for its binary sub-axes: mesh.ep = "
                     f"{ep}; set model.moe.dispatch='flat' or mesh.ep={1 << ep.bit_length()}"
                 )
-            if self.inner < 1 or ep % self.inner or self.inner & (self.inner - 1):
+            if self.inner < 1 or self.inner & (self.inner - 1):
                 raise ValueError(
-                    f"nodes of {self.inner} devices do not divide ep = {ep} into powers of two: set "
-                    f"model.moe.node to one of {[1 << i for i in range(ep.bit_length())]}"
+                    f"nodes of {self.inner} devices are no power of two, so they do not divide ep = "
+                    f"{ep}: set model.moe.node={1 << self.inner.bit_length()}"
                 )
 
     def __call__(self, x_TxD: Array, load: Load, ffn: Ffn) -> tuple[Array, Moved, Array]:
@@ -71,9 +71,10 @@ class Dispatch:
             return *self._run(worst, ffn, x_TxD, load), jnp.zeros(())
         fits = _needed(self, load, len(x_TxD)) <= jnp.array(tight)
         fits = pmax((~fits).any().astype(jnp.int32), "ep") == 0
-        y_TxD, moved = jax.lax.cond(
-            fits, partial(self._run, tight, ffn), partial(self._run, worst, ffn), x_TxD, load
-        )
+        with jax.named_scope("fits"):  # `fdp.count` is told by this name which branch runs
+            y_TxD, moved = jax.lax.cond(
+                fits, partial(self._run, tight, ffn), partial(self._run, worst, ffn), x_TxD, load
+            )
         return y_TxD, moved, (~fits).astype(jnp.float32) / size(("dp", "ep", "cp"))
 
     def bounds(self, tokens: int, load: Load, devices: int) -> tuple[Bounds, Bounds]:
@@ -81,7 +82,7 @@ class Dispatch:
         T, S, K, e = tokens, devices, load.ids.shape[-1], load.experts // devices
         if S == 1:
             return (Bounds(0, 0, load.pairs),) * 2
-        M, several = S // self.inner, min(K, e)
+        M, several = S // self.node(S), min(K, e)
 
         def level(rows: float) -> int:
             return math.ceil(self.buffer * rows) if self.buffer else T * S * K
@@ -101,14 +102,19 @@ class Dispatch:
         second = min(M * first, level(load.pairs * M / S))
         return Bounds(first, second, min(pairs, level(load.pairs))), worst
 
+    def node(self, devices: int) -> int:
+        """G: devices of ep that form a node."""
+        return min(self.inner, devices)
+
     def cut(self, load: Load) -> int:
         """Most pairs of a device that an expert takes; 0: all."""
         return math.ceil(self.capacity * load.pairs / load.experts)
 
     def _run(self, b: Bounds, ffn: Ffn, x_TxD: Array, load: Load) -> tuple[Array, Moved]:
-        if self.plan == "two_level":
-            return exchange.two_level(x_TxD, load, ffn, self.wire, b, min(self.inner, size("ep")))
-        if self.plan == "gather":
+        plan = self.plan if size("ep") > 1 else "flat"
+        if plan == "two_level":
+            return exchange.two_level(x_TxD, load, ffn, self.wire, b, self.node(size("ep")))
+        if plan == "gather":
             return exchange.gather(x_TxD, load, ffn, b)
         return exchange.flat(x_TxD, load, ffn, self.wire, b, self.cut(load))
 
@@ -128,7 +134,8 @@ class Dispatch:
             there.add(EXCHANGE, ep, 2 * b.first * row_bytes + 4 * load.experts // S)
             back.add(EXCHANGE, ep, 2 * b.first * row_bytes)
         else:
-            copies = (S // self.inner - 1) * b.first + (self.inner - 1) * b.second
+            G = self.node(S)
+            copies = (S // G - 1) * b.first + (G - 1) * b.second
             there.put(EXCHANGE, ep, copies * (2 * row_bytes + 8 * K))
             back.put(EXCHANGE, ep, copies * (2 * row_bytes + 4 * K))
         if b != worst:
@@ -147,7 +154,8 @@ def _needed(plan: Dispatch, load: Load, tokens: int) -> Array:
         return jnp.stack([none, none, total])
     if plan.plan == "flat":
         return jnp.stack([pairs_S.max(), none, total])
-    outer, _ = split("ep", plan.inner)
+    G = plan.node(S)
+    outer, _ = split("ep", G)
     near_S = visits(load.ids, e, S).sum(0, dtype=jnp.int32)
-    first = visits(load.ids, e * plan.inner, S // plan.inner).sum(0, dtype=jnp.int32).max()
+    first = visits(load.ids, e * G, S // G).sum(0, dtype=jnp.int32).max()
     return jnp.stack([first, psum(near_S, outer).max(), total])
