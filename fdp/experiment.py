@@ -17,8 +17,8 @@ from fdp.data.synthetic import markov_data
 from fdp.grads import Grads, plain
 from fdp.hooks import Hook
 from fdp.mesh import AXES
-from fdp.models.module import Module
 from fdp.models import balance
+from fdp.models.module import Module
 from fdp.models.moe import mixture
 from fdp.models.shape import ModelShape
 from fdp.models.transformer import transformer

@@ -17,12 +17,12 @@ pytestmark = pytest.mark.fast
 
 def replaced(name: str, value: object, topic: str = "") -> ml_collections.ConfigDict:
     """A config whose key or section `name` holds a value of any type, as an untyped file may."""
-    plain = dict(config.base(**config.topic_sections(topic)).items())
-    section, _, key = name.partition(".")
-    if key:
-        plain[section] = dict(plain[section]) | {key: value}
-    else:
-        plain[section] = value
+    plain = config.base(**config.topic_sections(topic)).to_dict()
+    *above, key = name.split(".")
+    section = plain
+    for part in above:
+        section = section[part]
+    section[key] = value
     return ml_collections.ConfigDict(plain | ({"topic": topic} if topic else {}))
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import psum
-
 Array = jax.Array
 
 
@@ -19,10 +17,10 @@ class Balance:
     """Coefficients of the losses; 0 leaves one out.
 
     switch: E/(K T²) Σ_e count_e Σ_t p_te over the global batch (Fedus et al. 2022): 1 where level.
-    z: mean of logsumexp² of the logits (Zoph et al. 2022). sequence: as switch, within each sequence
-    (DeepSeek-AI 2024). rank: level load of the `ranks` parts of the experts within each of `bins`
-    noise bins. bias: step of the selection bias, without a loss (Wang et al. 2024). decay: of the
-    running load that `rank` reads."""
+    z: mean of logsumexp² of the logits (Zoph et al. 2022). sequence: as switch, within each
+    sequence (DeepSeek-AI 2024). rank: level load of the `ranks` parts of the experts within each of
+    `bins` noise bins. bias: step of the selection bias, without a loss (Wang et al. 2024). decay:
+    of the running load that `rank` reads."""
 
     switch: float = 0.0
     z: float = 0.0

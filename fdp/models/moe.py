@@ -14,21 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import psum, size, vary, vary_like
+from fdp.collectives import psum, size, vary_like
 from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Rows, Sent, Work, merged
 from fdp.kernels_pallas.grouped import Groups, choose_block, grouped_ffn, most_blocks
 from fdp.mesh import DATA_AXES
 from fdp.models import balance
 from fdp.models.balance import Balance
-from fdp.models.layers import (
-    Reduction,
-    enter_tp,
-    entered,
-    hidden_bytes,
-    leave_tp,
-    left,
-    normal,
-)
+from fdp.models.layers import Reduction, enter_tp, entered, hidden_bytes, leave_tp, left, normal
 from fdp.models.module import Module, compact, silu
 from fdp.models.router import Routed, Router, Routing
 from fdp.models.shape import ModelShape
@@ -63,8 +55,8 @@ def mixture(section: Mapping[str, Any]) -> Layer:
 
 
 class MoE(Module):
-    """Σ_k gate_k · expert_k(x), plus shared experts that every token visits. Experts are SwiGLUs, the
-    shared ones one SwiGLU of their total width."""
+    """Σ_k gate_k · expert_k(x), plus shared experts that every token visits. Experts are SwiGLUs,
+    the shared ones one SwiGLU of their total width."""
 
     shape: ModelShape
     routing: Routing
@@ -88,8 +80,7 @@ class MoE(Module):
         load = Load(ids, vary_like(gates, x_TxD), routed.pairs, routed.each, E)
 
         def ffn(rows_RxD: Array, groups: Groups) -> Array:
-            weights = (vary_like(w.astype(dtype), rows_RxD) for w in (w_in, w_out))
-            return grouped_ffn(rows_RxD, *weights, groups)
+            return grouped_ffn(rows_RxD, w_in.astype(dtype), w_out.astype(dtype), groups)
 
         y_TxD, moved, fallback = self.dispatch(x_TxD, load, ffn)
         self._balance(routed, where)
@@ -97,9 +88,9 @@ class MoE(Module):
         y_BxLxD = y_TxD.reshape(x_in.shape)
         if s.shared_experts:
             wide = F * s.shared_experts
-            w = self.weight("shared_in", normal(D**-0.5), (2, D, wide), (None, None, "tp"))
-            w_in, w_out = w.astype(dtype), normal(wide**-0.5)
-            w_out = self.weight("shared_out", w_out, (wide, D), ("tp", None)).astype(dtype)
+            w_in = self.weight("shared_in", normal(D**-0.5), (2, D, wide), (None, None, "tp"))
+            w_out = self.weight("shared_out", normal(wide**-0.5), (wide, D), ("tp", None))
+            w_in, w_out = w_in.astype(dtype), w_out.astype(dtype)
             y_BxLxD = y_BxLxD + (silu(x_in @ w_in[0]) * (x_in @ w_in[1])) @ w_out
         return leave_tp(y_BxLxD, s.sequence_parallel)
 
@@ -179,7 +170,7 @@ class MoE(Module):
         """FLOPs are those of the experts that tokens visit on average, not of rows that fill up
         blocks. Saved for the backward pass: the rows of the buffers, the products with w_in, and
         the rows that come back. Raises Unstated where the sum over tp is replaced."""
-        s, b, K = self.shape, self.balance, sum(self.routing.range) / 2
+        s, K = self.shape, sum(self.routing.range) / 2
         D, F, E, tp = s.width, s.moe_ffn, s.experts, degrees["tp"]
         tokens, (between, inside) = rows.tokens(degrees), hidden_bytes(s, rows, degrees)
         (enter, enter_back), (leave, leave_back) = (
@@ -233,5 +224,5 @@ class MoE(Module):
         local = rows.length // degrees["cp"]
         each = rows.batch * min(r.most(rows.length), local) if r.choice == "expert" else tokens
         pairs = r.experts * each if r.choice == "expert" else tokens * r.topk
-        ids = jax.ShapeDtypeStruct((tokens, r.columns()), jnp.int32)
+        ids: Any = jax.ShapeDtypeStruct((tokens, r.columns()), jnp.int32)
         return Load(ids, ids, pairs, each, r.experts)

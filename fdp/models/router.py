@@ -51,9 +51,9 @@ class Routing:
     gates of a token sum to `scale`; otherwise they are scores times `scale`. groups: the best
     `kept` groups take part, by the `best` highest scores of each (DeepSeek-V2: 1, V3: 2). bias: a
     state that is added for the selection only. low, high: expert choice at mask share r takes
-    low + (high - low)(1 - r) experts a token on average; 0: topk. noise: one of NOISE; "group" keeps
-    `kept` of `groups` by the noise level alone, and deals experts to groups like cards, so that a
-    rank of ep has some of each."""
+    low + (high - low)(1 - r) experts a token on average; 0: topk. noise: one of NOISE; "group"
+    keeps `kept` of `groups` by the noise level alone, and deals experts to groups like cards, so
+    that a rank of ep has some of each."""
 
     experts: int
     topk: int

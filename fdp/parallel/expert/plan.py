@@ -18,6 +18,7 @@ from fdp.parallel.expert.exchange import Bounds, Ffn, Load, Moved, visits
 from fdp.parallel.wire import Cast, Wire
 
 Array = jax.Array
+PLAIN = Cast()
 PLANS = ("flat", "two_level", "gather")
 
 
@@ -34,7 +35,7 @@ class Dispatch:
     inner: int = 1
     capacity: float = 0.0
     buffer: float = 0.0
-    wire: Wire = Cast()
+    wire: Wire = PLAIN
 
     def check(self, experts: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError, with equation, values and fix, for degrees on which it cannot run."""
@@ -44,8 +45,8 @@ class Dispatch:
         if experts % ep:
             more = -(-experts // ep) * ep
             raise ValueError(
-                f"{experts} experts are not divisible by ep = {ep}: set model.moe.experts={more} or "
-                "another mesh.ep"
+                f"{experts} experts are not divisible by ep = {ep}: set model.moe.experts={more} "
+                "or another mesh.ep"
             )
         if self.capacity < 0 or (self.capacity and self.plan != "flat"):
             raise ValueError(
@@ -60,8 +61,8 @@ class Dispatch:
                 )
             if self.inner < 1 or self.inner & (self.inner - 1):
                 raise ValueError(
-                    f"nodes of {self.inner} devices are no power of two, so they do not divide ep = "
-                    f"{ep}: set model.moe.node={1 << self.inner.bit_length()}"
+                    f"nodes of {self.inner} devices are no power of two, so they do not divide "
+                    f"ep = {ep}: set model.moe.node={1 << self.inner.bit_length()}"
                 )
 
     def __call__(self, x_TxD: Array, load: Load, ffn: Ffn) -> tuple[Array, Moved, Array]:
