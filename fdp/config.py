@@ -334,7 +334,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
 def _check_values(c: ml_collections.ConfigDict) -> None:
     """Every declared key exists, there is no other key, and every value is allowed."""
     known = declared(c.topic)
-    values = _leaves(c.to_dict())
+    values = _leaves(c.to_dict(), known)
     for name in values:
         if name not in known and any(key.startswith(f"{name}.") for key in known):
             _refuse_replaced(name, values[name], known)
@@ -345,12 +345,13 @@ def _check_values(c: ml_collections.ConfigDict) -> None:
         key.check(name, values[name])
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name; those of a section that was replaced by a mapping too."""
+def _leaves(tree: Mapping[str, Any], known: Mapping[str, Key], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name. A mapping is a section, except in the place of a known key."""
     found: dict[str, Any] = {}
-    for name, value in tree.items():
-        below = isinstance(value, dict)
-        found |= _leaves(value, f"{prefix}{name}.") if below else {f"{prefix}{name}": value}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        below = isinstance(value, dict) and name not in known
+        found |= _leaves(value, known, f"{name}.") if below else {name: value}
     return found
 
 

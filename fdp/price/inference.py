@@ -81,6 +81,10 @@ def check(shape: ModelShape, work: ForwardPass, degrees: Degrees) -> None:
             "inference steps are priced without time conditioning: set "
             "model.time_conditioning=False"
         )
+    if shape.experts:
+        raise ValueError(
+            f"model {shape.name!r}: prices of inference lack a mixture of {shape.experts} experts"
+        )
     shape.check()
     for name in ("heads", "kv_heads", "ffn", "vocab"):
         size = getattr(shape, name)

@@ -8,7 +8,7 @@ import numpy as np
 from tabulate import tabulate
 
 from fdp.config import MODEL
-from fdp.models.shape import SIZES
+from fdp.models.shape import SIZES, ModelShape
 from fdp.price.hardware import GIB, Cluster
 from fdp.price.space import name_of
 from fdp.price.workload import Plan
@@ -87,7 +87,7 @@ def _evidence(cluster: Cluster) -> str:
 
 def fragment(ranking: "Ranking", topic: str) -> str:
     """Text of a config file for `python -m fdp.train --config=FILE --dry_run` with the fastest plan
-    that this code base can train (pp = ep = etp = 1); comments alone where it cannot build the
+    that this code base can train (no pipeline); comments alone where it cannot build the
     model or no such plan fits. `topic`: the one that trains it, to be named in the file."""
     job, best = ranking.job, ranking.plans[0]
     lines = [f'"""{job.shape.name} on {ranking.cluster.name}: written by the planner."""', ""]
@@ -105,8 +105,8 @@ def fragment(ranking: "Ranking", topic: str) -> str:
         return "\n".join(lines) + "\n"
     slower = 100 * (r.time / best.time - 1)
     lines += [
-        "# Below: the fastest plan that this code base can train (pp = ep = etp = 1, attention "
-        "that is not fused),",
+        "# Below: the fastest plan that this code base can train (no pipeline, attention that "
+        "is not fused),",
         f"# {name_of(r.plan)}, {r.time:.3g} s a step (predicted), {slower:.0f} % slower.",
     ]
     if job.precision in ("fp8", "fp4"):
@@ -115,6 +115,13 @@ def fragment(ranking: "Ranking", topic: str) -> str:
             "slower than predicted."
         )
     return "\n".join([*lines, _config_text(ranking, r.plan, topic)]) + "\n"
+
+
+def _experts(a: ModelShape) -> str:
+    """Keys of `model.moe`."""
+    named = {"experts": a.experts, "topk": a.topk, "ffn": a.moe_ffn, "shared": a.shared_experts}
+    named |= {"first_dense": a.first_dense, "every": a.moe_every}
+    return ", ".join(f"{key}={value}" for key, value in named.items())
 
 
 def _config_text(ranking: "Ranking", p: Plan, topic: str) -> str:
@@ -143,7 +150,8 @@ def _config_text(ranking: "Ranking", p: Plan, topic: str) -> str:
             f'    c.model.update(dtype="bfloat16", remat="{p.recompute}", '
             f"sequence_parallel={p.tp > 1})",
             f'    c.objective.name = "{"autoregressive" if job.causal else "mdlm"}"',
-            f"    c.mesh.update(pp=1, dp={p.dp}, ep=1, cp={p.cp}, tp={p.tp})",
+            *([f"    c.model.moe.update({_experts(a)})"] if a.experts else []),
+            f"    c.mesh.update(pp=1, dp={p.dp // p.ep}, ep={p.ep}, cp={p.cp}, tp={p.tp})",
             f"    c.data.update(seq_len={job.seq}, vocab={min(1024, a.vocab)})",
             f"    c.train.update(batch={job.batch}, "
             f"microbatches={job.batch // (p.dp * p.microbatch)}, zero={p.zero})",

@@ -125,12 +125,14 @@ def shared_columns(job: Job, points: Space) -> Columns:
 
 
 def trainable(job: Job, points: Space) -> np.ndarray:
-    """(N,) whether this code base can train the plan: no pipeline, no expert axes, whole heads, FFN
-    and vocabulary per rank, and a recomputation that it has."""
+    """(N,) whether this code base can train the plan: no pipeline, experts over a part of dp and as
+    wide over tp as the rest, whole heads, FFN and vocabulary per rank, and a recomputation that it
+    has."""
     a, tp = job.shape, points["tp"]
     if a.unbuildable:
         return np.zeros(size_of(points), bool)
-    ok = (points["pp"] == 1) & (points["ep"] == 1) & (points["etp"] == 1)
+    ok = (points["pp"] == 1) & (points["dp"] % points["ep"] == 0)
+    ok &= points["etp"] == (points["tp"] if a.experts else 1)
     ok &= (a.kv_heads % tp == 0) & (a.ffn % tp == 0) & (a.vocab % tp == 0)
     return (
         ok

@@ -75,10 +75,10 @@ class Job:
 def of_experiment(e: "Experiment", chip: Chip) -> Job:
     """The job of an experiment of this code base on `chip`. Raises ValueError as `check` does.
 
-    Experts are dense here, so that ep is data parallelism; ZeRO shards over dp alone, and ranks of
-    ep and cp are replicas. remat=dots recomputes the scores, as selective recomputation does. Block
-    diffusion reads twice its length. The XLA attention keeps its scores, as software before 2022
-    did: `modern` is False."""
+    Without experts ep is data parallelism; the hidden width of experts lies over tp. ZeRO shards
+    over dp alone, and ranks of ep and cp are replicas. remat=dots recomputes the scores, as
+    selective recomputation does. Block diffusion reads twice its length. The XLA attention keeps
+    its scores, as software before 2022 did: `modern` is False."""
     m, d, micro = e.model.shape, e.degrees, e.grads.microbatches
     dp = d["dp"] * d["ep"]
     plan = Plan(
@@ -91,6 +91,7 @@ def of_experiment(e: "Experiment", chip: Chip) -> Job:
         shards=d["dp"],
         recompute={"none": "none", "dots": "selective", "full": "full"}[m.remat],
         sequence_parallel=m.sequence_parallel,
+        **({"ep": d["ep"], "etp": d["tp"]} if m.experts else {}),
     )
     mask = getattr(e.objective, "mask", None)  # of token objectives; others see everything
     causal = mask is not None and mask(e.data.seq_len or 1).kind == "causal"

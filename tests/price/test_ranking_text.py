@@ -27,9 +27,19 @@ def llama(model):
 
 def test_experts_are_ranked_with_expert_parallelism(model):
     found = ranking.rank(model, *job_of("mixtral-8x7b", "h100:8x8", 256))
-    assert found.plans[0].traffic["ep"] > 0 and found.trainable is None
+    assert found.plans[0].traffic["ep"] > 0
+    exec(compile(ranking_text.fragment(found, ""), "fragment", "exec"), names := {})
+    c, plan = names["get_config"](), found.trainable.plan
+    fdp_config.validate(c)
+    assert (c.mesh.dp * c.mesh.ep, c.mesh.ep, c.mesh.tp) == (plan.dp, plan.ep, 1)
+    assert (c.model.moe.experts, c.model.moe.ffn) == (8, 14336)
+
+
+def test_what_is_missing_of_a_model_is_named(model):
+    found = ranking.rank(model, *job_of("deepseek-v3", "h100:32x8", 1024))
+    assert found.trainable is None
     text = ranking_text.fragment(found, "")
-    assert "mixture of 8 experts" in text and "PLAN" in text
+    assert "latent attention" in text
     exec(compile(text, "fragment", "exec"), names := {})
     assert names["PLAN"] == dataclasses.asdict(found.plans[0].plan)
 
