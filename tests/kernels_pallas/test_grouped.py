@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from fdp.kernels_pallas import grouped
+from fdp.kernels_pallas import grouped, grouped_tpu, grouped_triton
 from fdp.kernels_pallas.grouped import Groups, grouped_ffn, grouped_matmul, make_groups
 
 fast = pytest.mark.fast
@@ -24,6 +24,19 @@ SIZES = {
     "whole blocks": (16, 16, 0, 16),
     "one each": (1, 1, 1, 1),
 }
+
+
+BACKENDS = ("xla", "tpu", "gpu")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles a side, the last of them not full."""
+    monkeypatch.setattr(
+        grouped_triton, "tile_sizes", lambda *_, **k: grouped_triton.Sizes(16, 16, 16)
+    )
+    monkeypatch.setattr(grouped_tpu, "COLUMNS", 32)
+    monkeypatch.setattr(grouped_tpu, "depth_tile", lambda *_: 16)
 
 
 def problem(sizes, dtype=jnp.float32):
@@ -43,7 +56,9 @@ def with_gradients(f, x, w_in, w_out, dy):
 
 @partial(jax.jit, static_argnames="backend")
 def ffn(arrays, groups, backend):
-    return with_gradients(lambda *z: grouped_ffn(*z, groups, backend=backend), *arrays)
+    return with_gradients(
+        lambda *z: grouped_ffn(*z, groups, backend=backend, interpret=True), *arrays
+    )
 
 
 @jax.jit
@@ -80,12 +95,21 @@ def assert_close(got, want, tolerance=1e-5):
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0, err_msg=name)
 
 
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradients(case, backend):
+    check(case, ffn, ffn_oracle, backend)
+
+
 @fast
 @pytest.mark.parametrize("case", SIZES)
-@pytest.mark.parametrize(("f", "oracle"), [(ffn, ffn_oracle), (products, products_oracle)])
-def test_values_and_gradients(case, f, oracle):
+def test_products_alone(case):
+    check(case, products, products_oracle, "xla")
+
+
+def check(case, f, oracle, backend):
     arrays, groups = problem(SIZES[case])
-    got = f(arrays, groups, "xla")
+    got = f(arrays, groups, backend)
     assert_close(got, oracle(arrays, groups))
     assert not np.asarray(got[0])[~np.asarray(groups.holds_R)].any()
     for dw in got[2:]:
