@@ -30,8 +30,8 @@ def part_loads(loads_xE: np.ndarray, parts: int) -> np.ndarray:
     if parts < 1 or experts % parts:
         near = max(d for d in range(1, max(parts, 1) + 1) if experts % d == 0)
         raise UserError(
-            f"experts {experts} are not divisible by {parts} devices or nodes: set ep to {near} or "
-            "another divisor"
+            f"experts {experts} are not divisible by ep = {parts}: set ep to {near} or another "
+            "divisor"
         )
     return loads_xE.reshape(*loads_xE.shape[:-1], parts, -1).sum(-1)
 

@@ -144,7 +144,8 @@ class Writer:
         """One shard; arguments as `trace` takes them. Raises OSError as the system reports it."""
         made = trace(ids_NxLxK, self.experts, **tokens)
         path = self.folder / f"shard-{self.next:05d}.npz"
-        arrays = {"ids_NxLxK": made.ids_NxLxK, "experts": made.experts} | made.tokens()
+        arrays: dict[str, Any] = {"ids_NxLxK": made.ids_NxLxK, "experts": made.experts}
+        arrays |= made.tokens()
         write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
         self.next += 1
 

@@ -55,7 +55,8 @@ def curve(chip: hardware.Chip, shape: Sequence[int], rows: Any, seconds: Any) ->
     """The curve through measured `seconds` at `rows` of the device."""
     rows = np.asarray(rows, float)
     ratio = np.log(np.asarray(seconds) / bound(chip, rows, *shape))
-    return Curve(*shape, rows / shape[2], ratio)
+    width, hidden, experts = shape
+    return Curve(width, hidden, experts, rows / experts, ratio)
 
 
 @functools.cache
@@ -114,12 +115,14 @@ def error(chip: str, rows: Any, width: int, hidden: int, experts: int) -> tuple[
     same = [c for c in found if c[:3] == shape]
     each = np.asarray(rows) / experts
     used = same or found
+    nearest = min(abs(np.log(c.width / width)) for c in found)
+    alike = [c for c in found if abs(np.log(c.width / width)) == nearest]
     low, high = min(c.rows[0] for c in used), max(c.rows[-1] for c in used)
     outside = (each > 0) & ((each < low) | (each > high))
     holds = (
         bool(same),
         not same,
-        experts < min(c.experts for c in found),
+        experts < min(c.experts for c in alike),
         bool(np.any(outside)),
         stand_in(chip) != hardware.chip(chip).name,
     )

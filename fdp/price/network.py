@@ -244,15 +244,22 @@ def _gpu_time(
     return start + _protocols(c, transfers[op])
 
 
-def exchange_time(inside: Any, outside: Any, n: Any, local: Any, chip_name: str) -> Any:
+def exchange_time(
+    inside: Any,
+    outside: Any,
+    n: Any,
+    local: Any,
+    chip_name: str,
+    fit: LinkCoefficients | None = None,
+) -> Any:
     """Seconds of an all-to-all of unequal parts among `n` ranks, `local` of them in each node.
 
     The fullest rank moves `inside` bytes in its node and `outside` through its NIC, one way; what
     it keeps counts nowhere. With equal parts of N, (local−1)/n·N and (n−local)/n·N, it is
-    `collective_time` of an all-to-all. Raises ValueError as that function does."""
+    `collective_time` of an all-to-all. `fit` and errors as in that function."""
     for name, value, least in (("inside", inside, 0), ("outside", outside, 0), ("n", n, 1)):
         _refuse("all_to_all", name, value, least)
-    chip, c = hardware.chip(chip_name), coefficients(chip_name)
+    chip, c = hardware.chip(chip_name), fit or coefficients(chip_name)
     xp = namespace(inside, outside, n, local)
     if chip.scale_out_bandwidth is None:
         held = (inside + outside) * n / xp.maximum(n - 1, 1)
