@@ -66,7 +66,7 @@ class Trace:
             if len(value) != len(ids):
                 raise UserError(f"{name} has {len(value)} values for {len(ids)} tokens")
 
-    def tokens(self) -> dict[str, np.ndarray]:
+    def tokens(self) -> dict[str, Any]:
         """The arrays (N,), by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)[2:]}
 
@@ -99,12 +99,19 @@ def trace(
         ids = ids.astype(np.int16)
 
     def each(value: Any, kind: type) -> np.ndarray:
-        one = np.asarray(value, kind)
+        one: np.ndarray = np.asarray(value, kind)
         return np.broadcast_to(one, ids.shape[:1]) if one.ndim == 0 else one
 
     place = np.arange(len(ids)) if position_N is None else position_N
-    whole = (each(value, np.int32) for value in (sequence_N, place, source_N))
-    return Trace(ids, experts, *whole, each(domain_N, str), each(noise_N, np.float32))
+    return Trace(
+        ids,
+        experts,
+        each(sequence_N, np.int32),
+        each(place, np.int32),
+        each(source_N, np.int32),
+        each(domain_N, str),
+        each(noise_N, np.float32),
+    )
 
 
 def join(parts: Sequence[Trace]) -> Trace:
@@ -112,7 +119,9 @@ def join(parts: Sequence[Trace]) -> Trace:
     first = parts[0]
     for part in parts:
         check(part, Layout(first.experts, *first.ids_NxLxK.shape[1:]), "a shard")
-    rest = {n: np.concatenate([p.tokens()[n] for p in parts]) for n in first.tokens()}
+    rest: dict[str, Any] = {
+        name: np.concatenate([p.tokens()[name] for p in parts]) for name in first.tokens()
+    }
     return replace(first, ids_NxLxK=np.concatenate([p.ids_NxLxK for p in parts]), **rest)
 
 
@@ -205,7 +214,8 @@ def decode(text: str, layout: Layout) -> Trace:
         raw = base64.b64decode("".join(text.split()), validate=True)
     except binascii.Error as error:
         raise UserError(
-            f"routed experts are no base64 ({error}): give the response's text"
+            f"routed experts are no base64 ({error}): the text is truncated or of another kind; "
+            "give the whole text of the response"
         ) from error
     each = 4 * layout.layers * layout.topk
     if not each or len(raw) % each:

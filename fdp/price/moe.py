@@ -106,15 +106,8 @@ def price(layer: Layer, routing: Routing, plan: str, overlap: float = 0.0) -> Pr
         )
     stages, rows_M = exchanges(layer, routing, plan), routing.rows_MxM.sum(0)
     remote = [x.node + x.out for x in stages]
-    counts = 0.0
-    if plan != "gather":
-        count_bytes = 4 * layer.shape.experts * layer.devices
-        args = [("all_gather", count_bytes, x.ranks, x.local) for x in stages]
-        counts = sum(
-            max(float(network.collective_time(*a, c, links(c))) for c, _ in layer.chips)
-            for a in args
-        )
-    out, back = (_wire(layer, plan, stages, r, b) for r, b in _ways(layer))
+    out, back = (_wire(layer, plan, stages, row, way) for row, way in _ways(layer))
+    there = out + (0.0 if plan == "gather" else _count_seconds(layer, stages))
     gradient = _wire(layer, plan, stages, layer.row_back, False) + back
     matmul = matmul_seconds(layer, rows_M)
     rows = layer.row_out + layer.row_back
@@ -130,10 +123,19 @@ def price(layer: Layer, routing: Routing, plan: str, overlap: float = 0.0) -> Pr
         most=sum(x.most * (rows + x.beside) for x in stages),
         steps=2 * len(stages) + (0 if plan == "gather" else len(stages)),
         matmul=matmul,
-        forward=_hidden(counts + out + back, matmul, overlap),
+        forward=_hidden(there + back, matmul, overlap),
         backward=_hidden(gradient, 2 * matmul, overlap),
         fullest=float(rows_M.max() / max(rows_M.mean(), 1e-9)),
     )
+
+
+def _count_seconds(layer: Layer, stages: Sequence[Exchange]) -> float:
+    """Seconds in which all ranks learn the rows that each expert gets of each device."""
+    nbytes, total = 4 * layer.shape.experts * layer.devices, 0.0
+    for x in stages:
+        args = ("all_gather", nbytes, x.ranks, x.local)
+        total += max(float(network.collective_time(*args, c, links(c))) for c, _ in layer.chips)
+    return total
 
 
 def _ways(layer: Layer) -> list[tuple[int, bool]]:
