@@ -17,6 +17,7 @@ Legend: D width, W hidden of an expert, e experts of the device, k choices a tok
 
 import argparse
 import datetime
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,6 +75,7 @@ def measured(rows: Rows, walking: bool = False) -> dict[tuple[str, *Shape], Time
     return found
 
 
+@functools.cache
 def held_rows(tokens: int, experts: int, k: int, e: int) -> float:
     """Rows of the first `e` experts where choice i of token t is expert t + i·⌈E/k⌉, as the
     benchmark draws balanced groups; few tokens are spread."""
