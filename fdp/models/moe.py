@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdp.collectives import psum, size, vary_like
 from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Rows, Sent, Work, merged
@@ -24,7 +25,7 @@ from fdp.models.layers import Reduction, enter_tp, entered, hidden_bytes, leave_
 from fdp.models.module import Module, compact, silu
 from fdp.models.router import Routed, Router, Routing
 from fdp.models.shape import ModelShape
-from fdp.models.stack import Layer, layer
+from fdp.models.stack import Layer, LayerInput, layer
 from fdp.parallel.expert.exchange import Load
 from fdp.parallel.expert.plan import Dispatch
 from fdp.parallel.wire import Cast
@@ -38,6 +39,28 @@ class MoEInput:
     """Layer input of a mixture. replay: ids [B, L, K] to use in place of the router's choice."""
 
     replay: Array | None = None
+
+
+def replay(ids_TxNxK: np.ndarray, batch: int, shape: ModelShape) -> Any:
+    """Layer inputs that replay the choices of `batch` sequences, as a trace holds them: int
+    [tokens, layers with experts, K]. Raises ValueError for ids out of range or another length."""
+    tokens, layers, topk = ids_TxNxK.shape
+    want = shape.moe_layers, shape.topk
+    if (layers, topk) != want or not batch or tokens % batch:
+        raise ValueError(
+            f"replayed ids {ids_TxNxK.shape} must be [tokens, layers, k] with layers, k = {want} "
+            f"and tokens a multiple of {batch} sequences"
+        )
+    low, high = int(ids_TxNxK.min()), int(ids_TxNxK.max())
+    if low < 0 or high >= shape.experts:
+        raise ValueError(
+            f"replayed ids lie in {low}…{high}, but the model has experts 0…{shape.experts - 1}: "
+            "the trace is of another model"
+        )
+    ids = np.asarray(ids_TxNxK, np.int32).reshape(batch, -1, layers, topk)
+    mine = LayerInput(ffn=MoEInput(np.moveaxis(ids, 2, 0)))
+    others = (None,) * (shape.moe_every - 1)
+    return (*others, mine) if others else mine
 
 
 def mixture(section: Mapping[str, Any]) -> Layer:
