@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from benchmarks import moe
+from fdp.count import jaxpr
 from fdp.kernels_pallas import grouped, grouped_tpu, grouped_triton
 from fdp.kernels_pallas.grouped import Groups, grouped_ffn, grouped_matmul, make_groups
 from tests.kernels_pallas.compiled import PLATFORMS, compiled_text, kernels
@@ -126,6 +127,14 @@ def check(case, f, oracle, backend):
     assert not np.asarray(got[0])[~held(SIZES[case], groups.rows)].any()
     for dw in got[2:]:
         assert not np.asarray(dw)[np.array(SIZES[case]) == 0].any()
+
+
+@fast
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counted_flops_are_those_of_all_rows(backend):
+    arrays, groups = problem(SIZES["mixed"])
+    made = jax.make_jaxpr(lambda *z: ffn(*z, backend))(arrays, groups)
+    assert jaxpr.dot_flops(made) == 3 * 6 * groups.rows * D * F
 
 
 @fast
