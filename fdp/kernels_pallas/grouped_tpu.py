@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from fdp.kernels_pallas.grouped_triton import cost
 from fdp.kernels_pallas.grouped_xla import swiglu, swiglu_gradients
 from fdp.kernels_pallas.tiles import ceil_div, matmul, result
 
@@ -105,7 +106,8 @@ class Mosaic:
         outs = [((R, N), x_PxRxK.dtype, pl.BlockSpec((X, Y), _own))]
         grid = ceil_div(N, Y), groups.blocks, P * T
         tables, operands = (groups.expert_of_block,), (x_PxRxK, w_ExPxKxN)
-        return self._call(kernel, grid, tables, operands, specs, outs, [(X, Y)])[0]
+        flops = 2 * P * R * K * N
+        return self._call(kernel, grid, tables, operands, specs, outs, flops, (X, Y))[0]
 
     def hidden(
         self, x_RxD: Array, w_in_Ex2xDxF: Array, groups: "Groups", keep: bool
@@ -143,7 +145,8 @@ class Mosaic:
         ][: 1 + keep]
         grid = ceil_div(F, Y), groups.blocks, walk.depth
         tables, operands = (groups.expert_of_block,), (x_RxD, w_in_Ex2xDxF)
-        return self._call(kernel, grid, tables, operands, specs, outs, [(2, X, Y)])
+        flops = 4 * R * D * F
+        return self._call(kernel, grid, tables, operands, specs, outs, flops, (2, X, Y))
 
     def hidden_gradients(
         self, dy_RxD: Array, w_out_ExFxD: Array, kept_2xRxF: Array, groups: "Groups"
@@ -181,7 +184,8 @@ class Mosaic:
         ]
         grid = ceil_div(F, Y), groups.blocks, walk.depth
         tables, operands = (groups.expert_of_block,), (dy_RxD, w_out_ExFxD, kept_2xRxF)
-        grads, h = self._call(kernel, grid, tables, operands, specs, outs, [(X, Y)], {3: 0})
+        flops = 2 * R * D * F
+        grads, h = self._call(kernel, grid, tables, operands, specs, outs, flops, (X, Y), {3: 0})
         return grads, h
 
     def weight_gradients(
@@ -189,17 +193,10 @@ class Mosaic:
     ) -> Array:
         """See `grouped_xla.Loop.weight_gradients`: every expert has one step at least, in which its
         gradient is written."""
-        K, (P, _, N), E = x_RxK.shape[1], dy_PxRxN.shape, groups.sizes_E.shape[0]
+        (R, K), (P, _, N), E = x_RxK.shape, dy_PxRxN.shape, groups.sizes_E.shape[0]
         X, Y, B = min(K, COLUMNS), min(N, 2 * COLUMNS), groups.block
-        S = groups.blocks + E
-        places_S = jnp.arange(S, dtype=jnp.int32)
-        ends_E = jnp.cumsum(jnp.maximum(groups.blocks_E, 1), dtype=jnp.int32)
-        experts_S = jnp.searchsorted(ends_E, places_S, side="right").astype(jnp.int32)
-        experts_S = jnp.minimum(experts_S, E - 1)
-        left_S = ends_E[experts_S] - places_S  # steps of the expert that are left, this one too
-        blocks_S = groups.first_E[experts_S] + groups.blocks_E[experts_S] - left_S
-        live_S = (left_S > 0) & (groups.blocks_E[experts_S] > 0)
-        blocks_S = jnp.clip(blocks_S, 0, groups.blocks - 1)
+        tables = _steps(groups)
+        S = tables[0].shape[0]
 
         def kernel(experts, blocks, live, x_ref, dy_ref, dw_ref, total):
             s = pl.program_id(3)
@@ -223,9 +220,9 @@ class Mosaic:
         ]
         out = pl.BlockSpec((1, 1, X, Y), lambda p, i, j, s, experts, *_: (experts[s], p, i, j))
         grid = P, ceil_div(K, X), ceil_div(N, Y), S
-        tables, operands = (experts_S, blocks_S, live_S.astype(jnp.int32)), (x_RxK, dy_PxRxN)
         outs = [((E, P, K, N), dtype, out)]
-        return self._call(kernel, grid, tables, operands, specs, outs, [(X, Y)])[0]
+        operands, flops = (x_RxK, dy_PxRxN), 2 * P * R * K * N
+        return self._call(kernel, grid, tables, operands, specs, outs, flops, (X, Y))[0]
 
     def _call(
         self,
@@ -234,12 +231,14 @@ class Mosaic:
         tables: Sequence[Array],
         operands: Sequence[Array],
         specs: list[pl.BlockSpec],
-        outs: list[tuple[tuple[int, ...], Any, pl.BlockSpec]],
-        sums: list[tuple[int, ...]],
+        outs: Sequence[tuple[tuple[int, ...], Any, pl.BlockSpec]],
+        flops: int,
+        total: tuple[int, ...],
         aliases: dict[int, int] | None = None,
     ) -> list[Array]:
-        """tables go to scalar memory; outs: (shape, dtype, spec) of results; sums: shapes of f32
-        accumulators. aliases: operand, tables counted, → result in the same memory."""
+        """tables go to scalar memory; outs: (shape, dtype, spec) of results; total: shape of the
+        f32 accumulator. aliases: operand, tables counted, → result in the same memory."""
+        order: Any = ("parallel", *("arbitrary",) * (len(grid) - 1))
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -247,15 +246,29 @@ class Mosaic:
                 grid=grid,
                 in_specs=specs,
                 out_specs=[spec for _, _, spec in outs],
-                scratch_shapes=[pltpu.VMEM(s, jnp.float32) for s in sums],
+                scratch_shapes=[pltpu.VMEM(total, jnp.float32)],
             ),
             out_shape=[result(shape, dtype, operands[0]) for shape, dtype, _ in outs],
             input_output_aliases=aliases or {},
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", *("arbitrary",) * (len(grid) - 1))
-            ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=order),
+            cost_estimate=cost(flops, operands),
             interpret=self.interpret,
         )(*tables, *operands)
+
+
+def _steps(groups: "Groups") -> tuple[Array, Array, Array]:
+    """The expert, the block and whether there is one, of each step over the blocks of all experts:
+    int32 [blocks + E]. An expert of no row has one step without a block."""
+    E = groups.sizes_E.shape[0]
+    places_S = jnp.arange(groups.blocks + E, dtype=jnp.int32)
+    ends_E = jnp.cumsum(jnp.maximum(groups.blocks_E, 1), dtype=jnp.int32)
+    experts_S = (ends_E <= places_S[:, None]).sum(1, dtype=jnp.int32)
+    experts_S = jnp.minimum(experts_S, E - 1)  # steps that are left over repeat the last one
+    count_S = groups.blocks_E[experts_S]
+    left_S = ends_E[experts_S] - places_S  # steps of this expert that remain, this one too
+    blocks_S = groups.first_E[experts_S] + count_S - jnp.maximum(left_S, 1)
+    live_S = (left_S > 0) & (count_S > 0)
+    return experts_S, jnp.clip(blocks_S, 0, groups.blocks - 1), live_S.astype(jnp.int32)
 
 
 def _own(j, i, t, experts):

@@ -46,7 +46,7 @@ def tile_sizes(rows: int, columns: int, depth: int, dtype: Any, sums: int = 1) -
 # -------------------------------------------------------------------------------------------------
 
 
-def _inside(ref, starts: tuple, shape: tuple[int, int]) -> Array | None:
+def _inside(ref, starts: tuple, shape: tuple[int, ...]) -> Array | None:
     """Which entries of a tile of the last two dims of ref exist: bool `shape`; None = all."""
     inside = None
     for dim, (start, size) in enumerate(zip(starts, shape, strict=True)):
@@ -57,12 +57,12 @@ def _inside(ref, starts: tuple, shape: tuple[int, int]) -> Array | None:
     return inside
 
 
-def _view(ref, lead: tuple, starts: tuple, shape: tuple[int, int]):
+def _view(ref, lead: tuple, starts: tuple, shape: tuple[int, ...]):
     tile = (pl.ds(start, size) for start, size in zip(starts, shape, strict=True))
     return ref.at[(*map(jnp.int32, lead), *tile)]  # the interpreter takes no Python number
 
 
-def _load(ref, lead: tuple, starts: tuple, shape: tuple[int, int]) -> Array:
+def _load(ref, lead: tuple, starts: tuple, shape: tuple[int, ...]) -> Array:
     """A tile of the last two dims, zeros outside."""
     view, inside = _view(ref, lead, starts, shape), _inside(ref, starts, shape)
     return plt.load(view) if inside is None else plt.load(view, mask=inside, other=0)
@@ -86,6 +86,12 @@ def _expert(expert_ref, i: Array, split: int, E: int, steps: int) -> tuple[Array
     row tiles."""
     e = expert_ref[split_index(i, split)[0]]
     return jnp.minimum(e, E - 1), jnp.where(e < E, jnp.int32(steps), 0)
+
+
+def cost(flops: int, operands: Sequence[Array]) -> pl.CostEstimate:
+    """What a kernel costs if every row has an expert."""
+    moved = sum(x.size * x.dtype.itemsize for x in operands)
+    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved)
 
 
 # Kernels
@@ -124,7 +130,9 @@ class Triton:
             _store(y_ref, (), (i * X, j * Y), total)
 
         operands = groups.expert_of_block, x_PxRxK, w_ExPxKxN
-        (y,) = self._call(kernel, (grid[0] * grid[1],), operands, [((R, N), x_PxRxK.dtype)])
+        outs = [((R, N), x_PxRxK.dtype)]
+        flops = 2 * P * R * K * N
+        (y,) = self._call(kernel, (grid[0] * grid[1],), operands, outs, flops)
         return y
 
     def hidden(
@@ -154,7 +162,7 @@ class Triton:
 
         outs = [(shape, x_RxD.dtype) for shape in ((R, F), (2, R, F))[: 1 + keep]]
         operands = groups.expert_of_block, x_RxD, w_in_Ex2xDxF
-        return self._call(kernel, (grid[0] * grid[1],), operands, outs)
+        return self._call(kernel, (grid[0] * grid[1],), operands, outs, 4 * R * D * F)
 
     def hidden_gradients(
         self, dy_RxD: Array, w_out_ExFxD: Array, kept_2xRxF: Array, groups: "Groups"
@@ -182,14 +190,15 @@ class Triton:
 
         outs = [(kept_2xRxF.shape, dy_RxD.dtype), ((R, F), dy_RxD.dtype)]
         operands = groups.expert_of_block, dy_RxD, w_out_ExFxD, kept_2xRxF
-        grads, h = self._call(kernel, (grid[0] * grid[1],), operands, outs, aliases={3: 0})
+        flops = 2 * R * D * F
+        grads, h = self._call(kernel, (grid[0] * grid[1],), operands, outs, flops, {3: 0})
         return grads, h
 
     def weight_gradients(
         self, x_RxK: Array, dy_PxRxN: Array, groups: "Groups", dtype: Any
     ) -> Array:
         """See `grouped_xla.Loop.weight_gradients`: one program per tile of each weight."""
-        K, (P, _, N), E = x_RxK.shape[1], dy_PxRxN.shape, groups.sizes_E.shape[0]
+        (R, K), (P, _, N), E = x_RxK.shape, dy_PxRxN.shape, groups.sizes_E.shape[0]
         X, Y, Z = tile_sizes(power_of_two(K, 16), N, groups.block, x_RxK.dtype)
         grid = ceil_div(K, X), ceil_div(N, Y)
 
@@ -209,7 +218,8 @@ class Triton:
 
         operands = groups.first_E, groups.blocks_E, x_RxK, dy_PxRxN
         outs = [((E, P, K, N), dtype)]
-        (dw,) = self._call(kernel, (grid[0] * grid[1], E * P), operands, outs)
+        flops = 2 * P * R * K * N
+        (dw,) = self._call(kernel, (grid[0] * grid[1], E * P), operands, outs, flops)
         return dw
 
     def _call(
@@ -217,7 +227,8 @@ class Triton:
         kernel: Callable,
         grid: tuple[int, ...],
         operands: Sequence[Array],
-        outs: list[tuple[tuple[int, ...], Any]],
+        outs: Sequence[tuple[tuple[int, ...], Any]],
+        flops: int,
         aliases: dict[int, int] | None = None,
     ) -> list[Array]:
         """outs: (shape, dtype) of the results. Operands are whole arrays: tiles are cut in the
@@ -235,5 +246,6 @@ class Triton:
             out_shape=shapes,
             input_output_aliases=aliases or {},
             compiler_params=plt.CompilerParams(num_warps=8, num_stages=3),
+            cost_estimate=cost(flops, operands),
             interpret=self.interpret,
         )(*operands)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fdp.kernels_pallas.blockwise import AT_MOST
 from fdp.kernels_pallas.tiles import matmul
 from fdp.kernels_pallas.walks import alike
 
@@ -90,40 +91,51 @@ class Loop:
         """x[rows of e]ᵀ · dy[p, rows of e]: [E, P, K, N] of `dtype`."""
         (P, _, N), K, E = dy_PxRxN.shape, x_RxK.shape[1], groups.sizes_E.shape[0]
         zeros = [_zeros((K, N), jnp.float32, x_RxK)] * P
-        start_E, end_E = _ends(groups)
 
-        def expert(e, dw):
-            def block(i, sums):
-                row = i * groups.block
+        def expert(e, blocks, dw):
+            def block(row, sums):
                 x_BxK = _rows(x_RxK, None, row, groups)
                 dy = (_rows(dy_PxRxN, p, row, groups) for p in range(P))
                 return [s + matmul(x_BxK, d, (0, 0)) for s, d in zip(sums, dy, strict=True)]
 
-            for p, total in enumerate(lax.fori_loop(start_E[e], end_E[e], block, zeros)):
+            for p, total in enumerate(blocks(block, zeros)):
                 dw = _put(dw, (e, p, 0, 0), total[None, None])
             return dw
 
-        return lax.fori_loop(0, E, expert, _zeros((E, P, K, N), dtype, x_RxK))
+        return _fold(groups, expert, _zeros((E, P, K, N), dtype, x_RxK))
+
+
+def _fold(groups: "Groups", expert: Callable, state: Any) -> Any:
+    """Fold expert(e, blocks, state) over the experts up to the last one that has a row; blocks(f,
+    inner) folds f(row, inner) over its blocks, which start at `row`.
+
+    Counts of the program take both loops for one over all blocks, of which the inner is one step.
+    """
+    start_E = groups.first_E
+    end_E = jnp.minimum(start_E + groups.blocks_E, groups.blocks)
+    ids_E = jnp.arange(len(start_E), dtype=jnp.int32)
+    last = jnp.where(groups.sizes_E > 0, ids_E + 1, 0).max()
+
+    def body(e, state):
+        def blocks(f, inner):
+            with jax.named_scope(f"{AT_MOST}_1"):
+                step = lambda i, inner: f(i * groups.block, inner)
+                return lax.fori_loop(start_E[e], end_E[e], step, inner)
+
+        return expert(e, blocks, state)
+
+    with jax.named_scope(f"{AT_MOST}_{groups.blocks}"):
+        return lax.fori_loop(0, last, body, state)
 
 
 def _each(groups: "Groups", state: Any, load: Callable, step: Callable) -> Any:
-    """Fold step(row, load(e), state) over the blocks of every expert e, which start at `row`."""
-    start_E, end_E = _ends(groups)
+    """Fold step(row, load(e), state) over the blocks of every expert e."""
 
-    def expert(e, state):
+    def expert(e, blocks, state):
         weights = load(e)
+        return blocks(lambda row, state: step(row, weights, state), state)
 
-        def block(i, state):
-            return step(i * groups.block, weights, state)
-
-        return lax.fori_loop(start_E[e], end_E[e], block, state)
-
-    return lax.fori_loop(0, groups.sizes_E.shape[0], expert, state)
-
-
-def _ends(groups: "Groups") -> tuple[Array, Array]:
-    """The first block of each expert and the one after its last."""
-    return groups.first_E, jnp.minimum(groups.first_E + groups.blocks_E, groups.blocks)
+    return _fold(groups, expert, state)
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: Array) -> Array:
