@@ -58,7 +58,7 @@ def replay(ids_TxNxK: np.ndarray, batch: int, shape: ModelShape) -> Any:
             "the trace is of another model"
         )
     ids = np.asarray(ids_TxNxK, np.int32).reshape(batch, -1, layers, topk)
-    mine = LayerInput(ffn=MoEInput(np.moveaxis(ids, 2, 0)))
+    mine = LayerInput(ffn=MoEInput(jnp.asarray(np.moveaxis(ids, 2, 0))))
     others = (None,) * (shape.moe_every - 1)
     return (*others, mine) if others else mine
 
@@ -97,6 +97,8 @@ class MoE(Module):
         w_out = self.weight("w_out", normal(F**-0.5), (E, F, D), ("ep", "tp", None))
         router = Router(s, self.routing, name="router")
         routed = router(x_BxLxD, where, None if given is None else given.replay)
+        self.probe("input", x_BxLxD)
+        self.probe("ids", routed.ids)
         x_in = enter_tp(x_BxLxD, s.sequence_parallel)
         x_TxD = x_in.reshape(-1, D)
         ids, gates = (a.reshape(len(x_TxD), -1) for a in (routed.ids, routed.gates))
@@ -145,7 +147,6 @@ class MoE(Module):
         b, E = self.balance, self.shape.experts
         batch, L = routed.ids.shape[:2]
         devices, tokens = size(DATA_AXES), batch * L * size(DATA_AXES)
-        self.probe("ids", routed.ids)
         count_BxE = self._over_tp(balance.counts(routed.ids, E))
         load_E = psum(count_BxE.sum(0), DATA_AXES)
         share_BxLxE = balance.shares(routed.scores)
