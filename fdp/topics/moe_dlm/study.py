@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from fdp.config import UserError
 from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES
 from fdp.models.stack import Layer
@@ -49,6 +50,8 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     """Every router on every task: those that decide on both oracles, all on two regimes and on
     text. One seed of text has one arm.
     """
+    if not config.model.moe.experts:
+        raise UserError("topic moe_dlm trains experts: set model.moe.experts=16")
     found: dict[str, Experiment] = {}
     for task in tasks(config):
         names = config.router.arms
