@@ -163,6 +163,7 @@ class Duel:
     baseline: str
     gain_P: np.ndarray  # NELBO of the baseline minus the arm's
     overload: float  # worst step's, over the baseline's
+    steps: tuple[float, float]  # mean over the steps, of the arm and of the baseline
 
     @property
     def error(self) -> float:
@@ -194,8 +195,10 @@ def duels(
             judged = slice(CHOSEN_ON if many else 0, None)
             gain = nelbo(by_name[best])[judged] - nelbo(by_name[arm])[judged]
             worst = [float(np.mean([s.worst for s in along[n][judged]])) for n in (arm, best)]
+            means = [float(np.mean([s.overload_S for s in along[n][judged]])) for n in (arm, best)]
             mine, theirs = (n.partition("-")[2] for n in (arm, best))
-            found.append(Duel(task, mine, theirs, gain, worst[0] / max(worst[1], 1e-9)))
+            ratio = worst[0] / max(worst[1], 1e-9)
+            found.append(Duel(task, mine, theirs, gain, ratio, (means[0], means[1])))
     return found
 
 
@@ -218,6 +221,7 @@ def pays(
                     f"value >= {STANDARD_ERRORS:g}",
                     "measured",
                     note=f"gain {d.gain_P.mean():+.4f} nats; {text}",
+                    decides=True,
                 )
             )
         rows.append(
@@ -228,8 +232,21 @@ def pays(
                 "",
                 "value <= 0.5",
                 "measured",
-                note=f"over that of the baseline; {against}",
-                decides=True,
+                note=f"over that of the baseline; {against}; where all is masked all tokens are "
+                "alike, and every token's choice is the same",
+            )
+        )
+        rows.append(
+            Row.judged(
+                f"{d.task}: {d.arm} levels the steps",
+                "overload of the ranks of ep, mean over the steps of a sampler",
+                d.steps[0],
+                "",
+                "ratio <= 0.5",
+                "measured",
+                f"{d.baseline}",
+                d.steps[1],
+                note=against,
             )
         )
     return [*rows, _verdict(found)]
