@@ -8,11 +8,13 @@ for an H100 that need not be there.
 
 All contenders multiply the same rows, which fall on the experts at random, with the same weights;
 fdp's lie in its blocks, padding included. The dense product multiplies as many rows with one
-weight. Times as `timing` takes them. Compiled figures need the aot extra.
+weight. tokamax takes part on a GPU where it is installed. Times as `timing` takes them. Compiled
+figures need the aot extra.
 
 Legend: R rows, D width, F hidden width, E experts."""
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,6 +99,11 @@ def contenders(args: argparse.Namespace, E: int) -> dict[str, dict[str, Program]
         RAGGED: (lambda x, w: lax.ragged_dot(x, w, sizes_E), (x[order_N], w, dy[order_N])),
         DENSE: (lambda x, w: x @ w, (x, w[0], dy)),
     }
+    if jax.default_backend() == "gpu" and importlib.util.find_spec("tokamax"):
+        import tokamax
+
+        arrays = cases[RAGGED][1]
+        cases["tokamax"] = (lambda x, w: tokamax.ragged_dot(x, w, sizes_E), arrays)
     return {
         name: {mode: (p, arrays) for mode, p in compile_modes(f, arrays).items()}
         for name, (f, arrays) in cases.items()

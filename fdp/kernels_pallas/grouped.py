@@ -5,6 +5,14 @@ all blocks past the last group, are zero rows. So a block of rows needs the weig
 and no weight is ever copied per row or per block. Source of the layout: Gale et al. 2022
 (MegaBlocks), section 4.
 
+- a TPU, a GPU: our kernels (Mosaic, Triton);
+- elsewhere: XLA, block by block.
+
+Not used: `jax.lax.ragged_dot`, which is a product of all rows with all experts on a CPU and, with
+buffers to match, on NVIDIA GPUs; JAX's `ragged_dot_mgpu`, which has no gradient and wants K in
+whole tiles; tokamax, which looks for its kernels on the devices of the process, so that nothing can
+be compiled for others, and of which no figure says that it is faster.
+
 Legend: E groups (experts), R rows of the buffer, K and N contracted and free dim of a weight, D
 width, F hidden width, B rows of a block."""
 
@@ -92,9 +100,10 @@ def make_groups(sizes_E: Array, rows: int, block: int) -> Groups:
 def choose_block(rows: int, experts: int, backend: str | None = None) -> int:
     """Rows of a block for about `rows` rows over `experts` experts; backend as in `grouped_matmul`.
 
-    Half of an expert's rows as a power of two, within the limits of the platform, so that padding
-    costs a quarter at most. Measured on a CPU (512, 128, 64 and 16 rows an expert: best with 64,
-    64, 32 and 16); on accelerators the largest tile that fits, not measured."""
+    At most half of an expert's rows, a power of two within the limits of the platform, so that
+    padding adds a quarter on average. Measured on a CPU, where 512, 128, 64 and 16 rows an expert
+    are fastest in blocks of 64, 64, 32 and 16; the limits of accelerators are what fits a tile, not
+    measured."""
     least, most = BLOCKS[walks.choose_backend(backend)]
     half = max(1, rows // (2 * experts))
     return min(max(1 << half.bit_length() - 1, least), most)

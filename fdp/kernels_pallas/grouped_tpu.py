@@ -45,7 +45,7 @@ def _mask(x: Array, dim: int, start: Array, length: int) -> Array:
     return jnp.where(place < length, x, 0)
 
 
-class Walk:
+class BlockWalk:
     """Where the tiles of a grid (column tile j, block i, step t) lie; `experts`: the prefetched
     table. Blocks past the last group stay at the last tile, so that they fetch nothing."""
 
@@ -73,7 +73,7 @@ class Mosaic:
         N = w_ExPxKxN.shape[2 if transposed else 3]
         Y, Z = min(N, COLUMNS), depth_tile(K, x_PxRxK.dtype)
         T = ceil_div(K, Z)
-        walk = Walk(E, P * T)
+        walk = BlockWalk(E, P * T)
 
         def kernel(experts, x_ref, w_ref, y_ref, total):
             def step(t):
@@ -115,7 +115,7 @@ class Mosaic:
         """See `grouped_xla.Loop.hidden`."""
         (R, D), (E, _, _, F), X = x_RxD.shape, w_in_Ex2xDxF.shape, groups.block
         Y, Z = min(F, COLUMNS // 2), depth_tile(D, x_RxD.dtype)
-        walk = Walk(E, ceil_div(D, Z))
+        walk = BlockWalk(E, ceil_div(D, Z))
 
         def kernel(experts, x_ref, w_ref, h_ref, *rest):
             *kept, total = rest
@@ -154,7 +154,7 @@ class Mosaic:
         """See `grouped_xla.Loop.hidden_gradients`; takes the memory of `kept`."""
         (R, D), (E, F, _), X = dy_RxD.shape, w_out_ExFxD.shape, groups.block
         Y, Z = min(F, COLUMNS // 2), depth_tile(D, dy_RxD.dtype)
-        walk = Walk(E, ceil_div(D, Z))
+        walk = BlockWalk(E, ceil_div(D, Z))
 
         def kernel(experts, dy_ref, w_ref, kept_ref, grad_ref, h_ref, dh):
             def step(t):

@@ -216,7 +216,8 @@ class Triton:
             total = lax.fori_loop(0, steps, step, jnp.zeros((X, Y), jnp.float32))
             _store(dw_ref, (e, p), (i * X, j * Y), total)
 
-        operands = groups.first_E, groups.blocks_E, x_RxK, dy_PxRxN
+        held_E = jnp.clip(groups.blocks - groups.first_E, 0, groups.blocks_E)
+        operands = groups.first_E, held_E, x_RxK, dy_PxRxN
         outs = [((E, P, K, N), dtype)]
         flops = 2 * P * R * K * N
         (dw,) = self._call(kernel, (grid[0] * grid[1], E * P), operands, outs, flops)
