@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fdp.count.experts import Temporaries
 from fdp.data.batches import Data
 from fdp.data.synthetic import CHAINS
 from fdp.price import hardware, moe, moe_traffic, shapes
@@ -327,3 +328,25 @@ def plan_rows(found: Mapping[str, tuple[float, float, float]]) -> Row:
         sum(found["flat"]),
         note=f"{MODEL}, uniform routing over {RANKS} devices of a node",
     )
+
+
+def memory(found: Mapping[str, Temporaries] | None) -> list[Row]:
+    """Temporaries of an expert layer on a GPU."""
+    claims = "the GPU's grouped products keep no dense buffer", "… and little beyond what they must"
+    metrics = "temporaries of forward and backward, the worst of two shapes", "the same"
+    limits = "ratio <= 0.25", "ratio <= 1.5"
+    if found is None:
+        needs = "needs the H100 compiler: pip install 'fdp[aot]'"
+        both = zip(claims, metrics, limits, strict=True)
+        return [Row.untestable(c, m, "B", limit, "compiled", needs) for c, m, limit in both]
+    rows = []
+    bases = {"lax.ragged_dot": 1, "activations that the backward pass keeps": 2}
+    for claim, metric, limit, (name, at) in zip(
+        claims, metrics, limits, bases.items(), strict=True
+    ):
+        ratios = {n: f.ours / f[at] for n, f in found.items()}
+        worst = max(ratios, key=ratios.__getitem__)
+        each = "; ".join(f"{n} {ratio:.3f}" for n, ratio in ratios.items())
+        numbers = found[worst].ours, "B", limit, "compiled", name, found[worst][at]
+        rows.append(Row.judged(claim, metric, *numbers, note=f"bfloat16, one H100: {each}"))
+    return rows
