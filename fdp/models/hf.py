@@ -34,7 +34,7 @@ from ml_collections import config_flags
 
 from fdp import config as fdp_config
 from fdp import sharding
-from fdp.checkpoint import CheckpointError, Checkpoints, bind_workdir
+from fdp.checkpoint import CheckpointError, Checkpoints, bind_workdir, mute_orbax
 from fdp.files import write_atomic
 from fdp.keys import UserError
 from fdp.mesh import AXES, make_mesh, use_virtual_devices
@@ -364,6 +364,7 @@ class Stored(Mapping[str, np.ndarray]):
 
     @functools.cached_property
     def _reader(self) -> Any:
+        mute_orbax()
         return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
     @functools.cached_property

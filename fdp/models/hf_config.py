@@ -75,17 +75,12 @@ class Fields:
     def finish(self) -> None:
         """Raises UserError, naming every field that is missing, unsupported or not known."""
         rest = self.values.keys() - self.read - SILENT - set(self.ignore)
-        for name in sorted(rest):
-            if self.values[name] not in NOTHING:
-                self.problems.append(
-                    f"{name}={shown(self.values[name])} is not known, and may change the function"
-                )
-        if self.problems:
+        unknown = sorted(name for name in rest if self.values[name] not in NOTHING)
+        lines = [*self.problems, *(f"{n}={shown(self.values[n])} is not known" for n in unknown)]
+        if lines:
+            fix = f". Fix: pass --ignore={','.join(unknown)} if the function stays the same"
             kind = self.values["model_type"]
-            raise UserError(
-                f"config.json of a {kind} model: {'; '.join(self.problems)}. Fix: remove what does "
-                "not change the function, or name it in --ignore"
-            )
+            raise UserError(f"config.json of {kind}: {'; '.join(lines)}{fix if unknown else ''}")
 
 
 # From config.json to our keys
@@ -143,6 +138,7 @@ def _dense(f: Fields, family: Family) -> Values:
         "vocab": f.size("vocab_size"),
         "epsilon": f.get("rms_norm_eps"),
         "qk_norm": "qk_norm" in family.own,
+        "joint_norm": "joint_norm" in family.own,
         "bias": bool(f.get("qkv_bias", default="bias" in family.own)),
         "tied": bool(f.get("tie_word_embeddings", default=False)),
         "window": _window(f),
@@ -190,7 +186,8 @@ def _moe(f: Fields, experts: int, ffn: int, sparse: Sequence[bool], **more: Any)
         layers = [i for i, s in enumerate(sparse) if s]
         f.problems.append(f"experts in layers {shown(layers)} do not lie at equal distances")
     every, first_dense = found[0] if found else (1, 0)
-    values = {"score": "softmax", "normalise": True, "scale": 1.0, "shared": 0, "bias": 0.0}
+    values = {"score": "softmax", "normalise": True, "scale": 1.0, "bias": 0.0}
+    values |= {"shared": 0, "shared_gate": False}
     values |= {"groups": 1, "kept": 1, "best": 1, "topk": f.size("num_experts_per_tok")}
     return values | {
         "experts": experts,
@@ -215,7 +212,6 @@ def _mixtral(f: Fields) -> Values:
 
 
 def _olmoe(f: Fields) -> Values:
-    f.problems.append("norms of queries and keys over all heads (OLMoE) are not supported")
     all_layers = [True] * f.size("num_hidden_layers")
     normalise = f.get("norm_topk_prob", default=False)
     ffn = f.size("intermediate_size")
@@ -224,8 +220,6 @@ def _olmoe(f: Fields) -> Values:
 
 def _qwen(f: Fields) -> Values:
     f.only("use_sliding_window", False)
-    if f.get("shared_expert_intermediate_size", default=0):
-        f.problems.append("the sigmoid gate of the shared expert (Qwen2-MoE) is not supported")
     experts, step = (
         f.size("num_experts", "num_local_experts"),
         f.size("decoder_sparse_step", default=1),
@@ -233,8 +227,13 @@ def _qwen(f: Fields) -> Values:
     without = f.get("mlp_only_layers", default=[])
     layers = range(f.size("num_hidden_layers"))
     sparse = [i not in without and experts > 0 and (i + 1) % step == 0 for i in layers]
-    normalise = f.get("norm_topk_prob", default=False)
-    return _moe(f, experts, f.size("moe_intermediate_size"), sparse, normalise=normalise)
+    ffn, wide = f.size("moe_intermediate_size"), f.get("shared_expert_intermediate_size", default=0)
+    if wide % ffn:
+        f.problems.append(
+            f"shared_expert_intermediate_size={wide} is no multiple of {ffn}, an expert"
+        )
+    more = {"shared": wide // ffn, "shared_gate": wide > 0}
+    return _moe(f, experts, ffn, sparse, normalise=f.get("norm_topk_prob", default=False), **more)
 
 
 def _deepseek(f: Fields, methods: tuple[str, ...], score: str) -> Values:
@@ -282,8 +281,8 @@ FAMILIES = {
     "qwen2": Family(own=("bias",)),
     "qwen3": Family(own=("qk_norm",)),
     "mixtral": Family(_mixtral, "block_sparse_moe", ("w1", "w3", "w2"), theta=1e6),
-    "olmoe": Family(_olmoe),
-    "qwen2_moe": Family(_qwen, own=("bias",)),
+    "olmoe": Family(_olmoe, own=("qk_norm", "joint_norm")),
+    "qwen2_moe": Family(_qwen, shared="shared_expert", own=("bias",)),
     "qwen3_moe": Family(_qwen, own=("qk_norm",)),
     "deepseek": Family(_deepseek_v1),
     "deepseek_v2": Family(_deepseek_v2),
@@ -345,6 +344,7 @@ def _moe_fields(kind: str, moe: Mapping[str, Any], layers: int) -> Values:
             "num_experts": moe["experts"],
             "decoder_sparse_step": 1,
             "mlp_only_layers": dense,
+            "shared_expert_intermediate_size": moe["shared"] * moe["ffn"],
         }
     return found | {
         "n_routed_experts": moe["experts"],

@@ -124,8 +124,9 @@ def _attention(m: Mapping[str, Any], layers: range) -> dict[str, Rule]:
         found["b_q"] = Rule(of + "self_attn.q_proj.bias", lead, (H, C), ((0, 1),))
         found["b_kv"] = Rule(of + "self_attn.{1}_proj.bias", both, (K, C), ((0, 1),))
     if m["qk_norm"]:
-        for one in ("q_norm", "k_norm"):
-            found[f"{one}/scale"] = Rule(of + f"self_attn.{one}.weight", lead, (C,), SAME)
+        for one, heads in (("q_norm", H), ("k_norm", K)):
+            tail, order = ((heads, C), ((0, 1),)) if m["joint_norm"] else ((C,), SAME)
+            found[f"{one}/scale"] = Rule(of + f"self_attn.{one}.weight", lead, tail, order)
     norms = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
     return {f"params/attention/{path}": rule for path, rule in found.items()} | {
         f"params/{ours}_norm/scale": Rule(of + f"{theirs}.weight", lead, (D,), SAME)
@@ -160,6 +161,9 @@ def _experts(family: Family, m: Mapping[str, Any], layers: range) -> dict[str, R
         bias = of + "gate.e_score_correction_bias"
         found["state/mlp/router/bias"] = Rule(bias, (layers,), (E,), SAME)
     if moe["shared"]:
+        if moe["shared_gate"]:
+            gate_of = of + f"{family.shared}_gate.weight"
+            found["params/mlp/shared_gate"] = Rule(gate_of, (layers,), (D, 1), TURNED)
         wide, of = F * moe["shared"], of + family.shared + "."
         into = (layers, (gate, up))
         found["params/mlp/shared_in"] = Rule(of + "{1}.weight", into, (D, wide), TURNED)
