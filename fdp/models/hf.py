@@ -123,9 +123,9 @@ def _is_tied_head(name: str, tensors: Mapping[str, Any]) -> bool:
     table = tensors.get("model.embed_tokens.weight")
     if name != "lm_head.weight" or table is None or table.shape != tensors[name].shape:
         return False
-    step = max(1, 2**24 // table.shape[1])
-    rows = [(slice(i, i + step), slice(None)) for i in range(0, table.shape[0], step)]
-    return all(np.array_equal(tensors[name][r], table[r]) for r in rows)
+    rows, many = table.shape[0], max(1, 2**24 // table.shape[1])
+    boxes = [(slice(i, min(i + many, rows)), slice(None)) for i in range(0, rows, many)]
+    return all(np.array_equal(tensors[name][box], table[box]) for box in boxes)
 
 
 # Loading

@@ -92,7 +92,7 @@ class Family:
     """A model type. `routing`: reads the fields of the experts, None for a dense one. `block`: name
     of an FFN with experts in a layer, `parts`: of the gate, up and down matrices of an expert,
     `shared`: of the experts that every token visits. `theta`: base of the rotary wavelengths where
-    config.json has none. `own`: switches of our model."""
+    config.json has none. `own`: what its attention has: bias, qk_norm, joint_norm, window."""
 
     routing: Callable[[Fields], Values] | None = None
     block: str = "mlp"
@@ -139,9 +139,9 @@ def _dense(f: Fields, family: Family) -> Values:
         "epsilon": f.get("rms_norm_eps"),
         "qk_norm": "qk_norm" in family.own,
         "joint_norm": "joint_norm" in family.own,
-        "bias": bool(f.get("qkv_bias", default="bias" in family.own)),
+        "bias": "bias" in family.own and bool(f.get("qkv_bias", default=True)),
         "tied": bool(f.get("tie_word_embeddings", default=False)),
-        "window": _window(f),
+        "window": _window(f) if "window" in family.own else 0,
     } | _rope(f, family)
 
 
@@ -277,17 +277,17 @@ def _deepseek_v3(f: Fields) -> Values:
 
 FAMILIES = {
     "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(own=("bias",)),
-    "qwen3": Family(own=("qk_norm",)),
-    "mixtral": Family(_mixtral, "block_sparse_moe", ("w1", "w3", "w2"), theta=1e6),
+    "mistral": Family(own=("window",)),
+    "qwen2": Family(own=("bias", "window")),
+    "qwen3": Family(own=("qk_norm", "window")),
+    "mixtral": Family(_mixtral, "block_sparse_moe", ("w1", "w3", "w2"), theta=1e6, own=("window",)),
     "olmoe": Family(_olmoe, own=("qk_norm", "joint_norm")),
-    "qwen2_moe": Family(_qwen, shared="shared_expert", own=("bias",)),
-    "qwen3_moe": Family(_qwen, own=("qk_norm",)),
+    "qwen2_moe": Family(_qwen, shared="shared_expert", own=("bias", "window")),
+    "qwen3_moe": Family(_qwen, own=("qk_norm", "window")),
     "deepseek": Family(_deepseek_v1),
     "deepseek_v2": Family(_deepseek_v2),
     "deepseek_v3": Family(_deepseek_v3),
-    "dots1": Family(_deepseek_v3, own=("qk_norm",)),
+    "dots1": Family(_deepseek_v3, own=("qk_norm", "window")),
 }
 
 
@@ -317,8 +317,9 @@ def config_of(kind: str, model: Mapping[str, Any]) -> Values:
     }
     if m["rope_scaling"] != 1:
         found["rope_scaling"] = {"rope_type": "linear", "factor": m["rope_scaling"]}
-    if m["window"]:
-        found |= {"sliding_window": m["window"], "use_sliding_window": True, "max_window_layers": 0}
+    if "window" in FAMILIES[kind].own:  # stated in any case, as the classes' defaults differ
+        found |= {"sliding_window": m["window"] or None, "use_sliding_window": m["window"] > 0}
+        found["max_window_layers"] = 0 if m["window"] else m["layers"]
     if moe["experts"]:
         found |= _moe_fields(kind, moe, m["layers"])
     check_same(found, model)
@@ -346,18 +347,17 @@ def _moe_fields(kind: str, moe: Mapping[str, Any], layers: int) -> Values:
             "mlp_only_layers": dense,
             "shared_expert_intermediate_size": moe["shared"] * moe["ffn"],
         }
+    method = "group_limited_greedy" if moe["groups"] > 1 else "greedy"
+    method = "noaux_tc" if moe["bias"] else method
     return found | {
         "n_routed_experts": moe["experts"],
         "n_shared_experts": moe["shared"],
         "first_k_dense_replace": moe["first_dense"],
         "routed_scaling_factor": moe["scale"],
+        "scoring_func": moe["score"],
+        "topk_method": method,
         "n_group": moe["groups"],
         "topk_group": moe["kept"],
-        **(
-            {"topk_method": "group_limited_greedy"}
-            if moe["groups"] > 1 and kind == "deepseek_v2"
-            else {}
-        ),
     }
 
 
