@@ -44,7 +44,7 @@ from fdp.models.moe import mixture
 from fdp.models.shape import ModelShape
 from fdp.models.transformer import Transformer, transformer
 from fdp.parallel.masks import Mask
-from fdp.state import TrainState
+from fdp.state import ONCE, TrainState
 
 ORIGIN = "huggingface.json"  # of a workdir: config.json, formats of the tensors, ignored fields
 BUFFERS = ("rotary_emb.inv_freq",)  # tensors of old checkpoints that are no parameters
@@ -229,7 +229,8 @@ def _drawn(model: Any, paths: Sequence[str], where: Mapping[str, Any], seed: int
         return {path: every[path] for path in paths}
 
     key, _ = jax.random.split(jax.random.key(seed))  # as at the start of training
-    return jax.jit(build, out_shardings={path: where[path] for path in paths})(key)
+    where = {path: where[path] for path in paths}
+    return jax.jit(build, out_shardings=where, compiler_options=ONCE)(key)
 
 
 def _placed(rule: Rule, tensors: Mapping[str, Any], where: Any) -> jax.Array:

@@ -90,16 +90,30 @@ def assert_bitwise(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]
         assert got[name].tobytes() == x.tobytes(), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers_and_the_way_back_is_bitwise(
-    family: str, tmp_path: Path
-) -> None:
-    source = write(tmp_path / "source", family)
-    model, variables = hf.load(source)
+ALIKE = ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2")
+EACH = [pytest.param(f, marks=[pytest.mark.slow] if f in ALIKE else []) for f in FAMILIES]
+
+
+@pytest.mark.parametrize("family", EACH)
+def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    model, variables = hf.load(write(tmp_path / "source", family))
     want = np.array(FAMILIES[family]["logits"])
     np.testing.assert_allclose(logits(model, variables), want, rtol=1e-5, atol=2e-6)
-    config = json.loads((source / "config.json").read_text())
-    hf.export(tmp_path / "back", variables, config)
+
+
+def ours(family: str, model: Any = None, tensors: Any = None) -> dict[str, np.ndarray]:
+    """Our arrays of a fixture, by path."""
+    model = model or hf_config.section(FAMILIES[family]["config"])
+    tensors = tensors or tensors_of(family)
+    rules = hf_names.rules(family, model)
+    return {p: r.read(tensors, (slice(None),) * len(r.shape)) for p, r in rules.items()}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_way_back_is_bitwise(family: str, tmp_path: Path) -> None:
+    source, config = write(tmp_path / "source", family), FAMILIES[family]["config"]
+    hf.export(tmp_path / "back", ours(family), config)
     assert_bitwise(stored(tmp_path / "back"), stored(source))
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
 
@@ -127,12 +141,11 @@ def test_every_device_holds_its_block_and_files_come_back_from_any_mesh(tmp_path
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"dp": 2, "ep": 2, "tp": 2})
     model = hf.model_of(hf.configured(found.model))
     variables = hf.place(model, found.rules, found.tensors, mesh, zero=3)
-    alone = hf.place(model, found.rules, found.tensors, make_mesh(dict.fromkeys(AXES, 1)))
-    assert {"dp", "ep", "tp"} <= set(
-        jax.tree.leaves([*variables["params"]["layers"]["mlp"]["w_in"].sharding.spec])
-    )
-    for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(variables), strict=True):
-        np.testing.assert_array_equal(one, many)
+    for path, want in ours("dots1").items():
+        got = hf._paths(variables)[path]
+        np.testing.assert_array_equal(got, want, path)
+    spec = variables["params"]["layers"]["mlp"]["w_in"].sharding.spec
+    assert {"dp", "ep", "tp"} <= set(spec)
     kinds = dict.fromkeys(found.tensors, "BF16")
     hf.export(tmp_path / "back", variables, found.config, kinds, shard=4000)
     assert_bitwise(stored(tmp_path / "back"), stored(source))
@@ -185,10 +198,7 @@ def test_a_tied_head_comes_back(dtype: Any, tmp_path: Path) -> None:
         want | {"lm_head.weight": want["model.embed_tokens.weight"]}, folder / "a.safetensors"
     )
     found = hf.read(folder)
-    arrays = {
-        path: rule.read(found.tensors, (slice(None),) * len(rule.shape))
-        for path, rule in rules.items()
-    }
+    arrays = ours("qwen2", found.model, found.tensors)
     kinds = {name: hf._kind(x) for name, x in found.tensors.items()}
     hf.export(tmp_path / "back", arrays, config, kinds)
     got = stored(tmp_path / "back")
@@ -227,8 +237,10 @@ def test_import_writes_what_training_restores_and_export_gives_it_back(
     store.close()
     assert step == 0 and meta["source"] == "dots1"
     assert jax.tree.structure(state.opt_state) == jax.tree.structure(fresh.opt_state)
-    loaded = hf.load(source)[1]
-    jax.tree.map(np.testing.assert_array_equal, state.variables, loaded)
+    got, want = hf._paths(state.variables), ours("dots1")
+    assert got.keys() == want.keys()
+    for path, x in want.items():
+        np.testing.assert_array_equal(got[path], x, path)
     assert np.abs(state.model["layers"]["mlp"]["router"]["bias"]).max() > 0
     assert command("export", w, str(tmp_path / "back")) == 0
     assert_bitwise(stored(tmp_path / "back"), stored(source))
@@ -250,21 +262,19 @@ def test_import_writes_what_training_restores_and_export_gives_it_back(
 
 
 def test_an_upcycled_model_computes_what_the_dense_one_did(tmp_path: Path) -> None:
+    """The dense one is ours, by path: any mapping of names to arrays will do."""
     dense = hf.read(write(tmp_path / "source", "llama"))
-    variables = hf.load(tmp_path / "source")[1]
-    found = dense.upcycled(experts=4, topk=2)
-    wide = hf.model_of(hf.configured(found.model))
-    mesh = make_mesh(dict.fromkeys(AXES, 1) | {"ep": 2})
-    named = hf.Named(dense.rules, hf._paths(variables))  # of ours, too: any mapping will do
-    mlp = (made := hf.place(wide, found.rules, named, mesh))["params"]["layers"]["mlp"]
-    old = variables["params"]["layers"]["mlp"]
+    found, old = dense.upcycled(experts=4, topk=2), ours("llama")
+    model = hf.model_of(hf.configured(found.model))
+    mesh = make_mesh(dict.fromkeys(AXES, 1))
+    made = hf.place(model, found.rules, hf.Named(dense.rules, old), mesh)
+    mlp = made["params"]["layers"]["mlp"]
     for e in range(4):
-        np.testing.assert_array_equal(mlp["w_in"][:, e], old["w_in"])
-        np.testing.assert_array_equal(mlp["w_out"][:, e], old["w_out"])
+        np.testing.assert_array_equal(mlp["w_in"][:, e], old["params/layers/mlp/w_in"])
+        np.testing.assert_array_equal(mlp["w_out"][:, e], old["params/layers/mlp/w_out"])
     assert np.std(mlp["router"]["w"]) > 0.1
     want = np.array(FAMILIES["llama"]["logits"])
-    one = jax.device_put(jax.device_get(made), jax.devices()[0])
-    np.testing.assert_allclose(logits(wide, one), want, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(logits(model, made), want, rtol=1e-5, atol=2e-6)
     config = hf_config.config_of("mixtral", found.model)
     hf.export(tmp_path / "mixtral", made, config)
     again = hf.read(tmp_path / "mixtral").tensors[
@@ -434,10 +444,7 @@ def test_damaged_directories_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def arrays() -> dict[str, np.ndarray]:
-    """Our arrays of the llama fixture, by path."""
-    tensors = tensors_of("llama")
-    rules = hf_names.rules("llama", hf_config.section(FAMILIES["llama"]["config"]))
-    return {p: r.read(tensors, (slice(None),) * len(r.shape)) for p, r in rules.items()}
+    return ours("llama")
 
 
 @pytest.fixture
