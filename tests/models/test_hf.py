@@ -42,7 +42,7 @@ def values(name: str, shape: list[int]) -> np.ndarray:
     draw = np.random.RandomState(zlib.crc32(name.encode()))
     if name.endswith("norm.weight"):
         return (1 + draw.randint(-16, 17, shape) / 64).astype(np.float32)
-    scale = 64 if "gate.weight" in name or "embed" in name else 256
+    scale = 64 if "embed" in name else 256
     return (draw.randint(-64, 65, shape) / scale).astype(np.float32)
 
 
