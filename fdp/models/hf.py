@@ -453,11 +453,6 @@ def run_export(workdir: Path, directory: str, f: flags.FlagValues) -> None:
     """`export WORKDIR DIR`."""
     arrays = newest(workdir, ",".join(f.arm))
     flat = json.loads((workdir / "config.json").read_text())["config"]
-    if flat["objective.name"] != "autoregressive":
-        raise UserError(
-            f"objective.name={flat['objective.name']!r}: the format's models are causal; "
-            "`fdp.models.hf.export` writes the arrays nevertheless"
-        )
     below = {name.removeprefix("model."): v for name, v in flat.items() if name[:6] == "model."}
     own = {name: v for name, v in below.items() if "." not in name}
     own["moe"] = {name[4:]: v for name, v in below.items() if name[:4] == "moe."}
@@ -472,6 +467,8 @@ def run_export(workdir: Path, directory: str, f: flags.FlagValues) -> None:
         hf_config.check_same(found["config"], own, found["ignored"])
     export(directory, arrays, found["config"], found["kinds"], found["ignored"])
     print(f"wrote     {arrays.folder} as {found['config']['model_type']} to {directory}")
+    if (name := flat["objective.name"]) != "autoregressive":
+        print(f"note      objective.name={name!r} here, but models of this format are causal")
 
 
 def main(argv: Sequence[str], f: flags.FlagValues = flags.FLAGS) -> int:
