@@ -6,19 +6,15 @@ backward, and block-sparse; and what a mask saves, counted.
         --dtype=bfloat16                # a GPU
 
 All contenders compute the same function of the same arrays, except block-sparse, which keeps
-`--density` of the blocks. torch's takes part on a CPU where torch is installed. Rounds call every
-contender once, in random order, so that a neighbour's load hits all; figures are medians with a
-bootstrap interval (95 %). Peak memory is the compiler's plan: arguments, results and temporaries.
-Counted figures come from the jaxpr, from the tiles that the program computes, and from compiled
-programs.
+`--density` of the blocks. torch's takes part on a CPU where torch is installed. Times and memory as
+`timing` takes them. Counted figures come from the jaxpr, from the tiles that the program computes,
+and from compiled programs.
 
 Legend: B batch, S tokens, H query heads, K key/value heads, C head_dim; I blocks a side, T capacity
 of a list."""
 
 import argparse
 import importlib.util
-import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from tabulate import tabulate
 
-from fdp.count import aot, jaxpr
+from benchmarks.timing import MODES, banner, compile_modes, table, time_interleaved
+from fdp.count import jaxpr
 from fdp.kernels_pallas.attend import attend
 from fdp.kernels_pallas.block_sparse import BlockLists, block_lists, block_sparse_attention
 from fdp.kernels_pallas.blockwise import tiles_computed
 from fdp.parallel.context import layouts
 from fdp.parallel.masks import Mask
-from fdp.study.report import versions
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
@@ -94,22 +90,6 @@ def contenders(args: argparse.Namespace) -> dict[str, Attend]:
     return found | {f"fdp, {density:.0%} of blocks": sparse}
 
 
-def compile_modes(call: Attend, arrays: tuple[Array, ...]) -> dict[str, Any]:
-    """Both modes, "forward" and "forward + backward", as compiled programs of q, k, v and the
-    cotangent of out.
-    """
-
-    def both(q: Array, k: Array, v: Array, do: Array) -> Any:
-        out, back = jax.vjp(call, q, k, v)
-        return out, back(do)
-
-    forward = jax.jit(lambda q, k, v, do: call(q, k, v))
-    return {
-        "forward": forward.lower(*arrays).compile(),
-        "forward + backward": jax.jit(both).lower(*arrays).compile(),
-    }
-
-
 def torch_modes(args: argparse.Namespace, arrays: tuple[Array, ...]) -> dict[str, Any]:
     """The same modes of torch's scaled_dot_product_attention on copies of the arrays."""
     import torch
@@ -132,54 +112,6 @@ def torch_modes(args: argparse.Namespace, arrays: tuple[Array, ...]) -> dict[str
         return out, torch.autograd.grad(out, inputs, do)
 
     return {"forward": forward, "forward + backward": both}
-
-
-def time_interleaved(
-    programs: dict[str, Any], arrays: tuple[Array, ...], repeats: int
-) -> dict[str, np.ndarray]:
-    """Seconds [repeats] of each program, all called once a round in random order, after one round
-    unmeasured.
-    """
-    rng = np.random.default_rng(1)
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for i in range(repeats + 1):
-        for name in rng.permutation(list(programs)):
-            start = time.perf_counter()
-            jax.block_until_ready(programs[name](*arrays))
-            seconds[name] += [time.perf_counter() - start] if i else []
-    return {name: np.array(s) for name, s in seconds.items()}
-
-
-def median_interval(values_N: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
-    """(median, low, high): the bootstrap interval of the median from 2000 resamples."""
-    draws_RxN = np.random.default_rng(0).choice(values_N, (2000, values_N.size))
-    low, high = np.quantile(np.median(draws_RxN, axis=1), ((1 - level) / 2, (1 + level) / 2))
-    return float(np.median(values_N)), float(low), float(high)
-
-
-def table(mode: str, programs: dict[str, Any], seconds: dict[str, np.ndarray]) -> str:
-    """Median, interval, speed relative to the yardstick (per round) and planned memory of every
-    contender.
-    """
-    rows = []
-    for name, s in seconds.items():
-        median, low, high = (1e3 * x for x in median_interval(s))
-        ratio = median_interval(seconds[YARDSTICK] / s)
-        program = programs[name]
-        planned = hasattr(program, "memory_analysis")
-        memory = f"{aot.memory(program).peak / 2**20:.1f}" if planned else "-"
-        rows.append(
-            (
-                name,
-                f"{median:.2f} [{low:.2f}, {high:.2f}]",
-                "{:.2f} [{:.2f}, {:.2f}]".format(*ratio),
-                memory,
-            )
-        )
-    headers = (mode, "ms", f"times as fast as {YARDSTICK}", "peak MiB")
-    return tabulate(
-        rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right", "right")
-    )
 
 
 def step_flops(mask: Mask, args: argparse.Namespace) -> int:
@@ -256,9 +188,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Compile, time and print."""
     args = parse(argv)
-    device = jax.devices()[0]
-    print(f"device    {device.device_kind} ({device.platform}), {os.cpu_count()} host cores")
-    print(f"versions  {', '.join(f'{k} {v}' for k, v in versions().items())}")
+    print(banner())
     print(
         f"problem   batch {args.batch}, {args.seq} tokens, {args.heads} heads over "
         f"{args.kv_heads}, "
@@ -274,9 +204,10 @@ def main(argv: list[str] | None = None) -> None:
     compiled = {name: compile_modes(call, arrays) for name, call in contenders(args).items()}
     if jax.default_backend() == "cpu" and importlib.util.find_spec("torch"):
         compiled["torch"] = torch_modes(args, arrays)
-    for mode in ("forward", "forward + backward"):
-        programs = {name: modes[mode] for name, modes in compiled.items()}
-        print("\n" + table(mode, programs, time_interleaved(programs, arrays, args.repeats)))
+    for mode in MODES:
+        programs = {name: (modes[mode], arrays) for name, modes in compiled.items()}
+        seconds = time_interleaved(programs, args.repeats)
+        print("\n" + table(mode, programs, seconds, YARDSTICK))
     print("\n" + counted(args))
 
 

@@ -107,6 +107,22 @@ def all_to_all(x: jax.Array, axes: Axes, split_dim: int, concat_dim: int) -> jax
     return lax.all_to_all(vary(x, axes), names, split_dim, concat_dim, tiled=True) if names else x
 
 
+def ragged_all_to_all(
+    x: jax.Array, axes: Axes, rows: int, here: tuple[Any, Any], there: tuple[Any, Any]
+) -> jax.Array:
+    """Pieces of dim 0 go to the devices of `axes`, equally many to each: [rows, ...], zero where
+    none arrives. Accelerators only.
+
+    here: (first row in `x`, rows) of every piece that leaves. there: (first row at its receiver of
+    every piece that leaves, rows of every piece that arrives). All int32, by peer."""
+    (start, send), (target, receive) = here, there
+    names = bound(axes)
+    x = vary(x, axes)
+    whole = vary_like(jnp.zeros((rows, *x.shape[1:]), x.dtype), x)
+    plan = [vary_like(jnp.asarray(a, jnp.int32), x) for a in (start, send, target, receive)]
+    return lax.ragged_all_to_all(x, whole, *plan, axis_name=names)
+
+
 def shift(x: jax.Array, axes: Axes, by: int = 1, *, cyclic: bool = True) -> jax.Array:
     """What the device `by` places before this one along `axes` holds (after it, where negative).
 

@@ -149,7 +149,9 @@ OBJECTIVE = section(
 
 DATA = section(
     source=string(
-        "bible", "bible | stdlib | markov | mqar | needle | induction | blank | hf:<name> | path"
+        "bible",
+        "bible | stdlib | markov | two_regimes | mqar | needle | induction | blank | hf:<name> | "
+        "path",
     ),
     tokenizer=choice("bpe", ("byte", "bpe"), "bytes, or byte pairs learnt from the corpus"),
     vocab=count(1024, "token ids of bpe incl. end-of-text and mask", high=MAX_VOCAB),

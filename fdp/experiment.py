@@ -13,7 +13,7 @@ import ml_collections
 from fdp import config, objectives, optimizer
 from fdp.data.batches import Data, blank, load_text
 from fdp.data.recall import RECALL, recall_data
-from fdp.data.synthetic import markov_data
+from fdp.data.synthetic import CHAINS, markov_data
 from fdp.grads import Grads, plain
 from fdp.hooks import Hook
 from fdp.mesh import AXES
@@ -96,8 +96,8 @@ def load_data(c: ml_collections.ConfigDict) -> Data:
     if d.source == "blank":
         ids = d.vocab if d.tokenizer == "bpe" else BYTE_IDS
         return blank(d.seq_len, ids, d.packing)
-    if d.source == "markov":
-        return markov_data(d.seq_len)
+    if d.source in CHAINS:
+        return markov_data(d.seq_len, chain=CHAINS[d.source])
     if d.source in RECALL:
         return recall_data(d.source, d.seq_len)
     return load_text(

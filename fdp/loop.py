@@ -119,10 +119,21 @@ class _Log:
         if self.fit.nan == "stop":
             raise FloatingPointError(
                 f"step {step + 1}: loss = {values['loss']}, gradient norm = {values['grad_norm']}; "
-                f"the parameters were left as they were. Lower train.lr ({values['lr']:.3g} here), "
-                "raise train.warmup, or set train.nan=skip to drop such steps; a batch whose "
-                "weights are all 0 has no loss"
+                f"{_culprit(values)}the parameters were left as they were. "
+                f"Lower train.lr ({values['lr']:.3g} here), raise train.warmup, or set "
+                "train.nan=skip to drop such steps; a batch whose weights are all 0 has no loss"
             )
+
+
+def _culprit(values: dict[str, Any]) -> str:
+    """The first layer that counted values which are not finite, in words."""
+    counted = {n: np.atleast_1d(v) for n, v in values.items() if n.endswith("/nonfinite")}
+    first = {n: int(np.flatnonzero(v)[0]) for n, v in counted.items() if v.any()}
+    if not first:
+        return ""
+    name = min(first, key=lambda n: first[n])
+    router = f"{name.removesuffix('/nonfinite')} of period {first[name]}"
+    return f"the first router logits that are not finite are those of {router}; "
 
 
 def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:

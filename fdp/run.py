@@ -112,8 +112,10 @@ def banner(arm: Arm) -> str:
 def build_arms(
     config: ml_collections.ConfigDict, study: ModuleType, mesh: Mesh
 ) -> dict[str, list[Arm]]:
-    """Every arm of the study for every seed, built but not trained."""
+    """Every arm of the study for every seed, built but not trained. A study may have
+    `seeds(config)`, {arm: seeds} of the arms that take others than `config.seeds`."""
     arms: dict[str, list[Arm]] = {}
+    seeds = study.seeds(config) if hasattr(study, "seeds") else {}
     for name, experiment in study.arms(config).items():
         # An arm may ask for a mesh of its own, such as the one that a planner found for it.
         same = dict(experiment.degrees) == dict(config.mesh)
@@ -121,7 +123,7 @@ def build_arms(
         for split in (arm.data.train, arm.data.val):
             # Too small a split shows now, not after training.
             next(eval_batches(split, experiment.fit.batch, 1))
-        arms[name] = [arm.with_seed(seed) for seed in config.seeds]
+        arms[name] = [arm.with_seed(seed) for seed in seeds.get(name, config.seeds)]
     return arms
 
 

@@ -32,8 +32,44 @@ OPTIMIZER, TOY, HOOKS = (
     "tests/test_experiment.py::",
     "tests/test_hooks.py::",
 )
+MOE, ROUTER = "tests/models/test_moe.py::", "tests/models/test_router.py::"
 PLANNER = "tests/parallel/context/test_planner.py::"
 MUTATIONS = (
+    Mutation(
+        "balance statistics of this rank alone",
+        "models/moe.py",
+        "load_E = psum(count_BxE.sum(0), DATA_AXES)",
+        "load_E = count_BxE.sum(0)",
+        f"{MOE}test_state_and_metrics_of_two_steps_do_not_depend_on_the_mesh",
+    ),
+    Mutation(
+        "the selection bias is in the weights",
+        "models/router.py",
+        "gates = jnp.take_along_axis(score_E, ids, -1)",
+        "gates = jnp.take_along_axis(select_E, ids, -1)",
+        f"{ROUTER}test_the_bias_moves_the_choice_and_neither_weights_nor_gradients",
+    ),
+    Mutation(
+        "experts and their gradients are averaged over ep",
+        "models/moe.py",
+        "grouped_ffn(rows_RxD, w_in.astype(dtype)",
+        "grouped_ffn(rows_RxD, (psum(w_in, 'ep') / size('ep')).astype(dtype)",
+        f"{MOE}test_state_and_metrics_of_two_steps_do_not_depend_on_the_mesh",
+    ),
+    Mutation(
+        "ties go to the higher id",
+        "models/router.py",
+        "_, ids = jax.lax.top_k(select_E, routing.topk)",
+        "ids = -1 - jax.lax.top_k(select_E[..., ::-1], routing.topk)[1] + select_E.shape[-1]",
+        f"{ROUTER}test_ties_go_to_the_lower_id",
+    ),
+    Mutation(
+        "rows come back to the wrong pair",
+        "parallel/expert/exchange.py",
+        "back = permute(done, at.slots_NxK[:, 0], at.source_R[:, None])",
+        "back = permute(done, at.slots_NxK[::-1, 0], at.source_R[:, None])",
+        "tests/parallel/expert/test_dispatch.py::test_every_plan_is_the_dense_loop[2-random]",
+    ),
     Mutation(
         "the learning rate rises to ten times its peak",
         "optimizer.py",

@@ -3,7 +3,8 @@
 
 It adds what layers and objective state (`fdp.count.counts`) to what follows from the metadata of
 the parameters: gradient reductions and ZeRO. The optimizer (a few scalars of the global norm) and
-the drawing of noise are not included. Tests hold the formula equal to the compiled program."""
+the drawing of noise are not included. Tests hold the formula equal to the compiled program, except
+that XLA on a CPU gathers once, not twice, for a rematerialised stack of one period."""
 
 from math import prod
 from typing import Any

@@ -107,16 +107,14 @@ class Outcome(NamedTuple):
     sent: Sent
 
 
-def outcome(
-    p: TrainStep, variables: Any, batch: Any, branches: hlo.Branches | None = None
-) -> Outcome:
-    """Compile and run `p.grads` on host arrays with the noise of one key. `branches`: as `sent`."""
+def outcome(p: TrainStep, variables: Any, batch: Any) -> Outcome:
+    """Compile and run `p.grads` on host arrays with the noise of one key."""
     state = p.specs.state_shardings()
     placed = jax.device_put(variables, {"params": state.params, "state": state.model})
     noised = jax.jit(p.corrupt)(jax.device_put(batch, p.batch_shardings()), jax.random.key(0))
     compiled = jax.jit(p.grads).lower(placed, noised).compile(hlo.QUICK)
     loss, grads, _ = compiled(placed, noised)
-    return Outcome(float(loss), jax.device_get(grads), sent(compiled, p.mesh, branches))
+    return Outcome(float(loss), jax.device_get(grads), sent(compiled, p.mesh))
 
 
 @dataclass(frozen=True)

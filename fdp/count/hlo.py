@@ -31,6 +31,9 @@ QUICK: dict[str, Any] = {
 # Chooses the executed branch of a conditional: {name or scope in its op_name: index}, or (op_name,
 # branches) -> index.
 Branches = Mapping[str, int] | Callable[[str, int], int]
+# Where nothing else is said, experts are dispatched by the buffers that usually suffice
+# (`fdp.parallel.expert.plan`), not by those of the worst case.
+USUAL: Branches = {"fits": 1}
 
 MAX_TRIPS = 1_000_000
 
@@ -146,13 +149,12 @@ def table(cols: Sequence[Collective]) -> str:
 
 
 def choose_branch(branches: Branches | None, name: str, op_name: str, n: int) -> int | None:
-    """Index of the executed one of `n` branches of the conditional `name`, by `branches`; None
-    where it does not say.
+    """Index of the executed one of `n` branches of the conditional `name`, by `branches` (None: by
+    USUAL); None where it does not say.
 
     A mapping key is the name of the instruction or one scope of its op_name ("cond" in
     "jit(f)/shard_map/cond")."""
-    if branches is None:
-        return None
+    branches = USUAL if branches is None else branches
     if callable(branches):
         index = branches(op_name or name, n)
     else:

@@ -1,4 +1,4 @@
-"""A Markov chain, whose likelihood, entropy and posterior under any mask are known exactly.
+"""Markov chains, whose likelihood, entropy and posterior under any mask are known exactly.
 
 Shapes: B sequences, L positions, n states (ids 0..n-1; id n is the mask token), P powers of the
 transition matrix."""
@@ -24,13 +24,13 @@ def _transitions(n: int, concentration: float, seed: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _log_powers(n: int, concentration: float, seed: int, length: int) -> np.ndarray:
+def _log_powers(chain: "MarkovChain", length: int) -> np.ndarray:
     """log T^0 .. log T^length, multiplied in f64 and floored at log 1e-300: f64 [length + 1, n,
     n].
     """
-    powers = [np.eye(n)]
+    powers = [np.eye(chain.n)]
     for _ in range(length):
-        powers.append(powers[-1] @ _transitions(n, concentration, seed))
+        powers.append(powers[-1] @ chain.transitions)
     return np.log(np.maximum(np.stack(powers), 1e-300))
 
 
@@ -96,7 +96,7 @@ class MarkovChain:
         (T^c)[v, w]; π_v without a left neighbour, no factor without a right one. A revealed
         position is certain (0 and NEVER). f32, or f64 under `jax.enable_x64`. Jittable."""
         length = z_BxL.shape[1]
-        log_powers = jnp.asarray(_log_powers(self.n, self.concentration, self.seed, length))
+        log_powers = jnp.asarray(_log_powers(self, length))
         here_L = jnp.arange(length)
         revealed_BxL = z_BxL < self.n
         left_BxL = jax.lax.cummax(jnp.where(revealed_BxL, here_L, -1), axis=1)
@@ -114,11 +114,38 @@ class MarkovChain:
         return jnp.where(revealed_BxL[..., None], certain, jax.nn.log_softmax(logp, axis=-1))
 
 
+@dataclass(frozen=True)
+class TwoRegimes(MarkovChain):
+    """A slow coarse symbol and a fast fine one: state c·fine + f, of `n` = coarse·fine states.
+
+    The coarse symbol stays with probability `stay`, else it is drawn anew. The fine symbol follows
+    the one before it by a Dirichlet(concentration) chain of its own for each coarse symbol. Where
+    much is masked only the coarse symbol can be told, from far away; where little is, the fine one,
+    from its neighbours."""
+
+    n: int = 24
+    coarse: int = 4
+    stay: float = 0.95
+
+    @property
+    def transitions(self) -> np.ndarray:
+        """T[(c, f), (d, g)] = p(d | c) p_d(g | f): f64 [n, n]."""
+        C, F = self.coarse, self.n // self.coarse
+        slow_CxC = np.eye(C) * self.stay + (1 - self.stay) / C
+        fast_CxFxF = _transitions(C * F, self.concentration, self.seed)[:, :F].reshape(C, F, F)
+        fast_CxFxF = fast_CxFxF / fast_CxFxF.sum(-1, keepdims=True)
+        whole = slow_CxC[:, None, :, None] * fast_CxFxF.transpose(1, 0, 2)[None]
+        return whole.reshape(self.n, self.n)
+
+
+CHAINS: dict[str, MarkovChain] = {"markov": MarkovChain(), "two_regimes": TwoRegimes()}
+
+
 def markov_data(
     seq_len: int, train: int = 65_536, val: int = 2048, chain: MarkovChain | None = None
 ) -> Data:
     """Independent sequences of a Markov chain in place of a corpus, one per window: ids 0..n-1 are
-    its states. `data.source=markov`.
+    its states. `data.source` names one of CHAINS.
 
     The NLL of any sample is known exactly, and so is the lower bound of the NELBO."""
     chain = chain or MarkovChain()

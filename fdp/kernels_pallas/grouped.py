@@ -5,21 +5,33 @@ all blocks past the last group, are zero rows. So a block of rows needs the weig
 and no weight is ever copied per row or per block. Source of the layout: Gale et al. 2022
 (MegaBlocks), section 4.
 
+- a TPU, a GPU: our kernels (Mosaic, Triton);
+- elsewhere: XLA, block by block.
+
+Not used: `jax.lax.ragged_dot`, which is a product of all rows with all experts on a CPU and, with
+buffers to match, on NVIDIA GPUs; JAX's `ragged_dot_mgpu`, which has no gradient and wants K in
+whole tiles; tokamax, which looks for its kernels on the devices of the process, so that nothing can
+be compiled for others, and of which no figure says that it is faster.
+
 Legend: E groups (experts), R rows of the buffer, K and N contracted and free dim of a weight, D
 width, F hidden width, B rows of a block."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from fdp.kernels_pallas import walks
-from fdp.kernels_pallas.tiles import matmul
+from fdp.kernels_pallas.grouped_tpu import Mosaic
+from fdp.kernels_pallas.grouped_triton import Triton
+from fdp.kernels_pallas.grouped_xla import Loop
+from fdp.kernels_pallas.tiles import power_of_two
 
 Array = jax.Array
+Kernels = Loop | Triton | Mosaic
+BLOCKS = {"xla": (16, 64), "gpu": (16, 128), "tpu": (16, 512)}  # least and most rows of a block
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +71,7 @@ class Groups:
         """The expert of each block, E for blocks past the last group: int32 [blocks]."""
         ends_E = jnp.cumsum(self.blocks_E, dtype=jnp.int32)
         places = jnp.arange(self.blocks, dtype=jnp.int32)
-        return jnp.searchsorted(ends_E, places, side="right").astype(jnp.int32)
+        return (ends_E <= places[:, None]).sum(1, dtype=jnp.int32)
 
     @property
     def holds_R(self) -> Array:
@@ -86,11 +98,15 @@ def make_groups(sizes_E: Array, rows: int, block: int) -> Groups:
 
 
 def choose_block(rows: int, experts: int, backend: str | None = None) -> int:
-    """Rows of a block for about `rows` rows over `experts` experts; backend as in
-    `grouped_matmul`."""
-    if walks.choose_backend(backend) != "xla":
-        return 128
-    return 32
+    """Rows of a block for about `rows` rows over `experts` experts; backend as in `grouped_matmul`.
+
+    At most half of an expert's rows, a power of two within the limits of the platform, so that
+    padding adds a quarter on average. Measured on a CPU, where 512, 128, 64 and 16 rows an expert
+    are fastest in blocks of 64, 64, 32 and 16; the limits of accelerators are what fits a tile, not
+    measured."""
+    least, most = BLOCKS[walks.choose_backend(backend)]
+    half = max(1, rows // (2 * experts))
+    return min(max(1 << half.bit_length() - 1, least), most)
 
 
 # Products
@@ -115,15 +131,21 @@ def reference_ffn(x_RxD: Array, w_in_Ex2xDxF: Array, w_out_ExFxD: Array, groups:
 
 
 def grouped_matmul(
-    x_RxK: Array, w_ExKxN: Array, groups: Groups, *, backend: str | None = None
+    x_RxK: Array,
+    w_ExKxN: Array,
+    groups: Groups,
+    *,
+    backend: str | None = None,
+    interpret: object = False,
 ) -> Array:
     """x[r] · w[expert of row r] → [R, N] like x; zero rows stay zero rows.
 
     Differentiable in x and w; accumulates in f32. A group of no row has a zero gradient. backend:
-    "tpu", "gpu" or "xla", None by platform. Raises ValueError for shapes and dtypes that do not
-    fit."""
-    _check(x_RxK, (w_ExKxN,), groups)
-    return _matmul(*walks.alike((x_RxK, w_ExKxN, groups)))
+    "tpu", "gpu" or "xla", None by platform. interpret: as `pl.pallas_call` takes it, for tests.
+    Raises ValueError for shapes and dtypes that do not fit."""
+    _check(x_RxK, (w_ExKxN,), (w_ExKxN.shape,), groups)
+    kernels = _choose(backend, interpret, groups)
+    return _matmul(kernels, *walks.alike((x_RxK, w_ExKxN, groups)))
 
 
 def grouped_ffn(
@@ -133,25 +155,43 @@ def grouped_ffn(
     groups: Groups,
     *,
     backend: str | None = None,
+    interpret: object = False,
 ) -> Array:
     """(silu(x w_in[e, 0]) * (x w_in[e, 1])) w_out[e] with e the expert of each row → [R, D] like x.
 
     The backward pass keeps x and both products with w_in. Arguments and errors as in
     `grouped_matmul`."""
-    _check(x_RxD, (w_in_Ex2xDxF[:, 0], w_out_ExFxD), groups)
-    return _ffn(*walks.alike((x_RxD, w_in_Ex2xDxF, w_out_ExFxD, groups)))
+    shape = (*w_in_Ex2xDxF.shape[:1], *w_in_Ex2xDxF.shape[2:])  # of the gate's half
+    _check(x_RxD, (w_in_Ex2xDxF, w_out_ExFxD), (shape, w_out_ExFxD.shape), groups)
+    kernels = _choose(backend, interpret, groups)
+    return _ffn(kernels, *walks.alike((x_RxD, w_in_Ex2xDxF, w_out_ExFxD, groups)))
 
 
-def _check(x: Array, weights: tuple[Array, ...], groups: Groups) -> None:
-    """Raise ValueError unless the chain of products fits together."""
-    shapes = f"x {x.shape}, weights {', '.join(str(w.shape) for w in weights)}"
+def _choose(backend: str | None, interpret: object, groups: Groups) -> Kernels:
+    """The kernels of the platform; raises ValueError for a block that they cannot cut."""
+    backend = walks.choose_backend(backend)
+    if backend == "xla":
+        return Loop()
+    block = groups.block
+    if backend == "gpu" and block != power_of_two(block, 16):
+        raise ValueError(f"block = {block} on the GPU: choose a power of two, 16 at least")
+    if backend == "tpu" and block % 16:
+        raise ValueError(f"block = {block} on the TPU: choose a multiple of 16")
+    return Triton(interpret) if backend == "gpu" else Mosaic(interpret)
+
+
+def _check(
+    x: Array, weights: tuple[Array, ...], chain: tuple[tuple[int, ...], ...], groups: Groups
+) -> None:
+    """Raise ValueError unless the chain of products with weights of these shapes fits together."""
     E, K = groups.sizes_E.shape[0], x.shape[1]
-    for w in weights:
-        if w.shape[:2] != (E, K):
+    for shape in chain:
+        if len(shape) != 3 or shape[:2] != (E, K):
             raise ValueError(
-                f"weights of {E} groups that take width {K} must be [{E}, {K}, ·]: {shapes}"
+                f"weights of {E} groups that take width {K} must be [{E}, {K}, ·], not "
+                f"{list(shape)}: x {x.shape}, weights {', '.join(str(w.shape) for w in weights)}"
             )
-        K = w.shape[2]
+        K = shape[2]
     if x.shape[0] != groups.rows:
         raise ValueError(
             f"x has {x.shape[0]} rows but groups have blocks · block = {groups.blocks} · "
@@ -164,165 +204,42 @@ def _check(x: Array, weights: tuple[Array, ...], groups: Groups) -> None:
         )
 
 
-@jax.custom_vjp
-def _matmul(x: Array, w: Array, groups: Groups) -> Array:
-    return matmul_blocks(x, w, groups, transposed=False)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(kernels: Kernels, x: Array, w: Array, groups: Groups) -> Array:
+    return kernels.product(x[None], w[:, None], groups, False)
 
 
-def _matmul_forward(x, w, groups):
-    return _matmul(x, w, groups), (x, w, groups)
+def _matmul_forward(kernels, x, w, groups):
+    return _matmul(kernels, x, w, groups), (x, w, groups)
 
 
-def _matmul_backward(saved, dy):
+def _matmul_backward(kernels, saved, dy):
     x, w, groups = saved
-    dx, dw = matmul_gradients(x, w, dy, groups)
-    return dx, dw, None
+    dx = kernels.product(dy[None], w[:, None], groups, True)
+    return dx, kernels.weight_gradients(x, dy[None], groups, w.dtype)[:, 0], None
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@jax.custom_vjp
-def _ffn(x: Array, w_in: Array, w_out: Array, groups: Groups) -> Array:
-    return ffn_blocks(x, w_in, w_out, groups, keep=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ffn(kernels: Kernels, x: Array, w_in: Array, w_out: Array, groups: Groups) -> Array:
+    (h,) = kernels.hidden(x, w_in, groups, False)
+    return kernels.product(h[None], w_out[:, None], groups, False)
 
 
-def _ffn_forward(x, w_in, w_out, groups):
-    y, kept = ffn_blocks(x, w_in, w_out, groups, keep=True)
+def _ffn_forward(kernels, x, w_in, w_out, groups):
+    h, kept = kernels.hidden(x, w_in, groups, True)
+    y = kernels.product(h[None], w_out[:, None], groups, False)
     return y, (x, w_in, w_out, kept, groups)
 
 
-def _ffn_backward(saved, dy):
+def _ffn_backward(kernels, saved, dy):
     x, w_in, w_out, kept, groups = saved
-    return *ffn_gradients(x, w_in, w_out, kept, dy, groups), None
+    grads, h = kernels.hidden_gradients(dy, w_out, kept, groups)
+    dw_out = kernels.weight_gradients(h, dy[None], groups, w_out.dtype)[:, 0]
+    dx = kernels.product(grads, w_in, groups, True)
+    return dx, kernels.weight_gradients(x, grads, groups, w_in.dtype), dw_out, None
 
 
 _ffn.defvjp(_ffn_forward, _ffn_backward)
-
-
-# Without a kernel: one block of rows at a time
-# -------------------------------------------------------------------------------------------------
-
-
-def _each_block(groups: Groups, load: Callable, step: Callable, done: Callable, state: Any) -> Any:
-    """Fold over experts, and inside over the blocks of each.
-
-    load(e, state) → (weights, inner) once per expert; step(row, weights, (state, inner)) per block
-    that starts at `row`; done(e, state, inner) once more per expert."""
-    first_E, blocks_E = groups.first_E, groups.blocks_E
-
-    def expert(e, state):
-        weights, inner = load(e)
-
-        def block(i, carry):
-            return step(i * groups.block, weights, *carry)
-
-        end = jnp.minimum(first_E[e] + blocks_E[e], groups.blocks)
-        state, inner = lax.fori_loop(first_E[e], end, block, (state, inner))
-        return done(e, state, inner)
-
-    return lax.fori_loop(0, groups.sizes_E.shape[0], expert, state)
-
-
-def _zeros(shape: tuple[int, ...], dtype, like: Array) -> Array:
-    """Zeros that vary over the mesh axes over which `like` varies."""
-    return walks.alike((jnp.zeros(shape, dtype), like))[0]
-
-
-def _at(x: Array, row: Array, groups: Groups) -> Array:
-    return lax.dynamic_slice_in_dim(x, row, groups.block)
-
-
-def _put(x: Array, row: Array, value: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(x, value.astype(x.dtype), row, 0)
-
-
-def _of(w: Array, e: Array) -> Array:
-    return lax.dynamic_index_in_dim(w, e, keepdims=False)
-
-
-def _set(w: Array, e: Array, value: Array) -> Array:
-    return lax.dynamic_update_index_in_dim(w, value.astype(w.dtype), e, 0)
-
-
-def _keep(e: Array, state: Any, inner: Any) -> Any:
-    return state
-
-
-def matmul_blocks(x: Array, w: Array, groups: Groups, *, transposed: bool) -> Array:
-    """x · w of each group, or x · wᵀ."""
-    contract = (1, 1 if transposed else 0)
-
-    def step(row, w_KxN, y, inner):
-        return _put(y, row, matmul(_at(x, row, groups), w_KxN, contract)), inner
-
-    start = _zeros((groups.rows, w.shape[1 if transposed else 2]), x.dtype, x)
-    return _each_block(groups, lambda e: (_of(w, e), ()), step, _keep, start)
-
-
-def matmul_gradients(x: Array, w: Array, dy: Array, groups: Groups) -> tuple[Array, Array]:
-    """(dx like x, dw like w)."""
-    zeros_KxN = _zeros(w.shape[1:], jnp.float32, x)
-
-    def step(row, w_KxN, dx, dw_KxN):
-        x_BxK, dy_BxN = _at(x, row, groups), _at(dy, row, groups)
-        return _put(dx, row, matmul(dy_BxN, w_KxN, (1, 1))), dw_KxN + matmul(x_BxK, dy_BxN, (0, 0))
-
-    def step_both(row, weight, state, inner):
-        dx, inner = step(row, weight, state[0], inner)
-        return (dx, state[1]), inner
-
-    def done(e, state, dw_KxN):
-        return state[0], _set(state[1], e, dw_KxN)
-
-    start = _zeros(x.shape, x.dtype, x), _zeros(w.shape, w.dtype, x)
-    return _each_block(groups, lambda e: (_of(w, e), zeros_KxN), step_both, done, start)
-
-
-def ffn_blocks(x: Array, w_in: Array, w_out: Array, groups: Groups, *, keep: bool):
-    """(y like x, the products with w_in [2, R, F] if `keep`)."""
-    R, F = groups.rows, w_out.shape[1]
-
-    def step(row, weights, state, inner):
-        y, kept = state
-        w_in_2xDxF, w_out_FxD = weights
-        x_BxD = _at(x, row, groups)
-        gate, up = (matmul(x_BxD, w_in_2xDxF[i], (1, 0)) for i in (0, 1))
-        if keep:
-            pair = jnp.stack([gate, up]).astype(kept.dtype)
-            kept = lax.dynamic_update_slice_in_dim(kept, pair, row, 1)
-        h_BxF = (jax.nn.silu(gate) * up).astype(x.dtype)
-        return (_put(y, row, matmul(h_BxF, w_out_FxD, (1, 0))), kept), inner
-
-    start = _zeros(x.shape, x.dtype, x), _zeros((2, R if keep else 0, F), x.dtype, x)
-    return _each_block(groups, lambda e: ((_of(w_in, e), _of(w_out, e)), ()), step, _keep, start)
-
-
-def ffn_gradients(x, w_in, w_out, kept_2xRxF, dy, groups: Groups) -> tuple[Array, Array, Array]:
-    """(dx, dw_in, dw_out) like x, w_in and w_out."""
-    zeros = _zeros(w_in.shape[1:], jnp.float32, x), _zeros(w_out.shape[1:], jnp.float32, x)
-
-    def step(row, weights, state, inner):
-        (w_in_2xDxF, w_out_FxD), (dw_in, dw_out) = weights, inner
-        x_BxD, dy_BxD = _at(x, row, groups), _at(dy, row, groups)
-        pair = lax.dynamic_slice_in_dim(kept_2xRxF, row, groups.block, 1).astype(jnp.float32)
-        dh_BxF = matmul(dy_BxD, w_out_FxD, (1, 1))
-        grads = swiglu_gradients(pair[0], pair[1], dh_BxF)
-        h_BxF, dgate, dup = (z.astype(x.dtype) for z in grads)
-        dw_in += jnp.stack([matmul(x_BxD, d, (0, 0)) for d in (dgate, dup)])
-        dw_out += matmul(h_BxF, dy_BxD, (0, 0))
-        dx = matmul(dgate, w_in_2xDxF[0], (1, 1)) + matmul(dup, w_in_2xDxF[1], (1, 1))
-        return (_put(state[0], row, dx), *state[1:]), (dw_in, dw_out)
-
-    def done(e, state, inner):
-        return state[0], *(_set(w, e, d) for w, d in zip(state[1:], inner, strict=True))
-
-    start = tuple(_zeros(z.shape, z.dtype, x) for z in (x, w_in, w_out))
-    return _each_block(groups, lambda e: ((_of(w_in, e), _of(w_out, e)), zeros), step, done, start)
-
-
-def swiglu_gradients(gate: Array, up: Array, dh: Array) -> tuple[Array, Array, Array]:
-    """(h, dgate, dup) of h = silu(gate) · up."""
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return silu * up, dh * up * (sigmoid + silu * (1.0 - sigmoid)), dh * silu

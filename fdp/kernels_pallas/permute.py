@@ -35,6 +35,13 @@ def unpermute(y_RxD: Array, gates_TxK: Array, slots_TxK: Array, source_R: Array)
     return _unpermute(*alike((y_RxD, gates_TxK, slots_TxK, source_R)))
 
 
+def combine(y_RxD: Array, slots_TxK: Array, source_R: Array) -> Array:
+    """`unpermute` with gates of 1, the transpose of `permute`: Σ_k y[slots[t, k]], [T, D] like
+    y."""
+    _check(slots_TxK.shape[0], source_R, slots_TxK)
+    return _combine(*alike((y_RxD, slots_TxK, source_R)))
+
+
 def _check(tokens: int, source_R: Array, slots_TxK: Array) -> None:
     if source_R.ndim != 1 or slots_TxK.ndim != 2 or slots_TxK.shape[0] != tokens:
         raise ValueError(
@@ -95,3 +102,19 @@ def _unpermute_backward(saved, dout):
 
 
 _unpermute.defvjp(_unpermute_forward, _unpermute_backward)
+
+
+@jax.custom_vjp
+def _combine(y, slots, source):
+    return _sum_choices(y, None, slots)
+
+
+def _combine_forward(y, slots, source):
+    return _sum_choices(y, None, slots), source
+
+
+def _combine_backward(source, dout):
+    return _pick(dout, source), None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)

@@ -219,7 +219,7 @@ def probed(
 ) -> tuple[Any, dict[str, Any]]:
     """(output, the values passed to `Module.probe`)."""
     out, new = model.apply(dict(variables), *args, mutable=[PROBE], method=method)
-    return out, dict(new[PROBE])
+    return out, dict(new.get(PROBE, {}))
 
 
 def _apply(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdp.collectives import psum, size, vary_like
 from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Rows, Sent, Work, merged
@@ -24,7 +25,7 @@ from fdp.models.layers import Reduction, enter_tp, entered, hidden_bytes, leave_
 from fdp.models.module import Module, compact, silu
 from fdp.models.router import Routed, Router, Routing
 from fdp.models.shape import ModelShape
-from fdp.models.stack import Layer, layer
+from fdp.models.stack import Layer, LayerInput, layer
 from fdp.parallel.expert.exchange import Load
 from fdp.parallel.expert.plan import Dispatch
 from fdp.parallel.wire import Cast
@@ -38,6 +39,28 @@ class MoEInput:
     """Layer input of a mixture. replay: ids [B, L, K] to use in place of the router's choice."""
 
     replay: Array | None = None
+
+
+def replay(ids_TxNxK: np.ndarray, batch: int, shape: ModelShape) -> Any:
+    """Layer inputs that replay the choices of `batch` sequences, as a trace holds them: int
+    [tokens, layers with experts, K]. Raises ValueError for ids out of range or another length."""
+    tokens, layers, topk = ids_TxNxK.shape
+    want = shape.moe_layers, shape.topk
+    if (layers, topk) != want or not batch or tokens % batch:
+        raise ValueError(
+            f"replayed ids {ids_TxNxK.shape} must be [tokens, layers, k] with layers, k = {want} "
+            f"and tokens a multiple of {batch} sequences"
+        )
+    low, high = int(ids_TxNxK.min()), int(ids_TxNxK.max())
+    if low < 0 or high >= shape.experts:
+        raise ValueError(
+            f"replayed ids lie in {low}…{high}, but the model has experts 0…{shape.experts - 1}: "
+            "the trace is of another model"
+        )
+    ids = np.asarray(ids_TxNxK, np.int32).reshape(batch, -1, layers, topk)
+    mine = LayerInput(ffn=MoEInput(jnp.asarray(np.moveaxis(ids, 2, 0))))
+    others = (None,) * (shape.moe_every - 1)
+    return (*others, mine) if others else mine
 
 
 def mixture(section: Mapping[str, Any]) -> Layer:
@@ -74,6 +97,8 @@ class MoE(Module):
         w_out = self.weight("w_out", normal(F**-0.5), (E, F, D), ("ep", "tp", None))
         router = Router(s, self.routing, name="router")
         routed = router(x_BxLxD, where, None if given is None else given.replay)
+        self.probe("input", x_BxLxD)
+        self.probe("ids", routed.ids)
         x_in = enter_tp(x_BxLxD, s.sequence_parallel)
         x_TxD = x_in.reshape(-1, D)
         ids, gates = (a.reshape(len(x_TxD), -1) for a in (routed.ids, routed.gates))
@@ -126,7 +151,6 @@ class MoE(Module):
         b, E = self.balance, self.shape.experts
         batch, L = routed.ids.shape[:2]
         devices, tokens = size(DATA_AXES), batch * L * size(DATA_AXES)
-        self.probe("ids", routed.ids)
         count_BxE = self._over_tp(balance.counts(routed.ids, E))
         load_E = psum(count_BxE.sum(0), DATA_AXES)
         share_BxLxE = balance.shares(routed.scores)

@@ -53,7 +53,7 @@ class Routing:
     state that is added for the selection only. low, high: expert choice at mask share r takes
     low + (high - low)(1 - r) experts a token on average; 0: topk. noise: one of NOISE; "group"
     keeps `kept` of `groups` by the noise level alone, and deals experts to groups like cards, so
-    that a rank of ep has some of each."""
+    that a rank of ep has some of each. blind: the router reads r = 0 in place of r, a control."""
 
     experts: int
     topk: int
@@ -68,6 +68,7 @@ class Routing:
     low: float = 0.0
     high: float = 0.0
     noise: str = "none"
+    blind: bool = False
 
     def __post_init__(self) -> None:
         E, K, G, kept = self.experts, self.topk, self.groups, self.kept
@@ -201,7 +202,8 @@ class Router(Module):
         w = self.weight("w", normal(D**-0.5), (D, E), (None, None), decay=False)
         if r.noise == "none":
             return x_BxLxD @ w, None
-        phi_BxN = features(where.noise, FEATURES)
+        noise_B = jnp.zeros_like(where.noise) if r.blind else where.noise
+        phi_BxN = features(noise_B, FEATURES)
 
         def extra(name: str, *dims: int) -> Array:
             return self.weight(name, zeros, dims, (None,) * len(dims), decay=False)

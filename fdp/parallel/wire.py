@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import Axes, all_gather, all_to_all, size, vary
+from fdp.collectives import Axes, all_gather, all_to_all, index, ragged_all_to_all, size, vary
+from fdp.kernels_pallas.walks import choose_backend
 
 SCALE = jnp.bfloat16  # of a chunk's largest magnitude
 
@@ -50,11 +51,28 @@ class Cast:
         return width * (jnp.dtype(self.dtype).itemsize if self.dtype else itemsize)
 
 
-def exchange(x_NxD: jax.Array, axes: Axes, wire: Wire) -> jax.Array:
+def exchange(x_NxD: jax.Array, axes: Axes, wire: Wire, sizes: Any = None) -> jax.Array:
     """Equal parts of the rows, one for each device of `axes`, go there: the parts that arrive, in
-    the order of their senders."""
-    sent = jax.tree.map(lambda a: all_to_all(a, axes, 0, 0), wire.encode(x_NxD))
-    return wire.decode(sent, x_NxD.dtype)
+    the order of their senders.
+
+    sizes: (send, receive) int32 [devices], how many first rows of each part are real. An
+    accelerator sends only those."""
+    n = size(axes)
+
+    def send(a: jax.Array) -> jax.Array:
+        if sizes is None or not ragged() or n == 1:
+            return all_to_all(a, axes, 0, 0)
+        part = len(a) // n
+        place = jnp.full(n, index(axes) * part)
+        here = jnp.arange(n) * part, sizes[0]
+        return ragged_all_to_all(a, axes, len(a), here, (place, sizes[1]))
+
+    return wire.decode(jax.tree.map(send, wire.encode(x_NxD)), x_NxD.dtype)
+
+
+def ragged() -> bool:
+    """Whether the platform has a ragged all-to-all."""
+    return choose_backend(None) != "xla"
 
 
 def quantise(x_C: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -204,10 +204,11 @@ def _protocols(c: LinkCoefficients, transfer: Any) -> Any:
     return low * (1 + (low / high) ** SHARPNESS) ** (-1 / SHARPNESS)
 
 
-def _gpu_time(
-    op: str, nbytes: Any, n: Any, local: Any, chip: hardware.Chip, c: LinkCoefficients
-) -> Any:
-    xp = namespace(nbytes, n, local)
+def _links(
+    op: str, n: Any, local: Any, chip: hardware.Chip, c: LinkCoefficients
+) -> tuple[Any, Any, Any, Any]:
+    """(bytes/s in the node, bytes/s of a NIC, seconds a hop, seconds to start) of `op`."""
+    xp = namespace(n, local)
     crosses = xp.where(local >= n, 0.0, 1.0)
     nodes = xp.maximum(n / xp.minimum(local, n), 2.0)
     up = chip.scale_up_bandwidth * c.efficiency(op)
@@ -218,6 +219,14 @@ def _gpu_time(
         * (nodes / 2) ** -c.congestion
     )
     alpha = c.hop + crosses * (c.hop_out - c.hop)
+    return up, out, alpha, c.launch + crosses * c.launch_out
+
+
+def _gpu_time(
+    op: str, nbytes: Any, n: Any, local: Any, chip: hardware.Chip, c: LinkCoefficients
+) -> Any:
+    xp = namespace(nbytes, n, local)
+    up, out, alpha, start = _links(op, n, local, chip, c)
     beta = group_bandwidth(n, local, up, out)
     transfers = {
         "all_reduce": lambda share: all_reduce(nbytes, n, alpha, share * beta),
@@ -227,13 +236,40 @@ def _gpu_time(
             nbytes, n, local, alpha, (share * up, share * out)
         ),
     }
-    start = c.launch + crosses * c.launch_out
     if op == "point_to_point":
         one = xp.where(
             local >= n, n, 1
         )  # a send has its own rank's NIC, whoever else sits in the node
         return start + point_to_point(nbytes, alpha, group_bandwidth(n, one, up, out))
     return start + _protocols(c, transfers[op])
+
+
+def exchange_time(
+    inside: Any,
+    outside: Any,
+    n: Any,
+    local: Any,
+    chip_name: str,
+    fit: LinkCoefficients | None = None,
+) -> Any:
+    """Seconds of an all-to-all of unequal parts among `n` ranks, `local` of them in each node.
+
+    The fullest rank moves `inside` bytes in its node and `outside` through its NIC, one way; what
+    it keeps counts nowhere. With equal parts of N, (local−1)/n·N and (n−local)/n·N, it is
+    `collective_time` of an all-to-all. `fit` and errors as in that function."""
+    for name, value, least in (("inside", inside, 0), ("outside", outside, 0), ("n", n, 1)):
+        _refuse("all_to_all", name, value, least)
+    chip, c = hardware.chip(chip_name), fit or coefficients(chip_name)
+    xp = namespace(inside, outside, n, local)
+    if chip.scale_out_bandwidth is None:
+        held = (inside + outside) * n / xp.maximum(n - 1, 1)
+        return _torus_time("all_to_all", held, n, chip, c) * xp.minimum(n - 1, 1)
+    up, out, alpha, start = _links("all_to_all", n, local, chip, c)
+
+    def transfer(share: float) -> Any:
+        return (n - 1) * alpha + xp.maximum(inside / (share * up), outside / (share * out))
+
+    return (start + _protocols(c, transfer)) * xp.minimum(n - 1, 1)
 
 
 def _torus_time(op: str, nbytes: Any, n: Any, chip: hardware.Chip, c: LinkCoefficients) -> Any:

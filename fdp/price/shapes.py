@@ -77,6 +77,12 @@ PUBLISHED = {
         _moe("mixtral-8x22b", 56, 6144, 48, 8, 128, 16384, 32768, 8, 2, 16384),
         _moe("deepseek-v3", 61, 7168, 128, 128, 192, 18432, 129280, 256, 8, 2048,
              first_dense=3, **_MLA),
+        _moe("deepseek-v2", 60, 5120, 128, 128, 192, 12288, 102400, 160, 6, 1536,
+             first_dense=1, **_MLA | {"shared_experts": 2}),
+        _moe("deepseek-moe-16b", 28, 2048, 16, 16, 128, 10944, 102400, 64, 6, 1408,
+             first_dense=1, shared_experts=2),
+        _moe("olmoe-1b-7b", 16, 2048, 16, 16, 128, 1024, 50304, 64, 8, 1024, qk_norm=True),
+        _moe("llada-moe-7b-a1b", 16, 2048, 16, 16, 128, 8192, 157184, 64, 8, 1024, qk_norm=True),
         _moe("kimi-k2", 61, 7168, 64, 64, 192, 18432, 163840, 384, 8, 2048, first_dense=1, **_MLA),
         _moe("llama4-maverick", 48, 5120, 40, 8, 128, 16384, 202048, 128, 1, 8192,
              shared_experts=1, moe_every=2),
@@ -86,6 +92,10 @@ PUBLISHED = {
         _moe("gpt-oss-120b", 36, 2880, 64, 8, 64, 2880, 201088, 128, 4, 2880),
     )
 }  # fmt: skip
+
+
+# (groups of experts, groups that a token may choose from) of models whose routing is limited
+GROUPS = {"deepseek-v2": (8, 3), "deepseek-v3": (8, 4)}
 
 
 def named(name: str) -> ModelShape:

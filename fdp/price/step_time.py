@@ -7,7 +7,8 @@ fdp.price.network (which says how its rates relate to these); the pipeline's bub
 optimizer. FLOPs as the field reports them: a causal mask halves the scores
 (`ModelShape.forward_flops`), unlike in `fdp.count.counts.CONVENTION`. Formulas: Shoeybi et al.
 2019, Narayanan et al. 2021 (arXiv 2104.04473, interleaving), Korthikanti et al. 2022
-(recomputation, sequence parallelism), Rajbhandari et al. 2020 (ZeRO).
+(recomputation, sequence parallelism), Rajbhandari et al. 2020 (ZeRO). Experts are loaded evenly
+unless `fdp.price.moe.columns_of_loads` stands among the columns.
 
 Legend: T tokens of a microbatch on a device, D width; every array is (N,), one entry a job; times
 in seconds."""
@@ -146,17 +147,19 @@ def layer_compute(x: Mapping[str, Array], k: Mapping[str, Array]) -> Terms:
 
 def _experts(x: Mapping[str, Array], k: Mapping[str, Array], T: Array) -> Array:
     """Grouped matmuls: a rank sees the tokens of its whole expert group that chose its E/ep
-    experts.
+    experts, all alike unless `routed_seconds` of given loads (fdp.price.moe) stands in `x`.
     """
     xp = array_module(x, k)
     D, t, g = x["width"], x["tp"], x["projections"]
     hidden = xp.maximum(x["moe_ffn"], 1.0)
     rows = xp.maximum(T / t * x["etp"] * x["topk"] * x["ep"] / x["experts"], 1.0)
     flops = 2 * T / t * x["topk"] * g * D * hidden
-    routed = _gemm(flops, rows, hidden / x["etp"], D, x["peak"] * k["linear"] * k["grouped"], k)
     shared = _gemm(
         2 * T * x["shared"] * g * D * hidden / t, T, hidden / t, D, x["peak"] * k["linear"], k
     )
+    if "routed_seconds" in x:
+        return x["routed_seconds"] + shared
+    routed = _gemm(flops, rows, hidden / x["etp"], D, x["peak"] * k["linear"] * k["grouped"], k)
     # Weights are read whatever the number of tokens: the bound of small expert batches.
     weights = x["experts"] / x["ep"] * g * D * hidden / x["etp"] * 2 / (x["hbm"] * k["hbm"])
     return xp.maximum(routed, weights) + shared
@@ -213,8 +216,12 @@ def layer_communication(x: Mapping[str, Array], k: Mapping[str, Array], compute:
 
 
 def _dispatch(x: Mapping[str, Array], k: Mapping[str, Array], T: Array) -> Array:
-    """Dispatch and combine, forward and backward: four all-to-alls, every rank over its own NIC."""
-    xp = array_module(x, k)
+    """Dispatch and combine, forward and backward: four all-to-alls, every rank over its own NIC,
+    equal unless `exchange_seconds` of given loads, there and back, stands in `x`.
+    """
+    xp, again = array_module(x, k), 4 + 2 * x["full"]
+    if "exchange_seconds" in x:
+        return again / 2 * x["exchange_seconds"] * (1 - k["overlap_ep"])
     e = x["ep"]
     local = local_ranks(e, x["etp"], x["domain"])
     nbytes = 2 * T / x["tp"] * x["topk"] * x["width"]
@@ -223,7 +230,6 @@ def _dispatch(x: Mapping[str, Array], k: Mapping[str, Array], T: Array) -> Array
     wire = nbytes * (
         xp.maximum(local - 1, 0) / e / (x["up"] * k["link_up"]) + (e - local) / e / out
     )
-    again = 4 + 2 * x["full"]
     return again * (wire + alpha * xp.log2(xp.maximum(e, 1.0))) * (1 - k["overlap_ep"])
 
 

@@ -39,46 +39,46 @@ def generation_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
 
 
-def draw(e: Experiment, params: Any, specs: Any, count: int, mesh: Mesh) -> np.ndarray:
+def draw(e: Experiment, variables: Any, specs: Any, count: int, mesh: Mesh) -> np.ndarray:
     """`count` sequences int32 [B, L] of the experiment's seed and temperature 1, equal ids on every
-    mesh. `params` with their PartitionSpecs `specs`; `mesh`: whose devices draw.
+    mesh. `variables` {"params", "state"} with their PartitionSpecs; `mesh`: whose devices draw.
 
     Masked objectives use first-hitting (without factorisation error; block by block for block
     diffusion), autoregressive ones go from left to right, and uniform noise takes as many analytic
     steps as there are positions."""
     mesh = generation_mesh(mesh)
-    params = jax.device_put(params, sharding.shardings(mesh, specs))
+    variables = jax.device_put(variables, sharding.shardings(mesh, specs))
     ways = mesh.shape["dp"]
 
     sampler = jax.jit(shard_map(_method(e), mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
-    return np.asarray(sampler(params, jnp.arange(-(-count // ways) * ways)))[:count]
+    return np.asarray(sampler(variables, jnp.arange(-(-count // ways) * ways)))[:count]
 
 
 def _method(e: Experiment) -> Any:
-    """The sampler of the objective: (params, sample_ids_B) → ids_BxL."""
+    """The sampler of the objective: (variables, sample_ids_B) → ids_BxL."""
     objective: Any = e.objective
     model, length = e.model, e.data.seq_len
 
-    def run(params: Any, *args: Any, method: str) -> Any:
-        return module.run(model, {"params": params}, *args, method=method)[0]
+    def run(variables: Any, *args: Any, method: str) -> Any:
+        return module.run(model, variables, *args, method=method)[0]
 
-    def logits_at(params: Any, ids_BxL: jax.Array, i: jax.Array) -> Any:
-        hidden_BxLxD = run(params, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
-        return run(params, hidden_BxLxD[:, i], method="outputs")
+    def logits_at(variables: Any, ids_BxL: jax.Array, i: jax.Array) -> Any:
+        hidden_BxLxD = run(variables, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
+        return run(variables, hidden_BxLxD[:, i], method="outputs")
 
-    def logits(params: Any, z_BxL: jax.Array, noise_B: jax.Array) -> Any:
+    def logits(variables: Any, z_BxL: jax.Array, noise_B: jax.Array) -> Any:
         if isinstance(objective, BlockDiffusion):
             # The clean half is the state itself: a block sees only earlier blocks of it, which are
             # already revealed.
             z_BxL = jnp.concatenate([z_BxL, z_BxL], 1)
-        hidden = run(params, z_BxL, noise_B, method="hidden")
-        return run(params, hidden[:, :length], method="outputs")
+        hidden = run(variables, z_BxL, noise_B, method="hidden")
+        return run(variables, hidden[:, :length], method="outputs")
 
-    def sampled(params: Any, sample_ids_B: jax.Array) -> jax.Array:
+    def sampled(variables: Any, sample_ids_B: jax.Array) -> jax.Array:
         draw = Draw(jax.random.key(e.fit.seed), sample_ids_B, length, objective.n_ids)
         if isinstance(objective, Autoregressive):
-            return sample(partial(logits_at, params), draw, objective.bos)[0]
-        denoise = partial(logits, params)
+            return sample(partial(logits_at, variables), draw, objective.bos)[0]
+        denoise = partial(logits, variables)
         if isinstance(objective, SEDDUniform):
             return analytic_uniform(denoise, draw, steps=length, schedule=objective.schedule)[0]
         block = objective.block if isinstance(objective, BlockDiffusion) else None

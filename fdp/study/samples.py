@@ -13,5 +13,6 @@ from fdp.sampling import draw as drawing
 def draw(arm: Arm, count: int, mesh: Mesh | None = None) -> np.ndarray:
     """`count` sequences int32 [B, L], see `fdp.sampling.draw`. `mesh`: whose devices draw, by
     default the arm's."""
-    params, specs = arm.trained_on_host.params, arm.program.specs.specs
-    return drawing.draw(arm.experiment, params, specs, count, mesh or arm.mesh)
+    specs = {"params": arm.program.specs.specs, "state": arm.program.specs.model_specs}
+    variables = arm.trained_on_host.variables
+    return drawing.draw(arm.experiment, variables, specs, count, mesh or arm.mesh)

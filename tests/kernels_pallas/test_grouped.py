@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from fdp.kernels_pallas import grouped
+from fdp.count import experts as count_experts
+from fdp.count import jaxpr
+from fdp.kernels_pallas import grouped, grouped_tpu, grouped_triton
 from fdp.kernels_pallas.grouped import Groups, grouped_ffn, grouped_matmul, make_groups
+from tests.kernels_pallas.compiled import PLATFORMS, compiled_text, kernels
 
 fast = pytest.mark.fast
 P = PartitionSpec
@@ -26,14 +29,37 @@ SIZES = {
 }
 
 
-def problem(sizes, dtype=jnp.float32):
+BACKENDS = ("xla", "tpu", "gpu")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles a side, the last of them not full."""
+    monkeypatch.setattr(
+        grouped_triton, "tile_sizes", lambda *_, **k: grouped_triton.Sizes(16, 16, 16)
+    )
+    monkeypatch.setattr(grouped_tpu, "COLUMNS", 32)
+    monkeypatch.setattr(grouped_tpu, "depth_tile", lambda *_: 16)
+
+
+def problem(sizes, dtype=np.float32):
     """x with zero rows where no expert has one, w_in, w_out, the cotangent of y, and the groups."""
-    groups = make_groups(jnp.array(sizes, jnp.int32), ROWS, BLOCK)
-    keys = jax.random.split(jax.random.key(0), 4)
+    groups = make_groups(np.array(sizes, np.int32), ROWS, BLOCK)
     shapes = (groups.rows, D), (E, 2, D, F), (E, F, D), (groups.rows, D)
-    x, w_in, w_out, dy = (jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
-    x = jnp.where(groups.holds_R[:, None], x, 0)
-    return (x, w_in * D**-0.5, w_out * F**-0.5, dy), groups
+    rng = np.random.default_rng(0)
+    x, w_in, w_out, dy = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    x *= held(sizes, groups.rows)[:, None]
+    arrays = x, w_in * np.float32(D**-0.5), w_out * np.float32(F**-0.5), dy
+    return tuple(z.astype(dtype) for z in arrays), groups
+
+
+def held(sizes, rows, block=BLOCK):
+    """Which rows hold one of an expert: bool [rows]."""
+    held, start = np.zeros(rows, bool), 0
+    for size in sizes:
+        held[start : start + size] = True
+        start += -(-size // block) * block
+    return held
 
 
 def with_gradients(f, x, w_in, w_out, dy):
@@ -43,7 +69,9 @@ def with_gradients(f, x, w_in, w_out, dy):
 
 @partial(jax.jit, static_argnames="backend")
 def ffn(arrays, groups, backend):
-    return with_gradients(lambda *z: grouped_ffn(*z, groups, backend=backend), *arrays)
+    return with_gradients(
+        lambda *z: grouped_ffn(*z, groups, backend=backend, interpret=True), *arrays
+    )
 
 
 @jax.jit
@@ -80,22 +108,39 @@ def assert_close(got, want, tolerance=1e-5):
         np.testing.assert_allclose(a / scale, b / scale, atol=tolerance, rtol=0, err_msg=name)
 
 
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradients(case, backend):
+    check(case, ffn, ffn_oracle, backend)
+
+
 @fast
 @pytest.mark.parametrize("case", SIZES)
-@pytest.mark.parametrize(("f", "oracle"), [(ffn, ffn_oracle), (products, products_oracle)])
-def test_values_and_gradients(case, f, oracle):
+def test_products_alone(case):
+    check(case, products, products_oracle, "xla")
+
+
+def check(case, f, oracle, backend):
     arrays, groups = problem(SIZES[case])
-    got = f(arrays, groups, "xla")
+    got = f(arrays, groups, backend)
     assert_close(got, oracle(arrays, groups))
-    assert not np.asarray(got[0])[~np.asarray(groups.holds_R)].any()
+    assert not np.asarray(got[0])[~held(SIZES[case], groups.rows)].any()
     for dw in got[2:]:
         assert not np.asarray(dw)[np.array(SIZES[case]) == 0].any()
 
 
 @fast
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_counted_flops_are_those_of_all_rows(backend):
+    arrays, groups = problem(SIZES["mixed"])
+    made = jax.make_jaxpr(lambda *z: ffn(*z, backend))(arrays, groups)
+    assert jaxpr.dot_flops(made) == 3 * 6 * groups.rows * D * F
+
+
+@fast
 def test_bfloat16_sums_in_float32():
     arrays, groups = problem(SIZES["mixed"], jnp.bfloat16)
-    wide = ffn_oracle([x.astype(jnp.float32) for x in arrays], groups)
+    wide = ffn_oracle(tuple(x.astype(np.float32) for x in arrays), groups)
     got = ffn(arrays, groups, "xla")
     assert {x.dtype for x in got} == {jnp.dtype(jnp.bfloat16)}
     assert_close(got, wide, 0.02)
@@ -113,7 +158,7 @@ def test_inside_a_checked_shard_map():
 
     specs = P(("dp", "ep")), P("ep"), P("ep"), P("ep")
     f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(("dp", "ep")))
-    x, dy = jnp.tile(x, (4, 1)), jnp.tile(dy, (4, 1))
+    x, dy = np.tile(x, (4, 1)), np.tile(dy, (4, 1))
     got = jax.jit(lambda *z: with_gradients(lambda *w: f(*w, sizes), *z))(x, w_in, w_out, dy)
 
     def whole(x, w_in, w_out):
@@ -135,16 +180,16 @@ def test_inside_a_checked_shard_map():
     ("sizes", "block"), [((5, 0, 9, 1), 4), ((0, 0, 15, 0), 4), ((1, 1, 1, 1), 8), ((0,) * 4, 16)]
 )
 def test_layout(sizes, block):
-    groups = make_groups(jnp.array(sizes, jnp.int32), 15, block)
+    groups = make_groups(np.array(sizes, np.int32), 15, block)
+    layout = jax.jit(lambda g: (g.starts_E, g.expert_of_block, g.holds_R))
+    starts, experts, holds = layout(groups)
     want, start = [], []
     for e, size in enumerate(sizes):
         start.append(len(want) * block)
         want += [e] * -(-size // block)
-    assert groups.starts_E.tolist() == start
-    experts = groups.expert_of_block.tolist()
-    assert experts == want + [4] * (groups.blocks - len(want))
-    rows = [s + i for s, size in zip(start, sizes, strict=True) for i in range(size)]
-    assert np.flatnonzero(groups.holds_R).tolist() == rows
+    assert starts.tolist() == start
+    assert experts.tolist() == want + [4] * (groups.blocks - len(want))
+    np.testing.assert_array_equal(holds, held(sizes, groups.rows, block))
 
 
 @fast
@@ -167,10 +212,66 @@ def test_most_blocks_is_reached_and_never_exceeded():
         (lambda x, a, b: (x[1:], a, b), r"x has 111 rows but groups have .* 7 · 16 = 112"),
         (lambda x, a, b: (x, a[1:], b), r"weights of 4 groups that take width 24 must be"),
         (lambda x, a, b: (x, a, b[:, 1:]), r"weights of 4 groups that take width 40 must be"),
-        (lambda x, a, b: (x.astype("bfloat16"), a, b), "bfloat16, float32 must be equal"),
+        (lambda x, a, b: (x.astype(jnp.bfloat16), a, b), "bfloat16, float32 must be equal"),
     ],
 )
 def test_bad_input_says_what_to_change(change, message):
     (x, w_in, w_out, _), groups = problem(SIZES["mixed"])
     with pytest.raises(ValueError, match=message):
         grouped_ffn(*change(x, w_in, w_out), groups)
+
+
+@fast
+def test_blocks_that_a_kernel_cannot_cut():
+    (x, w_in, w_out, _), groups = problem(SIZES["mixed"])
+    groups = Groups(groups.sizes_E, groups.rows, 1)
+    with pytest.raises(ValueError, match="block = 112 on the GPU: choose a power of two"):
+        grouped_ffn(x, w_in, w_out, groups, backend="gpu")
+    with pytest.raises(ValueError, match="block = 8 on the TPU: choose a multiple of 16"):
+        grouped_ffn(x, w_in, w_out, Groups(groups.sizes_E, 8, 14), backend="tpu")
+
+
+@fast
+def test_choose_block_follows_the_rows_of_an_expert():
+    found = [grouped.choose_block(rows, 8, name) for name in BACKENDS for rows in (64, 512, 65536)]
+    assert found == [16, 32, 64, 16, 32, 512, 16, 32, 128]
+
+
+# With the compilers
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("platform", [*PLATFORMS, "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    ("dtype", "D", "F", "block", "weights"),
+    [(jnp.bfloat16, 200, 2056, 64, P("dp")), (jnp.float32, 2304, 300, 128, P())],
+)
+def test_forward_and_backward_compile(platform, dtype, D, F, block, weights, monkeypatch):
+    """Inside shard_map with checked types, with the tiles that hardware gets and dims that are no
+    multiples of them; weights of every device, and shared ones."""
+    monkeypatch.undo()
+    experts, blocks = 6, 11
+
+    def local(x, w_in, w_out, sizes):
+        return (grouped_ffn(x, w_in, w_out, Groups(sizes, block, blocks)),)
+
+    copies = 2 if weights else 1
+    avals = [
+        ((2 * blocks * block, D), dtype, P("dp")),
+        ((copies * experts, 2, D, F), dtype, weights),
+        ((copies * experts, F, D), dtype, weights),
+        ((2 * experts,), jnp.int32, P("dp")),
+    ]
+    assert kernels(compiled_text(platform, local, *avals)) == 6
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", count_experts.LAYERS)
+def test_an_expert_layer_keeps_no_dense_buffer(name, monkeypatch):
+    monkeypatch.undo()
+    layer = count_experts.LAYERS[name]
+    ours, ragged = (count_experts.temporaries(layer, "h100:1", how) for how in (True, False))
+    assert ours <= 0.25 * ragged and ours <= 1.5 * layer.kept
+    # Blocks of 512 rows, so more padding.
+    assert count_experts.temporaries(layer, "v5p:2x2x1", True) <= 2 * layer.kept

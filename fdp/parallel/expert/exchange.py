@@ -9,17 +9,26 @@ Legend: T tokens of a device, K pairs of a token, E experts (e of a device), D w
 buffer, S = ep devices, M nodes of G devices each, C rows of a buffer for each destination."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import all_gather, all_to_all, index, reduce_scatter, size, split
-from fdp.kernels_pallas.grouped import Groups
-from fdp.kernels_pallas.permute import permute, unpermute
+from fdp.collectives import (
+    all_gather,
+    all_to_all,
+    index,
+    ragged_all_to_all,
+    reduce_scatter,
+    size,
+    split,
+)
+from fdp.kernels_pallas.grouped import Groups, choose_block, make_groups
+from fdp.kernels_pallas.permute import combine, permute, unpermute
 from fdp.parallel.expert.arrange import Places, compact, grouped, places, ranks
-from fdp.parallel.wire import Wire, exchange
+from fdp.parallel.expert.ragged import Pieces, before, pieces
+from fdp.parallel.wire import Wire, exchange, ragged
 
 Array = jax.Array
 Ffn = Callable[[Array, Groups], Array]  # the experts of this device on block-aligned groups
@@ -36,6 +45,13 @@ class Load:
     pairs: int = field(metadata={"static": True})
     each: int = field(metadata={"static": True})
     experts: int = field(metadata={"static": True})
+
+    def part(self, tokens: int, n: int) -> "Load":
+        """The load of one n-th of the tokens, with the ids and gates of all."""
+        some = tokens // n
+        return replace(
+            self, pairs=min(self.pairs, some * self.ids.shape[-1]), each=min(self.each, some)
+        )
 
 
 class Moved(NamedTuple):
@@ -76,7 +92,11 @@ def flat(x_TxD: Array, load: Load, ffn: Ffn, wire: Wire, b: Bounds, cut: int = 0
         kept = jnp.where(rank_P.reshape(load.ids.shape) >= 0, load.ids, -1)
         y_TxD = local(x_TxD, kept, load.gates, e, load.pairs, ffn)
         return y_TxD, _moved(dropped)
-    first_Sxe = _before(sizes_E.reshape(S, e), 1)
+    others = sizes_E.sum() - sizes_E.reshape(S, e)[index("ep")].sum()
+    moved = _moved(dropped, within=others)
+    if ragged():
+        return _sorted(x_TxD, load, ffn, wire, b, rank_P, sizes_E), moved
+    first_Sxe = before(sizes_E.reshape(S, e), 1)
     start_E = (jnp.arange(S, dtype=jnp.int32)[:, None] * C + first_Sxe).reshape(-1)
     slot_P = jnp.where(id_P >= 0, start_E[jnp.maximum(id_P, 0)] + rank_P, -1)
     out = places(slot_P.reshape(load.ids.shape), S * C)
@@ -89,8 +109,31 @@ def flat(x_TxD: Array, load: Load, ffn: Ffn, wire: Wire, b: Bounds, cut: int = 0
     back = permute(done, at.slots_NxK[:, 0], at.source_R[:, None])  # the inverse permutation
     back = exchange(back, "ep", wire)
     y_TxD = unpermute(back, load.gates, out.slots_NxK, out.source_R)
-    others = sizes_E.sum() - sizes_E.reshape(S, e)[index("ep")].sum()
-    return y_TxD, _moved(dropped, within=others)
+    return y_TxD, moved
+
+
+def _sorted(
+    x_TxD: Array, load: Load, ffn: Ffn, wire: Wire, b: Bounds, rank_P: Array, sizes_E: Array
+) -> Array:
+    """`flat` by a ragged all-to-all: rows sorted by expert go straight to their groups."""
+    id_P = load.ids.reshape(-1)
+    held = (id_P >= 0) & (rank_P >= 0)
+    slot_P = jnp.where(held, before(sizes_E, 0)[jnp.maximum(id_P, 0)] + rank_P, -1)
+    at = places(slot_P.reshape(load.ids.shape), load.pairs)
+    sizes_SxE = all_gather(sizes_E[None], "ep", 0)
+    e = load.experts // size("ep")
+    block = choose_block(b.pairs, e)
+    out, back = pieces(sizes_SxE, index("ep"), block)
+    groups = make_groups(out.receive.reshape(-1, e).sum(0), b.pairs, block)
+
+    def move(rows: Array, n: int, by: Pieces) -> Array:
+        def send(a: Array) -> Array:
+            return ragged_all_to_all(a, "ep", n, by.here, by.there)
+
+        return wire.decode(jax.tree.map(send, wire.encode(rows)), rows.dtype)
+
+    done = ffn(move(permute(x_TxD, *at), groups.rows, out), groups)
+    return unpermute(move(done, load.pairs, back), load.gates, at.slots_NxK, at.source_R)
 
 
 def two_level(
@@ -106,21 +149,21 @@ def two_level(
     def send(x: Array, at: Places, axes: tuple[str, ...]) -> Array:
         return all_to_all(permute(x, *at), axes, 0, 0)
 
-    rows_RxD = exchange(permute(x_TxD, *to_node), outer, wire)
+    sizes_M = copies_M, all_to_all(copies_M, outer, 0, 0)
+    rows_RxD = exchange(permute(x_TxD, *to_node), outer, wire, sizes_M)
     gates_RxK = send(load.gates, to_node, outer)
     ids_RxK = all_to_all(_copied(load.ids, to_node, e * G, b.first), outer, 0, 0)
     here_RxG = visits(ids_RxK, e, G)
     to_device, copies_G = compact(here_RxG, b.second)
-    arrived = exchange(permute(rows_RxD, *to_device), within, wire)
+    sizes_G = copies_G, all_to_all(copies_G, within, 0, 0)
+    arrived = exchange(permute(rows_RxD, *to_device), within, wire, sizes_G)
     gates = send(gates_RxK, to_device, within)
     ids = all_to_all(_copied(ids_RxK, to_device, e, b.second), within, 0, 0)
     done = local(arrived, ids, gates, e, b.pairs, ffn)
-    done = exchange(done, within, wire)
-    ones = jnp.ones(to_device.slots_NxK.shape)
-    done = unpermute(done, ones, to_device.slots_NxK, to_device.source_R)
-    done = exchange(done, outer, wire)
-    ones = jnp.ones(to_node.slots_NxK.shape)
-    y_TxD = unpermute(done, ones, to_node.slots_NxK, to_node.source_R)
+    done = exchange(done, within, wire, sizes_G[::-1])
+    done = combine(done, to_device.slots_NxK, to_device.source_R)
+    done = exchange(done, outer, wire, sizes_M[::-1])
+    y_TxD = combine(done, to_node.slots_NxK, to_node.source_R)
     return y_TxD, _moved(
         0,
         between=copies_M.sum() - copies_M[index(outer)],
@@ -140,11 +183,6 @@ def gather(x_TxD: Array, load: Load, ffn: Ffn, b: Bounds) -> tuple[Array, Moved]
 
 def _moved(dropped: Array | int, between: Array | int = 0, within: Array | int = 0) -> Moved:
     return Moved(*(jnp.asarray(x, jnp.float32) for x in (dropped, between, within)))
-
-
-def _before(x: Array, axis: int) -> Array:
-    """Exclusive cumulative sum."""
-    return jnp.cumsum(x, axis) - x
 
 
 def visits(id_NxK: Array, per: int, n: int) -> Array:
