@@ -39,7 +39,7 @@ from fdp.files import write_atomic
 from fdp.keys import UserError
 from fdp.mesh import AXES, make_mesh, use_virtual_devices
 from fdp.models import hf_config, hf_files, hf_names, module
-from fdp.models.hf_names import Rule
+from fdp.models.hf_names import Naming
 from fdp.models.moe import mixture
 from fdp.models.shape import ModelShape
 from fdp.models.transformer import Transformer, transformer
@@ -70,7 +70,7 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
 
     @property
-    def rules(self) -> dict[str, Rule]:
+    def rules(self) -> dict[str, Naming]:
         """How its tensors make up our arrays, by path."""
         return hf_names.rules(self.config["model_type"], self.model)
 
@@ -92,7 +92,7 @@ def read(directory: str | Path, ignore: Collection[str] = ()) -> Checkpoint:
     return found
 
 
-def check(rules: Mapping[str, Rule], tensors: Mapping[str, Any]) -> None:
+def check(rules: Mapping[str, Naming], tensors: Mapping[str, Any]) -> None:
     """Raises UserError, naming all of them, for tensors that are missing, unknown, of another shape
     or of a format that is no float of 16 or 32 bits."""
     want = {name: rule.tensor for rule in rules.values() for _, name in rule.names()}
@@ -176,7 +176,7 @@ def load(
 
 def place(
     model: module.Module,
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, Naming],
     tensors: Mapping[str, Any],
     mesh: Mesh,
     zero: int = 0,
@@ -206,7 +206,7 @@ def _paths(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
-def _check_model(rules: Mapping[str, Rule], wanted: Mapping[str, Any]) -> None:
+def _check_model(rules: Mapping[str, Naming], wanted: Mapping[str, Any]) -> None:
     """Raises UserError for rules of arrays that are not in `wanted`, or of another shape."""
     shapes = {path: tuple(wanted[path].shape) if path in wanted else None for path in rules}
     lines = [
@@ -233,7 +233,7 @@ def _drawn(model: Any, paths: Sequence[str], where: Mapping[str, Any], seed: int
     return jax.jit(build, out_shardings=where, compiler_options=ONCE)(key)
 
 
-def _placed(rule: Rule, tensors: Mapping[str, Any], where: Any) -> jax.Array:
+def _placed(rule: Naming, tensors: Mapping[str, Any], where: Any) -> jax.Array:
     """One array; devices that hold the same block share one reading of it."""
     blocks: dict[Any, list[Any]] = {}
     for device, box in where.addressable_devices_indices_map(rule.shape).items():
@@ -257,7 +257,7 @@ class Named(Mapping[str, np.ndarray]):
 
     `arrays`: by path; jax.Arrays on any mesh of this process, or NumPy arrays."""
 
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, Naming]
     arrays: Mapping[str, Any]
 
     @functools.cached_property

@@ -23,6 +23,7 @@ from absl import flags
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from fdp.audit import audit_arm
 from fdp.checkpoint import CheckpointError, Checkpoints
 from fdp.config import base, validate
 from fdp.count.hlo import QUICK
@@ -30,6 +31,7 @@ from fdp.experiment import standard
 from fdp.keys import UserError
 from fdp.mesh import AXES, make_mesh
 from fdp.models import hf, hf_config, hf_files, hf_names, module
+from fdp.models.shape import ModelShape
 from fdp.state import StateSpecs
 
 FILE = json.loads((Path(__file__).parent / "hf.json").read_text())
@@ -503,3 +505,25 @@ def test_exports_that_would_mean_something_else_are_refused(arrays: Any, tmp_pat
     with pytest.raises(UserError, match="exists and is not empty"):
         hf.export(back, arrays, config)
     assert [path.name for path in tmp_path.iterdir()] == ["back"]
+
+
+# What our model has for the sake of some families
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True])
+def test_joint_norms_and_gates_of_shared_experts_are_exact_and_counted(split: bool) -> None:
+    """Loss and gradients of one device, and the bytes of the formula, over tp."""
+    c = base()
+    c.update_from_flattened_dict({"model.layers": 2, "model.width": 16, "model.head_dim": 4})
+    c.model.update(heads=4, kv_heads=2, ffn=16, vocab=32, qk_norm=True, joint_norm=True)
+    c.model.moe.update(experts=4, ffn=8, shared=2, shared_gate=True, switch=0.01)
+    c.model.sequence_parallel = split
+    c.data.update(source="blank", vocab=30, seq_len=16)
+    c.train.batch, c.mesh.tp, c.mesh.ep = 8, 2, 2
+    equal = [finding for finding in audit_arm("both", standard(c)) if " = " in finding.check]
+    assert len(equal) == 3 and not [finding for finding in equal if not finding.holds]
+    e = standard(c)
+    shapes = module.abstract(e.model, e.noised_example())[0]["params"]
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == ModelShape.of(c.model).parameters()
