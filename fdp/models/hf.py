@@ -491,9 +491,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser with a mistake in one `error:` line."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    except (flags.Error, OSError, AttributeError, TypeError, ValueError) as error:
+        key = isinstance(error.__context__, KeyError)  # of an override, without a word about it
+        text = "unknown config key " * key + " ".join(str(error).strip('"').split())
+        print(f"error: {text}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":
