@@ -452,7 +452,8 @@ def run_import(directory: str, f: flags.FlagValues) -> None:
 def run_export(workdir: Path, directory: str, f: flags.FlagValues) -> None:
     """`export WORKDIR DIR`."""
     arrays = newest(workdir, ",".join(f.arm))
-    flat = json.loads((workdir / "config.json").read_text())["config"]
+    flat = fdp_config.flatten(fdp_config.base())  # for keys that are newer than the workdir
+    flat |= json.loads((workdir / "config.json").read_text())["config"]
     below = {name.removeprefix("model."): v for name, v in flat.items() if name[:6] == "model."}
     own = {name: v for name, v in below.items() if "." not in name}
     own["moe"] = {name[4:]: v for name, v in below.items() if name[:4] == "moe."}
