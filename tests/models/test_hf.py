@@ -92,7 +92,7 @@ def assert_bitwise(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]
         assert got[name].tobytes() == x.tobytes(), name
 
 
-ALIKE = ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2")
+ALIKE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2")
 EACH = [pytest.param(f, marks=[pytest.mark.slow] if f in ALIKE else []) for f in FAMILIES]
 
 
