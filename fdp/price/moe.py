@@ -1,4 +1,4 @@
-"""LayerPrice of one layer of experts over ep: copies, bytes, buffers and seconds of each dispatch plan.
+"""Price of one layer of experts over ep: copies, bytes, buffers and seconds of each dispatch plan.
 
     python -m fdp.price.moe --model=deepseek-v3 --cluster=h100:4x8 --tokens=4096 [--trace=FILE]
 
