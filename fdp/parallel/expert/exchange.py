@@ -50,9 +50,7 @@ class Load:
         """The load of one n-th of the tokens, with the ids and gates of all."""
         some = tokens // n
         return replace(
-            self,
-            pairs=min(self.pairs, some * self.ids.shape[-1]),
-            each=min(self.each, some),
+            self, pairs=min(self.pairs, some * self.ids.shape[-1]), each=min(self.each, some)
         )
 
 
