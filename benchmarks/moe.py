@@ -16,32 +16,18 @@ Legend: R rows, D width, F hidden width, E experts."""
 import argparse
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tabulate import tabulate
 
-from benchmarks.timing import (
-    MODES,
-    Program,
-    banner,
-    compile_modes,
-    interval_text,
-    table,
-    time_interleaved,
-)
+from benchmarks.timing import MODES, Program, banner, compile_modes, interval_text, time_interleaved
+from benchmarks.timing import table as time_table
 from fdp.count import aot
-from fdp.kernels_pallas.grouped import (
-    Groups,
-    choose_block,
-    grouped_ffn,
-    grouped_matmul,
-    most_blocks,
-)
+from fdp.count.experts import LAYERS, PLATFORM, table
+from fdp.kernels_pallas.grouped import Groups, choose_block, grouped_matmul, most_blocks
 
 Array = jax.Array
 SIZE = {"rows": 4096, "width": 128, "hidden": 256, "repeats": 15}
@@ -49,24 +35,6 @@ OURS, RAGGED, DENSE = "fdp", "lax.ragged_dot", "dense, equal FLOPs"
 # Forward and backward on 2 CPU threads at the sizes above: experts → how many times as fast as
 # ragged_dot at least, how many times as long as the dense product at most.
 LIMITS = {8: (4.0, 3.0), 64: (20.0, 5.0)}
-
-
-class Layer(NamedTuple):
-    """An expert layer on one device: rows that arrive (token copies), width, hidden width and
-    experts of the device."""
-
-    rows: int
-    D: int
-    F: int
-    E: int
-
-
-# 8,192 tokens of 2 choices, all experts on the device; 4,096 tokens of 8 choices on each of 8
-# devices that share 256 experts.
-LAYERS = {
-    "Mixtral-8x7B": Layer(16384, 4096, 14336, 8),
-    "DeepSeek-V3, ep = 8": Layer(32768, 7168, 2048, 32),
-}
 
 
 def lay_out(x_NxD: Array, ids_N: Array, groups: Groups) -> Array:
@@ -129,49 +97,18 @@ def verdicts(E: int, seconds: dict[str, np.ndarray]) -> str:
 # -------------------------------------------------------------------------------------------------
 
 
-def layer_temporaries(layer: Layer, platform: str, ours: bool) -> int:
-    """Bytes of temporaries of forward and backward of an expert layer in bfloat16 on one absent
-    device, by `grouped_ffn` or by `lax.ragged_dot`."""
-    rows, D, F, E = layer
-    block = choose_block(rows, E, "gpu" if platform.startswith("h100") else "tpu")
-    blocks = most_blocks(rows, E, block)
-    rows = blocks * block if ours else rows
-    mesh = Mesh(np.array(aot.topology_devices(platform)[:1]), ("dp",), axis_types=(AxisType.Auto,))
-
-    def both(x: Array, w_in: Array, w_out: Array, dy: Array, sizes: Array) -> Any:
-        def call(x: Array, w_in: Array, w_out: Array) -> Array:
-            if ours:
-                return grouped_ffn(x, w_in, w_out, Groups(sizes, block, blocks))
-            gate, up = (lax.ragged_dot(x, w_in[:, p], sizes) for p in (0, 1))
-            return lax.ragged_dot(jax.nn.silu(gate) * up, w_out, sizes)
-
-        y, back = jax.vjp(call, x, w_in, w_out)
-        return y, back(dy)
-
-    shapes = (rows, D), (E, 2, D, F), (E, F, D), (rows, D)
-    where = NamedSharding(mesh, PartitionSpec())
-    arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=where) for s in shapes]
-    sizes = jax.ShapeDtypeStruct((E,), jnp.int32, sharding=where)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = aot.compile(jax.jit(both).lower(*arrays, sizes))
-    return aot.memory(program).temp
-
-
-def kept(layer: Layer) -> int:
-    """Bytes of the bfloat16 activations that the backward pass must keep: rows, gate and up."""
-    return 2 * layer.rows * (layer.D + 2 * layer.F)
-
-
-def memory_table(platform: str = "h100:1") -> str:
-    """Temporaries of both implementations, and their ratios to each other and to `kept`."""
+def memory_table() -> str:
+    """Temporaries of both implementations, and their ratios to each other and to what must be
+    kept."""
     rows = []
-    for name, layer in LAYERS.items():
-        ours, ragged = (layer_temporaries(layer, platform, how) for how in (True, False))
+    for name, found in table().items():
+        layer = LAYERS[name]
         shape = f"{layer.rows} x {layer.D} x {layer.F}, {layer.E} experts"
-        ratios = ours / ragged, ours / kept(layer)
-        rows.append((name, shape, ours >> 20, ragged >> 20, *(f"{r:.3f}" for r in ratios)))
+        ratios = found.ours / found.ragged, found.ours / found.kept
+        sizes = found.ours >> 20, found.ragged >> 20
+        rows.append((name, shape, *sizes, *(f"{r:.3f}" for r in ratios)))
     headers = (
-        f"temporaries, {MODES[1]}, {platform}",
+        f"temporaries, {MODES[1]}, {PLATFORM}",
         "rows x D x F",
         "fdp, MiB",
         f"{RAGGED}, MiB",
@@ -209,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         for mode in MODES:
             programs = {name: modes[mode] for name, modes in compiled.items()}
             seconds = time_interleaved(programs, args.repeats)
-            print("\n" + table(f"{E} experts, {mode}", programs, seconds, DENSE))
+            print("\n" + time_table(f"{E} experts, {mode}", programs, seconds, DENSE))
         if judged and E in LIMITS:
             print("\n" + verdicts(E, seconds))
     if aot.available("h100"):

@@ -59,7 +59,7 @@ def _large(c: ml_collections.ConfigDict) -> None:
     c.train.update(steps=20_000, lr=3e-4, warmup=2000, weight_decay=0.1, beta2=0.95)
     c.eval.update(every=1000, batches=4)
     c.checkpoint.every = 1000
-    c.router.update(arms=("low_rank_rank",), tasks=(), text=1)
+    c.router.update(arms=("low_rank_rank",), tasks=("two_regimes",), text=1)
 
 
 def _h100(c: ml_collections.ConfigDict) -> None:

@@ -167,7 +167,14 @@ class Checkpoints:
                 p.name for p in self.directory.iterdir() if _UNFINISHED in p.name
             )
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            # Without handlers a manager that has saved nothing yet knows no metadata.
+            handlers = {
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            }
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers
+            )
         except OSError as error:
             raise _write_error("opening checkpoint directory", self.directory, error) from error
 

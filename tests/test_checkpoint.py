@@ -253,11 +253,14 @@ def test_an_array_of_another_shape_is_named(checkpoints, field, capfd):
 
 @pytest.mark.fast
 def test_what_an_older_checkpoint_does_not_hold_is_initial(checkpoints):
-    """Model state that was added since starts at its initial value, on the mesh that asks."""
+    """Model state that was added since starts at its initial value, on the mesh that asks. A new
+    process, whose manager has saved nothing, asks."""
     checkpoints.save(1, Small({"w": jnp.arange(4.0)}), {})
     checkpoints.wait()
     fresh = Small({"w": jnp.zeros(4)}, {"bias": jnp.full(3, 7.0)})
-    _, got, _ = checkpoints.restore(target_of(fresh), lambda: fresh)
+    other = Checkpoints(checkpoints.directory)
+    _, got, _ = other.restore(target_of(fresh), lambda: fresh)
+    other.close()
     np.testing.assert_array_equal(got.params["w"], np.arange(4.0))
     np.testing.assert_array_equal(got.model["bias"], np.full(3, 7.0))
     checkpoints.save(2, got, {})

@@ -24,8 +24,8 @@ from fdp.mesh import BATCH_AXES
 from fdp.models import conv
 from fdp.models.conv import ShortConvolution
 from fdp.models.layers import (
+    HeadNorm,
     Reduction,
-    RMSNorm,
     enter_tp,
     entered,
     hidden_bytes,
@@ -208,8 +208,8 @@ class Attention(Module):
                 v_BxLxKxC + b_kv[1].astype(dtype),
             )
         if s.qk_norm:
-            q_BxLxHxC = RMSNorm(s.epsilon, name="q_norm")(q_BxLxHxC)
-            k_BxLxKxC = RMSNorm(s.epsilon, name="k_norm")(k_BxLxKxC)
+            q_BxLxHxC = HeadNorm(s, H, name="q_norm")(q_BxLxHxC)
+            k_BxLxKxC = HeadNorm(s, K, name="k_norm")(k_BxLxKxC)
 
         def turn(x: Array) -> Array:
             return rotary(x, where.position, s.rope_base, s.rope_scaling)
@@ -241,8 +241,8 @@ class Attention(Module):
         )
         found += of(self.core, s, rows, degrees)
         if s.qk_norm:
-            norm = RMSNorm(s.epsilon, parent=None).counts(C, True, degrees)
-            found += norm + norm
+            for heads in (s.heads, s.kv_heads):
+                found += HeadNorm(s, heads, parent=None).counts(rows, degrees)
         if s.conv:
             filter = ShortConvolution(s.conv, self.core.layout, parent=None)
             found += filter.counts(s, rows, degrees)

@@ -123,6 +123,39 @@ class RMSNorm(Module):
         return Counts(width, backward=Work(sent=ledger.sent))
 
 
+class HeadNorm(Module):
+    """RMSNorm of queries or keys [B, L, H, C]: over each head, with one scale. With `joint_norm`
+    over all `heads` of a token, which lie over tp, with a scale for each (Muennighoff et al.
+    2024)."""
+
+    shape: ModelShape
+    heads: int
+
+    @compact
+    def __call__(self, x_BxLxHxC: Array) -> Array:
+        s, x32 = self.shape, x_BxLxHxC.astype(jnp.float32)
+        if s.joint_norm:
+            sizes, axes = (self.heads, s.head_dim), ("tp", None)
+            scale = self.weight("scale", ones, sizes, axes, decay=False)
+            total = psum((x32 * x32).sum((-2, -1), keepdims=True), "tp")
+            mean = total / (self.heads * s.head_dim)
+        else:
+            scale = self.weight("scale", ones, (s.head_dim,), (None,))
+            mean = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean + s.epsilon) * scale).astype(x_BxLxHxC.dtype)
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Devices of tp norm different heads: they add up gradients of one scale, or squares."""
+        s, there, back = self.shape, Ledger(degrees), Ledger(degrees)
+        if s.joint_norm:
+            each = 4 * rows.tokens(degrees)
+            there.add(REDUCE, ("tp",), each)
+            back.add(REDUCE, ("tp",), each)
+            return Counts(self.heads * s.head_dim, Work(sent=there.sent), Work(sent=back.sent))
+        back.add(REDUCE, ("tp",), 4 * s.head_dim)
+        return Counts(s.head_dim, backward=Work(sent=back.sent))
+
+
 class Modulation(Module):
     """Shift, scale and gate from the noise embedding, zero at initialisation (adaLN-zero, Peebles &
     Xie 2022)."""

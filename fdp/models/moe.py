@@ -116,7 +116,11 @@ class MoE(Module):
             w_in = self.weight("shared_in", normal(D**-0.5), (2, D, wide), (None, None, "tp"))
             w_out = self.weight("shared_out", normal(wide**-0.5), (wide, D), ("tp", None))
             w_in, w_out = w_in.astype(dtype), w_out.astype(dtype)
-            y_BxLxD = y_BxLxD + (silu(x_in @ w_in[0]) * (x_in @ w_in[1])) @ w_out
+            shared_BxLxD = (silu(x_in @ w_in[0]) * (x_in @ w_in[1])) @ w_out
+            if s.shared_gate:
+                w = self.weight("shared_gate", normal(D**-0.5), (D, 1), (None, None), decay=False)
+                shared_BxLxD = shared_BxLxD * jax.nn.sigmoid(x_in @ w.astype(dtype))
+            y_BxLxD = y_BxLxD + shared_BxLxD
         return leave_tp(y_BxLxD, s.sequence_parallel)
 
     @classmethod
@@ -212,13 +216,17 @@ class MoE(Module):
         flops = round(4 * K * rows.positions * D * F) + 4 * rows.positions * D * wide
         last = Work(flops // 2, sent=merged(leave, metrics))
         forward = Work(flops, sent=merged(enter, there, loads)) + last
+        if s.shared_gate:
+            gate = 2 * rows.positions * D
+            forward += Work(gate, replicated=gate)
+            gates.add(REDUCE, ("tp",), 4 * D)
         held = self.dispatch.bounds(tokens, load, degrees["ep"])[0].pairs
         blocks = most_blocks(held, E // degrees["ep"], choose_block(held, E // degrees["ep"]))
         buffer = blocks * choose_block(held, E // degrees["ep"])
         saved = buffer * (2 * D + 2 * F // tp) * s.itemsize
         saved += between + inside + 4 * tokens * (wide // tp) * s.itemsize
         found = Counts(
-            3 * D * (E * F + wide),
+            3 * D * (E * F + wide) + D * s.shared_gate,
             forward,
             forward.backward(merged(enter_back, leave_back, back, gates.sent)),
             last,

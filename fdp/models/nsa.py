@@ -324,6 +324,8 @@ class NativeSparseAttention(Module):
         if length % degrees["cp"]:
             raise ValueError(f"S = {length} is not divisible by cp = {degrees['cp']}")
         check_parts(self.budget, length // degrees["cp"], degrees["cp"])
+        if self.shape.joint_norm:
+            raise ValueError("native sparse attention norms every head: set model.joint_norm=False")
 
     def _attend(self, q_BxLxHxC: Array, kv_3x2xBxLxKxC: Array) -> tuple[Array, Array, Array]:
         """Outputs of the three branches, in the order of BRANCHES."""

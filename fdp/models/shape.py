@@ -16,10 +16,12 @@ SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")
 class ModelShape:
     """Sizes and switches of one architecture; all sizes are global.
 
-    `dtype`: of compute (parameters and logits are float32). `remat`: none | dots | full, what the
-    backward pass recomputes. `sequence_parallel`: between blocks the sequence is sharded over tp.
-    `gated`: the FFN has a gate. `experts` = 0 is dense. The first `first_dense` layers have no
-    experts; of the others every `moe_every`-th has them.
+    `joint_norm`: norms of queries and keys are over all heads together. `dtype`: of compute
+    (parameters and logits are float32). `remat`: none | dots | full, what the backward pass
+    recomputes. `sequence_parallel`: between blocks the sequence is sharded over tp. `gated`: the
+    FFN has a gate. `experts` = 0 is dense. The first `first_dense` layers have no experts; of the
+    others every `moe_every`-th has them. `shared_gate`: a sigmoid of the token weighs the shared
+    experts.
 
     Multi-head latent attention (DeepSeek) is given by its two ranks and the rotary part of a head.
     `head_dim` is then that of queries and keys, and `value_dim` that of values (0: the same).
@@ -38,6 +40,7 @@ class ModelShape:
     rope_base: float = 10_000.0
     rope_scaling: float = 1.0
     qk_norm: bool = False
+    joint_norm: bool = False
     bias: bool = False
     tied: bool = False
     conv: int = 0
@@ -50,6 +53,7 @@ class ModelShape:
     topk: int = 0
     moe_ffn: int = 0
     shared_experts: int = 0
+    shared_gate: bool = False
     first_dense: int = 0
     moe_every: int = 1
     q_rank: int = 0
@@ -81,8 +85,8 @@ class ModelShape:
         moe = section["moe"]
         if moe["experts"]:
             given |= {"experts": moe["experts"], "topk": moe["topk"], "moe_ffn": moe["ffn"]}
-            given |= {"shared_experts": moe["shared"], "first_dense": moe["first_dense"]}
-            given["moe_every"] = moe["every"]
+            given |= {"shared_experts": moe["shared"], "shared_gate": moe["shared_gate"]}
+            given |= {"first_dense": moe["first_dense"], "moe_every": moe["every"]}
         return cls(**given)
 
     @property
@@ -143,7 +147,8 @@ class ModelShape:
         modulations."""
         C, found = self.head_dim, sum(self.attention_parameters()) + 2 * self.width
         found += C * (self.heads + 2 * self.kv_heads) if self.bias else 0
-        found += 2 * C if self.qk_norm else 0
+        heads = self.heads + self.kv_heads if self.joint_norm else 2
+        found += heads * C if self.qk_norm else 0
         found += 2 * NOISE_FEATURES * 3 * self.width if self.time_conditioning else 0
         return found + self.conv * self.width
 
@@ -153,7 +158,7 @@ class ModelShape:
         layers = self.layers * self.layer_parameters() + (self.layers - moe) * self.ffn_parameters()
         layers += moe * (
             (self.experts + self.shared_experts) * self.expert_parameters()
-            + self.width * self.experts
+            + self.width * (self.experts + self.shared_gate)
         )
         layers += NOISE_FEATURES**2 if self.time_conditioning else 0
         return layers + (1 if self.tied else 2) * self.vocab * self.width + self.width

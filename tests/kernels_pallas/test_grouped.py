@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from benchmarks import moe
+from fdp.count import experts as count_experts
 from fdp.count import jaxpr
 from fdp.kernels_pallas import grouped, grouped_tpu, grouped_triton
 from fdp.kernels_pallas.grouped import Groups, grouped_ffn, grouped_matmul, make_groups
@@ -267,11 +267,11 @@ def test_forward_and_backward_compile(platform, dtype, D, F, block, weights, mon
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", moe.LAYERS)
+@pytest.mark.parametrize("name", count_experts.LAYERS)
 def test_an_expert_layer_keeps_no_dense_buffer(name, monkeypatch):
     monkeypatch.undo()
-    layer = moe.LAYERS[name]
-    ours, ragged = (moe.layer_temporaries(layer, "h100:1", how) for how in (True, False))
-    assert ours <= 0.25 * ragged and ours <= 1.5 * moe.kept(layer)
+    layer = count_experts.LAYERS[name]
+    ours, ragged = (count_experts.temporaries(layer, "h100:1", how) for how in (True, False))
+    assert ours <= 0.25 * ragged and ours <= 1.5 * layer.kept
     # Blocks of 512 rows, so more padding.
-    assert moe.layer_temporaries(layer, "v5p:2x2x1", True) <= 2 * moe.kept(layer)
+    assert count_experts.temporaries(layer, "v5p:2x2x1", True) <= 2 * layer.kept

@@ -9,7 +9,7 @@ Legend: T tokens of a device, K pairs of a token, E experts (e of a device), D w
 buffer, S = ep devices, M nodes of G devices each, C rows of a buffer for each destination."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -45,6 +45,13 @@ class Load:
     pairs: int = field(metadata={"static": True})
     each: int = field(metadata={"static": True})
     experts: int = field(metadata={"static": True})
+
+    def part(self, tokens: int, n: int) -> "Load":
+        """The load of one n-th of the tokens, with the ids and gates of all."""
+        some = tokens // n
+        return replace(
+            self, pairs=min(self.pairs, some * self.ids.shape[-1]), each=min(self.each, some)
+        )
 
 
 class Moved(NamedTuple):

@@ -4,7 +4,7 @@ Legend: T tokens of a device, K pairs of a token, E experts, D width, S = ep dev
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -29,7 +29,8 @@ class Dispatch:
     plan: one of PLANS (see `exchange`). inner: devices of a node, for two_level. capacity: 0 is
     dropless; otherwise an expert takes at most capacity·pairs/experts pairs of each device (flat).
     buffer: rows of the static buffers as a multiple of those of level loads; a step that needs more
-    falls back to the worst case, and is counted. 0: always the worst case. wire: format of rows."""
+    takes its tokens in rounds, so few at a time that any load fits, and is counted. 0: buffers for
+    the worst case. wire: format of rows."""
 
     plan: str = "flat"
     inner: int = 1
@@ -74,7 +75,7 @@ class Dispatch:
         fits = pmax((~fits).any().astype(jnp.int32), "ep") == 0
         with jax.named_scope("fits"):  # `fdp.count` is told by this name which branch runs
             y_TxD, moved = jax.lax.cond(
-                fits, partial(self._run, tight, ffn), partial(self._run, worst, ffn), x_TxD, load
+                fits, partial(self._run, tight, ffn), partial(self._rounds, tight, ffn), x_TxD, load
             )
         return y_TxD, moved, (~fits).astype(jnp.float32) / size(("dp", "ep", "cp"))
 
@@ -118,6 +119,24 @@ class Dispatch:
         if plan == "gather":
             return exchange.gather(x_TxD, load, ffn, b)
         return exchange.flat(x_TxD, load, ffn, self.wire, b, self.cut(load))
+
+    def _rounds(self, tight: Bounds, ffn: Ffn, x_TxD: Array, load: Load) -> tuple[Array, Moved]:
+        """As `_run`, for any load: equal parts of the tokens, one after the other, in buffers that
+        suffice for the worst case of each. Nothing of a round is kept for the backward pass."""
+        S, T = size("ep"), len(x_TxD)
+        for n in (n for n in range(1, T + 1) if T % n == 0):
+            part = load.part(T, n)
+            need = self.bounds(T // n, part, S)[1]
+            if n == T or all(rows <= most for rows, most in zip(need, tight, strict=True)):
+                break
+
+        def one(given: tuple[Array, Array, Array]) -> tuple[Array, Moved]:
+            x, ids, gates = given
+            return self._run(need, ffn, x, replace(part, ids=ids, gates=gates))
+
+        cut = [a.reshape(n, T // n, -1) for a in (x_TxD, load.ids, load.gates)]
+        y, moved = jax.lax.map(jax.checkpoint(one, prevent_cse=False), cut)
+        return y.reshape(x_TxD.shape), jax.tree.map(lambda m: m.sum(0), moved)
 
     def sent(self, tokens: int, load: Load, row: tuple[int, int], degrees: Degrees) -> list[Sent]:
         """Wire bytes of a device, [forward, backward], of buffers that suffice. `row`: width and

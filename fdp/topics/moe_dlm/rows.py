@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fdp.count.experts import Temporaries
 from fdp.data.batches import Data
 from fdp.data.synthetic import CHAINS
 from fdp.price import hardware, moe, moe_traffic, shapes
@@ -163,6 +164,7 @@ class Duel:
     baseline: str
     gain_P: np.ndarray  # NELBO of the baseline minus the arm's
     overload: float  # worst step's, over the baseline's
+    steps: tuple[float, float]  # mean over the steps, of the arm and of the baseline
 
     @property
     def error(self) -> float:
@@ -194,8 +196,10 @@ def duels(
             judged = slice(CHOSEN_ON if many else 0, None)
             gain = nelbo(by_name[best])[judged] - nelbo(by_name[arm])[judged]
             worst = [float(np.mean([s.worst for s in along[n][judged]])) for n in (arm, best)]
+            means = [float(np.mean([s.overload_S for s in along[n][judged]])) for n in (arm, best)]
             mine, theirs = (n.partition("-")[2] for n in (arm, best))
-            found.append(Duel(task, mine, theirs, gain, worst[0] / max(worst[1], 1e-9)))
+            ratio = worst[0] / max(worst[1], 1e-9)
+            found.append(Duel(task, mine, theirs, gain, ratio, (means[0], means[1])))
     return found
 
 
@@ -218,6 +222,7 @@ def pays(
                     f"value >= {STANDARD_ERRORS:g}",
                     "measured",
                     note=f"gain {d.gain_P.mean():+.4f} nats; {text}",
+                    decides=True,
                 )
             )
         rows.append(
@@ -228,8 +233,21 @@ def pays(
                 "",
                 "value <= 0.5",
                 "measured",
-                note=f"over that of the baseline; {against}",
-                decides=True,
+                note=f"over that of the baseline; {against}; where all is masked all tokens are "
+                "alike, and every token's choice is the same",
+            )
+        )
+        rows.append(
+            Row.judged(
+                f"{d.task}: {d.arm} levels the steps",
+                "overload of the ranks of ep, mean over the steps of a sampler",
+                d.steps[0],
+                "",
+                "ratio <= 0.5",
+                "measured",
+                f"{d.baseline}",
+                d.steps[1],
+                note=against,
             )
         )
     return [*rows, _verdict(found)]
@@ -310,3 +328,25 @@ def plan_rows(found: Mapping[str, tuple[float, float, float]]) -> Row:
         sum(found["flat"]),
         note=f"{MODEL}, uniform routing over {RANKS} devices of a node",
     )
+
+
+def memory(found: Mapping[str, Temporaries] | None) -> list[Row]:
+    """Temporaries of an expert layer on a GPU."""
+    claims = "the GPU's grouped products keep no dense buffer", "… and little beyond what they must"
+    metrics = "temporaries of forward and backward, the worst of two shapes", "the same"
+    limits = "ratio <= 0.25", "ratio <= 1.5"
+    if found is None:
+        needs = "needs the H100 compiler: pip install 'fdp[aot]'"
+        both = zip(claims, metrics, limits, strict=True)
+        return [Row.untestable(c, m, "B", limit, "compiled", needs) for c, m, limit in both]
+    rows = []
+    bases = {"lax.ragged_dot": 1, "activations that the backward pass keeps": 2}
+    for claim, metric, limit, (name, at) in zip(
+        claims, metrics, limits, bases.items(), strict=True
+    ):
+        ratios = {n: f.ours / f[at] for n, f in found.items()}
+        worst = max(ratios, key=ratios.__getitem__)
+        each = "; ".join(f"{n} {ratio:.3f}" for n, ratio in ratios.items())
+        numbers = found[worst].ours, "B", limit, "compiled", name, found[worst][at]
+        rows.append(Row.judged(claim, metric, *numbers, note=f"bfloat16, one H100: {each}"))
+    return rows

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from fdp.config import UserError
+from fdp.count.experts import expert_memory
 from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES
 from fdp.models.stack import Layer
@@ -161,6 +162,8 @@ def study(run: Run) -> Report:
         parts.append(derive("pays", *given, rows=verdict, group="Answer"))
     costs = partial(measure, "plans", rows.plans, rows=rows.plan_rows, plot=figures.plans)
     parts.append(costs(group="Bytes"))
+    if not tiny:
+        parts.append(measure("expert memory", expert_memory, rows=rows.memory, group="GPU"))
     return run.report(*parts)
 
 

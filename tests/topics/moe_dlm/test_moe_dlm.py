@@ -35,7 +35,7 @@ def test_configs_that_ask_nothing_are_refused(changes: dict, message: str) -> No
 
 
 def test_a_config_without_experts_is_refused() -> None:
-    with pytest.raises(UserError, match="trains experts: set model.moe.experts=16"):
+    with pytest.raises(UserError, match=r"trains experts: set model.moe.experts=16"):
         study.arms(tiny(**{"model.moe.experts": 0}))
 
 
@@ -109,7 +109,7 @@ def test_the_baseline_is_chosen_on_two_seeds_and_judged_on_the_others() -> None:
 def test_one_seed_decides_nothing() -> None:
     *others, last = duel(0.1, 0.0, 0.4, seeds=1)
     assert last.verdict == "not testable here" and "run the variant full" in last.note
-    assert [r.metric for r in others] == ["worst step's overload of the ranks of ep"]
+    assert len(others) == 2 and all("overload of the ranks" in r.metric for r in others)
 
 
 def test_overload_and_step_time_follow_the_fullest_rank() -> None:
