@@ -73,8 +73,8 @@ def _h100(c: ml_collections.ConfigDict) -> None:
 
 
 def _pod(c: ml_collections.ConfigDict) -> None:
-    """A trillion parameters on 512 v5p. Masters, moments and gradients in float32 take 16 bytes each,
-    so 64 cards of 80 GB cannot hold them: on H100 it takes 64 nodes,
+    """A trillion parameters on 512 v5p. Masters, moments and gradients in float32 take 16 bytes
+    each, so 64 cards of 80 GB cannot hold them; 64 nodes can,
     `--config.hardware.topology=h100:64x8`."""
     _large(c)
     c.mesh.update(dp=4, ep=64, tp=2)
