@@ -50,7 +50,7 @@ def _full(c: ml_collections.ConfigDict) -> None:
     c.train.steps = 800
     c.mesh.update(dp=1, ep=1)
     c.seeds = (0, 1, 2, 3, 4, 5, 6, 7)
-    c.router.update(text=2, sequences=256)
+    c.router.update(tasks=("markov", "two_regimes"), text=2, sequences=256)
 
 
 def _large(c: ml_collections.ConfigDict) -> None:
@@ -59,7 +59,7 @@ def _large(c: ml_collections.ConfigDict) -> None:
     c.train.update(steps=20_000, lr=3e-4, warmup=2000, weight_decay=0.1, beta2=0.95)
     c.eval.update(every=1000, batches=4)
     c.checkpoint.every = 1000
-    c.router.update(arms=("low_rank_rank",), tasks=("two_regimes",), text=1)
+    c.router.update(arms=("low_rank_rank",), text=1)
 
 
 def _h100(c: ml_collections.ConfigDict) -> None:
@@ -73,15 +73,16 @@ def _h100(c: ml_collections.ConfigDict) -> None:
 
 
 def _pod(c: ml_collections.ConfigDict) -> None:
-    """A trillion parameters; on v5p. `--config.hardware.topology=h100:8x8` with mesh.dp=1 is the
-    same model on 64 H100."""
+    """A trillion parameters on 512 v5p. Masters, moments and gradients in float32 take 16 bytes
+    each, so 64 cards of 80 GB cannot hold them; 64 nodes can,
+    `--config.hardware.topology=h100:64x8`."""
     _large(c)
-    c.mesh.update(dp=2, ep=64, tp=2)
+    c.mesh.update(dp=4, ep=64, tp=2)
     llama_like(c.model, layers=64, width=7168, heads=64, kv_heads=8, vocab=131_072)
     c.model.head_dim = 128
     c.model.moe.update(
         experts=256, topk=8, ffn=2816, shared=1, dispatch="two_level", node=8, wire="bfloat16"
     )
     c.data.seq_len = 4096
-    c.train.update(batch=128, zero=3)
-    c.hardware.topology = "v5p:4x8x8"
+    c.train.update(batch=256, zero=3)
+    c.hardware.topology = "v5p:8x8x8"

@@ -125,7 +125,7 @@ def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experime
     mask = objective.mask(length)
     mask = type(mask)(mask.kind, c.model.window, "segments" in data.dims, mask.rule)
     moe = mixture(c.model.moe) if shape.experts else None
-    rules = (balance.Rule(dict(moe.fields)["balance"]),) if moe else ()
+    rules = (balance.LoadRule(dict(moe.fields)["balance"]),) if moe else ()
     return Experiment(
         # The same architecture for every objective; what it may see follows from the objective.
         model=transformer(shape, mask, comm_plan(c), objective.position(length), moe),

@@ -108,6 +108,9 @@ def required_of(p: TrainStep) -> list[Requirement]:
         context |= {GATHER} if core.mask.packed else set()  # document ids
         context |= {PERMUTE} if m.conv else set()  # its halo
         out = required(d, gradients, activations, m.sequence_parallel, context)
+    shape: Any = getattr(model, "shape", None)
+    if e.degrees["ep"] > 1 and getattr(shape, "experts", False):
+        out.append(Requirement("ep", (EXCHANGE, GATHER, SCATTER), 0, "rows of experts"))
     if e.zero and e.degrees["dp"] > 1:
         out.append(Requirement("dp", (GATHER,), gathered, f"parameters under ZeRO-{e.zero}"))
     return out

@@ -1,7 +1,7 @@
 """What is measured in traces of routing: loads, balance, fan-out, and what the noise says of them.
 
-Pure functions of a `fdp.data.traces.Trace` or of loads. Experts are placed in equal contiguous
-ranges, as over ep.
+Pure functions of a `fdp.data.traces.RoutingTrace` or of loads. Experts are placed in equal
+contiguous ranges, as over ep.
 
 Legend: N tokens, L layers with experts, K choices a token, E experts, M parts that hold equal
 ranges of experts (devices or nodes), R bins of noise, S token states, Q pieces of sequences.
@@ -9,13 +9,13 @@ ranges of experts (devices or nodes), R bins of noise, S token states, Q pieces 
 
 import numpy as np
 
-from fdp.data.traces import Counts, Trace
+from fdp.data.traces import ExpertCounts, RoutingTrace
 from fdp.keys import UserError
 
 
-def loads(found: Trace | Counts) -> np.ndarray:
+def loads(found: RoutingTrace | ExpertCounts) -> np.ndarray:
     """Choices of every expert [L, E]."""
-    if isinstance(found, Counts):
+    if isinstance(found, ExpertCounts):
         return found.counts_LxE
     ids, E = found.ids_NxLxK, found.experts
     layer = np.broadcast_to(np.arange(ids.shape[1])[:, None] * E, ids.shape)[ids >= 0]
@@ -42,20 +42,20 @@ def imbalance(loads_xM: np.ndarray) -> np.ndarray:
     return np.divide(loads_xM.max(-1), mean, out=np.ones_like(mean), where=mean > 0)
 
 
-def noise_bins(found: Trace, bins: int) -> np.ndarray:
+def noise_bins(found: RoutingTrace, bins: int) -> np.ndarray:
     """Bin 0 … R − 1 of every token's noise in [0, 1]; −1 without noise."""
     known = np.isfinite(found.noise_N)
     index = np.minimum(np.where(known, found.noise_N, 0) * bins, bins - 1).astype(int)
     return np.where(known, np.maximum(index, 0), -1)
 
 
-def noise_loads(found: Trace, bins: int) -> np.ndarray:
+def noise_loads(found: RoutingTrace, bins: int) -> np.ndarray:
     """Choices of every expert by bin of noise [R, L, E]."""
     bin_N = noise_bins(found, bins)
     return np.stack([loads(found.take(bin_N == b)) for b in range(bins)])
 
 
-def distinct(found: Trace, parts: int) -> np.ndarray:
+def distinct(found: RoutingTrace, parts: int) -> np.ndarray:
     """Parts (devices, nodes) that every token reaches in every layer [N, L]."""
     part_loads(np.zeros(found.experts), parts)
     part = np.where(found.ids_NxLxK >= 0, found.ids_NxLxK // (found.experts // parts), -1)

@@ -7,7 +7,7 @@
 
 `read` takes a folder of shards or one file: a shard, `routed_experts` arrays of vLLM and SGLang
 (npy or npz, int16 or int32 [tokens, layers, k]; base64 of int32 in a .txt or .b64, as SGLang's
-responses hold them), or SGLang's csv `layer_id,expert_id,count`, which is a `Counts`. NumPy alone.
+responses hold them), or SGLang's csv `layer_id,expert_id,count`, an `ExpertCounts`. NumPy alone.
 
 Legend: N tokens, L layers with experts, K choices a token, E experts.
 """
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trace:
+class RoutingTrace:
     """Choices of N tokens. Raises UserError for ids outside −1 … E − 1 and unequal lengths."""
 
     ids_NxLxK: np.ndarray  # int16
@@ -70,13 +70,13 @@ class Trace:
         """The arrays (N,), by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)[2:]}
 
-    def take(self, index: slice | np.ndarray) -> "Trace":
+    def take(self, index: slice | np.ndarray) -> "RoutingTrace":
         """Some of the tokens."""
         kept = {name: value[index] for name, value in self.tokens().items()}
         return replace(self, ids_NxLxK=self.ids_NxLxK[index], **kept)
 
 
-class Counts(NamedTuple):
+class ExpertCounts(NamedTuple):
     """Choices of an expert, without who chose it: [L, E]."""
 
     counts_LxE: np.ndarray
@@ -90,7 +90,7 @@ def trace(
     source_N: np.ndarray | int = -1,
     domain_N: np.ndarray | str = "",
     noise_N: np.ndarray | float = np.nan,
-) -> Trace:
+) -> RoutingTrace:
     """A trace whose arrays are given whole or as one value for all tokens; positions count from
     0.
     """
@@ -103,7 +103,7 @@ def trace(
         return np.broadcast_to(one, ids.shape[:1]) if one.ndim == 0 else one
 
     place = np.arange(len(ids)) if position_N is None else position_N
-    return Trace(
+    return RoutingTrace(
         ids,
         experts,
         each(sequence_N, np.int32),
@@ -114,7 +114,7 @@ def trace(
     )
 
 
-def join(parts: Sequence[Trace]) -> Trace:
+def join(parts: Sequence[RoutingTrace]) -> RoutingTrace:
     """All tokens, in order. Raises UserError where models differ."""
     first = parts[0]
     for part in parts:
@@ -125,9 +125,9 @@ def join(parts: Sequence[Trace]) -> Trace:
     return replace(first, ids_NxLxK=np.concatenate([p.ids_NxLxK for p in parts]), **rest)
 
 
-def check(found: Trace | Counts, layout: Layout, what: object) -> None:
+def check(found: RoutingTrace | ExpertCounts, layout: Layout, what: object) -> None:
     """Raise UserError where the routing is not of a model with this layout."""
-    if isinstance(found, Counts):
+    if isinstance(found, ExpertCounts):
         layers, experts = found.counts_LxE.shape
         has = Layout(experts, layers, layout.topk)
     else:
@@ -163,7 +163,7 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.npz"))
 
 
-def read(path: Path, layout: Layout) -> Trace | Counts:
+def read(path: Path, layout: Layout) -> RoutingTrace | ExpertCounts:
     """The trace in a folder or file of a model with `layout` (base64 needs its layers and topk).
 
     Raises UserError, one line, for a missing, truncated or unknown file, ids out of range and a
@@ -172,7 +172,7 @@ def read(path: Path, layout: Layout) -> Trace | Counts:
         if path.is_dir():
             if not _shards(path):
                 raise UserError(f"{path} holds no shard-*.npz: give the folder of a traced run")
-            found: Trace | Counts = join([_shard(p, layout) for p in _shards(path)])
+            found: RoutingTrace | ExpertCounts = join([_shard(p, layout) for p in _shards(path)])
         elif path.suffix == ".csv":
             found = _counts(path, layout)
         else:
@@ -189,7 +189,7 @@ def read(path: Path, layout: Layout) -> Trace | Counts:
     return found
 
 
-def _shard(path: Path, layout: Layout) -> Trace:
+def _shard(path: Path, layout: Layout) -> RoutingTrace:
     if path.suffix == ".npy":
         return trace(np.load(path), layout.experts)
     if path.suffix in (".txt", ".b64"):
@@ -198,16 +198,16 @@ def _shard(path: Path, layout: Layout) -> Trace:
         raise UserError(f"{path}: a trace is a folder, or a file .npz, .npy, .csv, .txt or .b64")
     with np.load(path) as arrays:
         if "ids_NxLxK" in arrays:
-            names = [f.name for f in fields(Trace)[2:]]
+            names = [f.name for f in fields(RoutingTrace)[2:]]
             own = (arrays[name] for name in names)
-            return Trace(arrays["ids_NxLxK"], int(arrays["experts"]), *own)
+            return RoutingTrace(arrays["ids_NxLxK"], int(arrays["experts"]), *own)
         names = [name for name in (PROMPT, GENERATED) if name in arrays]
         if not names:
             raise UserError(f"{path} has {sorted(arrays)}, but no array {GENERATED!r}")
         return trace(np.concatenate([arrays[name] for name in names]), layout.experts)
 
 
-def decode(text: str, layout: Layout) -> Trace:
+def decode(text: str, layout: Layout) -> RoutingTrace:
     """Base64 of int32 ids, token by token, layer by layer. Raises UserError where the bytes are no
     whole tokens of `layout`."""
     try:
@@ -227,7 +227,7 @@ def decode(text: str, layout: Layout) -> Trace:
     return trace(ids, layout.experts)
 
 
-def _counts(path: Path, layout: Layout) -> Counts:
+def _counts(path: Path, layout: Layout) -> ExpertCounts:
     with open(path, newline="", encoding="utf8") as file:
         rows = list(csv.DictReader(file))
     names = ("layer_id", "expert_id", "count")
@@ -243,4 +243,4 @@ def _counts(path: Path, layout: Layout) -> Counts:
     layers, layer_N = np.unique(values[:, 0], return_inverse=True)  # dense layers have none
     counts = np.zeros((len(layers), experts), np.int64)
     np.add.at(counts, (layer_N, values[:, 1]), values[:, 2])
-    return Counts(counts)
+    return ExpertCounts(counts)

@@ -6,12 +6,16 @@ inverse of the other.
 
 Legend: T tokens, K choices of a token, R rows of the buffer, D width."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from fdp.kernels_pallas.walks import alike
+from fdp.kernels_pallas.walks import alike, choose_backend
 
 Array = jax.Array
+PART = 4096  # tokens whose choices a TPU gathers at once
 
 
 def permute(x_TxD: Array, source_R: Array, slots_TxK: Array) -> Array:
@@ -55,13 +59,34 @@ def _pick(x_NxD: Array, index: Array) -> Array:
     return jnp.where(index[:, None] < 0, 0, x_NxD[jnp.maximum(index, 0)])
 
 
+def _in_parts(f: Callable, slots_TxK: Array, like_TxX: Array | None) -> Array:
+    """f(slots, like) → [T, ·], on a TPU PART tokens at a time: it gathers the rows of all choices
+    before it adds them up, where elsewhere one fused loop reads them."""
+    T = len(slots_TxK)
+    if choose_backend(None) != "tpu" or T <= PART:
+        return f(slots_TxK, like_TxX)
+    n = -(-T // PART)
+
+    def cut(x: Array, fill: int) -> Array:
+        x = jnp.pad(x, ((0, n * PART - T), (0, 0)), constant_values=fill)
+        return x.reshape(n, PART, -1)
+
+    parts = cut(slots_TxK, -1), None if like_TxX is None else cut(like_TxX, 0)
+    y = lax.map(lambda part: f(*part), parts)
+    return y.reshape(n * PART, -1)[:T]
+
+
 def _sum_choices(y_RxD: Array, gates_TxK: Array | None, slots_TxK: Array) -> Array:
     """One choice after the other, so that no [T, K, D] array is made."""
-    total = jnp.zeros((), jnp.float32)
-    for k in range(slots_TxK.shape[1]):
-        row = _pick(y_RxD, slots_TxK[:, k]).astype(jnp.float32)
-        total = total + (row if gates_TxK is None else row * gates_TxK[:, k, None])
-    return total.astype(y_RxD.dtype)
+
+    def sums(slots_TxK: Array, gates_TxK: Array | None) -> Array:
+        total = jnp.zeros((), jnp.float32)
+        for k in range(slots_TxK.shape[1]):
+            row = _pick(y_RxD, slots_TxK[:, k]).astype(jnp.float32)
+            total = total + (row if gates_TxK is None else row * gates_TxK[:, k, None])
+        return total.astype(y_RxD.dtype)
+
+    return _in_parts(sums, slots_TxK, gates_TxK)
 
 
 @jax.custom_vjp
@@ -95,10 +120,15 @@ def _unpermute_backward(saved, dout):
     mine_RxK = slots[token_R] == jnp.arange(len(source), dtype=slots.dtype)[:, None]
     gate_R = jnp.where(mine_RxK, gates[token_R], 0).sum(1)
     dy = _pick(dout, source).astype(jnp.float32) * gate_R[:, None]
-    wide = dout.astype(jnp.float32)
-    columns = range(slots.shape[1])
-    dgates = [(_pick(y, slots[:, k]).astype(jnp.float32) * wide).sum(1) for k in columns]
-    return dy.astype(y.dtype), jnp.stack(dgates, 1).astype(gates.dtype), None, None
+
+    def gate_gradients(slots_TxK: Array, dout_TxD: Array) -> Array:
+        wide_TxD = dout_TxD.astype(jnp.float32)
+        columns = range(slots_TxK.shape[1])
+        rows = (_pick(y, slots_TxK[:, k]).astype(jnp.float32) for k in columns)
+        return jnp.stack([(row * wide_TxD).sum(1) for row in rows], 1)
+
+    dgates = _in_parts(gate_gradients, slots, dout)
+    return dy.astype(y.dtype), dgates.astype(gates.dtype), None, None
 
 
 _unpermute.defvjp(_unpermute_forward, _unpermute_backward)

@@ -65,7 +65,7 @@ def rank_loss(load_JxE: Array, sum_JxE: Array, tokens: int, ranks: int) -> Array
 
 
 @dataclass(frozen=True)
-class Rule:
+class LoadRule:
     """The state rule of all mixtures of a model: selection biases move by `bias` towards the level
     load, b ← b + bias·sign(mean load - load), and the running loads by noise bin decay."""
 

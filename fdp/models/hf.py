@@ -39,7 +39,7 @@ from fdp.files import write_atomic
 from fdp.keys import UserError
 from fdp.mesh import AXES, make_mesh, use_virtual_devices
 from fdp.models import hf_config, hf_files, hf_names, module
-from fdp.models.hf_names import Rule
+from fdp.models.hf_names import Naming
 from fdp.models.moe import mixture
 from fdp.models.shape import ModelShape
 from fdp.models.transformer import Transformer, transformer
@@ -70,7 +70,7 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
 
     @property
-    def rules(self) -> dict[str, Rule]:
+    def rules(self) -> dict[str, Naming]:
         """How its tensors make up our arrays, by path."""
         return hf_names.rules(self.config["model_type"], self.model)
 
@@ -92,7 +92,7 @@ def read(directory: str | Path, ignore: Collection[str] = ()) -> Checkpoint:
     return found
 
 
-def check(rules: Mapping[str, Rule], tensors: Mapping[str, Any]) -> None:
+def check(rules: Mapping[str, Naming], tensors: Mapping[str, Any]) -> None:
     """Raises UserError, naming all of them, for tensors that are missing, unknown, of another shape
     or of a format that is no float of 16 or 32 bits."""
     want = {name: rule.tensor for rule in rules.values() for _, name in rule.names()}
@@ -176,7 +176,7 @@ def load(
 
 def place(
     model: module.Module,
-    rules: Mapping[str, Rule],
+    rules: Mapping[str, Naming],
     tensors: Mapping[str, Any],
     mesh: Mesh,
     zero: int = 0,
@@ -206,7 +206,7 @@ def _paths(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
-def _check_model(rules: Mapping[str, Rule], wanted: Mapping[str, Any]) -> None:
+def _check_model(rules: Mapping[str, Naming], wanted: Mapping[str, Any]) -> None:
     """Raises UserError for rules of arrays that are not in `wanted`, or of another shape."""
     shapes = {path: tuple(wanted[path].shape) if path in wanted else None for path in rules}
     lines = [
@@ -233,7 +233,7 @@ def _drawn(model: Any, paths: Sequence[str], where: Mapping[str, Any], seed: int
     return jax.jit(build, out_shardings=where, compiler_options=ONCE)(key)
 
 
-def _placed(rule: Rule, tensors: Mapping[str, Any], where: Any) -> jax.Array:
+def _placed(rule: Naming, tensors: Mapping[str, Any], where: Any) -> jax.Array:
     """One array; devices that hold the same block share one reading of it."""
     blocks: dict[Any, list[Any]] = {}
     for device, box in where.addressable_devices_indices_map(rule.shape).items():
@@ -257,7 +257,7 @@ class Named(Mapping[str, np.ndarray]):
 
     `arrays`: by path; jax.Arrays on any mesh of this process, or NumPy arrays."""
 
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, Naming]
     arrays: Mapping[str, Any]
 
     @functools.cached_property
@@ -452,12 +452,8 @@ def run_import(directory: str, f: flags.FlagValues) -> None:
 def run_export(workdir: Path, directory: str, f: flags.FlagValues) -> None:
     """`export WORKDIR DIR`."""
     arrays = newest(workdir, ",".join(f.arm))
-    flat = json.loads((workdir / "config.json").read_text())["config"]
-    if flat["objective.name"] != "autoregressive":
-        raise UserError(
-            f"objective.name={flat['objective.name']!r}: the format's models are causal; "
-            "`fdp.models.hf.export` writes the arrays nevertheless"
-        )
+    flat = fdp_config.flatten(fdp_config.base())  # for keys that are newer than the workdir
+    flat |= json.loads((workdir / "config.json").read_text())["config"]
     below = {name.removeprefix("model."): v for name, v in flat.items() if name[:6] == "model."}
     own = {name: v for name, v in below.items() if "." not in name}
     own["moe"] = {name[4:]: v for name, v in below.items() if name[:4] == "moe."}
@@ -472,6 +468,8 @@ def run_export(workdir: Path, directory: str, f: flags.FlagValues) -> None:
         hf_config.check_same(found["config"], own, found["ignored"])
     export(directory, arrays, found["config"], found["kinds"], found["ignored"])
     print(f"wrote     {arrays.folder} as {found['config']['model_type']} to {directory}")
+    if (name := flat["objective.name"]) != "autoregressive":
+        print(f"note      objective.name={name!r} here, but models of this format are causal")
 
 
 def main(argv: Sequence[str], f: flags.FlagValues = flags.FLAGS) -> int:
@@ -494,9 +492,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser with a mistake in one `error:` line."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    except (flags.Error, OSError, AttributeError, TypeError, ValueError) as error:
+        key = isinstance(error.__context__, KeyError)  # of an override, without a word about it
+        text = "unknown config key " * key + " ".join(str(error).strip('"').split())
+        print(f"error: {text}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

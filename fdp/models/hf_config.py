@@ -22,6 +22,7 @@ SILENT = {
     "seq_aux",
 }
 NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+ROPE = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
 LATENT = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 # Keys of `model` that no checkpoint sets, with the only value that a checkpoint can express.
@@ -147,7 +148,7 @@ def _dense(f: Fields, family: Family) -> Values:
 
 def _rope(f: Fields, family: Family) -> Values:
     """Base and scaling of the rotary positions, from old and new fields."""
-    given = f.get("rope_parameters", "rope_scaling", default={})
+    given = dict(f.get("rope_parameters", "rope_scaling", default={}))
     kind = given.get("rope_type", given.get("type", "default"))
     base = f.get("rope_theta", default=given.get("rope_theta", family.theta))
     if kind not in ("default", "linear"):
@@ -155,6 +156,8 @@ def _rope(f: Fields, family: Family) -> Values:
     share = f.get("partial_rotary_factor", default=given.get("partial_rotary_factor", 1))
     if share != 1:
         f.problems.append(f"partial_rotary_factor={share} is not supported, only 1")
+    if kind in ("default", "linear") and (rest := given.keys() - ROPE):
+        f.problems.append(f"{', '.join(sorted(rest))} of rope_parameters is not known")
     return {
         "rope_base": float(base),
         "rope_scaling": float(given.get("factor", 1.0)) if kind == "linear" else 1.0,
@@ -167,13 +170,10 @@ def _window(f: Fields) -> int:
     layers, after = f.size("num_hidden_layers"), f.get("max_window_layers", default=0)
     slides = [i >= after for i in range(layers)]
     types = f.get("layer_types", default=[("full", "sliding")[s] + "_attention" for s in slides])
-    if not (width and used) or set(types) == {"full_attention"}:
-        return 0
-    if set(types) != {"sliding_attention"}:
-        f.problems.append(
-            f"layers of different attention ({', '.join(sorted(set(types)))}) are not supported"
-        )
-    return width
+    kinds = {kind if width and used else kind.replace("sliding", "full") for kind in types}
+    if kinds not in ({"full_attention"}, {"sliding_attention"}):
+        f.problems.append(f"layers of {', '.join(sorted(kinds))} are not supported")
+    return 0 if kinds == {"full_attention"} else width
 
 
 def _moe(f: Fields, experts: int, ffn: int, sparse: Sequence[bool], **more: Any) -> Values:
@@ -181,11 +181,11 @@ def _moe(f: Fields, experts: int, ffn: int, sparse: Sequence[bool], **more: Any)
     if not any(sparse):
         return {"experts": 0}
     choices = itertools.product(range(1, len(sparse) + 1), range(len(sparse)))
-    found = [c for c in choices if _placed(len(sparse), *c) == list(sparse)]
-    if not found:
+    found = (choice for choice in choices if _placed(len(sparse), *choice) == list(sparse))
+    every, first_dense = next(found, (0, 0))
+    if not every:
         layers = [i for i, s in enumerate(sparse) if s]
         f.problems.append(f"experts in layers {shown(layers)} do not lie at equal distances")
-    every, first_dense = found[0] if found else (1, 0)
     values = {"score": "softmax", "normalise": True, "scale": 1.0, "bias": 0.0}
     values |= {"shared": 0, "shared_gate": False}
     values |= {"groups": 1, "kept": 1, "best": 1, "topk": f.size("num_experts_per_tok")}
@@ -220,13 +220,10 @@ def _olmoe(f: Fields) -> Values:
 
 def _qwen(f: Fields) -> Values:
     f.only("use_sliding_window", False)
-    experts, step = (
-        f.size("num_experts", "num_local_experts"),
-        f.size("decoder_sparse_step", default=1),
-    )
-    without = f.get("mlp_only_layers", default=[])
-    layers = range(f.size("num_hidden_layers"))
-    sparse = [i not in without and experts > 0 and (i + 1) % step == 0 for i in layers]
+    experts = f.size("num_experts", "num_local_experts")
+    step = f.size("decoder_sparse_step", default=1)
+    without, layers = f.get("mlp_only_layers", default=[]), range(f.size("num_hidden_layers"))
+    sparse = [i not in without and (i + 1) % step == 0 for i in layers]
     ffn, wide = f.size("moe_intermediate_size"), f.get("shared_expert_intermediate_size", default=0)
     if wide % ffn:
         f.problems.append(
@@ -275,6 +272,7 @@ def _deepseek_v3(f: Fields) -> Values:
     return _deepseek(f, ("noaux_tc",), "sigmoid")
 
 
+# Of the deepseek types only plain attention, which the classes of transformers do not have.
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(own=("window",)),

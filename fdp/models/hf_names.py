@@ -20,7 +20,7 @@ Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
-class Rule:
+class Naming:
     """How one of our arrays is made of tensors.
 
     `name`: a template that the values of the leading dims fill in. `lead`: these values, such as
@@ -86,18 +86,18 @@ class Rule:
 SAME, TURNED = ((0,),), ((1,), (0,))
 
 
-def rules(kind: str, model: Mapping[str, Any]) -> dict[str, Rule]:
+def rules(kind: str, model: Mapping[str, Any]) -> dict[str, Naming]:
     """The rule of every array of a model of type `kind`, by its path, such as
     "params/layers/attention/w_q". Where a dense checkpoint is upcycled, routers have none."""
     family, moe, D, V = FAMILIES[kind], model["moe"], model["width"], model["vocab"]
     first, every = (moe["first_dense"], moe["every"]) if moe["experts"] else (0, 1)
     scale = math.sqrt(D) if model["tied"] else 1.0  # our tied head divides by √D
     found = {
-        "params/embed/table": Rule("model.embed_tokens.weight", (), (V, D), ((0,), (1,))),
-        "params/norm/scale": Rule("model.norm.weight", (), (D,), SAME, scale),
+        "params/embed/table": Naming("model.embed_tokens.weight", (), (V, D), ((0,), (1,))),
+        "params/norm/scale": Naming("model.norm.weight", (), (D,), SAME, scale),
     }
     if not model["tied"]:
-        found["params/head/w"] = Rule("lm_head.weight", (), (D, V), TURNED)
+        found["params/head/w"] = Naming("lm_head.weight", (), (D, V), TURNED)
     stacks = {"lead": range(first)} if first else {}
     for b in range(every):
         name = "layers" if every == 1 else f"layers/{b}"
@@ -110,41 +110,41 @@ def rules(kind: str, model: Mapping[str, Any]) -> dict[str, Rule]:
     return found
 
 
-def _attention(m: Mapping[str, Any], layers: range) -> dict[str, Rule]:
+def _attention(m: Mapping[str, Any], layers: range) -> dict[str, Naming]:
     """Attention and both norms of a block."""
     D, H, K, C = m["width"], m["heads"], m["kv_heads"], m["head_dim"]
     of, lead, both = "model.layers.{0}.", (layers,), (layers, ("k", "v"))
     into = ((1, 2), (0,))
     found = {
-        "w_q": Rule(of + "self_attn.q_proj.weight", lead, (D, H, C), into),
-        "w_kv": Rule(of + "self_attn.{1}_proj.weight", both, (D, K, C), into),
-        "w_o": Rule(of + "self_attn.o_proj.weight", lead, (H, C, D), ((2,), (0, 1))),
+        "w_q": Naming(of + "self_attn.q_proj.weight", lead, (D, H, C), into),
+        "w_kv": Naming(of + "self_attn.{1}_proj.weight", both, (D, K, C), into),
+        "w_o": Naming(of + "self_attn.o_proj.weight", lead, (H, C, D), ((2,), (0, 1))),
     }
     if m["bias"]:
-        found["b_q"] = Rule(of + "self_attn.q_proj.bias", lead, (H, C), ((0, 1),))
-        found["b_kv"] = Rule(of + "self_attn.{1}_proj.bias", both, (K, C), ((0, 1),))
+        found["b_q"] = Naming(of + "self_attn.q_proj.bias", lead, (H, C), ((0, 1),))
+        found["b_kv"] = Naming(of + "self_attn.{1}_proj.bias", both, (K, C), ((0, 1),))
     if m["qk_norm"]:
         for one, heads in (("q_norm", H), ("k_norm", K)):
             tail, order = ((heads, C), ((0, 1),)) if m["joint_norm"] else ((C,), SAME)
-            found[f"{one}/scale"] = Rule(of + f"self_attn.{one}.weight", lead, tail, order)
+            found[f"{one}/scale"] = Naming(of + f"self_attn.{one}.weight", lead, tail, order)
     norms = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
     return {f"params/attention/{path}": rule for path, rule in found.items()} | {
-        f"params/{ours}_norm/scale": Rule(of + f"{theirs}.weight", lead, (D,), SAME)
+        f"params/{ours}_norm/scale": Naming(of + f"{theirs}.weight", lead, (D,), SAME)
         for ours, theirs in norms.items()
     }
 
 
-def _ffn(m: Mapping[str, Any], layers: range) -> dict[str, Rule]:
+def _ffn(m: Mapping[str, Any], layers: range) -> dict[str, Naming]:
     """A dense FFN."""
     D, F, of = m["width"], m["ffn"], "model.layers.{0}.mlp."
     into = (layers, ("gate", "up"))
     return {
-        "params/mlp/w_in": Rule(of + "{1}_proj.weight", into, (D, F), TURNED),
-        "params/mlp/w_out": Rule(of + "down_proj.weight", (layers,), (F, D), TURNED),
+        "params/mlp/w_in": Naming(of + "{1}_proj.weight", into, (D, F), TURNED),
+        "params/mlp/w_out": Naming(of + "down_proj.weight", (layers,), (F, D), TURNED),
     }
 
 
-def _experts(family: Family, m: Mapping[str, Any], layers: range) -> dict[str, Rule]:
+def _experts(family: Family, m: Mapping[str, Any], layers: range) -> dict[str, Naming]:
     """Router, experts and shared experts; copies of the dense FFN where the checkpoint is dense."""
     moe, D, (gate, up, down) = m["moe"], m["width"], family.parts
     E, F = moe["experts"], moe["ffn"]
@@ -152,20 +152,20 @@ def _experts(family: Family, m: Mapping[str, Any], layers: range) -> dict[str, R
     one = of if family.routing is None else of + "experts.{1}."
     each = (layers, range(E))
     found = {
-        "params/mlp/w_in": Rule(one + "{2}.weight", (*each, (gate, up)), (D, F), TURNED),
-        "params/mlp/w_out": Rule(one + f"{down}.weight", each, (F, D), TURNED),
+        "params/mlp/w_in": Naming(one + "{2}.weight", (*each, (gate, up)), (D, F), TURNED),
+        "params/mlp/w_out": Naming(one + f"{down}.weight", each, (F, D), TURNED),
     }
     if family.routing is not None:
-        found["params/mlp/router/w"] = Rule(of + "gate.weight", (layers,), (D, E), TURNED)
+        found["params/mlp/router/w"] = Naming(of + "gate.weight", (layers,), (D, E), TURNED)
     if moe["bias"]:
         bias = of + "gate.e_score_correction_bias"
-        found["state/mlp/router/bias"] = Rule(bias, (layers,), (E,), SAME)
+        found["state/mlp/router/bias"] = Naming(bias, (layers,), (E,), SAME)
     if moe["shared"]:
         if moe["shared_gate"]:
             gate_of = of + f"{family.shared}_gate.weight"
-            found["params/mlp/shared_gate"] = Rule(gate_of, (layers,), (D, 1), TURNED)
+            found["params/mlp/shared_gate"] = Naming(gate_of, (layers,), (D, 1), TURNED)
         wide, of = F * moe["shared"], of + family.shared + "."
         into = (layers, (gate, up))
-        found["params/mlp/shared_in"] = Rule(of + "{1}.weight", into, (D, wide), TURNED)
-        found["params/mlp/shared_out"] = Rule(of + f"{down}.weight", (layers,), (wide, D), TURNED)
+        found["params/mlp/shared_in"] = Naming(of + "{1}.weight", into, (D, wide), TURNED)
+        found["params/mlp/shared_out"] = Naming(of + f"{down}.weight", (layers,), (wide, D), TURNED)
     return found

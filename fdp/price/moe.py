@@ -30,9 +30,9 @@ from fdp.price.hardware import Cluster, Nodes
 from fdp.price.moe_traffic import (
     PLANS,
     WIRES,
+    Copies,
     Exchange,
-    Layer,
-    Routing,
+    PricedLayer,
     counted,
     exchanges,
     loaded,
@@ -42,7 +42,7 @@ from fdp.price.planner import parse_flags
 from fdp.price.workload import Columns, Job, Plan, columns, job_on
 
 
-class Price(NamedTuple):
+class LayerPrice(NamedTuple):
     """A layer and plan. A token's copies that stay, leave the device and leave the node, and its
     bytes that leave the device, and both ways the node; buffers of the exchanges in bytes, filled
     and at most; exchanges one after the other; seconds; rows of the fullest device over the mean.
@@ -74,7 +74,7 @@ def links(chip: str) -> network.LinkCoefficients:
     return dataclasses.replace(c, scale_out=share, congestion=0.0)
 
 
-def _wire(layer: Layer, plan: str, stages: Sequence[Exchange], row: int, back: bool) -> float:
+def _wire(layer: PricedLayer, plan: str, stages: Sequence[Exchange], row: int, back: bool) -> float:
     """Seconds one way; `row` bytes a row."""
     total = 0.0
     for x in stages:
@@ -90,14 +90,14 @@ def _wire(layer: Layer, plan: str, stages: Sequence[Exchange], row: int, back: b
     return total
 
 
-def matmul_seconds(layer: Layer, rows_M: np.ndarray, hidden: int = 0) -> float:
+def matmul_seconds(layer: PricedLayer, rows_M: np.ndarray, hidden: int = 0) -> float:
     """Forward seconds of the grouped matmuls of the slowest device."""
     s = layer.shape
     sizes = (s.width, hidden or s.moe_ffn, s.experts // layer.devices)
     return max(float(moe_matmul.seconds(c, rows_M[d], *sizes).max()) for c, d in layer.chips)
 
 
-def price(layer: Layer, routing: Routing, plan: str, overlap: float = 0.0) -> Price:
+def price(layer: PricedLayer, routing: Copies, plan: str, overlap: float = 0.0) -> LayerPrice:
     """The price of `plan`; `overlap`: share of the shorter of matmuls and exchanges that the other
     one hides. Raises UserError for an unknown plan and as `exchanges` does."""
     if plan not in PLANS or not 0 <= overlap <= 1:
@@ -111,7 +111,7 @@ def price(layer: Layer, routing: Routing, plan: str, overlap: float = 0.0) -> Pr
     gradient = _wire(layer, plan, stages, layer.row_back, False) + back
     matmul = matmul_seconds(layer, rows_M)
     rows = layer.row_out + layer.row_back
-    return Price(
+    return LayerPrice(
         own=sum(x.own for x in stages),
         node=sum(x.node for x in stages),
         out=sum(x.out for x in stages),
@@ -129,7 +129,7 @@ def price(layer: Layer, routing: Routing, plan: str, overlap: float = 0.0) -> Pr
     )
 
 
-def _count_seconds(layer: Layer, stages: Sequence[Exchange]) -> float:
+def _count_seconds(layer: PricedLayer, stages: Sequence[Exchange]) -> float:
     """Seconds in which all ranks learn the rows that each expert gets of each device."""
     nbytes, total = 4 * layer.shape.experts * layer.devices, 0.0
     for x in stages:
@@ -138,7 +138,7 @@ def _count_seconds(layer: Layer, stages: Sequence[Exchange]) -> float:
     return total
 
 
-def _ways(layer: Layer) -> list[tuple[int, bool]]:
+def _ways(layer: PricedLayer) -> list[tuple[int, bool]]:
     return [(layer.row_out, False), (layer.row_back, True)]
 
 
@@ -151,7 +151,7 @@ def columns_of_loads(jobs: Sequence[Job], loads_JxE: Sequence[np.ndarray]) -> Co
     of the grouped matmuls and exchange of rows out and back, of one expert layer and microbatch.
 
     Loads of each job are [..., E] in any unit; seconds are their mean. Rows are sent flat. Raises
-    UserError for low precision, whose kernels the table does not hold, and as `Layer` does."""
+    UserError for low precision, whose kernels are not in the table, and as `PricedLayer` does."""
     found = [_job_seconds(*pair) for pair in zip(jobs, loads_JxE, strict=True)]
     routed, exchange = np.array(found).reshape(-1, 2).T
     return {"routed_seconds": routed, "exchange_seconds": exchange}
@@ -164,7 +164,7 @@ def _job_seconds(job: Job, loads_xE: np.ndarray) -> np.ndarray:
     local = max(int(min(p.ep, (job.domain or job.chip.domain) / p.etp)), 1)
     cluster = Cluster("experts", (Nodes(job.chip, -(-p.ep // local), local),))
     tokens = max(round(p.microbatch * job.seq / (p.cp * p.tp)), 1)
-    layer = Layer(job.shape, cluster, tokens, p.ep)
+    layer = PricedLayer(job.shape, cluster, tokens, p.ep)
     found = []
     for loads_E in np.reshape(loads_xE, (-1, job.shape.experts)):
         routing = loaded(layer, loads_E)
@@ -178,10 +178,12 @@ def _job_seconds(job: Job, loads_xE: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------
 
 
-def routings(layer: Layer, found: traces.Trace | traces.Counts) -> Iterable[Routing]:
+def routings(
+    layer: PricedLayer, found: traces.RoutingTrace | traces.ExpertCounts
+) -> Iterable[Copies]:
     """Every layer of every step of M·T tokens in a trace; a shorter trace is one step, scaled. A
     token's device is the trace's, where it knows and has no more than ep, else its place."""
-    if isinstance(found, traces.Counts):
+    if isinstance(found, traces.ExpertCounts):
         for loads_E in found.counts_LxE:
             yield loaded(layer, loads_E)
         return
@@ -195,7 +197,7 @@ def routings(layer: Layer, found: traces.Trace | traces.Counts) -> Iterable[Rout
             yield counted(layer, part.ids_NxLxK[:, i], source_N)
 
 
-def step_seconds(layer: Layer, loads_JxE: Iterable[np.ndarray]) -> list[float]:
+def step_seconds(layer: PricedLayer, loads_JxE: Iterable[np.ndarray]) -> list[float]:
     """Training step of the whole model, one sequence of T tokens a chip, for each of some loads."""
     from fdp.price import hybrid  # scipy: not for a mistake, nor for --help
 
@@ -209,12 +211,14 @@ def step_seconds(layer: Layer, loads_JxE: Iterable[np.ndarray]) -> list[float]:
     return found
 
 
-def report(layer: Layer, found: traces.Trace | traces.Counts | None, overlap: float) -> str:
+def report(
+    layer: PricedLayer, found: traces.RoutingTrace | traces.ExpertCounts | None, overlap: float
+) -> str:
     """The table of plans, and below it what the seconds rest on."""
     each = list(routings(layer, found)) if found is not None else [uniform(layer)]
     plans = PLANS if each[0].device_MxM is not None else ("flat", "gather")
     prices = {plan: [price(layer, r, plan, overlap) for r in each] for plan in plans}
-    rows = [_row(plan, Price(*np.mean(p, 0))) for plan, p in prices.items()]
+    rows = [_row(plan, LayerPrice(*np.mean(p, 0))) for plan, p in prices.items()]
     s = layer.shape
     limit = f", {layer.kept} of {layer.groups} groups" if layer.groups > 1 else ""
     how = f"uniform routing{limit}" if found is None else f"mean of {len(each)} routings of a trace"
@@ -247,7 +251,7 @@ HEADS = (
 )  # fmt: skip
 
 
-def _row(plan: str, p: Price) -> tuple[str, ...]:
+def _row(plan: str, p: LayerPrice) -> tuple[str, ...]:
     copies = (f"{n:.2f}" for n in (p.own, p.node, p.out))
     moved = (f"{n:,.0f}" for n in (p.bytes_out, p.bytes_back, p.bytes_backward, p.bytes_between))
     held = (f"{n / 2**20:,.0f}" for n in (p.buffers, p.most))
@@ -275,7 +279,7 @@ def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
             raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
         shape, cluster = shapes.named(f.model), hardware.cluster(f.cluster)
         groups = shapes.GROUPS.get(shape.name, (1, 1))
-        layer = Layer(shape, cluster, f.tokens, f.ep or cluster.size, f.wire, *groups)
+        layer = PricedLayer(shape, cluster, f.tokens, f.ep or cluster.size, f.wire, *groups)
         layout = traces.Layout(shape.experts, shape.moe_layers, shape.topk)
         print(report(layer, traces.read(Path(f.trace), layout) if f.trace else None, f.overlap))
     except ValueError as error:

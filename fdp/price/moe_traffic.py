@@ -5,7 +5,7 @@ token reaches, then in that node one for every device, and sums in the node befo
 gather: all tokens to all devices, and a reduce-scatter of the results. Device d holds the experts
 d·E/M … (d+1)·E/M − 1; tokens are spread evenly over devices.
 
-Copies are expected values of uniform routing in closed form, or counted. Routing limited to groups
+Copies are expected values of uniform routing in closed form, or counted. Copies limited to groups
 (DeepSeek-V2 and V3) keeps `kept` of `groups` equal ranges of experts: the chance to reach a device
 or a node is the mean over all choices of groups. A token of V3 so reaches at most the nodes of four
 groups.
@@ -31,7 +31,7 @@ WIRES = ("bf16", "fp8")
 
 
 @dataclass(frozen=True)
-class Layer:
+class PricedLayer:
     """A layer of experts of `shape` with T = `tokens` on each of the first M = `devices` chips of a
     cluster. `wire`: format of the rows on their way out; results and gradients are bfloat16.
     Raises UserError, with the equation, for sizes that do not fit."""
@@ -94,7 +94,7 @@ class Layer:
         return [(g.chip.name, slice(a, b)) for g, a, b in parts if a < self.devices]
 
 
-class Routing(NamedTuple):
+class Copies(NamedTuple):
     """Copies of a step from every device, expected or counted: rows (token, choice) to devices,
     distinct (token, device) and distinct (token, node) pairs. The last two are None where only
     loads are known."""
@@ -104,7 +104,7 @@ class Routing(NamedTuple):
     node_MxN: np.ndarray | None = None
 
 
-def reach(layer: Layer, parts: int) -> np.ndarray:
+def reach(layer: PricedLayer, parts: int) -> np.ndarray:
     """Chance that a token of uniform routing reaches each of `parts` equal ranges of experts.
 
     One minus the mean over choices of groups of C(kept experts outside the range, K) / C(kept
@@ -122,23 +122,23 @@ def reach(layer: Layer, parts: int) -> np.ndarray:
     return 1 - np.array([m / every for m in missed]) / len(choices)
 
 
-def uniform(layer: Layer) -> Routing:
+def uniform(layer: PricedLayer) -> Copies:
     """Expected copies of uniform routing."""
     T, M = layer.tokens, layer.devices
     rows = np.full((M, M), T * layer.shape.topk / M)
-    return Routing(
+    return Copies(
         rows, np.tile(T * reach(layer, M), (M, 1)), np.tile(T * reach(layer, layer.nodes), (M, 1))
     )
 
 
-def loaded(layer: Layer, loads_E: np.ndarray) -> Routing:
+def loaded(layer: PricedLayer, loads_E: np.ndarray) -> Copies:
     """Copies where only loads are known: every device sends alike."""
     part_M = expert_loads.part_loads(np.asarray(loads_E, float), layer.devices)
     rows = layer.tokens * layer.shape.topk * part_M / max(part_M.sum(), 1e-9)
-    return Routing(np.tile(rows, (layer.devices, 1)))
+    return Copies(np.tile(rows, (layer.devices, 1)))
 
 
-def counted(layer: Layer, ids_NxK: np.ndarray, source_N: np.ndarray) -> Routing:
+def counted(layer: PricedLayer, ids_NxK: np.ndarray, source_N: np.ndarray) -> Copies:
     """Copies counted in the choices of tokens of M·T/N steps, scaled to one."""
     E, M = layer.shape.experts, layer.devices
 
@@ -149,7 +149,7 @@ def counted(layer: Layer, ids_NxK: np.ndarray, source_N: np.ndarray) -> Routing:
         found = np.bincount(cell, minlength=M * parts).reshape(M, parts)
         return found * (M * layer.tokens / len(ids_NxK))
 
-    return Routing(pairs(M, False), pairs(M, True), pairs(layer.nodes, True))
+    return Copies(pairs(M, False), pairs(M, True), pairs(layer.nodes, True))
 
 
 class Exchange(NamedTuple):
@@ -170,7 +170,7 @@ class Exchange(NamedTuple):
 
 
 def _exchange(
-    layer: Layer, copies_MxM: np.ndarray, ranks: int, local: int, most: float, beside: int = 0
+    layer: PricedLayer, copies_MxM: np.ndarray, ranks: int, local: int, most: float, beside: int = 0
 ) -> Exchange:
     node_M = np.arange(layer.devices) // layer.local
     same = node_M[:, None] == node_M
@@ -182,7 +182,7 @@ def _exchange(
     return Exchange(stay, node, out, inside, outside, ranks, local, held, most, beside)
 
 
-def exchanges(layer: Layer, routing: Routing, plan: str) -> list[Exchange]:
+def exchanges(layer: PricedLayer, routing: Copies, plan: str) -> list[Exchange]:
     """What a plan sends on its way out, in order; the way back is the same in reverse.
 
     The first level of two_level sends to the device of the same place in each node; where there is

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fdp.data import expert_loads, traces
-from fdp.data.traces import Counts, Layout, Writer, read, trace
+from fdp.data.traces import ExpertCounts, Layout, Writer, read, trace
 from fdp.keys import UserError
 
 pytestmark = pytest.mark.fast
@@ -63,7 +63,7 @@ def test_counts_of_layers_that_have_experts_are_read(tmp_path):
     rows = ["layer_id,expert_id,count", "3,0,5", "3,7,2", "5,1,4", "4,2,9", "5,1,1"]
     (tmp_path / "c.csv").write_text("\n".join(rows))
     found = read(tmp_path / "c.csv", MODEL)
-    assert isinstance(found, Counts)
+    assert isinstance(found, ExpertCounts)
     assert found.counts_LxE.tolist() == [
         [5, 0, 0, 0, 0, 0, 0, 2],
         [0, 0, 9, 0, 0, 0, 0, 0],
@@ -203,6 +203,8 @@ def test_real_loads_have_the_published_imbalance():
         ]
         for found in counts:
             assert found.shape == (3, experts) and (found.sum(1) == topk * 208_896).all()
-        worst = expert_loads.imbalance(np.stack([traces.Counts(c).counts_LxE for c in counts]))
+        worst = expert_loads.imbalance(
+            np.stack([traces.ExpertCounts(c).counts_LxE for c in counts])
+        )
         assert worst.min() == pytest.approx(low, abs=0.05)
         assert worst.max() == pytest.approx(high, abs=0.05)

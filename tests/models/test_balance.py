@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fdp.models import balance
-from fdp.models.balance import Balance, Rule
+from fdp.models.balance import Balance, LoadRule
 
 pytestmark = pytest.mark.fast
 
@@ -51,7 +51,7 @@ def test_bins_cut_the_noise_levels_evenly() -> None:
 def test_the_rule_moves_biases_towards_the_level_load() -> None:
     load = jnp.array([[5.0, 1.0, 3.0, 3.0]])
     state = {"layers": {"mlp": {"router": {"bias": jnp.zeros((1, 4))}}}}
-    new = Rule(Balance(bias=0.1))(state, {"layers": {"mlp": {"load": load}}}, jnp.zeros(()))
+    new = LoadRule(Balance(bias=0.1))(state, {"layers": {"mlp": {"load": load}}}, jnp.zeros(()))
     got = new["layers"]["mlp"]["router"]["bias"]
     np.testing.assert_allclose(got, [[-0.1, 0.1, 0.0, 0.0]])
 
@@ -59,5 +59,5 @@ def test_the_rule_moves_biases_towards_the_level_load() -> None:
 def test_the_rule_keeps_a_running_load_of_each_noise_bin() -> None:
     state = {"mlp": {"load_bins": jnp.ones((2, 4))}, "other": jnp.ones(1)}
     aux = {"mlp": {"load_bins": jnp.zeros((2, 4)), "load": jnp.ones(4)}}
-    new = Rule(Balance(rank=1.0, bins=2, decay=0.75))(state, aux, jnp.zeros(()))
+    new = LoadRule(Balance(rank=1.0, bins=2, decay=0.75))(state, aux, jnp.zeros(()))
     assert (new["mlp"]["load_bins"] == 0.75).all() and new["other"] == 1

@@ -23,6 +23,7 @@ from absl import flags
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from fdp.audit import audit_arm
 from fdp.checkpoint import CheckpointError, Checkpoints
 from fdp.config import base, validate
 from fdp.count.hlo import QUICK
@@ -30,6 +31,7 @@ from fdp.experiment import standard
 from fdp.keys import UserError
 from fdp.mesh import AXES, make_mesh
 from fdp.models import hf, hf_config, hf_files, hf_names, module
+from fdp.models.shape import ModelShape
 from fdp.state import StateSpecs
 
 FILE = json.loads((Path(__file__).parent / "hf.json").read_text())
@@ -42,7 +44,7 @@ def values(name: str, shape: list[int]) -> np.ndarray:
     draw = np.random.RandomState(zlib.crc32(name.encode()))
     if name.endswith("norm.weight"):
         return (1 + draw.randint(-16, 17, shape) / 64).astype(np.float32)
-    scale = 64 if "gate.weight" in name or "embed" in name else 256
+    scale = 64 if "embed" in name else 256
     return (draw.randint(-64, 65, shape) / scale).astype(np.float32)
 
 
@@ -90,7 +92,7 @@ def assert_bitwise(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]
         assert got[name].tobytes() == x.tobytes(), name
 
 
-ALIKE = ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2")
+ALIKE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "deepseek_v2")
 EACH = [pytest.param(f, marks=[pytest.mark.slow] if f in ALIKE else []) for f in FAMILIES]
 
 
@@ -242,6 +244,8 @@ def test_import_writes_what_training_restores_and_export_gives_it_back(
     for path, x in want.items():
         np.testing.assert_array_equal(got[path], x, path)
     assert np.abs(state.model["layers"]["mlp"]["router"]["bias"]).max() > 0
+    config = Path(w) / "config.json"  # of a time before one of its keys
+    config.write_text(config.read_text().replace('"model.joint_norm": false,', ""))
     assert command("export", w, str(tmp_path / "back")) == 0
     assert_bitwise(stored(tmp_path / "back"), stored(source))
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == hf.read(source).config
@@ -344,12 +348,22 @@ REFUSED = [
     ("llama", {"mlp_bias": True}, "mlp_bias=True"),
     ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1 is not supported, only 0"),
     ("llama", {"rope_parameters": YARN}, "rope_type='yarn' is not supported"),
+    ("llama", {"rope_parameters": {"mrope_section": [1, 1]}}, "mrope_section of rope_parameters"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("llama", {"logit_scale": 2.0, "use_mup": True}, "logit_scale=2.0 is not known; use_mup=True"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not known"),
     ("llama", {"sliding_window": 8}, "sliding_window=8 is not known"),
-    ("qwen3", {"layer_types": MIXED}, "layers of different attention (full_attention, sliding"),
-    ("qwen3", {"max_window_layers": 1, "layer_types": None}, "layers of different attention"),
+    (
+        "qwen3",
+        {"layer_types": MIXED},
+        "layers of full_attention, sliding_attention are not supported",
+    ),
+    (
+        "qwen3",
+        {"max_window_layers": 1, "layer_types": None},
+        "layers of full_attention, sliding_attention",
+    ),
+    ("qwen2", {"layer_types": ["linear_attention"] * 2}, "layers of linear_attention are not"),
     ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise=0.01 is not supported"),
     ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported"),
     ("qwen2_moe", {"shared_expert_intermediate_size": 12}, "12 is no multiple of 8"),
@@ -503,3 +517,25 @@ def test_exports_that_would_mean_something_else_are_refused(arrays: Any, tmp_pat
     with pytest.raises(UserError, match="exists and is not empty"):
         hf.export(back, arrays, config)
     assert [path.name for path in tmp_path.iterdir()] == ["back"]
+
+
+# What our model has for the sake of some families
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True])
+def test_joint_norms_and_gates_of_shared_experts_are_exact_and_counted(split: bool) -> None:
+    """Loss and gradients of one device, and the bytes of the formula, over tp."""
+    c = base()
+    c.update_from_flattened_dict({"model.layers": 2, "model.width": 16, "model.head_dim": 4})
+    c.model.update(heads=4, kv_heads=2, ffn=16, vocab=32, qk_norm=True, joint_norm=True)
+    c.model.moe.update(experts=4, ffn=8, shared=2, shared_gate=True, switch=0.01)
+    c.model.sequence_parallel = split
+    c.data.update(source="blank", vocab=30, seq_len=16)
+    c.train.batch, c.mesh.tp, c.mesh.ep = 8, 2, 2
+    equal = [finding for finding in audit_arm("both", standard(c)) if " = " in finding.check]
+    assert len(equal) == 3 and not [finding for finding in equal if not finding.holds]
+    e = standard(c)
+    shapes = module.abstract(e.model, e.noised_example())[0]["params"]
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == ModelShape.of(c.model).parameters()

@@ -14,6 +14,7 @@ from fdp import loop
 from fdp.config import UserError
 from fdp.count import bytes as closed
 from fdp.count.compare import EXACT, against_one_device, mismatches, outcome
+from fdp.count.requirements import missing, required_of, unexpected
 from fdp.count.step import microbatch
 from fdp.mesh import BATCH_AXES, make_mesh
 from fdp.models import moe
@@ -77,6 +78,8 @@ def test_a_mesh_equals_one_device_and_sends_what_the_formula_says(name: str) -> 
     loss, grads = against_one_device(got[:2], want[:2])
     assert loss < 1e-6 and grads < 2e-6
     assert not mismatches(closed.traffic(p), got.sent), EXACT
+    needs = required_of(p)
+    assert not missing(needs, got.sent) and not unexpected(needs, got.sent)
     sizes = [x.size for x in jax.tree.leaves(p.specs.shapes)]
     assert microbatch(p.experiment, 0).parameters == sum(sizes)
 

@@ -17,7 +17,7 @@ from absl import flags
 from fdp.data.traces import Writer
 from fdp.keys import UserError
 from fdp.price import hardware, hybrid, moe, moe_matmul, moe_traffic, network, shapes, step_time
-from fdp.price.moe_traffic import Layer, counted, exchanges, loaded, reach, uniform
+from fdp.price.moe_traffic import PricedLayer, counted, exchanges, loaded, reach, uniform
 from fdp.price.workload import Job, Plan, columns
 from tools import fit_moe
 
@@ -36,9 +36,9 @@ def kernels():
     return fit_moe.measured(rows), fit_moe.measured(rows, walking=True)
 
 
-def layer(shape=V3, cluster="h100:4x8", tokens=4096, devices=0, **more) -> Layer:
+def layer(shape=V3, cluster="h100:4x8", tokens=4096, devices=0, **more) -> PricedLayer:
     here = hardware.cluster(cluster)
-    return Layer(shape, here, tokens, devices or here.size, **more)
+    return PricedLayer(shape, here, tokens, devices or here.size, **more)
 
 
 # Copies and bytes

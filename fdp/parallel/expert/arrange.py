@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fdp.kernels_pallas.grouped import Groups, choose_block, make_groups
 
 Array = jax.Array
+RUN = 64  # pairs that are compared with one another
 
 
 class Places(NamedTuple):
@@ -24,22 +25,32 @@ class Places(NamedTuple):
 
 def ranks(id_P: Array, n: int) -> tuple[Array, Array]:
     """(place of each pair among the pairs of its id, pairs of each id [n]); ids outside 0..n-1
-    count nowhere."""
-    id_P = jnp.where((id_P >= 0) & (id_P < n), id_P, n)
-    order_P = jnp.argsort(id_P, stable=True)
-    sizes = jnp.bincount(id_P, length=n + 1).astype(jnp.int32)
-    first = jnp.cumsum(sizes) - sizes
-    rank_sorted = jnp.arange(len(id_P), dtype=jnp.int32) - first[id_P[order_P]]
-    return jnp.zeros_like(order_P, jnp.int32).at[order_P].set(rank_sorted), sizes[:n]
+    count nowhere.
+
+    Ids are counted in runs of RUN pairs, and compared within a run: a sort of many pairs takes a
+    TPU's compiler most of a minute."""
+    P = len(id_P)
+    X = -(-P // RUN)
+    valid_P = (id_P >= 0) & (id_P < n)
+    id_XxY = jnp.pad(jnp.where(valid_P, id_P, n), (0, X * RUN - P), constant_values=n)
+    id_XxY = id_XxY.reshape(X, RUN)
+    same_XxYxY = id_XxY[:, :, None] == id_XxY[:, None, :]
+    earlier = jnp.arange(RUN)[None, :] < jnp.arange(RUN)[:, None]
+    within_XxY = (same_XxYxY & earlier).sum(-1, dtype=jnp.int32)
+    chosen_XxYxN = id_XxY[..., None] == jnp.arange(n)
+    size_XxN = chosen_XxYxN.sum(1, dtype=jnp.int32)
+    before_XxN = jnp.cumsum(size_XxN, axis=0) - size_XxN
+    before_XxY = jnp.where(chosen_XxYxN, before_XxN[:, None], 0).sum(-1)
+    return (before_XxY + within_XxY).reshape(-1)[:P], size_XxN.sum(0)
 
 
 def places(slot_NxK: Array, rows: int) -> Places:
     """The matching in which a pair lies in row `slot`, of `rows`; slots outside lie nowhere."""
     held = (slot_NxK >= 0) & (slot_NxK < rows)
-    N, K = slot_NxK.shape
-    owner_P = jnp.repeat(jnp.arange(N, dtype=jnp.int32), K)
-    at_P = jnp.where(held, slot_NxK, rows).reshape(-1)
-    source_R = jnp.full(rows, -1, jnp.int32).at[at_P].set(owner_P, mode="drop")
+    owner_NxK = jax.lax.broadcasted_iota(jnp.int32, slot_NxK.shape, 0)
+    at_NxK = jnp.where(held, slot_NxK, rows)
+    # Not flattened: a scatter by flattened indices takes a TPU's compiler ten times as long.
+    source_R = jnp.full(rows, -1, jnp.int32).at[at_NxK].set(owner_NxK, mode="drop")
     return Places(source_R, jnp.where(held, slot_NxK, -1).astype(jnp.int32))
 
 

@@ -74,6 +74,10 @@ class Bounds(NamedTuple):
 
 def local(x_RxD: Array, id_RxK: Array, gates_RxK: Array, n: int, pairs: int, ffn: Ffn) -> Array:
     """Σ_k gates · expert(x) over the experts 0..n-1 of this device: [R, D]."""
+    if n < id_RxK.shape[1]:  # a column for each expert is less to look through
+        chosen_RxKxN = id_RxK[..., None] == jnp.arange(n, dtype=jnp.int32)
+        gates_RxK = jnp.where(chosen_RxKxN, gates_RxK[..., None], 0.0).sum(1)
+        id_RxK = jnp.where(chosen_RxKxN.any(1), jnp.arange(n, dtype=jnp.int32), -1)
     groups, at = grouped(id_RxK, n, pairs)
     return unpermute(ffn(permute(x_RxD, *at), groups), gates_RxK, at.slots_NxK, at.source_R)
 

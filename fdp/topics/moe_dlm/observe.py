@@ -13,7 +13,7 @@ import numpy as np
 
 from fdp.arm import Arm
 from fdp.data import expert_loads
-from fdp.data.traces import Trace, trace
+from fdp.data.traces import RoutingTrace, trace
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.mdlm import mask_exact_k
@@ -135,7 +135,9 @@ def observe(arm: Arm, sequences: int) -> Observed:
     )
 
 
-def traced(arm: Arm, ids_MxNxLxK: np.ndarray, share_N: np.ndarray, state: np.ndarray) -> Trace:
+def traced(
+    arm: Arm, ids_MxNxLxK: np.ndarray, share_N: np.ndarray, state: np.ndarray
+) -> RoutingTrace:
     """The choices of rows of sequences as a trace; `state` is its domain: masked or revealed."""
     M, N, L, K = ids_MxNxLxK.shape
     return trace(

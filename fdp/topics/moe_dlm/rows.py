@@ -289,7 +289,7 @@ def _seeds_for(d: Duel) -> str:
 
 def _layer() -> Any:
     cluster = hardware.cluster(CLUSTER)
-    return moe_traffic.Layer(shapes.named(MODEL), cluster, tokens=TOKENS, devices=RANKS)
+    return moe_traffic.PricedLayer(shapes.named(MODEL), cluster, tokens=TOKENS, devices=RANKS)
 
 
 def seconds(found: Sampled) -> float:

@@ -32,7 +32,7 @@ BINS = 10  # of the noise, in which losses and loads are reported
 SECTIONS = {
     "router": section(
         arms=words(tuple(ARMS), tuple(ARMS), "routers"),
-        tasks=words(TASKS, TASKS, "oracles, whose likelihood is known"),
+        tasks=words((), TASKS, "oracles, whose likelihood is known"),
         text=at_least(0, 1, "seeds of the arms on text; one arm alone for 1", "seeds"),
         sequences=count(64, "of a sampling run, and of each noise bin", "sequences"),
     )
