@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,15 +65,15 @@ def test_bytes_of_dispatch_plans_are_what_the_page_says(buffer: float) -> None:
     asked = re.findall(r"`(2·\(S-1\)/S[^`]+)`", page)
     assert [p[0] for p in plans] == ["flat", "two_level", "gather"] and len(asked) == 2
     T, K, E, S, G, D, b = 64, 4, 16, 8, 2, 8, 4
-    names = {"T": T, "K": K, "E": E, "S": S, "G": G, "M": S // G, "e": E // S, "D": D, "b": b}
-    names |= {"w": D * b, "β": buffer, "min": min, "ceil": math.ceil}
+    names: dict[str, Any] = {"min": min, "ceil": math.ceil, "β": buffer, "w": D * b}
+    names |= {"T": T, "K": K, "E": E, "S": S, "G": G, "M": S // G, "e": E // S, "D": D, "b": b}
 
     def value(formula: str) -> float:
         return eval(formula.replace("·", "*"), {}, names)
 
     for name, enough, tight in held:
         names[name] = value(tight if buffer else enough)
-    ids = jax.ShapeDtypeStruct((T, K), jnp.int32)
+    ids: Any = jax.ShapeDtypeStruct((T, K), jnp.int32)
     load = Load(ids, ids, T * K, T, E)
     for name, *ways in plans:
         plan = Dispatch(name, G if name == "two_level" else 1, buffer=buffer)

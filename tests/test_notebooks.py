@@ -25,7 +25,10 @@ MAX_BYTES = 300_000  # GitHub renders larger files slowly or not at all
 MACHINE_PATH = re.compile(r"/home/|/root/|/Users/|/tmp/|/work/|[A-Z]:\\\\|site-packages")
 
 # Names in the conditions that a notebook must assert, at the top level of a cell.
-MUST_ASSERT = {"00_quickstart": ("mesh", "output_8", "grads_8", "losses_8", "counted", "formula")}
+MUST_ASSERT = {
+    "00_quickstart": ("mesh", "output_8", "grads_8", "losses_8", "counted", "formula"),
+    "02_moe_dlm": ("routed", "biased", "errors", "rows_sent", "counted", "formula", "dealt"),
+}
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
