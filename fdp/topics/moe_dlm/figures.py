@@ -77,7 +77,8 @@ def heat(name: str, found: Mapping[str, Observed]) -> Any:
 
 def ranks(name: str, found: Mapping[str, Sampled]) -> Any:
     """Load of the ranks of ep over a sampling run, over the level load, worst layer marked."""
-    fig, panels = figure(len(found), 2.6, 3.2)
+    fig, panels = figure(len(found), 2.6 if len(found) > 1 else 4.0, 3.2)
+    top = max(s.overload_S.max() for s in found.values()) + 1
     for axes, (arm, s) in zip(np.atleast_1d(panels), found.items(), strict=True):
         part_SxMxR = expert_loads.part_loads(s.load_SxMxE, RANKS)
         level_SxMxR = part_SxMxR / part_SxMxR.mean(-1, keepdims=True)
@@ -86,6 +87,7 @@ def ranks(name: str, found: Mapping[str, Sampled]) -> Any:
         for r in range(RANKS):
             axes.plot(masked, level_SxMxR[:, worst, r], color=COLOURS[r % len(COLOURS)], alpha=0.8)
         axes.invert_xaxis()
+        axes.set_ylim(0, 1.05 * top)
         axes.set(xlabel="share of masked tokens", title=f"{arm}\nlayer {worst}")
         reference(axes, 1.0, "level")
     np.atleast_1d(panels)[0].set_ylabel("load of a rank over the mean")
