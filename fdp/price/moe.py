@@ -67,7 +67,7 @@ class LayerPrice(NamedTuple):
 def links(chip: str) -> network.LinkCoefficients:
     """Coefficients of a chip's network with the share of the NIC that kernels for dispatch reach.
 
-    `fdp.price.network` knows other collectives between nodes from one congested cluster, a third of
+    `fdp.price.network` knows other collectives between nodes from one congested cluster: 0.4 of
     that rate for an all-to-all over four nodes."""
     c = network.coefficients(chip)
     share = moe_matmul.document()["nic_share"] / c.all_to_all
@@ -108,7 +108,6 @@ def price(layer: PricedLayer, routing: Copies, plan: str, overlap: float = 0.0) 
     remote = [x.node + x.out for x in stages]
     out, back = (_wire(layer, plan, stages, row, way) for row, way in _ways(layer))
     there = out + (0.0 if plan == "gather" else _count_seconds(layer, stages))
-    gradient = _wire(layer, plan, stages, layer.row_back, False) + back
     matmul = matmul_seconds(layer, rows_M)
     rows = layer.row_out + layer.row_back
     return LayerPrice(
@@ -124,7 +123,7 @@ def price(layer: PricedLayer, routing: Copies, plan: str, overlap: float = 0.0) 
         steps=2 * len(stages) + (0 if plan == "gather" else len(stages)),
         matmul=matmul,
         forward=_hidden(there + back, matmul, overlap),
-        backward=_hidden(gradient, 2 * matmul, overlap),
+        backward=_hidden(2 * back, 2 * matmul, overlap),
         fullest=float(rows_M.max() / max(rows_M.mean(), 1e-9)),
     )
 

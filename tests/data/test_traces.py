@@ -123,6 +123,7 @@ WHOLE = base64.b64encode(ids().astype("<i4").tobytes()).decode()
         (_array("a.npz", routed_experts=ids() / 2), MODEL, "type float64: whole numbers"),
         (_file("a.b64", WHOLE[:-8]), MODEL, r"954 bytes .* 4·layers·k = 4·3·2 = 24: .* truncated"),
         (_file("a.b64", WHOLE[:-3]), MODEL, "no base64 .* truncated"),
+        (_file("a.b64", ""), MODEL, "holds no tokens"),
         (_file("a.b64", WHOLE), Layout(E), r"4·0·0 = 0"),
         (_file("a.csv", "layer_id,expert_id,count\n0,9,1"), MODEL, "from 9 to 9 of 8 experts"),
         (_file("a.csv", "layer_id,expert_id,count\n0,1"), MODEL, "truncated"),

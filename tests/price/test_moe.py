@@ -381,6 +381,7 @@ def test_overlap_hides_the_shorter_part():
     one = layer(tokens=256)
     alone, half, all_of_it = (moe.price(one, uniform(one), "flat", o) for o in (0, 0.5, 1))
     wire = alone.forward - alone.matmul
+    assert alone.backward > 2 * alone.matmul
     assert all_of_it.forward == pytest.approx(max(wire, alone.matmul))
     assert half.forward == pytest.approx((alone.forward + all_of_it.forward) / 2)
 
