@@ -186,7 +186,7 @@ def read(path: Path, layout: Layout) -> RoutingTrace | ExpertCounts:
             "write it again, or remove the shard"
         ) from error
     check(found, layout, path)
-    if isinstance(found, Trace) and not len(found.ids_NxLxK):
+    if isinstance(found, RoutingTrace) and not len(found.ids_NxLxK):
         raise UserError(f"{path} holds no tokens: trace a run that has some")
     return found
 
