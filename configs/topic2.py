@@ -47,10 +47,10 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
-    c.train.steps = 800
+    c.train.steps = 600
     c.mesh.update(dp=1, ep=1)
     c.seeds = (0, 1, 2, 3, 4, 5, 6, 7)
-    c.router.update(tasks=("markov", "two_regimes"), text=2, sequences=256)
+    c.router.update(tasks=("markov", "two_regimes"), text=2, sequences=128)
 
 
 def _large(c: ml_collections.ConfigDict) -> None:
