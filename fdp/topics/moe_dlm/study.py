@@ -120,7 +120,8 @@ def build(config: ml_collections.ConfigDict, name: str, degrees: Mapping[str, in
     """The experiment of the mesh comparison: the router that decides, with every loss."""
     c = config.copy_and_resolve_references()
     with c.unlocked():
-        c.data.source, c.train.batch, c.seeds = "two_regimes", 16, (0,)
+        c.data.source, c.seeds = "two_regimes", (0,)
+        c.train.update(batch=16, microbatches=1)
         c.model.update(dtype="float32", width=32, heads=4, kv_heads=4, head_dim=8, ffn=32)
         moe = c.model.moe
         moe.update(ARMS["low_rank_rank"] | {"switch": 0.01, "z": 0.001, "sequence": 0.01})
