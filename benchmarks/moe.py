@@ -14,6 +14,7 @@ model against that of its dense twin, on one device. Compiled figures need the a
 Legend: R rows, D width, F hidden width, E experts, K choices of a token."""
 
 import argparse
+import contextlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -114,17 +115,25 @@ def contenders(case: Case, dtype: str) -> dict[str, dict[str, Program]]:
         import tokamax
 
         found[TOKAMAX] = (lambda x, w: tokamax.ragged_dot(x, w, sizes_E), sorted_rows)
-    programs = {
-        name: {mode: (p, arrays) for mode, p in compile_modes(f, arrays).items()}
-        for name, (f, arrays) in found.items()
-    }
-    return {name: modes for name, modes in programs.items() if fits(modes[BOTH][0])}
+    programs = {}
+    for name, (f, arrays) in found.items():
+        with contextlib.suppress(MemoryError):
+            programs[name] = {mode: (p, arrays) for mode, p in compile_to_fit(f, arrays).items()}
+    return programs
 
 
-def fits(program: Any) -> bool:
-    """Whether the compiler's plan fits the device."""
+def compile_to_fit(call: Callable, arrays: tuple[Array, ...]) -> dict[str, Any]:
+    """`compile_modes`. Raises MemoryError for a plan of more than ROOM of the device's memory."""
+    try:
+        modes = compile_modes(call, arrays)
+    except jax.errors.JaxRuntimeError as error:  # a compiler that tries the program out
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise MemoryError from error
+        raise
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", np.inf)
-    return aot.memory(program).peak < ROOM * limit
+    if aot.memory(modes[BOTH]).peak > ROOM * limit:
+        raise MemoryError
+    return modes
 
 
 def verdicts(case: Case, seconds: dict[str, np.ndarray]) -> str:
