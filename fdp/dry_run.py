@@ -20,7 +20,7 @@ from fdp.count import bytes as closed
 from fdp.count import flops, jaxpr
 from fdp.count import memory as analytic
 from fdp.count.compare import sent
-from fdp.count.counts import CONVENTION
+from fdp.count.counts import CONVENTION, RAGGED
 from fdp.count.step import unstated
 from fdp.mesh import abstract_mesh, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models.shape import ModelShape
@@ -92,6 +92,13 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
 
 def describe(p: TrainStep, target: Target) -> str:
     """The tables of one arm."""
+    if not isinstance(p.mesh, Mesh):
+        return _tables(p, target)
+    with jax.sharding.use_abstract_mesh(p.mesh.abstract_mesh):  # counts depend on the platform
+        return _tables(p, target)
+
+
+def _tables(p: TrainStep, target: Target) -> str:
     estimate = analytic.estimate(p)
     state, batch = p.abstract_arguments()
     compiled, overflow = None, None
@@ -216,6 +223,13 @@ def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
             "\n  (the formula counts float32 parameter gathers; a compiler may cast to bfloat16 "
             "first and send half, and run a reduce-scatter as an all-reduce and a slice, which "
             "sends twice)"
+        )
+    if stated and any(op == RAGGED for op, _ in formula):
+        real = closed.traffic(p, level=True)
+        moved = sum(wire for (op, _), wire in real.items() if op == RAGGED) / 2**20
+        text += (
+            f"\n  ({RAGGED}: full buffers, which no step exceeds; only rows of tokens travel, "
+            f"{moved:,.3f} MiB where routing is uniform)"
         )
     return text
 

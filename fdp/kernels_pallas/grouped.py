@@ -92,6 +92,11 @@ def most_blocks(rows: int, experts: int, block: int) -> int:
     return max(1, n + (rows - n) // block)
 
 
+def buffer_rows(rows: int, experts: int, block: int) -> int:
+    """Rows of the smallest buffer that holds `rows` rows, however they fall on the experts."""
+    return block * most_blocks(rows, experts, block)
+
+
 def make_groups(sizes_E: Array, rows: int, block: int) -> Groups:
     """Groups of at most `rows` rows in all, in the smallest buffer that always suffices."""
     return Groups(sizes_E, block, most_blocks(rows, sizes_E.shape[0], block))
