@@ -22,6 +22,7 @@ Array = jax.Array
 Beside = Callable[[Array], Array]  # [T, D] → [T, D]
 PLAIN = Cast()
 PLANS = ("flat", "two_level", "gather")
+OFFSETS = 4  # two moves, whose gradients exchange the offsets of both ends
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,21 @@ class Dispatch:
 
         beside: what else is added to the result, of every token alone. It is computed where the
         rows are exchanged, so that a compiler may do both at once."""
+
+        def all_of(run: Callable, b: Bounds, x_TxD: Array, load: Load) -> tuple[Array, Moved]:
+            y_TxD, moved = run(b, ffn, x_TxD, load)
+            return (y_TxD if beside is None else y_TxD + beside(x_TxD)), moved
+
         tight, worst = self.bounds(len(x_TxD), load, size("ep"))
         if tight == worst:
-            return *self._run(worst, ffn, beside, x_TxD, load), jnp.zeros(())
+            return *all_of(self._run, worst, x_TxD, load), jnp.zeros(())
         fits = _needed(self, load, len(x_TxD)) <= jnp.array(tight)
         fits = pmax((~fits).any().astype(jnp.int32), "ep") == 0
         with jax.named_scope("fits"):  # `fdp.count` is told by this name which branch runs
             y_TxD, moved = jax.lax.cond(
                 fits,
-                partial(self._run, tight, ffn, beside),
-                partial(self._rounds, tight, ffn, beside),
+                partial(all_of, self._run, tight),
+                partial(all_of, self._rounds, tight),
                 x_TxD,
                 load,
             )
@@ -123,21 +129,15 @@ class Dispatch:
         """Most pairs of a device that an expert takes; 0: all."""
         return math.ceil(self.capacity * load.pairs / load.experts)
 
-    def _run(
-        self, b: Bounds, ffn: Ffn, beside: Beside | None, x_TxD: Array, load: Load
-    ) -> tuple[Array, Moved]:
-        plan, wire = self.plan if size("ep") > 1 else "flat", self.wire
+    def _run(self, b: Bounds, ffn: Ffn, x_TxD: Array, load: Load) -> tuple[Array, Moved]:
+        plan = self.plan if size("ep") > 1 else "flat"
         if plan == "two_level":
-            y, moved = exchange.two_level(x_TxD, load, ffn, wire, b, self.node(size("ep")))
-        elif plan == "gather":
-            y, moved = exchange.gather(x_TxD, load, ffn, b)
-        else:
-            y, moved = exchange.flat(x_TxD, load, ffn, wire, b, self.cut(load))
-        return (y if beside is None else y + beside(x_TxD)), moved
+            return exchange.two_level(x_TxD, load, ffn, self.wire, b, self.node(size("ep")))
+        if plan == "gather":
+            return exchange.gather(x_TxD, load, ffn, b)
+        return exchange.flat(x_TxD, load, ffn, self.wire, b, self.cut(load))
 
-    def _rounds(
-        self, tight: Bounds, ffn: Ffn, beside: Beside | None, x_TxD: Array, load: Load
-    ) -> tuple[Array, Moved]:
+    def _rounds(self, tight: Bounds, ffn: Ffn, x_TxD: Array, load: Load) -> tuple[Array, Moved]:
         """As `_run`, for any load: equal parts of the tokens, one after the other, in buffers that
         suffice for the worst case of each. Nothing of a round is kept for the backward pass."""
         S, T = size("ep"), len(x_TxD)
@@ -149,7 +149,7 @@ class Dispatch:
 
         def one(given: tuple[Array, Array, Array]) -> tuple[Array, Moved]:
             x, ids, gates = given
-            return self._run(need, ffn, beside, x, replace(part, ids=ids, gates=gates))
+            return self._run(need, ffn, x, replace(part, ids=ids, gates=gates))
 
         cut = [a.reshape(n, T // n, -1) for a in (x_TxD, load.ids, load.gates)]
         y, moved = jax.lax.map(jax.checkpoint(one, prevent_cse=False), cut)
@@ -175,19 +175,21 @@ class Dispatch:
             op = RAGGED if ragged() else EXCHANGE
             there.put(op, ep, moved * row_bytes)
             back.put(op, ep, moved * row_bytes)
-        if self.plan == "flat":
-            if ragged():
-                there.add(GATHER, ep, 4 * load.experts)
-            else:
-                there.add(EXCHANGE, ep, 4 * load.experts // S)
-        if self.plan == "two_level":
-            G = self.node(S)
-            copies = (S // G - 1) * b.first + (G - 1) * b.second
-            counts = 4 * (S // G - 1 + G - 1) if ragged() else 0
-            there.put(EXCHANGE, ep, copies * 8 * K + counts)
-            back.put(EXCHANGE, ep, copies * 4 * K)
+        if self.plan == "flat" and not ragged():
+            there.add(EXCHANGE, ep, 4 * load.experts // S)
+        elif self.plan == "flat":
+            there.add(GATHER, ep, 4 * load.experts)
+            back.add(EXCHANGE, ep, OFFSETS * 4 * load.experts // S)
         if b != worst:
-            there.add(REDUCE, ep, 4 + 4 * (S if self.plan != "two_level" else 2 * S))
+            there.add(REDUCE, ep, 4 + 4 * S)
+        if self.plan == "two_level":
+            M, G = S // self.node(S), self.node(S)
+            copies = (M - 1) * b.first + (G - 1) * b.second
+            sizes = 4 * (M - 1 + G - 1) if ragged() else 0
+            there.put(EXCHANGE, ep, copies * 8 * K + sizes)
+            back.put(EXCHANGE, ep, copies * 4 * K + OFFSETS * sizes)
+            if b != worst:  # rows that reach each device of the node
+                there.put(REDUCE, ep, 2 * (M - 1) / M * 4 * S)
         return [there.sent, back.sent]
 
     def _full(self, b: Bounds, load: Load, S: int) -> float:
