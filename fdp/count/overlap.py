@@ -5,8 +5,7 @@ schedule. XLA:CPU splits no collective. What stands between can hide the transfe
 long enough, only a measurement says."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fdp.count.hlo_text import HloModule, Instruction
 
@@ -14,8 +13,7 @@ WORK = ("fusion", "while", "custom-call", "dot", "convolution", "call", "conditi
 PRODUCTS = ("dot", "convolution", "custom-call")
 
 
-@dataclass(frozen=True)
-class Overlap:
+class Overlap(NamedTuple):
     """Collectives of one kind in a program, each counted once whatever loop it stands in.
 
     apart: start and done are two instructions, and the transfer runs beside what stands between.
@@ -28,64 +26,50 @@ class Overlap:
     beside: int
 
 
-def overlap(text: str, op: str, scope: str = "") -> Overlap:
+def overlap(text: str, op: str, scope: str) -> Overlap:
     """`Overlap` of the collectives `op`, such as "ragged-all-to-all". `scope`: a part of the
     product's op_name, as `jax.named_scope` gives it."""
     module = HloModule(text)
-    inside = _inside(module)
+    every = [i for body in module.computations.values() for i in body.values()]
+    wrapped = {c for i in every if i.opcode == "async-start" for c in i.called}
     total = apart = busy = beside = 0
-    for order in (list(b.values()) for n, b in module.computations.items() if n not in inside):
-        for at, i in enumerate(order):
-            if op not in _ops(module, i):
-                continue
-            total += 1
-            done = _done(order, at)
-            if done is None:
-                continue
-            between = [x for x in order[at + 1 : done] if x.opcode in WORK]
-            apart, busy = apart + 1, busy + bool(between)
-            beside += any(_any(module, x, lambda y: _product(y, scope)) for x in between)
+    for name, body in module.computations.items():
+        order = list(body.values())
+        found = [] if name in wrapped else [n for n, i in enumerate(order) if _op(module, i) == op]
+        total += len(found)
+        for start in found:
+            done = _done(order, start)
+            between = [i for i in order[start + 1 : done] if i.opcode in WORK]
+            apart, busy = apart + (done > start), busy + bool(between)
+            beside += any(_product(module, i, scope) for i in between)
     return Overlap(total, apart, busy, beside)
 
 
-def _inside(module: HloModule) -> set[str]:
-    """Computations that hold the collective of an asynchronous instruction."""
-    every = (i for body in module.computations.values() for i in body.values())
-    return {c for i in every if i.opcode.startswith("async-") for c in i.called}
+def _op(module: HloModule, i: Instruction) -> str:
+    """The collective that this instruction runs or starts, "" for none."""
+    if i.opcode == "async-start":
+        inner = (x for c in i.called for x in module.computations.get(c, {}).values())
+        return next((x.collective[0] for x in inner if x.collective), "")
+    return i.collective[0] if i.collective else ""
 
 
-def _ops(module: HloModule, i: Instruction) -> set[str]:
-    """The collectives that this instruction starts, or runs by itself."""
-    if i.collective:
-        return {i.collective[0]}
-    if i.opcode != "async-start":
-        return set()
-    bodies = (module.computations.get(c, {}) for c in i.called)
-    return {x.collective[0] for body in bodies for x in body.values() if x.collective}
-
-
-def _done(order: list[Instruction], at: int) -> int | None:
-    """Where the transfer that starts at `at` is waited for; None where it does not run beside
-    others."""
-    i = order[at]
+def _done(order: list[Instruction], start: int) -> int:
+    """Where the transfer that starts at `start` is waited for: there, if it runs beside nothing."""
+    i = order[start]
     if not i.opcode.endswith("-start") or (i.collective and not i.collective[1]):
-        return None
+        return start
     names = {i.name}
-    for n in range(at + 1, len(order)):
-        x = order[n]
-        if names.intersection(x.operands) and x.opcode.endswith(("-update", "-done")):
-            names.add(x.name)
+    for n, x in enumerate(order[start + 1 :], start + 1):
+        if names.intersection(x.operands):
             if x.opcode.endswith("-done"):
                 return n
-    return None
+            names.add(x.name)  # an update, or a tuple's element
+    return start
 
 
-def _any(module: HloModule, i: Instruction, holds: Callable[[Instruction], bool]) -> bool:
-    """Whether something holds for this instruction, or for one that it runs."""
+def _product(module: HloModule, i: Instruction, scope: str) -> bool:
+    """Whether this instruction, or one that it runs, is a matrix product of the scope."""
+    if i.opcode in PRODUCTS and scope in re.split(r"[/()]+", i.op_name):
+        return True
     inner = (x for c in i.called for x in module.computations.get(c, {}).values())
-    return holds(i) or any(_any(module, x, holds) for x in inner)
-
-
-def _product(i: Instruction, scope: str) -> bool:
-    scopes = re.split(r"[/()]+", i.op_name)
-    return i.opcode in PRODUCTS and (not scope or scope in scopes)
+    return any(_product(module, x, scope) for x in inner)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fdp.count.experts import Temporaries
+from fdp.count.overlap import Overlap
 from fdp.data.batches import Data
 from fdp.data.synthetic import CHAINS
 from fdp.price import hardware, moe, moe_traffic, shapes
@@ -350,3 +351,15 @@ def memory(found: Mapping[str, Temporaries] | None) -> list[Row]:
         numbers = found[worst].ours, "B", limit, "compiled", name, found[worst][at]
         rows.append(Row.judged(claim, metric, *numbers, note=f"bfloat16, one H100: {each}"))
     return rows
+
+
+def beside(found: Mapping[str, Overlap]) -> Row:
+    """Whether the shared expert can hide the exchange of rows."""
+    claim = "the shared expert stands between start and done of a ragged all-to-all"
+    metric, limit = "ragged all-to-alls of a layer with its product between", "value >= 1"
+    if "h100" not in found:
+        needs = "needs the H100 compiler: pip install 'fdp[aot]'"
+        return Row.untestable(claim, metric, "", limit, "compiled", needs)
+    each = (f"{n}: {o.apart} of {o.total} asynchronous, {o.beside} so" for n, o in found.items())
+    note = f"forward and backward, two nodes of eight devices: {'; '.join(each)}"
+    return Row.judged(claim, metric, found["h100"].beside, "", limit, "compiled", note=note)
