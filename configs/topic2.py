@@ -76,12 +76,14 @@ def _h100(c: ml_collections.ConfigDict) -> None:
 
 def _pod(c: ml_collections.ConfigDict) -> None:
     """A trillion parameters, 44 billion of them active for a token, on 512 v5p. Masters, moments
-    and gradients in float32 take 16 bytes each. The same model on 64 nodes of eight H100, whose
-    fast links join eight devices of ep:
+    and gradients in float32 take 16 bytes each: 64 cards of 80 GB cannot hold them. 64 nodes of
+    eight H100 can, whose fast links join eight devices of ep:
 
         --config.hardware.topology=h100:64x8 --config.mesh.dp=8 --config.mesh.tp=1 \\
         --config.train.batch=512
-    """
+
+    A TPU waits for each ragged all-to-all where it stands, unless XLA's flag
+    xla_tpu_enable_async_ragged_all_to_all is set (in LIBTPU_INIT_ARGS)."""
     _large(c)
     c.mesh.update(dp=4, ep=64, tp=2)
     llama_like(c.model, layers=64, width=7168, heads=64, kv_heads=8, vocab=32_768)
