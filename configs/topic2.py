@@ -81,9 +81,7 @@ def _pod(c: ml_collections.ConfigDict) -> None:
 
         --config.hardware.topology=h100:64x8 --config.mesh.dp=8 --config.mesh.tp=1 \\
         --config.train.batch=512
-
-    A TPU waits for each ragged all-to-all where it stands, unless XLA's flag
-    xla_tpu_enable_async_ragged_all_to_all is set (in LIBTPU_INIT_ARGS)."""
+    """
     _large(c)
     c.mesh.update(dp=4, ep=64, tp=2)
     llama_like(c.model, layers=64, width=7168, heads=64, kv_heads=8, vocab=32_768)
