@@ -97,7 +97,7 @@ def test_experts_are_reduced_over_dp_and_cp_and_not_over_ep() -> None:
 @cache
 def stepping(ep: int) -> Any:
     """(program, compiled train step) with every loss and state, on dp 2 where ep > 1."""
-    more = {"model.moe.rank": 0.01, "model.moe.bins": 4, "train.lr": 1e-3}
+    more = {"model.moe.rank": 0.01, "model.moe.bins": 4, "model.moe.ranks": 2, "train.lr": 1e-3}
     p = build.program(config(SHARED | more, {"dp": 2, "ep": ep} if ep > 1 else {}))
     return p, p.jit_train_step()
 
@@ -167,7 +167,8 @@ BAD = [
     ({"model.moe.capacity": 1.0, "model.moe.dispatch": "gather"}, "only flat drops pairs"),
     ({"model.moe.first_dense": 2}, "leave no layer with experts: set model.moe.first_dense=1"),
     ({"model.moe.every": 3}, "layers after first_dense 2 is not divisible by model.moe.every = 3"),
-    ({"model.moe.rank": 0.1}, "balances noise bins, but model.moe.bins=1"),
+    ({"model.moe.rank": 0.1, "model.moe.ranks": 2}, "in noise bins, but model.moe.bins=1 and"),
+    ({"model.moe.rank": 0.1, "model.moe.bins": 4}, "bins=4 and ranks=1, where one of either"),
     ({"model.moe.ranks": 3}, "experts 8 is not divisible by model.moe.ranks = 3"),
     ({"model.moe.noise": "film", "objective.form": "t"}, "read the share of masked tokens"),
     (
@@ -175,6 +176,15 @@ BAD = [
         "compares a token with later ones of its sequence",
     ),
     ({"model.moe.choice": "expert", "model.moe.bias": 0.1}, "moves what tokens choose"),
+    ({"model.moe.choice": "expert", "model.moe.groups": 2}, "groups=2 limits what tokens choose"),
+    ({"model.moe.low": 1.0}, "low=1.0 and high=0.0 say how many tokens experts choose"),
+    (
+        {"model.moe.choice": "expert", "model.moe.low": 0.2},
+        r"low·seq_len/experts = 0.2·32/8 = 0.8 tokens .*: set model.moe.low=0.25",
+    ),
+    ({"model.moe.noise": "group"}, "opens some of the groups, but model.moe.groups=1"),
+    ({"model.moe.shared_gate": True}, "weighs shared experts: set model.moe.shared=1"),
+    ({"model.moe.wire": "bfloat16", "model.moe.dispatch": "gather"}, "in the type of compute"),
     (
         {"model.moe.dispatch": "two_level", "mesh.ep": 4, "model.moe.node": 3},
         "nodes of 3 devices are no power of two",
