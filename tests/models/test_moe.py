@@ -6,6 +6,7 @@ from typing import Any
 
 import build
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -16,8 +17,11 @@ from fdp.count import bytes as closed
 from fdp.count.compare import EXACT, against_one_device, mismatches, outcome
 from fdp.count.requirements import missing, required_of, unexpected
 from fdp.count.step import microbatch
+from fdp.grads import Stages, plain
 from fdp.mesh import BATCH_AXES, make_mesh
-from fdp.models import moe
+from fdp.models import module, moe
+from fdp.models.layers import ones
+from fdp.models.module import Module, compact
 from fdp.models.moe import MoEInput
 from fdp.models.stack import LayerInput
 from fdp.step import TrainStep
@@ -123,6 +127,37 @@ def test_state_and_metrics_of_two_steps_do_not_depend_on_the_mesh() -> None:
     for name in ("imbalance", "switch", "rank", "z", "sequence"):
         key = f"layers/mlp/{name}"
         np.testing.assert_allclose(metrics[key], want[key], rtol=1e-5)
+
+
+class Reports(Module):
+    """Scales its input, with one metric of each kind and a penalty."""
+
+    @compact
+    def __call__(self, x: Any) -> Any:
+        w = self.weight("w", ones, (1,), (None,))
+        self.aux("count", x.sum())
+        self.aux("level", x.mean(), mean=True)
+        self.penalty("size", x.mean() * w.sum())
+        return w * x
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_counts_are_added_over_microbatches_and_means_and_penalties_are_not(
+    microbatches: int,
+) -> None:
+    model, x, share = Reports(), jnp.arange(8.0), 1 / microbatches
+    variables = module.init(model, jax.random.key(0), x)
+
+    def stage(params: Any, x: Any) -> Any:
+        return module.learn(model, {"params": params, "state": {}}, x, share=share)
+
+    def score(params: Any, x: Any, noised: Any) -> Any:
+        return jnp.zeros(()), {}, None
+
+    parts = Stages(stage, lambda params, x, noised: (x, {}, None), score)
+    loss, grads, aux = plain(microbatches)(parts, variables["params"], x)
+    assert (loss, aux["count"], aux["level"], grads["w"]) == (3.5, 28, 3.5, 3.5)
 
 
 @pytest.mark.fast
