@@ -70,7 +70,7 @@ def _h100(c: ml_collections.ConfigDict) -> None:
     llama_like(c.model, layers=18, width=1024, heads=16, kv_heads=4, vocab=32_768)
     c.model.moe.update(experts=32, topk=4, ffn=512, shared=1, buffer=0.0)
     c.data.seq_len = 4096
-    c.train.update(batch=96, microbatches=4)  # fills the card
+    c.train.update(batch=96, microbatches=4)
     c.hardware.topology = "h100:1"
 
 

@@ -34,17 +34,18 @@ def stages(
     count: Any,
     capacity: int | None = None,
     inputs_N: Any = None,
-    penalties: float = 1.0,
+    share: float = 1.0,
 ) -> Stages:
     """The stages of a model and its objective. `score` divides the summed loss by `count`.
 
-    `inputs_N`: layer inputs, a pytree whose leading dim is the periods of the stack. `penalties`:
-    what the penalties of the model are multiplied by; 0 leaves them out, as an evaluation does."""
+    `inputs_N`: layer inputs, a pytree whose leading dim is the periods of the stack. `share`: of
+    the microbatch in its step, by which penalties and means are multiplied; 0 leaves penalties out,
+    as an evaluation does."""
 
     def run(params: Any, *args: Any, method: str) -> tuple[Any, Aux, Penalty]:
         variables = {"params": params, "state": model_state}
-        out, aux, penalty = module.learn(model, variables, *args, method=method)
-        return out, aux, penalty * penalties if penalty is not None and penalties else None
+        out, aux, penalty = module.learn(model, variables, *args, method=method, share=share)
+        return out, aux, penalty if share else None
 
     def stack(params: Any, x: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
         more = () if inputs_N is None else (inputs_N,)
@@ -169,7 +170,7 @@ class TrainStep:
             count,
             self.capacity,
             inputs_N,
-            1 / self.experiment.grads.microbatches,  # a penalty is a mean over microbatches
+            1 / self.experiment.grads.microbatches,
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
         return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)

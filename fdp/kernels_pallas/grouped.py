@@ -73,15 +73,6 @@ class Groups:
         places = jnp.arange(self.blocks, dtype=jnp.int32)
         return (ends_E <= places[:, None]).sum(1, dtype=jnp.int32)
 
-    @property
-    def holds_R(self) -> Array:
-        """Whether a row belongs to an expert: bool [R]; the others are padding."""
-        E = self.sizes_E.shape[0]
-        expert_R = jnp.repeat(self.expert_of_block, self.block)
-        safe_R = jnp.minimum(expert_R, E - 1)
-        rank_R = jnp.arange(self.rows, dtype=jnp.int32) - self.starts_E[safe_R]
-        return (expert_R < E) & (rank_R < self.sizes_E[safe_R])
-
 
 def most_blocks(rows: int, experts: int, block: int) -> int:
     """The most blocks that `rows` rows fill, however they fall on the experts.

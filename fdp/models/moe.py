@@ -148,12 +148,14 @@ class MoE(Module):
         return psum(x / size("tp"), "tp") if self.shape.sequence_parallel else x
 
     def _report(self, moved: Array, logits: Array) -> None:
-        """Metrics: "moved" is [pairs dropped, rows sent to other nodes, rows sent within a node,
-        share of devices whose buffers were too small]; "nonfinite" counts logits."""
+        """Metrics: "moved" is [pairs dropped, rows sent to other nodes, rows sent within a node, or
+        by plans that know no nodes]; "fell_back" the share of devices whose buffers were too small;
+        "nonfinite" counts logits."""
         bad = (~jnp.isfinite(logits)).sum(dtype=jnp.float32)[None]
         if self.shape.sequence_parallel:
             moved, bad = jnp.split(psum(jnp.append(moved / size("tp"), bad), "tp"), [4])
-        self.aux("moved", moved)
+        self.aux("moved", moved[:3])
+        self.aux("fell_back", moved[3], mean=True)
         self.aux("nonfinite", bad[0])
 
     def _balance(self, routed: Routed, where: Any) -> None:
@@ -170,9 +172,9 @@ class MoE(Module):
 
         sum_BxE = total(share_BxLxE.sum(1))
         self.aux("load", count_BxE.sum(0))
-        self.aux("imbalance", load_E.max() / load_E.mean() / devices)
+        self.aux("imbalance", load_E.max() / load_E.mean() / devices, mean=True)
         part_S = load_E.reshape(size("ep"), -1).sum(-1)
-        self.aux("rank_imbalance", part_S.max() / part_S.mean() / devices)
+        self.aux("rank_imbalance", part_S.max() / part_S.mean() / devices, mean=True)
         losses: dict[str, Array] = {}
         if b.switch:
             losses["switch"] = balance.switch(load_E, sum_BxE.sum(0), tokens)
@@ -186,7 +188,7 @@ class MoE(Module):
         if b.bins > 1:
             losses |= self._by_noise(count_BxE, sum_BxE, where.noise, tokens)
         for name, value in losses.items():
-            self.aux(name, value)
+            self.aux(name, value, mean=True)
             self.penalty(name, getattr(b, name) * value)
 
     def _by_noise(
@@ -196,7 +198,7 @@ class MoE(Module):
         b = self.balance
         bin_BxJ = balance.noise_bin(noise_B, b.bins)
         count_JxE = bin_BxJ.T @ count_BxE
-        self.aux("load_bins", count_JxE)
+        self.aux("load_bins", count_JxE, mean=True)  # of a microbatch, as `rank` reads it
         if not b.rank:
             return {}
         now_JxE = psum(count_JxE, DATA_AXES)

@@ -30,10 +30,10 @@ class Dispatch:
     """How rows reach the experts of other devices of ep.
 
     plan: one of PLANS (see `exchange`). inner: devices of a node, for two_level. capacity: 0 is
-    dropless; otherwise an expert takes at most capacity·pairs/experts pairs of each device (flat).
-    buffer: rows of the static buffers as a multiple of those of level loads; a step that needs more
-    takes its tokens in rounds, so few at a time that any load fits, and is counted. 0: buffers for
-    the worst case. wire: format of rows."""
+    dropless; otherwise an expert takes at most capacity·pairs/experts pairs of each device (flat),
+    and `buffer` is not read. buffer: rows of the static buffers as a multiple of those of level
+    loads; a step that needs more takes its tokens in rounds, so few at a time that any load fits,
+    and is counted. 0: buffers for the worst case. wire: format of rows."""
 
     plan: str = "flat"
     inner: int = 1
@@ -57,6 +57,11 @@ class Dispatch:
                 f"capacity {self.capacity} with plan {self.plan}: only flat drops pairs, at a "
                 "capacity above 0; 0 is dropless"
             )
+        if self.plan == "gather" and self.wire != PLAIN:
+            raise ValueError(
+                f"plan gather sends rows in the type of compute, not by {self.wire}: set "
+                "model.moe.wire='same'"
+            )
         if self.plan == "two_level":
             if ep & (ep - 1):
                 raise ValueError(
@@ -66,7 +71,7 @@ class Dispatch:
             if self.inner < 1 or self.inner & (self.inner - 1):
                 raise ValueError(
                     f"nodes of {self.inner} devices are no power of two, so they do not divide "
-                    f"ep = {ep}: set model.moe.node={1 << self.inner.bit_length()}"
+                    f"ep = {ep}: set model.moe.node={min(1 << self.inner.bit_length(), ep)}"
                 )
 
     def __call__(

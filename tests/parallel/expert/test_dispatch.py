@@ -182,10 +182,19 @@ def test_capacity_drops_what_comes_last_and_counts_it() -> None:
 
 
 def test_gates_of_one_over_k_and_idle_experts_give_back_the_tokens() -> None:
-    x = jnp.asarray(ARRAYS[0])
-    for plan in (Dispatch(), Dispatch("two_level"), Dispatch("gather")):
-        load = Load(jnp.asarray(RANDOM), jnp.full((TOKENS, K), 1 / K), TOKENS * K, TOKENS, E)
-        np.testing.assert_allclose(plan(x, load, lambda rows, groups: rows)[0], x, atol=1e-6)
+    mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"ep": 4}), "ep")
+    plans = Dispatch(), Dispatch("two_level", 2), Dispatch("gather")
+
+    def local(x, ids):
+        load = Load(ids, 1 / K + 0.0 * ids, TOKENS // 4 * K, TOKENS // 4, E)
+        return [plan(x, load, lambda rows, groups: rows)[0] for plan in plans]
+
+    rows, x = P("ep"), ARRAYS[0]
+    program = jax.jit(
+        shard_map(local, mesh, (rows, rows), [rows] * len(plans)), compiler_options=hlo.QUICK
+    )
+    for y in program(x, RANDOM):
+        np.testing.assert_allclose(y, x, atol=1e-6)
 
 
 def test_places_are_those_of_a_loop() -> None:
