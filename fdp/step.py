@@ -117,7 +117,9 @@ class TrainStep:
         """
         return self.specs.init(self.plain, seed)
 
-    def _shard_map(self, f: Callable[..., Any], noised: Any, out_specs: Any) -> Callable[..., Any]:
+    def mapped(self, f: Callable[..., Any], noised: Any, out_specs: Any) -> Callable[..., Any]:
+        """`f` of this device's (stored variables, corrupted batch, count, layer inputs), over the
+        mesh."""
         batch = sharding.batch_specs(noised, self.objective.dims)
         in_specs = (self.specs.variable_specs(), batch, P(), self.inputs)  # count: everywhere
         return shard_map(f, self.mesh, in_specs, out_specs)
@@ -151,10 +153,11 @@ class TrainStep:
         static = isinstance(count, int)  # then it is a constant of the program
         out = (P(), self.specs.stored, self.specs.aux_specs)
         local = functools.partial(self._local_grads, count if static else None)
-        mapped = self._shard_map(local, noised, out)
+        mapped = self.mapped(local, noised, out)
         return mapped(variables, noised, None if static else count, inputs_N)
 
-    def _gather(self, params: Any) -> Any:
+    def gather(self, params: Any) -> Any:
+        """Parameters as the model takes them, of this device's stored ones (ZeRO)."""
         s = self.specs
         return sharding.gather(params, s.stored, s.metas, s.zero)
 
@@ -162,7 +165,7 @@ class TrainStep:
         self, static: int | None, variables: Any, noised: Any, count: Any, inputs_N: Any
     ) -> Any:
         count = static or count
-        params, gather_vjp = jax.vjp(self._gather, variables["params"])
+        params, gather_vjp = jax.vjp(self.gather, variables["params"])
         parts = stages(
             self.model,
             self.objective,
@@ -220,11 +223,11 @@ class TrainStep:
         noised = self.corrupt(batch, key)
 
         def local(variables: Any, noised: Any, _: Any, inputs_N: Any) -> jax.Array:
-            params = self._gather(variables["params"])
+            params = self.gather(variables["params"])
             parts = stages(self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0)
             return psum(parts.loss(params, noised)[0], LOSS_AXES)
 
-        total = self._shard_map(local, noised, P())(variables, noised, None, inputs_N)
+        total = self.mapped(local, noised, P())(variables, noised, None, inputs_N)
         return total, self.objective.count(noised)
 
     def batch_shardings(self) -> Any:
