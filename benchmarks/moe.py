@@ -32,7 +32,7 @@ from benchmarks.timing import table as time_table
 from configs import topic2
 from fdp.collectives import shard_map
 from fdp.count import aot
-from fdp.count.experts import LAYERS, PLATFORM, table
+from fdp.count.experts import LAYERS, PLATFORM, Temporaries, expert_memory
 from fdp.kernels_pallas.grouped import (
     Groups,
     choose_block,
@@ -235,11 +235,11 @@ def step_ratio(pairs: int = 30) -> str:
 # -------------------------------------------------------------------------------------------------
 
 
-def memory_table() -> str:
+def memory_table(measured: dict[str, Temporaries]) -> str:
     """Temporaries of both implementations, and their ratios to each other and to what must be
     kept."""
     rows = []
-    for name, found in table().items():
+    for name, found in measured.items():
         layer = LAYERS[name]
         shape = f"{layer.rows} x {layer.D} x {layer.F}, {layer.E} experts"
         ratios = found.ours / found.ragged, found.ours / found.kept
@@ -270,6 +270,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16" if gpu else "float32"
     )
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats={args.repeats} rounds: at least 1")
     sizes = args.rows, args.width, args.hidden, args.experts
     if any(sizes) and not all(sizes):
         parser.error("give all of --rows, --width, --hidden, --experts, or none of them")
@@ -290,8 +292,9 @@ def main(argv: list[str] | None = None) -> None:
             print("\n" + dispatch_share(*layer, topk, args.repeats), flush=True)
     else:
         print("\n" + step_ratio(), flush=True)
-    if aot.available("h100"):
-        print("\n" + memory_table())
+    measured = expert_memory()  # in a process of its own: this one has started its devices
+    needs = "memory on an H100: not compiled, pip install 'fdp[aot]'"
+    print("\n" + (memory_table(measured) if measured else needs))
 
 
 if __name__ == "__main__":

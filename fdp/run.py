@@ -157,8 +157,10 @@ def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
         )
     except (ValueError, OSError, CheckpointError) as error:
         raise fdp_config.UserError(str(error)) from error
+    every = [arm for seeds in arms.values() for arm in seeds]
+    _check_imported(workdir, every)
     try:
-        _train([arm for seeds in arms.values() for arm in seeds], workdir)
+        _train(every, workdir)
     except CheckpointError as error:
         raise fdp_config.UserError(str(error)) from error
     except (FloatingPointError, HookError, ImpossibleSpeed) as error:
@@ -174,6 +176,18 @@ def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
             f"{error}\nWhat was measured is kept in {workdir}/measured"
         ) from error
     _print_end(report, workdir)
+
+
+def _check_imported(workdir: Path, arms: list[Arm]) -> None:
+    """Raises UserError for an imported model (a checkpoint of step 0) that no arm starts from:
+    training would start from random weights without a word."""
+    labels = [arm.label for arm in arms]
+    unused = [p.parent.name for p in (workdir / "checkpoints").glob("*/0")]
+    if unused := sorted(set(unused) - set(labels)):
+        raise fdp_config.UserError(
+            f"{workdir} holds the imported {', '.join(unused)}, and this run trains "
+            f"{', '.join(labels)}: import again with --arm={arms[0].name}, or use another workdir"
+        )
 
 
 def _train(arms: list[Arm], workdir: Path) -> None:

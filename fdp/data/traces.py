@@ -145,7 +145,8 @@ def check(found: RoutingTrace | ExpertCounts, layout: Layout, what: object) -> N
 class Writer:
     """Appends shards to a folder; after kill -9 every shard is whole. A folder goes on."""
 
-    def __init__(self, folder: Path, experts: int) -> None:
+    def __init__(self, folder: Path | str, experts: int) -> None:
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.experts, self.next = folder, experts, len(_shards(folder))
 
@@ -163,11 +164,12 @@ def _shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("shard-*.npz"))
 
 
-def read(path: Path, layout: Layout) -> RoutingTrace | ExpertCounts:
+def read(path: Path | str, layout: Layout) -> RoutingTrace | ExpertCounts:
     """The trace in a folder or file of a model with `layout` (base64 needs its layers and topk).
 
     Raises UserError, one line, for a missing, truncated or unknown file, ids out of range and a
     trace of another model."""
+    path = Path(path)
     try:
         if path.is_dir():
             if not _shards(path):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 
 from fdp.data import expert_loads
 from fdp.study.figures import COLOURS, MARKERS, figure, legend, reference
@@ -13,7 +14,7 @@ from fdp.study.statistics import interval
 from fdp.topics.moe_dlm.observe import RANKS, Observed, Sampled
 from fdp.topics.moe_dlm.settings import BINS, SEVERAL_NODES
 
-SHOWN = ("aux", "low_rank", "low_rank_rank", "film_rank")  # in pictures of loads, where trained
+SHOWN = ("aux", "loss_free", "low_rank_rank", "film_rank")  # in pictures of loads, where trained
 
 
 def task(
@@ -47,7 +48,7 @@ def by_noise(name: str, arms: Sequence[str], seen: Sequence[Sequence[Observed]])
     axes.set(
         xlabel="share of masked tokens",
         ylabel=f"NELBO less that of {arms[0]} (nats a token)",
-        title=f"{name}: what routers gain at each noise level",
+        title=f"{name}: NELBO at each noise level, lower is better",
     )
     legend(fig, 4)
     return fig
@@ -78,14 +79,16 @@ def heat(name: str, found: Mapping[str, Observed]) -> Any:
 def ranks(name: str, found: Mapping[str, Sampled]) -> Any:
     """Load of the ranks of ep over a sampling run, over the level load, worst layer marked."""
     fig, panels = figure(len(found), 2.6 if len(found) > 1 else 4.0, 3.2)
-    top = max(s.overload_S.max() for s in found.values()) + 1
+    top, colours = max(s.overload_S.max() for s in found.values()) + 1, colormaps["viridis"]
     for axes, (arm, s) in zip(np.atleast_1d(panels), found.items(), strict=True):
         part_SxMxR = expert_loads.part_loads(s.load_SxMxE, RANKS)
         level_SxMxR = part_SxMxR / part_SxMxR.mean(-1, keepdims=True)
         worst = int(level_SxMxR.max(-1).max(0).argmax())
         masked = 1 - np.arange(len(level_SxMxR)) / len(level_SxMxR)
         for r in range(RANKS):
-            axes.plot(masked, level_SxMxR[:, worst, r], color=COLOURS[r % len(COLOURS)], alpha=0.8)
+            axes.plot(
+                masked, level_SxMxR[:, worst, r], color=colours(r / (RANKS - 1)), label=f"rank {r}"
+            )
         axes.invert_xaxis()
         axes.set_ylim(0, 1.05 * top)
         axes.set(xlabel="share of masked tokens", title=f"{arm}\nlayer {worst}")

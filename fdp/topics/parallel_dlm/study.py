@@ -54,6 +54,11 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
 
     Where everything runs on virtual devices, also a masked diffusion LM of a Markov chain, whose
     likelihood is known. Raises UserError for a config that is autoregressive itself."""
+    if config.model.moe.experts:
+        raise UserError(
+            f"model.moe.experts={config.model.moe.experts}: this topic's sums over tp are those of "
+            "dense layers; set model.moe.experts=0, or train configs/topic2.py"
+        )
     if config.objective.name == "autoregressive":
         raise UserError(
             "objective.name='autoregressive' leaves no diffusion LM to judge: this topic trains "
