@@ -129,3 +129,12 @@ def test_a_report_that_says_nothing_is_one_error_and_costs_no_measurement(
         start(study)
     assert f"What was measured is kept in {tmp_path / 'run' / 'measured'}" in str(error.value)
     assert (tmp_path / "run" / "measured" / "first.npz").is_file()
+
+
+def test_an_import_that_no_arm_starts_from_is_refused(tmp_path) -> None:
+    (tmp_path / "checkpoints" / "model-s0" / "0").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "aux-s0" / "0").mkdir(parents=True)
+    arms = [SimpleNamespace(name="aux", label="aux-s0")]
+    with pytest.raises(fdp_config.UserError, match=r"imported model-s0, .* --arm=aux"):
+        fdp_run._check_imported(tmp_path, arms)
+    fdp_run._check_imported(tmp_path, [*arms, SimpleNamespace(name="model", label="model-s0")])

@@ -12,6 +12,13 @@ from fdp.topics.parallel_dlm.settings import POLICIES
 pytestmark = pytest.mark.fast
 
 
+def test_experts_are_refused_before_anything_is_trained() -> None:
+    c = get_config("tiny")
+    c.model.moe.experts = 4
+    with pytest.raises(UserError, match=r"model\.moe\.experts=4: .* set model\.moe\.experts=0"):
+        study.arms(c)
+
+
 def test_an_autoregressive_config_leaves_no_diffusion_lm_to_judge() -> None:
     c = get_config("tiny")
     c.objective.name = "autoregressive"
