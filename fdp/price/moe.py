@@ -262,7 +262,8 @@ def _row(plan: str, p: LayerPrice) -> tuple[str, ...]:
 def declare(values: flags.FlagValues) -> None:
     """The flags of the command; not at import, or they would be flags of every other command."""
     name, number = flags.DEFINE_string, flags.DEFINE_integer
-    name("model", "deepseek-v3", "a published mixture of experts", flag_values=values)
+    note = "a published mixture of experts, or the workdir of a run"
+    name("model", "deepseek-v3", note, flag_values=values)
     name("cluster", "h100:4x8", "nodes x chips, or a TPU slice v5p:4x4x4", flag_values=values)
     number("tokens", 4096, "tokens of a device", flag_values=values)
     number("ep", 0, "devices that share the experts; 0: all chips", flag_values=values)

@@ -1,6 +1,8 @@
 """Shapes of published models, to price training and inference of them."""
 
 import difflib
+import json
+from pathlib import Path
 from typing import Any
 
 from fdp.models.shape import ModelShape
@@ -98,10 +100,24 @@ PUBLISHED = {
 GROUPS = {"deepseek-v2": (8, 3), "deepseek-v3": (8, 4)}
 
 
+def trained(workdir: Path) -> ModelShape:
+    """The model of a run. Raises ValueError for a folder that is none."""
+    try:
+        flat = json.loads((workdir / "config.json").read_text("utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{workdir} is not the workdir of a run: {error}") from error
+    below = {name.removeprefix("model."): v for name, v in flat.items() if name[:6] == "model."}
+    moe = {name[4:]: v for name, v in below.items() if name[:4] == "moe."}
+    return ModelShape.of(below | {"moe": moe})
+
+
 def named(name: str) -> ModelShape:
-    """The model called `name` in `PUBLISHED`. Raises ValueError with the closest known name."""
+    """The model called `name` in `PUBLISHED`, or that of the run whose workdir it is. Raises
+    ValueError with the closest known name."""
     if name in PUBLISHED:
         return PUBLISHED[name]
+    if Path(name).is_dir():
+        return trained(Path(name))
     close = difflib.get_close_matches(name.lower(), PUBLISHED, n=1, cutoff=0.0)[0]
     raise ValueError(
         f"unknown model {name!r}: did you mean {close!r}? Known: {', '.join(PUBLISHED)}"

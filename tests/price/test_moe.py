@@ -6,6 +6,7 @@ Legend: N tokens, K choices, E experts, M devices.
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+from fdp import config
 from fdp.data.traces import Writer
 from fdp.keys import UserError
 from fdp.price import hardware, hybrid, moe, moe_matmul, moe_traffic, network, shapes, step_time
@@ -444,3 +446,15 @@ def test_models_with_experts_have_their_published_parameters(name, total, active
     model = shapes.named(name)
     assert model.parameters() / 1e9 == pytest.approx(total, rel=2e-3)
     assert model.active_parameters() / 1e9 == pytest.approx(active, rel=5e-3)
+
+
+def test_the_model_of_a_run_is_named_by_its_workdir(tmp_path):
+    c = config.base()
+    c.model.moe.update(experts=16, topk=3, ffn=48, first_dense=1)
+    text = json.dumps({"config": config.flatten(c)})
+    (tmp_path / "config.json").write_text(text)
+    shape = shapes.named(str(tmp_path))
+    assert (shape.experts, shape.topk, shape.moe_ffn, shape.first_dense) == (16, 3, 48, 1)
+    (tmp_path / "config.json").write_text(text[:99])
+    with pytest.raises(ValueError, match="is not the workdir of a run"):
+        shapes.named(str(tmp_path))
