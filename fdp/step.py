@@ -35,6 +35,7 @@ def stages(
     capacity: int | None = None,
     inputs_N: Any = None,
     penalties: float = 1.0,
+    staged: bool = False,
 ) -> Stages:
     """The stages of a model and its objective. `score` divides the summed loss by `count`.
 
@@ -46,16 +47,20 @@ def stages(
         out, aux, penalty = module.learn(model, variables, *args, method=method)
         return out, aux, penalty * penalties if penalty is not None and penalties else None
 
+    first, middle = ("start", "blocks") if staged else ("embed", "stack")
+
     def stack(params: Any, x: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
         more = () if inputs_N is None else (inputs_N,)
-        return run(params, x, noised, *more, method="stack")
+        return run(params, x, noised, *more, method=middle)
 
     def score(params: Any, x: Any, noised: Any) -> tuple[jax.Array, Aux, Penalty]:
+        if staged:
+            x = run(params, x, method="finish")[0]
         x, rows = objective.rows(x, noised, capacity)
         outputs, aux, penalty = run(params, x, method="outputs")
         return objective.loss(outputs, rows).sum() / count, aux, penalty
 
-    return Stages(lambda params, noised: run(params, noised, method="embed"), stack, score)
+    return Stages(lambda params, noised: run(params, noised, method=first), stack, score)
 
 
 def mean_loss(
@@ -170,6 +175,7 @@ class TrainStep:
             self.capacity,
             inputs_N,
             1 / self.experiment.grads.microbatches,  # a penalty is a mean over microbatches
+            self.experiment.degrees["pp"] > 1,
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
         return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)

@@ -20,6 +20,9 @@ HEAVY = ("dot_general", "conv_general_dilated", "scan", "while", "cond", "pallas
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
 
 
+Function = Callable[[Any, Any], tuple[Any, Any]]
+
+
 class Piece(NamedTuple):
     """Part of a program: values of `reads` → values of `defines`. Both are keys of an
     environment."""
@@ -46,7 +49,10 @@ def cut(closed: Any, wanted: Sequence[bool]) -> Cut:
     """Cut a closed jaxpr so that B computes the `wanted` outputs and nothing that only others
     need."""
     jaxpr = closed.jaxpr
-    outs = {w: [v for v, is_w in zip(jaxpr.outvars, wanted, strict=True) if is_w == w] for w in (True, False)}
+    outs = {
+        w: [v for v, is_w in zip(jaxpr.outvars, wanted, strict=True) if is_w == w]
+        for w in (True, False)
+    }
     pieces_B, pieces_W = _partition(jaxpr, outs[True])
     reads_B, reads_W = _free(pieces_B, outs[True]), _free(pieces_W, outs[False])
     given = {*jaxpr.invars, *jaxpr.constvars}
@@ -172,9 +178,9 @@ def _pieces(jaxpr: Any, parts: Sequence[Any]) -> list[Piece]:
 def _of_equations(jaxpr: Any, eqns: list[Any]) -> Piece:
     defines = tuple(v for e in eqns for v in e.outvars if not isinstance(v, core.DropVar))
     known = set(defines)
-    reads = tuple(dict.fromkeys(
-        v for e in eqns for v in e.invars if _variable(v) and v not in known
-    ))
+    reads = tuple(
+        dict.fromkeys(v for e in eqns for v in e.invars if _variable(v) and v not in known)
+    )
     part = jaxpr.replace(
         constvars=[], invars=list(reads), outvars=list(defines), eqns=eqns, effects=core.no_effects
     )
@@ -303,29 +309,24 @@ def _body(body: Any, c: int, n: int, wanted: Sequence[bool]) -> tuple[Cut, list[
 
 @dataclass(frozen=True)
 class Halves:
-    """Forward, B and W of `f(params, x)`; made by `halves`.
+    """Forward, B and W of `f(params, x) → (y, aux)`; made by `halves`.
 
     Residuals are what the forward pass leaves to B, without arrays that are parameters."""
 
-    f: Callable[[Any, Any], Any]
     cut: Cut
-    tree: Any  # of all residuals
     params: Any  # tree of the parameters
     x: Any  # tree of the inputs
     source: tuple[int, ...]  # of each residual: the parameter that it is, or -1
 
-    def forward(self, params: Any, x: Any) -> tuple[Any, list[Any]]:
-        """(f(params, x), residuals)."""
-        y, pull = jax.vjp(self.f, params, x)
+    def forward(self, f: Function, params: Any, x: Any) -> tuple[Any, list[Any], Any]:
+        """(y, residuals, aux). `f` may close over other values than the one that was cut."""
+        y, pull, aux = jax.vjp(f, params, x, has_aux=True)
         leaves = jax.tree.leaves(pull)
-        return y, [r for r, i in zip(leaves, self.source, strict=True) if i < 0]
+        return y, [r for r, i in zip(leaves, self.source, strict=True) if i < 0], aux
 
     def _inputs(self, params: Any, residuals: Sequence[Any], dy: Any) -> list[Any]:
         weights, given = jax.tree.leaves(params), iter(residuals)
-        return [
-            *(weights[i] if i >= 0 else next(given) for i in self.source),
-            *jax.tree.leaves(dy),
-        ]
+        return [*(weights[i] if i >= 0 else next(given) for i in self.source), *jax.tree.leaves(dy)]
 
     def input_gradients(
         self, params: Any, residuals: Sequence[Any], dy: Any
@@ -349,13 +350,13 @@ class Halves:
         return jax.tree.unflatten(self.params, self.cut.second(inputs, stash))
 
 
-def halves(f: Callable[[Any, Any], Any], params: Any, x: Any) -> Halves:
+def halves(f: Function, params: Any, x: Any) -> Halves:
     """`f` in halves, for arguments like these, which may be tracers."""
-    y, pull = jax.vjp(f, params, x)
+    y, pull, _ = jax.vjp(f, params, x, has_aux=True)
     closed = jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y)
     weights = {id(w): i for i, w in enumerate(jax.tree.leaves(params))}
-    leaves, tree = jax.tree.flatten(pull)
+    leaves = jax.tree.leaves(pull)
     n, many = len(weights), len(jax.tree.leaves(x))
     parts = cut(closed, [False] * n + [True] * many)
     source = tuple(weights.get(id(r), -1) for r in leaves)
-    return Halves(f, parts, tree, jax.tree.structure(params), jax.tree.structure(x), source)
+    return Halves(parts, jax.tree.structure(params), jax.tree.structure(x), source)
