@@ -68,7 +68,7 @@ class _Program:
         found: list[Halves] = []
 
         def trace(params: Any, x: Array) -> tuple[()]:
-            found.append(halves(self._blocks(first), params, x))
+            found.append(halves(self._blocks(first), params, x, "pp"))
             return ()
 
         jax.make_jaxpr(trace)(params, _blank(self.x))

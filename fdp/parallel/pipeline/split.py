@@ -306,57 +306,81 @@ def _body(body: Any, c: int, n: int, wanted: Sequence[bool]) -> tuple[Cut, list[
 # A function
 # -------------------------------------------------------------------------------------------------
 
+KEPT, CONSTANT = -1, -2  # sources of residuals that are no parameters
+
 
 @dataclass(frozen=True)
 class Halves:
     """Forward, B and W of `f(params, x) → (y, aux)`; made by `halves`.
 
-    Residuals are what the forward pass leaves to B, without arrays that are parameters."""
+    Residuals are what the forward pass leaves to B. Those that are parameters, or the same for all
+    data, are not kept. source: of each residual, the place of the parameter, KEPT or CONSTANT.
+    constants: B of the forward pass that finds the constant ones."""
 
     cut: Cut
+    constants: Callable[[], list[Any]]
     params: Any  # tree of the parameters
     x: Any  # tree of the inputs
-    source: tuple[int, ...]  # of each residual: the parameter that it is, or -1
+    source: tuple[int, ...]
 
     def forward(self, f: Function, params: Any, x: Any) -> tuple[Any, list[Any], Any]:
         """(y, residuals, aux). `f` may close over other values than the one that was cut."""
         y, pull, aux = jax.vjp(f, params, x, has_aux=True)
         leaves = jax.tree.leaves(pull)
-        return y, [r for r, i in zip(leaves, self.source, strict=True) if i < 0], aux
-
-    def _inputs(self, params: Any, residuals: Sequence[Any], dy: Any) -> list[Any]:
-        weights, given = jax.tree.leaves(params), iter(residuals)
-        return [*(weights[i] if i >= 0 else next(given) for i in self.source), *jax.tree.leaves(dy)]
+        return y, [r for r, i in zip(leaves, self.source, strict=True) if i == KEPT], aux
 
     def input_gradients(
         self, params: Any, residuals: Sequence[Any], dy: Any
-    ) -> tuple[Any, list[Any]]:
+    ) -> tuple[Any, tuple[list[Any], list[Any]]]:
         """B: (gradient of x, stash)."""
-        inputs = self._inputs(params, residuals, dy)
+        inputs = [*self._whole(params, residuals), *jax.tree.leaves(dy)]
         dx, stash = self.cut.first(inputs)
-        own = [*(i < 0 for i in self.source), *(True for _ in jax.tree.leaves(dy))]
-        read = [x for x, r, o in zip(inputs, self.cut.reads, own, strict=True) if r and o]
-        return jax.tree.unflatten(self.x, dx), [read, stash]
-
-    def weight_gradients(self, params: Any, stash: Sequence[Any]) -> Any:
-        """W: the gradients of the parameters."""
-        read, stash = stash
-        given, weights = iter(read), jax.tree.leaves(params)
-        n = len(self.cut.reads) - len(self.source)
-        inputs = [
-            None if not r else weights[i] if i >= 0 else next(given)
-            for r, i in zip(self.cut.reads, [*self.source, *[-1] * n], strict=True)
+        read = [
+            v for v, r, i in zip(inputs, self.cut.reads, self._from, strict=True) if r and i == KEPT
         ]
-        return jax.tree.unflatten(self.params, self.cut.second(inputs, stash))
+        return jax.tree.unflatten(self.x, dx), (read, stash)
+
+    def weight_gradients(self, params: Any, stash: tuple[list[Any], list[Any]]) -> Any:
+        """W: the gradients of the parameters."""
+        read, rest = stash
+        mask = [r and i == KEPT for r, i in zip(self.cut.reads, self._from, strict=True)]
+        whole = self._whole(params, _choose(_fill(read, mask), [i == KEPT for i in self._from]))
+        return jax.tree.unflatten(self.params, self.cut.second(whole, rest))
+
+    @property
+    def _from(self) -> list[int]:
+        """Sources of all inputs of the backward pass: residuals, then cotangents."""
+        return [*self.source, *[KEPT] * (len(self.cut.reads) - len(self.source))]
+
+    def _whole(self, params: Any, kept: Sequence[Any]) -> list[Any]:
+        """All residuals, and what else is in `kept`."""
+        weights, given, fixed = jax.tree.leaves(params), iter(kept), iter(self.constants())
+        found = {KEPT: lambda: next(given), CONSTANT: lambda: next(fixed)}
+        whole = [weights[i] if i >= 0 else found[i]() for i in self.source]
+        return [*whole, *given]
 
 
-def halves(f: Function, params: Any, x: Any) -> Halves:
-    """`f` in halves, for arguments like these, which may be tracers."""
+def halves(f: Function, params: Any, x: Any, data: str = "") -> Halves:
+    """`f` in halves, for arguments like these, which may be tracers.
+
+    data: a mesh axis over which all data vary. Residuals that do not are the same for all data."""
+
+    def forward(params: Any, x: Any) -> list[Any]:
+        return jax.tree.leaves(jax.vjp(f, params, x, has_aux=True)[1])
+
     y, pull, _ = jax.vjp(f, params, x, has_aux=True)
-    closed = jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y)
     weights = {id(w): i for i, w in enumerate(jax.tree.leaves(params))}
     leaves = jax.tree.leaves(pull)
-    n, many = len(weights), len(jax.tree.leaves(x))
-    parts = cut(closed, [False] * n + [True] * many)
-    source = tuple(weights.get(id(r), -1) for r in leaves)
-    return Halves(parts, jax.tree.structure(params), jax.tree.structure(x), source)
+    source = tuple(
+        weights.get(id(r), CONSTANT if data and data not in jax.typeof(r).mat.varying else KEPT)
+        for r in leaves
+    )
+    fixed = cut(jax.make_jaxpr(forward)(params, x), [i == CONSTANT for i in source])
+    if any(fixed.needs):
+        raise ValueError("a residual is typed the same for all data, and depends on them")
+    nothing = [None] * len(fixed.needs)
+    closed = jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y)
+    many = len(jax.tree.leaves(x))
+    parts = cut(closed, [False] * len(weights) + [True] * many)
+    trees = jax.tree.structure(params), jax.tree.structure(x)
+    return Halves(parts, lambda: fixed.first(nothing)[0], *trees, source)
