@@ -6,6 +6,7 @@ Legend: B global batch, N periods of the model's stack.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -61,6 +62,12 @@ def stages(
         return objective.loss(outputs, rows).sum() / count, aux, penalty
 
     return Stages(lambda params, noised: run(params, noised, method=first), stack, score)
+
+
+def chunked(model: module.Module, chunks: int) -> module.Module:
+    """The model of one chunk of a device's layers."""
+    shape = model.shape
+    return model.clone(shape=replace(shape, layers=shape.layers // chunks))
 
 
 def mean_loss(
@@ -167,15 +174,16 @@ class TrainStep:
     ) -> Any:
         count = static or count
         params, gather_vjp = jax.vjp(self._gather, variables["params"])
+        pp, chunks = self.experiment.degrees["pp"], getattr(self.experiment.grads, "chunks", 1)
         parts = stages(
-            self.model,
+            self.model if chunks == 1 else chunked(self.model, chunks),
             self.objective,
             variables["state"],
             count,
             self.capacity,
             inputs_N,
             1 / self.experiment.grads.microbatches,  # a penalty is a mean over microbatches
-            self.experiment.degrees["pp"] > 1,
+            pp > 1,
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
         return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)

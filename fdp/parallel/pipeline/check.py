@@ -23,7 +23,9 @@ def check(order: Order) -> None:
             "of operations for each"
         )
     if m == 0 or m % order.steps:
-        raise ValueError(f"{m} microbatches in {order.steps} steps: m must be a multiple, at least 1")
+        raise ValueError(
+            f"{m} microbatches in {order.steps} steps: m must be a multiple, at least 1"
+        )
     for i, ops in enumerate(order.ops):
         _known(order, i, ops)
     for i, ops in enumerate(order.ops):
@@ -74,7 +76,11 @@ def _complete(order: Order, i: int, ops: Sequence[Op]) -> None:
     needs = {"F": ("B", "BW"), "B": ("W",), "W": ("U",)}.get(lacks[0], ())
     _, k, c = lacks
     user = next(
-        (row for row, op in enumerate(ops) if op.kind in needs and (op.microbatch, op.chunk) == (k, c)),
+        (
+            row
+            for row, op in enumerate(ops)
+            if op.kind in needs and (op.microbatch, op.chunk) == (k, c)
+        ),
         None,
     )
     where = f"row {len(ops)}, its end" if user is None else f"row {user}, which needs it"

@@ -23,10 +23,7 @@ def v_half(p: int, m: int) -> Order:
     return _squeezed(
         p,
         m,
-        [
-            (2 * i, 3 * p - i - 2, 3 * p + gap + 2 * i - 1, 6 * p + gap - i - 2)
-            for i in range(p)
-        ],
+        [(2 * i, 3 * p - i - 2, 3 * p + gap + 2 * i - 1, 6 * p + gap - i - 2) for i in range(p)],
     )
 
 
@@ -35,9 +32,7 @@ def v_min(p: int, m: int) -> Order:
     bubble of 1F1B."""
     gap = 2 if p % 3 == 0 else 0
     return _squeezed(
-        p,
-        m,
-        [(i, 2 * p - i - 1, 2 * p + gap + i, 4 * p + gap - i - 1) for i in range(p)],
+        p, m, [(i, 2 * p - i - 1, 2 * p + gap + i, 4 * p + gap - i - 1) for i in range(p)]
     )
 
 
@@ -71,7 +66,11 @@ def _weights(slots: Slots) -> list[int]:
 
 def _ops(slots: Slots) -> list[Op]:
     """Operations by slot; each empty slot takes a W, of chunk 1 first."""
-    at = {t: Op(LANES[lane][0], k, LANES[lane][1]) for lane, ts in enumerate(slots) for k, t in enumerate(ts)}
+    at = {
+        t: Op(LANES[lane][0], k, LANES[lane][1])
+        for lane, ts in enumerate(slots)
+        for k, t in enumerate(ts)
+    }
     waiting: dict[int, list[Op]] = {1: [], 0: []}
     out = []
 

@@ -67,9 +67,7 @@ class Evaluation:
                 found[cause][i] += seconds
         return found
 
-    def _gaps(
-        self, i: int, arrival: list[float], produced: list[float]
-    ) -> list[tuple[str, float]]:
+    def _gaps(self, i: int, arrival: list[float], produced: list[float]) -> list[tuple[str, float]]:
         ops, start = self.program.ops[i], self.start[i]
         if not ops:
             return [("drain", self.makespan)]

@@ -31,8 +31,7 @@ def interleaved(p: int, m: int, v: int) -> Order:
     forwards, backwards = _rounds("interleaved", p, m, v, "BW")
     far = 1 if v == 1 else 2
     return build(
-        looped(p, v),
-        lambda i: _alternate(forwards, backwards, far * (p - 1 - i) + (v - 1) * p),
+        looped(p, v), lambda i: _alternate(forwards, backwards, far * (p - 1 - i) + (v - 1) * p)
     )
 
 
@@ -61,9 +60,7 @@ def interleaved_zero_bubble(p: int, m: int, v: int) -> Order:
     has it). The idle time is (p − 1)(T_F + T_B − T_W) / v, the activations are those of p
     microbatches. Raises ValueError unless m is a multiple of p or v = 1."""
     forwards, backwards = _rounds("interleaved_zero_bubble", p, m, v, "B")
-    return build(
-        looped(p, v), lambda i: _delayed(forwards, backwards, (v - 1) * p + p - 1 - i, i)
-    )
+    return build(looped(p, v), lambda i: _delayed(forwards, backwards, (v - 1) * p + p - 1 - i, i))
 
 
 def zbv(p: int, m: int) -> Order:
@@ -147,10 +144,7 @@ def _rounds(name: str, p: int, m: int, v: int, backward: str) -> tuple[list[Op],
         for c in range(v)
         for k in range(first, min(first + p, m))
     ]
-    return (
-        [Op("F", k, c) for k, c in places],
-        [Op(backward, k, v - 1 - c) for k, c in places],
-    )
+    return ([Op("F", k, c) for k, c in places], [Op(backward, k, v - 1 - c) for k, c in places])
 
 
 def _alternate(forwards: list[Op], backwards: list[Op], warm_up: int) -> list[Op]:
@@ -198,4 +192,3 @@ class _Counter:
         """W of the B that has waited longest, if one waits."""
         if self._waiting:
             self.ops.append(self._waiting.pop(0)._replace(kind="W"))
-

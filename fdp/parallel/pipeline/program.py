@@ -77,7 +77,12 @@ class _Compiler:
         kinds = {op.kind for ops in order.ops for op in ops}
         self.shared_head = "S" in kinds
         self.dropped = (
-            {(op.chunk, op.microbatch, i) for i, ops in enumerate(order.ops) for op in ops if op.kind == "R"}
+            {
+                (op.chunk, op.microbatch, i)
+                for i, ops in enumerate(order.ops)
+                for op in ops
+                if op.kind == "R"
+            }
             if "R" in kinds
             else set()
         )

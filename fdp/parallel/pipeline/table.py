@@ -6,11 +6,12 @@ Slots are intervals of ticks, coloured greedily: as few as ever live at once.
 
 Legend: p devices, T ticks, u virtual stages."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from fdp.parallel.pipeline.orders import Order
 
 IDLE, FIRST_F, F, B, FIRST_B, LAST_B, W = range(7)  # branches of a tick
 FIELDS = (
@@ -52,16 +53,15 @@ class Table:
         return len(self.rows)
 
 
-def table(
-    order: Sequence[Sequence[Any]], where: Callable[[int], tuple[int, int]], stages: int
-) -> Table:
-    """The table of an order whose operations are F, B and W, or BW for B and then W.
+def table(order: Order) -> Table:
+    """The table of an order of F, B and W, or BW for B and then W.
 
-    where: virtual stage → (device, chunk). Raises ValueError, naming the operation, for an order
-    that waits for ever."""
-    p = len(order)
-    stage = {where(u): u for u in range(stages)}
-    queues = [[(k, op.microbatch, op.chunk) for op in ops for k in op.kind] for ops in order]
+    Raises ValueError, naming the operation, for an order that waits for ever, and for virtual
+    stages that follow each other on devices that are no neighbours."""
+    place = order.placement
+    p, stages = place.p, len(place.devices)
+    stage = {(i, c): u for i, own in enumerate(place.stages) for c, u in enumerate(own)}
+    queues = [[(k, op.microbatch, op.chunk) for op in ops for k in op.kind] for ops in order.ops]
     done = _ticks(queues, stage, stages)
     total = 1 + max(done.values())
     rows = np.zeros((total, p, len(FIELDS)), np.int16)
@@ -82,7 +82,7 @@ def table(
         rows[tick, device, column[name]] = value
 
     for (kind, u, k), t in sorted(done.items(), key=lambda item: item[1]):
-        i, chunk = where(u)
+        i, chunk = place.devices[u], place.chunks[u]
         for name, value in (
             ("kind", _branch(kind, u, stages)),
             ("microbatch", k),
@@ -101,7 +101,7 @@ def table(
         reader = _reader(kind, u, k, stages)
         if reader is None:
             continue
-        j, until = where(reader[1])[0], done[reader]
+        j, until = place.devices[reader[1]], done[reader]
         slot = box[j].take(t, until)
         put(until, j, "input", slot)
         way = OWN if i == j else NEXT if (i + 1) % p == j else PREVIOUS

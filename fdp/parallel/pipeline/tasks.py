@@ -31,14 +31,26 @@ def tasks_of(order: Order, costs: Costs) -> Tasks:
     readers = _readers(order)
     tasks: list[TimedTask] = []
     links: dict[tuple[int, int], str] = {}
-    recomputed = {(i, op.microbatch, op.chunk) for i, ops in enumerate(order.ops) for op in ops if op.kind == "R"}
+    recomputed = {
+        (i, op.microbatch, op.chunk)
+        for i, ops in enumerate(order.ops)
+        for op in ops
+        if op.kind == "R"
+    }
     for i, ops in enumerate(order.ops):
         for op in ops:
             here = (op.kind, i, op.microbatch, op.chunk)
             takes, leaves = _bytes(order, table, i, op, (i, *op[1:]) in recomputed)
             after = _after(order, readers, i, op, table.send > 0)
             tasks.append(
-                TimedTask(here, str(i), _seconds(order, table, i, op), after, _on(i, takes), _on(i, leaves))
+                TimedTask(
+                    here,
+                    str(i),
+                    _seconds(order, table, i, op),
+                    after,
+                    _on(i, takes),
+                    _on(i, leaves),
+                )
             )
             for to in sorted(readers.get(here, {})):
                 links[i, to] = f"{i}>{to}"

@@ -144,7 +144,9 @@ def zb_heuristic(
             continue
         found.append((line.span(), len(found), line))
     if not found:
-        raise ValueError(f"no variant of zb_heuristic fits memory={limit} activations, stash={stash}")
+        raise ValueError(
+            f"no variant of zb_heuristic fits memory={limit} activations, stash={stash}"
+        )
     best = min(found)[2]
     return build(looped(p), lambda i: best.devices[i].ops)
 
@@ -247,7 +249,9 @@ def zbv_heuristic(
         if best is not None:
             found.append((best.widest(), len(found), best))
     if not found:
-        raise ValueError(f"no variant of zbv_heuristic fits memory={limit} activations, stash={stash}")
+        raise ValueError(
+            f"no variant of zbv_heuristic fits memory={limit} activations, stash={stash}"
+        )
     chosen = min(found)[2]
     return build(wave(p), lambda i: chosen.devices[i].ops)
 
