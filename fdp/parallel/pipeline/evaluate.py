@@ -113,7 +113,7 @@ def evaluate(order: Order, costs: Costs, mode: str = "asynchronous") -> Evaluati
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
     table = costs.on(order.placement, order.microbatches, order.steps)
     program = compiled(order, table)
-    start = _play(program, [[op[0] for op in ops] for ops in program.ops], table.send)
+    start = play(program, table.send)
     if start is None:
         raise refused(order)
     if mode != "asynchronous":
@@ -125,10 +125,15 @@ def evaluate(order: Order, costs: Costs, mode: str = "asynchronous") -> Evaluati
         send=table.send,
         start=start,
         busy=[sum([op[0] for op in ops]) for ops in program.ops],
-        peak_bytes=[_peak(ops) for ops in program.ops],
+        peak_bytes=[peak(ops) for ops in program.ops],
         sent_bytes=[table.message * _sends(program, ops) for ops in program.ops],
         makespan=max(ends, default=0.0),
     )
+
+
+def play(program: Program, send: float) -> list[list[float]] | None:
+    """Start of every operation, [p][N], in mode "asynchronous"; None where the order deadlocks."""
+    return _play(program, [[op[0] for op in ops] for ops in program.ops], send)
 
 
 class _Board:
@@ -167,7 +172,6 @@ class _Board:
 
 
 def _play(program: Program, seconds: list[list], send: float) -> list[list[float]] | None:
-    """Start of every operation, [p][N], without synchronisation; None where the order deadlocks."""
     board = _Board(program, send)
     arrived, waiter, free, plain = board.arrived, board.waiter, board.free, program.plain
     start: list[list[float]] = [[] for _ in program.ops]
@@ -264,7 +268,7 @@ def _messages(
     )
 
 
-def _peak(ops: list[tuple]) -> float:
+def peak(ops: list[tuple]) -> float:
     """A device's memory follows its own order alone."""
     held = most = 0.0
     for _, _, _, _, takes, leaves in ops:

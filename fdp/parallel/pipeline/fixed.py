@@ -3,6 +3,8 @@ on times.
 
 Legend: p devices, m microbatches, v chunks of a device, i a device."""
 
+from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.greedy import Knobs, Line
 from fdp.parallel.pipeline.orders import Op, Order, build
 from fdp.parallel.pipeline.placement import looped, wave
 
@@ -123,6 +125,20 @@ def dualpipe_v(p: int, m: int) -> Order:
         return take.ops
 
     return build(wave(p), ops)
+
+
+def skip_wave(p: int, m: int, memory: float | None = None) -> Order:
+    """A V that puts both ends of a U-ViT's skips on one device, with whole backwards: list scheduling
+    at F = B = W, as the wave of PULSE (arXiv 2606.19163) is synthesised for its placement.
+
+    memory: microbatches that a device may hold, p by default."""
+    _check(p, m)
+    limit = p if memory is None else memory
+    placement = wave(p)
+    table = Costs(activation=1.0).on(placement, m)
+    line = Line(placement, table, [limit] * p, range(m))
+    still = (0.0,) * p
+    return line.order(line.run(Knobs(2.0, still, still, fused=True))[1])
 
 
 def _check(p: int, m: int) -> None:
