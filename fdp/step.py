@@ -18,7 +18,7 @@ from fdp import sharding
 from fdp.collectives import psum, shard_map
 from fdp.config import UserError
 from fdp.experiment import Experiment
-from fdp.grads import LOSS_AXES, Aux, Penalty, Stages
+from fdp.grads import LOSS_AXES, Aux, Penalty, Stages, relay
 from fdp.mesh import DATA_AXES, AnyMesh, factor
 from fdp.models import module
 from fdp.objectives.base import Objective
@@ -234,8 +234,10 @@ class TrainStep:
 
         def local(variables: Any, noised: Any, _: Any, inputs_N: Any) -> jax.Array:
             params = self._gather(variables["params"])
-            parts = stages(self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0)
-            return psum(parts.loss(params, noised)[0], LOSS_AXES)
+            given = self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0
+            if self.experiment.degrees["pp"] > 1:
+                return psum(relay(stages(*given, True), params, noised), LOSS_AXES)
+            return psum(stages(*given).loss(params, noised)[0], LOSS_AXES)
 
         total = self._shard_map(local, noised, P())(variables, noised, None, inputs_N)
         return total, self.objective.count(noised)
