@@ -140,8 +140,8 @@ def skip_wave(p: int, m: int, memory: float | None = None) -> Order:
     placement = wave(p)
     table = Costs(activation=1.0).on(placement, m)
     line = Line(placement, table, [limit] * p, range(m))
-    still = (0.0,) * p
-    return line.order(line.run(Knobs(2.0, still, still, fused=True))[1])
+    knobs = Knobs(2.0, (0.0,) * p, (0.0,) * p, fused=True)
+    return line.order(line.run(knobs)[1])
 
 
 def _check(p: int, m: int) -> None:

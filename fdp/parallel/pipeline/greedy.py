@@ -17,6 +17,7 @@ from fdp.parallel.pipeline.costs import Table
 from fdp.parallel.pipeline.orders import Op, Order
 from fdp.parallel.pipeline.placement import Placement
 
+SLACK = 1e-9  # relative: sums of the same bytes in another order fit the same cap
 GRID = 1 << 24  # steps of the longest operation: rounding moves a makespan by less than 1e-4
 
 
@@ -24,14 +25,15 @@ GRID = 1 << 24  # steps of the longest operation: rounding moves a makespan by l
 class Knobs:
     """ahead: at most ⌈ahead·(V − u)⌉ microbatches lie between F and B of u. patience [p]: W starts
     only if nothing else arrives within patience·T_W; hold [p]: F, only if no B does within hold·T_F.
-    deep: among ready F of several chunks the one farthest on, else the one of the oldest microbatch;
-    late: the same for B, where farthest on is the lowest u. fused: W at once after its B."""
+    rounds: microbatches go through the chunks in rounds of so many, the F of a round chunk after
+    chunk; 0 takes the F that is farthest on. returns: the same for B, from the last chunk down.
+    fused: W at once after its B."""
 
     ahead: float
     patience: tuple[float, ...]
     hold: tuple[float, ...]
-    deep: bool = True
-    late: bool = False
+    rounds: int = 0
+    returns: int = 1
     fused: bool = False
 
 
@@ -85,8 +87,7 @@ class _Run:
         self.wake: list[float] = [0] * p
         self.events: list[tuple[float, int]] = [(0, i) for i in range(p)]
         self.ops: list[list[tuple[str, int, int]]] = [[] for _ in range(p)]
-        slack = 1e-9
-        self.caps = [cap * (1 + slack) for cap in line.caps]
+        self.caps = [cap * (1 + SLACK) for cap in line.caps]
 
     def play(self) -> tuple[float, list[list[tuple[str, int, int]]]]:
         events, wake, ends = self.events, self.wake, 0.0
@@ -135,24 +136,27 @@ class _Run:
 
     def _ready_b(self, i: int) -> int:
         """The virtual stage whose B device i would run; −1 for none."""
-        best = -1
+        best, key, returns = -1, (0, 0), self.knobs.returns
         for u in self.stages[i]:
-            if self.next_b[u] < self.have_b[u]:
-                if best < 0 or (not self.knobs.late and self.next_b[u] <= self.next_b[best]):
-                    best = u
+            k = self.next_b[u]
+            if k < self.have_b[u]:
+                rank = (k // returns, -u) if returns else (u, 0)
+                if best < 0 or rank < key:
+                    best, key = u, rank
         return best
 
     def _ready_f(self, i: int) -> tuple[int, bool]:
         """(the virtual stage whose F device i would run or −1, whether one waits for memory)."""
-        best, full = -1, False
-        next_f = self.next_f
+        best, key, full, rounds = -1, (0, 0), False, self.knobs.rounds
         for u in self.stages[i]:
-            k = next_f[u]
+            k = self.next_f[u]
             if k < self.have_f[u] and k - self.next_b[u] < self.limit[u]:
                 if self.bytes[i] + self._needs(i, u, k) > self.caps[i]:
                     full = True
-                elif best < 0 or self.knobs.deep or k < next_f[best]:
-                    best = u
+                    continue
+                rank = (k // rounds, u) if rounds else (-u, 0)
+                if best < 0 or rank < key:
+                    best, key = u, rank
         return best, full
 
     def _needs(self, i: int, u: int, k: int) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
+from typing import Protocol
 
 import numpy as np
 
@@ -19,12 +20,14 @@ from fdp.parallel.pipeline import controllable, fixed, zero_bubble
 from fdp.parallel.pipeline.bound import check_caps, lower_bound, needed_bytes
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import Evaluation, evaluate
+from fdp.parallel.pipeline.follow import Follower
 from fdp.parallel.pipeline.greedy import Knobs, Line
 from fdp.parallel.pipeline.orders import Order, relabel
 from fdp.parallel.pipeline.placement import Placement, looped, wave
 from fdp.parallel.pipeline.polish import polish
 
 SLACK = 1e-9  # relative: sums of the same bytes in another order fit the same cap
+CLIMBED, CHANGES, POLISHED, PLAYS = 6, 150, 4, 600  # starts and steps of each climb at effort 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Candidate:
     order: Order | None = None
     result: Evaluation | None = None
     lost: str = ""
+    plain: Order | None = None  # a fixed schedule before its microbatches were put in sequence
 
     @property
     def makespan(self) -> float:
@@ -77,6 +81,11 @@ class Problem:
         rows = {shape[0] for shape in shapes if shape} - {1, self.p}
         return max(1, max(rows) // self.p) if rows else None
 
+    @property
+    def uneven(self) -> bool:
+        """Whether microbatches differ."""
+        return bool(np.ptp(self.seconds_m) > SLACK * self.seconds_m.max())
+
     @cached_property
     def seconds_m(self) -> np.ndarray:
         """Of each microbatch, over all stages."""
@@ -93,7 +102,7 @@ class Problem:
     def sequences(self) -> dict[str, list[int]]:
         """Orders of the microbatches worth trying with every schedule; one where all cost alike."""
         given = list(range(self.m))
-        if np.ptp(self.seconds_m) <= SLACK * self.seconds_m.max():
+        if not self.uneven:
             return {"given": given}
         up = sorted(given, key=lambda k: self.seconds_m[k])
         return {
@@ -128,7 +137,7 @@ def search(
     for placement in placements:
         check_caps(placement, m, costs, problem.caps)
     rivals = sorted(fixed_candidates(problem), key=lambda c: c.makespan)
-    climbed = _climb(problem, placements, effort, random.Random(seed))
+    climbed = _climb(problem, placements, rivals, effort, random.Random(seed))
     first = sorted([*climbed, *rivals[:3]], key=lambda c: c.makespan)
     best = min(_polished(problem, first, effort, seed), key=lambda c: c.makespan)
     everywhere = {c.order.placement for c in (*rivals, best) if c.order is not None} | {*placements}
@@ -186,7 +195,7 @@ def fixed_candidates(problem: Problem) -> list[Candidate]:
             _priced(problem, name, sequence, relabel(order, ks))
             for sequence, ks in problem.sequences().items()
         ]
-        found.append(min(tried, key=lambda c: c.makespan))
+        found.append(replace(min(tried, key=lambda c: c.makespan), plain=order))
     return found
 
 
@@ -195,72 +204,141 @@ def _priced(problem: Problem, name: str, sequence: str, order: Order) -> Candida
     return Candidate(name, sequence, order, result, problem.fits(result))
 
 
-@dataclass(frozen=True)
-class _Point:
-    """One list schedule."""
+class Point(Protocol):
+    """A schedule that a few numbers describe."""
 
+    def seconds(self) -> float: ...
+    def order(self) -> Order: ...
+    def changed(self, choose: random.Random) -> "Point":
+        """One of its numbers changed at random."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A list schedule."""
+
+    problem: Problem
     placement: Placement
     sequence: tuple[int, ...]
     knobs: Knobs
 
+    @cached_property
+    def _line(self) -> Line:
+        table = self.problem.costs.on(self.placement, self.problem.m)
+        return Line(self.placement, table, self.problem.caps, self.sequence)
 
-def _climb(
-    problem: Problem, placements: Sequence[Placement], effort: float, choose: random.Random
-) -> list[Candidate]:
-    """The best list schedules of a grid of knobs, the best of them climbed."""
-    p = problem.p
-    tables = {x: problem.costs.on(x, problem.m) for x in placements}
+    def seconds(self) -> float:
+        return self._line.run(self.knobs)[0]
 
-    def seconds(point: _Point) -> float:
-        line = Line(point.placement, tables[point.placement], problem.caps, point.sequence)
-        return line.run(point.knobs)[0]
+    def order(self) -> Order:
+        return self._line.order(self._line.run(self.knobs)[1])
 
-    starts = []
-    for placement, (name, ks) in itertools.product(placements, problem.sequences().items()):
-        tried = [
-            _Point(placement, tuple(ks), Knobs(ahead, (patience,) * p, (hold,) * p))
-            for ahead in (0.75, 1.0, 1.3)
-            for patience in (0.0, 0.5, 1.0)
-            for hold in (0.0, 0.3)
-        ]
-        starts.append((*min(((seconds(x), n) for n, x in enumerate(tried))), name, tried))
-    starts.sort(key=lambda x: x[0])
-    found = []
-    for best, n, name, tried in starts[:4]:
-        point = tried[n]
-        for _ in range(round(120 * effort)):
-            other = _changed(problem, point, choose)
-            time = seconds(other)
-            if time <= best:
-                best, point = time, other
-        line = Line(point.placement, tables[point.placement], problem.caps, point.sequence)
-        found.append(_priced(problem, "searched", name, line.order(line.run(point.knobs)[1])))
-    return found
+    def changed(self, choose: random.Random) -> "Listed":
+        knobs, p = self.knobs, self.problem.p
+        what = choose.random()
+        if what < 0.4 and self.problem.uneven:
+            return replace(self, sequence=_moved(self.sequence, choose))
+        if what < 0.55:
+            ahead = knobs.ahead * choose.lognormvariate(0, 0.2)
+            return replace(self, knobs=replace(knobs, ahead=ahead))
+        if what < 0.6:
+            return replace(self, knobs=replace(knobs, rounds=p - knobs.rounds))
+        if what < 0.65:
+            returns = p if knobs.returns == 1 else 1
+            return replace(self, knobs=replace(knobs, returns=returns))
+        if what < 0.85:
+            return replace(self, knobs=replace(knobs, patience=_shaken(knobs.patience, choose)))
+        return replace(self, knobs=replace(knobs, hold=_shaken(knobs.hold, choose)))
 
 
-def _changed(problem: Problem, point: _Point, choose: random.Random) -> _Point:
-    """One knob or the place of one microbatch, at random."""
-    knobs, what = point.knobs, choose.random()
-    if what < 0.4 and np.ptp(problem.seconds_m) > 0:
-        ks = list(point.sequence)
-        a, b = choose.sample(range(problem.m), 2)
+@dataclass(frozen=True)
+class Followed:
+    """The F and B of an order, with W placed by patience."""
+
+    problem: Problem
+    follower: Follower
+    patience: tuple[float, ...]
+
+    def seconds(self) -> float:
+        return self.follower.run(self.patience)[0]
+
+    def order(self) -> Order:
+        return self.follower.order(self.follower.run(self.patience)[1])
+
+    def changed(self, choose: random.Random) -> "Followed":
+        what = choose.random()
+        if what < 0.3 and self.problem.uneven:
+            moved = _moved(tuple(range(self.problem.m)), choose)
+            return replace(self, follower=self.follower.relabelled(moved))
+        if what < 0.6:
+            return replace(self, follower=self.follower.exchanged(choose))
+        return replace(self, patience=_shaken(self.patience, choose))
+
+
+def _moved(sequence: tuple[int, ...], choose: random.Random) -> tuple[int, ...]:
+    """Two microbatches exchanged, or one of them moved to the place of the other."""
+    ks = list(sequence)
+    if len(ks) > 1:
+        a, b = choose.sample(range(len(ks)), 2)
         if choose.random() < 0.5:
             ks[a], ks[b] = ks[b], ks[a]
         else:
             ks.insert(b, ks.pop(a))
-        return replace(point, sequence=tuple(ks))
-    if what < 0.55:
-        return replace(point, knobs=replace(knobs, ahead=knobs.ahead * choose.lognormvariate(0, 0.2)))
-    if what < 0.6:
-        return replace(point, knobs=replace(knobs, deep=not knobs.deep))
-    if what < 0.65:
-        return replace(point, knobs=replace(knobs, late=not knobs.late))
-    name = "patience" if what < 0.85 else "hold"
-    values = list(getattr(knobs, name))
+    return tuple(ks)
+
+
+def _shaken(values: tuple[float, ...], choose: random.Random) -> tuple[float, ...]:
+    """Another value for one device or for all."""
     value = choose.choice((0.0, choose.uniform(0, 1.5)))
-    for i in range(problem.p) if choose.random() < 0.3 else (choose.randrange(problem.p),):
-        values[i] = value
-    return replace(point, knobs=replace(knobs, **{name: tuple(values)}))
+    if choose.random() < 0.3:
+        return (value,) * len(values)
+    i = choose.randrange(len(values))
+    return (*values[:i], value, *values[i + 1 :])
+
+
+def _starts(
+    problem: Problem, placements: Sequence[Placement], rivals: Sequence[Candidate]
+) -> list[tuple[float, int, str, Point]]:
+    """(seconds, rank, sequence, point): the best list schedule of each placement and sequence, and
+    the best way to place the W of each rival."""
+    p, points = problem.p, []
+    for placement, (name, ks) in itertools.product(placements, problem.sequences().items()):
+        grid = itertools.product((0.75, 1.0, 1.3), (0.0, 0.5, 1.0), (0.0, 0.3), (0, p), (1, p))
+        listed: list[Point] = [
+            Listed(problem, placement, tuple(ks), Knobs(x, (a,) * p, (h,) * p, rounds, returns))
+            for x, a, h, rounds, returns in grid
+            if placement.v > 1 or (rounds, returns) == (0, 1)
+        ]
+        points.append((name, listed))
+    for rival in rivals:
+        for name, ks in problem.sequences().items() if rival.plain is not None else ():
+            follower = Follower(relabel(rival.plain, ks), problem.costs, problem.caps)
+            points.append((name, [Followed(problem, follower, (a,) * p) for a in (0.0, 0.3, 0.6, 1.0)]))
+    best = []
+    for n, (name, tried) in enumerate(points):
+        seconds, _, point = min((x.seconds(), k, x) for k, x in enumerate(tried))
+        best.append((seconds, n, name, point))
+    return sorted(best, key=lambda x: x[:2])
+
+
+def _climb(
+    problem: Problem,
+    placements: Sequence[Placement],
+    rivals: Sequence[Candidate],
+    effort: float,
+    choose: random.Random,
+) -> list[Candidate]:
+    """The best points, each climbed: a change stays where it costs nothing."""
+    found = []
+    for best, _, name, point in _starts(problem, placements, rivals)[:CLIMBED]:
+        for _ in range(round(CHANGES * effort)):
+            other = point.changed(choose)
+            seconds = other.seconds()
+            if seconds <= best:
+                best, point = seconds, other
+        if best < inf:
+            found.append(_priced(problem, "searched", name, point.order()))
+    return found
 
 
 def _polished(
@@ -269,6 +347,6 @@ def _polished(
     """The candidates, and the best four after local search."""
     for n, candidate in enumerate(first):
         yield candidate
-        if n < 4 and candidate.order is not None and not candidate.lost:
-            order = polish(candidate.order, problem.costs, problem.caps, round(600 * effort), seed)
+        if n < POLISHED and candidate.order is not None and not candidate.lost:
+            order = polish(candidate.order, problem.costs, problem.caps, round(PLAYS * effort), seed)
             yield _priced(problem, "searched", candidate.sequence, order)
