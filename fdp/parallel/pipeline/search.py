@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from fdp.parallel.pipeline import controllable, fixed, zero_bubble
-from fdp.parallel.pipeline.bound import check_caps, lower_bound, needed_bytes
+from fdp.parallel.pipeline.bound import check_caps, lower_bound
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import Evaluation, evaluate
 from fdp.parallel.pipeline.follow import Follower
@@ -27,7 +27,7 @@ from fdp.parallel.pipeline.placement import Placement, looped, wave
 from fdp.parallel.pipeline.polish import polish
 
 SLACK = 1e-9  # relative: sums of the same bytes in another order fit the same cap
-CLIMBED, CHANGES, POLISHED, PLAYS = 6, 150, 4, 600  # starts and steps of each climb at effort 1
+CLIMBED, CHANGES, POLISHED, PLAYS = 5, 120, 3, 500  # starts and steps of each climb at effort 1
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,13 @@ class Problem:
         if not self.uneven:
             return {"given": given}
         up = sorted(given, key=lambda k: self.seconds_m[k])
-        return {
-            "given": given,
+        named = {
             "ascending": up,
             "descending": up[::-1],
             "small edges": up[::2] + up[1::2][::-1],
+            "given": given,
         }
+        return {name: ks for name, ks in named.items() if name != "given" or ks not in (up, up[::-1])}
 
 
 def search(
@@ -137,11 +138,16 @@ def search(
     for placement in placements:
         check_caps(placement, m, costs, problem.caps)
     rivals = sorted(fixed_candidates(problem), key=lambda c: c.makespan)
-    climbed = _climb(problem, placements, rivals, effort, random.Random(seed))
-    first = sorted([*climbed, *rivals[:3]], key=lambda c: c.makespan)
-    best = min(_polished(problem, first, effort, seed), key=lambda c: c.makespan)
-    everywhere = {c.order.placement for c in (*rivals, best) if c.order is not None} | {*placements}
+    everywhere = {*placements} | {c.order.placement for c in rivals if c.order is not None}
     bound = min(lower_bound(x, m, costs, problem.caps) for x in everywhere)
+    found = rivals[:1]
+    for candidate in _searched(problem, placements, rivals, effort, random.Random(seed)):
+        found.append(candidate)
+        if candidate.makespan <= bound * (1 + SLACK):
+            break
+    best = min(found, key=lambda c: c.makespan)
+    if best.lost:
+        raise AssertionError(f"no schedule fits the cap that check_caps accepts: {best.lost}")
     return Found(best, rivals, bound)
 
 
@@ -303,11 +309,11 @@ def _starts(
     the best way to place the W of each rival."""
     p, points = problem.p, []
     for placement, (name, ks) in itertools.product(placements, problem.sequences().items()):
-        grid = itertools.product((0.75, 1.0, 1.3), (0.0, 0.5, 1.0), (0.0, 0.3), (0, p), (1, p))
+        ways = ((0, 1), (0, p), (p, p)) if placement.v > 1 else ((0, 1),)
+        grid = itertools.product((1.0, 1.4), (0.0, 0.5, 1.0), (0.0, 0.3), ways)
         listed: list[Point] = [
-            Listed(problem, placement, tuple(ks), Knobs(x, (a,) * p, (h,) * p, rounds, returns))
-            for x, a, h, rounds, returns in grid
-            if placement.v > 1 or (rounds, returns) == (0, 1)
+            Listed(problem, placement, tuple(ks), Knobs(x, (a,) * p, (h,) * p, *way))
+            for x, a, h, way in grid
         ]
         points.append((name, listed))
     for rival in rivals:
@@ -321,32 +327,31 @@ def _starts(
     return sorted(best, key=lambda x: x[:2])
 
 
-def _climb(
+def _searched(
     problem: Problem,
     placements: Sequence[Placement],
     rivals: Sequence[Candidate],
     effort: float,
     choose: random.Random,
-) -> list[Candidate]:
-    """The best points, each climbed: a change stays where it costs nothing."""
-    found = []
-    for best, _, name, point in _starts(problem, placements, rivals)[:CLIMBED]:
+) -> Iterator[Candidate]:
+    """The best starts, each climbed: a change stays where it costs nothing. Then the best of them
+    and of the fixed schedules after local search."""
+    climbed: list[Candidate] = []
+    known: set[float] = set()
+    for best, _, name, point in _starts(problem, placements, rivals):
+        if best == inf or best in known or len(climbed) == CLIMBED:
+            continue  # equal makespans are nearly always one schedule under two names
+        known.add(best)
         for _ in range(round(CHANGES * effort)):
             other = point.changed(choose)
             seconds = other.seconds()
             if seconds <= best:
                 best, point = seconds, other
-        if best < inf:
-            found.append(_priced(problem, "searched", name, point.order()))
-    return found
-
-
-def _polished(
-    problem: Problem, first: Sequence[Candidate], effort: float, seed: int
-) -> Iterator[Candidate]:
-    """The candidates, and the best four after local search."""
-    for n, candidate in enumerate(first):
-        yield candidate
-        if n < POLISHED and candidate.order is not None and not candidate.lost:
-            order = polish(candidate.order, problem.costs, problem.caps, round(PLAYS * effort), seed)
-            yield _priced(problem, "searched", candidate.sequence, order)
+        climbed.append(_priced(problem, "searched", name, point.order()))
+        yield climbed[-1]
+    runs = [c for c in (*climbed, *rivals[:2]) if c.makespan < inf]
+    for n, candidate in enumerate(sorted(runs, key=lambda c: c.makespan)[:POLISHED]):
+        assert candidate.order is not None
+        plays = round(PLAYS * effort)
+        order = polish(candidate.order, problem.costs, problem.caps, plays, n)
+        yield _priced(problem, "searched", candidate.sequence, order)
