@@ -17,21 +17,21 @@ Block = tuple[int, int, int]  # (device, first, last): operations that follow wi
 
 def polish(order: Order, costs: Costs, caps: Sequence[float], plays: int, seed: int = 0) -> Order:
     """The best order found in `plays` plays. A move takes an operation of a critical block to its
-    front or its end, or a W into a gap; it stays where the makespan does not grow and every device
-    keeps its cap [p] in bytes.
+    front or its end, or a W into a gap; it stays where every device keeps its cap [p] in bytes and
+    the makespan is not above the best by more than a threshold, which falls to 0.
 
     Operations F, B, W, BW of one step. The result is never slower than the order."""
     work = _Work(order, costs, caps)
     best, kept = work.makespan, work.order()
     choose = random.Random(seed)
-    slack = 0.0
+    seconds = [op[0] for ops in work.program.ops for op in ops]
+    worse = 0.5 * sum(seconds) / len(seconds)  # what a move may cost at first: half an operation
     for n in range(plays):
         moves = work.moves()
         if not moves:
             break
-        slack = 0.002 * best * (1 - n / plays)
         i, source, target = choose.choice(moves)
-        work.try_move(i, source, target, best + slack)
+        work.try_move(i, source, target, best + worse * (1 - n / plays))
         if work.makespan < best * (1 - 1e-12):
             best, kept = work.makespan, work.order()
     return kept

@@ -86,6 +86,11 @@ class Problem:
         """Whether microbatches differ."""
         return bool(np.ptp(self.seconds_m) > SLACK * self.seconds_m.max())
 
+    @property
+    def ease(self) -> float:
+        """Small pipelines are cheap to play, so they get more tries, up to twenty times."""
+        return min(20.0, max(1.0, 512 / (self.p * self.m)))
+
     @cached_property
     def seconds_m(self) -> np.ndarray:
         """Of each microbatch, over all stages."""
@@ -128,7 +133,7 @@ def search(
     memory: bytes that a device may hold, one number or [p]. placements: by default looped with 1, 2
     and 3 chunks and the V, or those with the number of virtual stages that the costs name. effort: 1
     takes about ten seconds at p = 8, m = 32; 0 tries the fixed schedules and one round of list
-    schedules.
+    schedules. The result is never slower than a fixed schedule of these placements.
 
     Raises ValueError for bad costs and where the memory is less than any schedule needs, with the
     stage and the amount."""
@@ -137,9 +142,8 @@ def search(
         placements = default_placements(problem)
     for placement in placements:
         check_caps(placement, m, costs, problem.caps)
-    rivals = sorted(fixed_candidates(problem), key=lambda c: c.makespan)
-    everywhere = {*placements} | {c.order.placement for c in rivals if c.order is not None}
-    bound = min(lower_bound(x, m, costs, problem.caps) for x in everywhere)
+    rivals = sorted(fixed_candidates(problem, placements), key=lambda c: c.makespan)
+    bound = min(lower_bound(x, m, costs, problem.caps) for x in placements)
     found = rivals[:1]
     for candidate in _searched(problem, placements, rivals, effort, random.Random(seed)):
         found.append(candidate)
@@ -186,8 +190,9 @@ def fixed_schedules(problem: Problem) -> Iterator[tuple[str, int, Callable[[], O
     yield "skip wave", 2, lambda: fixed.skip_wave(p, m, limit)
 
 
-def fixed_candidates(problem: Problem) -> list[Candidate]:
-    """Every fixed schedule on its best sequence, with the reason where it cannot run."""
+def fixed_candidates(problem: Problem, placements: Sequence[Placement]) -> list[Candidate]:
+    """Every fixed schedule of the placements on its best sequence, with the reason where it cannot
+    run."""
     found = []
     for name, v, build in fixed_schedules(problem):
         if problem.chunks not in (None, v):
@@ -196,6 +201,8 @@ def fixed_candidates(problem: Problem) -> list[Candidate]:
             order = build()
         except ValueError as error:
             found.append(Candidate(name, "given", lost=str(error)))
+            continue
+        if order.placement not in placements:
             continue
         tried = [
             _priced(problem, name, sequence, relabel(order, ks))
@@ -342,7 +349,7 @@ def _searched(
         if best == inf or best in known or len(climbed) == CLIMBED:
             continue  # equal makespans are nearly always one schedule under two names
         known.add(best)
-        for _ in range(round(CHANGES * effort)):
+        for _ in range(round(CHANGES * effort * problem.ease)):
             other = point.changed(choose)
             seconds = other.seconds()
             if seconds <= best:
@@ -352,6 +359,6 @@ def _searched(
     runs = [c for c in (*climbed, *rivals[:2]) if c.makespan < inf]
     for n, candidate in enumerate(sorted(runs, key=lambda c: c.makespan)[:POLISHED]):
         assert candidate.order is not None
-        plays = round(PLAYS * effort)
+        plays = round(PLAYS * effort * problem.ease)
         order = polish(candidate.order, problem.costs, problem.caps, plays, n)
         yield _priced(problem, "searched", candidate.sequence, order)
