@@ -26,8 +26,8 @@ Name = tuple[str, int, int]  # kind, virtual stage, microbatch
 
 @dataclass(frozen=True)
 class Certificate:
-    """bound: seconds that no order of the placement, and of the sequence if one was given, can beat.
-    proven: whether `makespan` is optimal."""
+    """bound: seconds that no order of the placement, and of the sequence if one was given, can
+    beat. proven: whether `makespan` is optimal."""
 
     makespan: float
     bound: float
@@ -52,9 +52,10 @@ def certificate(
     gap: float = 1e-4,
 ) -> Certificate:
     """The bound that HiGHS proves within `seconds`, or as soon as it is within `gap` of its best
-    solution. makespan: of an order that keeps the caps. sequence: of the microbatches on every virtual
-    stage, by F, by B and by W; without one the bound holds for all of them, and unlike costs make
-    that far harder. Messages wait for no other on their link, which can only lower the bound. Raises ValueError for p·m > 32, bad costs or caps."""
+    solution. makespan: of an order that keeps the caps. sequence: of the microbatches on every
+    virtual stage, by F, by B and by W; without one the bound holds for all of them, and unlike
+    costs make that far harder. Messages wait for no other on their link, which can only lower
+    the bound. Raises ValueError for p·m > 32, bad costs or caps."""
     p = placement.p
     if p * m > MOST:
         raise ValueError(f"certificate: p·m = {p}·{m} = {p * m} > {MOST}: use `lower_bound`")
@@ -77,7 +78,9 @@ class _Program:
     most: float  # a makespan that is reached
     sequence: Sequence[int] | None
     names: list[Name] = field(default_factory=list)
-    rows: list[tuple[dict[int, float], float]] = field(default_factory=list)  # Σ coefficient·x ≥ least
+    rows: list[tuple[dict[int, float], float]] = field(
+        default_factory=list
+    )  # Σ coefficient·x ≥ least
     pairs: dict[tuple[Name, Name], int] = field(default_factory=dict)
 
     def write(self, least: float) -> None:
@@ -148,7 +151,8 @@ class _Program:
                     yield (kind, u, k), (kind, u, after), 0.0
 
     def known(self, a: Name, b: Name) -> bool | None:
-        """Whether a precedes b in every schedule that is looked at; None where both can be first."""
+        """Whether a precedes b in every schedule that is looked at; None where both can be
+        first."""
         if self.reach[self.at[a], self.at[b]]:
             return True
         return False if self.reach[self.at[b], self.at[a]] else None

@@ -38,8 +38,8 @@ class Evaluation:
 
     @property
     def span(self) -> float:
-        """The longest span of a device: the bubble rates of the zero-bubble papers are (span − busy)
-        / span."""
+        """The longest span of a device: the bubble rates of the zero-bubble papers are (span −
+        busy) / span."""
         return max(self.spans)
 
     @property
@@ -67,9 +67,7 @@ class Evaluation:
                 found[cause][i] += seconds
         return found
 
-    def _gaps(
-        self, i: int, arrival: list[float], produced: list[float]
-    ) -> list[tuple[str, float]]:
+    def _gaps(self, i: int, arrival: list[float], produced: list[float]) -> list[tuple[str, float]]:
         ops, start = self.program.ops[i], self.start[i]
         if not ops:
             return [("drain", self.makespan)]
@@ -264,10 +262,11 @@ def _messages(
         for begun, (seconds, _, gives, link, _, _) in zip(starts, ops, strict=True):
             board.fill(gives, link, begun + seconds)
     waits = [[op[1] for op in ops] for ops in program.ops]
-    return tuple(
+    arrival, produced = (
         [[x[n] if n >= 0 else 0.0 for n in slots] for slots in waits]
         for x in (board.arrived, board.left)
     )
+    return arrival, produced
 
 
 def peak(ops: list[tuple]) -> float:

@@ -19,9 +19,8 @@ def gpipe(p: int, m: int) -> Order:
 
 
 def one_f_one_b(p: int, m: int) -> Order:
-    """1F1B (PipeDream-flush, Narayanan et al. 2021, arXiv 2104.04473 §2.2.1). Device i holds min(p −
-    i, m).
-    """
+    """1F1B (PipeDream-flush, Narayanan et al. 2021, arXiv 2104.04473 §2.2.1). Device i holds
+    min(p − i, m)."""
     return interleaved(p, m, 1)
 
 
@@ -33,8 +32,7 @@ def interleaved(p: int, m: int, v: int) -> Order:
     forwards, backwards = _rounds("interleaved", p, m, v, "BW")
     far = 1 if v == 1 else 2
     return build(
-        looped(p, v),
-        lambda i: _alternate(forwards, backwards, far * (p - 1 - i) + (v - 1) * p),
+        looped(p, v), lambda i: _alternate(forwards, backwards, far * (p - 1 - i) + (v - 1) * p)
     )
 
 
@@ -63,9 +61,7 @@ def interleaved_zero_bubble(p: int, m: int, v: int) -> Order:
     has it). The idle time is (p − 1)(T_F + T_B − T_W) / v, the activations are those of p
     microbatches. Raises ValueError unless m is a multiple of p or v = 1."""
     forwards, backwards = _rounds("interleaved_zero_bubble", p, m, v, "B")
-    return build(
-        looped(p, v), lambda i: _delayed(forwards, backwards, (v - 1) * p + p - 1 - i, i)
-    )
+    return build(looped(p, v), lambda i: _delayed(forwards, backwards, (v - 1) * p + p - 1 - i, i))
 
 
 def zbv(p: int, m: int) -> Order:
@@ -80,17 +76,26 @@ def zbv(p: int, m: int) -> Order:
         for _ in range(2 * (p - i) - 1):
             take("F", 0)
         for _ in range(i):
-            take("F", 1), take("F", 0)
+            take("F", 1)
+            take("F", 0)
         for _ in range(p - i):
-            take("F", 1), take("B", 1), take("W", 1)
+            take("F", 1)
+            take("B", 1)
+            take("W", 1)
         while take.count["F", 1] < many:
             if take.count["F", 0] < many:
                 take("F", 0)
-            take("B", 0), take("W", 0), take("F", 1), take("B", 1), take("W", 1)
+            take("B", 0)
+            take("W", 0)
+            take("F", 1)
+            take("B", 1)
+            take("W", 1)
         for _ in range(i):
-            take("B", 0), take("B", 1)
+            take("B", 0)
+            take("B", 1)
         for _ in range(p - i):
-            take("B", 0), take("W", 0)
+            take("B", 0)
+            take("W", 0)
         for c in (1, 0):
             while take.count["W", c] < many:
                 take("W", c)
@@ -100,9 +105,10 @@ def zbv(p: int, m: int) -> Order:
 
 
 def dualpipe_v(p: int, m: int) -> Order:
-    """DualPipeV (DeepSeek-AI 2024, arXiv 2412.19437, cut in half to a V): a forward beside a backward
-    of the other chunk, W on its own only in the ramps. Holds p + ½ microbatches. What DualPipe
-    overlaps inside a pair stands here one after the other. Raises ValueError for m < 2p."""
+    """DualPipeV (DeepSeek-AI 2024, arXiv 2412.19437, cut in half to a V): a forward beside a
+    backward of the other chunk, W on its own only in the ramps. Holds p + ½ microbatches. What
+    DualPipe overlaps inside a pair stands here one after the other. Raises ValueError for m <
+    2p."""
     _check(p, m)
     if m < 2 * p:
         raise ValueError(f"dualpipe_v needs m ≥ 2p = {2 * p} microbatches, got m={m}")
@@ -112,17 +118,26 @@ def dualpipe_v(p: int, m: int) -> Order:
         for _ in range(2 * (p - 1 - i)):
             take("F", 0)
         for _ in range(i + 1):
-            take("F", 0), take("F", 1)
+            take("F", 0)
+            take("F", 1)
         for _ in range(p - 1 - i):
-            take("B", 1), take.oldest_w(), take("F", 1)
+            take("B", 1)
+            take.oldest_w()
+            take("F", 1)
         for _ in range(m - 2 * p + i + 1):
-            take("F", 0), take("BW", 1), take("F", 1), take("BW", 0)
+            take("F", 0)
+            take("BW", 1)
+            take("F", 1)
+            take("BW", 0)
         for _ in range(p - 1 - i):
-            take("BW", 1), take("F", 1), take("BW", 0)
+            take("BW", 1)
+            take("F", 1)
+            take("BW", 0)
         for n in range(2 * (i + 1)):  # the second half leaves its W to the end
             take("BW" if n <= i else "B", 1 - n % 2)
         for _ in range(p - 1 - i):
-            take.oldest_w(), take("B", 0)
+            take.oldest_w()
+            take("B", 0)
         for _ in range(i + 1):
             take.oldest_w()
         return take.ops
@@ -131,8 +146,9 @@ def dualpipe_v(p: int, m: int) -> Order:
 
 
 def skip_wave(p: int, m: int, memory: float | None = None) -> Order:
-    """A V that puts both ends of a U-ViT's skips on one device, with whole backwards: list scheduling
-    at F = B = W, as the wave of PULSE (arXiv 2606.19163) is synthesised for its placement.
+    """A V that puts both ends of a U-ViT's skips on one device, with whole backwards: list
+    scheduling at F = B = W, as the wave of PULSE (arXiv 2606.19163) is synthesised for its
+    placement.
 
     memory: microbatches that a device may hold, p by default."""
     _check(p, m)
@@ -163,10 +179,7 @@ def _rounds(name: str, p: int, m: int, v: int, backward: str) -> tuple[list[Op],
         for c in range(v)
         for k in range(first, min(first + p, m))
     ]
-    return (
-        [Op("F", k, c) for k, c in places],
-        [Op(backward, k, v - 1 - c) for k, c in places],
-    )
+    return ([Op("F", k, c) for k, c in places], [Op(backward, k, v - 1 - c) for k, c in places])
 
 
 def _alternate(forwards: list[Op], backwards: list[Op], warm_up: int) -> list[Op]:
@@ -202,7 +215,7 @@ class _Counter:
         self._waiting: list[Op] = []
 
     def __call__(self, kind: str, chunk: int) -> None:
-        """BW counts as B; a B queues its W for `oldest_w`."""
+        """The next of a kind and chunk. BW counts as B; a B queues its W for `oldest_w`."""
         key = ("B" if kind == "BW" else kind, chunk)
         op = Op(kind, self.count[key], chunk)
         self.count[key] += 1
@@ -214,4 +227,3 @@ class _Counter:
         """W of the B that has waited longest, if one waits."""
         if self._waiting:
             self.ops.append(self._waiting.pop(0)._replace(kind="W"))
-

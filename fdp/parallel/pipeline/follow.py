@@ -34,7 +34,8 @@ class Follower:
     def run(self, patience: Sequence[float]) -> tuple[float, list[list[Op]]]:
         """(makespan, operations), makespan inf where memory or the order itself is a dead end.
 
-        A W runs where a device waits for at least patience·T_W, or where F would not fit the cap."""
+        A W runs where a device waits for at least patience·T_W, or where F would not fit the
+        cap."""
         arrived, waiter = [-1.0] * self.slots, [-1] * self.slots
         free = [0.0] * self.links
         out: list[list[Op]] = [[] for _ in self.main]
@@ -94,7 +95,11 @@ class Follower:
         if ops[n][0][1:] == ops[n + 1][0][1:]:
             return self
         other = copy(self)
-        other.main = [*self.main[:i], [*ops[:n], ops[n + 1], ops[n], *ops[n + 2 :]], *self.main[i + 1 :]]
+        other.main = [
+            *self.main[:i],
+            [*ops[:n], ops[n + 1], ops[n], *ops[n + 2 :]],
+            *self.main[i + 1 :],
+        ]
         return other
 
 
@@ -105,7 +110,9 @@ class _Device:
         self.waiting: deque = deque()  # W, the oldest first
 
     def weights_until(self, time: float, patience: float, ops: list[Op]) -> None:
-        while self.waiting and time - self.now >= patience * self.waiting[0][1][0] and time > self.now:
+        while (
+            self.waiting and time - self.now >= patience * self.waiting[0][1][0] and time > self.now
+        ):
             self.weight(ops)
 
     def weight(self, ops: list[Op]) -> None:

@@ -23,11 +23,11 @@ GRID = 1 << 24  # steps of the longest operation: rounding moves a makespan by l
 
 @dataclass(frozen=True)
 class Knobs:
-    """ahead: at most ⌈ahead·(V − u)⌉ microbatches lie between F and B of u. patience [p]: W starts
-    only if nothing else arrives within patience·T_W; hold [p]: F, only if no B does within hold·T_F.
-    rounds: microbatches go through the chunks in rounds of so many, the F of a round chunk after
-    chunk; 0 takes the F that is farthest on. returns: the same for B, from the last chunk down.
-    fused: W at once after its B."""
+    """ahead: at most ⌈ahead·(V − u)⌉ microbatches lie between F and B of u. patience [p]: W
+    starts only if nothing else arrives within patience·T_W; hold [p]: F, only if no B does
+    within hold·T_F. rounds: microbatches go through the chunks in rounds of so many, the F of a
+    round chunk after chunk; 0 takes the F that is farthest on. returns: the same for B, from the
+    last chunk down. fused: W at once after its B."""
 
     ahead: float
     patience: tuple[float, ...]
@@ -160,8 +160,8 @@ class _Run:
         return best, full
 
     def _needs(self, i: int, u: int, k: int) -> float:
-        """Bytes of F, and those that the oldest microbatch still needs on this device: it can always
-        go on, so memory never deadlocks."""
+        """Bytes of F, and those that the oldest microbatch still needs on this device: it can
+        always go on, so memory never deadlocks."""
         stages, held = self.stages[i], self.line.held
         needs = held[u][k]
         if len(stages) > 1:

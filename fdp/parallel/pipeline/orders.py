@@ -40,7 +40,9 @@ class Order:
     @cached_property
     def microbatches(self) -> int:
         """Of all steps."""
-        return 1 + max((op.microbatch for ops in self.ops for op in ops if op.kind == "F"), default=-1)
+        return 1 + max(
+            (op.microbatch for ops in self.ops for op in ops if op.kind == "F"), default=-1
+        )
 
     def __len__(self) -> int:
         return sum(map(len, self.ops))
@@ -62,7 +64,10 @@ def relabel(order: Order, sequence: Sequence[int]) -> Order:
     return Order(
         order.placement,
         tuple(
-            tuple(op if op.kind in keep else op._replace(microbatch=sequence[op.microbatch]) for op in ops)
+            tuple(
+                op if op.kind in keep else op._replace(microbatch=sequence[op.microbatch])
+                for op in ops
+            )
             for ops in order.ops
         ),
         order.steps,
@@ -72,7 +77,8 @@ def relabel(order: Order, sequence: Sequence[int]) -> Order:
 def split_backward(order: Order) -> Order:
     """BW as B and W, one after the other."""
     return _rewritten(
-        order, lambda op: [op._replace(kind="B"), op._replace(kind="W")] if op.kind == "BW" else [op]
+        order,
+        lambda op: [op._replace(kind="B"), op._replace(kind="W")] if op.kind == "BW" else [op],
     )
 
 

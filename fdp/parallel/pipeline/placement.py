@@ -72,9 +72,7 @@ def wave(p: int, v: int = 2) -> Placement:
     """There and back: the chunks of odd number run from device p−1 to device 0. v = 2 is the V of
     Qi et al. 2024 (arXiv 2405.15362), v = 4 the W."""
     _positive(p, v)
-    return Placement(
-        tuple(u % p if u // p % 2 == 0 else p - 1 - u % p for u in range(p * v))
-    )
+    return Placement(tuple(u % p if u // p % 2 == 0 else p - 1 - u % p for u in range(p * v)))
 
 
 def _positive(p: int, v: int) -> None:

@@ -46,7 +46,9 @@ class _Work:
         self.program = compiled(order, table)
         self.names: list[list[Op]] = [list(ops) for ops in order.ops]
         self.caps = [cap * (1 + 1e-9) for cap in caps]
-        self.filler = {op[2]: i for i, ops in enumerate(self.program.ops) for op in ops if op[2] >= 0}
+        self.filler = {
+            op[2]: i for i, ops in enumerate(self.program.ops) for op in ops if op[2] >= 0
+        }
         start = play(self.program, self.send)
         assert start is not None
         self._took(start)
@@ -99,7 +101,8 @@ class _Work:
         return n
 
     def try_move(self, i: int, source: int, target: int, limit: float) -> None:
-        """Makes the move where the order still runs, fits the cap and takes no more than `limit`."""
+        """Makes the move where the order still runs, fits the cap and takes no more than
+        `limit`."""
         names, ops = self.names[i], self.program.ops[i]
         op = names[source]
         low, high = sorted((source, target))
@@ -116,8 +119,9 @@ class _Work:
         self._shift(i, target, source)
 
     def _shift(self, i: int, source: int, target: int) -> None:
-        for x in (self.names[i], self.program.ops[i]):
-            x.insert(target, x.pop(source))
+        names, ops = self.names[i], self.program.ops[i]
+        names.insert(target, names.pop(source))
+        ops.insert(target, ops.pop(source))
 
 
 def _needs(later: Op, sooner: Op) -> bool:

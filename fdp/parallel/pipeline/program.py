@@ -10,7 +10,6 @@ from typing import NamedTuple
 from fdp.parallel.pipeline.check import check
 from fdp.parallel.pipeline.costs import Table
 from fdp.parallel.pipeline.orders import Order
-from fdp.parallel.pipeline.placement import Placement
 
 
 class Timed(NamedTuple):
@@ -40,8 +39,8 @@ class Program:
 
 
 def compiled(order: Order, table: Table) -> Program:
-    """Raises ValueError, from `check`, for an operation that is missing, repeated, unknown or before
-    its own input on its device."""
+    """Raises ValueError, from `check`, for an operation that is missing, repeated, unknown or
+    before its own input on its device."""
     compiler = _Compiler(order, table)
     try:
         ops = [compiler.device(i) for i in range(order.placement.p)]
@@ -77,7 +76,12 @@ class _Compiler:
         kinds = {op.kind for ops in order.ops for op in ops}
         self.shared_head = "S" in kinds
         self.dropped = (
-            {(op.chunk, op.microbatch, i) for i, ops in enumerate(order.ops) for op in ops if op.kind == "R"}
+            {
+                (op.chunk, op.microbatch, i)
+                for i, ops in enumerate(order.ops)
+                for op in ops
+                if op.kind == "R"
+            }
             if "R" in kinds
             else set()
         )

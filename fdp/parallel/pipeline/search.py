@@ -1,8 +1,8 @@
 """Searches the order, the placement and the sequence of microbatches of a pipeline.
 
-Fixed schedules on several sequences; list scheduling with a few knobs, which are then climbed; and a
-local search on the best orders of both. Everything is priced by `evaluate` under one memory cap, so
-the result is never slower than a fixed schedule that keeps it.
+Fixed schedules on several sequences; list scheduling with a few knobs, which are then climbed; and
+a local search on the best orders of both. Everything is priced by `evaluate` under one memory cap,
+so the result is never slower than a fixed schedule that keeps it.
 
 Legend: p devices, m microbatches, v chunks of a device."""
 
@@ -10,7 +10,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf
 from typing import Protocol
 
@@ -48,8 +48,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """best: the fastest candidate. rivals: the fixed schedules, the fastest first. bound: seconds that
-    no order of any searched placement can beat."""
+    """best: the fastest candidate. rivals: the fixed schedules, the fastest first. bound:
+    seconds that no order of any searched placement can beat."""
 
     best: Candidate
     rivals: list[Candidate]
@@ -116,7 +116,9 @@ class Problem:
             "small edges": up[::2] + up[1::2][::-1],
             "given": given,
         }
-        return {name: ks for name, ks in named.items() if name != "given" or ks not in (up, up[::-1])}
+        return {
+            name: ks for name, ks in named.items() if name != "given" or ks not in (up, up[::-1])
+        }
 
 
 def search(
@@ -131,12 +133,12 @@ def search(
     """The fastest order of F, B, W found for the asynchronous mode.
 
     memory: bytes that a device may hold, one number or [p]. placements: by default looped with 1, 2
-    and 3 chunks and the V, or those with the number of virtual stages that the costs name. effort: 1
-    takes about ten seconds at p = 8, m = 32; 0 tries the fixed schedules and one round of list
+    and 3 chunks and the V, or those with the number of virtual stages that the costs name. effort:
+    1 takes about ten seconds at p = 8, m = 32; 0 tries the fixed schedules and one round of list
     schedules. The result is never slower than a fixed schedule of these placements.
 
-    Raises ValueError for bad costs and where the memory is less than any schedule needs, with the
-    stage and the amount."""
+    Raises ValueError for bad costs and where the memory is less than any schedule needs, with
+    the stage and the amount."""
     problem = Problem(p, m, costs, memory)
     if placements is None:
         placements = default_placements(problem)
@@ -163,31 +165,32 @@ def default_placements(problem: Problem) -> list[Placement]:
 
 
 def fixed_schedules(problem: Problem) -> Iterator[tuple[str, int, Callable[[], Order]]]:
-    """(name, v, builder) of every fixed schedule. Those built from times take the mean ones, and the
-    memory of their names or, where that is less, the cap."""
+    """(name, v, builder) of every fixed schedule. Those built from times take the mean ones, and
+    the memory of their names or, where that is less, the cap."""
     p, m = problem.p, problem.m
     table = problem.costs.on(looped(p, problem.chunks or 1), m)
-    times = zero_bubble.Times(*(float(np.sum(x)) / (p * m) for x in (table.F, table.B, table.W)), table.send)
+    f, b, w = (float(np.sum(x)) / (p * m) for x in (table.F, table.B, table.W))
+    times = zero_bubble.Times(f, b, w, table.send)
     held, kept = (float(np.sum(x)) / (p * m) for x in (table.activation, table.stash))
     room = max(1.0, min(problem.caps) / held) if held else inf
     share = kept / held if held else 0.5
-    yield "gpipe", 1, lambda: fixed.gpipe(p, m)
-    yield "1f1b", 1, lambda: fixed.one_f_one_b(p, m)
-    yield "zb-h1", 1, lambda: fixed.zb_h1(p, m)
-    yield "zb-h2", 1, lambda: fixed.zb_h2(p, m)
-    for n in (1, 2):
-        limit = min(n * p, room)
-        yield f"zb-{n}p", 1, lambda limit=limit: zero_bubble.zb_heuristic(p, m, times, limit, share)
+    one, two = min(p, room), min(2 * p, room)
+    yield "gpipe", 1, partial(fixed.gpipe, p, m)
+    yield "1f1b", 1, partial(fixed.one_f_one_b, p, m)
+    yield "zb-h1", 1, partial(fixed.zb_h1, p, m)
+    yield "zb-h2", 1, partial(fixed.zb_h2, p, m)
+    yield "zb-1p", 1, partial(zero_bubble.zb_heuristic, p, m, times, one, share)
+    yield "zb-2p", 1, partial(zero_bubble.zb_heuristic, p, m, times, two, share)
     for v in (2, 3):
-        yield f"interleaved v={v}", v, lambda v=v: fixed.interleaved(p, m, v)
-        yield f"interleaved zero bubble v={v}", v, lambda v=v: fixed.interleaved_zero_bubble(p, m, v)
-    yield "zbv", 2, lambda: fixed.zbv(p, m)
-    limit = min(p, room)
-    yield "zbv from times", 2, lambda: zero_bubble.zbv_heuristic(p, m, times, limit, share)
-    yield "v-half", 2, lambda: controllable.v_half(p, m)
-    yield "v-min", 2, lambda: controllable.v_min(p, m)
-    yield "dualpipe-v", 2, lambda: fixed.dualpipe_v(p, m)
-    yield "skip wave", 2, lambda: fixed.skip_wave(p, m, limit)
+        yield f"interleaved v={v}", v, partial(fixed.interleaved, p, m, v)
+        name = f"interleaved zero bubble v={v}"
+        yield name, v, partial(fixed.interleaved_zero_bubble, p, m, v)
+    yield "zbv", 2, partial(fixed.zbv, p, m)
+    yield "zbv from times", 2, partial(zero_bubble.zbv_heuristic, p, m, times, one, share)
+    yield "v-half", 2, partial(controllable.v_half, p, m)
+    yield "v-min", 2, partial(controllable.v_min, p, m)
+    yield "dualpipe-v", 2, partial(fixed.dualpipe_v, p, m)
+    yield "skip wave", 2, partial(fixed.skip_wave, p, m, one)
 
 
 def fixed_candidates(problem: Problem, placements: Sequence[Placement]) -> list[Candidate]:
@@ -314,7 +317,8 @@ def _starts(
 ) -> list[tuple[float, int, str, Point]]:
     """(seconds, rank, sequence, point): the best list schedule of each placement and sequence, and
     the best way to place the W of each rival."""
-    p, points = problem.p, []
+    p = problem.p
+    points: list[tuple[str, list[Point]]] = []
     for placement, (name, ks) in itertools.product(placements, problem.sequences().items()):
         ways = ((0, 1), (0, p), (p, p)) if placement.v > 1 else ((0, 1),)
         grid = itertools.product((1.0, 1.4), (0.0, 0.5, 1.0), (0.0, 0.3), ways)
@@ -323,10 +327,11 @@ def _starts(
             for x, a, h, way in grid
         ]
         points.append((name, listed))
-    for rival in rivals:
-        for name, ks in problem.sequences().items() if rival.plain is not None else ():
+    for rival, (name, ks) in itertools.product(rivals, problem.sequences().items()):
+        if rival.plain is not None:
             follower = Follower(relabel(rival.plain, ks), problem.costs, problem.caps)
-            points.append((name, [Followed(problem, follower, (a,) * p) for a in (0.0, 0.3, 0.6, 1.0)]))
+            spread = (0.0, 0.3, 0.6, 1.0)
+            points.append((name, [Followed(problem, follower, (a,) * p) for a in spread]))
     best = []
     for n, (name, tried) in enumerate(points):
         seconds, _, point = min((x.seconds(), k, x) for k, x in enumerate(tried))

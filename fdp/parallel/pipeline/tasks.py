@@ -12,9 +12,8 @@ from fdp.price.simulate import Resource, TimedTask
 
 @dataclass(frozen=True)
 class Tasks:
-    """Arguments of `simulate`. Tasks are called (kind, device, microbatch, chunk), messages ("send",
-    *task, receiver).
-    """
+    """Arguments of `simulate`. Tasks are called (kind, device, microbatch, chunk), messages
+    ("send", *task, receiver)."""
 
     tasks: list[TimedTask]
     resources: list[Resource]
@@ -24,21 +23,33 @@ class Tasks:
 def tasks_of(order: Order, costs: Costs) -> Tasks:
     """F follows F of the virtual stage before, B follows F and B of the virtual stage after, W B.
 
-    Tasks run on resources "0" … "p−1", which are also the devices of `peak_bytes`, messages on links
-    "i>j". Raises ValueError for bad costs and for an order that does not run."""
+    Tasks run on resources "0" … "p−1", which are also the devices of `peak_bytes`, messages on
+    links "i>j". Raises ValueError for bad costs and for an order that does not run."""
     check(order)
     table = costs.on(order.placement, order.microbatches, order.steps)
     readers = _readers(order)
     tasks: list[TimedTask] = []
     links: dict[tuple[int, int], str] = {}
-    recomputed = {(i, op.microbatch, op.chunk) for i, ops in enumerate(order.ops) for op in ops if op.kind == "R"}
+    recomputed = {
+        (i, op.microbatch, op.chunk)
+        for i, ops in enumerate(order.ops)
+        for op in ops
+        if op.kind == "R"
+    }
     for i, ops in enumerate(order.ops):
         for op in ops:
             here = (op.kind, i, op.microbatch, op.chunk)
             takes, leaves = _bytes(order, table, i, op, (i, *op[1:]) in recomputed)
             after = _after(order, readers, i, op, table.send > 0)
             tasks.append(
-                TimedTask(here, str(i), _seconds(order, table, i, op), after, _on(i, takes), _on(i, leaves))
+                TimedTask(
+                    here,
+                    str(i),
+                    _seconds(order, table, i, op),
+                    after,
+                    _on(i, takes),
+                    _on(i, leaves),
+                )
             )
             for to in sorted(readers.get(here, {})):
                 links[i, to] = f"{i}>{to}"

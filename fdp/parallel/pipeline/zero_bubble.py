@@ -135,7 +135,7 @@ def zb_heuristic(
     memory: activations a device may hold, p for ZB-1p (default), 2p for ZB-2p. stash: share of an
     activation that B leaves to W. Raises ValueError where no variant fits the memory."""
     limit = p if memory is None else memory
-    found = []
+    found: list[tuple[float, int, _Pipeline]] = []
     for flags in itertools.product((True, False), repeat=3):
         line = _Pipeline(p, m, 1, times, limit, stash)
         try:
@@ -144,7 +144,9 @@ def zb_heuristic(
             continue
         found.append((line.span(), len(found), line))
     if not found:
-        raise ValueError(f"no variant of zb_heuristic fits memory={limit} activations, stash={stash}")
+        raise ValueError(
+            f"no variant of zb_heuristic fits memory={limit} activations, stash={stash}"
+        )
     best = min(found)[2]
     return build(looped(p), lambda i: best.devices[i].ops)
 
@@ -232,7 +234,7 @@ def zbv_heuristic(
 
     memory: activations a device may hold, p by default. Raises ValueError where none fits it."""
     limit = p if memory is None else memory
-    found = []
+    found: list[tuple[float, int, _Pipeline]] = []
     for fill_b, fill_f in itertools.product((True, False), repeat=2):
         best, spare = None, [0.0] * p
         while True:
@@ -247,7 +249,9 @@ def zbv_heuristic(
         if best is not None:
             found.append((best.widest(), len(found), best))
     if not found:
-        raise ValueError(f"no variant of zbv_heuristic fits memory={limit} activations, stash={stash}")
+        raise ValueError(
+            f"no variant of zbv_heuristic fits memory={limit} activations, stash={stash}"
+        )
     chosen = min(found)[2]
     return build(wave(p), lambda i: chosen.devices[i].ops)
 
@@ -268,13 +272,13 @@ def _valley(v: _Pipeline, fill_f: bool, fill_b: bool, spare: list[float]) -> Non
             v.fill(i, arrives, room(i) if fill_b or not c else inf, False)
             v.put("B", i, c)
         for i in range(v.p):
-            c = _next_f(v, i)
-            if c is None:
+            chunk = _next_f(v, i)
+            if chunk is None:
                 continue
             v.make_room(i, "F")
-            arrives = v.arrival("F", i, c)
+            arrives = v.arrival("F", i, chunk)
             v.fill(i, arrives, room(i) if fill_f else inf, False)
-            v.put("F", i, c)
+            v.put("F", i, chunk)
     v.finish()
 
 
@@ -311,7 +315,8 @@ def _descend(v: _Pipeline) -> None:
 def _backwards(v: _Pipeline) -> list[tuple[int, int]]:
     """(device, chunk) of one B each: those of chunk 0, which come up the V, from the last device,
     then those of chunk 1."""
-    up, down = [], []
+    up: list[int] = []
+    down: list[int] = []
     for i, d in enumerate(v.devices):
         ready = i + 1 == v.p or v.arrival("B", i, 0) is not None or d.done("B", 1) >= v.m
         (up if d.done("B", 0) < d.done("B", 1) and ready else down).append(i)
