@@ -217,9 +217,11 @@ def _rounds(program: Program, send: float, mode: str) -> list[list[float]]:
     sends_RxL = np.zeros((count, len(program.links)), bool)
     for i, (ops, rounds) in enumerate(zip(program.ops, round_, strict=True)):
         seconds_Rxp[rounds, i] = [op[0] for op in ops]
-        for op, r in zip(ops, rounds, strict=True):
-            for link in _links(program, op):
-                sends_RxL[r, link] = send > 0
+        used = [(r, op[3]) for op, r in zip(ops, rounds, strict=True) if op[3] >= 0]
+        for op, r in zip(ops, rounds, strict=True) if program.fans else ():
+            used += [(r, link) for _, link in program.fans.get(op[2], ()) if link >= 0]
+        if used and send > 0:
+            sends_RxL[tuple(zip(*used, strict=True))] = True
     gate_Rxp = _gates(program, seconds_Rxp, sends_RxL, send, mode)
     return [gate_Rxp[rounds, i].tolist() for i, rounds in enumerate(round_)]
 
@@ -245,12 +247,6 @@ def _gates(
         free_L = np.where(sends_L, np.maximum(free_L, done_p[from_L]) + send, free_L)
         gate_p = np.concatenate([done_p, free_L])[reach_px].max(1)
     return np.array(gates)
-
-
-def _links(program: Program, op: tuple) -> list[int]:
-    """The links on which an operation sends."""
-    ways = [link for _, link in program.fans[op[2]]] if op[2] in program.fans else [op[3]]
-    return [link for link in ways if link >= 0]
 
 
 def _messages(
@@ -283,6 +279,6 @@ def peak(ops: list[tuple]) -> float:
 def _sends(program: Program, ops: list[tuple]) -> int:
     """Messages that a device sends."""
     sent = sum([op[3] >= 0 for op in ops])
-    if program.fans:
-        sent += sum(len(_links(program, op)) for op in ops if op[2] in program.fans)
+    for op in ops if program.fans else ():
+        sent += sum(link >= 0 for _, link in program.fans.get(op[2], ()))
     return sent

@@ -57,6 +57,7 @@ class _Pipeline:
         self.seconds = {"F": times.F / v, "B": times.B / v, "W": times.W / v}
         self.takes = {"F": 1 / v, "B": (stash - 1) / v, "W": -stash / v}
         self.devices = [_Device() for _ in range(p)]
+        self.widest = 0.0  # bubble of any device
         self.end: dict[tuple[str, int, int, int], float] = {}  # kind, device, chunk, microbatch
 
     def source(self, kind: str, i: int, c: int) -> int | None:
@@ -80,6 +81,7 @@ class _Pipeline:
         begin = max(d.now, self.arrival(kind, i, c) or 0.0)
         if d.done("F"):
             d.bubble += begin - d.now
+            self.widest = max(self.widest, d.bubble)
         k = d.done(kind, c)
         d.now = begin + self.seconds[kind]
         self.end[kind, i, c, k] = d.now
@@ -108,9 +110,6 @@ class _Pipeline:
             self.put_w(i)
         if d.waiting and d.now < until and (last or until - d.now > spare):
             self.put_w(i)
-
-    def widest(self) -> float:
-        return max(d.bubble for d in self.devices)
 
     def span(self) -> float:
         """The longest time from the start of a device's first operation to its last end."""
@@ -178,7 +177,7 @@ def _line(line: _Pipeline, late_first_b: bool, b_first: bool, greedy: bool) -> N
 
 
 def _fill(line: _Pipeline, kind: str, i: int, greedy: bool) -> None:
-    line.fill(i, line.arrival(kind, i), line.widest() - line.devices[i].bubble, greedy)
+    line.fill(i, line.arrival(kind, i), line.widest - line.devices[i].bubble, greedy)
 
 
 def _warm_up(line: _Pipeline, late_first_b: bool) -> None:
@@ -223,7 +222,7 @@ def _runs_f(line: _Pipeline, i: int, b_first: bool) -> bool:
         room, w = room + line.takes["W"], w + 1
     if d.now + line.seconds["F"] + w * line.seconds["W"] <= back:
         return True
-    return back - d.now > line.widest() - d.bubble
+    return back - d.now > line.widest - d.bubble
 
 
 def zbv_heuristic(
@@ -243,11 +242,11 @@ def zbv_heuristic(
                 _valley(v, fill_f, fill_b, spare)
             except _Full:
                 break
-            if best is not None and v.widest() >= best.widest():
+            if best is not None and v.widest >= best.widest:
                 break
             best, spare = v, [d.bubble for d in v.devices]
         if best is not None:
-            found.append((best.widest(), len(found), best))
+            found.append((best.widest, len(found), best))
     if not found:
         raise ValueError(
             f"no variant of zbv_heuristic fits memory={limit} activations, stash={stash}"
@@ -261,7 +260,7 @@ def _valley(v: _Pipeline, fill_f: bool, fill_b: bool, spare: list[float]) -> Non
     loss."""
 
     def room(i: int) -> float:
-        return max(v.widest(), max(spare) - spare[i]) - v.devices[i].bubble
+        return max(v.widest, max(spare) - spare[i]) - v.devices[i].bubble
 
     _descend(v)
     for _ in range(2 * v.m):
