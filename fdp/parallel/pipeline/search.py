@@ -88,8 +88,8 @@ class Problem:
 
     @property
     def ease(self) -> float:
-        """Small pipelines are cheap to play, so they get more tries, up to twenty times."""
-        return min(20.0, max(1.0, 512 / (self.p * self.m)))
+        """Small pipelines are cheap to play, so they get more tries, up to six times."""
+        return min(6.0, max(1.0, 256 / (self.p * self.m)))
 
     @cached_property
     def seconds_m(self) -> np.ndarray:
