@@ -54,6 +54,7 @@ class Line:
         self.send = round(table.send / self.unit)
         self.held = [[row[k] for k in sequence] for row in table.activation]
         self.kept = [[row[k] for k in sequence] for row in table.stash]
+        self.alike = all(min(row) == max(row) for row in self.held)
 
     def run(self, knobs: Knobs) -> tuple[float, list[list[tuple[str, int, int]]]]:
         """(makespan in seconds, [p] lists of (kind, k, u))."""
@@ -151,7 +152,7 @@ class _Run:
         for u in self.stages[i]:
             k = self.next_f[u]
             if k < self.have_f[u] and k - self.next_b[u] < self.limit[u]:
-                if self.bytes[i] + self._needs(i, u, k) > self.caps[i]:
+                if not self._fits(i, u, k):
                     full = True
                     continue
                 rank = (k // rounds, u) if rounds else (-u, 0)
@@ -159,17 +160,29 @@ class _Run:
                     best, key = u, rank
         return best, full
 
-    def _needs(self, i: int, u: int, k: int) -> float:
-        """Bytes of F, and those that the oldest microbatch still needs on this device: it can
-        always go on, so memory never deadlocks."""
+    def _fits(self, i: int, u: int, k: int) -> bool:
+        """Whether F fits, and with it all that its device has begun can still end, the oldest
+        microbatch first: so memory never deadlocks."""
         stages, held = self.stages[i], self.line.held
-        needs = held[u][k]
-        if len(stages) > 1:
-            oldest = self.next_b[stages[0]]
+        room = self.caps[i] - self.bytes[i] - held[u][k]
+        if room < 0 or len(stages) == 1:
+            return room >= 0
+        room += sum([self.line.kept[w][n] for w, n in self.waiting[i]])
+        oldest, newest = self.next_b[stages[0]], max(k, self.next_f[stages[0]] - 1)
+        for n in range(oldest, newest + 1):
+            rest = back = 0.0
             for other in stages:
-                if self.next_f[other] <= oldest and (other != u or k != oldest):
-                    needs += held[other][oldest]
-        return needs
+                if n < self.next_f[other] or (n == k and other == u):
+                    if n >= self.next_b[other]:
+                        back += held[other][n]
+                else:
+                    rest += held[other][n]
+            if rest > room:
+                return False
+            if self.line.alike:
+                break  # the next ones need no more than the oldest gives back
+            room += back
+        return True
 
     def _run_f(self, i: int, u: int, now: float) -> float:
         k = self.next_f[u]

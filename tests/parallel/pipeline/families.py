@@ -60,6 +60,6 @@ def costs(draw, order):
         send=draw(st.sampled_from([0.0, 1.0, 3.0])),
         activation=activation,
         stash=activation // 2,
-        saved=1,
+        saved=np.ones(size),
         message=1.0,
     )
