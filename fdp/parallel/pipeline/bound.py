@@ -3,6 +3,7 @@
 Legend: p devices, V virtual stages, u one of them, m microbatches, k one of them, i a device."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -11,8 +12,8 @@ from fdp.parallel.pipeline.placement import Placement
 
 
 def needed_bytes(placement: Placement, m: int, costs: Costs) -> list[float]:
-    """[p]: what any order holds on a device: all its chunks of the largest microbatch, which are all
-    there when the last virtual stage starts its B."""
+    """[p]: what any order holds on a device: all its chunks of the largest microbatch, which are
+    all there when the last virtual stage starts its B."""
     held_Vxm = np.array(costs.on(placement, m).activation)
     return [float(held_Vxm[list(stages)].sum(0).max()) for stages in placement.stages]
 
@@ -24,8 +25,8 @@ def check_caps(placement: Placement, m: int, costs: Costs, caps: Sequence[float]
     for i, (need, cap) in enumerate(zip(needed_bytes(placement, m, costs), caps, strict=True)):
         if not cap >= need * (1 - 1e-9):
             raise ValueError(
-                f"stage {i} may hold {cap:g} bytes, but any schedule holds the {placement.v} chunks of "
-                f"one microbatch at once: {need:g}; {need - cap:g} more are needed"
+                f"stage {i} may hold {cap:g} bytes, but any schedule holds the {placement.v} "
+                f"chunks of one microbatch at once: {need:g}; {need - cap:g} more are needed"
             )
 
 
@@ -33,14 +34,14 @@ def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float
     """Seconds. The largest of: a microbatch's own way; for each device its work and what it must
     idle.
 
-    A device idles until its first F can arrive, and until its first B can arrive less the F that fit
-    its memory before (a fraction of the last one counts); after its last B, whose gradient still
-    goes on to virtual stage 0, it idles less the W whose stash fits its memory."""
+    A device idles until its first F can arrive, and until its first B can arrive less the F that
+    fit its memory before (a fraction of the last one counts); after its last B, whose gradient
+    still goes on to virtual stage 0, it idles less the W whose stash fits its memory."""
     t = costs.on(placement, m)
     F, B, W = (np.array(x) for x in (t.F, t.B, t.W))
     held, kept = np.array(t.activation), np.array(t.stash)
     devices = placement.devices
-    send = t.send * np.array([0, *(a != b for a, b in zip(devices, devices[1:], strict=False))])
+    send = t.send * np.array([0, *(a != b for a, b in pairwise(devices))])
     come_Vxm = np.cumsum(F, 0) - F + np.cumsum(send)[:, None]  # F of u starts
     back_Vxm = np.cumsum(B, 0) - B + np.cumsum(send)[:, None]  # from the end of B of u to that of 0
     turn_m = F.sum(0) + send.sum()
@@ -52,7 +53,9 @@ def lower_bound(placement: Placement, m: int, costs: Costs, caps: Sequence[float
         first_b = float(after_Vxm[u[-1]].min())
         most_f = _most(F[u].ravel(), held[u].ravel(), caps[i])
         start = max(float(come_Vxm[u[0]].min()), first_b - most_f)
-        end = (back_Vxm[u[0]] + (W[0] if u[0] else 0)).min() - _most(W[u].ravel(), kept[u].ravel(), caps[i])
+        end = (back_Vxm[u[0]] + (W[0] if u[0] else 0)).min() - _most(
+            W[u].ravel(), kept[u].ravel(), caps[i]
+        )
         bound = max(bound, work + start + max(0.0, float(end)))
     return bound
 

@@ -49,15 +49,15 @@ def _known(order: Order, i: int, ops: Sequence[Op]) -> None:
         inside = 0 <= op.microbatch < most and 0 <= op.chunk < (1 if op.kind == "S" else v)
         if op.kind != "AUX" and not inside:
             raise ValueError(
-                f"{_at(i, row, op)} does not exist: {most} {'steps' if op.kind == 'U' else 'microbatches'}"
-                f" and {v} chunks are numbered from 0"
+                f"{_at(i, row, op)} does not exist: {v} chunks and {most} "
+                f"{'steps' if op.kind == 'U' else 'microbatches'} are numbered from 0"
             )
         for part in ("B", "W") if op.kind == "BW" else (op.kind,):
             key = (part, op.microbatch, op.chunk)
             if key in seen:
                 raise ValueError(
-                    f"{_at(i, row, op)} is repeated: row {seen[key]} has run {part} already; remove "
-                    "one"
+                    f"{_at(i, row, op)} is repeated: row {seen[key]} has run {part} already; "
+                    "remove one"
                 )
             seen[key] = row
 
@@ -94,8 +94,8 @@ def _own_inputs(order: Order, i: int, ops: Sequence[Op]) -> None:
         for need in _own(op, rows, each):
             if need in rows and rows[need] > row:
                 raise ValueError(
-                    f"{_at(i, row, op)} is too early: it needs {Op(*need)} of row {rows[need]}; move "
-                    "it behind"
+                    f"{_at(i, row, op)} is too early: it needs {Op(*need)} of row {rows[need]}; "
+                    "move it behind"
                 )
 
 
@@ -115,7 +115,8 @@ def _own(op: Op, rows: dict[tuple, int], each: int) -> list[Place]:
 
 
 def inputs(order: Order, i: int, op: Op) -> Iterator[tuple[int, tuple[str, ...], int, int]]:
-    """What an operation needs of any device: (device, kinds one of which it is, microbatch, chunk)."""
+    """What an operation needs of any device: (device, kinds one of which it is, microbatch,
+    chunk)."""
     placement = order.placement
     kind, k, c = op
     if kind == "S":

@@ -28,8 +28,8 @@ def v_half(p: int, m: int) -> Order:
 
 
 def v_min(p: int, m: int) -> Order:
-    """Holds about p/3 + 1⅓ microbatches, the least of a block with equal lifetimes; two thirds of the
-    bubble of 1F1B."""
+    """Holds about p/3 + 1⅓ microbatches, the least of a block with equal lifetimes; two thirds
+    of the bubble of 1F1B."""
     gap = 2 if p % 3 == 0 else 0
     return _squeezed(
         p, m, [(i, 2 * p - i - 1, 2 * p + gap + i, 4 * p + gap - i - 1) for i in range(p)]
@@ -125,7 +125,7 @@ def _source(i: int, lane: int, p: int) -> int | None:
 def _moved(devices: list[Slots]) -> list[Slots]:
     """Every operation of the ramps in the earliest free slot behind its inputs that leaves the peak
     memory of the worst device as it is. Without W only the last ramp moves."""
-    p, m, with_w = len(devices), len(devices[0][0]), len(devices[0]) > W_LANE
+    m, with_w = len(devices[0][0]), len(devices[0]) > W_LANE
     limit = max(map(_peak, devices))
     taken: list[set[int]] = [set() for _ in devices]
     phase = 0  # 1 from the end of the first microbatch on, 2 from the last F of chunk 0 on

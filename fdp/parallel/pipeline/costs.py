@@ -44,7 +44,6 @@ class Costs:
 
     def on(self, placement: Placement, m: int, steps: int = 1) -> "Table":
         """The costs of m microbatches in all, numbered through `steps` steps of equal costs."""
-        each = m // steps
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.BW is None:
             del given["BW"]

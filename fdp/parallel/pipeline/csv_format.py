@@ -1,10 +1,10 @@
 """The CSV of `torch.distributed.pipelining`: one line a rank, one cell an action, `<stage><action>
 <microbatch>`.
 
-Actions F, I (input gradient), W, B (both gradients) are F, B, W, BW here; stages are virtual stages.
-A cell may be empty. A pair that torch overlaps, `(0F4;7B0)OVERLAP_F_B`, is read as one after the
-other. Cells that torch adds when it lowers a schedule (sends, receives, sharding, reduction) are
-left out: an order implies them.
+Actions F, I (input gradient), W, B (both gradients) are F, B, W, BW here; stages are virtual
+stages. A cell may be empty. A pair that torch overlaps, `(0F4;7B0)OVERLAP_F_B`, is read as one
+after the other. Cells that torch adds when it lowers a schedule (sends, receives, sharding,
+reduction) are left out: an order implies them.
 
 Legend: p devices (ranks), V virtual stages."""
 
@@ -32,8 +32,8 @@ def write_csv(order: Order, path: str | Path) -> None:
         for row, op in enumerate(ops):
             if op.kind not in WRITE:
                 raise ValueError(
-                    f"stage {i}, row {row}: {op}: the CSV of torch.distributed.pipelining has F, B, "
-                    "W and BW only"
+                    f"stage {i}, row {row}: {op}: the CSV of torch.distributed.pipelining has F, "
+                    "B, W and BW only"
                 )
         stages = order.placement.stages[i]
         lines.append([f"{stages[op.chunk]}{WRITE[op.kind]}{op.microbatch}" for op in ops])
@@ -56,8 +56,8 @@ def read_csv(path: str | Path, p: int | None = None, stages: int | None = None) 
         for column, u, action, k in actions:
             if owner.setdefault(u, i) != i:
                 raise ValueError(
-                    f"{path}: rank {i}, cell {column}: {u}{action}{k}: virtual stage {u} is on rank "
-                    f"{owner[u]} already"
+                    f"{path}: rank {i}, cell {column}: {u}{action}{k}: virtual stage {u} is on "
+                    f"rank {owner[u]} already"
                 )
     count = 1 + max(owner, default=-1)
     if stages is not None and count != stages:
@@ -66,7 +66,9 @@ def read_csv(path: str | Path, p: int | None = None, stages: int | None = None) 
         )
     lost = [u for u in range(count) if u not in owner]
     if lost or not ranks:
-        raise ValueError(f"{path}: virtual stages {lost} of {count} have no cell in any of {len(ranks)} ranks")
+        raise ValueError(
+            f"{path}: virtual stages {lost} of {count} have no cell in any of {len(ranks)} ranks"
+        )
     idle = [i for i in range(len(ranks)) if i not in owner.values()]
     if idle:
         raise ValueError(f"{path}: rank {idle[0]} runs nothing: remove its line or give it a stage")

@@ -38,8 +38,8 @@ class Evaluation:
 
     @property
     def span(self) -> float:
-        """The longest span of a device: the bubble rates of the zero-bubble papers are (span − busy)
-        / span."""
+        """The longest span of a device: the bubble rates of the zero-bubble papers are (span −
+        busy) / span."""
         return max(self.spans)
 
     @property
@@ -217,9 +217,11 @@ def _rounds(program: Program, send: float, mode: str) -> list[list[float]]:
     sends_RxL = np.zeros((count, len(program.links)), bool)
     for i, (ops, rounds) in enumerate(zip(program.ops, round_, strict=True)):
         seconds_Rxp[rounds, i] = [op[0] for op in ops]
-        for op, r in zip(ops, rounds, strict=True):
-            for link in _links(program, op):
-                sends_RxL[r, link] = send > 0
+        used = [(r, op[3]) for op, r in zip(ops, rounds, strict=True) if op[3] >= 0]
+        for op, r in zip(ops, rounds, strict=True) if program.fans else ():
+            used += [(r, link) for _, link in program.fans.get(op[2], ()) if link >= 0]
+        if used and send > 0:
+            sends_RxL[tuple(zip(*used, strict=True))] = True
     gate_Rxp = _gates(program, seconds_Rxp, sends_RxL, send, mode)
     return [gate_Rxp[rounds, i].tolist() for i, rounds in enumerate(round_)]
 
@@ -247,12 +249,6 @@ def _gates(
     return np.array(gates)
 
 
-def _links(program: Program, op: tuple) -> list[int]:
-    """The links on which an operation sends."""
-    ways = [link for _, link in program.fans[op[2]]] if op[2] in program.fans else [op[3]]
-    return [link for link in ways if link >= 0]
-
-
 def _messages(
     program: Program, start: list[list[float]], send: float
 ) -> tuple[list[list[float]], list[list[float]]]:
@@ -262,10 +258,11 @@ def _messages(
         for begun, (seconds, _, gives, link, _, _) in zip(starts, ops, strict=True):
             board.fill(gives, link, begun + seconds)
     waits = [[op[1] for op in ops] for ops in program.ops]
-    return tuple(
+    arrival, produced = (
         [[x[n] if n >= 0 else 0.0 for n in slots] for slots in waits]
         for x in (board.arrived, board.left)
     )
+    return arrival, produced
 
 
 def peak(ops: list[tuple]) -> float:
@@ -282,6 +279,6 @@ def peak(ops: list[tuple]) -> float:
 def _sends(program: Program, ops: list[tuple]) -> int:
     """Messages that a device sends."""
     sent = sum([op[3] >= 0 for op in ops])
-    if program.fans:
-        sent += sum(len(_links(program, op)) for op in ops if op[2] in program.fans)
+    for op in ops if program.fans else ():
+        sent += sum(link >= 0 for _, link in program.fans.get(op[2], ()))
     return sent

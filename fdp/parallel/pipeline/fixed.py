@@ -19,9 +19,8 @@ def gpipe(p: int, m: int) -> Order:
 
 
 def one_f_one_b(p: int, m: int) -> Order:
-    """1F1B (PipeDream-flush, Narayanan et al. 2021, arXiv 2104.04473 §2.2.1). Device i holds min(p −
-    i, m).
-    """
+    """1F1B (PipeDream-flush, Narayanan et al. 2021, arXiv 2104.04473 §2.2.1). Device i holds
+    min(p − i, m)."""
     return interleaved(p, m, 1)
 
 
@@ -77,17 +76,26 @@ def zbv(p: int, m: int) -> Order:
         for _ in range(2 * (p - i) - 1):
             take("F", 0)
         for _ in range(i):
-            take("F", 1), take("F", 0)
+            take("F", 1)
+            take("F", 0)
         for _ in range(p - i):
-            take("F", 1), take("B", 1), take("W", 1)
+            take("F", 1)
+            take("B", 1)
+            take("W", 1)
         while take.count["F", 1] < many:
             if take.count["F", 0] < many:
                 take("F", 0)
-            take("B", 0), take("W", 0), take("F", 1), take("B", 1), take("W", 1)
+            take("B", 0)
+            take("W", 0)
+            take("F", 1)
+            take("B", 1)
+            take("W", 1)
         for _ in range(i):
-            take("B", 0), take("B", 1)
+            take("B", 0)
+            take("B", 1)
         for _ in range(p - i):
-            take("B", 0), take("W", 0)
+            take("B", 0)
+            take("W", 0)
         for c in (1, 0):
             while take.count["W", c] < many:
                 take("W", c)
@@ -97,9 +105,10 @@ def zbv(p: int, m: int) -> Order:
 
 
 def dualpipe_v(p: int, m: int) -> Order:
-    """DualPipeV (DeepSeek-AI 2024, arXiv 2412.19437, cut in half to a V): a forward beside a backward
-    of the other chunk, W on its own only in the ramps. Holds p + ½ microbatches. What DualPipe
-    overlaps inside a pair stands here one after the other. Raises ValueError for m < 2p."""
+    """DualPipeV (DeepSeek-AI 2024, arXiv 2412.19437, cut in half to a V): a forward beside a
+    backward of the other chunk, W on its own only in the ramps. Holds p + ½ microbatches. What
+    DualPipe overlaps inside a pair stands here one after the other. Raises ValueError for m <
+    2p."""
     _check(p, m)
     if m < 2 * p:
         raise ValueError(f"dualpipe_v needs m ≥ 2p = {2 * p} microbatches, got m={m}")
@@ -109,17 +118,26 @@ def dualpipe_v(p: int, m: int) -> Order:
         for _ in range(2 * (p - 1 - i)):
             take("F", 0)
         for _ in range(i + 1):
-            take("F", 0), take("F", 1)
+            take("F", 0)
+            take("F", 1)
         for _ in range(p - 1 - i):
-            take("B", 1), take.oldest_w(), take("F", 1)
+            take("B", 1)
+            take.oldest_w()
+            take("F", 1)
         for _ in range(m - 2 * p + i + 1):
-            take("F", 0), take("BW", 1), take("F", 1), take("BW", 0)
+            take("F", 0)
+            take("BW", 1)
+            take("F", 1)
+            take("BW", 0)
         for _ in range(p - 1 - i):
-            take("BW", 1), take("F", 1), take("BW", 0)
+            take("BW", 1)
+            take("F", 1)
+            take("BW", 0)
         for n in range(2 * (i + 1)):  # the second half leaves its W to the end
             take("BW" if n <= i else "B", 1 - n % 2)
         for _ in range(p - 1 - i):
-            take.oldest_w(), take("B", 0)
+            take.oldest_w()
+            take("B", 0)
         for _ in range(i + 1):
             take.oldest_w()
         return take.ops
@@ -128,8 +146,9 @@ def dualpipe_v(p: int, m: int) -> Order:
 
 
 def skip_wave(p: int, m: int, memory: float | None = None) -> Order:
-    """A V that puts both ends of a U-ViT's skips on one device, with whole backwards: list scheduling
-    at F = B = W, as the wave of PULSE (arXiv 2606.19163) is synthesised for its placement.
+    """A V that puts both ends of a U-ViT's skips on one device, with whole backwards: list
+    scheduling at F = B = W, as the wave of PULSE (arXiv 2606.19163) is synthesised for its
+    placement.
 
     memory: microbatches that a device may hold, p by default."""
     _check(p, m)
@@ -137,8 +156,8 @@ def skip_wave(p: int, m: int, memory: float | None = None) -> Order:
     placement = wave(p)
     table = Costs(activation=1.0).on(placement, m)
     line = Line(placement, table, [limit] * p, range(m))
-    still = (0.0,) * p
-    return line.order(line.run(Knobs(2.0, still, still, fused=True))[1])
+    knobs = Knobs(2.0, (0.0,) * p, (0.0,) * p, fused=True)
+    return line.order(line.run(knobs)[1])
 
 
 def _check(p: int, m: int) -> None:
@@ -196,7 +215,7 @@ class _Counter:
         self._waiting: list[Op] = []
 
     def __call__(self, kind: str, chunk: int) -> None:
-        """BW counts as B; a B queues its W for `oldest_w`."""
+        """The next of a kind and chunk. BW counts as B; a B queues its W for `oldest_w`."""
         key = ("B" if kind == "BW" else kind, chunk)
         op = Op(kind, self.count[key], chunk)
         self.count[key] += 1

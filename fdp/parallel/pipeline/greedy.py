@@ -17,21 +17,23 @@ from fdp.parallel.pipeline.costs import Table
 from fdp.parallel.pipeline.orders import Op, Order
 from fdp.parallel.pipeline.placement import Placement
 
+SLACK = 1e-9  # relative: sums of the same bytes in another order fit the same cap
 GRID = 1 << 24  # steps of the longest operation: rounding moves a makespan by less than 1e-4
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """ahead: at most ⌈ahead·(V − u)⌉ microbatches lie between F and B of u. patience [p]: W starts
-    only if nothing else arrives within patience·T_W; hold [p]: F, only if no B does within hold·T_F.
-    deep: among ready F of several chunks the one farthest on, else the one of the oldest microbatch;
-    late: the same for B, where farthest on is the lowest u. fused: W at once after its B."""
+    """ahead: at most ⌈ahead·(V − u)⌉ microbatches lie between F and B of u. patience [p]: W
+    starts only if nothing else arrives within patience·T_W; hold [p]: F, only if no B does
+    within hold·T_F. rounds: microbatches go through the chunks in rounds of so many, the F of a
+    round chunk after chunk; 0 takes the F that is farthest on. returns: the same for B, from the
+    last chunk down. fused: W at once after its B."""
 
     ahead: float
     patience: tuple[float, ...]
     hold: tuple[float, ...]
-    deep: bool = True
-    late: bool = False
+    rounds: int = 0
+    returns: int = 1
     fused: bool = False
 
 
@@ -52,6 +54,7 @@ class Line:
         self.send = round(table.send / self.unit)
         self.held = [[row[k] for k in sequence] for row in table.activation]
         self.kept = [[row[k] for k in sequence] for row in table.stash]
+        self.alike = all(min(row) == max(row) for row in self.held)
 
     def run(self, knobs: Knobs) -> tuple[float, list[list[tuple[str, int, int]]]]:
         """(makespan in seconds, [p] lists of (kind, k, u))."""
@@ -85,8 +88,7 @@ class _Run:
         self.wake: list[float] = [0] * p
         self.events: list[tuple[float, int]] = [(0, i) for i in range(p)]
         self.ops: list[list[tuple[str, int, int]]] = [[] for _ in range(p)]
-        slack = 1e-9
-        self.caps = [cap * (1 + slack) for cap in line.caps]
+        self.caps = [cap * (1 + SLACK) for cap in line.caps]
 
     def play(self) -> tuple[float, list[list[tuple[str, int, int]]]]:
         events, wake, ends = self.events, self.wake, 0.0
@@ -135,37 +137,52 @@ class _Run:
 
     def _ready_b(self, i: int) -> int:
         """The virtual stage whose B device i would run; −1 for none."""
-        best = -1
+        best, key, returns = -1, (0, 0), self.knobs.returns
         for u in self.stages[i]:
-            if self.next_b[u] < self.have_b[u]:
-                if best < 0 or (not self.knobs.late and self.next_b[u] <= self.next_b[best]):
-                    best = u
+            k = self.next_b[u]
+            if k < self.have_b[u]:
+                rank = (k // returns, -u) if returns else (u, 0)
+                if best < 0 or rank < key:
+                    best, key = u, rank
         return best
 
     def _ready_f(self, i: int) -> tuple[int, bool]:
         """(the virtual stage whose F device i would run or −1, whether one waits for memory)."""
-        best, full = -1, False
-        next_f = self.next_f
+        best, key, full, rounds = -1, (0, 0), False, self.knobs.rounds
         for u in self.stages[i]:
-            k = next_f[u]
+            k = self.next_f[u]
             if k < self.have_f[u] and k - self.next_b[u] < self.limit[u]:
-                if self.bytes[i] + self._needs(i, u, k) > self.caps[i]:
+                if not self._fits(i, u, k):
                     full = True
-                elif best < 0 or self.knobs.deep or k < next_f[best]:
-                    best = u
+                    continue
+                rank = (k // rounds, u) if rounds else (-u, 0)
+                if best < 0 or rank < key:
+                    best, key = u, rank
         return best, full
 
-    def _needs(self, i: int, u: int, k: int) -> float:
-        """Bytes of F, and those that the oldest microbatch still needs on this device: it can always
-        go on, so memory never deadlocks."""
+    def _fits(self, i: int, u: int, k: int) -> bool:
+        """Whether F fits, and with it all that its device has begun can still end, the oldest
+        microbatch first: so memory never deadlocks."""
         stages, held = self.stages[i], self.line.held
-        needs = held[u][k]
-        if len(stages) > 1:
-            oldest = self.next_b[stages[0]]
+        room = self.caps[i] - self.bytes[i] - held[u][k]
+        if room < 0 or len(stages) == 1:
+            return room >= 0
+        room += sum([self.line.kept[w][n] for w, n in self.waiting[i]])
+        oldest, newest = self.next_b[stages[0]], max(k, self.next_f[stages[0]] - 1)
+        for n in range(oldest, newest + 1):
+            rest = back = 0.0
             for other in stages:
-                if self.next_f[other] <= oldest and (other != u or k != oldest):
-                    needs += held[other][oldest]
-        return needs
+                if n < self.next_f[other] or (n == k and other == u):
+                    if n >= self.next_b[other]:
+                        back += held[other][n]
+                else:
+                    rest += held[other][n]
+            if rest > room:
+                return False
+            if self.line.alike:
+                break  # the next ones need no more than the oldest gives back
+            room += back
+        return True
 
     def _run_f(self, i: int, u: int, now: float) -> float:
         k = self.next_f[u]

@@ -17,21 +17,21 @@ Block = tuple[int, int, int]  # (device, first, last): operations that follow wi
 
 def polish(order: Order, costs: Costs, caps: Sequence[float], plays: int, seed: int = 0) -> Order:
     """The best order found in `plays` plays. A move takes an operation of a critical block to its
-    front or its end, or a W into a gap; it stays where the makespan does not grow and every device
-    keeps its cap [p] in bytes.
+    front or its end, or a W into a gap; it stays where every device keeps its cap [p] in bytes and
+    the makespan is not above the best by more than a threshold, which falls to 0.
 
     Operations F, B, W, BW of one step. The result is never slower than the order."""
     work = _Work(order, costs, caps)
     best, kept = work.makespan, work.order()
     choose = random.Random(seed)
-    slack = 0.0
+    seconds = [op[0] for ops in work.program.ops for op in ops]
+    worse = 0.5 * sum(seconds) / len(seconds)  # what a move may cost at first: half an operation
     for n in range(plays):
         moves = work.moves()
         if not moves:
             break
-        slack = 0.002 * best * (1 - n / plays)
         i, source, target = choose.choice(moves)
-        work.try_move(i, source, target, best + slack)
+        work.try_move(i, source, target, best + worse * (1 - n / plays))
         if work.makespan < best * (1 - 1e-12):
             best, kept = work.makespan, work.order()
     return kept
@@ -46,7 +46,9 @@ class _Work:
         self.program = compiled(order, table)
         self.names: list[list[Op]] = [list(ops) for ops in order.ops]
         self.caps = [cap * (1 + 1e-9) for cap in caps]
-        self.filler = {op[2]: i for i, ops in enumerate(self.program.ops) for op in ops if op[2] >= 0}
+        self.filler = {
+            op[2]: i for i, ops in enumerate(self.program.ops) for op in ops if op[2] >= 0
+        }
         start = play(self.program, self.send)
         assert start is not None
         self._took(start)
@@ -99,7 +101,8 @@ class _Work:
         return n
 
     def try_move(self, i: int, source: int, target: int, limit: float) -> None:
-        """Makes the move where the order still runs, fits the cap and takes no more than `limit`."""
+        """Makes the move where the order still runs, fits the cap and takes no more than
+        `limit`."""
         names, ops = self.names[i], self.program.ops[i]
         op = names[source]
         low, high = sorted((source, target))
@@ -116,8 +119,9 @@ class _Work:
         self._shift(i, target, source)
 
     def _shift(self, i: int, source: int, target: int) -> None:
-        for x in (self.names[i], self.program.ops[i]):
-            x.insert(target, x.pop(source))
+        names, ops = self.names[i], self.program.ops[i]
+        names.insert(target, names.pop(source))
+        ops.insert(target, ops.pop(source))
 
 
 def _needs(later: Op, sooner: Op) -> bool:

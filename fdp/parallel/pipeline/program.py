@@ -10,7 +10,6 @@ from typing import NamedTuple
 from fdp.parallel.pipeline.check import check
 from fdp.parallel.pipeline.costs import Table
 from fdp.parallel.pipeline.orders import Order
-from fdp.parallel.pipeline.placement import Placement
 
 
 class Timed(NamedTuple):
@@ -40,8 +39,8 @@ class Program:
 
 
 def compiled(order: Order, table: Table) -> Program:
-    """Raises ValueError, from `check`, for an operation that is missing, repeated, unknown or before
-    its own input on its device."""
+    """Raises ValueError, from `check`, for an operation that is missing, repeated, unknown or
+    before its own input on its device."""
     compiler = _Compiler(order, table)
     try:
         ops = [compiler.device(i) for i in range(order.placement.p)]
@@ -73,6 +72,7 @@ class _Compiler:
         self.state = bytearray(len(order.placement.devices) * self.m)
         self.heads: set[tuple[int, int]] = set()
         self.updates: set[tuple[int, int]] = set()
+        self.fillers: set[tuple[int, int, int]] = set()
         self.wrong = len(order.ops) != order.placement.p or self.m % max(order.steps, 1) != 0
         kinds = {op.kind for ops in order.ops for op in ops}
         self.shared_head = "S" in kinds
@@ -157,6 +157,8 @@ class _Compiler:
         """U, S and AUX."""
         t, m = self.table, self.m
         if kind == "AUX":
+            self.wrong |= (i, k, c) in self.fillers
+            self.fillers.add((i, k, c))
             return t.AUX[c], NONE, NONE, -1, 0.0, 0.0
         if kind == "U":
             u, each = self.order.placement.stages[i][c], m // self.order.steps

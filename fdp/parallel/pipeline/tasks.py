@@ -12,9 +12,8 @@ from fdp.price.simulate import Resource, TimedTask
 
 @dataclass(frozen=True)
 class Tasks:
-    """Arguments of `simulate`. Tasks are called (kind, device, microbatch, chunk), messages ("send",
-    *task, receiver).
-    """
+    """Arguments of `simulate`. Tasks are called (kind, device, microbatch, chunk), messages
+    ("send", *task, receiver)."""
 
     tasks: list[TimedTask]
     resources: list[Resource]
@@ -24,8 +23,8 @@ class Tasks:
 def tasks_of(order: Order, costs: Costs) -> Tasks:
     """F follows F of the virtual stage before, B follows F and B of the virtual stage after, W B.
 
-    Tasks run on resources "0" … "p−1", which are also the devices of `peak_bytes`, messages on links
-    "i>j". Raises ValueError for bad costs and for an order that does not run."""
+    Tasks run on resources "0" … "p−1", which are also the devices of `peak_bytes`, messages on
+    links "i>j". Raises ValueError for bad costs and for an order that does not run."""
     check(order)
     table = costs.on(order.placement, order.microbatches, order.steps)
     readers = _readers(order)

@@ -57,6 +57,7 @@ class _Pipeline:
         self.seconds = {"F": times.F / v, "B": times.B / v, "W": times.W / v}
         self.takes = {"F": 1 / v, "B": (stash - 1) / v, "W": -stash / v}
         self.devices = [_Device() for _ in range(p)]
+        self.widest = 0.0  # bubble of any device
         self.end: dict[tuple[str, int, int, int], float] = {}  # kind, device, chunk, microbatch
 
     def source(self, kind: str, i: int, c: int) -> int | None:
@@ -80,6 +81,7 @@ class _Pipeline:
         begin = max(d.now, self.arrival(kind, i, c) or 0.0)
         if d.done("F"):
             d.bubble += begin - d.now
+            self.widest = max(self.widest, d.bubble)
         k = d.done(kind, c)
         d.now = begin + self.seconds[kind]
         self.end[kind, i, c, k] = d.now
@@ -109,9 +111,6 @@ class _Pipeline:
         if d.waiting and d.now < until and (last or until - d.now > spare):
             self.put_w(i)
 
-    def widest(self) -> float:
-        return max(d.bubble for d in self.devices)
-
     def span(self) -> float:
         """The longest time from the start of a device's first operation to its last end."""
         first = [self.end["F", i, 0, 0] - self.seconds["F"] for i in range(self.p)]
@@ -135,7 +134,7 @@ def zb_heuristic(
     memory: activations a device may hold, p for ZB-1p (default), 2p for ZB-2p. stash: share of an
     activation that B leaves to W. Raises ValueError where no variant fits the memory."""
     limit = p if memory is None else memory
-    found = []
+    found: list[tuple[float, int, _Pipeline]] = []
     for flags in itertools.product((True, False), repeat=3):
         line = _Pipeline(p, m, 1, times, limit, stash)
         try:
@@ -178,7 +177,7 @@ def _line(line: _Pipeline, late_first_b: bool, b_first: bool, greedy: bool) -> N
 
 
 def _fill(line: _Pipeline, kind: str, i: int, greedy: bool) -> None:
-    line.fill(i, line.arrival(kind, i), line.widest() - line.devices[i].bubble, greedy)
+    line.fill(i, line.arrival(kind, i), line.widest - line.devices[i].bubble, greedy)
 
 
 def _warm_up(line: _Pipeline, late_first_b: bool) -> None:
@@ -223,7 +222,7 @@ def _runs_f(line: _Pipeline, i: int, b_first: bool) -> bool:
         room, w = room + line.takes["W"], w + 1
     if d.now + line.seconds["F"] + w * line.seconds["W"] <= back:
         return True
-    return back - d.now > line.widest() - d.bubble
+    return back - d.now > line.widest - d.bubble
 
 
 def zbv_heuristic(
@@ -234,7 +233,7 @@ def zbv_heuristic(
 
     memory: activations a device may hold, p by default. Raises ValueError where none fits it."""
     limit = p if memory is None else memory
-    found = []
+    found: list[tuple[float, int, _Pipeline]] = []
     for fill_b, fill_f in itertools.product((True, False), repeat=2):
         best, spare = None, [0.0] * p
         while True:
@@ -243,11 +242,11 @@ def zbv_heuristic(
                 _valley(v, fill_f, fill_b, spare)
             except _Full:
                 break
-            if best is not None and v.widest() >= best.widest():
+            if best is not None and v.widest >= best.widest:
                 break
             best, spare = v, [d.bubble for d in v.devices]
         if best is not None:
-            found.append((best.widest(), len(found), best))
+            found.append((best.widest, len(found), best))
     if not found:
         raise ValueError(
             f"no variant of zbv_heuristic fits memory={limit} activations, stash={stash}"
@@ -261,7 +260,7 @@ def _valley(v: _Pipeline, fill_f: bool, fill_b: bool, spare: list[float]) -> Non
     loss."""
 
     def room(i: int) -> float:
-        return max(v.widest(), max(spare) - spare[i]) - v.devices[i].bubble
+        return max(v.widest, max(spare) - spare[i]) - v.devices[i].bubble
 
     _descend(v)
     for _ in range(2 * v.m):
@@ -272,13 +271,13 @@ def _valley(v: _Pipeline, fill_f: bool, fill_b: bool, spare: list[float]) -> Non
             v.fill(i, arrives, room(i) if fill_b or not c else inf, False)
             v.put("B", i, c)
         for i in range(v.p):
-            c = _next_f(v, i)
-            if c is None:
+            chunk = _next_f(v, i)
+            if chunk is None:
                 continue
             v.make_room(i, "F")
-            arrives = v.arrival("F", i, c)
+            arrives = v.arrival("F", i, chunk)
             v.fill(i, arrives, room(i) if fill_f else inf, False)
-            v.put("F", i, c)
+            v.put("F", i, chunk)
     v.finish()
 
 
@@ -315,7 +314,8 @@ def _descend(v: _Pipeline) -> None:
 def _backwards(v: _Pipeline) -> list[tuple[int, int]]:
     """(device, chunk) of one B each: those of chunk 0, which come up the V, from the last device,
     then those of chunk 1."""
-    up, down = [], []
+    up: list[int] = []
+    down: list[int] = []
     for i, d in enumerate(v.devices):
         ready = i + 1 == v.p or v.arrival("B", i, 0) is not None or d.done("B", 1) >= v.m
         (up if d.done("B", 0) < d.done("B", 1) and ready else down).append(i)
