@@ -43,6 +43,8 @@ SCHEDULES = ("linear", "loglinear", "md4_cosine", "mdlm_cosine", "bd3_cosine", "
 PACKINGS = ("stream", "documents")
 PLANS = ("all_gather", "ring", "ulysses", "usp", "batch")
 
+PIPELINES = ("gpipe", "1f1b", "zb_h1", "zb_h2", "zbv", "v_half", "v_min", "dualpipe_v")
+
 MAX_VOCAB = 2**20  # ids of a tokenizer that is trained here; published ones have at most 2**18
 MAX_DEVICES = 2**16
 MAX_BYTES = 2**43  # of one device: neither a device nor a host holds 8 TiB
@@ -133,6 +135,11 @@ CONTEXT = section(  # how attention communicates over cp; none of it changes the
     stripe=count(1, "striped: length of a block", "positions"),
 )
 
+PIPELINE = section(  # how a step uses pp; none of it changes the result
+    schedule=choice("1f1b", PIPELINES, "order of the operations of a step"),
+    chunks=count(1, "parts of a device's layers that are stages of their own (1f1b, zb_h1)"),
+)
+
 OBJECTIVE = section(
     name=choice("mdlm", OBJECTIVES, "what is learnt"),
     form=choice("k", ("t", "k"), "masks: k (exactly k, weight L/k) | t (continuous time)"),
@@ -205,6 +212,7 @@ SECTIONS: dict[str, Section] = {
     "model": MODEL,
     "model.moe": MOE,
     "context": CONTEXT,
+    "pipeline": PIPELINE,
     "objective": OBJECTIVE,
     "data": DATA,
     "train": TRAIN,
@@ -384,14 +392,25 @@ def _next_multiple(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
+def chunks_of(c: ml_collections.ConfigDict) -> int:
+    """Parts of a device's layers: V schedules have two."""
+    two = c.pipeline.schedule in ("zbv", "v_half", "v_min", "dualpipe_v")
+    return 1 if c.mesh.pp == 1 else 2 if two else c.pipeline.chunks
+
+
 def _check_divisors(c: ml_collections.ConfigDict) -> None:
     """Divisibility by the degrees of the mesh, microbatches, heads and blocks."""
     m, mesh, t, seq = c.model, c.mesh, c.train, c.data.seq_len
     tp = mesh.tp
-    layers = _next_multiple(m.layers, mesh.pp)
-    _divides("layers", m.layers, "mesh.pp", mesh.pp, f"set model.layers={layers}")
-    if mesh.pp > 1:
-        raise UserError(f"mesh.pp={mesh.pp}: this model has no pipeline schedule; set mesh.pp=1")
+    chunks = chunks_of(c)
+    each = mesh.pp * chunks * (m.moe.every if m.moe.experts else 1)
+    by = "mesh.pp" if chunks == 1 else "mesh.pp·chunks"
+    _divides("layers", m.layers, by, each, f"set model.layers={_next_multiple(m.layers, each)}")
+    if mesh.pp > 1 and m.moe.experts and m.moe.first_dense:
+        raise UserError(
+            f"model.moe.first_dense={m.moe.first_dense} blocks before the stack lie on no stage of "
+            f"mesh.pp={mesh.pp}: set model.moe.first_dense=0"
+        )
     for what, key in (
         ("query heads", "heads"),
         ("key/value heads", "kv_heads"),

@@ -26,6 +26,8 @@ from fdp.objectives.base import Objective
 from fdp.optimizer import Optimizer
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.pipeline.executor import scheduled
+from fdp.parallel.pipeline.library import named
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,16 @@ def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experime
         degrees={axis: c.mesh[axis] for axis in AXES},
         fit=fit_of(c),
         zero=t.zero,
-        grads=plain(t.microbatches),
+        grads=grads_of(c),
         rules=rules,
     )
+
+
+def grads_of(c: ml_collections.ConfigDict) -> Grads:
+    """Gradients without a pipeline, or by the schedule of the `pipeline` section. Raises ValueError
+    for numbers of microbatches that the schedule does not take."""
+    p, m = c.mesh.pp, c.train.microbatches
+    return plain(m) if p == 1 else scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks))
 
 
 def fit_of(c: ml_collections.ConfigDict) -> Fit:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import vary, vary_like
+from fdp.collectives import index, shift, size, vary, vary_like
 
 LOSS_AXES = ("pp", "dp", "ep", "cp")
 Aux = dict[str, Any]
@@ -37,6 +37,22 @@ class Stages(NamedTuple):
         for penalty in (first, second, third):
             loss = loss if penalty is None else loss + penalty
         return loss, aux | of_layers | of_outputs
+
+
+def relay(stages: Stages, params: Any, noised: Any) -> jax.Array:
+    """This device's part of the mean loss, through all stages of pp one after the other.
+
+    For evaluations: every device computes in every one of p rounds, and what it has in round i is
+    true on device i."""
+    x, _, _ = stages.embed(params, noised)
+
+    def one(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        y = vary(stages.stack(params, x, noised)[0], LOSS_AXES)
+        return shift(y, "pp"), y
+
+    _, y = jax.lax.scan(one, vary(x, LOSS_AXES), None, length=size("pp"))
+    loss, _, _ = stages.score(params, y[-1], noised)
+    return jnp.where(index("pp") == size("pp") - 1, loss, 0.0)
 
 
 class Grads(Protocol):

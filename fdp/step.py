@@ -6,6 +6,7 @@ Legend: B global batch, N periods of the model's stack.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from fdp import sharding
 from fdp.collectives import psum, shard_map
 from fdp.config import UserError
 from fdp.experiment import Experiment
-from fdp.grads import LOSS_AXES, Aux, Penalty, Stages
+from fdp.grads import LOSS_AXES, Aux, Penalty, Stages, relay
 from fdp.mesh import DATA_AXES, AnyMesh, factor
 from fdp.models import module
 from fdp.objectives.base import Objective
@@ -35,6 +36,7 @@ def stages(
     capacity: int | None = None,
     inputs_N: Any = None,
     share: float = 1.0,
+    staged: bool = False,
 ) -> Stages:
     """The stages of a model and its objective. `score` divides the summed loss by `count`.
 
@@ -47,16 +49,26 @@ def stages(
         out, aux, penalty = module.learn(model, variables, *args, method=method, share=share)
         return out, aux, penalty if share else None
 
+    first, middle = ("start", "blocks") if staged else ("embed", "stack")
+
     def stack(params: Any, x: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
         more = () if inputs_N is None else (inputs_N,)
-        return run(params, x, noised, *more, method="stack")
+        return run(params, x, noised, *more, method=middle)
 
     def score(params: Any, x: Any, noised: Any) -> tuple[jax.Array, Aux, Penalty]:
+        if staged:
+            x = run(params, x, method="finish")[0]
         x, rows = objective.rows(x, noised, capacity)
         outputs, aux, penalty = run(params, x, method="outputs")
         return objective.loss(outputs, rows).sum() / count, aux, penalty
 
-    return Stages(lambda params, noised: run(params, noised, method="embed"), stack, score)
+    return Stages(lambda params, noised: run(params, noised, method=first), stack, score)
+
+
+def chunked(model: module.Module, chunks: int) -> module.Module:
+    """The model of one chunk of a device's layers."""
+    shape = model.shape
+    return model.clone(shape=replace(shape, layers=shape.layers // chunks))
 
 
 def mean_loss(
@@ -166,14 +178,16 @@ class TrainStep:
     ) -> Any:
         count = static or count
         params, gather_vjp = jax.vjp(self.gather, variables["params"])
+        pp, chunks = self.experiment.degrees["pp"], getattr(self.experiment.grads, "chunks", 1)
         parts = stages(
-            self.model,
+            self.model if chunks == 1 else chunked(self.model, chunks),
             self.objective,
             variables["state"],
             count,
             self.capacity,
             inputs_N,
             1 / self.experiment.grads.microbatches,
+            pp > 1,
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
         return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)
@@ -224,8 +238,10 @@ class TrainStep:
 
         def local(variables: Any, noised: Any, _: Any, inputs_N: Any) -> jax.Array:
             params = self.gather(variables["params"])
-            parts = stages(self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0)
-            return psum(parts.loss(params, noised)[0], LOSS_AXES)
+            given = self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0
+            if self.experiment.degrees["pp"] > 1:
+                return psum(relay(stages(*given, True), params, noised), LOSS_AXES)
+            return psum(stages(*given).loss(params, noised)[0], LOSS_AXES)
 
         total = self.mapped(local, noised, P())(variables, noised, None, inputs_N)
         return total, self.objective.count(noised)

@@ -26,16 +26,10 @@ P = PartitionSpec
 
 
 def generation_mesh(mesh: Mesh) -> Mesh:
-    """The same devices with dp·ep·cp folded into dp: samples are short and independent, so cp has
-    nothing to split.
+    """The same devices with pp·dp·ep·cp folded into dp: samples are short and independent, so cp
+    has nothing to split, and a step of a sampler is one microbatch.
     """
-    shape = (
-        mesh.shape["pp"],
-        mesh.size // (mesh.shape["pp"] * mesh.shape["tp"]),
-        1,
-        1,
-        mesh.shape["tp"],
-    )
+    shape = (1, mesh.size // mesh.shape["tp"], 1, 1, mesh.shape["tp"])
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
 
 

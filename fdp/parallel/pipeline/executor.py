@@ -1,0 +1,289 @@
+"""A pipeline schedule as one SPMD program: a scan over the ticks of a static table.
+
+Every device of pp looks up its operation of the tick and runs one branch of a conditional. Both
+permutes over pp stand outside it, and so do the updates of slots and gradients; inside are only
+collectives over axes whose devices run the same branch. Gradients are reduced over the data axes
+once, after the last tick.
+
+Legend: p devices of pp, m microbatches, x hidden states of a microbatch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdp.collectives import index, shift, size, vary
+from fdp.grads import LOSS_AXES, Aux, Stages
+from fdp.parallel.pipeline.chunks import place, unplace
+from fdp.parallel.pipeline.orders import Order
+from fdp.parallel.pipeline.split import Halves, halves
+from fdp.parallel.pipeline.table import (
+    FIELDS,
+    FIRST_B,
+    FIRST_F,
+    IDLE,
+    LAST_B,
+    NEXT,
+    PREVIOUS,
+    B,
+    F,
+    Table,
+    W,
+    table,
+)
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class scheduled:
+    """Gradients by a pipeline schedule: equal to those of `fdp.grads.plain` with as many
+    microbatches. order: operations F, B, W and BW of one step."""
+
+    order: Order
+
+    @property
+    def microbatches(self) -> int:
+        """m."""
+        return self.order.microbatches
+
+    @property
+    def chunks(self) -> int:
+        """v: parts of a device's layers that are stages of their own."""
+        return self.order.placement.v
+
+    @cached_property
+    def table(self) -> Table:
+        """The static table."""
+        return table(self.order)
+
+    def __call__(self, stages: Stages, params: Any, noised: Any) -> tuple[Array, Any, Aux]:
+        """As `fdp.grads.Grads`."""
+        placement, m = self.order.placement, self.microbatches
+        if size("pp") != placement.p:
+            raise ValueError(f"an order of {placement.p} stages on mesh.pp={size('pp')}")
+        stacked = jax.tree.map(_over_pp, params)
+
+        def mine(params: Any) -> Any:
+            # Typed varying, parameters need no reduction inside a branch; its transpose is the one
+            # reduction over pp and the data axes.
+            def one(x: Array, s: bool) -> Array:
+                return vary(place(x, placement) if s else x, LOSS_AXES)
+
+            return jax.tree.map(one, params, stacked)
+
+        here, reduce = jax.vjp(mine, params)
+        split = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), noised)
+        run = _Program(self.table, self.chunks, stages, here, stacked, vary(split, LOSS_AXES))
+        loss, grads, aux, of_layers = run()
+        return loss, reduce(grads)[0], aux | unplace(of_layers, placement)
+
+
+def _over_pp(x: Array) -> bool:
+    return "pp" in jax.typeof(x).mat.varying
+
+
+class _Program:
+    """One step on this device."""
+
+    def __init__(
+        self, table: Table, chunks: int, stages: Stages, params: Any, stacked: Any, batches: Any
+    ):
+        self.table, self.chunks, self.stages, self.batches = table, chunks, stages, batches
+        self.params, self.stacked = params, stacked
+        first, some = self._batch(0), self._chunk(0)
+        self.x = _types(lambda: self._start(some, first)[0])
+        found: list[Halves] = []
+
+        def trace(params: Any, x: Array) -> tuple[()]:
+            found.append(halves(self._blocks(first), params, x, "pp"))
+            return ()
+
+        jax.make_jaxpr(trace)(some, _blank(self.x))
+        self.halves = found[0]
+        self.none = self._none()
+
+    def _batch(self, k: Any) -> Any:
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, 0, False), self.batches)
+
+    def _chunk(self, c: Any) -> Any:
+        """The parameters of a chunk: its layers, and all that is not stacked."""
+
+        def one(x: Array, stacked: bool) -> Array:
+            n = x.shape[0] // self.chunks if stacked else 0
+            return jax.lax.dynamic_slice_in_dim(x, c * n, n) if stacked else x
+
+        whole = self.chunks == 1
+        return self.params if whole else jax.tree.map(one, self.params, self.stacked)
+
+    def _start(self, params: Any, noised: Any) -> tuple[Array, Array, Aux]:
+        x, aux, penalty = self.stages.embed(params, noised)
+        return vary(x, LOSS_AXES), _scalar(penalty), aux
+
+    def _blocks(self, noised: Any) -> Callable[[Any, Array], Any]:
+        def run(params: Any, x: Array) -> Any:
+            y, aux, penalty = self.stages.stack(params, x, noised)
+            return (y, _scalar(penalty)), aux
+
+        return run
+
+    def _score(self, params: Any, y: Array, noised: Any) -> tuple[Array, Aux]:
+        loss, aux, penalty = self.stages.score(params, y, noised)
+        return _scalar(loss) + _scalar(penalty), aux
+
+    # Branches: what an operation computes; the rest of a tick's results is zero
+    # ---------------------------------------------------------------------------------------------
+
+    def forward(self, k: Any, c: Any, message: Array, first: bool = False) -> dict[str, Any]:
+        """F. The first stage embeds its microbatch."""
+        noised, params, before, aux = self._batch(k), self._chunk(c), _scalar(None), {}
+        if first:
+            message, before, aux = self._start(params, noised)
+        (y, penalty), residuals, of_layers = self.halves.forward(
+            self._blocks(noised), params, message
+        )
+        found = {"message": y, "residuals": residuals, "loss": before + penalty}
+        return found | {"aux": aux, "layers": of_layers}
+
+    def backward(
+        self,
+        k: Any,
+        c: Any,
+        message: Array,
+        residuals: Any,
+        first: bool = False,
+        last: bool = False,
+    ) -> dict[str, Any]:
+        """B. The last stage computes the loss before, the first one the gradients of the embedding
+        after."""
+        noised, params, one = self._batch(k), self._chunk(c), vary(jnp.ones(()), LOSS_AXES)
+        found: dict[str, Any] = {}
+        if last:
+            find = jax.value_and_grad(self._score, (0, 1), has_aux=True)
+            (loss, aux), (grads, message) = find(params, message, noised)
+            found = {"loss": loss, "aux": aux, "grads": grads}
+        dx, stash = self.halves.input_gradients(params, residuals, (message, one))
+        if first:
+            _, pull = jax.vjp(lambda p: self._start(p, noised)[:2], params)
+            found["grads"] = pull((dx, one))[0]
+        return found | {"message": dx, "stash": stash}
+
+    def weights(self, c: Any, stash: Any) -> dict[str, Any]:
+        """W."""
+        return {"grads": self.halves.weight_gradients(self._chunk(c), stash)}
+
+    def _none(self) -> dict[str, Any]:
+        """The zeros of every result."""
+        x = _blank(self.x)
+        found = _types(lambda: self.forward(0, 0, x, first=True))
+        residuals = _blank(found["residuals"])
+        last = _types(lambda: self.backward(0, 0, x, residuals, last=True))
+        return _blank(found | last | {"aux": found["aux"] | last["aux"]})
+
+    # Ticks
+    # ---------------------------------------------------------------------------------------------
+
+    def __call__(self) -> tuple[Array, Any, Aux, Aux]:
+        """(loss, gradients, aux, aux of the layers) of this device."""
+        slots, none, v = self.table.slots, self.none, self.chunks
+
+        def slotted(name: str, n: int) -> Any:
+            return jax.tree.map(lambda x: jnp.stack([x] * (n + 1)), none[name])
+
+        start = (
+            slotted("message", slots.messages),
+            slotted("residuals", slots.residuals),
+            slotted("stash", slots.stashes),
+            none["loss"],
+            none["aux"],
+            jax.tree.map(jnp.zeros_like, self.params),
+            jax.tree.map(lambda x: jnp.concatenate([x] * v), none["layers"]),
+        )
+        rows = jnp.asarray(self.table.rows, jnp.int32)[:, index("pp")]
+        (*_, loss, aux, grads, layers), _ = jax.lax.scan(self._tick, start, rows)
+        return loss, grads, aux, layers
+
+    def _run(self, at: dict[str, Array], box: Any, kept: Any, stashed: Any) -> dict[str, Any]:
+        """The operation of this device, padded with zeros."""
+        k, c, none = at["microbatch"], at["chunk"], self.none
+
+        def padded(found: dict[str, Any]) -> dict[str, Any]:
+            return none | found | {"aux": none["aux"] | found.get("aux", {})}
+
+        def forward(first: bool) -> Callable[[], Any]:
+            return lambda: padded(self.forward(k, c, _take(box, at["input"]), first))
+
+        def backward(first: bool, last: bool) -> Callable[[], Any]:
+            def run() -> dict[str, Any]:
+                message, residuals = _take(box, at["input"]), _take(kept, at["residual"])
+                return padded(self.backward(k, c, message, residuals, first, last))
+
+            return run
+
+        branches = {
+            IDLE: lambda: none,
+            FIRST_F: forward(True),
+            F: forward(False),
+            B: backward(False, False),
+            FIRST_B: backward(True, False),
+            LAST_B: backward(False, True),
+            W: lambda: padded(self.weights(c, _take(stashed, at["stash"]))),
+        }
+        return jax.lax.switch(at["kind"], [branches[i] for i in range(len(branches))])
+
+    def _tick(self, carry: Any, row: Array) -> tuple[Any, None]:
+        box, kept, stashed, loss, aux, grads, layers = carry
+        at = dict(zip(FIELDS, row, strict=True))
+        out = self._run(at, box, kept, stashed)
+        message, zero = out["message"], self.none["message"]
+        plus = shift(jnp.where(at["send"] == NEXT, message, zero), "pp", 1)
+        minus = shift(jnp.where(at["send"] == PREVIOUS, message, zero), "pp", -1)
+        for name, x in (("plus", plus), ("minus", minus), ("own", message)):
+            box = _put(box, at[name], x)
+        add = partial(_add, at["chunk"])
+        whole = jax.tree.map(lambda _: True, layers)
+        return (
+            box,
+            _put(kept, at["residual"], out["residuals"]),
+            _put(stashed, at["stash"], out["stash"]),
+            loss + out["loss"],
+            jax.tree.map(jnp.add, aux, out["aux"]),
+            jax.tree.map(add, grads, out["grads"], self.stacked),
+            jax.tree.map(add, layers, out["layers"], whole),
+        ), None
+
+
+def _add(chunk: Array, total: Array, x: Array, stacked: bool) -> Array:
+    """Add the layers of a chunk in their place."""
+    if not stacked or x.shape == total.shape:
+        return total + x
+    at = chunk * x.shape[0]
+    mine = jax.lax.dynamic_slice_in_dim(total, at, x.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(total, mine + x, at, 0)
+
+
+def _scalar(x: Any) -> Array:
+    """A summand of the loss, typed varying; None is 0."""
+    return vary(jnp.zeros(()) if x is None else x, LOSS_AXES)
+
+
+def _types(f: Callable[[], Any]) -> Any:
+    """Abstract values of the results of `f`, with the axes over which they vary."""
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)()
+    return jax.tree.unflatten(jax.tree.structure(shapes), closed.out_avals)
+
+
+def _blank(types: Any) -> Any:
+    """Zeros of these types."""
+    return jax.tree.map(lambda t: vary(jnp.zeros(t.shape, t.dtype), tuple(t.mat.varying)), types)
+
+
+def _take(slots: Any, i: Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), slots)
+
+
+def _put(slots: Any, i: Array, value: Any) -> Any:
+    return jax.tree.map(lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, i, 0), slots, value)

@@ -1,0 +1,192 @@
+"""Finds a pipeline schedule, says what it costs and why the known ones lost, and draws it.
+
+    python -m fdp.topics.zero_bubble.schedule --p=8 --m=32 --times=1,1.26,.87 --costs=costs.csv \
+        --memory=8 --send=.02 --export=schedule.csv
+    python -m fdp.topics.zero_bubble.schedule --check=theirs.csv --times=1,1,1
+
+Legend: p devices, m microbatches."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from tabulate import tabulate
+
+from fdp.keys import UserError
+from fdp.parallel.pipeline import certificate
+from fdp.parallel.pipeline.check import check
+from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.csv_format import read_csv, write_csv
+from fdp.parallel.pipeline.evaluate import evaluate
+from fdp.parallel.pipeline.orders import Order
+from fdp.parallel.pipeline.placement import Placement, looped
+from fdp.parallel.pipeline.search import Candidate, Found, Problem, search
+from fdp.price.simulate import MODES
+from fdp.topics.zero_bubble.figures import gantt
+
+STASH = 0.4  # of an activation, which B leaves to W: a DiT block of D384
+
+
+def declare(values: flags.FlagValues) -> None:
+    """The flags of the command; not at import, or they would be flags of every other command."""
+    name, number = flags.DEFINE_string, flags.DEFINE_integer
+    number("p", 8, "devices of the pipeline", flag_values=values)
+    number("m", 32, "microbatches of a step", flag_values=values)
+    name("times", "1,1,1", "F,B,W of one device and microbatch, seconds", flag_values=values)
+    note = "file with one number a microbatch, which multiplies --times"
+    name("costs", None, note, flag_values=values)
+    note = "microbatches whose activations a device may hold"
+    flags.DEFINE_float("memory", None, note, flag_values=values)
+    flags.DEFINE_float("send", 0.0, "seconds of a message between devices", flag_values=values)
+    note = "file for the schedule, as torch.distributed.pipelining reads it"
+    name("export", None, note, flag_values=values)
+    note = "file with a schedule to check and price in place of a search"
+    name("check", None, note, flag_values=values)
+
+
+def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
+    """The command; returns its exit code: 0, or 2 after one line that says what is wrong."""
+    try:
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+        if f.check:
+            _checked(f)
+        else:
+            _searched(f)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def costs_of(times: str, file: str | None, send: float, m: int) -> Costs:
+    """Activation and message count 1 a microbatch of a device."""
+    parts = _numbers(times, "--times")
+    if len(parts) != 3:
+        raise UserError(f"--times={times} has {len(parts)} numbers: give three, F,B,W")
+    share_m = np.ones(m)
+    if file:
+        text = Path(file).read_text(encoding="utf8").replace(",", "\n")
+        share_m = np.array(_numbers(",".join(text.split()), file))
+        if len(share_m) != m:
+            raise UserError(f"{file} has {len(share_m)} numbers, one a microbatch: set --m to that")
+    f, b, w = (part * share_m[None] for part in parts)
+    return Costs(f, b, w, send=send, activation=1.0, stash=STASH, message=1.0)
+
+
+def _numbers(text: str, source: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{source}: {text[:80]!r} is not a list of numbers, a,b,c") from None
+
+
+def _checked(f: flags.FlagValues) -> None:
+    given = f["p"].present
+    order = read_csv(f.check, p=f.p if given else None)
+    check(order)
+    m = order.microbatches
+    costs = costs_of(f.times, f.costs, f.send, m)
+    print(f"{f.check} runs: {_where(order.placement)}, {m} microbatches, {len(order)} operations")
+    print(_priced(order, costs))
+
+
+def _searched(f: flags.FlagValues) -> None:
+    costs = costs_of(f.times, f.costs, f.send, f.m)
+    found = search(f.p, f.m, costs, f.memory)
+    best = found.best
+    assert best.order is not None and best.result is not None
+    if f.m < f.p:
+        print(
+            f"warning: m={f.m} < p={f.p}: the pipeline never fills, {best.result.bubble:.1%} of it "
+            f"idles; set m ≥ {f.p}"
+        )
+    print(f"{best.name}, {_where(best.order.placement)}, microbatches {best.sequence}")
+    print(_priced(best.order, costs))
+    print(_optimal(found, costs, f))
+    print()
+    print(_rivals(found))
+    picture = Path(f.export or "schedule").with_suffix(".png")
+    gantt(best.result, f"{best.name}, bubble {best.result.bubble:.1%}").savefig(picture)
+    print(f"\npicture   {picture}")
+    if f.export:
+        write_csv(best.order, f.export)
+        print(f"schedule  {f.export}")
+
+
+def _where(placement: Placement) -> str:
+    shape = "looped" if placement == looped(placement.p, placement.v) else "wave"
+    return f"p={placement.p}, {shape} with {placement.v} chunks a device"
+
+
+def _priced(order: Order, costs: Costs) -> str:
+    """Three modes, memory, messages, idle time by cause."""
+    results = {mode: evaluate(order, costs, mode) for mode in MODES}
+    first = results["asynchronous"]
+    rows = [
+        (mode, r.makespan, f"{r.bubble:.2%}", f"{r.span_bubble:.2%}") for mode, r in results.items()
+    ]
+    table = tabulate(rows, ("mode", "makespan s", "bubble", "bubble of the span"), floatfmt=".4g")
+    causes = ", ".join(f"{cause} {np.mean(x):.3g}" for cause, x in first.idle.items() if any(x))
+    peaks = " ".join(f"{peak:.3g}" for peak in first.peak_bytes)
+    sent = sum(first.sent_bytes) / order.microbatches
+    return (
+        f"{table}\nidle      {causes or 'none'} (mean s of a device)\n"
+        f"held      {peaks} microbatches\nsent      {sent:.3g} messages a microbatch"
+    )
+
+
+def _optimal(found: Found, costs: Costs, f: flags.FlagValues) -> str:
+    text = f"bound     {found.bound:.4g} s for any order and sequence, {found.gap:.2%} below"
+    if f.p * f.m > certificate.MOST or found.gap < 1e-6:
+        return text
+    order = found.best.order
+    assert order is not None
+    sequence = [op.microbatch for op in order.ops[0] if op == ("F", op.microbatch, 0)]
+    proof = certificate.certificate(
+        order.placement,
+        f.m,
+        costs,
+        Problem(f.p, f.m, costs, f.memory).caps,
+        found.best.makespan,
+        sequence,
+        seconds=10.0,
+    )
+    proven = f"proof     {proof.bound:.4g} s for its placement and sequence, {proof.gap:.2%} below"
+    return f"{text}\n{proven}"
+
+
+def _rivals(found: Found) -> str:
+    return tabulate(
+        [_rival(c, found.best.makespan) for c in found.rivals],
+        ("schedule", "microbatches", "bubble", "held", "why it lost"),
+    )
+
+
+def _rival(c: Candidate, best: float) -> tuple[str, ...]:
+    if c.result is None:
+        return (c.name, "", "", "", c.lost)
+    slower = f"{c.result.makespan / best - 1:.1%} slower" if c.makespan > best else "equal"
+    held = f"{max(c.result.peak_bytes):.3g}"
+    return (c.name, c.sequence, f"{c.result.bubble:.2%}", held, c.lost or slower)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`run` on the process's flags."""
+    return run(flags.FLAGS, argv[1:])
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser with a mistake in one `error:` line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    declare(flags.FLAGS)
+    app.run(main, flags_parser=parse_flags)
