@@ -19,9 +19,9 @@ from fdp.parallel.pipeline.fixed import (
     zb_h2,
     zbv,
 )
+from fdp.parallel.pipeline.heuristics import Times, zb_heuristic, zbv_heuristic
 from fdp.parallel.pipeline.orders import recompute, relabel, repeat, split_backward
 from fdp.parallel.pipeline.placement import looped, wave
-from fdp.parallel.pipeline.zero_bubble import Times, zb_heuristic, zbv_heuristic
 from fdp.price.simulate import MODES
 
 pytestmark = pytest.mark.fast
