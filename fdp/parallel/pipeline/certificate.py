@@ -17,7 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from fdp.parallel.pipeline.bound import check_caps, lower_bound
-from fdp.parallel.pipeline.costs import Costs, Table
+from fdp.parallel.pipeline.costs import Costs, CostTable
 from fdp.parallel.pipeline.placement import Placement
 
 MOST = 32  # p·m: beyond, the program has too many pairs
@@ -73,7 +73,7 @@ def certificate(
 class _Program:
     placement: Placement
     m: int
-    table: Table
+    table: CostTable
     caps: Sequence[float]
     most: float  # a makespan that is reached
     sequence: Sequence[int] | None

@@ -42,7 +42,7 @@ class Costs:
     saved: Any = 0.0
     message: float = 0.0
 
-    def on(self, placement: Placement, m: int, steps: int = 1) -> "Table":
+    def on(self, placement: Placement, m: int, steps: int = 1) -> "CostTable":
         """The costs of m microbatches in all, numbered through `steps` steps of equal costs."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.BW is None:
@@ -55,10 +55,10 @@ class Costs:
         if steps > 1:
             wide = ("F", "B", "W", "R", "BW", "S", "activation", "stash", "saved")
             found |= {name: [row * steps for row in found[name]] for name in wide}
-        return Table(**found)
+        return CostTable(**found)
 
 
-class Table(NamedTuple):
+class CostTable(NamedTuple):
     """Costs as nested lists: [V][m], of which U has [V][1], S [p][m], AUX [classes]."""
 
     F: list
@@ -77,7 +77,7 @@ class Table(NamedTuple):
 
 
 def _spread(name: str, value: Any, placement: Placement, m: int) -> Any:
-    """One field in the shape that `Table` names. Rows may be one list."""
+    """One field in the shape that `CostTable` names. Rows may be one list."""
     p, v = placement.p, placement.v
     x = np.asarray(value, dtype=float)
     if not (np.isfinite(x).all() and (x >= 0).all()):

@@ -39,7 +39,7 @@ class Follower:
         arrived, waiter = [-1.0] * self.slots, [-1] * self.slots
         free = [0.0] * self.links
         out: list[list[Op]] = [[] for _ in self.main]
-        devices = [_Device() for _ in self.main]
+        devices = [_Following() for _ in self.main]
         todo = list(range(len(devices)))
         while todo:
             i = todo.pop()
@@ -103,7 +103,7 @@ class Follower:
         return other
 
 
-class _Device:
+class _Following:
     def __init__(self) -> None:
         self.now = self.held = 0.0
         self.next = 0  # of the F and B

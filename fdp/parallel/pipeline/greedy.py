@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil, inf
 
-from fdp.parallel.pipeline.costs import Table
+from fdp.parallel.pipeline.costs import CostTable
 from fdp.parallel.pipeline.orders import Op, Order
 from fdp.parallel.pipeline.placement import Placement
 
@@ -41,7 +41,7 @@ class Line:
     """A pipeline whose microbatches go in one sequence. caps [p]: bytes."""
 
     def __init__(
-        self, placement: Placement, table: Table, caps: Sequence[float], sequence: Sequence[int]
+        self, placement: Placement, table: CostTable, caps: Sequence[float], sequence: Sequence[int]
     ) -> None:
         self.placement, self.caps, self.sequence = placement, tuple(caps), tuple(sequence)
         longest = max(max(max(row) for row in rows) for rows in (table.F, table.B, table.W))
@@ -58,7 +58,7 @@ class Line:
 
     def run(self, knobs: Knobs) -> tuple[float, list[list[tuple[str, int, int]]]]:
         """(makespan in seconds, [p] lists of (kind, k, u))."""
-        return _Run(self, knobs).play()
+        return _ListRun(self, knobs).play()
 
     def order(self, ops: list[list[tuple[str, int, int]]]) -> Order:
         chunks = self.placement.chunks
@@ -66,7 +66,7 @@ class Line:
         return Order(self.placement, tuple(named))
 
 
-class _Run:
+class _ListRun:
     """One list schedule."""
 
     def __init__(self, line: Line, knobs: Knobs) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fdp.parallel.pipeline.check import check
-from fdp.parallel.pipeline.costs import Table
+from fdp.parallel.pipeline.costs import CostTable
 from fdp.parallel.pipeline.orders import Order
 
 
@@ -38,7 +38,7 @@ class Program:
     joins: dict[int, tuple[int, int]]  # (slot, arrivals that fill it), from the heads
 
 
-def compiled(order: Order, table: Table) -> Program:
+def compiled(order: Order, table: CostTable) -> Program:
     """Raises ValueError, from `check`, for an operation that is missing, repeated, unknown or
     before its own input on its device."""
     compiler = _Compiler(order, table)
@@ -61,7 +61,7 @@ def refused(order: Order) -> Exception:
 
 
 class _Compiler:
-    def __init__(self, order: Order, table: Table) -> None:
+    def __init__(self, order: Order, table: CostTable) -> None:
         self.order, self.table = order, table
         self.m = order.microbatches
         self.last = len(order.placement.devices) - 1

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fdp.parallel.pipeline import controllable, fixed, zero_bubble
+from fdp.parallel.pipeline import controllable, fixed, heuristics
 from fdp.parallel.pipeline.bound import check_caps, lower_bound
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import Evaluation, evaluate
@@ -47,7 +47,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """best: the fastest candidate. rivals: the fixed schedules, the fastest first. bound:
     seconds that no order of any searched placement can beat."""
 
@@ -62,7 +62,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Problem:
+class PipelineProblem:
     p: int
     m: int
     costs: Costs
@@ -129,7 +129,7 @@ def search(
     placements: Sequence[Placement] | None = None,
     effort: float = 1.0,
     seed: int = 0,
-) -> Found:
+) -> SearchResult:
     """The fastest order of F, B, W found for the asynchronous mode.
 
     memory: bytes that a device may hold, one number or [p]. placements: by default looped with 1, 2
@@ -139,7 +139,7 @@ def search(
 
     Raises ValueError for bad costs and where the memory is less than any schedule needs, with
     the stage and the amount."""
-    problem = Problem(p, m, costs, memory)
+    problem = PipelineProblem(p, m, costs, memory)
     if placements is None:
         placements = default_placements(problem)
     for placement in placements:
@@ -154,23 +154,23 @@ def search(
     best = min(found, key=lambda c: c.makespan)
     if best.lost:
         raise AssertionError(f"no schedule fits the cap that check_caps accepts: {best.lost}")
-    return Found(best, rivals, bound)
+    return SearchResult(best, rivals, bound)
 
 
-def default_placements(problem: Problem) -> list[Placement]:
+def default_placements(problem: PipelineProblem) -> list[Placement]:
     p, v = problem.p, problem.chunks
     if v is None:
         return [looped(p), looped(p, 2), looped(p, 3), wave(p)]
     return [looped(p, v), wave(p, v)] if v > 1 else [looped(p)]
 
 
-def fixed_schedules(problem: Problem) -> Iterator[tuple[str, int, Callable[[], Order]]]:
+def fixed_schedules(problem: PipelineProblem) -> Iterator[tuple[str, int, Callable[[], Order]]]:
     """(name, v, builder) of every fixed schedule. Those built from times take the mean ones, and
     the memory of their names or, where that is less, the cap."""
     p, m = problem.p, problem.m
     table = problem.costs.on(looped(p, problem.chunks or 1), m)
     f, b, w = (float(np.sum(x)) / (p * m) for x in (table.F, table.B, table.W))
-    times = zero_bubble.Times(f, b, w, table.send)
+    times = heuristics.Times(f, b, w, table.send)
     held, kept = (float(np.sum(x)) / (p * m) for x in (table.activation, table.stash))
     room = max(1.0, min(problem.caps) / held) if held else inf
     share = kept / held if held else 0.5
@@ -179,21 +179,21 @@ def fixed_schedules(problem: Problem) -> Iterator[tuple[str, int, Callable[[], O
     yield "1f1b", 1, partial(fixed.one_f_one_b, p, m)
     yield "zb-h1", 1, partial(fixed.zb_h1, p, m)
     yield "zb-h2", 1, partial(fixed.zb_h2, p, m)
-    yield "zb-1p", 1, partial(zero_bubble.zb_heuristic, p, m, times, one, share)
-    yield "zb-2p", 1, partial(zero_bubble.zb_heuristic, p, m, times, two, share)
+    yield "zb-1p", 1, partial(heuristics.zb_heuristic, p, m, times, one, share)
+    yield "zb-2p", 1, partial(heuristics.zb_heuristic, p, m, times, two, share)
     for v in (2, 3):
         yield f"interleaved v={v}", v, partial(fixed.interleaved, p, m, v)
         name = f"interleaved zero bubble v={v}"
         yield name, v, partial(fixed.interleaved_zero_bubble, p, m, v)
     yield "zbv", 2, partial(fixed.zbv, p, m)
-    yield "zbv from times", 2, partial(zero_bubble.zbv_heuristic, p, m, times, one, share)
+    yield "zbv from times", 2, partial(heuristics.zbv_heuristic, p, m, times, one, share)
     yield "v-half", 2, partial(controllable.v_half, p, m)
     yield "v-min", 2, partial(controllable.v_min, p, m)
     yield "dualpipe-v", 2, partial(fixed.dualpipe_v, p, m)
     yield "skip wave", 2, partial(fixed.skip_wave, p, m, one)
 
 
-def fixed_candidates(problem: Problem, placements: Sequence[Placement]) -> list[Candidate]:
+def fixed_candidates(problem: PipelineProblem, placements: Sequence[Placement]) -> list[Candidate]:
     """Every fixed schedule of the placements on its best sequence, with the reason where it cannot
     run."""
     found = []
@@ -215,7 +215,7 @@ def fixed_candidates(problem: Problem, placements: Sequence[Placement]) -> list[
     return found
 
 
-def _priced(problem: Problem, name: str, sequence: str, order: Order) -> Candidate:
+def _priced(problem: PipelineProblem, name: str, sequence: str, order: Order) -> Candidate:
     result = evaluate(order, problem.costs)
     return Candidate(name, sequence, order, result, problem.fits(result))
 
@@ -230,10 +230,10 @@ class Point(Protocol):
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListPoint:
     """A list schedule."""
 
-    problem: Problem
+    problem: PipelineProblem
     placement: Placement
     sequence: tuple[int, ...]
     knobs: Knobs
@@ -249,7 +249,7 @@ class Listed:
     def order(self) -> Order:
         return self._line.order(self._line.run(self.knobs)[1])
 
-    def changed(self, choose: random.Random) -> "Listed":
+    def changed(self, choose: random.Random) -> "ListPoint":
         knobs, p = self.knobs, self.problem.p
         what = choose.random()
         if what < 0.4 and self.problem.uneven:
@@ -268,10 +268,10 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Followed:
+class FollowPoint:
     """The F and B of an order, with W placed by patience."""
 
-    problem: Problem
+    problem: PipelineProblem
     follower: Follower
     patience: tuple[float, ...]
 
@@ -281,7 +281,7 @@ class Followed:
     def order(self) -> Order:
         return self.follower.order(self.follower.run(self.patience)[1])
 
-    def changed(self, choose: random.Random) -> "Followed":
+    def changed(self, choose: random.Random) -> "FollowPoint":
         what = choose.random()
         if what < 0.3 and self.problem.uneven:
             moved = _moved(tuple(range(self.problem.m)), choose)
@@ -313,7 +313,7 @@ def _shaken(values: tuple[float, ...], choose: random.Random) -> tuple[float, ..
 
 
 def _starts(
-    problem: Problem, placements: Sequence[Placement], rivals: Sequence[Candidate]
+    problem: PipelineProblem, placements: Sequence[Placement], rivals: Sequence[Candidate]
 ) -> list[tuple[float, int, str, Point]]:
     """(seconds, rank, sequence, point): the best list schedule of each placement and sequence, and
     the best way to place the W of each rival."""
@@ -323,7 +323,7 @@ def _starts(
         ways = ((0, 1), (0, p), (p, p)) if placement.v > 1 else ((0, 1),)
         grid = itertools.product((1.0, 1.4), (0.0, 0.5, 1.0), (0.0, 0.3), ways)
         listed: list[Point] = [
-            Listed(problem, placement, tuple(ks), Knobs(x, (a,) * p, (h,) * p, *way))
+            ListPoint(problem, placement, tuple(ks), Knobs(x, (a,) * p, (h,) * p, *way))
             for x, a, h, way in grid
         ]
         points.append((name, listed))
@@ -331,7 +331,7 @@ def _starts(
         if rival.plain is not None:
             follower = Follower(relabel(rival.plain, ks), problem.costs, problem.caps)
             spread = (0.0, 0.3, 0.6, 1.0)
-            points.append((name, [Followed(problem, follower, (a,) * p) for a in spread]))
+            points.append((name, [FollowPoint(problem, follower, (a,) * p) for a in spread]))
     best = []
     for n, (name, tried) in enumerate(points):
         seconds, _, point = min((x.seconds(), k, x) for k, x in enumerate(tried))
@@ -340,7 +340,7 @@ def _starts(
 
 
 def _searched(
-    problem: Problem,
+    problem: PipelineProblem,
     placements: Sequence[Placement],
     rivals: Sequence[Candidate],
     effort: float,

@@ -5,7 +5,7 @@ Legend: p devices, V virtual stages."""
 from dataclasses import dataclass
 
 from fdp.parallel.pipeline.check import check, inputs
-from fdp.parallel.pipeline.costs import Costs, Table
+from fdp.parallel.pipeline.costs import Costs, CostTable
 from fdp.parallel.pipeline.orders import Op, Order
 from fdp.price.simulate import Resource, TimedTask
 
@@ -65,7 +65,7 @@ def _on(device: int, amount: float) -> tuple[tuple[str, float], ...]:
     return ((str(device), amount),) if amount else ()
 
 
-def _seconds(order: Order, table: Table, i: int, op: Op) -> float:
+def _seconds(order: Order, table: CostTable, i: int, op: Op) -> float:
     if op.kind == "AUX":
         return table.AUX[op.chunk]
     if op.kind == "S":
@@ -74,7 +74,7 @@ def _seconds(order: Order, table: Table, i: int, op: Op) -> float:
     return table.U[u][0] if op.kind == "U" else getattr(table, op.kind)[u][op.microbatch]
 
 
-def _bytes(order: Order, table: Table, i: int, op: Op, recomputed: bool) -> tuple[float, float]:
+def _bytes(order: Order, table: CostTable, i: int, op: Op, recomputed: bool) -> tuple[float, float]:
     """(taken at the start, freed at the end)."""
     if op.kind not in ("F", "R", "B", "W", "BW"):
         return 0.0, 0.0

@@ -22,7 +22,7 @@ from fdp.parallel.pipeline.csv_format import read_csv, write_csv
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.placement import Placement, looped
-from fdp.parallel.pipeline.search import Candidate, Found, Problem, search
+from fdp.parallel.pipeline.search import Candidate, PipelineProblem, SearchResult, search
 from fdp.price.simulate import MODES
 from fdp.topics.zero_bubble.figures import gantt
 
@@ -138,7 +138,7 @@ def _priced(order: Order, costs: Costs) -> str:
     )
 
 
-def _optimal(found: Found, costs: Costs, f: flags.FlagValues) -> str:
+def _optimal(found: SearchResult, costs: Costs, f: flags.FlagValues) -> str:
     text = f"bound     {found.bound:.4g} s for any order and sequence, {found.gap:.2%} below"
     if f.p * f.m > certificate.MOST or found.gap < 1e-6:
         return text
@@ -149,7 +149,7 @@ def _optimal(found: Found, costs: Costs, f: flags.FlagValues) -> str:
         order.placement,
         f.m,
         costs,
-        Problem(f.p, f.m, costs, f.memory).caps,
+        PipelineProblem(f.p, f.m, costs, f.memory).caps,
         found.best.makespan,
         sequence,
         seconds=10.0,
@@ -158,7 +158,7 @@ def _optimal(found: Found, costs: Costs, f: flags.FlagValues) -> str:
     return f"{text}\n{proven}"
 
 
-def _rivals(found: Found) -> str:
+def _rivals(found: SearchResult) -> str:
     return tabulate(
         [_rival(c, found.best.makespan) for c in found.rivals],
         ("schedule", "microbatches", "bubble", "held", "why it lost"),

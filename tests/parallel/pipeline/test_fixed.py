@@ -19,9 +19,9 @@ from fdp.parallel.pipeline.fixed import (
     zb_h2,
     zbv,
 )
+from fdp.parallel.pipeline.heuristics import Times, zb_heuristic, zbv_heuristic
 from fdp.parallel.pipeline.orders import recompute, relabel, repeat, split_backward
 from fdp.parallel.pipeline.placement import looped, wave
-from fdp.parallel.pipeline.zero_bubble import Times, zb_heuristic, zbv_heuristic
 from fdp.price.simulate import MODES
 
 pytestmark = pytest.mark.fast
@@ -276,6 +276,7 @@ COSTS = np.r_[np.full(16, 0.25), np.ones(16)]
         (one_f_one_b, (0.259, 0.259), (0.259, 0.259)),
         (zb_h1, (0.104, 0.104), (0.104, 0.104)),
         (zb_h2, (0.055, 0.028), (0.104, 0.080)),
+        (lambda p, m: zbv_heuristic(p, m, Times(1, 1, 1)), (0.055, 0.042), (0.080, 0.068)),
     ],
 )
 def test_sequences_of_unlike_microbatches(build, ascending, descending):

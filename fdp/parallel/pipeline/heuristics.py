@@ -27,7 +27,7 @@ class Times:
 
 
 @dataclass
-class _Device:
+class _Builder:
     """What a device has run so far."""
 
     now: float = 0.0
@@ -56,7 +56,7 @@ class _Pipeline:
         self.send = times.send
         self.seconds = {"F": times.F / v, "B": times.B / v, "W": times.W / v}
         self.takes = {"F": 1 / v, "B": (stash - 1) / v, "W": -stash / v}
-        self.devices = [_Device() for _ in range(p)]
+        self.devices = [_Builder() for _ in range(p)]
         self.widest = 0.0  # bubble of any device
         self.end: dict[tuple[str, int, int, int], float] = {}  # kind, device, chunk, microbatch
 
