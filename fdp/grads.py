@@ -22,21 +22,38 @@ class Stages(NamedTuple):
 
     embed: (params, noised) → (x, aux, penalty); stack: (params, x, noised) → (x, aux, penalty),
     this pp shard's layers; score: (params, x, noised) → (this device's part of the mean loss, aux,
-    penalty). A penalty is a scalar that a stage adds to the loss, or None.
+    penalty). A penalty is a scalar that a stage adds to the loss, or None. parts: from a noised
+    batch to those that one program each can run, where rows differ in what they cost. refine:
+    (params, such a part) → the part with what a first pass, without gradient, adds to it.
     """
 
     embed: Callable[[Any, Any], tuple[Any, Aux, Penalty]]
     stack: Callable[[Any, Any, Any], tuple[Any, Aux, Penalty]]
     score: Callable[[Any, Any, Any], tuple[jax.Array, Aux, Penalty]]
+    parts: Callable[[Any], tuple[Any, ...]]
+    refine: Callable[[Any, Any], Any]
 
     def loss(self, params: Any, noised: Any) -> tuple[jax.Array, Aux]:
-        """All stages, one after the other, with their penalties."""
+        """The sum of the losses and of the aux of all parts."""
+        parts = self.parts(noised)
+        shares = [_rows(part) / _rows(noised) for part in parts]
+        found = [self.part_loss(params, *both) for both in zip(parts, shares, strict=True)]
+        return jax.tree.map(lambda *x: sum(x[1:], x[0]), *found)
+
+    def part_loss(self, params: Any, noised: Any, share: float = 1.0) -> tuple[jax.Array, Aux]:
+        """All stages of one part, one after the other, with their penalties. `share`: of the rows
+        over which a penalty is a mean."""
+        noised = self.refine(params, noised)
         x, aux, first = self.embed(params, noised)
         x, of_layers, second = self.stack(params, x, noised)
         loss, of_outputs, third = self.score(params, x, noised)
         for penalty in (first, second, third):
-            loss = loss if penalty is None else loss + penalty
+            loss = loss if penalty is None else loss + share * penalty
         return loss, aux | of_layers | of_outputs
+
+
+def _rows(noised: Any) -> int:
+    return jax.tree.leaves(noised)[0].shape[0]
 
 
 class Grads(Protocol):

@@ -55,7 +55,17 @@ def stages(
         outputs, aux, penalty = run(params, x, method="outputs")
         return objective.loss(outputs, rows).sum() / count, aux, penalty
 
-    return Stages(lambda params, noised: run(params, noised, method="embed"), stack, score)
+    def embed(params: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
+        return run(params, noised, method="embed")
+
+    def refine(params: Any, noised: Any) -> Any:
+        def predict(noised: Any) -> Any:
+            x = stack(params, embed(params, noised)[0], noised)[0]
+            return jax.lax.stop_gradient(run(params, x, method="outputs")[0])
+
+        return objective.refine(predict, noised)
+
+    return Stages(embed, stack, score, objective.parts, refine)
 
 
 def mean_loss(

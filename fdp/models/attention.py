@@ -53,9 +53,9 @@ class Where:
     """The positions of the tokens of a forward pass, for every layer that mixes positions.
 
     `index`: int [L], or [B, L] for rows of a cache: the index in the model's input, which masks
-    read. `position`: the rotary position, of the same shape; None: no rotation. `segment`: document ids [B, L] or
-    None. `given`: data of the whole pass for the layers of a topic. `noise`: f32 [B] or None, the
-    noise level of each sequence, for layers that depend on it."""
+    read. `position`: the rotary position, of the same shape; None: no rotation. `segment`: document
+    ids [B, L] or None. `given`: data of the whole pass for the layers of a topic. `noise`: f32 [B]
+    or None, the noise level of each sequence, for layers that depend on it."""
 
     index: Array
     position: Array | None

@@ -43,14 +43,15 @@ Array = jax.Array
 TOKENS = 2  # that stand for time and label where they are not modulations
 
 
-class MaskToken(Module):
-    """What stands in the place of a dropped token: [D]."""
+class Learned(Module):
+    """Vectors that are learned as they are, of these sizes."""
 
-    width: int
+    sizes: tuple[int, ...]
 
     @compact
     def __call__(self) -> Array:
-        return self.weight("token", initializers.normal(0.02), (self.width,), (None,))
+        axes = (None,) * len(self.sizes)
+        return self.weight("token", initializers.normal(0.02), self.sizes, axes, decay=False)
 
 
 class DiT(Module):
@@ -73,14 +74,14 @@ class DiT(Module):
         self.patches = [
             PatchEmbedding(s, p * p * image.inputs, name=f"patch_{p}") for p in image.patches
         ]
-        self.final = [
-            Output(s, p * p * image.channels, name=f"output_{p}") for p in image.patches
-        ]
+        self.final = [Output(s, p * p * image.channels, name=f"output_{p}") for p in image.patches]
         self.time, self.label = TimeEmbedding(s), LabelEmbedding(s, image.classes)
         gather = None if self.gather is None else self.gather("layers")
         self.layers = self._main.build(gather, "layers")
         if image.dropping:
-            self.mask, self.last = MaskToken(s.width), self.pattern[-1](s)
+            self.mask, self.last = Learned((s.width,)), self.pattern[-1](s)
+        if self.extras and image.registers:
+            self.registers = Learned((image.registers, s.width))
         self.norm = FinalNorm(s)
 
     @property
@@ -90,7 +91,7 @@ class DiT(Module):
     @property
     def extras(self) -> int:
         """Tokens before the patches."""
-        return 0 if self.shape.time_conditioning else TOKENS
+        return 0 if self.shape.time_conditioning else TOKENS + self.image.registers
 
     def _conditions(self, noised: Mapping[str, Any]) -> tuple[Array, Array]:
         return self.time(noised["noise"]), self.label(noised["labels"])
@@ -118,8 +119,12 @@ class DiT(Module):
         x_BxLxD = self.patches[cost.patch - 1](patches) + self._positions(cost).astype(dtype)
         x_BxKxD = _kept(x_BxLxD, noised, cost, edge)
         if self.extras:
-            both = jnp.stack(self._conditions(noised), axis=1).astype(dtype)
-            x_BxKxD = jnp.concatenate([own_rows(both, "cp", 1), x_BxKxD], axis=1)
+            tokens = jnp.stack(self._conditions(noised), axis=1)
+            if self.image.registers:
+                learned = jnp.broadcast_to(self.registers(), (len(tokens), *self.registers.sizes))
+                tokens = jnp.concatenate([tokens, learned], axis=1)
+            tokens = own_rows(tokens.astype(dtype), "cp", 1)
+            x_BxKxD = jnp.concatenate([tokens, x_BxKxD], axis=1)
         if self.shape.sequence_parallel:
             x_BxKxD = own_rows(x_BxKxD, "tp", 1)
         return vary(x_BxKxD, "pp")
@@ -133,7 +138,7 @@ class DiT(Module):
     def where(self, tokens: int, noised: Mapping[str, Any]) -> Where:
         """The place of so many tokens of this device of cp: attention reads no positions."""
         index = layouts.positions(self.layout, tokens)
-        return Where(index, None, None, None, noised["sigma"] if "sigma" in noised else None)
+        return Where(index, None, None, None, noised.get("sigma"))
 
     def stack(self, x_BxKxD: Array, noised: dict[str, Any], inputs_N: Any = None) -> Array:
         """The layers of this pp shard and the final norm: [B, L, D], the patches of this device of
@@ -160,7 +165,10 @@ class DiT(Module):
         choice_BxK = _choices(noised, cost, self.image.patch * cost.patch)
         if self.shape.sequence_parallel:
             mask_D = vary(mask_D, "tp")
-            choice_BxK, position_LxD = own_rows(choice_BxK, "tp", 1), own_rows(position_LxD, "tp", 0)
+            choice_BxK, position_LxD = (
+                own_rows(choice_BxK, "tp", 1),
+                own_rows(position_LxD, "tp", 0),
+            )
         empty_LxD = (position_LxD + mask_D).astype(x_BxKxD.dtype)
         here = (choice_BxK[..., None] == jnp.arange(g))[..., None]
         empty = empty_LxD.reshape(-1, g, empty_LxD.shape[-1])
@@ -195,6 +203,8 @@ class DiT(Module):
         if extras and s.sequence_parallel:  # of the tokens that are not data
             each = s.itemsize * rows.batch * extras // cp * s.width
             found += Counts(backward=Work(sent=Ledger(degrees).add(REDUCE, ("tp",), each).sent))
+        if extras:
+            found += Counts(image.registers * s.width)
         full = replace(seen, length=image.tokens(cost) + extras)
         if image.dropping:
             found += of(self.pattern[-1](s, parent=None), full, degrees) + self._mask(cost, degrees)
@@ -215,13 +225,8 @@ class DiT(Module):
         device on `degrees`."""
         costs: Costs = noised.get("cost", Costs())
         check_batch(batch, costs)
-        if self.extras % degrees["cp"]:
-            raise ValueError(
-                f"tokens of time and label are not shared out: {self.extras} % cp = {self.extras} % "
-                f"{degrees['cp']}; set mesh.cp={self.extras} or model.image.conditioning='adaln'"
-            )
         for cost in costs.classes:
-            check_size(self.image, cost, degrees, self.shape.sequence_parallel)
+            check_size(self.image, cost, self.extras, degrees, self.shape.sequence_parallel)
             length = self.image.tokens(cost, kept=True) + self.extras
             for block in set(self.pattern):
                 block(self.shape, parent=None).check(batch, length, degrees)

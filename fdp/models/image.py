@@ -29,7 +29,8 @@ FEATURES = 256  # of the time
 class ImageShape:
     """What images a model reads. `size`: rows and columns. `patch`: edge of the finest patch.
     `coarse`: patches of twice the edge have an embedding and an output of their own. `dropping`:
-    tokens may be dropped. `self_conditioned`: the last estimate is an input, too."""
+    tokens may be dropped. `self_conditioned`: the last estimate is an input, too. `registers`:
+    learned tokens (Darcet et al. 2023) beside those of time and label, where these are tokens."""
 
     size: int = 32
     channels: int = 3
@@ -38,14 +39,15 @@ class ImageShape:
     coarse: bool = False
     dropping: bool = False
     self_conditioned: bool = False
+    registers: int = 0
 
     def __post_init__(self) -> None:
         edge = self.patches[-1]
         if self.size % edge:
             raise ValueError(
                 f"image size is not whole patches: size % patch = {self.size} % {edge} = "
-                f"{self.size % edge}; set model.image.size={-(-self.size // edge) * edge} or another "
-                "model.image.patch"
+                f"{self.size % edge}; set model.image.size={-(-self.size // edge) * edge} or "
+                "another model.image.patch"
             )
 
     @property
@@ -246,14 +248,16 @@ def with_estimate(image: ImageShape, noised: Mapping[str, Any]) -> Array:
     return jnp.concatenate([x, noised.get("estimate", jnp.zeros_like(x))], axis=-1)
 
 
-def check_size(image: ImageShape, cost: CostClass, degrees: Mapping[str, int], sp: bool) -> None:
+def check_size(
+    image: ImageShape, cost: CostClass, extras: int, degrees: Mapping[str, int], sp: bool
+) -> None:
     """Raises ValueError, with equation, values and fix, where cp, or tp under sequence parallelism,
-    cannot share out the patches."""
+    cannot share out the patches and the `extras` tokens before them."""
     edge, cp, shards = image.patch * cost.patch, degrees["cp"], degrees["tp"] if sp else 1
     if (image.size // edge) % cp:
         raise ValueError(
-            f"rows of patches are not shared out over cp: size / patch % cp = {image.size} / {edge} "
-            f"% {cp}; set mesh.cp to a divisor of {image.size // edge}"
+            f"rows of patches are not shared out over cp: size / patch % cp = {image.size} / "
+            f"{edge} % {cp}; set mesh.cp to a divisor of {image.size // edge}"
         )
     kept = image.tokens(cost, kept=True)
     if image.size // edge % cost.group:
@@ -261,8 +265,13 @@ def check_size(image: ImageShape, cost: CostClass, degrees: Mapping[str, int], s
             f"groups of dropped tokens are not whole: size / patch % group = {image.size} / {edge} "
             f"% {cost.group}; set model.image.group to a divisor of {image.size // edge}"
         )
-    if kept % (cp * shards):
+    if extras % cp or (kept + extras) % (cp * shards):
+        more = -extras % cp
+        while (kept + extras + more) % (cp * shards) and more < cp * shards:
+            more += cp
+        fix = f"set model.image.registers={image.registers + more} or" if extras else "set"
         raise ValueError(
-            f"tokens are not shared out: {kept} % cp·tp = {kept} % {cp}·{shards}; set another "
-            "mesh.tp or model.sequence_parallel=False"
+            f"tokens are not shared out: patches + tokens before them = {kept} + {extras}; their "
+            f"sum must be divisible by cp·tp = {cp}·{shards}, the latter by cp; {fix} "
+            "model.sequence_parallel=False or another mesh.cp"
         )

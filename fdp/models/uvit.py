@@ -2,12 +2,12 @@
 to block L - i over a long skip. Time and label are tokens before the patches; that of the time is
 not learned.
 
-The first half is a scan that yields what every block puts out. The second half is a scan that takes
-these, in reverse, as layer inputs. A pipeline stage that runs block i and block L - i keeps the skip
-at home.
+The first half is a scan that yields what every block puts out. The second half is a scan that
+takes these, in reverse, as layer inputs. A pipeline stage that runs block i and block L - i keeps
+the skip at home.
 
-Legend: B images, H rows (local over cp), W columns, C channels, L tokens (local over cp), D width, N
-blocks of a half."""
+Legend: B images, H rows (local over cp), W columns, C channels, L tokens (local over cp), D width,
+N blocks of a half."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import all_gather, index, shift, size, vary
+from fdp.collectives import all_gather, shift, size, vary
 from fdp.count.counts import PERMUTE, REDUCE, Counts, Degrees, Ledger, Rows, Work, of
 from fdp.models.attention import GATHER, Attention, Softmax, Where
 from fdp.models.dit import TOKENS
@@ -133,9 +133,7 @@ class Smoothing(Module):
         sent = Ledger(degrees).put(PERMUTE, ("cp",), 2 * halo if cp > 1 else 0).sent
         forward = Work(flops, sent=sent)
         again, saved = Work((tp - 1) * 3 * flops), 9 * 4 * rows.batch * width**2 * C // cp
-        return Counts(
-            9 * C * C + C, forward, forward.backward(sent), again=again, saved=saved
-        )
+        return Counts(9 * C * C + C, forward, forward.backward(sent), again=again, saved=saved)
 
 
 class UViT(Module):
@@ -166,8 +164,13 @@ class UViT(Module):
 
     @property
     def tokens(self) -> int:
-        """Patches of an image, time and label."""
-        return self.image.tokens() + TOKENS
+        """Of an image: patches and `extras`."""
+        return self.image.tokens() + self.extras
+
+    @property
+    def extras(self) -> int:
+        """Label, time and registers, which are nothing but their learned positions."""
+        return TOKENS + self.image.registers
 
     @property
     def block(self) -> Layer:
@@ -189,15 +192,16 @@ class UViT(Module):
     def embed(self, noised: dict[str, Any]) -> Array:
         """Label, time and patches [B, L, D] of this device of cp, and under sequence parallelism of
         tp."""
-        dtype, n, E = self.shape.dtype, size("cp"), TOKENS
+        dtype, E = self.shape.dtype, self.extras
         patches = patchify(with_estimate(self.image, noised), self.image.patch)
         x_BxLxD = self.patches(patches)
         table_LxD = self.positions().astype(dtype)
         x_BxLxD = x_BxLxD + own_rows(table_LxD[E:], "cp", 0)
         time_BxD = time_features(noised["noise"], self.shape.width)
-        both = jnp.stack([self.label(noised["labels"]), time_BxD], axis=1)
-        both = both.astype(dtype) + table_LxD[:E]
-        x_BxLxD = jnp.concatenate([own_rows(both, "cp", 1), x_BxLxD], axis=1)
+        tokens = jnp.stack([self.label(noised["labels"]), time_BxD], axis=1)
+        tokens = jnp.pad(tokens, ((0, 0), (0, self.image.registers), (0, 0)))
+        tokens = own_rows(tokens.astype(dtype) + table_LxD[:E], "cp", 1)
+        x_BxLxD = jnp.concatenate([tokens, x_BxLxD], axis=1)
         x_BxLxD = own_rows(x_BxLxD, "tp", 1) if self.shape.sequence_parallel else x_BxLxD
         return vary(x_BxLxD, "pp")
 
@@ -228,7 +232,7 @@ class UViT(Module):
         x = self.second_half(self.middle_block(x, noised), noised, skips_NxBxLxD)
         x = self.norm(x, None)
         x = all_gather(x, "tp", dim=1) if self.shape.sequence_parallel else x
-        return x[:, TOKENS // size("cp") :]
+        return x[:, self.extras // size("cp") :]
 
     def outputs(self, x_BxLxD: Array) -> Array:
         """F: [B, L, D] → float32 [B, H, W, C]."""
@@ -255,7 +259,7 @@ class UViT(Module):
         if s.sequence_parallel:
             there, back = entered(s, full, degrees)
             more = Ledger(degrees).add(REDUCE, ("tp",), 4 * self.tokens * s.width)
-            each = s.itemsize * rows.batch * TOKENS // degrees["cp"] * s.width
+            each = s.itemsize * rows.batch * self.extras // degrees["cp"] * s.width
             more.add(REDUCE, ("tp",), each)
             found += Counts(forward=Work(sent=there), backward=Work(sent=back))
             found += Counts(backward=Work(sent=more.sent))
@@ -272,13 +276,8 @@ class UViT(Module):
             )
         if any(cost.patch > 1 or cost.group > 1 for cost in costs.classes):
             raise ValueError(
-                "a U-ViT has learned positions of one grid of patches: set model.image.coarse=0 and "
-                "model.image.dropped=0, or model.kind='dit'"
+                "a U-ViT has learned positions of one grid of patches: set model.image.coarse=0 "
+                "and model.image.dropped=0, or model.kind='dit'"
             )
-        check_size(self.image, PLAIN, degrees, s.sequence_parallel)
-        if TOKENS % degrees["cp"]:
-            raise ValueError(
-                f"tokens of time and label are not shared out: {TOKENS} % cp = {TOKENS} % "
-                f"{degrees['cp']}; set mesh.cp={TOKENS}"
-            )
+        check_size(self.image, PLAIN, self.extras, degrees, s.sequence_parallel)
         self.block(s, parent=None).check(batch, self.tokens, degrees)

@@ -102,7 +102,9 @@ class CostLaw:
             above = Fraction(self.ranks - rank, self.ranks)  # share of the levels from here on
             patch = 2 if above <= self.coarse else 1
             group = self.group if above <= self.dropped else 1
-            found += [CostClass(patch, group, t) for t in ((False, True) if self.twice else (False,))]
+            found += [
+                CostClass(patch, group, t) for t in ((False, True) if self.twice else (False,))
+            ]
         return Costs(tuple(found))
 
     def places(self, key: jax.Array, stratum_B: jax.Array) -> jax.Array:

@@ -1,0 +1,121 @@
+"""DiT and U-ViT on meshes: sharded equals unsharded, and layers state what their programs do."""
+
+from dataclasses import replace
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fdp.count import bytes as closed
+from fdp.count import flops, jaxpr
+from fdp.count.compare import outcome, relative_error
+from fdp.count.counts import Unstated
+from fdp.count.step import microbatch
+from fdp.data.batches import Arrays, Data
+from fdp.experiment import Experiment, Fit
+from fdp.grads import plain
+from fdp.mesh import AXES, make_mesh
+from fdp.models.dit import dit
+from fdp.models.image import ImageShape
+from fdp.models.shape import ModelShape
+from fdp.models.uvit import UViT
+from fdp.objectives.cost import CostLaw
+from fdp.objectives.image import Flow, ImageObjective
+from fdp.optimizer import adamw, warmup_cosine
+from fdp.step import TrainStep
+
+pytestmark = pytest.mark.fast
+SHAPE = ModelShape(
+    layers=2, width=16, heads=4, kv_heads=4, head_dim=4, ffn=32, vocab=12, gated=False
+)
+ADALN = replace(SHAPE, bias=True, time_conditioning=True)
+SKIPS = replace(SHAPE, layers=3)
+IMAGE = ImageShape(size=16, channels=3, classes=5, patch=2)
+REGISTERS = replace(IMAGE, registers=2)
+CLASSES = CostLaw(coarse=Fraction(1, 2), dropped=Fraction(1, 2), group=2, twice=True)
+EVERY = replace(IMAGE, coarse=True, dropping=True, self_conditioned=True)
+MODELS: dict[str, tuple[Any, ImageObjective]] = {
+    "adaln": (dit(ADALN, IMAGE), Flow(5)),
+    "in-context": (dit(replace(SHAPE, bias=True), REGISTERS), Flow(5)),
+    "uvit": (UViT(SKIPS, REGISTERS), Flow(5)),
+    "classes": (dit(ADALN, EVERY), Flow(5, law=CLASSES)),
+}
+MIXED: dict[str, Any] = {"dp": 2, "cp": 2, "tp": 2}
+SP = {"sequence_parallel": True, "remat": "full"}
+
+
+def data(n: int = 16) -> Data:
+    draw = np.random.default_rng(0)
+    fields = {
+        "images": draw.normal(size=(n, 16, 16, 3)).astype(np.float32),
+        "labels": draw.integers(0, 5, n).astype(np.int32),
+    }
+    split = Arrays(fields, "random images", "make more")
+    dims = {"images": ("batch", "sequence", None, None), "labels": ("batch",)}
+    return Data("random", "0" * 64, "none", None, split, split, dims)
+
+
+def experiment(name: str, shape: dict[str, Any] | None = None, **changes: Any) -> Experiment:
+    """The experiment of a model; `shape`: changes of its shape."""
+    model, objective = MODELS[name]
+    model = model.clone(shape=replace(model.shape, **(shape or {})))
+    degrees = {axis: changes.pop(axis, 1) for axis in AXES}
+    fit, rate = Fit(steps=2, batch=16), warmup_cosine(1e-2, 1, 2)
+    base = Experiment(model, objective, data(), adamw(rate, 0.98, 0.01, 1.0), degrees, fit)
+    return replace(base, **changes)
+
+
+def program(e: Experiment) -> TrainStep:
+    return TrainStep(e, make_mesh(e.degrees))
+
+
+def batch() -> dict[str, np.ndarray]:
+    return data().train.take(range(16))
+
+
+@cache
+def start(name: str) -> Any:
+    """Variables on the host: initial values and some noise, because gates start at 0."""
+    rng = np.random.default_rng(1)
+
+    def shaken(x: Any) -> np.ndarray:
+        return np.asarray(x) + 0.1 * rng.normal(size=x.shape).astype(np.float32)
+
+    return jax.tree.map(shaken, jax.device_get(program(experiment(name)).init(0).variables))
+
+
+@cache
+def reference(name: str) -> Any:
+    return outcome(program(experiment(name)), start(name), batch())
+
+
+CASES = {
+    "mixed": ({}, MIXED),
+    "mixed·SP·ZeRO-3·remat": (SP, MIXED | {"zero": 3}),
+    "ep2·tp4·microbatches": ({}, {"ep": 2, "tp": 4, "grads": plain(2)}),
+}
+PAIRS = [(name, "mixed·SP·ZeRO-3·remat") for name in MODELS]
+PAIRS += [("adaln", "mixed"), ("uvit", "mixed"), ("classes", "ep2·tp4·microbatches")]
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
+def test_sharded_equals_unsharded_and_sends_what_the_layers_state(name: str, case: str) -> None:
+    shape, changes = CASES[case]
+    p, want = program(experiment(name, shape, **changes)), reference(name)
+    got = outcome(p, start(name), batch())
+    assert abs(got.loss - want.loss) <= 1e-5 * want.loss
+    assert relative_error(got.grads, want.grads) <= 1e-5
+    if name == "classes":
+        with pytest.raises(Unstated, match="cost classes"):
+            closed.traffic(p)
+        return
+    assert got.sent == pytest.approx(closed.traffic(p))
+    parameters = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(p.specs.shapes))
+    assert microbatch(p.experiment, 0).parameters == parameters
+    state, placed = p.abstract_arguments()
+    noised = jax.eval_shape(p.corrupt, placed, jax.random.key(0))
+    traced = jax.jit(p.grads).trace(state.variables, noised)
+    assert flops.executed(p) == p.mesh.size * jaxpr.dot_flops(traced.jaxpr)
