@@ -200,7 +200,7 @@ class UViT(Module):
         time_BxD = time_features(noised["noise"], self.shape.width)
         tokens = jnp.stack([self.label(noised["labels"]), time_BxD], axis=1)
         tokens = jnp.pad(tokens, ((0, 0), (0, self.image.registers), (0, 0)))
-        tokens = own_rows(tokens.astype(dtype) + table_LxD[:E], "cp", 1)
+        tokens = own_rows(tokens.astype(dtype), "cp", 1) + own_rows(table_LxD[:E], "cp", 0)
         x_BxLxD = jnp.concatenate([tokens, x_BxLxD], axis=1)
         x_BxLxD = own_rows(x_BxLxD, "tp", 1) if self.shape.sequence_parallel else x_BxLxD
         return vary(x_BxLxD, "pp")

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.count.counts import Counts, Degrees
+from fdp.count.counts import Counts, Degrees, Unstated
 from fdp.count.counts import Rows as CountedRows
 from fdp.objectives.base import Batch, Objective, strata
 from fdp.objectives.cost import CostLaw, Costs
@@ -115,7 +115,10 @@ class ImageObjective(Objective):
         return jnp.square(outputs - rows)
 
     def counts(self, rows: CountedRows, degrees: Degrees) -> Counts:
-        """The loss multiplies no matrices and sends nothing."""
+        """The loss multiplies no matrices and sends nothing. Raises Unstated where images cost
+        unlike: count one class at a time."""
+        if (n := len(self.law.costs.classes)) > 1:
+            raise Unstated(f"a batch of {n} cost classes: a model counts one class at a time")
         return Counts()
 
     def parts(self, noised: Any) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ SHAPE = ModelShape(
     layers=2, width=16, heads=4, kv_heads=4, head_dim=4, ffn=32, vocab=12, gated=False
 )
 ADALN = replace(SHAPE, bias=True, time_conditioning=True)
-SKIPS = replace(SHAPE, layers=3)
+SKIPS = replace(SHAPE, layers=5)
 IMAGE = ImageShape(size=16, channels=3, classes=5, patch=2)
 REGISTERS = replace(IMAGE, registers=2)
 CLASSES = CostLaw(coarse=Fraction(1, 2), dropped=Fraction(1, 2), group=2, twice=True)

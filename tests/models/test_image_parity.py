@@ -2,11 +2,11 @@
 
 `fixtures/dit.npz` and `fixtures/uvit.npz` were written by running facebookresearch/DiT (commit
 ed81ce2, models.py) and baofff/U-ViT (commit ce55170, libs/uvit.py) in torch on a CPU. Recipe: build
-the model at the sizes below; draw every parameter as k/256 with integers |k| ≤ 63 (1 + k/256 for the scale of a norm),
-because at initialisation DiT gives exactly 0; draw images as k/64, and use times 17 and 903 and
-labels 1 and 5; run it in evaluation mode. Stored are the integers, under the published names with
-the prefix "w:", and the output. The classes that DiT imports from timm (PatchEmbed, Attention, Mlp)
-are U-ViT's copies of them.
+the model at the sizes below; draw every parameter as k/256 with integers |k| ≤ 63 (1 + k/256 for
+the scale of a norm), because at initialisation DiT gives exactly 0; draw images as k/64, and use
+times 17 and 903 and labels 1 and 5; run it in evaluation mode. Stored are the integers, under the
+published names with the prefix "w:", and the output. The classes that DiT imports from timm
+(PatchEmbed, Attention, Mlp) are U-ViT's copies of them.
 
 Legend: D width, H heads, C head_dim, F hidden, P pixels and channels of a patch."""
 
