@@ -3,6 +3,7 @@
 Imports neither jax nor flax, as `fdp.config`, which lists these sections."""
 
 from fractions import Fraction
+from math import lcm
 from typing import Any
 
 from fdp.keys import UserError, at_least, choice, count, flag, positive, section, within
@@ -12,8 +13,8 @@ IMAGE_OBJECTIVES = ("ddpm", "edm", "flow")
 IMAGE_SOURCES = ("openmoji", "mnist", "gaussians", "blank")
 PARTS = 64  # shares of the noise levels are multiples of 1/PARTS
 
-# What dit and uvit read. Coarse patches, dropped tokens and self-conditioning give samples of unlike
-# cost: a batch repeats a pattern of classes, and its noise levels are stratified.
+# What dit and uvit read. Coarse patches, dropped tokens and self-conditioning give samples of
+# unlike cost: a batch repeats a pattern of classes, and its noise levels are stratified.
 MODEL = section(
     size=count(32, "rows and columns of an image, divisible by the patch", "pixels"),
     channels=count(3, "colours of a pixel"),
@@ -51,6 +52,13 @@ def share(name: str, value: float) -> Fraction:
     return found
 
 
+def pattern_rows(m: Any) -> int:
+    """Rows of the pattern of cost classes that a batch repeats; 1 where all samples cost alike."""
+    x = m.image
+    shares = (share(name, x[name]).denominator for name in ("coarse", "dropped"))
+    return lcm(*shares) * (2 if x.self_conditioning else 1)
+
+
 def check(c: Any) -> None:
     """Conditions on a model of images. Raises UserError with equation, values and a fix."""
     m, x = c.model, c.model.image
@@ -60,8 +68,7 @@ def check(c: Any) -> None:
             f"of {', '.join(IMAGE_OBJECTIVES)}, and data.source={c.data.source!r} one of "
             f"{', '.join(IMAGE_SOURCES)}"
         )
-    for name in ("coarse", "dropped"):
-        share(name, x[name])
+    _check_batch(c)
     edge = x.patch * (2 if x.coarse else 1)
     if x.size % edge:
         raise UserError(
@@ -86,6 +93,23 @@ def check(c: Any) -> None:
         )
     if m.kind == "uvit":
         _check_skips(m)
+
+
+def _check_batch(c: Any) -> None:
+    """Every microbatch of a device holds whole patterns of cost classes."""
+    unit, mesh, t = pattern_rows(c.model), c.mesh, c.train
+    ways = mesh.dp * mesh.ep * t.microbatches * unit
+    if unit > 1 and t.batch % ways:
+        raise UserError(
+            "global batch is not whole patterns of cost classes on every device: batch % "
+            f"(dp·ep·microbatches·rows of the pattern) = {t.batch} % ({mesh.dp}·{mesh.ep}·"
+            f"{t.microbatches}·{unit}); set train.batch={-(-t.batch // ways) * ways}"
+        )
+    if unit > 1 and not c.objective.antithetic:
+        raise UserError(
+            f"a pattern of {unit} cost classes needs a fixed number of samples of each: set "
+            "objective.antithetic=True"
+        )
 
 
 def _check_skips(m: Any) -> None:

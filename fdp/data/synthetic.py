@@ -172,8 +172,8 @@ def _states(text: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """Images of `classes` equally likely kinds: a smooth random picture plus white noise of standard
-    deviation `spread`; a pure function of its fields."""
+    """Images of `classes` equally likely kinds: a smooth random picture plus white noise of
+    standard deviation `spread`; a pure function of its fields."""
 
     size: int = 8
     channels: int = 1
@@ -218,9 +218,9 @@ def mixture_data(mixture: GaussianMixture, train: int = 4096, val: int = 512) ->
     """Images of a mixture in place of a data set."""
     parts = [mixture.sample(seed, count) for seed, count in enumerate((train, val))]
     content = b"".join(part[name].tobytes() for part in parts for name in sorted(part))
-    splits = [
+    first, second = (
         Arrays(part, f"{what} images", "draw more")
         for part, what in zip(parts, ("training", "validation"), strict=True)
-    ]
+    )
     digest = hashlib.sha256(content).hexdigest()
-    return Data(repr(mixture), digest, "made here", None, *splits, DIMS)
+    return Data(repr(mixture), digest, "made here", None, first, second, DIMS)

@@ -78,7 +78,8 @@ class ImageObjective(Objective):
     def corrupt(self, key: jax.Array, batch: Batch) -> Any:
         """Noise on batch["images"], f32 [B, H, W, C]; batch["labels"], int32 [B], some of them
         dropped. The noise comes first, and then rows go to the places of their cost class."""
-        x, labels_B = batch["images"].astype(jnp.float32), batch["labels"].astype(jnp.int32)
+        x = jnp.asarray(batch["images"], jnp.float32)
+        labels_B = jnp.asarray(batch["labels"], jnp.int32)
         n = x.shape[0]
         keys = jax.random.split(key, 6)
         stratum_B = strata(keys[0], n)
@@ -142,8 +143,9 @@ class ImageObjective(Objective):
 
         def denoise(z: jax.Array, sigma_B: jax.Array, estimate: jax.Array) -> jax.Array:
             c = self.coefficients(sigma_B)
-            noised = {"inputs": _of(c.c_in) * z, "noise": c.time, "labels": labels_B}
-            outputs = predict(noised | {"cost": Costs(), "estimate": estimate})
+            noised = {"inputs": _of(c.c_in) * z, "noise": c.time, "sigma": sigma_B}
+            more = {"labels": labels_B, "cost": Costs(), "estimate": estimate}
+            outputs = predict(noised | more)
             return _of(c.c_skip) * z + _of(c.c_out) * outputs
 
         return denoise

@@ -6,8 +6,8 @@ step before, for networks that read it. The samplers follow dz/dσ = (z - D(z, �
 σ down (Karras et al. 2022, eq. 3), whatever the network was trained with: an image of variance-
 preserving diffusion is z/√(1 + σ²), one of rectified flow z/(1 + σ). The noise of a sample depends
 on its id, the step and the pixel only. All samplers return (images f32 [B, H, W, C], info):
-info["nfe"] is the number of calls of `denoise`, info["trace"] (if asked for) z before the first step
-and after each, [steps + 1, B, H, W, C].
+info["nfe"] is the number of calls of `denoise`, info["trace"] (if asked for) z before the first
+step and after each, [N + 1, B, H, W, C].
 
 Legend: B samples, H rows, W columns, C channels, N steps."""
 
@@ -71,8 +71,8 @@ def straight(steps: int, high: float) -> np.ndarray:
 
 
 def strided(sigmas: np.ndarray, steps: int) -> np.ndarray:
-    """Every so many-th of the `sigmas` of a diffusion in many steps, from the highest to 0: f64 [N +
-    1] (Song et al. 2021). Raises ValueError unless `steps` divides their number."""
+    """Every so many-th of the `sigmas` of a diffusion in many steps, from the highest to 0: f64
+    [N + 1] (Song et al. 2021). Raises ValueError unless `steps` divides their number."""
     if steps < 1 or len(sigmas) % steps:
         near = next(n for n in range(max(steps, 1), 0, -1) if len(sigmas) % n == 0)
         raise ValueError(
