@@ -65,7 +65,6 @@ MESH = section(  # degrees of the mesh axes
 )
 
 MODEL = section(
-    kind=choice("transformer", ("transformer", *IMAGE_MODELS), "of tokens, or of images"),
     layers=count(4, "blocks, divisible by pp"),
     width=count(128, "D, residual stream"),
     heads=count(4, "query heads, divisible by tp"),
@@ -88,6 +87,7 @@ MODEL = section(
     remat=choice("none", ("none", "dots", "full"), "what the backward pass recomputes"),
     sequence_parallel=flag(False, "between blocks, shard the sequence over tp (Megatron SP)"),
     window=at_least(0, 0, "attention to keys less than this far away; 0 = no limit", "positions"),
+    kind=choice("transformer", ("transformer", *IMAGE_MODELS), "of tokens, or of images"),
 )
 
 # A mixture of experts in place of the FFN; experts lie over ep, their hidden width over tp.

@@ -247,7 +247,7 @@ def blank_images(size: int, channels: int) -> Data:
 def check_images(data: Data, size: int, channels: int, classes: int) -> None:
     """Raises UserError, with equation, values and fix, for data whose images or labels a model of
     these sizes cannot read."""
-    if data.dims.keys() < DIMS.keys():
+    if not data.dims.keys() >= DIMS.keys():
         raise UserError(f"data {data.name} are no images with labels: fields {sorted(data.dims)}")
     for split in (data.train, data.val):
         found = split.take(range(len(split)))
