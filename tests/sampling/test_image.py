@@ -42,13 +42,12 @@ def solution(low: float, high: float) -> np.ndarray:
 def test_the_order_of_a_sampler(sampler: Any, factor: float) -> None:
     """Half the step, half the error of Euler and a quarter of Heun's."""
     want, errors = solution(0.05, 5.0), []
-    for steps in (16, 32, 64):
+    for steps in (24, 48):
         sigmas = karras(steps + 1, 0.05, 5.0)[:-1]
         image, info = drawn(sampler, sigmas)
         errors.append(float(np.abs(image - want).max()))
         assert info["nfe"] == steps * (2 if sampler is heun else 1)
-    ratios = np.array(errors[:-1]) / np.array(errors[1:])
-    np.testing.assert_allclose(ratios, factor, rtol=0.2)
+    assert errors[0] / errors[1] == pytest.approx(factor, rel=0.15)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
