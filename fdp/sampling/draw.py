@@ -19,7 +19,7 @@ from fdp.mesh import AXES, BATCH_AXES
 from fdp.models import module
 from fdp.objectives import DDPM, Autoregressive, BlockDiffusion, Flow, ImageObjective, SEDDUniform
 from fdp.sampling.autoregressive import sample
-from fdp.sampling.image import SAMPLERS, ImageDraw, guided, karras, straight, strided
+from fdp.sampling.image import SAMPLERS, ImageDraw, clipped, guided, karras, straight, strided
 from fdp.sampling.masked import first_hitting
 from fdp.sampling.noise import Draw
 from fdp.sampling.score import analytic_uniform
@@ -66,10 +66,11 @@ def draw_images(
     steps: int,
     guidance: float = 1.0,
     method: str = "heun",
+    clip: float = 1.0,
 ) -> np.ndarray:
     """One image f32 [B, H, W, C] of each of the `labels` (the number of classes stands for none),
     of the experiment's seed, equal on every mesh up to rounding. `variables` as in `draw`.
-    `method`: one of SAMPLERS."""
+    `method`: one of SAMPLERS. `clip`: estimates are kept within ± so much; inf keeps them."""
     objective, image = e.objective, e.model.image
     assert isinstance(objective, ImageObjective)
     mesh = generation_mesh(mesh)
@@ -86,7 +87,7 @@ def draw_images(
         asked = ImageDraw(jax.random.key(e.fit.seed), sample_ids_B, shape)
         denoiser = partial(objective.denoiser, predict)
         denoise = guided(denoiser, labels_B, objective.classes, guidance)
-        return SAMPLERS[method](denoise, asked, sigmas)[0]
+        return SAMPLERS[method](clipped(denoise, clip), asked, sigmas)[0]
 
     rows = P(BATCH_AXES)
     sampler = jax.jit(shard_map(sampled, mesh, (specs, rows, rows), rows))

@@ -151,6 +151,12 @@ def guided(
     return denoise
 
 
+def clipped(denoise: Denoise, largest: float) -> Denoise:
+    """`denoise` with its estimates kept within ± `largest`, as published samplers keep pixels. At
+    the highest noise levels the small error of a predicted ε is a large one of the image."""
+    return lambda z, sigma_B, last: jnp.clip(denoise(z, sigma_B, last), -largest, largest)
+
+
 def _levels(sigmas: np.ndarray, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The noise levels before and after a step."""
     table = jnp.asarray(sigmas)

@@ -10,7 +10,17 @@ import pytest
 
 from fdp.data.synthetic import GaussianMixture
 from fdp.objectives import DDPM
-from fdp.sampling.image import ImageDraw, ddim, euler, guided, heun, karras, straight, strided
+from fdp.sampling.image import (
+    ImageDraw,
+    clipped,
+    ddim,
+    euler,
+    guided,
+    heun,
+    karras,
+    straight,
+    strided,
+)
 
 pytestmark = pytest.mark.fast
 MIX = GaussianMixture(size=4, channels=2, classes=3, spread=0.3)
@@ -112,6 +122,12 @@ def test_guidance_extrapolates_from_no_label() -> None:
     np.testing.assert_allclose(alone[0.0], told(jnp.full(6, 3))(z, sigma_B, z), atol=1e-6)
     want = alone[0.0] + 3 * (alone[1.0] - alone[0.0])
     np.testing.assert_allclose(alone[3.0], want, atol=1e-5)
+
+
+def test_estimates_are_clipped() -> None:
+    z, sigma_B = 9 * jnp.ones((1, *SHAPE)), jnp.full(1, 0.01)
+    assert told(LABELS[:1])(z, sigma_B, z).max() > 8
+    assert clipped(told(LABELS[:1]), 1.0)(z, sigma_B, z).max() == 1
 
 
 def test_grids_refuse_what_they_cannot_give() -> None:
