@@ -135,26 +135,35 @@ class DiT(Module):
             x = patches(patchify(with_estimate(self.image, noised), p))
             final(x)
 
-    def where(self, tokens: int, noised: Mapping[str, Any]) -> Where:
-        """The place of so many tokens of this device of cp: attention reads no positions."""
-        index = layouts.positions(self.layout, tokens)
-        return Where(index, None, None, None, noised.get("sigma"))
-
     def stack(self, x_BxKxD: Array, noised: dict[str, Any], inputs_N: Any = None) -> Array:
-        """The layers of this pp shard and the final norm: [B, L, D], the patches of this device of
-        cp, all of its tokens under sequence parallelism, too."""
-        s, cost, features_BxD = self.shape, _cost(noised), self.features(noised)
-        ways = size("tp") if s.sequence_parallel else 1
-        where = self.where(x_BxKxD.shape[1] * ways, noised)
+        """`finish` of `blocks`."""
+        return self.finish(self.blocks(x_BxKxD, noised, inputs_N), noised)
+
+    def start(self, noised: dict[str, Any]) -> Array:
+        """What the first stage of a pipeline does before its layers."""
+        return self.embed(noised)
+
+    def blocks(self, x_BxKxD: Array, noised: dict[str, Any], inputs_N: Any = None) -> Array:
+        """The layers of a stage of a pipeline, or all: [B, K, D]."""
         self._main.check_inputs(inputs_N)
-        x, _ = self.layers(x_BxKxD, (features_BxD, where), inputs_N)
+        return self.layers(x_BxKxD, self._shared(x_BxKxD, noised), inputs_N)[0]
+
+    def finish(self, x_BxKxD: Array, noised: dict[str, Any]) -> Array:
+        """What the last stage does after its layers: the patches [B, L, D] of this device of cp
+        after the final norm, under sequence parallelism all of its tokens."""
+        x = x_BxKxD
         if self.image.dropping:
-            x = self._filled(x, noised, cost)
-            where = self.where(x.shape[1] * ways, noised)
-            x, _ = self.last(x, (features_BxD, where), None)
-        x = self.norm(x, features_BxD)
-        x = all_gather(x, "tp", dim=1) if s.sequence_parallel else x
+            x = self._filled(x, noised, _cost(noised))
+            x, _ = self.last(x, self._shared(x, noised), None)
+        x = self.norm(x, self.features(noised))
+        x = all_gather(x, "tp", dim=1) if self.shape.sequence_parallel else x
         return x[:, self.extras // size("cp") :]
+
+    def _shared(self, x_BxKxD: Array, noised: Mapping[str, Any]) -> tuple[Array | None, Where]:
+        """What all layers of a pass read. Attention reads no positions."""
+        ways = size("tp") if self.shape.sequence_parallel else 1
+        index = layouts.positions(self.layout, x_BxKxD.shape[1] * ways)
+        return self.features(noised), Where(index, None, None, None, noised.get("sigma"))
 
     def _filled(self, x_BxKxD: Array, noised: Any, cost: CostClass) -> Array:
         """All tokens [B, L, D], mask tokens in the place of dropped ones."""

@@ -230,7 +230,16 @@ class UViT(Module):
             raise ValueError("the layer inputs of a U-ViT are its skips: give none")
         x, skips_NxBxLxD = self.first_half(x_BxLxD, noised)
         x = self.second_half(self.middle_block(x, noised), noised, skips_NxBxLxD)
-        x = self.norm(x, None)
+        return self.finish(x, noised)
+
+    def start(self, noised: dict[str, Any]) -> Array:
+        """What the first stage of a pipeline does before its layers."""
+        return self.embed(noised)
+
+    def finish(self, x_BxLxD: Array, noised: dict[str, Any]) -> Array:
+        """What the last stage does after its layers: the final norm, and the patches of all
+        tokens."""
+        x = self.norm(x_BxLxD, None)
         x = all_gather(x, "tp", dim=1) if self.shape.sequence_parallel else x
         return x[:, self.extras // size("cp") :]
 
