@@ -103,7 +103,7 @@ MOE = section(
     low=within("[0, inf)", 0.0, "expert choice: experts a token where all is masked; 0 = topk"),
     high=within("[0, inf)", 0.0, "expert choice: experts a token where nothing is; 0 = topk"),
     score=choice("softmax", ("softmax", "sigmoid"), "of the router's logits"),
-    normalise=flag(True, "the gates of a token sum to `scale`"),
+    normalise=flag(True, "token choice: the gates of a token sum to `scale`"),
     scale=positive(1.0, "of the gates"),
     groups=count(1, "groups of experts, divides experts"),
     kept=count(1, "groups that a token may visit"),
@@ -465,17 +465,61 @@ def _check_moe(c: ml_collections.ConfigDict) -> None:
     _divides("layers after first_dense", rest, "model.moe.every", moe.every, fix)
     fix = f"set model.moe.experts={_next_multiple(moe.experts, moe.ranks)} or other ranks"
     _divides("experts", moe.experts, "model.moe.ranks", moe.ranks, fix)
-    if moe.choice == "expert" and c.objective.name == "autoregressive":
+    if moe.shared_gate and not moe.shared:
+        raise UserError("model.moe.shared_gate weighs shared experts: set model.moe.shared=1")
+    if moe.dispatch == "gather" and moe.wire != "same":
+        raise UserError(
+            f"model.moe.wire={moe.wire!r}, but dispatch='gather' sends rows in the type of "
+            "compute: set wire='same', or dispatch='flat'"
+        )
+    _check_choice(c)
+    _check_noise(c)
+
+
+def _check_choice(c: ml_collections.ConfigDict) -> None:
+    """Conditions on who chooses: what belongs to the other side is refused, not ignored."""
+    moe, length = c.model.moe, c.data.seq_len
+    if moe.choice == "token":
+        if moe.low or moe.high:
+            raise UserError(
+                f"model.moe.low={moe.low} and high={moe.high} say how many tokens experts choose: "
+                "set choice='expert', or low=0 and high=0"
+            )
+        return
+    if c.objective.name == "autoregressive":
         raise UserError(
             "model.moe.choice='expert' compares a token with later ones of its sequence, which a "
             "causal model must not see: set model.moe.choice='token'"
         )
-    if moe.choice == "expert" and moe.bias:
+    if moe.bias:
         raise UserError("model.moe.bias moves what tokens choose: set it to 0 with choice='expert'")
-    if moe.rank and moe.bins < 2:
+    if moe.groups > 1:
         raise UserError(
-            f"model.moe.rank={moe.rank} balances noise bins, but model.moe.bins={moe.bins}: set "
-            "model.moe.bins=10"
+            f"model.moe.groups={moe.groups} limits what tokens choose: set groups=1 with "
+            "choice='expert'"
+        )
+    least = moe.low or moe.topk
+    if least * length < moe.experts:
+        raise UserError(
+            f"an expert takes low·seq_len/experts = {least:g}·{length}/{moe.experts} = "
+            f"{least * length / moe.experts:.3g} tokens of a sequence, less than one (low=0: "
+            f"topk): set model.moe.low={moe.experts / length:.3g}, or fewer experts"
+        )
+
+
+def _check_noise(c: ml_collections.ConfigDict) -> None:
+    """Conditions on what reads the share of masked tokens."""
+    moe = c.model.moe
+    if moe.rank and (moe.bins < 2 or moe.ranks < 2):
+        raise UserError(
+            f"model.moe.rank={moe.rank} balances ranks in noise bins, but model.moe.bins="
+            f"{moe.bins} and ranks={moe.ranks}, where one of either leaves nothing to balance: "
+            "set model.moe.bins=10 and ranks=mesh.ep, two at least"
+        )
+    if moe.noise == "group" and moe.groups < 2:
+        raise UserError(
+            "model.moe.noise='group' opens some of the groups, but model.moe.groups=1: set "
+            "model.moe.groups=4 and kept=2"
         )
     reads = moe.noise != "none" or moe.bins > 1 or moe.low or moe.high
     if reads and (c.objective.name != "mdlm" or c.objective.form != "k"):

@@ -20,9 +20,11 @@ from fdp.count import bytes as closed
 from fdp.count import flops, jaxpr
 from fdp.count import memory as analytic
 from fdp.count.compare import sent
-from fdp.count.counts import CONVENTION
+from fdp.count.counts import CONVENTION, RAGGED
+from fdp.count.overlap import overlap
 from fdp.count.step import unstated
 from fdp.mesh import abstract_mesh, degrees_equation, make_mesh, use_virtual_devices
+from fdp.models.moe import SHARED
 from fdp.models.shape import ModelShape
 from fdp.price import hybrid, traffic, workload
 from fdp.price.hardware import Chip, Cluster, chip, cluster
@@ -92,6 +94,13 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
 
 def describe(p: TrainStep, target: Target) -> str:
     """The tables of one arm."""
+    if not isinstance(p.mesh, Mesh):
+        return _tables(p, target)
+    with jax.sharding.use_abstract_mesh(p.mesh.abstract_mesh):  # counts depend on the platform
+        return _tables(p, target)
+
+
+def _tables(p: TrainStep, target: Target) -> str:
     estimate = analytic.estimate(p)
     state, batch = p.abstract_arguments()
     compiled, overflow = None, None
@@ -109,6 +118,7 @@ def describe(p: TrainStep, target: Target) -> str:
         parts.append(_largest(program, overflow))
     missing = unstated(p.experiment)
     parts.append(_bytes_table(p, compiled, not missing))
+    parts.append(_overlap_line(compiled))
     parts.append(_flops_line(p, program, not missing))
     parts.append(f"counts    not stated: {missing}" if missing else _time_line(p, target))
     return "\n".join(part for part in parts if part)
@@ -217,7 +227,27 @@ def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
             "first and send half, and run a reduce-scatter as an all-reduce and a slice, which "
             "sends twice)"
         )
+    if stated and any(op == RAGGED for op, _ in formula):
+        real = closed.traffic(p, level=True)
+        moved = sum(wire for (op, _), wire in real.items() if op == RAGGED) / 2**20
+        text += (
+            f"\n  ({RAGGED}: full buffers, which no step exceeds; only rows of tokens travel, "
+            f"{moved:,.3f} MiB where routing is uniform)"
+        )
     return text
+
+
+def _overlap_line(compiled: Any) -> str:
+    """Whether shared experts can hide the exchange of rows; nothing without a ragged all-to-all."""
+    if compiled is None:
+        return ""
+    found = overlap(compiled.as_text(), RAGGED, SHARED)
+    if not found.total:
+        return ""
+    return (
+        f"overlap   {RAGGED}: {found.total} in the program, {found.apart} of them asynchronous; a "
+        f"product of the shared experts stands between start and done of {found.beside}"
+    )
 
 
 def _flops_line(p: TrainStep, program: Any, stated: bool) -> str:

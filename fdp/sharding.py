@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from tabulate import tabulate
 
 from fdp.collectives import all_gather, vary
+from fdp.kernels_pallas.walks import choose_backend
 from fdp.mesh import AXES, BATCH_AXES, DATA_AXES, AnyMesh, expand
 from fdp.models.module import spec_leaf
 
@@ -78,9 +80,19 @@ def stored_specs(shapes: Any, specs: Any, zero: int, dp: int) -> Any:
 
 def _gathered(x: jax.Array, spec: PartitionSpec, drop: int = 0) -> jax.Array:
     """All-gather over dp along the dim that the stored spec shards. `drop`: leading dims that are
-    absent."""
+    absent, as inside the scan over layers.
+
+    There the shards of a GPU arrive along a new leading dim, as they lie in memory: to gather along
+    another dim, XLA:GPU keeps a transposed copy of all layers, so that each shard is contiguous. A
+    TPU gathers along any dim, and would only hold a layer twice."""
     dims = [d for d, entry in enumerate(spec) if entry == "dp"]
-    return all_gather(x, "dp", dim=dims[0] - drop) if dims else x
+    if not dims:
+        return x
+    dim = dims[0] - drop
+    if not (drop and dim and choose_backend(None) == "gpu"):
+        return all_gather(x, "dp", dim=dim)
+    whole = jnp.moveaxis(all_gather(x[None], "dp", dim=0), 0, dim)
+    return whole.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
 
 def gather(stored: Any, specs: Any, metas: Any, zero: int) -> Any:

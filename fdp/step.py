@@ -34,17 +34,18 @@ def stages(
     count: Any,
     capacity: int | None = None,
     inputs_N: Any = None,
-    penalties: float = 1.0,
+    share: float = 1.0,
 ) -> Stages:
     """The stages of a model and its objective. `score` divides the summed loss by `count`.
 
-    `inputs_N`: layer inputs, a pytree whose leading dim is the periods of the stack. `penalties`:
-    what the penalties of the model are multiplied by; 0 leaves them out, as an evaluation does."""
+    `inputs_N`: layer inputs, a pytree whose leading dim is the periods of the stack. `share`: of
+    the microbatch in its step, by which penalties and means are multiplied; 0 leaves penalties out,
+    as an evaluation does."""
 
     def run(params: Any, *args: Any, method: str) -> tuple[Any, Aux, Penalty]:
         variables = {"params": params, "state": model_state}
-        out, aux, penalty = module.learn(model, variables, *args, method=method)
-        return out, aux, penalty * penalties if penalty is not None and penalties else None
+        out, aux, penalty = module.learn(model, variables, *args, method=method, share=share)
+        return out, aux, penalty if share else None
 
     def stack(params: Any, x: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
         more = () if inputs_N is None else (inputs_N,)
@@ -126,7 +127,9 @@ class TrainStep:
         """
         return self.specs.init(self.plain, seed)
 
-    def _shard_map(self, f: Callable[..., Any], noised: Any, out_specs: Any) -> Callable[..., Any]:
+    def mapped(self, f: Callable[..., Any], noised: Any, out_specs: Any) -> Callable[..., Any]:
+        """`f` of this device's (stored variables, corrupted batch, count, layer inputs), over the
+        mesh."""
         batch = sharding.batch_specs(noised, self.objective.dims)
         in_specs = (self.specs.variable_specs(), batch, P(), self.inputs)  # count: everywhere
         return shard_map(f, self.mesh, in_specs, out_specs)
@@ -160,10 +163,11 @@ class TrainStep:
         static = isinstance(count, int)  # then it is a constant of the program
         out = (P(), self.specs.stored, self.specs.aux_specs)
         local = functools.partial(self._local_grads, count if static else None)
-        mapped = self._shard_map(local, noised, out)
+        mapped = self.mapped(local, noised, out)
         return mapped(variables, noised, None if static else count, inputs_N)
 
-    def _gather(self, params: Any) -> Any:
+    def gather(self, params: Any) -> Any:
+        """Parameters as the model takes them, of this device's stored ones (ZeRO)."""
         s = self.specs
         return sharding.gather(params, s.stored, s.metas, s.zero)
 
@@ -171,7 +175,7 @@ class TrainStep:
         self, static: int | None, variables: Any, noised: Any, count: Any, inputs_N: Any
     ) -> Any:
         count = static or count
-        params, gather_vjp = jax.vjp(self._gather, variables["params"])
+        params, gather_vjp = jax.vjp(self.gather, variables["params"])
         parts = stages(
             self.model,
             self.objective,
@@ -179,7 +183,7 @@ class TrainStep:
             count,
             self.capacity,
             inputs_N,
-            1 / self.experiment.grads.microbatches,  # a penalty is a mean over microbatches
+            1 / self.experiment.grads.microbatches,
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
         return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)
@@ -229,11 +233,11 @@ class TrainStep:
         noised = self.corrupt(batch, key)
 
         def local(variables: Any, noised: Any, _: Any, inputs_N: Any) -> jax.Array:
-            params = self._gather(variables["params"])
+            params = self.gather(variables["params"])
             parts = stages(self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0)
             return psum(parts.loss(params, noised)[0], LOSS_AXES)
 
-        total = self._shard_map(local, noised, P())(variables, noised, None, inputs_N)
+        total = self.mapped(local, noised, P())(variables, noised, None, inputs_N)
         return total, self.objective.count(noised)
 
     def batch_shardings(self) -> Any:

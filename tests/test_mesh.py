@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from fdp import sharding
 from fdp.collectives import all_to_all, index, psum, shard_map, shift, size, split
+from fdp.count import hlo, jaxpr
 from fdp.mesh import AXES, factor, is_virtual, make_mesh, use_virtual_devices
 from fdp.sampling.draw import generation_mesh
 from fdp.state import StateSpecs, TrainState
@@ -201,6 +202,28 @@ def test_the_report_names_every_parameter_with_the_bytes_that_lie_on_a_device(na
     assert rows.keys() == {"/".join(str(k.key) for k in path) for path, _ in leaves}
     listed = sum(int(cells[3].replace(",", "")) for cells in rows.values())
     assert listed == total == stored_bytes(state.params)
+
+
+def test_a_gpu_gathers_a_layer_in_another_order_and_gets_the_same(monkeypatch) -> None:
+    """Values, gradients, and bytes."""
+    stored, mesh = P(None, None, "dp"), mesh_of(dp=4)
+    x = np.arange(48, dtype=np.float32).reshape(3, 2, 8)
+
+    def local(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole, pull = jax.vjp(lambda x: sharding._gathered(x, P(None, *stored), 1), x)
+        return whole[None], pull(whole)[0]
+
+    found = []
+    for platform in ("xla", "gpu"):
+        monkeypatch.setattr(sharding, "choose_backend", lambda _, platform=platform: platform)
+        program = jax.jit(shard_map(partial(local), mesh, (stored,), (P("dp"), stored)))
+        sent = jaxpr.collectives(jax.make_jaxpr(program)(x), dict(mesh.shape))
+        found.append((jax.device_get(program(x)), hlo.summary(sent)))
+    (values, sent), (want, want_sent) = found
+    jax.tree.map(np.testing.assert_array_equal, values, want)
+    np.testing.assert_array_equal(values[0], np.broadcast_to(x, (4, *x.shape)))
+    np.testing.assert_array_equal(values[1], 4 * x)
+    assert sent == want_sent and len(sent) == 2
 
 
 @pytest.mark.parametrize(("whole", "sharded"), [("dp2", "dp2, ZeRO-1"), ("dp8", "dp8, ZeRO-3")])

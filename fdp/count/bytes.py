@@ -20,15 +20,15 @@ from fdp.sharding import axes_of
 from fdp.step import TrainStep
 
 
-def traffic(p: TrainStep) -> Sent:
-    """Wire bytes per device of one loss-and-gradient evaluation. Raises Unstated for a model or
-    objective that does not state its bytes.
+def traffic(p: TrainStep, level: bool = False) -> Sent:
+    """Wire bytes per device of one loss-and-gradient evaluation; `level` as in `counts.Rows`.
+    Raises Unstated for a model or objective that does not state its bytes.
 
     Sources: Shoeybi et al. 2019, Korthikanti et al. 2022, Rajbhandari et al. 2020.
     """
     e = p.experiment
     micro = e.grads.microbatches
-    each = microbatch(e, p.head_rows(), e.degrees, micro).sent
+    each = microbatch(e, p.head_rows(), e.degrees, micro, level).sent
     ledger = Ledger(e.degrees)
     _parameters(ledger, p)
     ledger.add(REDUCE, ("pp", *DATA_AXES), 4)  # the loss

@@ -29,7 +29,7 @@ Sent = dict[Key, float]  # bytes on the wire per device
 K = TypeVar("K")
 
 REDUCE, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
-EXCHANGE, PERMUTE = "all-to-all", "collective-permute"
+EXCHANGE, PERMUTE, RAGGED = "all-to-all", "collective-permute", "ragged-all-to-all"
 
 
 class Unstated(ValueError):
@@ -41,12 +41,14 @@ class Rows:
     """The rows of a device in one microbatch.
 
     `batch`: sequences. `length`: positions of each, all of which its group of cp holds. `head`:
-    rows that reach the output head. `segments`: whether the batch has document ids."""
+    rows that reach the output head. `segments`: whether the batch has document ids. `level`:
+    exchanges whose sizes are data are counted at level loads, not with full buffers."""
 
     batch: int
     length: int
     head: int
     segments: bool = False
+    level: bool = False
 
     @property
     def positions(self) -> int:

@@ -1,6 +1,8 @@
-"""Memory of an expert layer, compiled for an H100 that need not be there.
+"""Memory of an expert layer, and what runs beside its ragged all-to-all, compiled for accelerators
+that need not be there.
 
-    python -m fdp.count.experts        # JSON: layer → bytes of temporaries
+    python -m fdp.count.experts memory    # JSON: layer → bytes of temporaries
+    python -m fdp.count.experts beside    # JSON: compiler → `Overlap` with the shared experts
 
 A process of its own: the compilers want their environment before jax is imported.
 
@@ -12,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdp.count import aot
+from fdp.count.overlap import Overlap, overlap
 
 if TYPE_CHECKING:
     import jax
@@ -97,17 +100,97 @@ def table(platform: str = PLATFORM) -> dict[str, Temporaries]:
     return {name: of(layer) for name, layer in LAYERS.items()}
 
 
+# Two nodes of eight devices, and compiler options. By default a v5p waits for every ragged
+# all-to-all where it stands.
+ASYNC = "xla_tpu_enable_async_ragged_all_to_all"
+COMPILERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "h100": ("h100:2x8", {}),
+    f"v5p with {ASYNC}": ("v5p:2x2x4", {ASYNC: True}),
+}
+
+
+def exchange(platform: str) -> Any:
+    """The lowered forward and backward pass of a layer of experts on two nodes with a shared expert
+    beside them, in bfloat16. Small: a compiler's time is the cost."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from fdp.collectives import shard_map
+    from fdp.kernels_pallas.grouped import grouped_ffn
+    from fdp.mesh import AXES, expand, factor, make_mesh
+    from fdp.models.moe import SHARED
+    from fdp.parallel.expert.exchange import Load
+    from fdp.parallel.expert.plan import Dispatch
+
+    tokens, choices, D, F, E = 1024, 2, 512, 512, 16
+    devices = aot.topology_devices(platform)
+    mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"ep": len(devices)}, devices), "ep")
+    plan = Dispatch("two_level", len(devices) // 2)
+
+    def local(ids: Any, x: Any, gates: Any, weights: Any, dy: Any) -> Any:
+        def run(x: Any, gates: Any, weights: Any) -> Any:
+            w_in, w_out, s_in, s_out = weights
+
+            @jax.named_scope(SHARED)
+            def shared(x: Any) -> Any:
+                return (jax.nn.silu(x @ s_in[0]) * (x @ s_in[1])) @ s_out
+
+            load = Load(ids, gates, tokens * choices, tokens, E)
+            return plan(x, load, lambda r, groups: grouped_ffn(r, w_in, w_out, groups), shared)[0]
+
+        y, back = jax.vjp(run, x, gates, weights)
+        return y, back(dy)
+
+    def array(shape: tuple[int, ...], dtype: Any, spec: PartitionSpec) -> Any:
+        where = NamedSharding(mesh, expand(mesh, spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    T, rows, whole = tokens * len(devices), PartitionSpec("ep"), PartitionSpec()
+    x = array((T, D), jnp.bfloat16, rows)
+    ids, gates = (array((T, choices), dtype, rows) for dtype in (jnp.int32, jnp.float32))
+    shapes = (E, 2, D, F), (E, F, D), (2, D, F), (F, D)
+    specs = rows, rows, whole, whole
+    weights = [array(s, jnp.bfloat16, spec) for s, spec in zip(shapes, specs, strict=True)]
+    grads = rows, rows, list(specs)
+    program = shard_map(local, mesh, (rows, *grads, rows), (rows, grads))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(program).lower(ids, x, gates, weights, x)
+
+
+def overlaps() -> dict[str, Overlap]:
+    """Of every compiler of `COMPILERS` that is installed."""
+    from fdp.count.counts import RAGGED
+    from fdp.models.moe import SHARED
+
+    found = {}
+    for name, (platform, options) in COMPILERS.items():
+        if aot.available(platform):
+            text = aot.compile(exchange(platform), options).as_text()
+            found[name] = overlap(text, RAGGED, SHARED)
+    return found
+
+
 def expert_memory() -> dict[str, Temporaries] | None:
     """`table` of a new process; None where the compiler for it is not installed."""
     if not aot.available(PLATFORM):
         return None
-    command = [sys.executable, "-m", "fdp.count.experts"]
+    return {name: Temporaries(*found) for name, found in _process("memory").items()}
+
+
+def shared_beside() -> dict[str, Overlap]:
+    """`overlaps` of a new process."""
+    return {name: Overlap(*found) for name, found in _process("beside").items()}
+
+
+def _process(what: str) -> Any:
+    command = [sys.executable, "-m", "fdp.count.experts", what]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return {name: Temporaries(*found) for name, found in json.loads(done.stdout).items()}
+    return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
     aot.prepare_environment()
-    print(json.dumps(table()))
+    print(json.dumps(table() if sys.argv[1] == "memory" else overlaps()))

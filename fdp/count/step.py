@@ -8,15 +8,19 @@ ONE_DEVICE = dict.fromkeys(AXES, 1)
 
 
 def microbatch(
-    e: Experiment, head_rows: int, degrees: Degrees = ONE_DEVICE, microbatches: int = 1
+    e: Experiment,
+    head_rows: int,
+    degrees: Degrees = ONE_DEVICE,
+    microbatches: int = 1,
+    level: bool = False,
 ) -> Counts:
-    """Counts of one microbatch on one device, of whose rows `head_rows` reach the output head.
-    Raises Unstated, naming the layer, core or objective that states none."""
+    """Counts of one microbatch on one device, of whose rows `head_rows` reach the output head;
+    `level` as in `Rows`. Raises Unstated, naming the layer, core or objective that states none."""
     noised = e.noised_example()
     inputs = noised.get("inputs")
     length = 0 if inputs is None else inputs.shape[1]
     batch = e.fit.batch // (degrees["dp"] * degrees["ep"] * microbatches)
-    rows = Rows(batch, length, head_rows, "segments" in noised)
+    rows = Rows(batch, length, head_rows, "segments" in noised, level)
     return of(e.model, rows, degrees) + of(e.objective, rows, degrees)
 
 

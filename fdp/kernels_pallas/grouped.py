@@ -73,15 +73,6 @@ class Groups:
         places = jnp.arange(self.blocks, dtype=jnp.int32)
         return (ends_E <= places[:, None]).sum(1, dtype=jnp.int32)
 
-    @property
-    def holds_R(self) -> Array:
-        """Whether a row belongs to an expert: bool [R]; the others are padding."""
-        E = self.sizes_E.shape[0]
-        expert_R = jnp.repeat(self.expert_of_block, self.block)
-        safe_R = jnp.minimum(expert_R, E - 1)
-        rank_R = jnp.arange(self.rows, dtype=jnp.int32) - self.starts_E[safe_R]
-        return (expert_R < E) & (rank_R < self.sizes_E[safe_R])
-
 
 def most_blocks(rows: int, experts: int, block: int) -> int:
     """The most blocks that `rows` rows fill, however they fall on the experts.
@@ -90,6 +81,11 @@ def most_blocks(rows: int, experts: int, block: int) -> int:
     takes `block` rows more: n + ⌊(rows - n) / block⌋."""
     n = min(rows, experts)
     return max(1, n + (rows - n) // block)
+
+
+def buffer_rows(rows: int, experts: int, block: int) -> int:
+    """Rows of the smallest buffer that holds `rows` rows, however they fall on the experts."""
+    return block * most_blocks(rows, experts, block)
 
 
 def make_groups(sizes_E: Array, rows: int, block: int) -> Groups:

@@ -29,11 +29,12 @@ COLLECTIONS = ("params", "state", AUX, CACHE, PROBE, PENALTY)
 
 
 class _Boxed(nn.Partitioned):
-    """A variable with its metadata: the mesh axis of every dim, whether weight decay applies, and
-    whether dim 0 is the stack of layers."""
+    """A variable with its metadata: the mesh axis of every dim, whether weight decay applies,
+    whether dim 0 is the stack of layers, and whether a metric is a mean over microbatches."""
 
     decay: bool = flax.struct.field(default=False, pytree_node=False)
     stacked: bool = flax.struct.field(default=False, pytree_node=False)
+    mean: bool = flax.struct.field(default=False, pytree_node=False)
 
     def unbox(self, apply_constraint: bool = True) -> Any:
         """The value. Shardings are set where a program is jitted, not here."""
@@ -91,11 +92,12 @@ class Module(nn.Module):
 
         return self.variable("state", name, make).value
 
-    def aux(self, name: str, value: Array) -> None:
-        """Report a metric: the summand of this device, equal over tp. A stack adds a leading dim of
+    def aux(self, name: str, value: Array, mean: bool = False) -> None:
+        """Report a metric: the summand of this device, equal over tp. The step adds up devices and
+        microbatches; `mean`: it takes the mean over microbatches. A stack adds a leading dim of
         layers."""
         if self.is_mutable_collection(AUX):
-            self.put_variable(AUX, name, _Boxed(value, (None,) * value.ndim))
+            self.put_variable(AUX, name, _Boxed(value, (None,) * value.ndim, mean=mean))
 
     def penalty(self, name: str, value: Array) -> None:
         """Add a scalar to the training loss: the summand of this device, equal over tp. Its sum
@@ -206,12 +208,24 @@ def run(
 
 
 def learn(
-    model: Module, variables: Mapping[str, Any], *args: Any, method: str | None = None
+    model: Module,
+    variables: Mapping[str, Any],
+    *args: Any,
+    method: str | None = None,
+    share: float = 1.0,
 ) -> tuple[Any, dict[str, Any], Array | None]:
-    """(output, aux, sum of the penalties) of `method` in training; None without penalties."""
+    """(output, aux, sum of the penalties) of `method` in training; None without penalties.
+
+    share: of this pass in its step, 1 / microbatches; penalties and metrics that are means over
+    microbatches are multiplied by it."""
     out, new = model.apply(dict(variables), *args, mutable=[AUX, PENALTY], method=method)
+
+    def metric(boxed: _Boxed) -> Array:
+        return boxed.value * share if boxed.mean else boxed.value
+
+    aux = jax.tree.map(metric, new.get(AUX, {}), is_leaf=_is_boxed)
     terms = [x.sum() for x in jax.tree.leaves(new.get(PENALTY, {}))]
-    return out, nn.meta.unbox(new.get(AUX, {})), sum(terms[1:], terms[0]) if terms else None
+    return out, aux, share * sum(terms[1:], terms[0]) if terms else None
 
 
 def probed(

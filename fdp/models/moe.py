@@ -7,7 +7,7 @@ on the mesh. Under sequence parallelism a device routes its own positions.
 Legend: B sequences, L positions (local over cp), T = B·L tokens, D width, F hidden width of an
 expert, E experts, K choices of a token, J noise bins."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from fdp.collectives import psum, size, vary_like
 from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Rows, Sent, Work, merged
-from fdp.kernels_pallas.grouped import Groups, choose_block, grouped_ffn, most_blocks
+from fdp.kernels_pallas.grouped import Groups, buffer_rows, choose_block, grouped_ffn
 from fdp.mesh import DATA_AXES
 from fdp.models import balance
 from fdp.models.balance import Balance
@@ -31,6 +31,7 @@ from fdp.parallel.expert.plan import Dispatch
 from fdp.parallel.wire import Cast
 
 Array = jax.Array
+SHARED = "shared"  # scope of the experts that every token visits, in the names of operations
 
 
 @jax.tree_util.register_dataclass
@@ -107,21 +108,30 @@ class MoE(Module):
         def ffn(rows_RxD: Array, groups: Groups) -> Array:
             return grouped_ffn(rows_RxD, w_in.astype(dtype), w_out.astype(dtype), groups)
 
-        y_TxD, moved, fallback = self.dispatch(x_TxD, load, ffn)
+        beside = self._shared() if s.shared_experts else None
+        y_TxD, moved, fallback = self.dispatch(x_TxD, load, ffn, beside)
         self._balance(routed, where)
         self._report(jnp.stack([*moved, fallback]), routed.logits)
         y_BxLxD = y_TxD.reshape(x_in.shape)
-        if s.shared_experts:
-            wide = F * s.shared_experts
-            w_in = self.weight("shared_in", normal(D**-0.5), (2, D, wide), (None, None, "tp"))
-            w_out = self.weight("shared_out", normal(wide**-0.5), (wide, D), ("tp", None))
-            w_in, w_out = w_in.astype(dtype), w_out.astype(dtype)
-            shared_BxLxD = (silu(x_in @ w_in[0]) * (x_in @ w_in[1])) @ w_out
-            if s.shared_gate:
-                w = self.weight("shared_gate", normal(D**-0.5), (D, 1), (None, None), decay=False)
-                shared_BxLxD = shared_BxLxD * jax.nn.sigmoid(x_in @ w.astype(dtype))
-            y_BxLxD = y_BxLxD + shared_BxLxD
         return leave_tp(y_BxLxD, s.sequence_parallel)
+
+    def _shared(self) -> Callable[[Array], Array]:
+        """The experts that every token visits: [T, D] → [T, D], partial sums over tp."""
+        s, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        D, wide = s.width, s.moe_ffn * s.shared_experts
+        w_in = self.weight("shared_in", normal(D**-0.5), (2, D, wide), (None, None, "tp"))
+        w_out = self.weight("shared_out", normal(wide**-0.5), (wide, D), ("tp", None))
+        w_in, w_out, w_gate = w_in.astype(dtype), w_out.astype(dtype), None
+        if s.shared_gate:
+            w_gate = self.weight("shared_gate", normal(D**-0.5), (D, 1), (None, None), decay=False)
+            w_gate = w_gate.astype(dtype)
+
+        @jax.named_scope(SHARED)
+        def shared(x_TxD: Array) -> Array:
+            y_TxD = (silu(x_TxD @ w_in[0]) * (x_TxD @ w_in[1])) @ w_out
+            return y_TxD if w_gate is None else y_TxD * jax.nn.sigmoid(x_TxD @ w_gate)
+
+        return shared
 
     @classmethod
     def parts(cls, fields: Mapping[str, Any]) -> int:
@@ -138,12 +148,14 @@ class MoE(Module):
         return psum(x / size("tp"), "tp") if self.shape.sequence_parallel else x
 
     def _report(self, moved: Array, logits: Array) -> None:
-        """Metrics: "moved" is [pairs dropped, rows sent to other nodes, rows sent within a node,
-        share of devices whose buffers were too small]; "nonfinite" counts logits."""
+        """Metrics: "moved" is [pairs dropped, rows sent to other nodes, rows sent within a node, or
+        by plans that know no nodes]; "fell_back" the share of devices whose buffers were too small;
+        "nonfinite" counts logits."""
         bad = (~jnp.isfinite(logits)).sum(dtype=jnp.float32)[None]
         if self.shape.sequence_parallel:
             moved, bad = jnp.split(psum(jnp.append(moved / size("tp"), bad), "tp"), [4])
-        self.aux("moved", moved)
+        self.aux("moved", moved[:3])
+        self.aux("fell_back", moved[3], mean=True)
         self.aux("nonfinite", bad[0])
 
     def _balance(self, routed: Routed, where: Any) -> None:
@@ -160,9 +172,9 @@ class MoE(Module):
 
         sum_BxE = total(share_BxLxE.sum(1))
         self.aux("load", count_BxE.sum(0))
-        self.aux("imbalance", load_E.max() / load_E.mean() / devices)
+        self.aux("imbalance", load_E.max() / load_E.mean() / devices, mean=True)
         part_S = load_E.reshape(size("ep"), -1).sum(-1)
-        self.aux("rank_imbalance", part_S.max() / part_S.mean() / devices)
+        self.aux("rank_imbalance", part_S.max() / part_S.mean() / devices, mean=True)
         losses: dict[str, Array] = {}
         if b.switch:
             losses["switch"] = balance.switch(load_E, sum_BxE.sum(0), tokens)
@@ -176,7 +188,7 @@ class MoE(Module):
         if b.bins > 1:
             losses |= self._by_noise(count_BxE, sum_BxE, where.noise, tokens)
         for name, value in losses.items():
-            self.aux(name, value)
+            self.aux(name, value, mean=True)
             self.penalty(name, getattr(b, name) * value)
 
     def _by_noise(
@@ -186,7 +198,7 @@ class MoE(Module):
         b = self.balance
         bin_BxJ = balance.noise_bin(noise_B, b.bins)
         count_JxE = bin_BxJ.T @ count_BxE
-        self.aux("load_bins", count_JxE)
+        self.aux("load_bins", count_JxE, mean=True)  # of a microbatch, as `rank` reads it
         if not b.rank:
             return {}
         now_JxE = psum(count_JxE, DATA_AXES)
@@ -207,7 +219,7 @@ class MoE(Module):
         )
         load = self._load(rows, degrees)
         row = D, s.itemsize
-        there, back = self.dispatch.sent(tokens, load, row, degrees)
+        there, back = self.dispatch.sent(tokens, load, row, degrees, rows.level)
         loads, metrics = self._statistics(rows, degrees)
         gates = Ledger(degrees)
         if not s.sequence_parallel:
@@ -221,8 +233,8 @@ class MoE(Module):
             forward += Work(gate, replicated=gate)
             gates.add(REDUCE, ("tp",), 4 * D)
         held = self.dispatch.bounds(tokens, load, degrees["ep"])[0].pairs
-        blocks = most_blocks(held, E // degrees["ep"], choose_block(held, E // degrees["ep"]))
-        buffer = blocks * choose_block(held, E // degrees["ep"])
+        e = E // degrees["ep"]
+        buffer = buffer_rows(held, e, choose_block(held, e))
         saved = buffer * (2 * D + 2 * F // tp) * s.itemsize
         saved += between + inside + 4 * tokens * (wide // tp) * s.itemsize
         found = Counts(

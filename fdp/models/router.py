@@ -1,13 +1,14 @@
 """Routers of a mixture of experts: which experts a token visits, and with what weight.
 
-All arithmetic is in float32 and equal on all devices of tp. Ties go to the expert with the lower
-id. A router may read the noise level r of a sequence of a diffusion model, the share of its tokens
-that are masked: features of r shift the logits ("additive"), modulate the input ("film"), mix
-several matrices ("low_rank") or gate groups of experts ("group"). What reads r starts at zero, so
-that every router starts as the plain one.
+All arithmetic is in float32, also in products on accelerators, and equal on all devices of tp. Ties
+go to the expert with the lower id. A router may read the noise level r of a sequence of a diffusion
+model, the share of its tokens that are masked: features of r shift the logits ("additive"),
+modulate the input ("film"), mix several matrices ("low_rank") or gate groups of experts ("group").
+What reads r starts at zero, so that every router starts as the plain one; "group" starts with its
+first `kept` groups open.
 
 Legend: B sequences, L positions (local over cp), D width, E experts, K choices of a token, N noise
-features, G groups, J noise bins."""
+features, G groups."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -166,6 +167,7 @@ class Router(Module):
     """Scores of experts and what follows from them: `(x, where, replay) → Routed`.
 
     `replay`: int [B, L, K], ids to use in place of the router's own; the gates are still its own.
+    Raises ValueError for a replay where experts choose: their columns are not choices of a token.
     State "bias" f32 [E], with `routing.bias`: changed by a rule, never by a gradient."""
 
     shape: ModelShape
@@ -174,6 +176,11 @@ class Router(Module):
     @compact
     def __call__(self, x_BxLxD: Array, where: Any, replay: Array | None = None) -> Routed:
         r, E = self.routing, self.routing.experts
+        if replay is not None and r.choice == "expert":
+            raise ValueError(
+                "replayed ids are choices of tokens, but with choice='expert' experts choose: set "
+                "choice='token', or replay none"
+            )
         own, open_G = self._logits(x_BxLxD.astype(jnp.float32), where)
         split = self.shape.sequence_parallel
         logits = all_gather(own, "tp", dim=1) if split else own
@@ -201,7 +208,7 @@ class Router(Module):
         r, (D, E) = self.routing, (x_BxLxD.shape[-1], self.routing.experts)
         w = self.weight("w", normal(D**-0.5), (D, E), (None, None), decay=False)
         if r.noise == "none":
-            return x_BxLxD @ w, None
+            return _dot(x_BxLxD, w), None
         noise_B = jnp.zeros_like(where.noise) if r.blind else where.noise
         phi_BxN = features(noise_B, FEATURES)
 
@@ -209,15 +216,17 @@ class Router(Module):
             return self.weight(name, zeros, dims, (None,) * len(dims), decay=False)
 
         if r.noise == "film":
-            scale, shift = jnp.split(phi_BxN @ extra("film", FEATURES, 2 * D), 2, -1)
-            return (x_BxLxD * (1 + scale[:, None]) + shift[:, None]) @ w, None
-        logits = x_BxLxD @ w
+            scale, shift = jnp.split(_dot(phi_BxN, extra("film", FEATURES, 2 * D)), 2, -1)
+            return _dot(x_BxLxD * (1 + scale[:, None]) + shift[:, None], w), None
+        logits = _dot(x_BxLxD, w)
         if r.noise == "additive":
-            return logits + (phi_BxN @ extra("shift", FEATURES, E))[:, None], None
+            return logits + _dot(phi_BxN, extra("shift", FEATURES, E))[:, None], None
         if r.noise == "low_rank":
-            each = jnp.einsum("bld,nde->blne", x_BxLxD, extra("more", RANK - 1, D, E))
-            return logits + jnp.einsum("blne,bn->ble", each, phi_BxN[:, 1:RANK]), None
-        open_G = jax.nn.log_softmax(phi_BxN @ extra("open", FEATURES, r.groups), -1)[:, None]
+            more, exact = extra("more", RANK - 1, D, E), jax.lax.Precision.HIGHEST
+            each = jnp.einsum("bld,nde->blne", x_BxLxD, more, precision=exact)
+            mixed = jnp.einsum("blne,bn->ble", each, phi_BxN[:, 1:RANK], precision=exact)
+            return logits + mixed, None
+        open_G = jax.nn.log_softmax(_dot(phi_BxN, extra("open", FEATURES, r.groups)), -1)[:, None]
         return logits + jnp.tile(open_G, E // r.groups), open_G
 
     def weights(self, width: int) -> int:
@@ -256,6 +265,11 @@ class Router(Module):
         saved = mine * (4 * D + 3 * 4 * E)
         backward = forward.backward(back.sent)
         return Counts(self.weights(D), forward, backward, once=shared.sent, saved=saved)
+
+
+def _dot(x: Array, w: Array) -> Array:
+    """x w. By default a TPU rounds both to bfloat16 and a GPU to TF32, which changes choices."""
+    return jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST)
 
 
 def _scores(r: Routing, logits_E: Array) -> Array:

@@ -219,7 +219,8 @@ def report(
     prices = {plan: [price(layer, r, plan, overlap) for r in each] for plan in plans}
     rows = [_row(plan, LayerPrice(*np.mean(p, 0))) for plan, p in prices.items()]
     s = layer.shape
-    limit = f", {layer.kept} of {layer.groups} groups" if layer.groups > 1 else ""
+    groups, kept = layer.limit
+    limit = f", {kept} of {groups} groups" if groups > 1 else ""
     how = f"uniform routing{limit}" if found is None else f"mean of {len(each)} routings of a trace"
     lines = [
         f"{s.name} on {layer.cluster.name}: ep {layer.devices} = {layer.nodes}·{layer.local} nodes "
@@ -277,8 +278,7 @@ def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
         shape, cluster = shapes.named(f.model), hardware.cluster(f.cluster)
-        groups = shapes.GROUPS.get(shape.name, (1, 1))
-        layer = PricedLayer(shape, cluster, f.tokens, f.ep or cluster.size, f.wire, *groups)
+        layer = PricedLayer(shape, cluster, f.tokens, f.ep or cluster.size, f.wire)
         layout = traces.Layout(shape.experts, shape.moe_layers, shape.topk)
         print(report(layer, traces.read(Path(f.trace), layout) if f.trace else None, f.overlap))
     except ValueError as error:

@@ -5,10 +5,9 @@ token reaches, then in that node one for every device, and sums in the node befo
 gather: all tokens to all devices, and a reduce-scatter of the results. Device d holds the experts
 d·E/M … (d+1)·E/M − 1; tokens are spread evenly over devices.
 
-Copies are expected values of uniform routing in closed form, or counted. Copies limited to groups
-(DeepSeek-V2 and V3) keeps `kept` of `groups` equal ranges of experts: the chance to reach a device
-or a node is the mean over all choices of groups. A token of V3 so reaches at most the nodes of four
-groups.
+Copies are expected values of uniform routing in closed form, or counted. Routing limited to groups
+(DeepSeek-V2 and V3) keeps some of equal ranges of experts: the chance to reach a device or a node
+is the mean over all choices of groups. So a token of V3 reaches at most the nodes of four groups.
 
 Legend: T tokens of a device, K choices a token, E experts, M devices over ep, N nodes.
 """
@@ -24,6 +23,7 @@ from fdp.data import expert_loads
 from fdp.keys import UserError
 from fdp.models.shape import ModelShape
 from fdp.price import hardware
+from fdp.price.shapes import GROUPS
 from fdp.price.workload import domain_of
 
 PLANS = ("flat", "two_level", "gather")
@@ -34,15 +34,16 @@ WIRES = ("bf16", "fp8")
 class PricedLayer:
     """A layer of experts of `shape` with T = `tokens` on each of the first M = `devices` chips of a
     cluster. `wire`: format of the rows on their way out; results and gradients are bfloat16.
-    Raises UserError, with the equation, for sizes that do not fit."""
+    `groups`, `kept`: a token chooses from `kept` of so many groups of experts; 0: as the published
+    model of that name. Raises UserError, with the equation, for sizes that do not fit."""
 
     shape: ModelShape
     cluster: hardware.Cluster
     tokens: int
     devices: int
     wire: str = "bf16"
-    groups: int = 1
-    kept: int = 1
+    groups: int = 0
+    kept: int = 0
 
     def __post_init__(self) -> None:
         E, M = self.shape.experts, self.devices
@@ -59,11 +60,17 @@ class PricedLayer:
                 f"ep={M} is not divisible by the {self.local} chips of a node: set ep to "
                 f"{M // self.local * self.local}"
             )
-        if E % self.groups or self.kept * E // self.groups < self.shape.topk:
+        groups, kept = self.limit
+        if E % groups or kept * E // groups < self.shape.topk:
             raise UserError(
-                f"experts {E} in {self.groups} groups, {self.kept} kept, for k={self.shape.topk}: "
+                f"experts {E} in {groups} groups, {kept} kept, for k={self.shape.topk}: "
                 "groups must divide experts, and the kept ones hold k"
             )
+
+    @property
+    def limit(self) -> tuple[int, int]:
+        """(groups of experts, groups that a token chooses from)."""
+        return (self.groups, self.kept) if self.groups else GROUPS.get(self.shape.name, (1, 1))
 
     @property
     def local(self) -> int:
@@ -109,14 +116,15 @@ def reach(layer: PricedLayer, parts: int) -> np.ndarray:
 
     One minus the mean over choices of groups of C(kept experts outside the range, K) / C(kept
     experts, K)."""
-    s, per = layer.shape, layer.shape.experts // layer.groups
-    held = np.zeros((parts, layer.groups), int)
+    s, (groups, kept) = layer.shape, layer.limit
+    per = s.experts // groups
+    held = np.zeros((parts, groups), int)
     experts = np.arange(s.experts)
     np.add.at(held, (experts * parts // s.experts, experts // per), 1)
-    every = math.comb(layer.kept * per, s.topk)
-    choices = list(itertools.combinations(range(layer.groups), layer.kept))
+    every = math.comb(kept * per, s.topk)
+    choices = list(itertools.combinations(range(groups), kept))
     missed = [
-        sum(math.comb(layer.kept * per - int(row[list(c)].sum()), s.topk) for c in choices)
+        sum(math.comb(kept * per - int(row[list(c)].sum()), s.topk) for c in choices)
         for row in held
     ]
     return 1 - np.array([m / every for m in missed]) / len(choices)

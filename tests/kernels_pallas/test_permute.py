@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from fdp.kernels_pallas import permute as rows
 from fdp.kernels_pallas.permute import permute, unpermute
 
 pytestmark = pytest.mark.fast
@@ -62,6 +63,20 @@ def test_values_and_gradients(direction):
     else:
         case, f, oracle = ((y, gates), dout, slots, source), back, back_oracle
     got, want = (with_gradients(g, *case) for g in (f, oracle))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["permute", "unpermute"])
+def test_parts_of_the_tokens_as_a_tpu_takes_them(direction, monkeypatch):
+    """Nine tokens in parts of four."""
+    (x, y, gates, dout), (source, slots) = inputs(), plan()
+    case = ((x,), y, source, slots) if direction == "permute" else ((y, gates), dout, slots, source)
+    f = there if direction == "permute" else back
+    want = with_gradients(f, *case)
+    monkeypatch.setattr(rows, "choose_backend", lambda _: "tpu")
+    monkeypatch.setattr(rows, "PART", 4)
+    got = with_gradients.__wrapped__(f, *jax.tree.map(jnp.asarray, case))  # traced anew
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import build
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -16,8 +17,11 @@ from fdp.count import bytes as closed
 from fdp.count.compare import EXACT, against_one_device, mismatches, outcome
 from fdp.count.requirements import missing, required_of, unexpected
 from fdp.count.step import microbatch
+from fdp.grads import Stages, plain
 from fdp.mesh import BATCH_AXES, make_mesh
-from fdp.models import moe
+from fdp.models import module, moe
+from fdp.models.layers import ones
+from fdp.models.module import Module, compact
 from fdp.models.moe import MoEInput
 from fdp.models.stack import LayerInput
 from fdp.step import TrainStep
@@ -97,7 +101,7 @@ def test_experts_are_reduced_over_dp_and_cp_and_not_over_ep() -> None:
 @cache
 def stepping(ep: int) -> Any:
     """(program, compiled train step) with every loss and state, on dp 2 where ep > 1."""
-    more = {"model.moe.rank": 0.01, "model.moe.bins": 4, "train.lr": 1e-3}
+    more = {"model.moe.rank": 0.01, "model.moe.bins": 4, "model.moe.ranks": 2, "train.lr": 1e-3}
     p = build.program(config(SHARED | more, {"dp": 2, "ep": ep} if ep > 1 else {}))
     return p, p.jit_train_step()
 
@@ -123,6 +127,37 @@ def test_state_and_metrics_of_two_steps_do_not_depend_on_the_mesh() -> None:
     for name in ("imbalance", "switch", "rank", "z", "sequence"):
         key = f"layers/mlp/{name}"
         np.testing.assert_allclose(metrics[key], want[key], rtol=1e-5)
+
+
+class Reports(Module):
+    """Scales its input, with one metric of each kind and a penalty."""
+
+    @compact
+    def __call__(self, x: Any) -> Any:
+        w = self.weight("w", ones, (1,), (None,))
+        self.aux("count", x.sum())
+        self.aux("level", x.mean(), mean=True)
+        self.penalty("size", x.mean() * w.sum())
+        return w * x
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_counts_are_added_over_microbatches_and_means_and_penalties_are_not(
+    microbatches: int,
+) -> None:
+    model, x, share = Reports(), jnp.arange(8.0), 1 / microbatches
+    variables = module.init(model, jax.random.key(0), x)
+
+    def stage(params: Any, x: Any) -> Any:
+        return module.learn(model, {"params": params, "state": {}}, x, share=share)
+
+    def score(params: Any, x: Any, noised: Any) -> Any:
+        return jnp.zeros(()), {}, None
+
+    parts = Stages(stage, lambda params, x, noised: (x, {}, None), score)
+    loss, grads, aux = plain(microbatches)(parts, variables["params"], x)
+    assert (loss, aux["count"], aux["level"], grads["w"]) == (3.5, 28, 3.5, 3.5)
 
 
 @pytest.mark.fast
@@ -167,7 +202,8 @@ BAD = [
     ({"model.moe.capacity": 1.0, "model.moe.dispatch": "gather"}, "only flat drops pairs"),
     ({"model.moe.first_dense": 2}, "leave no layer with experts: set model.moe.first_dense=1"),
     ({"model.moe.every": 3}, "layers after first_dense 2 is not divisible by model.moe.every = 3"),
-    ({"model.moe.rank": 0.1}, "balances noise bins, but model.moe.bins=1"),
+    ({"model.moe.rank": 0.1, "model.moe.ranks": 2}, "in noise bins, but model.moe.bins=1 and"),
+    ({"model.moe.rank": 0.1, "model.moe.bins": 4}, "bins=4 and ranks=1, where one of either"),
     ({"model.moe.ranks": 3}, "experts 8 is not divisible by model.moe.ranks = 3"),
     ({"model.moe.noise": "film", "objective.form": "t"}, "read the share of masked tokens"),
     (
@@ -175,6 +211,15 @@ BAD = [
         "compares a token with later ones of its sequence",
     ),
     ({"model.moe.choice": "expert", "model.moe.bias": 0.1}, "moves what tokens choose"),
+    ({"model.moe.choice": "expert", "model.moe.groups": 2}, "groups=2 limits what tokens choose"),
+    ({"model.moe.low": 1.0}, "low=1.0 and high=0.0 say how many tokens experts choose"),
+    (
+        {"model.moe.choice": "expert", "model.moe.low": 0.2},
+        r"low·seq_len/experts = 0.2·32/8 = 0.8 tokens .*: set model.moe.low=0.25",
+    ),
+    ({"model.moe.noise": "group"}, "opens some of the groups, but model.moe.groups=1"),
+    ({"model.moe.shared_gate": True}, "weighs shared experts: set model.moe.shared=1"),
+    ({"model.moe.wire": "bfloat16", "model.moe.dispatch": "gather"}, "in the type of compute"),
     (
         {"model.moe.dispatch": "two_level", "mesh.ep": 4, "model.moe.node": 3},
         "nodes of 3 devices are no power of two",

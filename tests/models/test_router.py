@@ -113,6 +113,27 @@ def test_replayed_ids_take_the_routers_own_weights() -> None:
     np.testing.assert_array_equal(routed.gates, own)
 
 
+def test_choices_of_tokens_cannot_be_replayed_where_experts_choose() -> None:
+    with pytest.raises(
+        ValueError, match=r"replayed ids are choices of tokens.* set choice='token'"
+    ):
+        route(Routing(E, K, "expert"), replay=jnp.zeros((B, L, K), jnp.int32))
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_no_product_rounds_its_factors_on_an_accelerator(noise: str) -> None:
+    routing = Routing(E, K, noise=noise, **({"groups": 4, "kept": 2} if noise == "group" else {}))
+    router = Router(SHAPE, routing)
+    params = module.init(router, jax.random.key(0), X, WHERE)["params"]
+
+    def total(params: Any) -> jax.Array:
+        return module.run(router, {"params": params}, X, WHERE)[0].gates.sum()
+
+    found = str(jax.make_jaxpr(jax.grad(total))(params))
+    exact = "precision=(Precision.HIGHEST, Precision.HIGHEST)"
+    assert found.count("dot_general[") == found.count(exact) > 1
+
+
 def test_experts_choose_their_best_tokens_and_more_where_less_is_masked() -> None:
     routing = Routing(E, K, "expert", low=1.0, high=3.0)
     routed, _ = route(routing)

@@ -56,7 +56,7 @@ def test_a_row_of_v3_has_the_published_bytes():
 )
 def test_distinct_parts_of_uniform_routing(experts, topk, parts, expected):
     """Published for OLMoE and Mixtral; parts·(1 − C(E − E/parts, k)/C(E, k))."""
-    one = layer(dataclasses.replace(V3, experts=experts, topk=topk), devices=8)
+    one = layer(dataclasses.replace(SMALL, experts=experts, topk=topk), devices=8)
     found = reach(one, parts).sum()
     missed = math.comb(experts - experts // parts, topk) / math.comb(experts, topk)
     assert found == pytest.approx(parts * (1 - missed)) == pytest.approx(expected, abs=5e-3)
@@ -74,7 +74,8 @@ def test_reach_of_limited_groups_is_that_of_all_choices(groups, kept, parts):
 
 
 def test_a_token_of_v3_reaches_at_most_four_nodes():
-    free, limited = (layer(cluster="h100:8x8", groups=g, kept=k) for g, k in ((1, 1), (8, 4)))
+    free, limited = (layer(cluster="h100:8x8", **more) for more in ({"groups": 1, "kept": 1}, {}))
+    assert limited.limit == (8, 4)
     assert reach(free, 8).sum() == pytest.approx(5.3, abs=0.05)
     assert 3.5 < reach(limited, 8).sum() < 4
     np.testing.assert_allclose(reach(limited, 8), reach(limited, 8)[0])
@@ -142,7 +143,7 @@ def test_a_short_trace_is_scaled_and_loads_alone_give_the_flat_plan():
 
 
 def test_bytes_steps_and_buffers_of_the_plans():
-    one = layer(tokens=128, wire="fp8", groups=8, kept=4)
+    one = layer(tokens=128, wire="fp8")
     flat, two, gather = (moe.price(one, uniform(one), plan) for plan in moe_traffic.PLANS)
     assert (flat.own, flat.node, flat.out) == pytest.approx((8 / 32, 8 * 7 / 32, 8 * 24 / 32))
     assert flat.bytes_out == pytest.approx(7.75 * 7392)
@@ -320,7 +321,7 @@ def test_the_command_prices_the_plans(capsys):
     assert code == 0 and "uniform routing, 4 of 8 groups" in out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.split()}
     assert rows["flat"][1:4] == ["0.25", "1.75", "6.00"] and rows["flat"][10] == "3"
-    one = layer(groups=8, kept=4)
+    one = layer()
     found = moe.price(one, uniform(one), "two_level")
     assert rows["two_level"][-2:] == [f"{1e3 * s:.3f}" for s in (found.forward, found.backward)]
     assert float(rows["two_level"][-2]) < float(rows["flat"][-2]) < 100

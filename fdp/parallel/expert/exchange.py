@@ -56,7 +56,8 @@ class Load:
 
 class Moved(NamedTuple):
     """Summands of this device, f32. dropped: pairs without a result. between, within: rows sent to
-    another node and to another device of the node."""
+    another node and to another device of the node. Only two_level knows nodes: of other plans all
+    rows that are sent are within one."""
 
     dropped: Array
     between: Array

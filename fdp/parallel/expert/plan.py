@@ -3,7 +3,7 @@
 Legend: T tokens of a device, K pairs of a token, E experts, D width, S = ep devices."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,15 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import pmax, psum, size, split
-from fdp.count.counts import EXCHANGE, GATHER, REDUCE, SCATTER, Degrees, Ledger, Sent
+from fdp.count.counts import EXCHANGE, GATHER, RAGGED, REDUCE, SCATTER, Degrees, Ledger, Sent
+from fdp.kernels_pallas.grouped import buffer_rows, choose_block
 from fdp.parallel.expert import exchange
 from fdp.parallel.expert.arrange import ranks
 from fdp.parallel.expert.exchange import Bounds, Ffn, Load, Moved, visits
-from fdp.parallel.wire import Cast, Wire
+from fdp.parallel.wire import Cast, Wire, ragged
 
 Array = jax.Array
+Beside = Callable[[Array], Array]  # [T, D] → [T, D]
 PLAIN = Cast()
 PLANS = ("flat", "two_level", "gather")
+OFFSETS = 4  # two moves, whose gradients exchange the offsets of both ends
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,10 @@ class Dispatch:
     """How rows reach the experts of other devices of ep.
 
     plan: one of PLANS (see `exchange`). inner: devices of a node, for two_level. capacity: 0 is
-    dropless; otherwise an expert takes at most capacity·pairs/experts pairs of each device (flat).
-    buffer: rows of the static buffers as a multiple of those of level loads; a step that needs more
-    takes its tokens in rounds, so few at a time that any load fits, and is counted. 0: buffers for
-    the worst case. wire: format of rows."""
+    dropless; otherwise an expert takes at most capacity·pairs/experts pairs of each device (flat),
+    and `buffer` is not read. buffer: rows of the static buffers as a multiple of those of level
+    loads; a step that needs more takes its tokens in rounds, so few at a time that any load fits,
+    and is counted. 0: buffers for the worst case. wire: format of rows."""
 
     plan: str = "flat"
     inner: int = 1
@@ -54,6 +57,11 @@ class Dispatch:
                 f"capacity {self.capacity} with plan {self.plan}: only flat drops pairs, at a "
                 "capacity above 0; 0 is dropless"
             )
+        if self.plan == "gather" and self.wire != PLAIN:
+            raise ValueError(
+                f"plan gather sends rows in the type of compute, not by {self.wire}: set "
+                "model.moe.wire='same'"
+            )
         if self.plan == "two_level":
             if ep & (ep - 1):
                 raise ValueError(
@@ -63,19 +71,33 @@ class Dispatch:
             if self.inner < 1 or self.inner & (self.inner - 1):
                 raise ValueError(
                     f"nodes of {self.inner} devices are no power of two, so they do not divide "
-                    f"ep = {ep}: set model.moe.node={1 << self.inner.bit_length()}"
+                    f"ep = {ep}: set model.moe.node={min(1 << self.inner.bit_length(), ep)}"
                 )
 
-    def __call__(self, x_TxD: Array, load: Load, ffn: Ffn) -> tuple[Array, Moved, Array]:
-        """(Σ_k gates · expert(x) [T, D], what moved, 1 / devices if the buffers were too small)."""
+    def __call__(
+        self, x_TxD: Array, load: Load, ffn: Ffn, beside: Beside | None = None
+    ) -> tuple[Array, Moved, Array]:
+        """(Σ_k gates · expert(x) [T, D], what moved, 1 / devices if the buffers were too small).
+
+        beside: what else is added to the result, of every token alone. It is computed where the
+        rows are exchanged, so that a compiler may do both at once."""
+
+        def all_of(run: Callable, b: Bounds, x_TxD: Array, load: Load) -> tuple[Array, Moved]:
+            y_TxD, moved = run(b, ffn, x_TxD, load)
+            return (y_TxD if beside is None else y_TxD + beside(x_TxD)), moved
+
         tight, worst = self.bounds(len(x_TxD), load, size("ep"))
         if tight == worst:
-            return *self._run(worst, ffn, x_TxD, load), jnp.zeros(())
+            return *all_of(self._run, worst, x_TxD, load), jnp.zeros(())
         fits = _needed(self, load, len(x_TxD)) <= jnp.array(tight)
         fits = pmax((~fits).any().astype(jnp.int32), "ep") == 0
         with jax.named_scope("fits"):  # `fdp.count` is told by this name which branch runs
             y_TxD, moved = jax.lax.cond(
-                fits, partial(self._run, tight, ffn), partial(self._rounds, tight, ffn), x_TxD, load
+                fits,
+                partial(all_of, self._run, tight),
+                partial(all_of, self._rounds, tight),
+                x_TxD,
+                load,
             )
         return y_TxD, moved, (~fits).astype(jnp.float32) / size(("dp", "ep", "cp"))
 
@@ -138,9 +160,12 @@ class Dispatch:
         y, moved = jax.lax.map(jax.checkpoint(one, prevent_cse=False), cut)
         return y.reshape(x_TxD.shape), jax.tree.map(lambda m: m.sum(0), moved)
 
-    def sent(self, tokens: int, load: Load, row: tuple[int, int], degrees: Degrees) -> list[Sent]:
+    def sent(
+        self, tokens: int, load: Load, row: tuple[int, int], degrees: Degrees, level: bool = False
+    ) -> list[Sent]:
         """Wire bytes of a device, [forward, backward], of buffers that suffice. `row`: width and
-        bytes of an element in compute. Only arrays of the loads' shapes are read."""
+        bytes of an element in compute. `level`: of a ragged all-to-all only the rows of uniform
+        routing. Only arrays of the loads' shapes are read."""
         there, back = Ledger(degrees), Ledger(degrees)
         S, K, T, ep = degrees["ep"], load.ids.shape[-1], tokens, ("ep",)
         if S == 1:
@@ -150,17 +175,52 @@ class Dispatch:
             x, gates = T * row[0] * row[1], 4 * T * K
             there.add(GATHER, ep, x + 2 * gates).add(SCATTER, ep, x)
             back.add(SCATTER, ep, x + gates).add(GATHER, ep, x)
-        elif self.plan == "flat":
-            there.add(EXCHANGE, ep, 2 * b.first * row_bytes + 4 * load.experts // S)
-            back.add(EXCHANGE, ep, 2 * b.first * row_bytes)
         else:
-            G = self.node(S)
-            copies = (S // G - 1) * b.first + (G - 1) * b.second
-            there.put(EXCHANGE, ep, copies * (2 * row_bytes + 8 * K))
-            back.put(EXCHANGE, ep, copies * (2 * row_bytes + 4 * K))
+            moved = self._level(T, load, S) if level and ragged() else self._full(b, load, S)
+            op = RAGGED if ragged() else EXCHANGE
+            there.put(op, ep, moved * row_bytes)
+            back.put(op, ep, moved * row_bytes)
+        if self.plan == "flat" and not ragged():
+            there.add(EXCHANGE, ep, 4 * load.experts // S)
+        elif self.plan == "flat":
+            there.add(GATHER, ep, 4 * load.experts)
+            back.add(EXCHANGE, ep, OFFSETS * 4 * load.experts // S)
         if b != worst:
-            there.add(REDUCE, ep, 4 + 4 * (S if self.plan != "two_level" else 2 * S))
+            there.add(REDUCE, ep, 4 + 4 * S)
+        if self.plan == "two_level":
+            M, G = S // self.node(S), self.node(S)
+            copies = (M - 1) * b.first + (G - 1) * b.second
+            sizes = 4 * (M - 1 + G - 1) if ragged() else 0
+            there.put(EXCHANGE, ep, copies * 8 * K + sizes)
+            back.put(EXCHANGE, ep, copies * 4 * K + OFFSETS * sizes)
+            if b != worst:  # rows that reach each device of the node
+                there.put(REDUCE, ep, 2 * (M - 1) / M * 4 * S)
         return [there.sent, back.sent]
+
+    def _full(self, b: Bounds, load: Load, S: int) -> float:
+        """Rows that a device sends to others, there and back, with full buffers."""
+        if self.plan == "two_level":
+            G = self.node(S)
+            return 2 * ((S // G - 1) * b.first + (G - 1) * b.second)
+        if ragged():  # out of the sorted pairs, and out of the groups of the experts
+            e = load.experts // S
+            held = buffer_rows(b.pairs, e, choose_block(b.pairs, e))
+            return (load.pairs + held) * (S - 1) / S
+        return 2 * (S - 1) * b.first
+
+    def _level(self, tokens: int, load: Load, S: int) -> float:
+        """As `_full`, with the mean number of rows of uniform routing."""
+        if self.plan == "flat":
+            return 2 * load.pairs * (S - 1) / S
+        G, each = self.node(S), round(load.pairs / tokens)
+
+        def reached(parts: int) -> float:
+            """Chance that a token needs one of `parts` equal parts of the experts."""
+            others = load.experts - load.experts // parts
+            return 1 - math.comb(others, each) / math.comb(load.experts, each)
+
+        M = S // G
+        return 2 * tokens * ((M - 1) * reached(M) + M * (G - 1) * reached(S))
 
 
 def _needed(plan: Dispatch, load: Load, tokens: int) -> Array:

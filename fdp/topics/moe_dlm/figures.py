@@ -11,7 +11,7 @@ from fdp.data import expert_loads
 from fdp.study.figures import COLOURS, MARKERS, figure, legend, reference
 from fdp.study.statistics import interval
 from fdp.topics.moe_dlm.observe import RANKS, Observed, Sampled
-from fdp.topics.moe_dlm.settings import BINS
+from fdp.topics.moe_dlm.settings import BINS, SEVERAL_NODES
 
 SHOWN = ("aux", "low_rank", "low_rank_rank", "film_rank")  # in pictures of loads, where trained
 
@@ -95,14 +95,15 @@ def ranks(name: str, found: Mapping[str, Sampled]) -> Any:
     return fig
 
 
-def plans(found: Mapping[str, tuple[float, float, float]]) -> Any:
-    """Bytes a token by dispatch plan."""
+def plans(found: Mapping[str, tuple[float, float]]) -> Any:
+    """Bytes a token by dispatch plan, inside a node and between nodes."""
     fig, axes = figure(width=6.0, height=3.2)
     names, bottom = list(found), np.zeros(len(found))
-    for i, way in enumerate(("out", "back", "backward")):
+    for i, where in enumerate(("inside a node", "between nodes")):
         height = np.array([found[n][i] for n in names]) / 2**10
-        axes.bar(names, height, bottom=bottom, label=way, color=COLOURS[i])
+        axes.bar(names, height, bottom=bottom, label=where, color=COLOURS[i])
         bottom += height
-    axes.set(ylabel="KiB a token and layer", title="What a dispatch plan sends, uniform routing")
-    legend(fig, 3)
+    title = "What a plan sends: {} on {}".format(*SEVERAL_NODES)
+    axes.set(ylabel="KiB a token and layer, out and back", title=title)
+    legend(fig, 2)
     return fig

@@ -27,6 +27,7 @@ NOISE_AWARE = ("film_rank", "low_rank_rank")
 DECIDING = (*BASELINES, *NOISE_AWARE)
 OTHERS = 3  # seeds of the other arms
 TASKS = ("markov", "two_regimes")
+SEVERAL_NODES = "deepseek-v3", "h100:4x8"  # of which the bytes of dispatch plans are told
 BINS = 10  # of the noise, in which losses and loads are reported
 
 SECTIONS = {

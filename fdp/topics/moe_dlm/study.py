@@ -10,7 +10,7 @@ import jax
 import ml_collections
 
 from fdp.config import UserError
-from fdp.count.experts import expert_memory
+from fdp.count.experts import expert_memory, shared_beside
 from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES
 from fdp.models.stack import Layer
@@ -165,6 +165,7 @@ def study(run: Run) -> Report:
     parts.append(costs(group="Bytes"))
     if not tiny:
         parts.append(measure("expert memory", expert_memory, rows=rows.memory, group="GPU"))
+        parts.append(measure("shared beside", shared_beside, rows=rows.beside, group="GPU"))
     return run.report(*parts)
 
 

@@ -3,6 +3,7 @@ and what it counts as sent is what a NumPy oracle counts.
 
 Legend: T tokens of a device, K pairs of a token, E experts, D width, F hidden, S devices of ep."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -13,6 +14,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fdp.collectives import psum, shard_map
+from fdp.count import hlo, jaxpr
+from fdp.count.compare import mismatches
+from fdp.count.counts import merged
+from fdp.kernels_pallas import walks
 from fdp.kernels_pallas.grouped import grouped_ffn
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.parallel.expert.arrange import compact, grouped, places, ranks
@@ -89,12 +94,12 @@ def program(ep: int):
     return jax.jit(shard_map(local, mesh, (rows,) * 6, out))
 
 
-def rows_sent(ids: np.ndarray, ep: int, inner: int) -> tuple[int, int, int]:
+def rows_sent(ids: np.ndarray, ep: int, inner: int, experts: int = E) -> tuple[int, int, int]:
     """(rows of flat, copies between nodes, copies within them) that leave their device."""
     flat = between = within = 0
-    held = TOKENS // ep
+    held = len(ids) // ep
     for token, chosen in enumerate(ids):
-        me, e = token // held, E // ep
+        me, e = token // held, experts // ep
         owners = [i // e for i in chosen if i >= 0]
         flat += sum(o != me for o in owners)
         nodes = {o // inner for o in owners}
@@ -102,6 +107,49 @@ def rows_sent(ids: np.ndarray, ep: int, inner: int) -> tuple[int, int, int]:
         # A copy lands on the device of its sender's place in the node.
         within += sum(o != (o // inner) * inner + me % inner for o in set(owners))
     return flat, between, within
+
+
+def test_bytes_of_a_ragged_all_to_all_are_those_of_the_program(monkeypatch) -> None:
+    """Of full buffers, forward and backward; traced, not run."""
+    monkeypatch.setattr(walks, "platform", lambda: "tpu")
+    degrees = dict.fromkeys(AXES, 1) | {"ep": 4}
+    mesh = factor(make_mesh(degrees), "ep")
+    load = Load(jnp.asarray(LEVEL), jnp.zeros((TOKENS, K)), TOKENS // 4 * K, TOKENS // 4, E)
+    for name, plan in PLANS.items():
+
+        def step(ids, x, gates, dy, plan=plan):
+            def run(x, gates):
+                return plan(x, replace(load, ids=ids, gates=gates), lambda x, groups: x)[0]
+
+            return jax.vjp(run, x, gates)[1](dy)
+
+        rows = P("ep")
+        traced = jax.make_jaxpr(shard_map(step, mesh, (rows,) * 4, (rows,) * 2))(
+            LEVEL, ARRAYS[0], ARRAYS[1], ARRAYS[4]
+        )
+        found = hlo.summary(jaxpr.collectives(traced, dict(mesh.shape), hlo.USUAL))
+        total = Counter()
+        for (op, axes), (_, _, wire) in found.items():
+            total[op, tuple(dict.fromkeys(a.rstrip("0123456789") for a in axes))] += wire
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            there, back = plan.sent(TOKENS // 4, load, (D, 4), degrees)
+        assert not mismatches(merged(there, back), total), name
+        assert (("ragged-all-to-all", ("ep",)) in total) == (plan.plan != "gather")
+
+
+def test_level_bytes_are_the_mean_of_uniform_routing(monkeypatch) -> None:
+    monkeypatch.setattr(walks, "platform", lambda: "tpu")
+    experts, each, tokens, ep, inner = 16, 3, 4096, 8, 2
+    rng = np.random.default_rng(2)
+    ids = np.stack([rng.permutation(experts)[:each] for _ in range(tokens)]).astype(np.int32)
+    flat, between, within = rows_sent(ids, ep, inner, experts)
+    held = tokens // ep
+    load = Load(ids, np.zeros(ids.shape), held * each, held, experts)
+    degrees = dict.fromkeys(AXES, 1) | {"ep": ep}
+    for plan, rows in ((Dispatch(), flat), (Dispatch("two_level", inner), between + within)):
+        for sent in plan.sent(held, load, (D, 4), degrees, level=True):
+            wire = sent["ragged-all-to-all", ("ep",)]
+            assert wire == pytest.approx(2 * rows / ep * D * 4, rel=0.01)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -134,10 +182,19 @@ def test_capacity_drops_what_comes_last_and_counts_it() -> None:
 
 
 def test_gates_of_one_over_k_and_idle_experts_give_back_the_tokens() -> None:
-    x = jnp.asarray(ARRAYS[0])
-    for plan in (Dispatch(), Dispatch("two_level"), Dispatch("gather")):
-        load = Load(jnp.asarray(RANDOM), jnp.full((TOKENS, K), 1 / K), TOKENS * K, TOKENS, E)
-        np.testing.assert_allclose(plan(x, load, lambda rows, groups: rows)[0], x, atol=1e-6)
+    mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | {"ep": 4}), "ep")
+    plans = Dispatch(), Dispatch("two_level", 2), Dispatch("gather")
+
+    def local(x, ids):
+        load = Load(ids, 1 / K + 0.0 * ids, TOKENS // 4 * K, TOKENS // 4, E)
+        return [plan(x, load, lambda rows, groups: rows)[0] for plan in plans]
+
+    rows, x = P("ep"), ARRAYS[0]
+    program = jax.jit(
+        shard_map(local, mesh, (rows, rows), [rows] * len(plans)), compiler_options=hlo.QUICK
+    )
+    for y in program(x, RANDOM):
+        np.testing.assert_allclose(y, x, atol=1e-6)
 
 
 def test_places_are_those_of_a_loop() -> None:

@@ -7,6 +7,7 @@ import pytest
 from configs import topic2
 from fdp import config
 from fdp.config import UserError
+from fdp.count.overlap import Overlap
 from fdp.topics.moe_dlm import figures, observe, rows, study
 from fdp.topics.moe_dlm.observe import RANKS, Observed, Sampled
 from fdp.topics.moe_dlm.settings import ARMS, BINS, DECIDING
@@ -118,6 +119,14 @@ def test_overload_and_step_time_follow_the_fullest_rank() -> None:
     assert observe.rank_overload(level) == 0
     assert observe.rank_overload(skewed) == 18 / 4 - 1
     assert rows.seconds(sampled(1.0)) > rows.seconds(sampled(0.0))
+
+
+def test_what_stands_beside_the_exchange_is_a_row_that_can_fail() -> None:
+    hidden, alone = Overlap(8, 4, 4, 2), Overlap(8, 0, 0, 0)
+    for found, verdict in ((hidden, "holds"), (alone, "fails")):
+        row = rows.beside({"h100": found, "v5p": alone})
+        assert row.verdict == verdict and "v5p: 0 of 8 asynchronous" in row.note
+    assert "fdp[aot]" in rows.beside({"v5p": alone}).note
 
 
 def test_a_probe_reads_what_is_there_and_nothing_else() -> None:
