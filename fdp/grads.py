@@ -17,6 +17,14 @@ Aux = dict[str, Any]
 Penalty = jax.Array | None
 
 
+def _whole(noised: Any) -> tuple[Any, ...]:
+    return (noised,)
+
+
+def _as_it_is(params: Any, noised: Any) -> Any:
+    return noised
+
+
 class Stages(NamedTuple):
     """The stages of a model on this device's share of a microbatch, pure in the parameters.
 
@@ -30,8 +38,8 @@ class Stages(NamedTuple):
     embed: Callable[[Any, Any], tuple[Any, Aux, Penalty]]
     stack: Callable[[Any, Any, Any], tuple[Any, Aux, Penalty]]
     score: Callable[[Any, Any, Any], tuple[jax.Array, Aux, Penalty]]
-    parts: Callable[[Any], tuple[Any, ...]]
-    refine: Callable[[Any, Any], Any]
+    parts: Callable[[Any], tuple[Any, ...]] = _whole
+    refine: Callable[[Any, Any], Any] = _as_it_is
 
     def loss(self, params: Any, noised: Any) -> tuple[jax.Array, Aux]:
         """The sum of the losses and of the aux of all parts."""

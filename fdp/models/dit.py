@@ -137,7 +137,9 @@ class DiT(Module):
 
     def stack(self, x_BxKxD: Array, noised: dict[str, Any], inputs_N: Any = None) -> Array:
         """`finish` of `blocks`."""
-        return self.finish(self.blocks(x_BxKxD, noised, inputs_N), noised)
+        features_BxD = self.features(noised)
+        x_BxKxD = self._blocks(x_BxKxD, noised, features_BxD, inputs_N)
+        return self._finish(x_BxKxD, noised, features_BxD)
 
     def start(self, noised: dict[str, Any]) -> Array:
         """What the first stage of a pipeline does before its layers."""
@@ -145,25 +147,30 @@ class DiT(Module):
 
     def blocks(self, x_BxKxD: Array, noised: dict[str, Any], inputs_N: Any = None) -> Array:
         """The layers of a stage of a pipeline, or all: [B, K, D]."""
-        self._main.check_inputs(inputs_N)
-        return self.layers(x_BxKxD, self._shared(x_BxKxD, noised), inputs_N)[0]
+        return self._blocks(x_BxKxD, noised, self.features(noised), inputs_N)
 
     def finish(self, x_BxKxD: Array, noised: dict[str, Any]) -> Array:
         """What the last stage does after its layers: the patches [B, L, D] of this device of cp
         after the final norm, under sequence parallelism all of its tokens."""
-        x = x_BxKxD
+        return self._finish(x_BxKxD, noised, self.features(noised))
+
+    def _blocks(self, x: Array, noised: Any, features_BxD: Array | None, inputs_N: Any) -> Array:
+        self._main.check_inputs(inputs_N)
+        return self.layers(x, (features_BxD, self._where(x, noised)), inputs_N)[0]
+
+    def _finish(self, x: Array, noised: Any, features_BxD: Array | None) -> Array:
         if self.image.dropping:
             x = self._filled(x, noised, _cost(noised))
-            x, _ = self.last(x, self._shared(x, noised), None)
-        x = self.norm(x, self.features(noised))
+            x, _ = self.last(x, (features_BxD, self._where(x, noised)), None)
+        x = self.norm(x, features_BxD)
         x = all_gather(x, "tp", dim=1) if self.shape.sequence_parallel else x
         return x[:, self.extras // size("cp") :]
 
-    def _shared(self, x_BxKxD: Array, noised: Mapping[str, Any]) -> tuple[Array | None, Where]:
-        """What all layers of a pass read. Attention reads no positions."""
+    def _where(self, x_BxKxD: Array, noised: Mapping[str, Any]) -> Where:
+        """The places of the tokens; attention reads no positions."""
         ways = size("tp") if self.shape.sequence_parallel else 1
         index = layouts.positions(self.layout, x_BxKxD.shape[1] * ways)
-        return self.features(noised), Where(index, None, None, None, noised.get("sigma"))
+        return Where(index, None, noise=noised.get("sigma"))
 
     def _filled(self, x_BxKxD: Array, noised: Any, cost: CostClass) -> Array:
         """All tokens [B, L, D], mask tokens in the place of dropped ones."""

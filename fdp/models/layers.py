@@ -281,6 +281,20 @@ class SwiGLU(Module):
         )
 
 
+@jax.custom_jvp
+def exact_gelu(x: Array) -> Array:
+    """x·Φ(x). In newer versions of JAX the derivative of erf cannot be traced for values that vary
+    over a mesh, so it is given here."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+@exact_gelu.defjvp
+def _exact_gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    slope = 0.5 * (1 + jax.lax.erf(x * 0.5**0.5)) + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
+    return exact_gelu(x), slope * dx
+
+
 class MLP(Module):
     """w_out(gelu(x w_in + b_in)) + b_out, without a gate. w_in is column-parallel, w_out is
     row-parallel and ends in the all-reduce over tp. `exact`: gelu by the error function, not by its
@@ -299,7 +313,8 @@ class MLP(Module):
         w_out = self.weight("w_out", normal(F**-0.5), (F, D), ("tp", None)).astype(dtype)
         b_out = self.weight("b_out", zeros, (D,), (None,)).astype(dtype)
         x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
-        h_BxLxF = jax.nn.gelu(x_BxLxD @ w_in + b_in, approximate=not self.exact)
+        gelu = exact_gelu if self.exact else jax.nn.gelu
+        h_BxLxF = gelu(x_BxLxD @ w_in + b_in)
         return leave_tp(h_BxLxF @ w_out, s.sequence_parallel, self.reduction, "mlp") + b_out
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:

@@ -22,6 +22,7 @@ import pytest
 from fdp.models import module
 from fdp.models.dit import DiT, dit
 from fdp.models.image import ImageShape
+from fdp.models.layers import exact_gelu
 from fdp.models.shape import ModelShape
 from fdp.models.uvit import UViT
 
@@ -169,6 +170,13 @@ def test_uvit_is_the_published_one_and_one_with_crossed_skips_is_not() -> None:
     crossed = params | {"fall": fall | {"w": fall["w"][:, ::-1]}}
     same, other = relative(our_uvit(), params, noised | {"want": want}, crossed)
     assert same < 2e-6 and other > 0.01
+
+
+def test_the_slope_of_the_exact_gelu() -> None:
+    x = np.linspace(-4, 4, 9, dtype=np.float32)
+    slope = jax.vmap(jax.grad(exact_gelu))(x)
+    want = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
+    np.testing.assert_allclose(slope, want, atol=1e-6)
 
 
 def test_a_fresh_dit_predicts_nothing() -> None:
