@@ -57,12 +57,22 @@ def stages(
 
     def score(params: Any, x: Any, noised: Any) -> tuple[jax.Array, Aux, Penalty]:
         if staged:
-            x = run(params, x, method="finish")[0]
+            x = run(params, x, noised, method="finish")[0]
         x, rows = objective.rows(x, noised, capacity)
         outputs, aux, penalty = run(params, x, method="outputs")
         return objective.loss(outputs, rows).sum() / count, aux, penalty
 
-    return Stages(lambda params, noised: run(params, noised, method=first), stack, score)
+    def embed(params: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
+        return run(params, noised, method=first)
+
+    def refine(params: Any, noised: Any) -> Any:
+        def predict(noised: Any) -> Any:
+            x = stack(params, embed(params, noised)[0], noised)[0]
+            return jax.lax.stop_gradient(run(params, x, method="outputs")[0])
+
+        return objective.refine(predict, noised)
+
+    return Stages(embed, stack, score, objective.parts, refine)
 
 
 def chunked(model: module.Module, chunks: int) -> module.Module:

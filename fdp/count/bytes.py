@@ -4,7 +4,8 @@
 It adds what layers and objective state (`fdp.count.counts`) to what follows from the metadata of
 the parameters: gradient reductions and ZeRO. The optimizer (a few scalars of the global norm) and
 the drawing of noise are not included. Tests hold the formula equal to the compiled program, except
-that XLA on a CPU gathers once, not twice, for a rematerialised stack of one period."""
+that XLA on a CPU gathers once, not twice, for a rematerialised stack of one period, and that a bias
+whose sum is the output of a period is gathered once, too: rematerialisation does not need it."""
 
 from math import prod
 from typing import Any

@@ -85,7 +85,7 @@ class Transformer(Module):
         shared = self._shared(noised, index_BxR, given)
         if self.lead:
             x_BxLxD, _ = self.first(x_BxLxD, shared, None)
-        return self.finish(self._blocks(x_BxLxD, shared, inputs_N))
+        return self.finish(self._blocks(x_BxLxD, shared, inputs_N), noised)
 
     def start(self, noised: dict[str, Any]) -> Array:
         """What the first stage of a pipeline does before its layers."""
@@ -98,8 +98,9 @@ class Transformer(Module):
         """The layers of a stage of a pipeline."""
         return self._blocks(x_BxLxD, self._shared(noised), inputs_N)
 
-    def finish(self, x_BxLxD: Array) -> Array:
+    def finish(self, x_BxLxD: Array, noised: dict[str, Any]) -> Array:
         """What the last stage of a pipeline does after its layers, before `outputs`."""
+        del noised  # the final norm is not modulated
         x_BxLxD = self.norm(x_BxLxD)
         # Not `enter_tp`: without SP the rows are marked varying in the head, after the caller has
         # selected some.
