@@ -139,7 +139,8 @@ class _Program:
 
     def forward(self, k: Any, c: Any, message: Array, first: bool = False) -> dict[str, Any]:
         """F. The first stage embeds its microbatch."""
-        noised, params, before, aux = self._batch(k), self._chunk(c), _scalar(None), {}
+        noised, params, before = self._batch(k), self._chunk(c), _scalar(None)
+        aux: Aux = {}
         if first:
             message, before, aux = self._start(params, noised)
         (y, penalty), residuals, of_layers = self.halves.forward(

@@ -215,7 +215,7 @@ class Stashed(NamedTuple):
     """Key of a value that one piece of an equation leaves to the other. -1: all of them."""
 
     eqn: int
-    index: int = -1
+    place: int = -1
 
 
 def _call(eqn: Any, wanted: Sequence[bool]) -> tuple[Piece, Piece]:
