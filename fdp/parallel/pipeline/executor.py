@@ -36,6 +36,7 @@ from fdp.parallel.pipeline.table import (
 )
 
 Array = jax.Array
+OPERATION = "operation"  # scope of the conditional that runs a device's operation of a tick
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,8 @@ class _Program:
             LAST_B: backward(False, True),
             W: lambda: padded(self.weights(c, _take(stashed, at["stash"]))),
         }
-        return jax.lax.switch(at["kind"], [branches[i] for i in range(len(branches))])
+        with jax.named_scope(OPERATION):
+            return jax.lax.switch(at["kind"], [branches[i] for i in range(len(branches))])
 
     def _tick(self, carry: Any, row: Array) -> tuple[Any, None]:
         box, kept, stashed, loss, aux, grads, layers = carry
