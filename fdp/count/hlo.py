@@ -28,15 +28,14 @@ QUICK: dict[str, Any] = {
     "xla_llvm_disable_expensive_passes": True,
 }
 
-# Of a conditional: the index of the branch that is executed, or, where it is executed many times, how
-# often each branch is; None: not known.
+# Of a conditional: the index of the branch that is executed, or, in a loop, how often each branch
+# is; None: not known.
 Choice = int | Sequence[int] | None
 # Chooses it: {name or scope in its op_name: choice}, or (op_name, branches) -> choice.
-Scopes = Mapping[str, int]
-Branches = Scopes | Callable[[str, int], Choice]
+Branches = Mapping[str, int] | Callable[[str, int], Choice]
 # Where nothing else is said, experts are dispatched by the buffers that usually suffice
 # (`fdp.parallel.expert.plan`), not by those of the worst case.
-USUAL: Scopes = {"fits": 1}
+USUAL: Branches = {"fits": 1}
 
 MAX_TRIPS = 1_000_000
 
@@ -97,9 +96,9 @@ def collectives(
 
     mesh_shape: axis → degree in mesh order, as `dict(mesh.shape)`; a device id is a position in the
     flattened mesh. branches: which branch of a `conditional` is executed, or how often each; needed
-    only where the branches' collectives differ. trip_counts: `while` instruction name → iterations, for loops
-    whose bound is data. Raises ValueError for a mesh that does not fit the program, an unknown trip
-    count, and a branch that was not chosen."""
+    only where the branches' collectives differ. trip_counts: `while` instruction name → iterations,
+    for loops whose bound is data. Raises ValueError for a mesh that does not fit the program, an
+    unknown trip count, and a branch that was not chosen."""
     total = math.prod(mesh_shape.values())
     m = re.search(r"^HloModule .*?\bnum_partitions=(\d+)", text, re.M)
     if m and int(m[1]) != total:
@@ -160,11 +159,7 @@ def choose_branch(
     A mapping key is the name of the instruction or one scope of its op_name ("cond" in
     "jit(f)/shard_map/cond")."""
     branches = USUAL if branches is None else branches
-    chosen: Choice
-    if callable(branches):
-        chosen = branches(op_name or name, n)
-    else:
-        chosen = choice(branches, op_name, name)
+    chosen = choice(branches, op_name, n, name)
     if chosen is None:
         return None
     if isinstance(chosen, int):
@@ -183,10 +178,13 @@ def choose_branch(
     return [count // total * i for i in chosen]
 
 
-def choice(scopes: Scopes, op_name: str, name: str = "") -> int | None:
-    """What `scopes` says of a conditional: by its name, its op_name or a scope of that."""
+def choice(branches: Branches, op_name: str, n: int, name: str = "") -> Choice:
+    """What `branches` says of a conditional of n branches: a mapping by the name of its
+    instruction, its op_name or a scope of that."""
+    if callable(branches):
+        return branches(op_name or name, n)
     known = {name, op_name, *re.split(r"[/()]+", op_name)}
-    return next((i for key, i in scopes.items() if key in known), None)
+    return next((i for key, i in branches.items() if key in known), None)
 
 
 def same_collectives(a: Iterable[Collective], b: Iterable[Collective]) -> bool:

@@ -50,8 +50,8 @@ def collectives(
     left out.
 
     mesh_shape: axis → degree in mesh order. branches: which branch of a cond is executed, or how
-    often each, by a scope of its path, as in `hlo.collectives`. Raises ValueError for an axis outside the mesh, an
-    unchosen branch, or a collective in a loop whose trip count is data."""
+    often each, by a scope of its path, as in `hlo.collectives`. Raises ValueError for an axis
+    outside the mesh, an unchosen branch, or a collective in a loop whose trip count is data."""
 
     def visit(eqn: Any, at: _Place) -> list[Collective]:
         name = eqn.primitive.name.removesuffix("_start")

@@ -34,7 +34,7 @@ def branches(grads: scheduled, device: int) -> hlo.Branches:
     def choose(path: str, n: int) -> hlo.Choice:
         if path.endswith(f"{OPERATION}/cond"):
             return runs
-        return hlo.choice(hlo.USUAL, path)
+        return hlo.choice(hlo.USUAL, path, n)
 
     return choose
 
