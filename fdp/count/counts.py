@@ -216,8 +216,9 @@ class Staged(NamedTuple):
     """Costs of one microbatch of a model by what a stage of a pipeline runs.
 
     start, finish: beside its layers, the first and the last stage. shared: every stage, for its
-    layers to read. layers: those of one shard of pp. again: what the last stage computes a second
-    time to finish. message: bytes that a device hands to the next stage."""
+    layers to read. layers: those of one shard of pp. again: what the first stage computes a second
+    time in its backward pass, and the last one to finish. message: bytes that a device hands to the
+    next stage."""
 
     start: Counts
     shared: Counts

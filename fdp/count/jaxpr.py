@@ -202,6 +202,14 @@ def _inner(eqn: Any) -> Iterator[Any]:
                 yield _open(value)
 
 
+def equations(closed_jaxpr: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Every equation that holds others, but for those in branches, with what its body holds."""
+    for eqn in _open(closed_jaxpr).eqns:
+        for inner in _inner(eqn) if eqn.primitive.name != "cond" else ():
+            yield eqn, inner.eqns
+            yield from equations(inner)
+
+
 def largest_arrays(closed_jaxpr: Any, n: int) -> list[tuple[int, str]]:
     """The n largest arrays computed inside shard_map: (bytes per device, "float32[…] where"), one
     per shape and place.

@@ -5,12 +5,12 @@ Legend: p devices of pp, v chunks of a device, m microbatches, T ticks."""
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fdp.count import compare, hlo, jaxpr
+from fdp.count import hlo, jaxpr
 from fdp.count.counts import PERMUTE, REDUCE, Ledger, Sent, Staged, merged
 from fdp.count.step import pipeline
 from fdp.models.module import spec_leaf
@@ -39,15 +39,6 @@ def branches(grads: scheduled, device: int) -> hlo.Branches:
     return choose
 
 
-def sent(p: TrainStep, compiled: Any, device: int | None = None) -> Sent:
-    """Wire bytes per device by (op, axes) in a compiled program of `p`: of one device of pp, or
-    the mean of all."""
-    if (grads := pipeline(p.experiment)) is None:
-        return compare.sent(compiled, p.mesh)
-    devices = range(grads.order.placement.p) if device is None else [device]
-    return mean([compare.sent(compiled, p.mesh, branches(grads, i)) for i in devices])
-
-
 def dot_flops(p: TrainStep, closed_jaxpr: Any) -> int:
     """FLOPs of all devices in the traced loss and gradients of `p`, as `jaxpr.dot_flops`."""
     shape = dict(p.mesh.shape)
@@ -56,6 +47,35 @@ def dot_flops(p: TrainStep, closed_jaxpr: Any) -> int:
     devices = range(grads.order.placement.p)
     found = [jaxpr.dot_flops(closed_jaxpr, shape, branches(grads, i)) for i in devices]
     return p.mesh.size // len(devices) * sum(found)
+
+
+def traced(p: TrainStep) -> Any:
+    """The jaxpr of loss and gradients."""
+    state, batch = p.abstract_arguments()
+    noised = jax.eval_shape(p.objective.corrupt, jax.random.key(0), batch)
+    return jax.make_jaxpr(p.grads)(state.variables, noised)
+
+
+class Ticks(NamedTuple):
+    """Bytes per device in the loop over ticks. carried: slots of messages, residuals and stashes,
+    and sums of gradients and metrics. result: of one operation, padded to that of any."""
+
+    carried: int
+    result: int
+
+
+def ticks(closed_jaxpr: Any) -> Ticks:
+    """Of the traced loss and gradients of a pipeline. Raises ValueError where there are none."""
+    for eqn, inner in jaxpr.equations(closed_jaxpr):
+        found = [e for e in inner if str(e.source_info.name_stack).endswith(OPERATION)]
+        if eqn.primitive.name == "scan" and found:
+            carried = sum(map(_bytes, eqn.outvars))  # nothing is stacked
+            return Ticks(carried, sum(map(_bytes, found[-1].outvars)))
+    raise ValueError("the program has no loop over the ticks of a pipeline schedule")
+
+
+def _bytes(v: Any) -> int:
+    return v.aval.size * v.aval.dtype.itemsize
 
 
 def mean(of_devices: Sequence[Sent]) -> Sent:

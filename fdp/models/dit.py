@@ -229,7 +229,8 @@ class DiT(Module):
         layers = self._main.counts(seen, degrees)
         finish += self._finished(replace(seen, length=image.tokens(cost) + extras), degrees, cost)
         if not s.time_conditioning:
-            return Staged(start + shared, Counts(), layers, finish, message=between)
+            again = Counts(again=shared.forward - shared.last)  # before their backward pass
+            return Staged(start + shared, Counts(), layers, finish, again, between)
         return Staged(start, shared, layers, finish, shared, between)
 
     def _finished(self, full: Rows, degrees: Degrees, cost: CostClass) -> Counts:
