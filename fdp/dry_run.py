@@ -243,8 +243,8 @@ def _pipeline(p: TrainStep) -> str:
     chunks = f" of {place.v} chunks" if place.v > 1 else ""
     until_b, until_w = slots.residuals / place.v, slots.stashes / place.v
     text = (
-        f"pipeline  {place.p} stages{chunks}, {m} microbatches in {grads.table.ticks} ticks; bubble "
-        f"{bubble:.1f} % where F, B and W cost alike; a device holds at most {until_b:g} "
+        f"pipeline  {place.p} stages{chunks}, {m} microbatches in {grads.table.ticks} ticks; "
+        f"bubble {bubble:.1f} % where F, B and W cost alike; a device holds at most {until_b:g} "
         f"microbatches until B and {until_w:g} until W"
     )
     if m < place.p:

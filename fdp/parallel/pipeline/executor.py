@@ -36,7 +36,6 @@ from fdp.parallel.pipeline.table import (
 )
 
 Array = jax.Array
-OPERATION = "operation"  # scope of the conditional that runs a device's operation of a tick
 
 
 @dataclass(frozen=True)
@@ -234,8 +233,7 @@ class _Program:
             LAST_B: backward(False, True),
             W: lambda: padded(self.weights(c, _take(stashed, at["stash"]))),
         }
-        with jax.named_scope(OPERATION):
-            return jax.lax.switch(at["kind"], [branches[i] for i in range(len(branches))])
+        return jax.lax.switch(at["kind"], [branches[i] for i in range(len(branches))])
 
     def _tick(self, carry: Any, row: Array) -> tuple[Any, None]:
         box, kept, stashed, loss, aux, grads, layers = carry

@@ -135,18 +135,22 @@ def _thrifty(parts_B: list[Any], parts_W: list[Any], jaxpr: Any) -> tuple[list[A
             readers[v] = readers.get(v, 0) + 1
     for v in jaxpr.outvars:
         readers[v] = readers.get(v, 0) + 1 if _variable(v) else 0
-    kept = []
-    for part in parts_W:
-        inputs = {v for v in _ins(part) if _variable(v)}
-        heavy = isinstance(part, Piece) or part.primitive.name in HEAVY
-        if not heavy and not inputs & late:
-            saved = sum(_bytes(v) for v in inputs if readers[v] == 1)
-            if sum(map(_bytes, part.outvars)) <= saved:
-                parts_B.append(part)
-                late -= set(part.outvars)
+    while True:
+        kept = []
+        for part in parts_W:
+            inputs = {v for v in _ins(part) if _variable(v)}
+            heavy = isinstance(part, Piece) or part.primitive.name in HEAVY
+            saved = sum(_bytes(v) for v in inputs if readers[v] == 1) if not heavy else 0
+            if heavy or inputs & late or sum(map(_bytes, part.outvars)) > saved:
+                kept.append(part)
                 continue
-        kept.append(part)
-    return parts_B, kept
+            parts_B.append(part)
+            late -= set(part.outvars)
+            for v in inputs:
+                readers[v] -= 1
+        if len(kept) == len(parts_W):
+            return parts_B, kept
+        parts_W = kept  # what moved may have been the second reader of something
 
 
 def _ins(part: Any) -> Sequence[Any]:
