@@ -14,6 +14,7 @@ from fdp.collectives import psum, shard_map
 from fdp.count import aot, flops, hlo, jaxpr, pipeline
 from fdp.count import bytes as closed
 from fdp.count.compare import mismatches, sent_by
+from fdp.count.overlap import overlap
 from fdp.count.step import microbatch
 from fdp.data.batches import blank
 from fdp.experiment import standard
@@ -191,3 +192,18 @@ def test_a_dry_run_describes_the_schedule_and_warns_of_few_microbatches() -> Non
         text = dry_run._pipeline(program(setting("transformer", m, **{"mesh.pp": 2}), False))
         assert ("set train.microbatches=4" in text) is warned
     assert "bubble 50.0 %" in text and "2 stages, 1 microbatches in 5 ticks" in text
+
+
+@pytest.mark.aot
+def test_a_compiled_pipeline_sends_bfloat16_beside_work() -> None:
+    c = setting("dit", **{"mesh.pp": 2, "mesh.tp": 2, "model.dtype": "bfloat16"})
+    e = standard(c)
+    mesh = make_mesh(e.degrees, aot.topology_devices("v5e:2x2"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        p = TrainStep(e, mesh)
+        state, batch = p.abstract_arguments()
+        noised = jax.eval_shape(p.corrupt, batch, jax.random.key(0))
+        found = aot.compile(jax.jit(p.grads).lower(state.variables, noised))
+    assert not mismatches(closed.traffic(p), sent_by(p, found))
+    sends = overlap(found.as_text(), "collective-permute", "")
+    assert sends.total == sends.apart == sends.busy == 2
