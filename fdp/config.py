@@ -351,6 +351,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     TOP["topic"].check("topic", c.topic)
     settings = topic_settings(c.topic)
     _check_values(c)
+    _check_pipeline(c)
     _check_divisors(c)
     _check_sizes(c)
     if settings:
@@ -417,6 +418,22 @@ def chunks_of(c: ml_collections.ConfigDict) -> int:
         return library.chunks(c.pipeline.schedule, c.mesh.pp, c.pipeline.chunks)
     except (ValueError, OSError) as error:
         raise UserError(f"pipeline.schedule={c.pipeline.schedule!r}: {error}") from error
+
+
+def _check_pipeline(c: ml_collections.ConfigDict) -> None:
+    """Chunks and microbatches that a fixed schedule takes."""
+    name, chunks, m = c.pipeline.schedule, c.pipeline.chunks, c.train.microbatches
+    if c.mesh.pp == 1 or name not in library.FIXED:
+        return
+    if name in library.WHOLE and chunks > 1:
+        raise UserError(
+            f"pipeline.chunks={chunks}, but the stages of {name} are whole: set pipeline.chunks=1 "
+            "or pipeline.schedule=1f1b"
+        )
+    try:
+        library.named(name, c.mesh.pp, m, chunks)
+    except ValueError as error:
+        raise UserError(f"pipeline.schedule={name}, train.microbatches={m}: {error}") from error
 
 
 def _check_divisors(c: ml_collections.ConfigDict) -> None:

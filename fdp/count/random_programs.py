@@ -4,7 +4,7 @@ against what its compiled form contains.
 Bytes by (op, axes): fdp.count.bytes against the HLO of loss and gradients. FLOPs: fdp.count.flops
 against the matmuls of the jaxpr. Memory: fdp.count.memory against the compiler's plan of the whole
 train step. No program is run. Float32 only, because XLA:CPU widens bfloat16 collectives; pp = 1,
-because the model has no pipeline schedule."""
+as pipelines take longer to compile."""
 
 import math
 import statistics

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import all_gather, size, vary
-from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Rows, Work, of
+from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Rows, Staged, Work, of
 from fdp.models.attention import GATHER, Attention, Softmax, Where
 from fdp.models.image import (
     FinalNorm,
@@ -202,33 +202,47 @@ class DiT(Module):
         return self.outputs(self.stack(self.embed(noised), noised))
 
     def counts(self, rows: Rows, degrees: Degrees, cost: CostClass = PLAIN) -> Counts:
-        """Of images of one cost class; `rows` state their number only."""
+        """The sum of `staged`."""
+        return self.staged(rows, degrees, cost).whole
+
+    def staged(self, rows: Rows, degrees: Degrees, cost: CostClass = PLAIN) -> Staged:
+        """Of images of one cost class; `rows` state their number only. Modulations are computed
+        from time and label wherever they are read."""
         s, image, cp = self.shape, self.image, degrees["cp"]
         edge, extras = image.patch * cost.patch, self.extras
         whole = replace(rows, length=image.tokens(cost))
         seen = replace(rows, length=image.tokens(cost, kept=True) + extras)
-        found = Counts()
+        between, inside = hidden_bytes(s, seen, degrees)
+        start, finish = Counts(saved=inside), Counts()
         for p in image.patches:  # the parameters of all sizes, the work of one
             one = PatchEmbedding(s, p * p * image.inputs, parent=None).counts(whole, degrees)
             out = Output(s, p * p * image.channels, parent=None).counts(whole, degrees)
-            both = one + out
-            found += both if p == edge else Counts(both.parameters)
-        found += TimeEmbedding(s, parent=None).counts(rows, degrees)
-        found += LabelEmbedding(s, image.classes, parent=None).counts(rows, degrees)
-        found += self._main.counts(seen, degrees)
+            start += one if p == edge else Counts(one.parameters)
+            finish += out if p == edge else Counts(out.parameters)
+        shared = TimeEmbedding(s, parent=None).counts(rows, degrees)
+        shared += LabelEmbedding(s, image.classes, parent=None).counts(rows, degrees)
         if extras and s.sequence_parallel:  # of the tokens that are not data
             each = s.itemsize * rows.batch * extras // cp * s.width
-            found += Counts(backward=Work(sent=Ledger(degrees).add(REDUCE, ("tp",), each).sent))
+            start += Counts(backward=Work(sent=Ledger(degrees).add(REDUCE, ("tp",), each).sent))
         if extras:
-            found += Counts(image.registers * s.width)
-        full = replace(seen, length=image.tokens(cost) + extras)
-        if image.dropping:
+            start += Counts(image.registers * s.width)
+        layers = self._main.counts(seen, degrees)
+        finish += self._finished(replace(seen, length=image.tokens(cost) + extras), degrees, cost)
+        if not s.time_conditioning:
+            again = Counts(again=shared.forward - shared.last)  # before their backward pass
+            return Staged(start + shared, Counts(), layers, finish, again, between)
+        return Staged(start, shared, layers, finish, shared, between)
+
+    def _finished(self, full: Rows, degrees: Degrees, cost: CostClass) -> Counts:
+        """Mask tokens with the block that sees all, and the final norm."""
+        s = self.shape
+        found = FinalNorm(s, parent=None).counts(full, degrees)
+        if self.image.dropping:
             found += of(self.pattern[-1](s, parent=None), full, degrees) + self._mask(cost, degrees)
-        found += FinalNorm(s, parent=None).counts(full, degrees)
         if s.sequence_parallel:
             there, back = entered(s, full, degrees)
             found += Counts(forward=Work(sent=there), backward=Work(sent=back))
-        return found + Counts(saved=hidden_bytes(s, seen, degrees)[1])
+        return found
 
     def _mask(self, cost: CostClass, degrees: Degrees) -> Counts:
         s, ledger = self.shape, Ledger(degrees)

@@ -165,7 +165,8 @@ class TimeEmbedding(Module):
         first, second = 2 * rows.batch * E * D, 2 * rows.batch * D * D
         forward = Work(first + second, replicated=first + second)
         backward = Work(first + 2 * second, replicated=first + 2 * second)
-        return Counts((E + 1) * D + (D + 1) * D, forward, backward)
+        last = Work(second, replicated=second)
+        return Counts((E + 1) * D + (D + 1) * D, forward, backward, last)
 
 
 class LabelEmbedding(Module):

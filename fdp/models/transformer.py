@@ -11,9 +11,17 @@ from typing import Any
 import jax
 
 from fdp.collectives import all_gather, vary
-from fdp.count.counts import Counts, Degrees, Rows, Unstated, Work
+from fdp.count.counts import Counts, Degrees, Rows, Staged, Unstated, Work
 from fdp.models.attention import GATHER, Attention, Core, Softmax, Where
-from fdp.models.layers import Embedding, Head, NoiseEmbedding, RMSNorm, SwiGLU, entered
+from fdp.models.layers import (
+    Embedding,
+    Head,
+    NoiseEmbedding,
+    RMSNorm,
+    SwiGLU,
+    entered,
+    hidden_bytes,
+)
 from fdp.models.module import Module
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
@@ -153,23 +161,29 @@ class Transformer(Module):
         return {"layers": state}, {"layers": specs}
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Embedding, stack, final norm (with its gather) and head. Raises Unstated, naming the
-        layer that states no counts."""
+        """The sum of `staged`."""
+        return self.staged(rows, degrees).whole
+
+    def staged(self, rows: Rows, degrees: Degrees) -> Staged:
+        """Embedding, noise embedding, stack, and final norm (with its gather) with head. Raises
+        Unstated, naming the layer that states no counts."""
         s = self.shape
         if self.reduction is not None:
             raise Unstated(f"{self.reduction.cls.__name__} has no counts")
-        found = Embedding(s, parent=None).counts(rows, degrees)
-        found += self._main.counts(rows, degrees)
+        start = Embedding(s, parent=None).counts(rows, degrees)
         if self.lead:
-            found += self._lead.counts(rows, degrees)
-        found += RMSNorm(s.epsilon, parent=None).counts(s.width, s.sequence_parallel, degrees)
+            start += self._lead.counts(rows, degrees)
+        shared = Counts()
+        if s.time_conditioning:
+            shared = NoiseEmbedding(parent=None).counts(rows, degrees)
+        finish = RMSNorm(s.epsilon, parent=None).counts(s.width, s.sequence_parallel, degrees)
         if s.sequence_parallel:
             there, back = entered(s, rows, degrees)
-            found += Counts(forward=Work(sent=there), backward=Work(sent=back))
-        if s.time_conditioning:
-            found += NoiseEmbedding(parent=None).counts(rows, degrees)
+            finish += Counts(forward=Work(sent=there), backward=Work(sent=back))
         head = Head(s, parent=None).counts(rows, degrees)
-        return found + (replace(head, parameters=0) if s.tied else head)
+        finish += replace(head, parameters=0) if s.tied else head
+        message, layers = hidden_bytes(s, rows, degrees)[0], self._main.counts(rows, degrees)
+        return Staged(start, shared, layers, finish, message=message)
 
     def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
         """Raises ValueError for layers that cannot run `batch` sequences per device on

@@ -24,6 +24,8 @@ WAVES: dict[str, Callable[[int, int], Order]] = {
     "v_min": controllable.v_min,
     "dualpipe_v": fixed.dualpipe_v,
 }
+FIXED = (*LOOPED, *WAVES)
+WHOLE = ("gpipe", "zb_h2")  # stages are not cut in chunks
 STASH = 0.4  # of an activation, which B leaves to W: a DiT block of width 384
 
 

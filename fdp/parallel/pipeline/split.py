@@ -17,6 +17,7 @@ import jax
 from jax.extend import core
 
 HEAVY = ("dot_general", "conv_general_dilated", "scan", "while", "cond", "pallas_call")
+TYPING = ("pvary", "pcast")  # name axes, and send nothing
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint")
 
 
@@ -45,15 +46,16 @@ class Cut:
     reads: tuple[bool, ...]
 
 
-def cut(closed: Any, wanted: Sequence[bool]) -> Cut:
+def cut(closed: Any, wanted: Sequence[bool], free: Sequence[bool] = ()) -> Cut:
     """Cut a closed jaxpr so that B computes the `wanted` outputs and nothing that only others
-    need."""
+    need. free: inputs that W has at no cost, parameters; none by default."""
     jaxpr = closed.jaxpr
+    known = {v for v, is_free in zip(jaxpr.invars, free, strict=False) if is_free}
     outs = {
         w: [v for v, is_w in zip(jaxpr.outvars, wanted, strict=True) if is_w == w]
         for w in (True, False)
     }
-    pieces_B, pieces_W = _partition(jaxpr, outs[True])
+    pieces_B, pieces_W = _partition(jaxpr, outs[True], known)
     reads_B, reads_W = _free(pieces_B, outs[True]), _free(pieces_W, outs[False])
     given = {*jaxpr.invars, *jaxpr.constvars}
     stash = [v for v in reads_W if v not in given]
@@ -100,8 +102,10 @@ def _variable(v: Any) -> bool:
 # -------------------------------------------------------------------------------------------------
 
 
-def _partition(jaxpr: Any, wanted: Sequence[Any]) -> tuple[list[Piece], list[Piece]]:
-    """Pieces of B and of W, each in program order."""
+def _partition(
+    jaxpr: Any, wanted: Sequence[Any], known: set[Any]
+) -> tuple[list[Piece], list[Piece]]:
+    """Pieces of B and of W, each in program order; `known`: free inputs."""
     needed = {v for v in wanted if _variable(v)}
     parts_B: list[Any] = []  # equations, or pieces of those that were cut
     parts_W: list[Any] = []
@@ -111,7 +115,7 @@ def _partition(jaxpr: Any, wanted: Sequence[Any]) -> tuple[list[Piece], list[Pie
         if not any(mine):
             parts_W.append(eqn)
             continue
-        divided = None if all(v in needed for v in real) else _divide(eqn, mine)
+        divided = None if all(v in needed for v in real) else _divide(eqn, mine, known)
         if divided is None:
             parts_B.append(eqn)
             needed |= {v for v in eqn.invars if _variable(v)}
@@ -122,7 +126,36 @@ def _partition(jaxpr: Any, wanted: Sequence[Any]) -> tuple[list[Piece], list[Pie
     if all(v in needed for v in jaxpr.outvars if _variable(v)):
         return _pieces(jaxpr, parts_B[::-1]), []  # nothing is left that W could compute
     parts_B, parts_W = _thrifty(parts_B[::-1], parts_W[::-1], jaxpr)
+    parts_W = _again(parts_B, parts_W, known) + parts_W
     return _pieces(jaxpr, parts_B), _pieces(jaxpr, parts_W)
+
+
+def _again(parts_B: list[Any], parts_W: list[Any], known: set[Any]) -> list[Any]:
+    """Cheap equations of B that W computes again instead of reading a stash, as they read nothing
+    but parameters, such as casts."""
+    cheap, known = [], set(known)
+    for part in parts_B:
+        if not _heavy(part) and all(v in known for v in _ins(part) if _variable(v)):
+            known |= set(part.outvars)
+            cheap.append(part)
+    read = {v for part in parts_W for v in _ins(part) if _variable(v)}
+    found: list[Any] = []
+    for part in reversed(cheap):
+        if read & set(part.outvars):
+            found.append(part)
+            read |= {v for v in part.invars if _variable(v)}
+    return found[::-1]
+
+
+def _heavy(part: Any) -> bool:
+    """Whether to compute this costs more than to keep it: products, calls and collectives."""
+    if isinstance(part, Piece) or part.primitive.name in HEAVY:
+        return True
+    values = list(part.params.values())
+    axes = [part.params.get(key, ()) for key in ("axis_name", "axes")]
+    moves = any(isinstance(a, str) for x in axes for a in (x if isinstance(x, tuple) else (x,)))
+    calls = any(hasattr(getattr(x, "jaxpr", x), "eqns") for x in values)
+    return calls or (moves and part.primitive.name not in TYPING)
 
 
 def _thrifty(parts_B: list[Any], parts_W: list[Any], jaxpr: Any) -> tuple[list[Any], list[Any]]:
@@ -135,18 +168,22 @@ def _thrifty(parts_B: list[Any], parts_W: list[Any], jaxpr: Any) -> tuple[list[A
             readers[v] = readers.get(v, 0) + 1
     for v in jaxpr.outvars:
         readers[v] = readers.get(v, 0) + 1 if _variable(v) else 0
-    kept = []
-    for part in parts_W:
-        inputs = {v for v in _ins(part) if _variable(v)}
-        heavy = isinstance(part, Piece) or part.primitive.name in HEAVY
-        if not heavy and not inputs & late:
-            saved = sum(_bytes(v) for v in inputs if readers[v] == 1)
-            if sum(map(_bytes, part.outvars)) <= saved:
-                parts_B.append(part)
-                late -= set(part.outvars)
+    while True:
+        kept = []
+        for part in parts_W:
+            inputs = {v for v in _ins(part) if _variable(v)}
+            heavy = isinstance(part, Piece) or part.primitive.name in HEAVY
+            saved = sum(_bytes(v) for v in inputs if readers[v] == 1) if not heavy else 0
+            if heavy or inputs & late or sum(map(_bytes, part.outvars)) > saved:
+                kept.append(part)
                 continue
-        kept.append(part)
-    return parts_B, kept
+            parts_B.append(part)
+            late -= set(part.outvars)
+            for v in inputs:
+                readers[v] -= 1
+        if len(kept) == len(parts_W):
+            return parts_B, kept
+        parts_W = kept  # what moved may have been the second reader of something
 
 
 def _ins(part: Any) -> Sequence[Any]:
@@ -189,13 +226,14 @@ def _of_equations(jaxpr: Any, eqns: list[Any]) -> Piece:
     return Piece(reads, defines, core.jaxpr_as_fun(core.ClosedJaxpr(part, ())))
 
 
-def _divide(eqn: Any, wanted: Sequence[bool]) -> tuple[Piece, Piece] | None:
+def _divide(eqn: Any, wanted: Sequence[bool], known: set[Any]) -> tuple[Piece, Piece] | None:
     """An equation of which only some outputs are wanted, as a piece of B and one of W; None where
     it is not cut."""
+    free = [_variable(v) and v in known for v in eqn.invars]
     if eqn.primitive.name == "scan":
-        return _scan(eqn, wanted)
+        return _scan(eqn, wanted, free)
     if eqn.primitive.name in CALLS and "jaxpr" in eqn.params:
-        return _call(eqn, wanted)
+        return _call(eqn, wanted, free)
     return None
 
 
@@ -220,8 +258,8 @@ class Stashed(NamedTuple):
     place: int = -1
 
 
-def _call(eqn: Any, wanted: Sequence[bool]) -> tuple[Piece, Piece]:
-    inner = cut(_closed(eqn.params["jaxpr"]), wanted)
+def _call(eqn: Any, wanted: Sequence[bool], free: Sequence[bool]) -> tuple[Piece, Piece]:
+    inner = cut(_closed(eqn.params["jaxpr"]), wanted, free)
     key = Stashed(id(eqn))
 
     def first(*given: Any) -> list[Any]:
@@ -244,11 +282,11 @@ def _scan_sizes(params: Any) -> tuple[int, int]:
     return consts.num_leaves, carry.num_leaves
 
 
-def _scan(eqn: Any, wanted: Sequence[bool]) -> tuple[Piece, Piece]:
+def _scan(eqn: Any, wanted: Sequence[bool], free: Sequence[bool]) -> tuple[Piece, Piece]:
     """Two scans: that of B carries what the wanted outputs need, that of W the rest."""
     body = eqn.params["jaxpr"]
     c, n = _scan_sizes(eqn.params)
-    inner, mine = _body(body, c, n, wanted)
+    inner, mine = _body(body, c, n, wanted, [*free[:c], *[False] * n, *free[c + n :]])
     carried = mine[:n]
     how = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
     stash_key, carry_key = Stashed(id(eqn)), Stashed(id(eqn), 0)
@@ -294,11 +332,13 @@ def _scan(eqn: Any, wanted: Sequence[bool]) -> tuple[Piece, Piece]:
     )
 
 
-def _body(body: Any, c: int, n: int, wanted: Sequence[bool]) -> tuple[Cut, list[bool]]:
+def _body(
+    body: Any, c: int, n: int, wanted: Sequence[bool], free: Sequence[bool]
+) -> tuple[Cut, list[bool]]:
     """The body cut so that no carry of B depends on one of W, and which outputs B computes."""
     mine = list(wanted)
     while True:
-        inner = cut(body, mine)
+        inner = cut(body, mine, free)
         more = [m or need for m, need in zip(mine[:n], inner.needs[c : c + n], strict=True)]
         if more == mine[:n]:
             return inner, mine
@@ -385,6 +425,7 @@ def halves(f: Function, params: Any, x: Any, data: str = "") -> Halves:
     nothing = [None] * len(fixed.needs)
     closed = jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y)
     many = len(jax.tree.leaves(x))
-    parts = cut(closed, [False] * len(weights) + [True] * many)
+    free = [i >= 0 for i in source]
+    parts = cut(closed, [False] * len(weights) + [True] * many, free)
     trees = jax.tree.structure(params), jax.tree.structure(x)
     return Halves(parts, lambda: fixed.first(nothing)[0], *trees, source)

@@ -13,7 +13,8 @@ import numpy as np
 
 from fdp.parallel.pipeline.orders import Order
 
-IDLE, FIRST_F, F, B, FIRST_B, LAST_B, W = range(7)  # branches of a tick
+BRANCHES = 7  # of a tick
+IDLE, FIRST_F, F, B, FIRST_B, LAST_B, W = range(BRANCHES)
 FIELDS = (
     "kind",
     "microbatch",

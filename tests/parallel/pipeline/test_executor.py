@@ -1,14 +1,19 @@
 """A scheduled step equals the plain one, on every kind of mesh and model."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
 import pytest
 
 from fdp import config
-from fdp.count.compare import against_one_device
-from fdp.count.hlo_text import HloModule
+from fdp.count import bytes as closed
+from fdp.count import flops, pipeline
+from fdp.count.compare import against_one_device, mismatches, sent_by
+from fdp.count.hlo import varying_axes
+from fdp.count.hlo_text import HloModule, Instruction, replica_groups
 from fdp.data.batches import blank
 from fdp.experiment import standard
 from fdp.grads import plain
@@ -57,34 +62,54 @@ def program(schedule: str, degrees: dict[str, int], changes: dict, pipelined: bo
 def run(p: TrainStep):
     state = p.init(0)
     noised = jax.jit(p.corrupt)({"tokens": TOKENS}, jax.random.key(0))
-    compiled = jax.jit(p.grads).lower(state.variables, noised).compile()
-    return jax.device_get(compiled(state.variables, noised)), compiled.as_text()
+    traced = jax.jit(p.grads).trace(state.variables, noised)
+    compiled = traced.lower().compile()
+    return jax.device_get(compiled(state.variables, noised)), traced.jaxpr, compiled
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_scheduled_step_equals_the_plain_one(case):
-    got, text = run(program(*CASES[case], pipelined=True))
-    want, _ = run(program(*CASES[case], pipelined=False))
+    p = program(*CASES[case], pipelined=True)
+    got, traced, compiled = run(p)
+    want, _, _ = run(program(*CASES[case], pipelined=False))
     loss, grads = against_one_device(got[:2], want[:2])
     assert loss < 1e-6 and grads < 1e-5
     assert jax.tree.structure(got[2]) == jax.tree.structure(want[2])
     for a, b in zip(jax.tree.leaves(got[2]), jax.tree.leaves(want[2]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    permutes, inside = sends(text)
-    assert permutes == 2 and not inside  # one each way, outside the conditional
+    for device in range(p.mesh.shape["pp"]):
+        formula = closed.traffic(p, device=device)
+        assert formula and not mismatches(formula, sent_by(p, compiled, device))
+    if case != "experts":  # XLA on a CPU computes every row for every expert
+        assert flops.executed(p) == pipeline.dot_flops(p, traced)
+    permutes, inside = sends(compiled.as_text(), dict(p.mesh.shape))
+    assert permutes == 2 and "pp" not in inside  # one each way, outside the conditional
+    assert ("dp" in inside) is (p.experiment.zero == 3)  # gathers of its layers
 
 
-def sends(text: str) -> tuple[int, list[str]]:
-    """Permutes in the loop over ticks, and those inside a conditional."""
+def run_by(i: Instruction) -> list[str]:
+    """Computations that an instruction runs."""
+    if i.opcode == "conditional":
+        return [c for c, _ in i.branches]
+    return [*i.called, *re.findall(r"\b(?:body|condition)=%?([\w.\-]+)", i.attrs)]
+
+
+def sends(text: str, mesh_shape: dict[str, int]) -> tuple[int, set[str]]:
+    """Permutes in the loop over ticks, and axes of collectives inside a conditional."""
+    total = math.prod(mesh_shape.values())
     bodies = {n: list(body.values()) for n, body in HloModule(text).computations.items()}
     found = [n for n, body in bodies.items() for i in body if i.opcode == "collective-permute"]
     inside = {
-        c for body in bodies.values() for i in body if i.opcode == "conditional" for c in i.called
+        c for body in bodies.values() for i in body if i.opcode == "conditional" for c in run_by(i)
     }
-    while more := {c for n in inside for i in bodies.get(n, ()) for c in i.called} - inside:
+    while more := {c for n in inside for i in bodies.get(n, ()) for c in run_by(i)} - inside:
         inside |= more
     ticks = {n for n, body in bodies.items() if any(i.opcode == "conditional" for i in body)}
-    return sum(n in ticks - inside for n in found), [n for n in found if n in inside]
+    groups = [
+        replica_groups(i.attrs, total) for n in inside for i in bodies.get(n, ()) if i.collective
+    ]
+    axes = {axis for g in groups for axis in varying_axes(g, mesh_shape)}
+    return sum(n in ticks - inside for n in found), axes
 
 
 def test_ticks_and_slots_of_zb_h1():
