@@ -28,7 +28,7 @@ SHAPES = {  # seconds of F, B, W of a device
     VIDEO: (1.0, 2.28, 0.36),
 }
 MEASURED = "measured"
-HALVES, NORMAL = "half cost 1, half ¼", "log-normal σ .6"
+HALVES, NORMAL = "half cost 1 and half ¼", "log-normal σ .6"
 LAWS = HALVES, NORMAL
 RANDOM = 20  # orders drawn of the microbatches
 
@@ -100,7 +100,7 @@ def cases(
     if measured is not None:
         every[MEASURED] = tuple(tuple(map(float, x)) for x in measured)
         holds.append((MEASURED, float(p)))
-    holds += [(shape, round(p + (p - 1) / 3, 3)) for shape in more]
+    holds += [(shape, p + (p - 1) / 3) for shape in more]
     return [
         Case(f"{shape}, {law}, {held:.4g} held", every[shape], law, p, m, held, effort)
         for shape, held in holds
@@ -212,7 +212,8 @@ def proofs(p: int, m: int, seconds: float = 3.0, effort: float = 0.25) -> list[P
             caps = [float(p)] * p
             proof = certificate(placement, m, costs, caps, best.makespan, seconds=seconds)
             assert best.result is not None
-            found.append(Proof(f"{shape}, {law}", p, m, best.result.bubble, proof.gap))
+            gap = 0.0 if proof.proven else proof.gap
+            found.append(Proof(f"{shape}, {law}", p, m, best.result.bubble, gap))
     return found
 
 
