@@ -29,30 +29,44 @@ def gantt(result: Evaluation, title: str) -> Any:
     of its kind, the darker it is."""
     p = result.order.placement.p
     fig, axes = figure(width=10.0, height=0.8 + 0.35 * p)
-    longest: dict[str, float] = {}
-    bars: list[tuple[int, float, float, str]] = []
-    for i, ops in enumerate(result.order.ops):
-        for op, begun, timed in zip(ops, result.start[i], result.program.ops[i], strict=True):
-            longest[op.kind] = max(longest.get(op.kind, 0.0), timed[0])
-            bars.append((i, begun, timed[0], op.kind))
-    for kind, most in longest.items():
-        mine = [(i, begun, seconds) for i, begun, seconds, other in bars if other == kind]
-        shades = [0.35 + 0.65 * seconds / most if most else 1.0 for _, _, seconds in mine]
+    bars = [
+        (i, begun, timed[0], op.kind)
+        for i, ops in enumerate(result.order.ops)
+        for op, begun, timed in zip(ops, result.start[i], result.program.ops[i], strict=True)
+    ]
+    draw(axes, *zip(*bars, strict=True))
+    axes.set(xlabel="s", ylabel="stage", title=title)
+    fig.legend(loc="outside right upper", handlelength=1)
+    return fig
+
+
+def draw(
+    axes: Any,
+    device_N: Sequence[int],
+    start_N: Sequence[float],
+    seconds_N: Sequence[float],
+    kind_N: Sequence[str],
+) -> None:
+    """The bars of N operations."""
+    device, start, seconds = (np.asarray(x) for x in (device_N, start_N, seconds_N))
+    kinds = np.array(kind_N)
+    for kind in dict.fromkeys(kind_N):
+        mine = kinds == kind
+        most = seconds[mine].max()
+        shades = 0.35 + 0.65 * seconds[mine] / most if most else np.ones(mine.sum())
+        axes.barh([0], [0], color=KIND_COLOURS[kind], label=kind)  # the legend's full shade
         axes.barh(
-            [i for i, _, _ in mine],
-            [seconds for _, _, seconds in mine],
-            left=[begun for _, begun, _ in mine],
+            device[mine],
+            seconds[mine],
+            left=start[mine],
             height=0.9,
             color=[(*_rgb(KIND_COLOURS[kind]), shade) for shade in shades],
             edgecolor="white",
             linewidth=0.2,
-            label=kind,
         )
-    axes.set(xlabel="s", ylabel="stage", title=title, yticks=np.arange(p))
+    axes.set_yticks(np.arange(device.max() + 1))
     axes.invert_yaxis()
     axes.grid(False)
-    fig.legend(loc="outside right upper", handlelength=1)
-    return fig
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:
