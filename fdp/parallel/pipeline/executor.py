@@ -86,25 +86,26 @@ def _over_pp(x: Array) -> bool:
     return "pp" in jax.typeof(x).mat.varying
 
 
-class _Program:
-    """One step on this device."""
+class Operations:
+    """What the operations of a stage compute on this device, and the types of their results.
 
-    def __init__(
-        self, table: Table, chunks: int, stages: Stages, params: Any, stacked: Any, batches: Any
-    ):
-        self.table, self.chunks, self.stages, self.batches = table, chunks, stages, batches
+    batches: with a leading dim of microbatches. stacked: of each parameter, whether its dim 0 is
+    the layers of all chunks."""
+
+    def __init__(self, chunks: int, stages: Stages, params: Any, stacked: Any, batches: Any):
+        self.chunks, self.stages, self.batches = chunks, stages, batches
         self.params, self.stacked = params, stacked
         first, some = self._batch(0), self._chunk(0)
         self.x = _types(lambda: self._start(some, first)[0])
         found: list[Halves] = []
+        data = "pp" if size("pp") > 1 else ""  # on a mesh of one stage nothing varies over pp
 
         def trace(params: Any, x: Array) -> tuple[()]:
-            found.append(halves(self._blocks(first), params, x, "pp"))
+            found.append(halves(self._blocks(first), params, x, data))
             return ()
 
         jax.make_jaxpr(trace)(some, _blank(self.x))
         self.halves = found[0]
-        self.none = self._none()
 
     def _batch(self, k: Any) -> Any:
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, 0, False), self.batches)
@@ -133,9 +134,6 @@ class _Program:
     def _score(self, params: Any, y: Array, noised: Any) -> tuple[Array, Aux]:
         loss, aux, penalty = self.stages.score(params, y, noised)
         return _scalar(loss) + _scalar(penalty), aux
-
-    # Branches: what an operation computes; the rest of a tick's results is zero
-    # ---------------------------------------------------------------------------------------------
 
     def forward(self, k: Any, c: Any, message: Array, first: bool = False) -> dict[str, Any]:
         """F. The first stage embeds its microbatch."""
@@ -176,7 +174,8 @@ class _Program:
         """W."""
         return {"grads": self.halves.weight_gradients(self._chunk(c), stash)}
 
-    def _none(self) -> dict[str, Any]:
+    @cached_property
+    def none(self) -> dict[str, Any]:
         """The zeros of every result."""
         x = _blank(self.x)
         found = _types(lambda: self.forward(0, 0, x, first=True))
@@ -184,8 +183,14 @@ class _Program:
         last = _types(lambda: self.backward(0, 0, x, residuals, last=True))
         return _blank(found | last | {"aux": found["aux"] | last["aux"]})
 
-    # Ticks
-    # ---------------------------------------------------------------------------------------------
+
+class _Program(Operations):
+    """One step on this device. What an operation does not compute is zero in the results of its
+    tick."""
+
+    def __init__(self, table: Table, *rest: Any):
+        super().__init__(*rest)
+        self.table = table
 
     def __call__(self) -> tuple[Array, Any, Aux, Aux]:
         """(loss, gradients, aux, aux of the layers) of this device."""
