@@ -90,13 +90,29 @@ class Operations:
     """What the operations of a stage compute on this device, and the types of their results.
 
     batches: with a leading dim of microbatches. stacked: of each parameter, whether its dim 0 is
-    the layers of all chunks."""
+    the layers of all chunks. known: the layers in halves, where another trace has cut them."""
 
-    def __init__(self, chunks: int, stages: Stages, params: Any, stacked: Any, batches: Any):
+    def __init__(
+        self,
+        chunks: int,
+        stages: Stages,
+        params: Any,
+        stacked: Any,
+        batches: Any,
+        known: Halves | None = None,
+    ):
         self.chunks, self.stages, self.batches = chunks, stages, batches
         self.params, self.stacked = params, stacked
+        self.halves = known or self._halves()
+
+    @cached_property
+    def x(self) -> Any:
+        """Type of a message."""
         first, some = self._batch(0), self._chunk(0)
-        self.x = _types(lambda: self._start(some, first)[0])
+        return _types(lambda: self._start(some, first)[0])
+
+    def _halves(self) -> Halves:
+        first, some = self._batch(0), self._chunk(0)
         found: list[Halves] = []
         data = "pp" if size("pp") > 1 else ""  # on a mesh of one stage nothing varies over pp
 
@@ -104,8 +120,8 @@ class Operations:
             found.append(halves(self._blocks(first), params, x, data))
             return ()
 
-        jax.make_jaxpr(trace)(some, _blank(self.x))
-        self.halves = found[0]
+        jax.make_jaxpr(trace)(some, blank(self.x))
+        return found[0]
 
     def _batch(self, k: Any) -> Any:
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, 0, False), self.batches)
@@ -177,11 +193,11 @@ class Operations:
     @cached_property
     def none(self) -> dict[str, Any]:
         """The zeros of every result."""
-        x = _blank(self.x)
+        x = blank(self.x)
         found = _types(lambda: self.forward(0, 0, x, first=True))
-        residuals = _blank(found["residuals"])
+        residuals = blank(found["residuals"])
         last = _types(lambda: self.backward(0, 0, x, residuals, last=True))
-        return _blank(found | last | {"aux": found["aux"] | last["aux"]})
+        return blank(found | last | {"aux": found["aux"] | last["aux"]})
 
 
 class _Program(Operations):
@@ -282,7 +298,7 @@ def _types(f: Callable[[], Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), closed.out_avals)
 
 
-def _blank(types: Any) -> Any:
+def blank(types: Any) -> Any:
     """Zeros of these types."""
     return jax.tree.map(lambda t: vary(jnp.zeros(t.shape, t.dtype), tuple(t.mat.varying)), types)
 

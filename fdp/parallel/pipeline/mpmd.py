@@ -24,8 +24,9 @@ from fdp.grads import LOSS_AXES, Aux, plain
 from fdp.mesh import DATA_AXES, abstract_mesh
 from fdp.parallel.groups import Groups, divided
 from fdp.parallel.pipeline.check import check
-from fdp.parallel.pipeline.executor import Operations
+from fdp.parallel.pipeline.executor import Operations, blank
 from fdp.parallel.pipeline.orders import Order
+from fdp.parallel.pipeline.split import Halves
 from fdp.step import TrainStep, chunked, stages
 
 Array = jax.Array
@@ -50,28 +51,19 @@ class StagedStep:
             raise ValueError(
                 f"an order of p={p} stages on mesh.pp={pp}: both must be equal, 2 at least"
             )
-        degrees = {**experiment.degrees, "pp": 1}
+        self.step = one_stage(experiment, order)
         self.names = [f"stage{i}" for i in range(p)]
-        self.groups = groups or divided(dict.fromkeys(self.names, degrees))
-        one = replace(
-            experiment,
-            degrees=degrees,
-            grads=plain(order.microbatches),
-            model=chunked(experiment.model, self.count),
-        )
-        # One trace serves all stages: the devices are those of the arguments.
-        self.step = TrainStep(one, abstract_mesh(degrees))
-        self._programs: _Programs | None = None
+        self.groups = groups or divided(dict.fromkeys(self.names, self.step.experiment.degrees))
+        self._programs: Programs | None = None
 
     def placed(self, variables: Any) -> list[Any]:
         """[V]: the variables of every virtual stage on the mesh of its stage: its layers, and all
         that is not stacked."""
         specs, found = self.step.specs, []
-        shapes = {"params": specs.shapes, "state": specs.model_shapes}
         for u, i in enumerate(self.order.placement.devices):
-            mine = jax.tree.map(lambda x, s, u=u: _part(x, s.shape, u), variables, shapes)
             mesh = self.groups.mesh(self.names[i])
-            found.append(jax.device_put(mine, sharding.shardings(mesh, specs.variable_specs())))
+            at = sharding.shardings(mesh, specs.variable_specs())
+            found.append(jax.device_put(part(self.step, variables, u), at))
         return found
 
     def whole(self, parts: Sequence[Any]) -> Any:
@@ -92,7 +84,7 @@ class StagedStep:
         Waits for loss and aux."""
         count = jnp.asarray(self.step.objective.count(noised))
         if self._programs is None:
-            self._programs = _Programs(self.step, placed[0], noised, count)
+            self._programs = Programs(self.step, placed[0], noised, count)
         run = _Run(self, self._programs, placed, noised, count)
         for i, kind, u, k in dispatches(self.order):
             run.operation(i, kind, u, k)
@@ -102,9 +94,28 @@ class StagedStep:
         return sum(loss), list(grads), added | jax.tree.map(lambda *x: np.concatenate(x), *layers)
 
 
-def _part(x: Any, shape: tuple[int, ...], u: int) -> Any:
-    """The layers of virtual stage u, or all where the shape is that of the whole."""
-    return x if x.shape == shape else x[u * shape[0] : (u + 1) * shape[0]]
+def one_stage(experiment: Experiment, order: Order) -> TrainStep:
+    """The step of one virtual stage, without pp. Its mesh has no devices: one trace serves all
+    stages, and the arguments say where a program runs."""
+    one = replace(
+        experiment,
+        degrees={**experiment.degrees, "pp": 1},
+        grads=plain(order.microbatches),
+        model=chunked(experiment.model, len(order.placement.devices)),
+    )
+    return TrainStep(one, abstract_mesh(one.degrees))
+
+
+def part(step: TrainStep, variables: Any, u: int) -> Any:
+    """The variables of virtual stage u of whole ones: its layers, and all that is not stacked.
+    step: of one stage."""
+    shapes = {"params": step.specs.shapes, "state": step.specs.model_shapes}
+
+    def one(x: Any, like: Any) -> Any:
+        n = like.shape[0] if like.shape else 0
+        return x if x.shape == like.shape else x[u * n : (u + 1) * n]
+
+    return jax.tree.map(one, variables, shapes)
 
 
 def dispatches(order: Order) -> Iterator[tuple[int, str, int, int]]:
@@ -114,7 +125,8 @@ def dispatches(order: Order) -> Iterator[tuple[int, str, int, int]]:
         iter([(kind, place.stages[i][op.chunk], op.microbatch) for op in ops for kind in op.kind])
         for i, ops in enumerate(order.ops)
     ]
-    head, done = [next(ops, None) for ops in left], set()
+    head = [next(ops, None) for ops in left]
+    done: set[tuple[str, int, int]] = set()
     while any(head):
         for i, op in enumerate(head):
             if op is None or not _inputs(*op, len(place.devices)) <= done:
@@ -137,7 +149,7 @@ class _Run:
     def __init__(
         self,
         staged: StagedStep,
-        programs: "_Programs",
+        programs: "Programs",
         placed: Sequence[Any],
         noised: Any,
         count: Any,
@@ -152,7 +164,7 @@ class _Run:
             specs = sharding.shardings(mesh, (batch, P()))
             given.append(jax.device_put((noised, count), specs))
         self.given = [given[i] for i in self.devices]
-        started = [programs.start(v, *g) for v, g in zip(placed, self.given, strict=True)]
+        started = [programs.start(v["params"]) for v in placed]
         self.params, self.totals = map(list, zip(*started, strict=True))
         self.messages: dict[tuple[str, int, int], Any] = {}
         self.kept: dict[tuple[int, int], Any] = {}
@@ -183,18 +195,20 @@ class _Run:
         return self.programs.reduce(self.placed[u]["params"], self.totals[u])
 
 
-class _Programs:
+class Programs:
     """The programs of a stage, jitted. What they hand each other are values of single devices:
     arrays with a leading dim over the axes along which they vary."""
 
     def __init__(self, step: TrainStep, variables: Any, noised: Any, count: Any):
         self.step = step
         self.batch = sharding.batch_specs(noised, step.objective.dims)
+        self._halves: Halves | None = None
+        self._zeros: Any = None
+        self.message: Any = None  # its type on one device
         self.types = self._types(variables, noised, count)
         totals = {name: self.types[name] for name in TOTALS}
         s, out = step.specs, step.specs.aux_specs
-        given = (s.variable_specs(), self.batch, P())
-        self.start = self._jit(self._start, given, (self.types["grads"], totals))
+        self.start = self._jit(self._start, (s.stored,), (self.types["grads"], totals))
         aux = {name: {k: out[k] for k in self.types[name]} for name in ("aux", "layers")}
         self.reduce = self._jit(
             self._reduce, (s.stored, totals), (P(), s.stored, aux["aux"], aux["layers"])
@@ -234,8 +248,10 @@ class _Programs:
 
         def probe(variables: Any, noised: Any, count: Any, _: None) -> tuple[()]:
             params = self._gathered(variables["params"])
-            none = self._operations(params, variables["state"], noised, count).none
-            found.update(jax.tree.map(lambda x: P(_varying(x)), none))
+            do = self._operations(params, variables["state"], noised, count)
+            self._halves, self.message = do.halves, jax.typeof(do.none["message"])
+            self._zeros = {name: jax.tree.map(jax.typeof, do.none[name]) for name in TOTALS}
+            found.update(jax.tree.map(lambda x: P(_varying(x)), do.none))
             return ()
 
         jax.eval_shape(self.step.mapped(probe, noised, ()), variables, noised, count, None)
@@ -251,13 +267,11 @@ class _Programs:
             step.model, step.objective, state, count, step.capacity, None, 1 / m, staged=True
         )
         split = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), noised)
-        return Operations(1, parts, params, None, vary(split, LOSS_AXES))
+        return Operations(1, parts, params, None, vary(split, LOSS_AXES), self._halves)
 
-    def _start(self, variables: Any, noised: Any, count: Any) -> Any:
+    def _start(self, stored: Any) -> Any:
         """(parameters as the model takes them, zero totals)."""
-        params = self._gathered(variables["params"])
-        none = self._operations(params, variables["state"], noised, count).none
-        return _packed((params, {name: none[name] for name in TOTALS}))
+        return _packed((self._gathered(stored), blank(self._zeros)))
 
     def _operation(
         self,
@@ -283,11 +297,8 @@ class _Programs:
             kept = found["stash"]
         else:
             found, kept = do.weights(0, held), None
-        zero = {name: do.none[name] for name in TOTALS}
-        new = {name: found[name] for name in TOTALS if name in found}
-        new = zero | new | {"aux": zero["aux"] | new.get("aux", {})}
-        out = found.get("message", zero["loss"])
-        return _packed((jax.tree.map(jnp.add, totals, new), out, kept))
+        out = found.get("message", totals["loss"])
+        return _packed((totals | _sums(totals, found), out, kept))
 
     def _reduce(self, stored: Any, totals: Any) -> Any:
         totals = _unpacked(totals)
@@ -300,6 +311,16 @@ def _varying(x: Array) -> tuple[str, ...]:
     """Axes along which a value varies, in the order of the mesh."""
     names = jax.sharding.get_abstract_mesh().axis_names
     return tuple(n for n in names if n in jax.typeof(x).mat.varying)
+
+
+def _sums(totals: Any, found: Any) -> Any:
+    """The totals that an operation adds to. It need not have all aux."""
+    some = {name: found[name] for name in TOTALS if name in found}
+    if "aux" in some:
+        before = {name: totals["aux"][name] for name in some["aux"]}
+        some["aux"] = totals["aux"] | jax.tree.map(jnp.add, before, some["aux"])
+    rest = {name: x for name, x in some.items() if name != "aux"}
+    return some | jax.tree.map(jnp.add, {name: totals[name] for name in rest}, rest)
 
 
 def _packed(tree: Any) -> Any:

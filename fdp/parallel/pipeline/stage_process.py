@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from threading import Condition, Thread
@@ -92,13 +93,14 @@ class _Mail:
         self._parent = os.getppid()
         Thread(target=self._receive, args=(list(incoming),), daemon=True).start()
 
-    def _receive(self, left: list[Connection]) -> None:
+    def _receive(self, left: list[Any]) -> None:
         while left:
-            for source in wait(left):
+            ready: list[Any] = wait(left)
+            for source in ready:
                 try:
-                    self.put(*source.recv())  # type: ignore[union-attr]
+                    self.put(*source.recv())
                 except (EOFError, OSError):
-                    left.remove(source)  # type: ignore[arg-type]
+                    left.remove(source)
 
     def put(self, tag: Any, message: Any) -> None:
         with self._came:
@@ -397,7 +399,7 @@ def _stages(orders: Mapping[str, Order]) -> int:
 def _links(order: Order) -> set[tuple[int, int]]:
     """(sender, receiver) of all messages."""
     devices = order.placement.devices
-    steps = set(zip(devices, devices[1:], strict=False))
+    steps = set(pairwise(devices))
     return {pair for a, b in steps if a != b for pair in ((a, b), (b, a))}
 
 
