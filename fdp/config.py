@@ -34,11 +34,12 @@ from fdp.keys import (
     string,
     within,
 )
+from fdp.parallel.pipeline import library
 
 VARIANTS = ("cpu", "tiny", "full", "h100", "pod")
 
 # Keys that may differ between two starts in one workdir: none of them changes what is computed.
-FREE_KEYS = ("mesh", "context", "checkpoint", "log", "hardware", "train.zero")
+FREE_KEYS = ("mesh", "context", "pipeline", "checkpoint", "log", "hardware", "train.zero")
 
 TOKEN_OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
 OBJECTIVES = (*TOKEN_OBJECTIVES, *IMAGE_OBJECTIVES)
@@ -46,7 +47,10 @@ SCHEDULES = ("linear", "loglinear", "md4_cosine", "mdlm_cosine", "bd3_cosine", "
 PACKINGS = ("stream", "documents")
 PLANS = ("all_gather", "ring", "ulysses", "usp", "batch")
 
-PIPELINES = ("gpipe", "1f1b", "zb_h1", "zb_h2", "zbv", "v_half", "v_min", "dualpipe_v")
+PIPELINES = (
+    *("gpipe", "1f1b", "zb_h1", "zb_h2", "zbv", "v_half", "v_min", "dualpipe_v"),
+    "searched",
+)
 
 MAX_VOCAB = 2**20  # ids of a tokenizer that is trained here; published ones have at most 2**18
 MAX_DEVICES = 2**16
@@ -140,8 +144,15 @@ CONTEXT = section(  # how attention communicates over cp; none of it changes the
 )
 
 PIPELINE = section(  # how a step uses pp; none of it changes the result
-    schedule=choice("1f1b", PIPELINES, "order of the operations of a step"),
-    chunks=count(1, "parts of a device's layers that are stages of their own (1f1b, zb_h1)"),
+    schedule=choice(
+        "1f1b",
+        PIPELINES,
+        "order of the operations of a step; or a file in torch's format, *.csv",
+        pattern=r".+\.csv",
+    ),
+    chunks=count(
+        1, "parts of a device's layers that are stages of their own (1f1b, zb_h1, searched)"
+    ),
 )
 
 OBJECTIVE = section(
@@ -399,9 +410,13 @@ def _next_multiple(n: int, of: int) -> int:
 
 
 def chunks_of(c: ml_collections.ConfigDict) -> int:
-    """Parts of a device's layers: V schedules have two."""
-    two = c.pipeline.schedule in ("zbv", "v_half", "v_min", "dualpipe_v")
-    return 1 if c.mesh.pp == 1 else 2 if two else c.pipeline.chunks
+    """Parts of a device's layers. Raises UserError for a file that holds no schedule."""
+    if c.mesh.pp == 1:
+        return 1
+    try:
+        return library.chunks(c.pipeline.schedule, c.mesh.pp, c.pipeline.chunks)
+    except (ValueError, OSError) as error:
+        raise UserError(f"pipeline.schedule={c.pipeline.schedule!r}: {error}") from error
 
 
 def _check_divisors(c: ml_collections.ConfigDict) -> None:

@@ -199,10 +199,15 @@ def _of_images(
 
 
 def grads_of(c: ml_collections.ConfigDict) -> Grads:
-    """Gradients without a pipeline, or by the schedule of the `pipeline` section. Raises ValueError
+    """Gradients without a pipeline, or by the schedule of the `pipeline` section. Raises UserError
     for numbers of microbatches that the schedule does not take."""
     p, m = c.mesh.pp, c.train.microbatches
-    return plain(m) if p == 1 else scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks))
+    if p == 1:
+        return plain(m)
+    try:
+        return scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks))
+    except ValueError as error:
+        raise config.UserError(f"pipeline.schedule={c.pipeline.schedule}: {error}") from error
 
 
 def fit_of(c: ml_collections.ConfigDict) -> Fit:

@@ -1,9 +1,15 @@
-"""The fixed schedules by name, as configs and commands call them."""
+"""Schedules by name, as configs and commands call them: fixed ones, a searched one, or a file."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from fdp.parallel.pipeline import controllable, fixed
+from fdp.parallel.pipeline.check import check
+from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.csv_format import read_csv
 from fdp.parallel.pipeline.orders import Order
+from fdp.parallel.pipeline.placement import looped, wave
+from fdp.parallel.pipeline.search import search
 
 # (devices, microbatches, chunks) → order
 LOOPED: dict[str, Callable[[int, int, int], Order]] = {
@@ -18,9 +24,42 @@ WAVES: dict[str, Callable[[int, int], Order]] = {
     "v_min": controllable.v_min,
     "dualpipe_v": fixed.dualpipe_v,
 }
+STASH = 0.4  # of an activation, which B leaves to W: a DiT block of width 384
 
 
+@lru_cache(maxsize=32)
 def named(name: str, p: int, m: int, v: int = 1) -> Order:
     """The schedule `name` of p devices, m microbatches and v chunks; a V has two in any case.
-    Raises ValueError for numbers that it does not take, and KeyError for a name that is unknown."""
+
+    "searched" is the best found for equal costs of F, B and W with at most p microbatches held by a
+    device. A name that ends in .csv is a file in the format of torch.distributed.pipelining. Raises
+    ValueError for numbers that a schedule does not take and for a file that does not run, and
+    KeyError for a name that is unknown."""
+    if name.endswith(".csv"):
+        return _of_file(name, p, m)
+    if name == "searched":
+        costs = Costs(activation=1.0, stash=STASH, message=1.0)
+        places = [looped(p, v), wave(p)] if v == 2 else [looped(p, v)]
+        best = search(p, m, costs, float(p), places, effort=0.3).best.order
+        assert best is not None
+        return best
     return WAVES[name](p, m) if name in WAVES else LOOPED[name](p, m, v)
+
+
+def chunks(name: str, p: int, v: int) -> int:
+    """Parts of a device's layers under the schedule `name`, where a config asks for v. Errors as in
+    `read_csv`."""
+    if name.endswith(".csv"):
+        return read_csv(name, p=p).placement.v
+    return 2 if name in WAVES else v
+
+
+def _of_file(path: str, p: int, m: int) -> Order:
+    order = read_csv(path, p=p)
+    check(order)
+    if order.microbatches != m:
+        raise ValueError(
+            f"{path} has {order.microbatches} microbatches, not train.microbatches={m}: set "
+            f"train.microbatches={order.microbatches}"
+        )
+    return order

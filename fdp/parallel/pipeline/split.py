@@ -119,6 +119,8 @@ def _partition(jaxpr: Any, wanted: Sequence[Any]) -> tuple[list[Piece], list[Pie
             parts_B.append(divided[0])
             parts_W.append(divided[1])
             needed |= {v for v in divided[0].reads if _variable(v)}
+    if all(v in needed for v in jaxpr.outvars if _variable(v)):
+        return _pieces(jaxpr, parts_B[::-1]), []  # nothing is left that W could compute
     parts_B, parts_W = _thrifty(parts_B[::-1], parts_W[::-1], jaxpr)
     return _pieces(jaxpr, parts_B), _pieces(jaxpr, parts_W)
 
@@ -365,9 +367,6 @@ def halves(f: Function, params: Any, x: Any, data: str = "") -> Halves:
 
     data: a mesh axis over which all data vary. Residuals that do not are the same for all data."""
 
-    def forward(params: Any, x: Any) -> list[Any]:
-        return jax.tree.leaves(jax.vjp(f, params, x, has_aux=True)[1])
-
     y, pull, _ = jax.vjp(f, params, x, has_aux=True)
     weights = {id(w): i for i, w in enumerate(jax.tree.leaves(params))}
     leaves = jax.tree.leaves(pull)
@@ -375,7 +374,12 @@ def halves(f: Function, params: Any, x: Any, data: str = "") -> Halves:
         weights.get(id(r), CONSTANT if data and data not in jax.typeof(r).mat.varying else KEPT)
         for r in leaves
     )
-    fixed = cut(jax.make_jaxpr(forward)(params, x), [i == CONSTANT for i in source])
+
+    def constants(params: Any, x: Any) -> list[Any]:
+        found = jax.tree.leaves(jax.vjp(f, params, x, has_aux=True)[1])
+        return [r for r, i in zip(found, source, strict=True) if i == CONSTANT]
+
+    fixed = cut(jax.make_jaxpr(constants)(params, x), [True] * source.count(CONSTANT))
     if any(fixed.needs):
         raise ValueError("a residual is typed the same for all data, and depends on them")
     nothing = [None] * len(fixed.needs)
