@@ -7,9 +7,8 @@ Legend: V virtual stages, u one of them, m microbatches, k one of them."""
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -30,19 +29,17 @@ from fdp.parallel.pipeline.stage_process import Operation, Run, StageProcesses
 
 KINDS = ("F", "B", "W")
 # 256 tokens of width 192: an operation takes tens of milliseconds, a message 0.4 MB.
-SHAPE = MappingProxyType(
-    {
-        "model.kind": "dit",
-        "model.layers": 8,
-        "model.width": 192,
-        "model.heads": 4,
-        "model.kv_heads": 4,
-        "model.head_dim": 48,
-        "model.ffn": 768,
-        "model.image.size": 32,
-        "model.image.patch": 2,
-    }
-)
+SHAPE = {
+    "model.kind": "dit",
+    "model.layers": 8,
+    "model.width": 192,
+    "model.heads": 4,
+    "model.kv_heads": 4,
+    "model.head_dim": 48,
+    "model.ffn": 768,
+    "model.image.size": 32,
+    "model.image.patch": 2,
+}
 
 
 def orders(m: int = 8) -> dict[str, Order]:
@@ -64,10 +61,15 @@ class DiTStage:
 
     changes: Mapping[str, Any]
     images: int = 2
+    made: dict[Any, "_Stage"] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, stage: int, order: Order) -> dict[str, Any]:
-        """As `Make`; compiles. "result": loss and squared gradients of the layers."""
-        made = _Stage(self._experiment(order), stage, order)
+        """As `Make`; compiles, once for orders of one placement. "result": loss and squared
+        gradients of the layers."""
+        key = order.placement, order.microbatches
+        if key not in self.made:
+            self.made[key] = _Stage(self._experiment(order), stage, order)
+        made = self.made[key]
         found = {kind: made.operation(kind) for kind in KINDS}
         for u in order.placement.stages[stage]:
             for kind in KINDS:
