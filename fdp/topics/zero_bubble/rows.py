@@ -3,6 +3,7 @@
 Legend: J noise levels."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -140,3 +141,18 @@ def losses(found: Mapping[str, float]) -> Row:
         "measured",
         note="; ".join(f"{mesh}: {x:.1e}" for mesh, x in found.items()),
     )
+
+
+def processes(found: Mapping[str, Any]) -> Row:
+    """How well the simulator tells the time of two stages, each a process on a core."""
+    told = "; ".join(
+        f"{r['order']} {r['simulated']:.3g} s, measured {np.median(r['measured']):.3g}"
+        for r in found["rows"]
+    )
+    note = (
+        f"{len(found['rows'][0]['measured'])} repeats on {found['cores']} cores, load before "
+        f"{found['load']:.1f}; {told}; op costs measured alone in the same processes"
+    )
+    claim = "the simulator tells the time of a real run, two processes"
+    metric = "median relative error"
+    return Row.judged(claim, metric, found["error"], "", "<= 0.1", "measured", note=note)

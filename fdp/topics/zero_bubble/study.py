@@ -15,13 +15,27 @@ from fdp.experiment import Experiment, standard
 from fdp.hooks import Hook
 from fdp.mesh import AXES, make_mesh
 from fdp.metrics import read_metrics
+from fdp.parallel.pipeline import published
 from fdp.run import Run
 from fdp.study import claims
 from fdp.study.claims import needs_devices
 from fdp.study.figures import training_curves
-from fdp.study.measure import Part, derive, each, measure
+from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Report
-from fdp.topics.zero_bubble import figures, judge, op_costs, quality, rows
+from fdp.topics.zero_bubble import (
+    barrier,
+    figures,
+    figures_simulated,
+    judge,
+    op_costs,
+    processes,
+    quality,
+    rows,
+    rows_simulated,
+    simulated,
+    skips,
+    worth,
+)
 from fdp.topics.zero_bubble.fillers import References, stable
 from fdp.topics.zero_bubble.settings import COARSE
 
@@ -42,6 +56,7 @@ UNLIKE: dict[str, dict[str, Any]] = {
 }
 SPLITS = {"pp1·dp4": (1, 4), "pp2·dp2": (2, 2), "pp4·dp1": (4, 1)}  # (pp, dp) of equal losses
 SHORT = 10  # steps of it
+OPTIMUM = {True: (4, 4), False: (4, 8)}  # (p, m) of proofs, by whether the variant is tiny
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
@@ -117,9 +132,68 @@ def study(run: Run) -> Report:
     parts: list[Part] = [*_exact(run, tiny)]
     timed = partial(measure, "op costs", op_costs.measured, first, STAGES, c.train.batch)
     of_costs = None if tiny else rows.op_costs  # operations of microseconds have no stable ratio
-    parts.append(timed(rows=of_costs, plot=figures.costs, group="Op costs"))
-    parts += _quality(run)
+    costs = timed(rows=of_costs, plot=figures.costs, group="Op costs")
+    parts += [costs, *_schedules(costs, tiny), *_steps(tiny), *_worth(tiny), *_quality(run)]
     return run.report(*parts)
+
+
+def cases(costs: list[op_costs.OpCosts], tiny: bool) -> list[simulated.Case]:
+    """Contests of schedules, also at the measured costs of the finest patches."""
+    if tiny:
+        return simulated.cases(4, 8, 0.0, (simulated.EQUAL,), ())
+    seconds = [[costs[0].median(kind)] * 8 for kind in ("F", "B", "W")]
+    return simulated.cases(measured=(seconds[0], seconds[1], seconds[2]))
+
+
+def drawn(costs: list[op_costs.OpCosts], tiny: bool) -> dict[str, simulated.Bars]:
+    """Every schedule at the measured costs, in units of F."""
+    return simulated.schedules(costs[0].ratio, simulated.HALVES, effort=0.0 if tiny else 0.25)
+
+
+def _schedules(costs: Measurement, tiny: bool) -> list[Part]:
+    """Searched orders against fixed ones: time, memory, optimum, published tables."""
+    group, shown = "Schedules", figures_simulated
+    some = measure("cases", cases, costs, tiny, raw=_none)
+    contest = partial(measure, "contest", simulated.contest, each(some))
+    caps = tuple(range(2, 7)) if tiny else tuple(range(4, 17))
+    law = simulated.EQUAL, simulated.HALVES, caps, *((4, 8) if tiny else (8, 32))
+    return [
+        contest(rows=rows_simulated.contests, plot=shown.contests, group=group),
+        measure("memory", simulated.sweep, *law, plot=shown.sweep),
+        measure("schedules", drawn, costs, tiny, plot=shown.schedules, raw=_none),
+        measure(
+            "optimum", simulated.proofs, *OPTIMUM[tiny], rows=rows_simulated.proofs, group=group
+        ),
+        measure("published", _published, rows=rows_simulated.tables, group=group),
+    ]
+
+
+def _published() -> list[Any]:
+    return list(published.entries())
+
+
+def _steps(tiny: bool) -> list[Part]:
+    """Steps without a barrier, and the skips of a U-ViT."""
+    group = "Steps and skips"
+    found: list[Part] = [
+        measure("no barrier", barrier.bubbles, rows=rows_simulated.no_barrier, group=group),
+        measure("clipping", barrier.clippings, rows=rows_simulated.clippings, group=group),
+        measure("skips", skips.transfers, rows=rows_simulated.transfers, group=group),
+    ]
+    if not tiny:
+        found.append(measure("links", skips.on_links, rows=rows_simulated.on_links, group=group))
+        played = processes.orders()
+        runs = measure("two processes", processes.measured, played, rows=rows.processes)
+        found.append(replace(runs, group=group))
+    return found
+
+
+def _worth(tiny: bool) -> list[Part]:
+    """The map of where a pipeline wins."""
+    each_cell = each(worth.cells(few=tiny))
+    drawn = {} if tiny else {"plot": figures_simulated.worth}
+    given = {"rows": rows_simulated.worth, "group": "Worth"} | drawn
+    return [measure("worth", worth.worth, each_cell, **given)]
 
 
 def _exact(run: Run, tiny: bool) -> list[Part]:
