@@ -190,22 +190,9 @@ def _steps(tiny: bool) -> list[Part]:
 
 def _worth(tiny: bool) -> list[Part]:
     """The map of where a pipeline wins."""
-    each_cell = each(worth.cells(few=tiny))
-    drawn = {} if tiny else {"plot": figures_simulated.worth}
-    given = {"rows": rows_simulated.worth, "group": "Worth"} | drawn
-    return [measure("worth", worth.worth, each_cell, **given)]
-
-
-def _exact(run: Run, tiny: bool) -> list[Part]:
-    """Against one device, and of one run on three meshes."""
-    group = "Exactness"
-    if jax.device_count() < 8:
-        return [needs_devices("a mesh equals one device", "errors", "<= 1e-5", 8)]
-    meshes = dict(list(MESHES.items())[:1]) if tiny else MESHES
-    found: list[Part] = [*claims.sharded_equals_unsharded(build, run.config, meshes, group=group)]
-    if not tiny:
-        found.append(measure("losses", stage_losses, run.config, rows=rows.losses, group=group))
-    return found
+    plot = None if tiny else figures_simulated.worth
+    plans = measure("plans", worth.worth, each(worth.cells(few=tiny)))
+    return [derive("worth", plans, rows=rows_simulated.worth, plot=plot, group="Worth")]
 
 
 def _quality(run: Run) -> list[Part]:
