@@ -195,6 +195,18 @@ def _worth(tiny: bool) -> list[Part]:
     return [derive("worth", plans, rows=rows_simulated.worth, plot=plot, group="Worth")]
 
 
+def _exact(run: Run, tiny: bool) -> list[Part]:
+    """Against one device, and of one run on three meshes."""
+    group = "Exactness"
+    if jax.device_count() < 8:
+        return [needs_devices("a mesh equals one device", "errors", "<= 1e-5", 8)]
+    meshes = dict(list(MESHES.items())[:1]) if tiny else MESHES
+    found: list[Part] = [*claims.sharded_equals_unsharded(build, run.config, meshes, group=group)]
+    if not tiny:
+        found.append(measure("losses", stage_losses, run.config, rows=rows.losses, group=group))
+    return found
+
+
 def _quality(run: Run) -> list[Part]:
     """What the arms learnt."""
     c, group = run.config, "Images"
