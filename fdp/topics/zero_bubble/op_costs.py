@@ -16,8 +16,10 @@ from fdp.config import UserError
 from fdp.experiment import Experiment
 from fdp.grads import plain
 from fdp.mesh import AXES, make_mesh
+from fdp.models.shape import ModelShape
 from fdp.objectives.cost import CostClass, Costs
 from fdp.parallel.pipeline.split import halves
+from fdp.price import inference
 from fdp.step import TrainStep, stages
 
 KINDS = ("F", "B", "W", "BW")
@@ -122,3 +124,19 @@ def _noised(e: Experiment, cost: CostClass, rows: int) -> Any:
     noise = jax.random.normal(jax.random.key(0), x.shape)
     noised = objective.noised(x, noise, jnp.ones(rows))
     return noised | {"labels": jnp.zeros(rows, jnp.int32), "cost": Costs((cost,))}
+
+
+def predicted(shape: ModelShape, tokens: int, images: int, chip: str) -> tuple[float, float, float]:
+    """Seconds of F, B, W of all layers of `shape` on a chip of `fdp.price`, for bidirectional
+    attention over so many tokens of each image. B repeats the products of F and recomputes the
+    scores, so attention takes three times as long; W repeats the products that have weights. The
+    price knows gated FFNs only: one of two thirds of the width has the same products."""
+    if not shape.gated:
+        shape = replace(shape, gated=True, ffn=2 * shape.ffn // 3)
+    shape = replace(shape, time_conditioning=False, bias=False)
+    work = inference.ForwardPass(images, tokens, tokens, 1)
+    terms = inference.price(shape, work, inference.Degrees(1, 1), chip).terms
+    products = terms["matmul compute"] + terms["matmul memory"]
+    attention = terms["attention compute"] + terms["attention memory"]
+    rest = terms["elementwise"] + terms["launch"]
+    return products + attention + rest, products + 3 * attention + rest, products
