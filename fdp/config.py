@@ -433,7 +433,8 @@ def _check_pipeline(c: ml_collections.ConfigDict) -> None:
     try:
         library.named(name, c.mesh.pp, m, chunks)
     except ValueError as error:
-        raise UserError(f"pipeline.schedule={name}, train.microbatches={m}: {error}") from error
+        text = str(error).replace("set m=", "set train.microbatches=")
+        raise UserError(f"pipeline.schedule={name}, train.microbatches={m}: {text}") from error
 
 
 def _check_divisors(c: ml_collections.ConfigDict) -> None:

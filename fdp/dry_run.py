@@ -20,7 +20,7 @@ from fdp.count import bytes as closed
 from fdp.count import flops, jaxpr, pipeline, step
 from fdp.count import memory as analytic
 from fdp.count.compare import sent_by
-from fdp.count.counts import CONVENTION, RAGGED
+from fdp.count.counts import CONVENTION, PERMUTE, RAGGED
 from fdp.count.overlap import overlap
 from fdp.count.step import unstated
 from fdp.mesh import abstract_mesh, degrees_equation, make_mesh, use_virtual_devices
@@ -123,6 +123,8 @@ def _tables(p: TrainStep, target: Target) -> str:
     parts.append(_bytes_table(p, compiled, not missing))
     parts.append(_overlap_line(compiled))
     parts.append(_pipeline(p))
+    if compiled is not None and target.chip is not None:  # virtual devices overlap nothing
+        parts.append(_sends_line(p, compiled))
     parts.append(_flops_line(p, program, not missing))
     parts.append(f"counts    not stated: {missing}" if missing else _time_line(p, target))
     return "\n".join(part for part in parts if part)
@@ -254,6 +256,18 @@ def _pipeline(p: TrainStep) -> str:
             "mesh.pp"
         )
     return text
+
+
+def _sends_line(p: TrainStep, compiled: Any) -> str:
+    """What can hide the messages between stages."""
+    if step.pipeline(p.experiment) is None:
+        return ""
+    found = overlap(compiled.as_text(), PERMUTE, "cond")
+    return (
+        f"overlap   {PERMUTE}: {found.total} in the program, {found.apart} of them asynchronous; "
+        f"work stands between start and done of {found.busy}, a product of an operation of "
+        f"{found.beside}"
+    )
 
 
 def _overlap_line(compiled: Any) -> str:
