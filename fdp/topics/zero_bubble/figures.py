@@ -55,17 +55,14 @@ def draw(
         most = seconds[mine].max()
         shades = 0.35 + 0.65 * seconds[mine] / most if most else np.ones(mine.sum())
         axes.barh([0], [0], color=KIND_COLOURS[kind], label=kind)  # the legend's full shade
-        axes.barh(
-            device[mine],
-            seconds[mine],
-            left=start[mine],
-            height=0.9,
-            color=[(*_rgb(KIND_COLOURS[kind]), shade) for shade in shades],
-            edgecolor="white",
-            linewidth=0.2,
-        )
+        colours = np.array([(*_rgb(KIND_COLOURS[kind]), shade) for shade in shades])
+        spans = np.stack([start[mine], seconds[mine]], 1)
+        for i in np.unique(device[mine]):
+            at = device[mine] == i
+            style: dict[str, Any] = {"facecolors": colours[at], "edgecolor": "white"}
+            axes.broken_barh(spans[at], (i - 0.45, 0.9), linewidth=0.2, **style)
     axes.set_yticks(np.arange(device.max() + 1))
-    axes.invert_yaxis()
+    axes.set_ylim(device.max() + 0.6, -0.6)
     axes.grid(False)
 
 

@@ -90,21 +90,23 @@ def cases(
     effort: float = 0.25,
     shapes: Sequence[str] = tuple(SHAPES),
     more: Sequence[str] = (VIDEO,),
+    laws: Sequence[str] = LAWS,
     measured: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None,
 ) -> list[Case]:
-    """Shapes times two laws at p microbatches held; those of `more` also at p + (p − 1)/3, what
+    """Shapes times laws at p microbatches held; those of `more` also at p + (p − 1)/3, what
     interleaved 1F1B of three chunks holds. measured: seconds of F, B, W by stage [p], which give
-    two cases beside them."""
-    every: dict[str, Any] = dict(SHAPES)
-    holds = [(shape, float(p)) for shape in shapes]
+    a case a law beside them."""
+    chosen: list[tuple[str, Any, int, float]]
+    chosen = [(shape, SHAPES[shape], p, float(p)) for shape in shapes]
     if measured is not None:
-        every[MEASURED] = tuple(tuple(map(float, x)) for x in measured)
-        holds.append((MEASURED, float(p)))
-    holds += [(shape, p + (p - 1) / 3) for shape in more]
+        times = tuple(tuple(map(float, x)) for x in measured)
+        stages = len(times[0])
+        chosen.append((f"{MEASURED} on {stages} stages", times, stages, float(stages)))
+    chosen += [(shape, SHAPES[shape], p, p + (p - 1) / 3) for shape in more]
     return [
-        Case(f"{shape}, {law}, {held:.4g} held", every[shape], law, p, m, held, effort)
-        for shape, held in holds
-        for law in LAWS
+        Case(f"{shape}, {law}, {held:.4g} held", times, law, stages, m, held, effort)
+        for shape, times, stages, held in chosen
+        for law in laws
     ]
 
 
@@ -132,13 +134,10 @@ def contest(case: Case) -> Contest:
     costs = costs_of(case.times, shares(case.law, case.m))
     found = search(case.p, case.m, costs, case.held, effort=case.effort)
     even, even_fixed = _equalised(case.times, case.p, case.m, case.held, case.effort)
-    problem = PipelineProblem(case.p, case.m, costs, case.held)
-    plain, split, random = _one_f_one_b(problem)
-    return Contest(
-        case.name, case.p, case.m, case.held,
-        _found(found.best), _found(found.rivals[0]), even, even_fixed,
-        plain, split, random, found.bound,
-    )  # fmt: skip
+    best = _found(found.best), _found(found.rivals[0])
+    ones = _one_f_one_b(PipelineProblem(case.p, case.m, costs, case.held))
+    at = case.name, case.p, case.m, case.held
+    return Contest(*at, *best, even, even_fixed, *ones, found.bound)
 
 
 def _found(c: Candidate) -> Found:
@@ -201,13 +200,19 @@ class Proof(NamedTuple):
     gap: float
 
 
-def proofs(p: int, m: int, seconds: float = 3.0, effort: float = 0.25) -> list[Proof]:
+def proofs(
+    p: int,
+    m: int,
+    seconds: float = 3.0,
+    effort: float = 0.25,
+    shapes: Sequence[str] = tuple(SHAPES),
+) -> list[Proof]:
     """Searched orders of one chunk a device and p microbatches held against the optimum, for every
-    shape and law and for equal costs. p·m ≤ 32."""
+    shape and law and for equal costs. p·m ≤ 32. seconds: of HiGHS on each."""
     found, placement = [], looped(p)
-    for shape, times in SHAPES.items():
+    for shape in shapes:
         for law in (*LAWS, "equal costs"):
-            costs = costs_of(times, shares(law, m))
+            costs = costs_of(SHAPES[shape], shares(law, m))
             best = search(p, m, costs, p, [placement], effort).best
             caps = [float(p)] * p
             proof = certificate(placement, m, costs, caps, best.makespan, seconds=seconds)
