@@ -224,7 +224,7 @@ class StageProcesses:
 
     timeout: seconds that an operation may take, and that all stages may wait. start: seconds that a
     process may take until its operations are made. environment: variables of the processes. pin:
-    each process keeps to one core.
+    each process keeps to one core, where the system has such a call.
 
     Raises ValueError for an order that does not run, and StageError, after which all processes are
     ended, for a stage that dies, fails or hangs."""
@@ -248,7 +248,7 @@ class StageProcesses:
             pairs |= {(0, 1), (1, 0)}
         pipes = {pair: context.Pipe(duplex=False) for pair in sorted(pairs)}
         self._controls, self._processes = [], []
-        cores = sorted(os.sched_getaffinity(0)) if pin else []
+        cores = sorted(os.sched_getaffinity(0)) if pin and hasattr(os, "sched_setaffinity") else []
         try:
             with _environment(environment or {}):
                 for i in range(self.p):

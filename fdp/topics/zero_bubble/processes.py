@@ -19,13 +19,13 @@ from fdp import config, sharding
 from fdp.data.images import blank_images
 from fdp.experiment import Experiment, standard
 from fdp.mesh import make_mesh
-from fdp.models import module
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.fixed import one_f_one_b, skip_wave, zb_h1, zbv
 from fdp.parallel.pipeline.mpmd import Programs, one_stage, part
 from fdp.parallel.pipeline.orders import Order, split_backward
 from fdp.parallel.pipeline.stage_process import Operation, Run, StageProcesses
+from fdp.step import TrainStep
 
 KINDS = ("F", "B", "W")
 # 256 tokens of width 192: an operation takes tens of milliseconds, a message 0.4 MB.
@@ -103,7 +103,7 @@ class _Stage:
         self.step = one_stage(experiment, order)
         self.last = len(order.placement.devices) - 1
         mesh = make_mesh(self.step.experiment.degrees, jax.devices()[:1])
-        variables, noised = _drawn(experiment)
+        variables, noised = _drawn(self.step, self.last + 1)
         self.count = np.asarray(experiment.objective.count(noised))
         at = sharding.shardings(mesh, self.step.specs.variable_specs())
         self.variables = {
@@ -171,27 +171,36 @@ class _Stage:
         return found
 
 
-def _drawn(experiment: Experiment) -> tuple[Any, Any]:
-    """(parameters, corrupted batch), the same in every process. DiT is zero at its start, so all
-    parameters get noise."""
+def _drawn(step: TrainStep, virtual: int) -> tuple[Any, Any]:
+    """(whole variables, corrupted batch), the same in every process. Drawn as they are: DiT's own
+    initial values are zero where its gradients would be interesting, and take longer.
+
+    step: of one of `virtual` stages."""
     draw = np.random.default_rng(0)
-    example = experiment.noised_example(experiment.fit.batch)
-    key = jax.random.key(0)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), example)
-    variables = jax.device_get(jax.jit(module.init, static_argnums=0)(experiment.model, key, zeros))
-    noise = jax.tree.map(lambda x: draw.normal(0, 0.02, x.shape).astype(x.dtype), variables)
-    batch = {
-        name: draw.normal(size=x.shape).astype(np.float32)
-        if name == "images"
-        else np.zeros(x.shape, x.dtype)
-        for name, x in experiment.batch_example(experiment.fit.batch).items()
-    }
-    noised = jax.device_get(jax.jit(experiment.objective.corrupt)(key, batch))
-    return jax.tree.map(np.add, variables, noise), noised
+    specs, e = step.specs, step.experiment
+
+    def weight(x: Any, meta: Any) -> np.ndarray:
+        layers = virtual * x.shape[0] if meta.stacked else None
+        shape = x.shape if layers is None else (layers, *x.shape[1:])
+        return draw.normal(0, 0.05, shape).astype(x.dtype)
+
+    def value(x: Any) -> np.ndarray:
+        real = np.issubdtype(x.dtype, np.floating)
+        return draw.uniform(0.1, 1, x.shape).astype(x.dtype) if real else np.zeros(x.shape, x.dtype)
+
+    params = jax.tree.map(weight, specs.shapes, specs.metas)
+    noised = jax.tree.map(value, e.noised_example(e.fit.batch))
+    return {"params": params, "state": {}}, noised
 
 
 # Measuring
 # -------------------------------------------------------------------------------------------------
+
+
+def cores() -> int:
+    """Of this process."""
+    mine = getattr(os, "sched_getaffinity", None)
+    return len(mine(0)) if mine else os.cpu_count() or 1
 
 
 def environment() -> dict[str, str]:
@@ -230,7 +239,7 @@ def measured(
                 together[name].append(stages.run(name))
     rows = [_row(name, order, alone[name], together[name], send) for name, order in orders.items()]
     return {
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "load": load,
         "send": send,
         "rows": rows,
