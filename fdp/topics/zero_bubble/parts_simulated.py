@@ -1,6 +1,7 @@
 """The simulated half of topic 8 as measurements of a study."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from fdp.parallel.pipeline import published
@@ -13,17 +14,18 @@ from fdp.topics.zero_bubble import (
     skips,
     worth,
 )
+from fdp.topics.zero_bubble.op_costs import OpCosts
 from fdp.topics.zero_bubble.simulated import EQUAL, HALVES, LAWS, PIXELS, SHAPES, VIDEO
 
 EVERY = tuple(SHAPES)
-Times = tuple[Sequence[float], Sequence[float], Sequence[float]]
 
 
 class Size(NamedTuple):
     """How much is simulated. p, m, effort, shapes, more, laws: of the contests. proofs: (p, m,
     seconds of HiGHS on each case, shapes). caps: memory of the sweep over `swept`, (p, m); none for
-    no picture. drawn: (p, m) of the schedules in the picture, or none. skips: microbatches of the U-ViT.
-    few: of the map's cells. tables: whether the published ones are computed again."""
+    no picture. drawn: (p, m) of the schedules in the picture, or none. skips: microbatches of the
+    U-ViT. few: of the map's cells. tables: whether the published ones are computed again. measured:
+    whether contests also have the measured costs."""
 
     p: int = 8
     m: int = 32
@@ -41,6 +43,7 @@ class Size(NamedTuple):
     skips: int = 16
     few: bool = False
     tables: bool = True
+    measured: bool = True
 
 
 CPU = Size()
@@ -57,6 +60,7 @@ TINY = Size(
     skips=4,
     few=True,
     tables=False,
+    measured=False,
 )
 FULL = Size(
     effort=1.0,
@@ -68,34 +72,41 @@ FULL = Size(
 )
 
 
-def parts(size: Size, measured: Times | None = None) -> list[Measurement]:
-    """Everything, in the order of the report. measured: seconds of F, B, W by stage; contests then
-    have cases of them, and the picture of schedules shows them."""
-    return [*_contests(size, measured), *_others(size)]
+def parts(size: Size, costs: Measurement) -> list[Measurement]:
+    """Everything, in the order of the report. costs: the measured `OpCosts` of a stage, the finest
+    patches first."""
+    return [*_contests(size, costs), *_others(size)]
 
 
-def _contests(size: Size, measured: Times | None) -> list[Measurement]:
-    """The searched schedule against others."""
+def cases(size: Size, costs: Sequence[OpCosts]) -> list[simulated.Case]:
+    """The contests, beside them those of the measured costs."""
     given = (size.p, size.m, size.effort, size.shapes, size.more, size.laws)
+    seconds = [[costs[0].median(kind)] * size.p for kind in ("F", "B", "W")]
+    measured = (seconds[0], seconds[1], seconds[2]) if size.measured else None
+    return simulated.cases(*given, measured)
+
+
+def drawn(size: Size, costs: Sequence[OpCosts]) -> dict[str, simulated.Bars]:
+    """Every schedule at the measured costs, in units of F."""
+    assert size.drawn
+    p, m = size.drawn
+    return simulated.schedules(costs[0].ratio, HALVES, p, m, size.effort)
+
+
+def nothing(*_: Any) -> None:
+    """For results that are no numbers of a report."""
+
+
+def _contests(size: Size, costs: Measurement) -> list[Measurement]:
+    """The searched schedule against others."""
     group = "Searched schedules"
-    found = [
-        measure(
-            "contest",
-            simulated.contest,
-            each(simulated.cases(*given, measured)),
-            rows=rows_simulated.contests,
-            plot=figures_simulated.contests,
-            group=group,
-        )
-    ]
+    some = measure("cases", cases, size, costs, raw=nothing)
+    shown = figures_simulated
+    contest = partial(measure, "contest", simulated.contest, each(some))
+    found = [contest(rows=rows_simulated.contests, plot=shown.contests, group=group)]
     if size.drawn:
-        p, m = size.drawn
-        times: Any = SHAPES[PIXELS]
-        if measured is not None:
-            p, times = len(measured[0]), tuple(map(tuple, measured))
-        drawn = times, HALVES, p, m, size.effort
-        plot = figures_simulated.schedules
-        found.append(measure("schedules", simulated.schedules, *drawn, plot=plot))
+        every = partial(measure, "schedules", drawn, size, costs, raw=nothing)
+        found.append(every(plot=shown.schedules))
     for p, m, seconds, shapes in size.proofs:
         sizes = p, m, seconds, size.effort, shapes
         name = f"proofs p={p} m={m}"

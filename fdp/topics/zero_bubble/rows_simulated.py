@@ -238,7 +238,8 @@ def worth(found: Sequence[Worth]) -> Iterator[Row]:
         f"nodes; the planner's cost model, held-out error on unseen models median "
         f"{error['median']:.0%}, 90 % quantile {error['p90']:.0%}; wins in {len(wins)}, by more "
         f"than the median error in {sure}, loses by more in {lost}; F : B : W by matmul FLOPs; "
-        f"memory of 1F1B of as many chunks; median gain where it wins {_by_link(wins)}; gradients in float32"
+        f"memory of 1F1B of as many chunks; median gain where it wins {_by_link(wins)}; gradients "
+        "in float32"
     )
     claim = "where a pipeline wins, it wins by 10 %"
     metric = "median gain in samples/s over the best plan without pp"

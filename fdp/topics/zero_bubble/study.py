@@ -15,28 +15,23 @@ from fdp.experiment import Experiment, standard
 from fdp.hooks import Hook
 from fdp.mesh import AXES, make_mesh
 from fdp.metrics import read_metrics
-from fdp.parallel.pipeline import published
 from fdp.run import Run
 from fdp.study import claims
 from fdp.study.claims import needs_devices
 from fdp.study.figures import training_curves
-from fdp.study.measure import Measurement, Part, derive, each, measure
+from fdp.study.measure import Part, derive, each, measure
 from fdp.study.report import Report
 from fdp.topics.zero_bubble import (
-    barrier,
     figures,
-    figures_simulated,
     judge,
     op_costs,
+    parts_simulated,
     processes,
     quality,
     rows,
-    rows_simulated,
-    simulated,
-    skips,
-    worth,
 )
 from fdp.topics.zero_bubble.fillers import References, stable
+from fdp.topics.zero_bubble.parts_simulated import CPU, FULL, TINY, nothing
 from fdp.topics.zero_bubble.settings import COARSE
 
 QUESTION = (
@@ -47,16 +42,16 @@ STAGES = 4  # of the measured op costs
 MESHES: dict[str, dict[str, int]] = {
     "pp4·dp2, searched": {"pp": 4, "dp": 2},
     "pp2·dp2·tp2, ZB-V, ZeRO-1": {"pp": 2, "dp": 2, "tp": 2},
-    "pp2·cp2·ep2, experts, 1F1B": {"pp": 2, "cp": 2, "ep": 2},
+    "pp2·cp2·dp2, 1F1B, remat": {"pp": 2, "cp": 2, "dp": 2},
 }
 UNLIKE: dict[str, dict[str, Any]] = {
     "pp4·dp2, searched": {"pipeline.schedule": "searched"},
     "pp2·dp2·tp2, ZB-V, ZeRO-1": {"pipeline.schedule": "zbv", "train.zero": 1},
-    "pp2·cp2·ep2, experts, 1F1B": {"pipeline.schedule": "1f1b", "train.microbatches": 4},
+    "pp2·cp2·dp2, 1F1B, remat": {"pipeline.schedule": "1f1b", "model.remat": "full"},
 }
 SPLITS = {"pp1·dp4": (1, 4), "pp2·dp2": (2, 2), "pp4·dp1": (4, 1)}  # (pp, dp) of equal losses
 SHORT = 10  # steps of it
-OPTIMUM = {True: (4, 4), False: (4, 8)}  # (p, m) of proofs, by whether the variant is tiny
+SIZES = {"tiny": TINY, "full": FULL}
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
@@ -100,8 +95,6 @@ def build(config: ml_collections.ConfigDict, name: str, degrees: Mapping[str, in
         c.model.update(dtype="float32", width=32, heads=4, kv_heads=4, head_dim=8, ffn=32)
         c.model.update(layers=4, remat="none")
         c.model.image.update(size=16, patch=4)
-        if "experts" in name:
-            c.model.moe.update(experts=4, topk=2, ffn=16)
         c.update_from_flattened_dict(UNLIKE.get(name, {}))
         c.mesh.update(dict.fromkeys(AXES, 1) | dict(degrees))
     return standard(c)
@@ -133,66 +126,12 @@ def study(run: Run) -> Report:
     timed = partial(measure, "op costs", op_costs.measured, first, STAGES, c.train.batch)
     of_costs = None if tiny else rows.op_costs  # operations of microseconds have no stable ratio
     costs = timed(rows=of_costs, plot=figures.costs, group="Op costs")
-    parts += [costs, *_schedules(costs, tiny), *_steps(tiny), *_worth(tiny), *_quality(run)]
-    return run.report(*parts)
-
-
-def cases(costs: list[op_costs.OpCosts], tiny: bool) -> list[simulated.Case]:
-    """Contests of schedules, also at the measured costs of the finest patches."""
-    if tiny:
-        return simulated.cases(4, 8, 0.0, (simulated.EQUAL,), ())
-    seconds = [[costs[0].median(kind)] * 8 for kind in ("F", "B", "W")]
-    return simulated.cases(measured=(seconds[0], seconds[1], seconds[2]))
-
-
-def drawn(costs: list[op_costs.OpCosts], tiny: bool) -> dict[str, simulated.Bars]:
-    """Every schedule at the measured costs, in units of F."""
-    return simulated.schedules(costs[0].ratio, simulated.HALVES, effort=0.0 if tiny else 0.25)
-
-
-def _schedules(costs: Measurement, tiny: bool) -> list[Part]:
-    """Searched orders against fixed ones: time, memory, optimum, published tables."""
-    group, shown = "Schedules", figures_simulated
-    some = measure("cases", cases, costs, tiny, raw=_none)
-    contest = partial(measure, "contest", simulated.contest, each(some))
-    caps = tuple(range(2, 7)) if tiny else tuple(range(4, 17))
-    law = simulated.EQUAL, simulated.HALVES, caps, *((4, 8) if tiny else (8, 32))
-    return [
-        contest(rows=rows_simulated.contests, plot=shown.contests, group=group),
-        measure("memory", simulated.sweep, *law, plot=shown.sweep),
-        measure("schedules", drawn, costs, tiny, plot=shown.schedules, raw=_none),
-        measure(
-            "optimum", simulated.proofs, *OPTIMUM[tiny], rows=rows_simulated.proofs, group=group
-        ),
-        measure("published", _published, rows=rows_simulated.tables, group=group),
-    ]
-
-
-def _published() -> list[Any]:
-    return list(published.entries())
-
-
-def _steps(tiny: bool) -> list[Part]:
-    """Steps without a barrier, and the skips of a U-ViT."""
-    group = "Steps and skips"
-    found: list[Part] = [
-        measure("no barrier", barrier.bubbles, rows=rows_simulated.no_barrier, group=group),
-        measure("clipping", barrier.clippings, rows=rows_simulated.clippings, group=group),
-        measure("skips", skips.transfers, rows=rows_simulated.transfers, group=group),
-    ]
+    parts += [costs, *parts_simulated.parts(SIZES.get(c.variant, CPU), costs)]
     if not tiny:
-        found.append(measure("links", skips.on_links, rows=rows_simulated.on_links, group=group))
-        played = processes.orders()
-        runs = measure("two processes", processes.measured, played, rows=rows.processes)
-        found.append(replace(runs, group=group))
-    return found
-
-
-def _worth(tiny: bool) -> list[Part]:
-    """The map of where a pipeline wins."""
-    plot = None if tiny else figures_simulated.worth
-    plans = measure("plans", worth.worth, each(worth.cells(few=tiny)))
-    return [derive("worth", plans, rows=rows_simulated.worth, plot=plot, group="Worth")]
+        runs = partial(measure, "two processes", processes.measured, processes.orders())
+        parts.append(runs(rows=rows.processes, group="A real run"))
+    parts += _quality(run)
+    return run.report(*parts)
 
 
 def _exact(run: Run, tiny: bool) -> list[Part]:
@@ -212,10 +151,10 @@ def _quality(run: Run) -> list[Part]:
     c, group = run.config, "Images"
     names = list(run.arms)
     first = run.arms[names[0]][0]
-    judged = measure("judge", quality.judge_of, first, c.images.classifier, raw=_none)
+    judged = measure("judge", quality.judge_of, first, c.images.classifier, raw=nothing)
     floor = measure("held-out images", quality.floor, first, judged)
     drawn = [
-        measure(f"samples {n}", quality.samples, each(run.arms[n]), judged, *_asked(c), raw=_none)
+        measure(f"samples {n}", quality.samples, each(run.arms[n]), judged, *_asked(c), raw=nothing)
         for n in names
     ]
     losses = [measure(f"held-out {n}", quality.held_out, each(run.arms[n])) for n in names]
@@ -229,10 +168,6 @@ def _quality(run: Run) -> list[Part]:
 
 def _asked(c: ml_collections.ConfigDict) -> tuple[int, int]:
     return c.images.samples, c.images.steps
-
-
-def _none(*_: Any) -> None:
-    """Images and weights are no numbers of a report."""
 
 
 def _pictures(run: Run, names: list[str], drawn: Any, losses: Any) -> dict[str, Any]:
