@@ -133,7 +133,7 @@ def worth(found: Sequence[Worth]) -> Any:
     bar.set_ticks([-1, 0, 1], labels=["−50", "0", "≥ +100"])
     fig.suptitle(
         "Where a pipeline wins (blue), with a searched schedule\n"
-        "◇ as interleaved 1F1B it loses, without any bubble it would win; ◆ searching is enough"
+        "◇ loses as interleaved 1F1B, would win without any bubble\n◆ wins when searched"
     )
     return fig
 

@@ -64,6 +64,11 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     return found
 
 
+def seeds(config: ml_collections.ConfigDict) -> dict[str, tuple[int, ...]]:
+    """One for the U-ViT, which nothing is compared with."""
+    return {"uvit": tuple(config.seeds)[:1]}
+
+
 def arm(config: ml_collections.ConfigDict, cost: str, filler: str) -> Experiment:
     """The experiment of a cost and a filler."""
     c = config.copy_and_resolve_references()
