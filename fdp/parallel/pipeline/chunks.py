@@ -66,6 +66,11 @@ def unplace(tree: Any, placement: Placement) -> Any:
 
 def _moved(x: jax.Array, placement: Placement, back: bool) -> jax.Array:
     p, v = placement.p, placement.v
+    if len(x) % v:
+        raise ValueError(
+            f"layers are not divisible by stages: layers % (p·v) = {len(x) * p} % ({p}·{v}); set "
+            f"model.layers={-(-len(x) // v) * v * p}"
+        )
     blocks = x.reshape(v, x.shape[0] // v, *x.shape[1:])
     out = jnp.zeros_like(blocks)
     for chosen in rounds(placement):
