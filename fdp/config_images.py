@@ -93,18 +93,23 @@ def check(c: Any) -> None:
         )
     if m.kind == "uvit":
         _check_skips(m)
-    if c.mesh.pp > 1 and (m.kind == "uvit" or pattern_rows(m) > 1):
+    if c.mesh.pp > 1 and (m.kind == "uvit" or x.self_conditioning):
         raise UserError(
-            f"mesh.pp={c.mesh.pp}: a pipeline runs a dit whose samples cost alike; set mesh.pp=1, "
-            "or model.kind='dit', model.image.coarse=0, model.image.dropped=0 and "
-            "model.image.self_conditioning=False"
+            f"mesh.pp={c.mesh.pp}: a pipeline runs a dit, and no sample twice; set mesh.pp=1, or "
+            "model.kind='dit' and model.image.self_conditioning=False"
         )
 
 
 def _check_batch(c: Any) -> None:
     """Every microbatch of a device holds whole patterns of cost classes."""
     unit, mesh, t = pattern_rows(c.model), c.mesh, c.train
-    ways = mesh.dp * mesh.ep * t.microbatches * unit
+    if mesh.pp > 1 and t.microbatches % unit:
+        raise UserError(
+            "microbatches of a pipeline have one cost class each: microbatches % rows of the "
+            f"pattern = {t.microbatches} % {unit} = {t.microbatches % unit}; set "
+            f"train.microbatches={-(-t.microbatches // unit) * unit}"
+        )
+    ways = mesh.dp * mesh.ep * (t.microbatches if mesh.pp > 1 else t.microbatches * unit)
     if unit > 1 and t.batch % ways:
         raise UserError(
             "global batch is not whole patterns of cost classes on every device: batch % "

@@ -172,18 +172,7 @@ def _of_images(
     """DiT or U-ViT and their objective."""
     m, x = c.model, c.model.image
     check_images(data, x.size, x.channels, x.classes)
-    coarse, dropped = share("coarse", x.coarse), share("dropped", x.dropped)
-    law = CostLaw(coarse, dropped, x.group, x.self_conditioning)
-    image = ImageShape(
-        size=x.size,
-        channels=x.channels,
-        classes=x.classes,
-        patch=x.patch,
-        coarse=bool(coarse),
-        dropping=bool(dropped),
-        self_conditioned=x.self_conditioning,
-        registers=x.registers,
-    )
+    image, law = _image_of(c)
     shape = replace(
         ModelShape.of(m),
         vocab=x.patch**2 * x.channels,  # what a token holds, for the prices
@@ -198,16 +187,50 @@ def _of_images(
     return dit(shape, image, comm_plan(c), moe), objective
 
 
+def _image_of(c: ml_collections.ConfigDict) -> tuple[ImageShape, CostLaw]:
+    """What images are, and what they cost."""
+    x = c.model.image
+    coarse, dropped = share("coarse", x.coarse), share("dropped", x.dropped)
+    law = CostLaw(coarse, dropped, x.group, x.self_conditioning)
+    image = ImageShape(
+        size=x.size,
+        channels=x.channels,
+        classes=x.classes,
+        patch=x.patch,
+        coarse=bool(coarse),
+        dropping=bool(dropped),
+        self_conditioned=x.self_conditioning,
+        registers=x.registers,
+    )
+    return image, law
+
+
 def grads_of(c: ml_collections.ConfigDict) -> Grads:
     """Gradients without a pipeline, or by the schedule of the `pipeline` section. Raises UserError
     for numbers of microbatches that the schedule does not take."""
     p, m = c.mesh.pp, c.train.microbatches
     if p == 1:
         return plain(m)
+    shares = _shares(c) if c.model.kind in IMAGE_MODELS else ()
     try:
-        return scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks))
+        return scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks, shares))
     except ValueError as error:
         raise config.UserError(f"pipeline.schedule={c.pipeline.schedule}: {error}") from error
+
+
+def _shares(c: ml_collections.ConfigDict) -> tuple[float, ...]:
+    """What each microbatch of a step costs, in tokens of an image over those of the finest patches,
+    class after class; none where all cost alike."""
+    image, law = _image_of(c)
+    pattern, m = law.costs.pattern, c.train.microbatches
+    if len(law.costs.classes) == 1:
+        return ()
+    found = [
+        image.tokens(cost, kept=True) / image.tokens()
+        for cost in law.costs.classes
+        for _ in range(m * pattern.count(cost) // len(pattern))
+    ]
+    return tuple(found)
 
 
 def fit_of(c: ml_collections.ConfigDict) -> Fit:

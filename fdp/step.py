@@ -118,7 +118,9 @@ class TrainStep:
         try:
             sharding.check_dims(e.batch_example(e.fit.batch), self.dims, ways)
             if hasattr(e.model, "check"):
-                shards = degrees["dp"] * degrees["ep"] * e.grads.microbatches
+                # A microbatch of a pipeline has one class of the examples that a device has.
+                pieces = 1 if degrees["pp"] > 1 else e.grads.microbatches
+                shards = degrees["dp"] * degrees["ep"] * pieces
                 e.model.check(e.fit.batch // shards, e.noised_example(), degrees)
         except ValueError as error:
             raise UserError(str(error)) from error

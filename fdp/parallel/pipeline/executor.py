@@ -7,13 +7,14 @@ once, after the last tick.
 
 Legend: p devices of pp, m microbatches, x hidden states of a microbatch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdp.collectives import index, shift, size, vary
 from fdp.grads import LOSS_AXES, Aux, Stages
@@ -21,6 +22,7 @@ from fdp.parallel.pipeline.chunks import place, unplace
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.split import Halves, halves
 from fdp.parallel.pipeline.table import (
+    BRANCHES,
     FIELDS,
     FIRST_B,
     FIRST_F,
@@ -41,7 +43,8 @@ Array = jax.Array
 @dataclass(frozen=True)
 class scheduled:
     """Gradients by a pipeline schedule: equal to those of `fdp.grads.plain` with as many
-    microbatches. order: operations F, B, W and BW of one step."""
+    microbatches. order: operations F, B, W and BW of one step. Where samples cost unlike, a
+    microbatch has those of one class, and the microbatches of a class follow each other."""
 
     order: Order
 
@@ -76,10 +79,24 @@ class scheduled:
             return jax.tree.map(one, params, stacked)
 
         here, reduce = jax.vjp(mine, params)
-        split = jax.tree.map(lambda x: x.reshape(m, x.shape[0] // m, *x.shape[1:]), noised)
-        run = _Program(self.table, self.chunks, stages, here, stacked, vary(split, LOSS_AXES))
-        loss, grads, aux, of_layers = run()
+        rows = jax.tree.leaves(noised)[0].shape[0] // m
+        classes = [
+            Operations(self.chunks, stages, here, stacked, vary(_cut(part, rows), LOSS_AXES))
+            for part in stages.parts(noised)
+        ]
+        loss, grads, aux, of_layers = _Program(self.table, classes)()
         return loss, reduce(grads)[0], aux | unplace(of_layers, placement)
+
+
+def _cut(part: Any, rows: int) -> Any:
+    """Microbatches of so many rows. Raises ValueError for a cost class that is not whole ones."""
+    count = jax.tree.leaves(part)[0].shape[0]
+    if count % rows:
+        raise ValueError(
+            f"a cost class is not whole microbatches: its rows on a device % rows of a microbatch "
+            f"= {count} % {rows}; set train.microbatches to a multiple of the pattern's rows"
+        )
+    return jax.tree.map(lambda x: x.reshape(count // rows, rows, *x.shape[1:]), part)
 
 
 def _over_pp(x: Array) -> bool:
@@ -200,13 +217,25 @@ class Operations:
         return blank(found | last | {"aux": found["aux"] | last["aux"]})
 
 
-class _Program(Operations):
+class _Program:
     """One step on this device. What an operation does not compute is zero in the results of its
-    tick."""
+    tick.
 
-    def __init__(self, table: Table, *rest: Any):
-        super().__init__(*rest)
-        self.table = table
+    classes: the operations of the microbatches of each cost class, which are numbered class after
+    class. Messages of all classes lie in one buffer, as long as the longest; residuals and stashes
+    in one for each class, with slots for all microbatches."""
+
+    def __init__(self, table: Table, classes: Sequence[Operations]):
+        self.table, self.classes, first = table, classes, classes[0]
+        self.params, self.stacked, self.chunks = first.params, first.stacked, first.chunks
+        counts = [jax.tree.leaves(ops.batches)[0].shape[0] for ops in classes]
+        self.class_of = np.repeat(np.arange(len(classes)), counts)
+        self.place = np.concatenate([np.arange(n) for n in counts])
+        longest = max(classes, key=lambda ops: ops.x.size)
+        self.message = longest.none["message"]
+        self.none = first.none | {"message": self.message}
+        for name in ("residuals", "stash"):
+            self.none[name] = [ops.none[name] for ops in classes]
 
     def __call__(self) -> tuple[Array, Any, Aux, Aux]:
         """(loss, gradients, aux, aux of the layers) of this device."""
@@ -228,54 +257,86 @@ class _Program(Operations):
         (*_, loss, aux, grads, layers), _ = jax.lax.scan(self._tick, start, rows)
         return loss, grads, aux, layers
 
-    def _run(self, at: dict[str, Array], box: Any, kept: Any, stashed: Any) -> dict[str, Any]:
-        """The operation of this device, padded with zeros."""
-        k, c, none = at["microbatch"], at["chunk"], self.none
+    def _branches(
+        self, n: int, at: dict[str, Array], box: Any, kept: Any, stashed: Any
+    ) -> list[Callable[[], Any]]:
+        """The operations of class n, padded with zeros, in the order of the table's kinds."""
+        ops, none, k, c = self.classes[n], self.none, at["place"], at["chunk"]
 
         def padded(found: dict[str, Any]) -> dict[str, Any]:
-            return none | found | {"aux": none["aux"] | found.get("aux", {})}
+            found = found | {"aux": none["aux"] | found.get("aux", {})}
+            if "message" in found:
+                found["message"] = _padded(found["message"], self.message)
+            for name in ("residuals", "stash"):
+                if name in found:
+                    found[name] = [*none[name][:n], found[name], *none[name][n + 1 :]]
+            return none | found
+
+        def given() -> Array:
+            return _unpadded(_take(box, at["input"]), ops.x)
 
         def forward(first: bool) -> Callable[[], Any]:
-            return lambda: padded(self.forward(k, c, _take(box, at["input"]), first))
+            return lambda: padded(ops.forward(k, c, given(), first))
 
         def backward(first: bool, last: bool) -> Callable[[], Any]:
             def run() -> dict[str, Any]:
-                message, residuals = _take(box, at["input"]), _take(kept, at["residual"])
-                return padded(self.backward(k, c, message, residuals, first, last))
+                residuals = _take(kept[n], at["residual"])
+                return padded(ops.backward(k, c, given(), residuals, first, last))
 
             return run
 
-        branches = {
+        found = {
             IDLE: lambda: none,
             FIRST_F: forward(True),
             F: forward(False),
             B: backward(False, False),
             FIRST_B: backward(True, False),
             LAST_B: backward(False, True),
-            W: lambda: padded(self.weights(c, _take(stashed, at["stash"]))),
+            W: lambda: padded(ops.weights(c, _take(stashed[n], at["stash"]))),
         }
-        return jax.lax.switch(at["kind"], [branches[i] for i in range(len(branches))])
+        return [found[i] for i in range(BRANCHES)]
 
     def _tick(self, carry: Any, row: Array) -> tuple[Any, None]:
         box, kept, stashed, loss, aux, grads, layers = carry
-        at = dict(zip(FIELDS, row, strict=True))
-        out = self._run(at, box, kept, stashed)
-        message, zero = out["message"], self.none["message"]
+        at, slots = dict(zip(FIELDS, row, strict=True)), self.table.slots
+        mine = jnp.asarray(self.class_of)[at["microbatch"]]
+        at["place"] = jnp.asarray(self.place)[at["microbatch"]]
+        several = range(len(self.classes))
+        every = [b for n in several for b in self._branches(n, at, box, kept, stashed)]
+        out = jax.lax.switch(at["kind"] + BRANCHES * mine, every)
+        message, zero = out["message"], self.message
         plus = shift(jnp.where(at["send"] == NEXT, message, zero), "pp", 1)
         minus = shift(jnp.where(at["send"] == PREVIOUS, message, zero), "pp", -1)
         for name, x in (("plus", plus), ("minus", minus), ("own", message)):
             box = _put(box, at[name], x)
+
+        def put(buffers: list[Any], name: str, slot: Array, unused: int) -> list[Any]:
+            at_n = [jnp.where(mine == n, slot, unused) for n in several]
+            return [_put(b, i, x) for b, i, x in zip(buffers, at_n, out[name], strict=True)]
+
         add = partial(_add, at["chunk"])
         whole = jax.tree.map(lambda _: True, layers)
         return (
             box,
-            _put(kept, at["residual"], out["residuals"]),
-            _put(stashed, at["stash"], out["stash"]),
+            put(kept, "residuals", at["residual"], slots.residuals),
+            put(stashed, "stash", at["stash"], slots.stashes),
             loss + out["loss"],
             jax.tree.map(jnp.add, aux, out["aux"]),
             jax.tree.map(add, grads, out["grads"], self.stacked),
             jax.tree.map(add, layers, out["layers"], whole),
         ), None
+
+
+def _padded(x: Array, like: Array) -> Array:
+    """A message in the shape of the longest."""
+    if x.shape == like.shape:
+        return x
+    return jnp.pad(x.reshape(-1), (0, like.size - x.size)).reshape(like.shape)
+
+
+def _unpadded(message: Array, x: Any) -> Array:
+    """The reverse, of this type."""
+    return message if x.shape == message.shape else message.reshape(-1)[: x.size].reshape(x.shape)
 
 
 def _add(chunk: Array, total: Array, x: Array, stacked: bool) -> Array:

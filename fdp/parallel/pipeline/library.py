@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
+
 from fdp.parallel.pipeline import controllable, fixed
 from fdp.parallel.pipeline.check import check
 from fdp.parallel.pipeline.costs import Costs
@@ -30,17 +32,18 @@ STASH = 0.4  # of an activation, which B leaves to W: a DiT block of width 384
 
 
 @lru_cache(maxsize=32)
-def named(name: str, p: int, m: int, v: int = 1) -> Order:
+def named(name: str, p: int, m: int, v: int = 1, shares_m: tuple[float, ...] = ()) -> Order:
     """The schedule `name` of p devices, m microbatches and v chunks; a V has two in any case.
 
-    "searched" is the best found for equal costs of F, B and W with at most p microbatches held by a
-    device. A name that ends in .csv is a file in the format of torch.distributed.pipelining. Raises
-    ValueError for numbers that a schedule does not take and for a file that does not run, and
-    KeyError for a name that is unknown."""
+    "searched" is the best found for equal costs of F, B and W, times `shares_m` where microbatches
+    cost unlike, with at most p microbatches held by a device. A name that ends in .csv is a file in
+    the format of torch.distributed.pipelining. Raises ValueError for numbers that a schedule does
+    not take and for a file that does not run, and KeyError for a name that is unknown."""
     if name.endswith(".csv"):
         return _of_file(name, p, m)
     if name == "searched":
-        costs = Costs(activation=1.0, stash=STASH, message=1.0)
+        share = np.array(shares_m or [1.0] * m)[None]
+        costs = Costs(share, share, share, activation=1.0, stash=STASH, message=1.0)
         places = [looped(p, v), wave(p)] if v == 2 else [looped(p, v)]
         best = search(p, m, costs, float(p), places, effort=0.3).best.order
         assert best is not None

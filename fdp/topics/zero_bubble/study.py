@@ -73,13 +73,12 @@ def arm(config: ml_collections.ConfigDict, cost: str, filler: str) -> Experiment
     """The experiment of a cost and a filler."""
     c = config.copy_and_resolve_references()
     with c.unlocked():
-        if cost != "uniform":
-            c.mesh.pp = 1  # a pipeline runs a DiT whose samples cost alike
         if cost == "coarse":
             c.model.image.coarse = COARSE
         if cost == "uvit":
             c.model.update(kind="uvit", layers=c.model.layers + 1)
             c.model.image.conditioning = "tokens"
+            c.mesh.pp = 1
         if filler == "larger":
             c.train.batch += c.train.batch // 8
     e = standard(c)
