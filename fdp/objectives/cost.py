@@ -95,6 +95,11 @@ class CostLaw:
         return lcm(self.coarse.denominator, self.dropped.denominator)
 
     @property
+    def coarse_from(self) -> Fraction | None:
+        """Rank of the noise, 0 to 1, from which patches are coarse; None where none are."""
+        return 1 - self.coarse if self.coarse else None
+
+    @property
     def costs(self) -> Costs:
         """The pattern of classes, by noise level and then self-conditioning."""
         found = []

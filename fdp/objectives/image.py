@@ -21,7 +21,7 @@ import numpy as np
 from fdp.count.counts import Counts, Degrees, Unstated
 from fdp.count.counts import Rows as CountedRows
 from fdp.objectives.base import Batch, Objective, strata
-from fdp.objectives.cost import CostLaw, Costs
+from fdp.objectives.cost import PLAIN, CostClass, CostLaw, Costs
 
 PIXELS = ("batch", "sequence", None, None)
 MAX_TIME = 1000.0  # the network is told the noise level on this scale
@@ -139,13 +139,23 @@ class ImageObjective(Objective):
     def denoiser(
         self, predict: Callable[[Mapping[str, Any]], jax.Array], labels_B: jax.Array
     ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-        """D(z, σ_B, last estimate) of a network, given as `predict`, for images of these labels."""
+        """D(z, σ_B, last estimate) of a network, given as `predict`, for images of these labels and
+        of one noise level. Patches are as coarse as they were in training at that level."""
+        rank = self.law.coarse_from
 
         def denoise(z: jax.Array, sigma_B: jax.Array, estimate: jax.Array) -> jax.Array:
             c = self.coefficients(sigma_B)
             noised = {"inputs": _of(c.c_in) * z, "noise": c.time, "sigma": sigma_B}
-            more = {"labels": labels_B, "cost": Costs(), "estimate": estimate}
-            outputs = predict(noised | more)
+            noised |= {"labels": labels_B, "estimate": estimate}
+
+            def of(cost: CostClass) -> jax.Array:
+                return predict(noised | {"cost": Costs((cost,))})
+
+            if rank is None:
+                outputs = of(PLAIN)
+            else:
+                high = sigma_B[0] >= self.sigma(jnp.full(1, float(rank)))[0]
+                outputs = jax.lax.cond(high, lambda: of(CostClass(patch=2)), lambda: of(PLAIN))
             return _of(c.c_skip) * z + _of(c.c_out) * outputs
 
         return denoise

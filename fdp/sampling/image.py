@@ -41,7 +41,8 @@ class ImageDraw:
         height, width, channels = self.shape
         pixels = jnp.arange(height * width)
         keys = position_keys(self.key, self.sample_ids_B, step, pixels)
-        return normal(keys, channels).reshape(-1, *self.shape)
+        noise = normal(keys, channels).reshape(-1, *self.shape)
+        return vary_like(noise, self.sample_ids_B)  # bits of a key are not typed varying
 
 
 # Grids of noise levels

@@ -86,25 +86,42 @@ def _over_pp(x: Array) -> bool:
     return "pp" in jax.typeof(x).mat.varying
 
 
-class _Program:
-    """One step on this device."""
+class Operations:
+    """What the operations of a stage compute on this device, and the types of their results.
+
+    batches: with a leading dim of microbatches. stacked: of each parameter, whether its dim 0 is
+    the layers of all chunks. known: the layers in halves, where another trace has cut them."""
 
     def __init__(
-        self, table: Table, chunks: int, stages: Stages, params: Any, stacked: Any, batches: Any
+        self,
+        chunks: int,
+        stages: Stages,
+        params: Any,
+        stacked: Any,
+        batches: Any,
+        known: Halves | None = None,
     ):
-        self.table, self.chunks, self.stages, self.batches = table, chunks, stages, batches
+        self.chunks, self.stages, self.batches = chunks, stages, batches
         self.params, self.stacked = params, stacked
+        self.halves = known or self._halves()
+
+    @cached_property
+    def x(self) -> Any:
+        """Type of a message."""
         first, some = self._batch(0), self._chunk(0)
-        self.x = _types(lambda: self._start(some, first)[0])
+        return _types(lambda: self._start(some, first)[0])
+
+    def _halves(self) -> Halves:
+        first, some = self._batch(0), self._chunk(0)
         found: list[Halves] = []
+        data = "pp" if size("pp") > 1 else ""  # on a mesh of one stage nothing varies over pp
 
         def trace(params: Any, x: Array) -> tuple[()]:
-            found.append(halves(self._blocks(first), params, x, "pp"))
+            found.append(halves(self._blocks(first), params, x, data))
             return ()
 
-        jax.make_jaxpr(trace)(some, _blank(self.x))
-        self.halves = found[0]
-        self.none = self._none()
+        jax.make_jaxpr(trace)(some, blank(self.x))
+        return found[0]
 
     def _batch(self, k: Any) -> Any:
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, 0, False), self.batches)
@@ -133,9 +150,6 @@ class _Program:
     def _score(self, params: Any, y: Array, noised: Any) -> tuple[Array, Aux]:
         loss, aux, penalty = self.stages.score(params, y, noised)
         return _scalar(loss) + _scalar(penalty), aux
-
-    # Branches: what an operation computes; the rest of a tick's results is zero
-    # ---------------------------------------------------------------------------------------------
 
     def forward(self, k: Any, c: Any, message: Array, first: bool = False) -> dict[str, Any]:
         """F. The first stage embeds its microbatch."""
@@ -176,16 +190,23 @@ class _Program:
         """W."""
         return {"grads": self.halves.weight_gradients(self._chunk(c), stash)}
 
-    def _none(self) -> dict[str, Any]:
+    @cached_property
+    def none(self) -> dict[str, Any]:
         """The zeros of every result."""
-        x = _blank(self.x)
+        x = blank(self.x)
         found = _types(lambda: self.forward(0, 0, x, first=True))
-        residuals = _blank(found["residuals"])
+        residuals = blank(found["residuals"])
         last = _types(lambda: self.backward(0, 0, x, residuals, last=True))
-        return _blank(found | last | {"aux": found["aux"] | last["aux"]})
+        return blank(found | last | {"aux": found["aux"] | last["aux"]})
 
-    # Ticks
-    # ---------------------------------------------------------------------------------------------
+
+class _Program(Operations):
+    """One step on this device. What an operation does not compute is zero in the results of its
+    tick."""
+
+    def __init__(self, table: Table, *rest: Any):
+        super().__init__(*rest)
+        self.table = table
 
     def __call__(self) -> tuple[Array, Any, Aux, Aux]:
         """(loss, gradients, aux, aux of the layers) of this device."""
@@ -277,7 +298,7 @@ def _types(f: Callable[[], Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), closed.out_avals)
 
 
-def _blank(types: Any) -> Any:
+def blank(types: Any) -> Any:
     """Zeros of these types."""
     return jax.tree.map(lambda t: vary(jnp.zeros(t.shape, t.dtype), tuple(t.mat.varying)), types)
 

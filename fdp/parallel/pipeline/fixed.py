@@ -3,6 +3,8 @@ on times.
 
 Legend: p devices, m microbatches, v chunks of a device, i a device."""
 
+from operator import itemgetter
+
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.greedy import Knobs, Line
 from fdp.parallel.pipeline.orders import Op, Order, build
@@ -148,7 +150,8 @@ def dualpipe_v(p: int, m: int) -> Order:
 def skip_wave(p: int, m: int, memory: float | None = None) -> Order:
     """A V that puts both ends of a U-ViT's skips on one device, with whole backwards: list
     scheduling at F = B = W, as the wave of PULSE (arXiv 2606.19163) is synthesised for its
-    placement.
+    placement. The shortest of eight, which differ in the microbatches in flight and in what goes
+    back first.
 
     memory: microbatches that a device may hold, p by default."""
     _check(p, m)
@@ -156,8 +159,13 @@ def skip_wave(p: int, m: int, memory: float | None = None) -> Order:
     placement = wave(p)
     table = Costs(activation=1.0).on(placement, m)
     line = Line(placement, table, [limit] * p, range(m))
-    knobs = Knobs(2.0, (0.0,) * p, (0.0,) * p, fused=True)
-    return line.order(line.run(knobs)[1])
+    none = (0.0,) * p
+    tries = [
+        line.run(Knobs(ahead, none, none, returns=returns, fused=True))
+        for ahead in (2.0, 1.0, 1.5, 3.0)
+        for returns in (1, p)
+    ]
+    return line.order(min(tries, key=itemgetter(0))[1])
 
 
 def _check(p: int, m: int) -> None:

@@ -56,9 +56,8 @@ class Placement:
         One message a skip between two devices, or, relayed, one for each boundary between devices
         on its way."""
         cut = [a != b for a, b in pairwise(self.devices)]
-        far = sum(
-            sum(cut[a:b]) if relayed else self.devices[a] != self.devices[b] for a, b in skips
-        )
+        apart = [(a, b) for a, b in skips if self.devices[a] != self.devices[b]]
+        far = sum(sum(cut[a:b]) if relayed else 1 for a, b in apart)
         return 2 * (sum(cut) + far)
 
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from fdp.parallel.pipeline import published
 from fdp.parallel.pipeline.controllable import v_half, v_min
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import evaluate
@@ -100,51 +101,10 @@ def test_bubble_of_zb_h2(p, m):
             assert span_idle(r) == 0 and idle(r) == (p - 1) * f
 
 
-# Qi et al. 2023 (arXiv 2401.10241): T_F, T_B, T_W, T_comm in ms as profiled there, and bubble rates
-# to four digits. Spans are the paper's table; makespans, which count in a step with a barrier, were
-# taken from its authors' schedules with an evaluator written apart from this one.
-PAPER = [
-    (8, 24, (18.522, 18.086, 9.337, 0.601)),
-    (8, 64, (18.546, 18.097, 9.321, 0.762)),
-    (8, 24, (29.718, 29.444, 19.927, 0.527)),
-    (8, 32, (29.802, 29.428, 19.530, 0.577)),
-    (16, 48, (11.347, 11.248, 8.132, 0.377)),
-    (32, 96, (10.419, 10.207, 7.715, 0.408)),
-]
-MAKESPANS = [  # 1F1B, H1, H2, ZB-1p, ZB-2p, ZBV
-    (0.2431, 0.1585, 0.1083, 0.1585, 0.1083, 0.0722),
-    (0.1240, 0.0674, 0.0444, 0.0674, 0.0439, 0.0302),
-    (0.2347, 0.1323, 0.1003, 0.1323, 0.1003, 0.0606),
-    (0.1898, 0.1045, 0.0778, 0.1045, 0.0778, 0.0471),
-    (0.2552, 0.1397, 0.1065, 0.1478, 0.1065, 0.0714),
-    (0.2646, 0.1421, 0.1098, 0.1501, 0.1098, 0.0763),
-]
-SPANS = [
-    (0.2431, 0.1585, 0.1083, 0.1585, 0.0433, 0.0703),
-    (0.1240, 0.0674, 0.0444, 0.0674, 0.0026, 0.0298),
-    (0.2347, 0.1323, 0.0698, 0.1323, 0.0029, 0.0403),
-    (0.1898, 0.1045, 0.0559, 0.1045, 0.0022, 0.0326),
-    (0.2552, 0.1397, 0.0672, 0.1397, 0.0066, 0.0498),
-    (0.2646, 0.1421, 0.0641, 0.1421, 0.0038, 0.0531),
-]
-
-
-@pytest.mark.parametrize(
-    ("row", "makespans", "spans"), list(zip(PAPER, MAKESPANS, SPANS, strict=True))
-)
-def test_bubble_rates_of_the_zero_bubble_paper(row, makespans, spans):
-    p, m, (*times, send) = row
-    known = Times(*times, send)
-    orders = [
-        one_f_one_b(p, m),
-        zb_h1(p, m),
-        zb_h2(p, m),
-        zb_heuristic(p, m, known, p),
-        zb_heuristic(p, m, known, 2 * p),
-        zbv_heuristic(p, m, known),
-    ]
-    found = [run(order, *times, send=send, **HELD) for order in orders]
-    assert [rates(r) for r in found] == list(zip(makespans, spans, strict=True))
+@pytest.mark.parametrize("model", published.ZERO_BUBBLE, ids=lambda x: f"{x.model}-{x.m}")
+def test_bubble_rates_of_the_zero_bubble_paper(model):
+    found, p = published.zero_bubble_results(model), model.p
+    assert [rates(r) for r in found] == list(zip(model.makespans, model.spans, strict=True))
     limits = (p, p, 2 * p - 1, p, 2 * p, p)
     assert all(max(r.peak_bytes) <= limit + 1e-6 for r, limit in zip(found, limits, strict=True))
 
@@ -192,18 +152,9 @@ def test_two_operations_a_backward_save_1f1b_its_w(m):
     assert idle(run(one_f_one_b(8, m), 1, 1, 1, mode="neighbour")) > 21
 
 
-# The orders of `torch.distributed.pipelining` at p = 8, m = 16: makespan bubbles where F = B = W
-# and where W is half of them, and microbatches held.
-TORCH = {
-    "Interleaved1F1B": (interleaved(8, 16, 2), 0.1795, 0.1795, 11.5),
-    "InterleavedZeroBubble": (interleaved_zero_bubble(8, 16, 2), 0.0680, 0.1160, 8),
-    "ZBVZeroBubble": (zbv(8, 16), 0.0680, 0.0805, 8),
-    "DualPipeV": (dualpipe_v(8, 16), 0.0680, 0.1160, 8.5),
-}
-
-
-@pytest.mark.parametrize(("order", "equal", "half", "held"), TORCH.values(), ids=TORCH)
-def test_orders_of_torch(order, equal, half, held):
+@pytest.mark.parametrize("name", published.TORCH)
+def test_orders_of_torch(name):
+    order, (equal, half, held) = published.torch_orders()[name], published.TORCH[name]
     r = run(order, 1, 1, 1, **HELD)
     assert (round(r.bubble, 4), max(r.peak_bytes)) == (equal, held)
     assert round(run(order, 1, 1, 0.5).bubble, 4) == half
@@ -224,16 +175,6 @@ def test_bubbles_and_memory_of_controllable_schedules():
             assert (idle(r), max(r.peak_bytes)) == (lost, held)
 
 
-# Bubbles (makespan, span) by shape at p = 8, m = 24; tokens over width give F:B:W = 24 + 4r : 24 +
-# 12r : 24 of matmul FLOPs. Columns: H1, H2, ZB-2p, ZBV, V-Half, DualPipeV, interleaved zero bubble
-# with 2 and 3 chunks.
-SHAPES = {
-    "DiT-XL/2 256 px": (256 / 1152, (0.096, 0.088, 0.088, 0.049, 0.114, 0.051, 0.051, 0.034)),
-    "DiT-XL/2 512 px": (1024 / 1152, (0.114, 0.085, 0.085, 0.055, 0.136)),
-    "MMDiT 1024 px": (4096 / 2432, (0.131, 0.083, 0.083, 0.061, 0.162, 0.081, 0.070, 0.048)),
-    "video 32k": (32768 / 3072, (0.190, 0.170, 0.144, 0.132, 0.340, 0.140, 0.105, 0.072)),
-    "video 115k": (115200 / 5120, (0.206, 0.196, 0.182, 0.153, 0.380, 0.156, 0.115, 0.080)),
-}
 SHAPE_SPANS = {  # H2, ZB-2p, ZBV
     "DiT-XL/2 256 px": (0.014, 0.007, 0.012),
     "DiT-XL/2 512 px": (0.046, 0.011, 0.030),
@@ -243,27 +184,16 @@ SHAPE_SPANS = {  # H2, ZB-2p, ZBV
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", published.SHAPES)
 def test_bubbles_of_diffusion_shapes(shape):
-    r, want = SHAPES[shape]
-    p, m, times = 8, 24, (24 + 4 * r, 24 + 12 * r, 24.0)
-    known = Times(*times)
-    orders = [
-        zb_h1(p, m),
-        zb_h2(p, m),
-        zb_heuristic(p, m, known, 2 * p),
-        zbv_heuristic(p, m, known),
-        v_half(p, m),
-        dualpipe_v(p, m),
-        interleaved_zero_bubble(p, m, 2),
-        interleaved_zero_bubble(p, m, 3),
-    ]
-    found = [run(order, *times) for order in orders]
-    np.testing.assert_allclose([r.bubble for r in found[: len(want)]], want, atol=6e-4)
+    ratio, want = published.SHAPES[shape]
+    p, m, t = 8, 24, published.shape_times(ratio)
+    found = published.shape_results(ratio)
+    assert [round(r.bubble, 3) for r in found[: len(want)]] == list(want)
     np.testing.assert_allclose([r.span_bubble for r in found[1:4]], SHAPE_SPANS[shape], atol=6e-4)
     for order, bubble in ((one_f_one_b(p, m), 0.226), (interleaved(p, m, 2), 0.127)):
-        assert run(order, *times).bubble == pytest.approx(bubble, abs=6e-4)
-    assert run(interleaved(p, m, 3), *times).bubble == pytest.approx(0.089, abs=6e-4)
+        assert run(order, t.F, t.B, t.W).bubble == pytest.approx(bubble, abs=6e-4)
+    assert run(interleaved(p, m, 3), t.F, t.B, t.W).bubble == pytest.approx(0.089, abs=6e-4)
 
 
 # 16 microbatches of cost 1 and 16 of ¼, p = 8: (makespan, span) bubbles of sequences.
