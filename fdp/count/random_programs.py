@@ -17,10 +17,10 @@ import ml_collections
 import numpy as np
 
 from fdp import config as fdp_config
-from fdp.count import aot, flops, hlo, jaxpr
+from fdp.count import aot, flops, hlo, pipeline
 from fdp.count import bytes as closed
 from fdp.count import memory as analytic
-from fdp.count.compare import Bytes, sent
+from fdp.count.compare import Bytes, sent_by
 from fdp.data.batches import blank
 from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES, make_mesh
@@ -166,9 +166,9 @@ def compare(e: Experiment, memory: bool = False) -> ProgramCheck:
         sizes = (analytic.estimate(p).total(), planned.peak)
     return ProgramCheck(
         dict(closed.traffic(p)),
-        sent(compiled, p.mesh),
+        sent_by(p, compiled),
         flops.executed(p),
-        p.mesh.size * jaxpr.dot_flops(traced.jaxpr),
+        pipeline.dot_flops(p, traced.jaxpr),
         *sizes,
     )
 

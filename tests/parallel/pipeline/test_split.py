@@ -74,3 +74,22 @@ def test_parameters_are_not_kept():
     _, residuals, _ = whole.forward(model(KINDS["plain"]), PARAMS, X)
     shapes = [r.shape for r in residuals]
     assert not any(p.shape in shapes for p in PARAMS.values())
+
+
+def test_casts_of_parameters_are_computed_again_in_their_half():
+    def gated(p, x):  # the gradient of the gate reads the product, which reads the cast
+        return x + p["b"] * (jnp.tanh(x) @ p["a"].astype(jnp.bfloat16))
+
+    def f(params, x):
+        return jax.lax.scan(lambda x, p: (jax.checkpoint(gated)(p, x), ()), x, params)
+
+    params = {name: PARAMS[name] for name in ("a", "b")}
+    whole = halves(f, params, X)
+    y, residuals, _ = whole.forward(f, params, X)
+    dx, stash = whole.input_gradients(params, residuals, y)
+    shapes = [s.shape for s in jax.tree.leaves(stash)]
+    assert (N, D, D) not in shapes and (N, T, D) in shapes
+    want, wanted = jax.vjp(lambda *a: f(*a)[0], params, X)[1](y)
+    got = whole.weight_gradients(params, stash)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+    np.testing.assert_allclose(dx, wanted, rtol=1e-5, atol=1e-5)
