@@ -126,7 +126,7 @@ def proofs(found: Sequence[Proof]) -> Row:
     note = (
         "mixed integer program (HiGHS) over every order and sequence of one chunk a device, p "
         f"microbatches held; proven optimal: {len(found) - len(far)} of {len(found)}, the "
-        f"others as far as it came in its time; {'; '.join(far)}"
+        f"others as near as it came; {'; '.join(far)}"
     )
     claim = f"searched orders are next to optimal, p = {p}, m = {m}"
     metric = "largest gap to what HiGHS proves, share of the makespan"
@@ -238,7 +238,8 @@ def worth(found: Sequence[Worth]) -> Iterator[Row]:
         f"nodes; the planner's cost model, held-out error on unseen models median "
         f"{error['median']:.0%}, 90 % quantile {error['p90']:.0%}; wins in {len(wins)}, by more "
         f"than the median error in {sure}, loses by more in {lost}; F : B : W by matmul FLOPs; "
-        f"memory of 1F1B of as many chunks; median gain where it wins {_by_link(wins)}; gradients in float32"
+        f"memory of 1F1B of as many chunks; median gain where it wins {_by_link(wins)}; gradients "
+        "in float32"
     )
     claim = "where a pipeline wins, it wins by 10 %"
     metric = "median gain in samples/s over the best plan without pp"
