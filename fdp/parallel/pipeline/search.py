@@ -18,7 +18,7 @@ import numpy as np
 
 from fdp.parallel.pipeline import controllable, fixed, heuristics
 from fdp.parallel.pipeline.bound import check_caps, lower_bound
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import Costs, CostTable
 from fdp.parallel.pipeline.evaluate import Evaluation, evaluate
 from fdp.parallel.pipeline.follow import Follower
 from fdp.parallel.pipeline.greedy import Knobs, Line
@@ -96,6 +96,16 @@ class PipelineProblem:
         """Of each microbatch, over all stages."""
         table = self.costs.on(looped(self.p, self.chunks or 1), self.m)
         return np.sum([table.F, table.B, table.W], axis=(0, 1))
+
+    @cached_property
+    def _tables(self) -> dict[Placement, CostTable]:
+        return {}
+
+    def table(self, placement: Placement) -> CostTable:
+        """The costs on a placement, made once."""
+        if placement not in self._tables:
+            self._tables[placement] = self.costs.on(placement, self.m)
+        return self._tables[placement]
 
     def fits(self, result: Evaluation) -> str:
         """Empty, or which device holds too much."""
@@ -240,7 +250,7 @@ class ListPoint:
 
     @cached_property
     def _line(self) -> Line:
-        table = self.problem.costs.on(self.placement, self.problem.m)
+        table = self.problem.table(self.placement)
         return Line(self.placement, table, self.problem.caps, self.sequence)
 
     def seconds(self) -> float:

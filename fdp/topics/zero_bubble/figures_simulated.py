@@ -36,7 +36,7 @@ def contests(found: Sequence[Contest]) -> Any:
     axes.set(yticks=rows, xlabel="idle share of the step, % (less is better)")
     axes.set_yticklabels(names, linespacing=1.1)
     first = found[0]
-    axes.set(title=f"Schedules of unequal microbatches, p = {first.p}, m = {first.m}")
+    axes.set(title=f"Unequal microbatches, p = {first.p} where not said, m = {first.m}")
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     legend(fig, 3)

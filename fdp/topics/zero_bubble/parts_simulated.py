@@ -21,9 +21,9 @@ EVERY = tuple(SHAPES)
 
 
 class Size(NamedTuple):
-    """How much is simulated. p, m, effort, shapes, more, laws: of the contests. proofs: (p, m,
-    seconds of HiGHS on each case, shapes). caps: memory of the sweep over `swept`, (p, m); none for
-    no picture. drawn: (p, m) of the schedules in the picture, or none. skips: microbatches of the
+    """How much is simulated. p, m, effort, shapes, more, laws: of the contests. proofs: (p, m, most
+    seconds of HiGHS on a case, shapes). caps: memory of the sweep over `swept`, (p, m); none for no
+    picture. drawn: (p, m) of the schedules in the picture, or none. skips: microbatches of the
     U-ViT. few: of the map's cells. tables: whether the published ones are computed again. measured:
     whether contests also have the measured costs."""
 
@@ -33,10 +33,7 @@ class Size(NamedTuple):
     shapes: tuple[str, ...] = EVERY
     more: tuple[str, ...] = (VIDEO,)
     laws: tuple[str, ...] = LAWS
-    proofs: tuple[tuple[int, int, float, tuple[str, ...]], ...] = (
-        (4, 4, 3.0, EVERY),
-        (2, 8, 2.0, EVERY),
-    )
+    proofs: tuple[tuple[int, int, float, tuple[str, ...]], ...] = ((3, 4, 20.0, EVERY),)
     caps: tuple[float, ...] = (2, 3, 4, 6, 8)
     swept: tuple[int, int] = (4, 16)
     drawn: tuple[int, int] | None = (4, 8)
@@ -54,7 +51,7 @@ TINY = Size(
     shapes=(PIXELS,),
     more=(),
     laws=(HALVES,),
-    proofs=((2, 4, 1.0, (EQUAL,)),),
+    proofs=((2, 4, 5.0, (EQUAL,)),),
     caps=(),
     drawn=None,
     skips=4,
@@ -65,11 +62,12 @@ TINY = Size(
 FULL = Size(
     effort=1.0,
     more=EVERY,
-    proofs=((4, 4, 10.0, EVERY), (2, 8, 60.0, EVERY)),
+    proofs=((3, 4, 20.0, EVERY), (4, 4, 60.0, EVERY), (2, 8, 60.0, EVERY)),
     caps=(3, 4, 5, 6, 8, 10, 12, 16),
     swept=(8, 32),
     skips=32,
 )
+SIZES = {"tiny": TINY, "cpu": CPU, "full": FULL}
 
 
 def parts(size: Size, costs: Measurement) -> list[Measurement]:

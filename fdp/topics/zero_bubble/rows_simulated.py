@@ -126,7 +126,7 @@ def proofs(found: Sequence[Proof]) -> Row:
     note = (
         "mixed integer program (HiGHS) over every order and sequence of one chunk a device, p "
         f"microbatches held; proven optimal: {len(found) - len(far)} of {len(found)}, the "
-        f"others as far as it came in its time; {'; '.join(far)}"
+        f"others as near as it came; {'; '.join(far)}"
     )
     claim = f"searched orders are next to optimal, p = {p}, m = {m}"
     metric = "largest gap to what HiGHS proves, share of the makespan"

@@ -31,7 +31,7 @@ from fdp.topics.zero_bubble import (
     rows,
 )
 from fdp.topics.zero_bubble.fillers import References, stable
-from fdp.topics.zero_bubble.parts_simulated import CPU, FULL, TINY, nothing
+from fdp.topics.zero_bubble.parts_simulated import SIZES, nothing
 from fdp.topics.zero_bubble.settings import COARSE
 
 QUESTION = (
@@ -51,7 +51,6 @@ UNLIKE: dict[str, dict[str, Any]] = {
 }
 SPLITS = {"pp1·dp4": (1, 4), "pp2·dp2": (2, 2), "pp4·dp1": (4, 1)}  # (pp, dp) of equal losses
 SHORT = 10  # steps of it
-SIZES = {"tiny": TINY, "full": FULL}
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
@@ -95,7 +94,7 @@ def build(config: ml_collections.ConfigDict, name: str, degrees: Mapping[str, in
     c = config.copy_and_resolve_references()
     with c.unlocked():
         c.seeds = (0,)
-        c.train.update(batch=16, microbatches=8, zero=0)
+        c.train.update(batch=32, microbatches=8, zero=0)
         c.model.update(dtype="float32", width=32, heads=4, kv_heads=4, head_dim=8, ffn=32)
         c.model.update(layers=4, remat="none")
         c.model.image.update(size=16, patch=4)
@@ -130,7 +129,7 @@ def study(run: Run) -> Report:
     timed = partial(measure, "op costs", op_costs.measured, first, STAGES, c.train.batch)
     of_costs = None if tiny else rows.op_costs  # operations of microseconds have no stable ratio
     costs = timed(rows=of_costs, plot=figures.costs, group="Op costs")
-    parts += [costs, *parts_simulated.parts(SIZES.get(c.variant, CPU), costs)]
+    parts += [costs, *parts_simulated.parts(SIZES.get(c.variant, SIZES["cpu"]), costs)]
     if not tiny:
         runs = partial(measure, "two processes", processes.measured, processes.orders())
         parts.append(runs(rows=rows.processes, group="A real run"))

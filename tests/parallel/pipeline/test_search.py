@@ -128,6 +128,16 @@ def test_searched_is_no_slower_than_any_fixed_order_and_keeps_its_cap(seed, p, m
     assert found.bound <= best.makespan * (1 + 1e-9)
 
 
+@fast
+def test_certificate_of_a_sequence_that_the_order_leaves():
+    """No order of the sequence reaches the makespan, so nothing of it can beat it."""
+    costs = scaled((1, 1, 1), [1.0, 4.0])
+    best = search(2, 2, costs, 2, [looped(2)], effort=0.1).best.makespan
+    slow = certificate(looped(2), 2, costs, [2, 2], best, [1, 0])
+    assert slow.proven and slow.bound == best
+    assert certificate(looped(2), 2, costs, [2, 2], best).proven
+
+
 def every_order(p, m):
     """All orders of one chunk that keep the microbatches in sequence by kind."""
     lists = []
