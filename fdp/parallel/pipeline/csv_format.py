@@ -46,9 +46,17 @@ def read_csv(path: str | Path, p: int | None = None, stages: int | None = None) 
 
     p, stages: ranks and virtual stages that the file must have. Raises ValueError that names the
     rank and the cell for an unknown action, for a virtual stage of two ranks, for a rank or a
-    virtual stage without a cell, and for other numbers than asked for."""
-    with Path(path).open(newline="") as file:
-        ranks = [_line(i, cells) for i, cells in enumerate(csv.reader(file))]
+    virtual stage without a cell, and for other numbers than asked for; also for a file that is no
+    text, and for a number of microbatches or stages that its cells cannot fill."""
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            ranks = [_line(i, cells) for i, cells in enumerate(csv.reader(file))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file: {error}; export it again") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not any(ranks):
+        raise ValueError(f"{path} has no cell: write one line a rank, such as 0F0,0B0")
     if p is not None and len(ranks) != p:
         raise ValueError(f"{path} has {len(ranks)} ranks, not p={p}: export it for p={p}")
     owner: dict[int, int] = {}
@@ -59,13 +67,14 @@ def read_csv(path: str | Path, p: int | None = None, stages: int | None = None) 
                     f"{path}: rank {i}, cell {column}: {u}{action}{k}: virtual stage {u} is on "
                     f"rank {owner[u]} already"
                 )
-    count = 1 + max(owner, default=-1)
+    count = 1 + max(owner)
+    _filled(path, ranks, count)
     if stages is not None and count != stages:
         raise ValueError(
             f"{path} has {count} virtual stages, not {stages}: export it for {stages} stages"
         )
     lost = [u for u in range(count) if u not in owner]
-    if lost or not ranks:
+    if lost:
         raise ValueError(
             f"{path}: virtual stages {lost} of {count} have no cell in any of {len(ranks)} ranks"
         )
@@ -78,6 +87,17 @@ def read_csv(path: str | Path, p: int | None = None, stages: int | None = None) 
         placement,
         tuple(tuple(Op(READ[action], k, chunks[u]) for _, u, action, k in x) for x in ranks),
     )
+
+
+def _filled(path: str | Path, ranks: list[list[tuple[int, int, str, int]]], count: int) -> None:
+    """A number far beyond the cells would have all the absent ones listed. Raises ValueError."""
+    cells = [cell for actions in ranks for cell in actions]
+    m = 1 + max(k for *_, k in cells)
+    if max(count, m) > len(cells):
+        raise ValueError(
+            f"{path}: {count} virtual stages of {m} microbatches in {len(cells)} cells: every "
+            "microbatch needs a cell on every virtual stage; correct the largest number"
+        )
 
 
 def _line(rank: int, cells: list[str]) -> list[tuple[int, int, str, int]]:

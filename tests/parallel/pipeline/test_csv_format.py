@@ -54,7 +54,11 @@ def test_cells_by_hand(tmp_path):
         ("0F0,0B0\n0F0,1B0\n", "rank 1, cell 0: 0F0: virtual stage 0 is on rank 0 already"),
         ("0F0,0B0\n2F0,2B0\n", r"virtual stages \[1\] of 3 have no cell"),
         ("0F0,0B0\n,\n", "rank 1 runs nothing"),
-        ("", "have no cell in any of 0 ranks"),
+        ("", "x.csv has no cell: write one line a rank"),
+        ("0F99999999\n1F0\n", "2 virtual stages of 100000000 microbatches in 2 cells"),
+        ("0F0\n999999999F0\n", "1000000000 virtual stages of 1 microbatches in 2 cells"),
+        ("0F" + "9" * 5000, "x.csv: .* digits"),
+        ("x" * 200_000, "is no CSV file: field larger than field limit"),
         ("0F0,0B0,2F0\n1F0\n", r"virtual stages per device: \[2, 1\]"),
     ],
 )
@@ -62,6 +66,15 @@ def test_bad_cells(tmp_path, text, message):
     path = tmp_path / "x.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_csv(path)
+
+
+def test_bytes_of_other_programs(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(b"\xef\xbb\xbf0F0,0B0\r\n1F0,1B0\r\n")  # the mark of a spreadsheet
+    assert read_csv(path) == gpipe(2, 1)
+    path.write_bytes(b"\0\xff\xfe")
+    with pytest.raises(ValueError, match=r"x.csv is no CSV file: .*0xff"):
         read_csv(path)
 
 
