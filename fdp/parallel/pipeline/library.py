@@ -28,6 +28,7 @@ WAVES: dict[str, Callable[[int, int], Order]] = {
 }
 FIXED = (*LOOPED, *WAVES)
 WHOLE = ("gpipe", "zb_h2")  # stages are not cut in chunks
+MOST = 2**14  # microbatches of a step times devices: a search of more takes hours
 STASH = 0.4  # of an activation, which B leaves to W: a DiT block of width 384
 
 
@@ -38,7 +39,10 @@ def named(name: str, p: int, m: int, v: int = 1, shares_m: tuple[float, ...] = (
     "searched" is the best found for equal costs of F, B and W, times `shares_m` where microbatches
     cost unlike, with at most p microbatches held by a device. A name that ends in .csv is a file in
     the format of torch.distributed.pipelining. Raises ValueError for numbers that a schedule does
-    not take and for a file that does not run, and KeyError for a name that is unknown."""
+    not take, among them p·m > MOST, and for a file that does not run; KeyError for an unknown
+    name."""
+    if p * m > MOST:
+        raise ValueError(f"devices·microbatches = {p}·{m} = {p * m} > {MOST}: set m={MOST // p}")
     if name.endswith(".csv"):
         return _of_file(name, p, m)
     if name == "searched":

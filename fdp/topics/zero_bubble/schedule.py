@@ -15,7 +15,7 @@ from absl import app, flags
 from tabulate import tabulate
 
 from fdp.keys import UserError
-from fdp.parallel.pipeline import certificate
+from fdp.parallel.pipeline import certificate, library
 from fdp.parallel.pipeline.check import check
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.csv_format import read_csv, write_csv
@@ -27,6 +27,7 @@ from fdp.price.simulate import MODES
 from fdp.topics.zero_bubble.figures import gantt
 
 STASH = 0.4  # of an activation, which B leaves to W: a DiT block of D384
+SHORTEST, LONGEST = 1e-12, 1e12  # seconds other than 0: no sum of them overflows or vanishes
 
 
 def declare(values: flags.FlagValues) -> None:
@@ -51,27 +52,46 @@ def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
     try:
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
-        if f.check:
+        if f.check is not None:
             _checked(f)
         else:
             _searched(f)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
 def costs_of(times: str, file: str | None, send: float, m: int) -> Costs:
-    """Activation and message count 1 a microbatch of a device."""
+    """Activation and message count 1 a microbatch of a device. Raises UserError for numbers that
+    are no seconds, and for another number of microbatches than m."""
     parts = _numbers(times, "--times")
     if len(parts) != 3:
         raise UserError(f"--times={times} has {len(parts)} numbers: give three, F,B,W")
+    _seconds(parts, "--times")
+    _seconds([send], "--send")
     share_m = np.ones(m)
     if file:
-        text = Path(file).read_text(encoding="utf8").replace(",", "\n")
-        share_m = np.array(_numbers(",".join(text.split()), file))
+        try:
+            text = Path(file).read_text(encoding="utf-8-sig").replace(",", "\n")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"--costs={file} is no text: {error}; write one number a line"
+            ) from error
+        share_m = np.array(_numbers(",".join(text.split()), f"--costs={file}"))
+        _seconds(share_m, f"--costs={file}")
         if len(share_m) != m:
-            raise UserError(f"{file} has {len(share_m)} numbers, one a microbatch: set --m to that")
+            raise UserError(
+                f"--costs={file} has {len(share_m)} numbers, one a microbatch, and m={m}: give {m}, "
+                f"or set --m={len(share_m)} for a search"
+            )
+    if not sum(parts) * share_m.sum() > 0:
+        raise UserError(
+            f"all operations of --times={times} take no time together: give one above 0"
+        )
     f, b, w = (part * share_m[None] for part in parts)
     return Costs(f, b, w, send=send, activation=1.0, stash=STASH, message=1.0)
 
@@ -83,21 +103,45 @@ def _numbers(text: str, source: str) -> list[float]:
         raise UserError(f"{source}: {text[:80]!r} is not a list of numbers, a,b,c") from None
 
 
+def _seconds(values: Sequence[float] | np.ndarray, source: str) -> None:
+    for n, x in enumerate(values):
+        if x != 0 and not SHORTEST <= x <= LONGEST:
+            raise UserError(
+                f"{source}: number {n + 1} is {x}: give 0, or one from {SHORTEST:g} to {LONGEST:g}"
+            )
+
+
 def _checked(f: flags.FlagValues) -> None:
-    given = f["p"].present
-    order = read_csv(f.check, p=f.p if given else None)
+    for name in ("memory", "export"):
+        if f[name].present:
+            raise UserError(f"--{name} belongs to a search: leave it out with --check")
+    order = read_csv(f.check, p=f.p if f["p"].present else None)
     check(order)
     m = order.microbatches
-    costs = costs_of(f.times, f.costs, f.send, m)
+    if f["m"].present and f.m != m:
+        raise UserError(f"{f.check} has {m} microbatches, not --m={f.m}: leave --m out")
+    priced = _priced(order, costs_of(f.times, f.costs, f.send, m))
     print(f"{f.check} runs: {_where(order.placement)}, {m} microbatches, {len(order)} operations")
-    print(_priced(order, costs))
+    print(priced)
 
 
 def _searched(f: flags.FlagValues) -> None:
+    if min(f.p, f.m) < 1 or f.p * f.m > library.MOST:
+        raise UserError(
+            f"--p={f.p} and --m={f.m} must be at least 1 and p·m = {f.p * f.m} at most "
+            f"{library.MOST}: set --p and --m within"
+        )
+    if f.memory is not None and not f.memory > 0:
+        raise UserError(f"--memory={f.memory} must be above 0: a device holds at least 1")
+    picture = _picture(f.export)
     costs = costs_of(f.times, f.costs, f.send, f.m)
     found = search(f.p, f.m, costs, f.memory)
     best = found.best
     assert best.order is not None and best.result is not None
+    # Before anything is printed: a closed pipe must not cost the schedule.
+    gantt(best.result, f"{best.name}, bubble {best.result.bubble:.1%}").savefig(picture)
+    if f.export:
+        write_csv(best.order, f.export)
     if f.m < f.p:
         print(
             f"warning: m={f.m} < p={f.p}: the pipeline never fills, {best.result.bubble:.1%} of it "
@@ -108,12 +152,21 @@ def _searched(f: flags.FlagValues) -> None:
     print(_optimal(found, costs, f))
     print()
     print(_rivals(found))
-    picture = Path(f.export or "schedule").with_suffix(".png")
-    gantt(best.result, f"{best.name}, bubble {best.result.bubble:.1%}").savefig(picture)
     print(f"\npicture   {picture}")
     if f.export:
-        write_csv(best.order, f.export)
         print(f"schedule  {f.export}")
+
+
+def _picture(export: str | None) -> Path:
+    """The path of the picture. Raises UserError for an --export that cannot be written, before the
+    search."""
+    path = Path(export or "schedule.csv")
+    if not path.name or path.is_dir() or path.suffix == ".png" or not path.parent.is_dir():
+        raise UserError(
+            f"--export={export} is no file that can be written, or the picture's: name one such as "
+            "schedule.csv in a folder that is there"
+        )
+    return path.with_suffix(".png")
 
 
 def _where(placement: Placement) -> str:

@@ -60,8 +60,21 @@ def test_check_prices_a_file(command, tmp_path):
     [
         (("--times=1,2",), "--times=1,2 has 2 numbers: give three, F,B,W"),
         (("--times=1,2,x",), "is not a list of numbers"),
-        (("--times=1,nan,1", "--m=2"), "B[0][0] = nan: must be finite"),
-        (("--costs=nowhere.csv",), "nowhere.csv"),
+        (("--times=1,nan,1", "--m=2"), "--times: number 2 is nan: give 0, or one from 1e-12"),
+        (("--times=1,-1,1", "--m=2"), "--times: number 2 is -1.0: give 0"),
+        (("--times=1,1e-320,1", "--m=2"), "--times: number 2 is 1e-320: give 0"),
+        (("--times=0,0,0", "--m=2"), "all operations of --times=0,0,0 take no time"),
+        (("--send=inf",), "--send: number 1 is inf"),
+        (("--costs=nowhere.csv",), "nowhere.csv: No such file or directory"),
+        (("--check=",), "error: .: Is a directory"),
+        (("--check=nowhere.csv", "--memory=2"), "--memory belongs to a search"),
+        (("--check=nowhere.csv", "--export=x.csv"), "--export belongs to a search"),
+        (("--export=nowhere/x.csv",), "--export=nowhere/x.csv is no file that can be written"),
+        (("--export=.",), "--export=. is no file that can be written"),
+        (("--export=x.png",), "or the picture's"),
+        (("--memory=nan",), "--memory=nan must be above 0"),
+        (("--m=0",), "--p=8 and --m=0 must be at least 1"),
+        (("--p=200", "--m=200"), "p·m = 40000 at most 16384"),
         (("--memory=.5", "--p=2", "--m=2"), "stage 0 may hold 0.5 bytes, but any schedule holds"),
         (("--p=0",), "p=0"),
         (("word",), "unexpected argument 'word'"),
@@ -71,6 +84,28 @@ def test_mistakes_are_one_line(command, args, message):
     code, text, error = command(*args)
     assert code == 2 and not text
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_costs_of_a_file_are_named(command, tmp_path):
+    path = tmp_path / "costs.txt"
+    for text, said in (
+        ("1,-3", f"--costs={path}: number 2 is -3.0"),
+        ("1,nan", f"--costs={path}: number 2 is nan"),
+        ("1,a", "'1,a' is not a list of numbers"),
+        ("", "'' is not a list of numbers"),
+        ("1", f"--costs={path} has 1 numbers, one a microbatch, and m=2"),
+    ):
+        path.write_text(text)
+        code, _, error = command("--p=2", "--m=2", f"--costs={path}")
+        assert code == 2 and said in error
+    path.write_bytes(b"\xff\xfe1")
+    assert "is no text" in command("--p=2", "--m=2", f"--costs={path}")[2]
+
+
+def test_a_checked_file_has_its_own_microbatches(command, tmp_path):
+    path = tmp_path / "theirs.csv"
+    write_csv(zbv(2, 4), path)
+    assert "has 4 microbatches, not --m=5" in command(f"--check={path}", "--m=5")[2]
 
 
 def test_fewer_microbatches_than_devices_is_a_warning(command, tmp_path, monkeypatch):
