@@ -24,7 +24,7 @@ from fdp import config as fdp_config
 from fdp import train
 from fdp.arm import Arm
 from fdp.checkpoint import CheckpointError, Checkpoints
-from fdp.keys import UserError, closest
+from fdp.keys import INT32, UserError, closest
 from fdp.mesh import AXES, make_mesh
 from fdp.objectives import ImageObjective
 from fdp.run import study_of, use_compilation_cache
@@ -32,6 +32,8 @@ from fdp.sampling.draw import draw_images
 from fdp.sampling.image import SAMPLERS
 
 MOST = 4096  # images of one call
+MOST_STEPS = 10_000
+MOST_GUIDANCE = 1000.0  # far beyond any use; float32 ends in numbers that are not finite
 
 
 def declare(values: flags.FlagValues) -> None:
@@ -129,10 +131,7 @@ def generate(workdir: Path, f: flags.FlagValues) -> Path:
     """Draw and write; the path of the picture. Raises UserError for what the user can fix."""
     from PIL import Image
 
-    if f.method not in SAMPLERS:
-        raise UserError(f"--method={f.method} is unknown: {closest(f.method, SAMPLERS)}")
-    if not np.isfinite(f.guidance):
-        raise UserError(f"--guidance={f.guidance} must be finite: 1 is the trained model")
+    _check(f)
     c = config_of(workdir)
     use_compilation_cache()
     arm, variables = restored(c, workdir, f.arm)
@@ -146,11 +145,32 @@ def generate(workdir: Path, f: flags.FlagValues) -> Path:
     specs = arm.program.specs.variable_specs()
     options = {"steps": f.steps, "guidance": f.guidance, "method": f.method}
     images = draw_images(e, variables, specs, labels, arm.mesh, **options)
+    if not np.isfinite(images).all():
+        raise UserError(
+            f"the images hold numbers that are not finite: lower --guidance={f.guidance}, or train "
+            "the run again"
+        )
     path = Path(f.out) if f.out else workdir / "samples" / f"{f.label.replace(',', '-')}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = page(images)
     Image.fromarray(drawn[..., 0] if drawn.shape[-1] == 1 else drawn).save(path)
     return path
+
+
+def _check(f: flags.FlagValues) -> None:
+    """Flags whose allowed values no run decides. Raises UserError with the fix."""
+    if f.method not in SAMPLERS:
+        raise UserError(f"--method={f.method} is unknown: {closest(f.method, SAMPLERS)}")
+    if not abs(f.guidance) <= MOST_GUIDANCE:
+        raise UserError(
+            f"--guidance={f.guidance} must be within ±{MOST_GUIDANCE:g}: 1 is the trained model"
+        )
+    if not 1 <= f.steps <= MOST_STEPS:
+        raise UserError(f"--steps={f.steps} must be within 1..{MOST_STEPS}")
+    if not 0 <= f.seed <= INT32:
+        raise UserError(f"--seed={f.seed} must be within 0..{INT32}")
+    if f.out and (Path(f.out).suffix != ".png" or Path(f.out).is_dir()):
+        raise UserError(f"--out={f.out} is no PNG file: name one such as samples.png")
 
 
 def main(argv: Sequence[str]) -> None:

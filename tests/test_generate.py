@@ -51,7 +51,22 @@ def test_what_is_no_run_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no config of this version"):
         generate.generate(tmp_path, values())
-    with pytest.raises(UserError, match="--method=hein is unknown"):
-        generate.generate(tmp_path, values("--method=hein"))
-    with pytest.raises(UserError, match="must be finite"):
-        generate.generate(tmp_path, values("--guidance=nan"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--method=hein", "--method=hein is unknown"),
+        ("--guidance=nan", "--guidance=nan must be within ±1000"),
+        ("--guidance=1e300", "must be within ±1000"),
+        ("--steps=0", r"--steps=0 must be within 1..10000"),
+        ("--steps=1000000000", "must be within"),
+        ("--seed=-1", "--seed=-1 must be within 0"),
+        ("--seed=99999999999999999999", "must be within 0"),
+        ("--out=x.xyz", "--out=x.xyz is no PNG file"),
+        ("--out=.", "is no PNG file"),
+    ],
+)
+def test_flags_that_are_refused_before_the_run_is_read(tmp_path, flag: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        generate.generate(tmp_path, values(flag))
