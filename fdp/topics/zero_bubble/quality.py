@@ -97,7 +97,8 @@ def asked(classes: int, count: int) -> np.ndarray:
 
 def sampled(arm: Arm, state: TrainState, labels_B: np.ndarray, steps: int) -> np.ndarray:
     """A sample for each label."""
-    specs = arm.program.specs.variable_specs()
+    of = arm.program.specs
+    specs = {"params": of.specs, "state": of.model_specs}  # whole: samplers know no ZeRO
     e = arm.experiment
     return draw_images(
         e, state.variables, specs, labels_B.tolist(), arm.mesh, steps=steps, guidance=GUIDANCE

@@ -2,6 +2,8 @@
 
 Legend: B images, N references."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,14 @@ import pytest
 from benchmarks import plain_dit
 from configs.topic8 import get_config
 from fdp.experiment import standard
-from fdp.mesh import AXES
+from fdp.mesh import AXES, abstract_mesh
 from fdp.models import module
 from fdp.objectives import EDM, Flow
 from fdp.parallel.pipeline import fixed
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import evaluate
-from fdp.topics.zero_bubble import judge, rows
+from fdp.step import TrainStep
+from fdp.topics.zero_bubble import judge, quality, rows
 from fdp.topics.zero_bubble.fillers import References, StableFlow, filled, stable, without
 
 pytestmark = pytest.mark.fast
@@ -70,6 +73,21 @@ def test_work_in_idle_slots_costs_nothing_until_they_are_full() -> None:
     assert growth == 0.0
     assert sum(op.kind == "AUX" for op in result.order.ops[0]) == int(2 * (idle - 1))
     assert filled(order, costs, idle + 6, 12)[1] > 0
+
+
+def test_samples_of_a_run_under_zero_take_whole_parameters(monkeypatch) -> None:
+    c, given = get_config("tiny"), []
+    c.update_from_flattened_dict({"data.source": "blank", "mesh.pp": 1, "train.zero": 3})
+    e = standard(c)
+    program = TrainStep(e, abstract_mesh(e.degrees))
+
+    def instead(_: object, variables: object, specs: object, *args: object, **kept: object) -> None:
+        given.append(specs)
+
+    monkeypatch.setattr(quality, "draw_images", instead)
+    arm = SimpleNamespace(experiment=e, program=program, mesh=program.mesh)
+    quality.sampled(arm, SimpleNamespace(variables={}), np.zeros(2, np.int32), 1)
+    assert "dp" in str(program.specs.stored) and "dp" not in str(given)
 
 
 def test_steps_to_equal_loss() -> None:
