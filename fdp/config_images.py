@@ -11,12 +11,13 @@ from fdp.keys import UserError, at_least, choice, count, flag, positive, section
 IMAGE_MODELS = ("dit", "uvit")
 IMAGE_OBJECTIVES = ("ddpm", "edm", "flow")
 IMAGE_SOURCES = ("openmoji", "mnist", "gaussians", "blank")
+MOST_PIXELS = 256  # rows of an image of a source that is held in memory as a whole
 PARTS = 64  # shares of the noise levels are multiples of 1/PARTS
 
 # What dit and uvit read. Coarse patches, dropped tokens and self-conditioning give samples of
 # unlike cost: a batch repeats a pattern of classes, and its noise levels are stratified.
 MODEL = section(
-    size=count(32, "rows and columns of an image, divisible by the patch", "pixels"),
+    size=count(32, "rows and columns of an image, divisible by the patch", "pixels", high=4096),
     channels=count(3, "colours of a pixel"),
     classes=count(10, "labels are 0..classes-1"),
     patch=count(4, "edge of the finest patch", "pixels"),
@@ -75,6 +76,18 @@ def check(c: Any) -> None:
             f"image size is not whole patches: size % patch = {x.size} % {edge} = "
             f"{x.size % edge}; set model.image.size={-(-x.size // edge) * edge} or another "
             "model.image.patch"
+        )
+    rows = x.size // x.patch
+    if rows % c.mesh.cp:
+        raise UserError(
+            f"rows of patches are not shared out over cp: size / patch % cp = {x.size} / {x.patch} "
+            f"% {c.mesh.cp}; set mesh.cp to a divisor of {rows}"
+        )
+    if x.size > MOST_PIXELS and c.data.source != "blank":
+        raise UserError(
+            f"model.image.size={x.size} > {MOST_PIXELS}: data.source={c.data.source!r} is drawn "
+            f"and held in memory as a whole; set model.image.size={MOST_PIXELS // edge * edge}, or "
+            "data.source='blank' to compile only"
         )
     if m.width % 4:
         raise UserError(

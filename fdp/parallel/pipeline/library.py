@@ -9,6 +9,7 @@ from fdp.parallel.pipeline import controllable, fixed
 from fdp.parallel.pipeline.check import check
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.csv_format import read_csv
+from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.placement import looped, wave
 from fdp.parallel.pipeline.search import search
@@ -61,6 +62,18 @@ def chunks(name: str, p: int, v: int) -> int:
     if name.endswith(".csv"):
         return read_csv(name, p=p).placement.v
     return 2 if name in WAVES else v
+
+
+def warning(order: Order) -> str:
+    """What to say where there are fewer microbatches than devices; "" where there are enough."""
+    p, m = order.placement.p, order.microbatches
+    if m >= p:
+        return ""
+    return (
+        f"train.microbatches={m} < mesh.pp={p}: the pipeline never fills, "
+        f"{evaluate(order, Costs()).bubble:.1%} of a step idles where F, B and W take equally "
+        f"long; set train.microbatches ≥ {p}"
+    )
 
 
 def _of_file(path: str, p: int, m: int) -> Order:

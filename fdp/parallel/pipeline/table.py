@@ -108,7 +108,8 @@ def table(order: Order) -> Table:
         way = OWN if i == j else NEXT if (i + 1) % p == j else PREVIOUS
         if way == PREVIOUS and (i - 1) % p != j:
             raise ValueError(
-                f"virtual stages {u} and {reader[1]} lie on devices {i} and {j}: not neighbours"
+                f"virtual stages {u} and {reader[1]} lie on devices {i} and {j} of {p}, which are "
+                "no neighbours: place them on one device or on two that follow each other"
             )
         put(t, i, "send", way)
         put(t, j, {NEXT: "plus", PREVIOUS: "minus", OWN: "own"}[way], slot)
