@@ -442,8 +442,9 @@ def _check_divisors(c: ml_collections.ConfigDict) -> None:
     m, mesh, t = c.model, c.mesh, c.train
     tp = mesh.tp
     chunks = chunks_of(c)
-    each = mesh.pp * chunks * (m.moe.every if m.moe.experts else 1)
-    by = "mesh.pp" if chunks == 1 else "mesh.pp·chunks"
+    every = m.moe.every if m.moe.experts else 1
+    each = mesh.pp * chunks * every
+    by = "mesh.pp" + "·chunks" * (chunks > 1) + "·moe.every" * (every > 1)
     _divides("layers", m.layers, by, each, f"set model.layers={_next_multiple(m.layers, each)}")
     if mesh.pp > 1 and m.moe.experts and m.moe.first_dense:
         raise UserError(

@@ -71,6 +71,10 @@ INDIVISIBLE = {
         "global batch 12 is not divisible by dp·ep·microbatches = 2·2·2 = 8: set train.batch=16 or "
         "another mesh.dp",
     ),
+    "layers over pp and periods of experts": (
+        {"mesh.pp": 2, "model.moe.experts": 4, "model.moe.every": 3, "model.layers": 4},
+        "layers 4 is not divisible by mesh.pp·moe.every = 6: set model.layers=6",
+    ),
     "microbatches over pp": (
         {"mesh.pp": 2, "pipeline.chunks": 2, "train.microbatches": 3},
         "pipeline.schedule=1f1b, train.microbatches=3: interleaved: m % p = 3 % 2 = 1, must be 0: "

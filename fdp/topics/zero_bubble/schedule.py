@@ -85,8 +85,8 @@ def costs_of(times: str, file: str | None, send: float, m: int) -> Costs:
         _seconds(share_m, f"--costs={file}")
         if len(share_m) != m:
             raise UserError(
-                f"--costs={file} has {len(share_m)} numbers, one a microbatch, and m={m}: give {m}, "
-                f"or set --m={len(share_m)} for a search"
+                f"--costs={file} has {len(share_m)} numbers, one a microbatch, and m={m}: give "
+                f"{m}, or set --m={len(share_m)} for a search"
             )
     if not sum(parts) * share_m.sum() > 0:
         raise UserError(
