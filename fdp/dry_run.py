@@ -26,6 +26,7 @@ from fdp.count.step import unstated
 from fdp.mesh import abstract_mesh, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models.moe import SHARED
 from fdp.models.shape import ModelShape
+from fdp.parallel.pipeline import library
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.price import hybrid, traffic, workload
@@ -249,13 +250,8 @@ def _pipeline(p: TrainStep) -> str:
         f"bubble {bubble:.1f} % where F, B and W cost alike; a device holds at most {until_b:g} "
         f"microbatches until B and {until_w:g} until W"
     )
-    if m < place.p:
-        text += (
-            f"\nwarning   train.microbatches = {m} < mesh.pp = {place.p}: stages are idle for "
-            f"{bubble:.0f} % of the step; set train.microbatches={2 * place.p} or more, or a lower "
-            "mesh.pp"
-        )
-    return text
+    thin = library.warning(grads.order)
+    return f"{text}\nwarning   {thin}" if thin else text
 
 
 def _sends_line(p: TrainStep, compiled: Any) -> str:

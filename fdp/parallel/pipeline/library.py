@@ -72,7 +72,7 @@ def warning(order: Order) -> str:
     return (
         f"train.microbatches={m} < mesh.pp={p}: the pipeline never fills, "
         f"{evaluate(order, Costs()).bubble:.1%} of a step idles where F, B and W take equally "
-        f"long; set train.microbatches ≥ {p}"
+        f"long; set train.microbatches ≥ {p}, or a lower mesh.pp"
     )
 
 
