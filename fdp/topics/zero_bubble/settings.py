@@ -14,7 +14,9 @@ SECTIONS = {
         costs=words(("uniform",), COSTS, "what a sample costs: alike, by noise, or a U-ViT"),
         fillers=words(("none",), FILLERS, "what idle slots compute, and their rival"),
         references=count(256, "images that a stable target is a mean over", "images"),
-        samples=count(64, "drawn and judged", "images", high=2**16),
+        samples=at_least(
+            2, 64, "drawn and judged: their features have a covariance", "images", 2**16
+        ),
         steps=count(25, "of a sampler", "steps", high=10_000),
         classifier=at_least(0, 400, "training steps of the judge of samples", "steps"),
     )

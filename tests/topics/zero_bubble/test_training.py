@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import plain_dit
 from configs.topic8 import get_config
+from fdp.config import UserError, validate
 from fdp.experiment import standard
 from fdp.mesh import AXES, abstract_mesh
 from fdp.models import module
@@ -88,6 +89,13 @@ def test_samples_of_a_run_under_zero_take_whole_parameters(monkeypatch) -> None:
     arm = SimpleNamespace(experiment=e, program=program, mesh=program.mesh)
     quality.sampled(arm, SimpleNamespace(variables={}), np.zeros(2, np.int32), 1)
     assert "dp" in str(program.specs.stored) and "dp" not in str(given)
+
+
+def test_a_covariance_needs_two_samples() -> None:
+    c = get_config("tiny")
+    c.images.samples = 1
+    with pytest.raises(UserError, match=r"images\.samples=1 must be an integer of at least 2"):
+        validate(c)
 
 
 def test_steps_to_equal_loss() -> None:
