@@ -168,6 +168,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default 15)")
     parser.add_argument("--batch", type=int, default=32, help="images (default 32)")
     args = parser.parse_args(argv)
+    if args.repeats < 2:
+        parser.error(f"--repeats={args.repeats} rounds: at least 2, for an interval")
+    if args.batch < M or args.batch % M:
+        parser.error(f"--batch={args.batch} images are no multiple of {M} microbatches")
     use_virtual_devices(8)
     print(banner() + "\n")
     parts = (
