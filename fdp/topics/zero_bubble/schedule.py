@@ -57,7 +57,8 @@ def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
         else:
             _searched(f)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"error: {named}{error.strerror}", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
