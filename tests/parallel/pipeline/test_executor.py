@@ -129,11 +129,17 @@ def test_an_order_that_cannot_be_executed_is_named():
             table(order)
 
 
-def test_an_order_of_other_stages_than_the_mesh_is_refused():
-    p = program("gpipe", {"pp": 2}, {}, pipelined=False)
-    e = dataclasses.replace(p.experiment, grads=scheduled(gpipe(2, MICRO)))
-    assert e.grads.microbatches == plain(MICRO).microbatches
-    with pytest.raises(ValueError, match=r"an order of 2 stages on mesh\.pp=1"):
+@pytest.mark.parametrize(
+    ("pipelined", "grads", "message"),
+    [
+        (False, scheduled(gpipe(2, MICRO)), r"an order of 2 stages on mesh\.pp=1"),
+        (True, plain(MICRO), r"mesh\.pp = 2 devices have a stage each"),
+    ],
+)
+def test_gradients_of_other_stages_than_the_mesh_are_refused(pipelined, grads, message):
+    p = program("gpipe", {"pp": 2}, {}, pipelined=pipelined)
+    e = dataclasses.replace(p.experiment, grads=grads)
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(
             TrainStep(e, p.mesh).grads, p.specs.abstract_state().variables, p.specs.example
         )
