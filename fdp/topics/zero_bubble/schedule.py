@@ -17,7 +17,7 @@ from tabulate import tabulate
 from fdp.keys import UserError
 from fdp.parallel.pipeline import certificate
 from fdp.parallel.pipeline.check import check
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import STASH, Costs
 from fdp.parallel.pipeline.csv_format import read_csv, write_csv
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.orders import Order
@@ -25,8 +25,6 @@ from fdp.parallel.pipeline.placement import Placement, looped
 from fdp.parallel.pipeline.search import Candidate, PipelineProblem, SearchResult, search
 from fdp.price.simulate import MODES
 from fdp.topics.zero_bubble.figures import gantt
-
-STASH = 0.4  # of an activation, which B leaves to W: a DiT block of D384
 
 
 def declare(values: flags.FlagValues) -> None:

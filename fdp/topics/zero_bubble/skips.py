@@ -9,7 +9,7 @@ Legend: p devices, V virtual stages, L blocks of both halves; one more is in the
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import STASH, Costs
 from fdp.parallel.pipeline.placement import Placement, looped, wave
 from fdp.parallel.pipeline.search import PipelineProblem, fixed_candidates, search
 
@@ -112,7 +112,7 @@ def stage_costs(placement: Placement, send: float, depth: int = DEPTH) -> Costs:
         for whole, skip in parts
     )
     held = [n * p / sum(blocks) for n in blocks]
-    stash = [0.4 * x for x in held]
+    stash = [STASH * x for x in held]
     plain = placement.transfers()
     longer = placement.transfers(pairs(first, depth), relayed=True) / plain
     return Costs(f, b, w, send=send * longer, activation=held, stash=stash)
