@@ -23,6 +23,7 @@ from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.placement import Placement, looped
 from fdp.parallel.pipeline.search import Candidate, PipelineProblem, SearchResult, search
+from fdp.price.planner import parse_flags
 from fdp.price.simulate import MODES
 from fdp.topics.zero_bubble.figures import gantt
 
@@ -174,15 +175,6 @@ def _rival(c: Candidate, best: float) -> tuple[str, ...]:
 def main(argv: Sequence[str]) -> int:
     """`run` on the process's flags."""
     return run(flags.FLAGS, argv[1:])
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser with a mistake in one `error:` line."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -239,12 +239,10 @@ class Sweep(NamedTuple):
     fixed: dict[str, tuple[float, float]]
 
 
-def sweep(
-    shape: str, law: str, caps: tuple[float, ...], p: int = 8, m: int = 32, effort: float = 0.0
-) -> Sweep:
+def sweep(shape: str, law: str, caps: tuple[float, ...], p: int, m: int) -> Sweep:
     """What more memory buys: searched and fixed schedules at caps in microbatches."""
     costs = costs_of(SHAPES[shape], shares(law, m))
-    found = [search(p, m, costs, cap, effort=effort) for cap in sorted(caps)]
+    found = [search(p, m, costs, cap, effort=0.0) for cap in sorted(caps)]
     work = _work(found[0].best)
     runs: dict[str, tuple[float, float]] = {}
     for c in (c for f in found for c in f.rivals if not c.lost):
