@@ -75,9 +75,10 @@ def _h100(c: ml_collections.ConfigDict) -> None:
 
 
 def _pod(c: ml_collections.ConfigDict) -> None:
-    """30 billion parameters on 512 v5p: pp4·tp2·dp·cp. On nodes of eight H100:
+    """30 billion parameters on 512 v5p: pp4·dp16·cp4·tp2. On 64 nodes of eight H100:
 
-    --config.hardware.topology=h100:64x8
+    --config.hardware.topology=h100:64x8 --config.mesh.tp=8 --config.mesh.dp=4 \\
+    --config.train.microbatches=128
     """
     _large(c)
     c.mesh.update(pp=4, tp=2, dp=16, cp=4)

@@ -20,7 +20,7 @@ from fdp.grads import Grads, plain
 from fdp.hooks import Hook
 from fdp.mesh import AXES
 from fdp.models import balance
-from fdp.models.dit import dit
+from fdp.models.dit import DiT, dit
 from fdp.models.image import ImageShape
 from fdp.models.module import Module
 from fdp.models.moe import mixture
@@ -94,7 +94,10 @@ class Experiment:
 
     @property
     def input_length(self) -> int:
-        """Length of the model's input: twice that of the data for block diffusion."""
+        """Tokens that the model's layers see of an example: twice those of the data for block
+        diffusion; of an image its finest patches and the tokens before them."""
+        if isinstance(self.model, DiT | UViT):
+            return self.model.image.tokens() + self.model.extras
         return self.noised_example()["inputs"].shape[1]
 
 
