@@ -112,8 +112,8 @@ class _Layout:
         way = OWN if i == j else NEXT if (i + 1) % p == j else PREVIOUS
         if way == PREVIOUS and (i - 1) % p != j:
             raise ValueError(
-                f"virtual stages {u} and {reader} lie on devices {i} and {j}: not neighbours; "
-                "choose a looped placement or a wave"
+                f"virtual stages {u} and {reader} lie on devices {i} and {j} of {p}, which are no "
+                "neighbours: place them on one device or on two that follow each other"
             )
         self.put(start, i, "send", way)
         self.put(start, j, {NEXT: "plus", PREVIOUS: "minus", OWN: "own"}[way], slot)
