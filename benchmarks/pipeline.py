@@ -26,7 +26,7 @@ from fdp.experiment import Experiment, standard
 from fdp.grads import plain
 from fdp.mesh import AXES, make_mesh, use_virtual_devices
 from fdp.parallel.pipeline import fixed
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import STASH, Costs
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.executor import scheduled
 from fdp.parallel.pipeline.search import search
@@ -115,7 +115,7 @@ def padded(grads: scheduled, ticks: int) -> scheduled:
 
 def pricing() -> tuple[list[tuple[str, ...]], bool]:
     """Orders a second at about 2,300 operations, and one search."""
-    order, costs = fixed.interleaved_zero_bubble(8, 32, 3), Costs(activation=1.0, stash=0.4)
+    order, costs = fixed.interleaved_zero_bubble(8, 32, 3), Costs(activation=1.0, stash=STASH)
     begun, count = time.perf_counter(), 0
     while time.perf_counter() - begun < 2.0:
         evaluate(order, costs)
@@ -123,7 +123,7 @@ def pricing() -> tuple[list[tuple[str, ...]], bool]:
     rate = count / (time.perf_counter() - begun)
     shares = np.array([1.0, 0.25] * 16)[None]
     begun = time.perf_counter()
-    uneven = Costs(shares, 1.26 * shares, 0.87 * shares, activation=1.0, stash=0.4, message=1.0)
+    uneven = Costs(shares, 1.26 * shares, 0.87 * shares, activation=1.0, stash=STASH, message=1.0)
     search(8, 32, uneven, 8.0)
     spent = time.perf_counter() - begun
     rows = [

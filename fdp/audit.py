@@ -28,6 +28,7 @@ from tabulate import tabulate
 
 from fdp import config as fdp_config
 from fdp.config_images import IMAGE_MODELS, pattern_rows
+from fdp.config_pipeline import chunks_of
 from fdp.count import bytes as closed
 from fdp.count.compare import Comparison, Key, outcome
 from fdp.count.requirements import is_stock, missing, required_of, unexpected
@@ -83,7 +84,7 @@ def small(c: ml_collections.ConfigDict, degrees: Mapping[str, int]) -> ml_collec
     kv_heads = tp * (cp if x.plan in ("ulysses", "usp") else 1)
     if c.pipeline.schedule.endswith(".csv"):  # of the whole mesh
         c.pipeline.schedule = "zb_h1"
-    each = degrees["pp"] * fdp_config.chunks_of(c) * (m.moe.every if m.moe.experts else 1)
+    each = degrees["pp"] * chunks_of(c) * (m.moe.every if m.moe.experts else 1)
     m.update(
         layers=max(2, each), kv_heads=kv_heads, heads=kv_heads * min(group, 2), head_dim=8, width=32
     )

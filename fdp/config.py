@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from fdp import config_images
+from fdp import config_images, config_pipeline
 from fdp.config_images import IMAGE_MODELS, IMAGE_OBJECTIVES, IMAGE_SOURCES
 from fdp.keys import (
     Key,
@@ -34,7 +34,6 @@ from fdp.keys import (
     string,
     within,
 )
-from fdp.parallel.pipeline import library
 
 VARIANTS = ("cpu", "tiny", "full", "h100", "pod")
 
@@ -46,11 +45,6 @@ OBJECTIVES = (*TOKEN_OBJECTIVES, *IMAGE_OBJECTIVES)
 SCHEDULES = ("linear", "loglinear", "md4_cosine", "mdlm_cosine", "bd3_cosine", "geometric")
 PACKINGS = ("stream", "documents")
 PLANS = ("all_gather", "ring", "ulysses", "usp", "batch")
-
-PIPELINES = (
-    *("gpipe", "1f1b", "zb_h1", "zb_h2", "zbv", "v_half", "v_min", "dualpipe_v"),
-    "searched",
-)
 
 MAX_VOCAB = 2**20  # ids of a tokenizer that is trained here; published ones have at most 2**18
 MAX_DEVICES = 2**16
@@ -143,18 +137,6 @@ CONTEXT = section(  # how attention communicates over cp; none of it changes the
     stripe=count(1, "striped: length of a block", "positions"),
 )
 
-PIPELINE = section(  # how a step uses pp; none of it changes the result
-    schedule=choice(
-        "1f1b",
-        PIPELINES,
-        "order of the operations of a step; or a file in torch's format, *.csv",
-        pattern=r".+\.csv",
-    ),
-    chunks=count(
-        1, "parts of a device's layers that are stages of their own (1f1b, zb_h1, searched)"
-    ),
-)
-
 OBJECTIVE = section(
     name=choice("mdlm", OBJECTIVES, "what is learnt"),
     form=choice("k", ("t", "k"), "masks: k (exactly k, weight L/k) | t (continuous time)"),
@@ -228,7 +210,7 @@ SECTIONS: dict[str, Section] = {
     "model.moe": MOE,
     "model.image": config_images.MODEL,
     "context": CONTEXT,
-    "pipeline": PIPELINE,
+    "pipeline": config_pipeline.PIPELINE,
     "objective": OBJECTIVE,
     "objective.image": config_images.OBJECTIVE,
     "data": DATA,
@@ -351,7 +333,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     TOP["topic"].check("topic", c.topic)
     settings = topic_settings(c.topic)
     _check_values(c)
-    _check_pipeline(c)
+    config_pipeline.check(c)
     _check_divisors(c)
     _check_sizes(c)
     if settings:
@@ -410,38 +392,11 @@ def _next_multiple(n: int, of: int) -> int:
     return -(-n // of) * of
 
 
-def chunks_of(c: ml_collections.ConfigDict) -> int:
-    """Parts of a device's layers. Raises UserError for a file that holds no schedule."""
-    if c.mesh.pp == 1:
-        return 1
-    try:
-        return library.chunks(c.pipeline.schedule, c.mesh.pp, c.pipeline.chunks)
-    except (ValueError, OSError) as error:
-        raise UserError(f"pipeline.schedule={c.pipeline.schedule!r}: {error}") from error
-
-
-def _check_pipeline(c: ml_collections.ConfigDict) -> None:
-    """Chunks and microbatches that a fixed schedule takes."""
-    name, chunks, m = c.pipeline.schedule, c.pipeline.chunks, c.train.microbatches
-    if c.mesh.pp == 1 or name not in library.FIXED:
-        return
-    if name in library.WHOLE and chunks > 1:
-        raise UserError(
-            f"pipeline.chunks={chunks}, but the stages of {name} are whole: set pipeline.chunks=1 "
-            "or pipeline.schedule=1f1b"
-        )
-    try:
-        library.named(name, c.mesh.pp, m, chunks)
-    except ValueError as error:
-        text = str(error).replace("set m=", "set train.microbatches=")
-        raise UserError(f"pipeline.schedule={name}, train.microbatches={m}: {text}") from error
-
-
 def _check_divisors(c: ml_collections.ConfigDict) -> None:
     """Divisibility by the degrees of the mesh, microbatches and heads."""
     m, mesh, t = c.model, c.mesh, c.train
     tp = mesh.tp
-    chunks = chunks_of(c)
+    chunks = config_pipeline.chunks_of(c)
     every = m.moe.every if m.moe.experts else 1
     each = mesh.pp * chunks * every
     by = "mesh.pp" + "·chunks" * (chunks > 1) + "·moe.every" * (every > 1)

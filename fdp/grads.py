@@ -99,12 +99,18 @@ class Grads(Protocol):
 
 @dataclass(frozen=True)
 class plain:
-    """Forward and backward of one microbatch after the other, gradients and aux added up."""
+    """Forward and backward of one microbatch after the other, gradients and aux added up. For
+    models that are not in stages: raises ValueError for pp > 1."""
 
     microbatches: int = 1
 
     def __call__(self, stages: Stages, params: Any, noised: Any) -> tuple[jax.Array, Any, Aux]:
         """As `Grads`."""
+        if size("pp") > 1:
+            raise ValueError(
+                f"plain gradients run all layers on every device, but mesh.pp = {size('pp')} "
+                "devices have a stage each: give Experiment.grads=scheduled(order), or mesh.pp=1"
+            )
         find = jax.value_and_grad(stages.loss, has_aux=True)
         m = self.microbatches
         if m == 1:

@@ -3,8 +3,8 @@ to block L - i over a long skip. Time and label are tokens before the patches; t
 not learned.
 
 The first half is a scan that yields what every block puts out. The second half is a scan that
-takes these, in reverse, as layer inputs. A pipeline stage that runs block i and block L - i keeps
-the skip at home.
+takes these, in reverse, as layer inputs. A pipeline stage that ran block i and block L - i
+would keep the skip at home; stages of a U-ViT are priced, not run.
 
 Legend: B images, H rows (local over cp), W columns, C channels, L tokens (local over cp), D width,
 N blocks of a half."""
@@ -230,15 +230,10 @@ class UViT(Module):
             raise ValueError("the layer inputs of a U-ViT are its skips: give none")
         x, skips_NxBxLxD = self.first_half(x_BxLxD, noised)
         x = self.second_half(self.middle_block(x, noised), noised, skips_NxBxLxD)
-        return self.finish(x, noised)
+        return self._finish(x)
 
-    def start(self, noised: dict[str, Any]) -> Array:
-        """What the first stage of a pipeline does before its layers."""
-        return self.embed(noised)
-
-    def finish(self, x_BxLxD: Array, noised: dict[str, Any]) -> Array:
-        """What the last stage does after its layers: the final norm, and the patches of all
-        tokens."""
+    def _finish(self, x_BxLxD: Array) -> Array:
+        """The final norm, and the patches of all tokens."""
         x = self.norm(x_BxLxD, None)
         x = all_gather(x, "tp", dim=1) if self.shape.sequence_parallel else x
         return x[:, self.extras // size("cp") :]

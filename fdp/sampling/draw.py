@@ -60,11 +60,10 @@ def draw_images(
     steps: int,
     guidance: float = 1.0,
     method: str = "heun",
-    clip: float = 1.0,
 ) -> np.ndarray:
     """One image f32 [B, H, W, C] of each of the `labels` (the number of classes stands for none),
     of the experiment's seed, equal on every mesh up to rounding. `variables` as in `draw`.
-    `method`: one of SAMPLERS. `clip`: estimates are kept within ± so much; inf keeps them."""
+    `method`: one of SAMPLERS. Estimates are kept within the ±1 of images."""
     objective, image = e.objective, e.model.image
     assert isinstance(objective, ImageObjective)
     mesh = generation_mesh(mesh)
@@ -81,7 +80,7 @@ def draw_images(
         asked = ImageDraw(jax.random.key(e.fit.seed), sample_ids_B, shape)
         denoiser = partial(objective.denoiser, predict)
         denoise = guided(denoiser, labels_B, objective.classes, guidance)
-        return SAMPLERS[method](clipped(denoise, clip), asked, sigmas)[0]
+        return SAMPLERS[method](clipped(denoise, 1.0), asked, sigmas)[0]
 
     rows = P(BATCH_AXES)
     sampler = jax.jit(shard_map(sampled, mesh, (specs, rows, rows), rows))

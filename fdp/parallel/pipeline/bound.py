@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import SLACK, Costs
 from fdp.parallel.pipeline.placement import Placement
 
 
@@ -23,7 +23,7 @@ def check_caps(placement: Placement, m: int, costs: Costs, caps: Sequence[float]
     if len(caps) != placement.p:
         raise ValueError(f"{len(caps)} memory caps for p={placement.p} stages: give one or p")
     for i, (need, cap) in enumerate(zip(needed_bytes(placement, m, costs), caps, strict=True)):
-        if not cap >= need * (1 - 1e-9):
+        if not cap >= need * (1 - SLACK):
             raise ValueError(
                 f"stage {i} may hold {cap:g} bytes, but any schedule holds the {placement.v} "
                 f"chunks of one microbatch at once: {need:g}; {need - cap:g} more are needed"

@@ -17,7 +17,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from fdp.parallel.pipeline.bound import check_caps, lower_bound
-from fdp.parallel.pipeline.costs import Costs, CostTable
+from fdp.parallel.pipeline.costs import SLACK, Costs, CostTable
 from fdp.parallel.pipeline.placement import Placement
 
 MOST = 32  # p·m: beyond, the program has too many pairs
@@ -211,7 +211,7 @@ class _Program:
             constant += known * amount
             for y, sign in terms.items():
                 held[y] = -sign * amount
-        self.rows.append((held, constant - cap * (1 + 1e-9)))
+        self.rows.append((held, constant - cap * (1 + SLACK)))
 
     def solve(self, seconds: float, gap: float) -> float:
         """The proven bound."""
@@ -221,7 +221,7 @@ class _Program:
         cost = np.zeros(self.columns)
         cost[self.end] = 1.0
         whole = np.arange(self.columns) > self.end
-        upper = np.where(whole, 1.0, self.most * (1 + 1e-9))
+        upper = np.where(whole, 1.0, self.most * (1 + SLACK))
         result = milp(
             cost,
             constraints=LinearConstraint(matrix, np.array([least for _, least in self.rows])),

@@ -10,6 +10,9 @@ import numpy as np
 
 from fdp.parallel.pipeline.placement import Placement
 
+STASH = 0.4  # of an activation, which B leaves to W: a DiT block of width 384
+SLACK = 1e-9  # relative: sums of the same bytes or seconds in another order are equal
+
 
 @dataclass(frozen=True)
 class Costs:

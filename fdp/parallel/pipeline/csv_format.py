@@ -41,12 +41,12 @@ def write_csv(order: Order, path: str | Path) -> None:
         csv.writer(file).writerows(lines)
 
 
-def read_csv(path: str | Path, p: int | None = None, stages: int | None = None) -> Order:
+def read_csv(path: str | Path, p: int | None = None) -> Order:
     """An order of one step; the placement is what the cells say. It is not checked: see `check`.
 
-    p, stages: ranks and virtual stages that the file must have. Raises ValueError that names the
+    p: ranks that the file must have. Raises ValueError that names the
     rank and the cell for an unknown action, for a virtual stage of two ranks, for a rank or a
-    virtual stage without a cell, and for other numbers than asked for; also for a file that is no
+    virtual stage without a cell, and for another number than asked for; also for a file that is no
     text, and for a number of microbatches or stages that its cells cannot fill."""
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -69,10 +69,6 @@ def read_csv(path: str | Path, p: int | None = None, stages: int | None = None) 
                 )
     count = 1 + max(owner)
     _filled(path, ranks, count)
-    if stages is not None and count != stages:
-        raise ValueError(
-            f"{path} has {count} virtual stages, not {stages}: export it for {stages} stages"
-        )
     lost = [u for u in range(count) if u not in owner]
     if lost:
         raise ValueError(

@@ -104,8 +104,8 @@ def evaluate(order: Order, costs: Costs, mode: str = "asynchronous") -> Evaluati
 
     costs: of the microbatches of one step. mode: "asynchronous"; "neighbour" or "lock-step", where
     operations run in rounds as in one SPMD program, as `fdp.price.simulate.simulate` defines them.
-    The makespans are ordered as the modes. The result is that of `simulate` on `tasks_of(order)`,
-    only faster.
+    The makespans are ordered as the modes. Tests hold the result equal to that of `simulate`, which
+    is slower.
 
     Raises ValueError for an unknown mode, for bad costs (see `Costs`) and, from `check`, for an
     order that does not run."""

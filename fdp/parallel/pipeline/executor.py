@@ -67,7 +67,10 @@ class scheduled:
         """As `fdp.grads.Grads`."""
         placement, m = self.order.placement, self.microbatches
         if size("pp") != placement.p:
-            raise ValueError(f"an order of {placement.p} stages on mesh.pp={size('pp')}")
+            raise ValueError(
+                f"an order of {placement.p} stages on mesh.pp={size('pp')}: both must be equal; "
+                f"set mesh.pp={placement.p}"
+            )
         stacked = jax.tree.map(_over_pp, params)
 
         def mine(params: Any) -> Any:

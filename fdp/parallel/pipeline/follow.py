@@ -9,11 +9,9 @@ from copy import copy
 from dataclasses import replace
 from math import inf
 
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import SLACK, Costs
 from fdp.parallel.pipeline.orders import Op, Order, relabel, split_backward
 from fdp.parallel.pipeline.program import compiled
-
-SLACK = 1e-9  # relative: sums of the same bytes or seconds in another order are equal
 
 
 class Follower:

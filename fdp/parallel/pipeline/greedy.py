@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import ceil, inf
 
-from fdp.parallel.pipeline.costs import CostTable
+from fdp.parallel.pipeline.costs import SLACK, CostTable
 from fdp.parallel.pipeline.orders import Op, Order
 from fdp.parallel.pipeline.placement import Placement
 
-SLACK = 1e-9  # relative: sums of the same bytes in another order fit the same cap
 GRID = 1 << 24  # steps of the longest operation: rounding moves a makespan by less than 1e-4
 
 

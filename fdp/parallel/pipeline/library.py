@@ -7,7 +7,7 @@ import numpy as np
 
 from fdp.parallel.pipeline import controllable, fixed
 from fdp.parallel.pipeline.check import check
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import STASH, Costs
 from fdp.parallel.pipeline.csv_format import read_csv
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.orders import Order
@@ -30,7 +30,6 @@ WAVES: dict[str, Callable[[int, int], Order]] = {
 FIXED = (*LOOPED, *WAVES)
 WHOLE = ("gpipe", "zb_h2")  # stages are not cut in chunks
 MOST = 2**14  # microbatches of a step times devices: a search of more takes hours
-STASH = 0.4  # of an activation, which B leaves to W: a DiT block of width 384
 
 
 @lru_cache(maxsize=32)

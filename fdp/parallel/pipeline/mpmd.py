@@ -8,7 +8,7 @@ is `fdp.parallel.pipeline.executor`.
 Legend: p stages, v chunks of a stage, V = p·v virtual stages, u one of them, m microbatches, k one
 of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,10 +23,10 @@ from fdp.experiment import Experiment
 from fdp.grads import LOSS_AXES, Aux, plain
 from fdp.mesh import DATA_AXES, abstract_mesh
 from fdp.parallel.groups import Groups, divided
-from fdp.parallel.pipeline.check import check
 from fdp.parallel.pipeline.executor import Operations, blank
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.split import Halves
+from fdp.parallel.pipeline.table import ticks
 from fdp.step import TrainStep, chunked, stages
 
 Array = jax.Array
@@ -44,7 +44,7 @@ class StagedStep:
     Raises ValueError for an order that does not run, and for degrees that it does not fit."""
 
     def __init__(self, experiment: Experiment, order: Order, groups: Groups | None = None):
-        check(order)
+        self.tasks = ticks(order)
         self.order, self.count = order, len(order.placement.devices)
         p, pp = order.placement.p, experiment.degrees["pp"]
         if pp != p or p < 2:
@@ -86,8 +86,8 @@ class StagedStep:
         if self._programs is None:
             self._programs = Programs(self.step, placed[0], noised, count)
         run = _Run(self, self._programs, placed, noised, count)
-        for i, kind, u, k in dispatches(self.order):
-            run.operation(i, kind, u, k)
+        for kind, u, k in self.tasks:  # inputs first
+            run.operation(kind, u, k)
         loss, grads, aux, layers = zip(*map(run.reduced, range(self.count)), strict=True)
         loss, aux, layers = jax.device_get((loss, aux, layers))
         added = jax.tree.map(lambda *x: sum(x[1:], x[0]), *aux)
@@ -118,31 +118,6 @@ def part(step: TrainStep, variables: Any, u: int) -> Any:
     return jax.tree.map(one, variables, shapes)
 
 
-def dispatches(order: Order) -> Iterator[tuple[int, str, int, int]]:
-    """(stage, kind, virtual stage, microbatch), inputs first; BW as B and then W."""
-    place = order.placement
-    left = [
-        iter([(kind, place.stages[i][op.chunk], op.microbatch) for op in ops for kind in op.kind])
-        for i, ops in enumerate(order.ops)
-    ]
-    head = [next(ops, None) for ops in left]
-    done: set[tuple[str, int, int]] = set()
-    while any(head):
-        for i, op in enumerate(head):
-            if op is None or not _inputs(*op, len(place.devices)) <= done:
-                continue
-            done.add(op)
-            head[i] = next(left[i], None)
-            yield i, *op
-
-
-def _inputs(kind: str, u: int, k: int, count: int) -> set[tuple[str, int, int]]:
-    """What comes from other virtual stages; `check` has seen to the own inputs."""
-    if kind == "F":
-        return {("F", u - 1, k)} if u else set()
-    return {("B", u + 1, k)} if kind == "B" and u < count - 1 else set()
-
-
 class _Run:
     """One step: what is held of it, by virtual stage and microbatch."""
 
@@ -169,8 +144,9 @@ class _Run:
         self.messages: dict[tuple[str, int, int], Any] = {}
         self.kept: dict[tuple[int, int], Any] = {}
 
-    def operation(self, i: int, kind: str, u: int, k: int) -> None:
-        """Dispatch one operation of stage i, and send what it gives."""
+    def operation(self, kind: str, u: int, k: int) -> None:
+        """Dispatch one operation, and send what it gives."""
+        i = self.devices[u]
         program = self.programs.operation(kind, u == 0, u == self.last)
         message = self.messages.pop((kind, u, k), None)
         held = self.kept.pop((u, k), None)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import SLACK, Costs
 from fdp.parallel.pipeline.evaluate import peak, play
 from fdp.parallel.pipeline.orders import Op, Order
 from fdp.parallel.pipeline.program import compiled
@@ -45,7 +45,7 @@ class _Work:
         self.base, self.send = order, table.send
         self.program = compiled(order, table)
         self.names: list[list[Op]] = [list(ops) for ops in order.ops]
-        self.caps = [cap * (1 + 1e-9) for cap in caps]
+        self.caps = [cap * (1 + SLACK) for cap in caps]
         self.filler = {
             op[2]: i for i, ops in enumerate(self.program.ops) for op in ops if op[2] >= 0
         }

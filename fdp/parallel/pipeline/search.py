@@ -18,7 +18,7 @@ import numpy as np
 
 from fdp.parallel.pipeline import controllable, fixed, heuristics
 from fdp.parallel.pipeline.bound import check_caps, lower_bound
-from fdp.parallel.pipeline.costs import Costs, CostTable
+from fdp.parallel.pipeline.costs import SLACK, Costs, CostTable
 from fdp.parallel.pipeline.evaluate import Evaluation, evaluate
 from fdp.parallel.pipeline.follow import Follower
 from fdp.parallel.pipeline.greedy import Knobs, Line
@@ -26,7 +26,6 @@ from fdp.parallel.pipeline.orders import Order, relabel
 from fdp.parallel.pipeline.placement import Placement, looped, wave
 from fdp.parallel.pipeline.polish import polish
 
-SLACK = 1e-9  # relative: sums of the same bytes in another order fit the same cap
 CLIMBED, CHANGES, POLISHED, PLAYS = 5, 120, 3, 500  # starts and steps of each climb at effort 1
 
 

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fdp.parallel.pipeline.check import check
 from fdp.parallel.pipeline.orders import Order
+from fdp.parallel.pipeline.placement import Placement
 
 BRANCHES = 7  # of a tick
 IDLE, FIRST_F, F, B, FIRST_B, LAST_B, W = range(BRANCHES)
@@ -19,7 +21,6 @@ FIELDS = (
     "kind",
     "microbatch",
     "chunk",
-    "stage",
     "input",
     "residual",
     "stash",
@@ -28,6 +29,16 @@ FIELDS = (
     "minus",
     "own",
 )
+SLOTTED = {  # fields that hold a slot, and of what
+    "input": "messages",
+    "plus": "messages",
+    "minus": "messages",
+    "own": "messages",
+    "residual": "residuals",
+    "stash": "stashes",
+}
+EXECUTED = ("F", "B", "W", "BW")
+Task = tuple[str, int, int]  # kind, virtual stage, microbatch
 NEXT, PREVIOUS, OWN = 1, 2, 3  # where the result goes: the device after, before, or this one
 
 
@@ -42,7 +53,7 @@ class Slots(NamedTuple):
 @dataclass(frozen=True)
 class Table:
     """rows int16 [T, p, len(FIELDS)]; a slot that is not used is the last one, whose content is
-    never read. stage: virtual stage of the operation."""
+    never read. stages: virtual ones."""
 
     rows: np.ndarray
     slots: Slots
@@ -57,71 +68,63 @@ class Table:
 def table(order: Order) -> Table:
     """The table of an order of F, B and W, or BW for B and then W.
 
-    Raises ValueError, naming the operation, for an order that waits for ever, and for virtual
-    stages that follow each other on devices that are no neighbours."""
-    place = order.placement
-    p, stages = place.p, len(place.devices)
-    stage = {(i, c): u for i, own in enumerate(place.stages) for c, u in enumerate(own)}
-    queues = [[(k, op.microbatch, op.chunk) for op in ops for k in op.kind] for ops in order.ops]
-    done = _ticks(queues, stage, stages)
-    total = 1 + max(done.values())
-    rows = np.zeros((total, p, len(FIELDS)), np.int16)
-    box, kept, stashed = ([_Colours() for _ in range(p)] for _ in range(3))
-    column = {name: i for i, name in enumerate(FIELDS)}
-    unused: dict[str, list[_Colours]] = {
-        "input": box,
-        "plus": box,
-        "minus": box,
-        "own": box,
-        "residual": kept,
-        "stash": stashed,
-    }
-    for name in unused:
-        rows[:, :, column[name]] = -1
+    Raises ValueError as `ticks`, and for virtual stages that follow each other on devices that are
+    no neighbours."""
+    place, done = order.placement, ticks(order)
+    layout = _Layout(place, 1 + max(done.values()))
+    for (kind, u, k), t in done.items():
+        i = place.devices[u]
+        layout.put(t, i, "kind", _branch(kind, u, len(place.devices)))
+        layout.put(t, i, "microbatch", k)
+        layout.put(t, i, "chunk", place.chunks[u])
+        if kind != "W":
+            name, until = ("residual", "B") if kind == "F" else ("stash", "W")
+            layout.keep(i, name, t, done[until, u, k])
+        reader = _reader(kind, u, k, len(place.devices))
+        if reader is not None:
+            layout.send(u, reader[1], t, done[reader])
+    return layout.table()
 
-    def put(tick: int, device: int, name: str, value: int) -> None:
-        rows[tick, device, column[name]] = value
 
-    for (kind, u, k), t in sorted(done.items(), key=lambda item: item[1]):
-        i, chunk = place.devices[u], place.chunks[u]
-        for name, value in (
-            ("kind", _branch(kind, u, stages)),
-            ("microbatch", k),
-            ("chunk", chunk),
-            ("stage", u),
-        ):
-            put(t, i, name, value)
-        if kind == "F":
-            slot = kept[i].take(t, done["B", u, k])
-            put(t, i, "residual", slot)
-            put(done["B", u, k], i, "residual", slot)
-        if kind == "B":
-            slot = stashed[i].take(t, done["W", u, k])
-            put(t, i, "stash", slot)
-            put(done["W", u, k], i, "stash", slot)
-        reader = _reader(kind, u, k, stages)
-        if reader is None:
-            continue
-        j, until = place.devices[reader[1]], done[reader]
-        slot = box[j].take(t, until)
-        put(until, j, "input", slot)
+class _Layout:
+    """Rows and slots of a table while they are filled in."""
+
+    def __init__(self, place: Placement, ticks: int) -> None:
+        self.place = place
+        self.rows = np.zeros((ticks, place.p, len(FIELDS)), np.int16)
+        self.rows[:, :, [FIELDS.index(name) for name in SLOTTED]] = -1
+        kinds = dict.fromkeys(SLOTTED.values())
+        self.slots = {kind: [_Colours() for _ in range(place.p)] for kind in kinds}
+
+    def put(self, tick: int, device: int, name: str, value: int) -> None:
+        self.rows[tick, device, FIELDS.index(name)] = value
+
+    def keep(self, i: int, name: str, start: int, end: int) -> None:
+        """What device i keeps from one operation to another."""
+        slot = self.slots[SLOTTED[name]][i].take(start, end)
+        self.put(start, i, name, slot)
+        self.put(end, i, name, slot)
+
+    def send(self, u: int, reader: int, start: int, end: int) -> None:
+        """The result of virtual stage u, which another one or itself reads."""
+        p, i, j = self.place.p, self.place.devices[u], self.place.devices[reader]
+        slot = self.slots["messages"][j].take(start, end)
         way = OWN if i == j else NEXT if (i + 1) % p == j else PREVIOUS
         if way == PREVIOUS and (i - 1) % p != j:
             raise ValueError(
-                f"virtual stages {u} and {reader[1]} lie on devices {i} and {j} of {p}, which are "
-                "no neighbours: place them on one device or on two that follow each other"
+                f"virtual stages {u} and {reader} lie on devices {i} and {j} of {p}, which are no "
+                "neighbours: place them on one device or on two that follow each other"
             )
-        put(t, i, "send", way)
-        put(t, j, {NEXT: "plus", PREVIOUS: "minus", OWN: "own"}[way], slot)
-    slots = Slots(*(max(c.count for c in colours) for colours in (box, kept, stashed)))
-    for name, size in zip(
-        ("input", "plus", "minus", "own", "residual", "stash"),
-        (*[slots.messages] * 4, slots.residuals, slots.stashes),
-        strict=True,
-    ):
-        values = rows[:, :, column[name]]
-        values[values < 0] = size
-    return Table(rows, slots, stages)
+        self.put(start, i, "send", way)
+        self.put(start, j, {NEXT: "plus", PREVIOUS: "minus", OWN: "own"}[way], slot)
+        self.put(end, j, "input", slot)
+
+    def table(self) -> Table:
+        counts = {kind: max(c.count for c in colours) for kind, colours in self.slots.items()}
+        for name, kind in SLOTTED.items():
+            values = self.rows[:, :, FIELDS.index(name)]
+            values[values < 0] = counts[kind]
+        return Table(self.rows, Slots(**counts), len(self.place.devices))
 
 
 @dataclass
@@ -152,14 +155,14 @@ def _branch(kind: str, u: int, stages: int) -> int:
     return W
 
 
-def _reader(kind: str, u: int, k: int, stages: int) -> tuple[str, int, int] | None:
+def _reader(kind: str, u: int, k: int, stages: int) -> Task | None:
     """The operation that reads the result of one. The last stage keeps its own output."""
     if kind == "F":
         return ("F", u + 1, k) if u + 1 < stages else ("B", u, k)
     return ("B", u - 1, k) if kind == "B" and u else None
 
 
-def _inputs(kind: str, u: int, k: int, stages: int) -> list[tuple[str, int, int]]:
+def _inputs(kind: str, u: int, k: int, stages: int) -> list[Task]:
     if kind == "F":
         return [("F", u - 1, k)] if u else []
     if kind == "W":
@@ -167,31 +170,35 @@ def _inputs(kind: str, u: int, k: int, stages: int) -> list[tuple[str, int, int]
     return [("F", u, k), *([("B", u + 1, k)] if u + 1 < stages else [])]
 
 
-def _ticks(
-    queues: list[list[tuple[str, int, int]]], stage: dict[tuple[int, int], int], stages: int
-) -> dict[tuple[str, int, int], int]:
-    """(kind, virtual stage, microbatch) → tick, each device doing its operations in order."""
-    done: dict[tuple[str, int, int], int] = {}
-    at, t = [0] * len(queues), 0
+def ticks(order: Order) -> dict[Task, int]:
+    """The tick of every operation, the first ones first: each device does its own in order, BW as B
+    and then W, each as soon as its inputs are there.
+
+    Raises ValueError, naming the operation, for an order that does not run and for operations that
+    no executor has."""
+    check(order)
+    place = order.placement
+    for i, ops in enumerate(order.ops):
+        for row, op in enumerate(ops):
+            if op.kind not in EXECUTED:
+                raise ValueError(
+                    f"stage {i}, row {row}: {op}: executors run {', '.join(EXECUTED)} of one step; "
+                    "remove it"
+                )
+    queues = [
+        [(kind, own[op.chunk], op.microbatch) for op in ops for kind in op.kind]
+        for ops, own in zip(order.ops, place.stages, strict=True)
+    ]
+    done: dict[Task, int] = {}
+    at, t = [0] * place.p, 0
     while any(n < len(q) for n, q in zip(at, queues, strict=True)):
         now = {}
         for i, queue in enumerate(queues):
-            if at[i] == len(queue):
-                continue
-            kind, k, chunk = queue[at[i]]
-            task = kind, stage[i, chunk], k
-            if all(x in done for x in _inputs(*task, stages)):
-                now[task] = t
+            if at[i] < len(queue) and all(
+                x in done for x in _inputs(*queue[at[i]], len(place.devices))
+            ):
+                now[queue[at[i]]] = t
                 at[i] += 1
-        if not now:
-            waiting = [
-                (i, q[n]) for i, (n, q) in enumerate(zip(at, queues, strict=True)) if n < len(q)
-            ]
-            i, (kind, k, chunk) = waiting[0]
-            raise ValueError(
-                f"the order waits for ever: device {i}, operation {at[i]}: {kind} of microbatch "
-                f"{k}, chunk {chunk}"
-            )
         done |= now
         t += 1
     return done

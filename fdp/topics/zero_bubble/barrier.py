@@ -6,7 +6,6 @@ only the stagger of the devices costs is paid once for all steps of a program.
 
 Legend: p devices, m microbatches of a step, K steps of a program."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from fdp.parallel.pipeline import fixed
@@ -14,9 +13,11 @@ from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.orders import Order, repeat
 
+P, M = 8, 16
 STEPS = (1, 2, 4, 8)
+SHARES = (0.0, 0.01, 0.1, 1.0)  # of the steps that are rolled back
 BUILD = {"1F1B": fixed.one_f_one_b, "ZB-H1": fixed.zb_h1, "ZB-H2": fixed.zb_h2, "ZBV": fixed.zbv}
-# Bubbles at F = B = W, p = 8, m = 16, from an evaluator written apart from this one.
+# Bubbles at F = B = W, from an evaluator written apart from this one.
 STATED = {
     "1F1B": (0.304, 0.304, 0.304, 0.304),
     "ZB-H1": (0.127, 0.127, 0.127, 0.127),
@@ -25,16 +26,10 @@ STATED = {
 }
 
 
-def bubbles(
-    times: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    p: int = 8,
-    m: int = 16,
-    steps: Sequence[int] = STEPS,
-) -> dict[str, list[float]]:
-    """{schedule: bubble after so many steps of one program}."""
-    f, b, w = times
+def bubbles() -> dict[str, list[float]]:
+    """{schedule: bubble after STEPS steps of one program} at F = B = W."""
     return {
-        name: [evaluate(repeat(build(p, m), k), Costs(f, b, w)).bubble for k in steps]
+        name: [evaluate(repeat(build(P, M), k), Costs()).bubble for k in STEPS]
         for name, build in BUILD.items()
     }
 
@@ -53,36 +48,20 @@ class Clipping(NamedTuple):
     validated: dict[float, float]
 
 
-def clipping(
-    order: Order,
-    name: str,
-    costs: Costs,
-    norm: float = 0.0,
-    steps: int = 8,
-    shares: Sequence[float] = (0.0, 0.01, 0.1, 1.0),
-) -> Clipping:
+def clipping(order: Order, name: str, costs: Costs, norm: float) -> Clipping:
     """costs: with seconds of U, one number. norm: seconds of the all-reduce of the norm, which is
     the barrier's alone: others have it behind the next step. A step without a barrier is what the
-    last of `steps` adds."""
-    one, many, fewer = (
-        evaluate(repeat(order, k), costs).makespan for k in (1, steps, max(1, steps - 1))
-    )
+    last of STEPS adds."""
+    many, fewer = (evaluate(repeat(order, STEPS[-1] - n), costs).makespan for n in (0, 1))
     update = float(costs.U)
     # With a barrier U starts on all stages at once, after the last W of any.
     barrier = evaluate(order, costs).makespan + norm + update
-    free = many - fewer if steps > 1 else one
-    rolled = {q: (1 - q) * free + q * (barrier + update) for q in shares}
+    free = many - fewer
+    rolled = {q: (1 - q) * free + q * (barrier + update) for q in SHARES}
     return Clipping(name, barrier, free, rolled)
 
 
-def clippings(
-    times: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    update: float = 0.5,
-    norm: float = 0.1,
-    p: int = 8,
-    m: int = 16,
-) -> list[Clipping]:
-    """Of every schedule; `update` and `norm` in the units of the times."""
-    f, b, w = times
-    costs = Costs(f, b, w, U=update)
-    return [clipping(build(p, m), name, costs, norm) for name, build in BUILD.items()]
+def clippings(update: float = 0.5, norm: float = 0.1) -> list[Clipping]:
+    """Of every schedule at F = B = W = 1, in whose units `update` and `norm` are."""
+    costs = Costs(U=update)
+    return [clipping(build(P, M), name, costs, norm) for name, build in BUILD.items()]

@@ -11,6 +11,7 @@ from fdp.parallel.pipeline.evaluate import Evaluation
 from fdp.study.figures import COLOURS, GREY, MARKERS, figure, legend
 from fdp.topics.zero_bubble.op_costs import KINDS, OpCosts
 from fdp.topics.zero_bubble.quality import Samples
+from fdp.topics.zero_bubble.simulated import Bars
 
 KIND_COLOURS = {
     "F": COLOURS[0],
@@ -29,12 +30,8 @@ def gantt(result: Evaluation, title: str) -> Any:
     of its kind, the darker it is."""
     p = result.order.placement.p
     fig, axes = figure(width=10.0, height=0.8 + 0.35 * p)
-    bars = [
-        (i, begun, timed[0], op.kind)
-        for i, ops in enumerate(result.order.ops)
-        for op, begun, timed in zip(ops, result.start[i], result.program.ops[i], strict=True)
-    ]
-    draw(axes, *zip(*bars, strict=True))
+    bars = Bars.of(result)
+    draw(axes, bars.device, bars.start, bars.seconds, bars.kind)
     axes.set(xlabel="s", ylabel="stage", title=title)
     fig.legend(loc="outside right upper", handlelength=1)
     return fig

@@ -1,7 +1,9 @@
 """What idle slots of a pipeline can compute: stable targets of the next batch, from data alone.
 
-Legend: B images, N reference images, H rows, W columns, C channels, p devices."""
+Legend: B images, N reference images, H rows, W columns, C channels, p devices, m microbatches."""
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdp.arm import Arm
 from fdp.objectives import Flow
 from fdp.objectives.base import Batch, Objective
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import Evaluation, evaluate
+from fdp.parallel.pipeline.library import named
 from fdp.parallel.pipeline.orders import Op, Order
+from fdp.topics.zero_bubble.op_costs import OpCosts
 
 
 class References:
@@ -64,11 +69,6 @@ class StableFlow(Flow):
         mean = weights[:, :1] * own.reshape(n, -1) + weights[:, 1:] @ flat
         return mean.reshape(z.shape)
 
-    def extra_flops(self, batch: int) -> int:
-        """Of the targets of one step: two products of B × N × pixels."""
-        r = self.references
-        return 0 if r is None else 4 * batch * min(self.n, len(r.images)) * r.images[0].size
-
 
 def stable(objective: Objective, references: References, n: int) -> StableFlow:
     """`objective` with stable targets. Raises ValueError for one that is not rectified flow."""
@@ -87,6 +87,50 @@ def without(objective: Objective) -> Objective:
 
 # In the idle slots of a schedule
 # -------------------------------------------------------------------------------------------------
+
+PIECES = 4  # of the targets of a microbatch
+REPEATS, WARM = 15, 2
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Of a step of p stages and m microbatches with stable targets in its idle slots. targets, F:
+    measured seconds for one microbatch, of all stages and of one. bubble: before. share: of the
+    makespan."""
+
+    p: int
+    m: int
+    targets: float
+    F: float
+    bubble: float
+    share: float
+
+
+def growth(arm: Arm, p: int, timed: Sequence[OpCosts], m: int = 8) -> Growth:
+    """What the targets cost a searched schedule at the op costs of the finest patches. Every device
+    computes a p-th of the targets of the next step."""
+    t = timed[0]
+    f, b, w = (t.median(kind) for kind in ("F", "B", "W"))
+    seconds = target_seconds(arm, t.rows)
+    order, costs = named("searched", p, m), Costs(f, b, w)
+    _, share = filled(order, costs, m * seconds / p, m * PIECES)
+    return Growth(p, m, seconds, f, evaluate(order, costs).bubble, share)
+
+
+def target_seconds(arm: Arm, rows: int) -> float:
+    """What it takes longer to corrupt `rows` images with stable targets, on the first device: the
+    difference of medians of repeats that take turns."""
+    batch = jax.device_put(arm.data.train.take(range(rows)), jax.devices()[0])
+    key = jax.random.key(0)
+    runs = [jax.jit(o.corrupt) for o in (arm.objective, without(arm.objective))]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(WARM + REPEATS):
+        for run, found in zip(runs, seconds, strict=True):
+            begun = time.perf_counter()
+            jax.block_until_ready(run(key, batch))
+            found.append(time.perf_counter() - begun)
+    with_targets, plain = (float(np.median(x[WARM:])) for x in seconds)
+    return max(0.0, with_targets - plain)
 
 
 def filled(order: Order, costs: Costs, seconds: float, pieces: int) -> tuple[Evaluation, float]:

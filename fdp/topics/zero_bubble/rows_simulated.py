@@ -8,9 +8,9 @@ import numpy as np
 from fdp.parallel.pipeline.published import Entry
 from fdp.price import hybrid
 from fdp.study.report import Row
-from fdp.topics.zero_bubble.barrier import STATED, STEPS, Clipping
+from fdp.topics.zero_bubble.barrier import STATED, STEPS, Clipping, M, P
 from fdp.topics.zero_bubble.simulated import MEASURED, Contest, Proof
-from fdp.topics.zero_bubble.skips import OnLink, Transfers
+from fdp.topics.zero_bubble.skips import DEPTH, DEVICES, RATE, OnLink, Transfers
 from fdp.topics.zero_bubble.worth import Worth
 
 MORE = 1.04  # samples a second over the best fixed order
@@ -151,12 +151,12 @@ def tables(found: Sequence[Entry]) -> Row:
 
 
 def no_barrier(found: dict[str, list[float]]) -> Row:
-    """Bubbles of programs of several steps at F = B = W, p = 8, m = 16."""
+    """Bubbles of programs of several steps at F = B = W."""
     off = max(
         abs(x - y) for name, row in found.items() for x, y in zip(row, STATED[name], strict=True)
     )
     told = "; ".join(f"{name} {' '.join(f'{x:.4f}' for x in row)}" for name, row in found.items())
-    note = f"F = B = W, p = 8, m = 16, bubbles after {', '.join(map(str, STEPS))} steps: {told}"
+    note = f"F = B = W, p = {P}, m = {M}, bubbles after {', '.join(map(str, STEPS))} steps: {told}"
     claim = "without a barrier the stagger of a step is paid once"
     return _row(
         claim, "largest difference from the bubbles stated", off, "<= 0.0005", note, "counted"
@@ -197,7 +197,7 @@ def transfers(found: Sequence[Transfers]) -> Row:
         "counted",
         line.placement,
         line.straight,
-        note=f"depth 28, 4 devices; {told}",
+        note=f"depth {DEPTH}, {DEVICES} devices; {told}",
     )
 
 
@@ -208,11 +208,14 @@ def on_links(found: Sequence[OnLink]) -> Iterator[Row]:
         f"{o.link} (a message takes {o.message:.2f} F): {_percent(o.wave / o.searched)} over the "
         f"wave with whole backwards, {_percent(o.fixed / o.searched)} over {o.fixed_name}, "
         f"{_percent(o.line / o.searched)} over the best line ({o.line_name}, skips relayed), "
-        f"{_percent(o.loop / o.searched)} over the best loop"
+        f"{_percent(o.loop / o.searched)} over the best loop ({o.loop_name})"
         for o in found
     )
     claim = "U-ViT on slow links: searched against the best fixed order of the skip-collocated wave"
-    note = f"U-ViT-L shape at 256 px, p = 4, m = 16, 400 TFLOP/s a device; {told}; {PLAYED}"
+    note = (
+        f"U-ViT-L shape at 256 px, p = {DEVICES}, m = {found[0].m}, {RATE / 1e12:g} TFLOP/s a "
+        f"device; {told}; {PLAYED}"
+    )
     yield _row(claim, "least samples/s over it", min(ratio), "value >= 1", note)
     ratio = [o.line / o.searched for o in found]
     claim, metric = "… and against stages in a line", "least samples/s over the best fixed order"

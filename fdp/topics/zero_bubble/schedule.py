@@ -17,16 +17,16 @@ from tabulate import tabulate
 from fdp.keys import UserError
 from fdp.parallel.pipeline import certificate, library
 from fdp.parallel.pipeline.check import check
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import STASH, Costs
 from fdp.parallel.pipeline.csv_format import read_csv, write_csv
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.placement import Placement, looped
 from fdp.parallel.pipeline.search import Candidate, PipelineProblem, SearchResult, search
+from fdp.price.planner import parse_flags
 from fdp.price.simulate import MODES
 from fdp.topics.zero_bubble.figures import gantt
 
-STASH = 0.4  # of an activation, which B leaves to W: a DiT block of D384
 SHORTEST, LONGEST = 1e-12, 1e12  # seconds other than 0: no sum of them overflows or vanishes
 
 
@@ -230,15 +230,6 @@ def _rival(c: Candidate, best: float) -> tuple[str, ...]:
 def main(argv: Sequence[str]) -> int:
     """`run` on the process's flags."""
     return run(flags.FLAGS, argv[1:])
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser with a mistake in one `error:` line."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

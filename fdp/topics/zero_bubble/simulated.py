@@ -14,13 +14,12 @@ import numpy as np
 
 from fdp.parallel.pipeline import fixed
 from fdp.parallel.pipeline.certificate import certificate
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import STASH, Costs
 from fdp.parallel.pipeline.evaluate import Evaluation, evaluate
 from fdp.parallel.pipeline.orders import relabel, split_backward
 from fdp.parallel.pipeline.placement import looped
 from fdp.parallel.pipeline.search import Candidate, PipelineProblem, SearchResult, search
 
-STASH = 0.4  # of an activation, which B leaves to W: a DiT block of width 384
 EQUAL, PIXELS, VIDEO = "1:1:1", "512 px 1:1.26:.87", "video 1:2.28:.36"
 SHAPES = {  # seconds of F, B, W of a device
     EQUAL: (1.0, 1.0, 1.0),
@@ -240,12 +239,10 @@ class Sweep(NamedTuple):
     fixed: dict[str, tuple[float, float]]
 
 
-def sweep(
-    shape: str, law: str, caps: tuple[float, ...], p: int = 8, m: int = 32, effort: float = 0.0
-) -> Sweep:
+def sweep(shape: str, law: str, caps: tuple[float, ...], p: int, m: int) -> Sweep:
     """What more memory buys: searched and fixed schedules at caps in microbatches."""
     costs = costs_of(SHAPES[shape], shares(law, m))
-    found = [search(p, m, costs, cap, effort=effort) for cap in sorted(caps)]
+    found = [search(p, m, costs, cap, effort=0.0) for cap in sorted(caps)]
     work = _work(found[0].best)
     runs: dict[str, tuple[float, float]] = {}
     for c in (c for f in found for c in f.rivals if not c.lost):

@@ -9,7 +9,7 @@ Legend: p devices, V virtual stages, L blocks of both halves; one more is in the
 from itertools import combinations, pairwise
 from typing import NamedTuple
 
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import STASH, Costs
 from fdp.parallel.pipeline.placement import Placement, looped, wave
 from fdp.parallel.pipeline.search import PipelineProblem, fixed_candidates, search
 
@@ -29,63 +29,64 @@ class Transfers(NamedTuple):
     relayed: int
 
 
-def pairs(first: tuple[int, ...], depth: int = DEPTH) -> list[tuple[int, int]]:
+def pairs(first: tuple[int, ...]) -> list[tuple[int, int]]:
     """(virtual stage that keeps, virtual stage that reads) of each skip; first: the first block of
     every virtual stage."""
 
     def stage(block: int) -> int:
         return sum(block >= start for start in first) - 1
 
-    return [(stage(i), stage(depth - i)) for i in range(depth // 2)]
+    return [(stage(i), stage(DEPTH - i)) for i in range(DEPTH // 2)]
 
 
-def cuts(placement: Placement, depth: int = DEPTH) -> tuple[int, ...]:
+def cuts(placement: Placement) -> tuple[int, ...]:
     """First blocks of the virtual stages: of a V the halves are cut alike, so that no skip leaves a
     device; else into stages of equal length, the longer ones in the middle, as in `STATED`."""
     count = len(placement.devices)
     if placement == wave(placement.p):
-        p, half = placement.p, depth // 2
+        p, half = placement.p, DEPTH // 2
         sizes = [half // p + (p - half % p - 1 <= i < p - 1) for i in range(p)]
         sizes = [*sizes[:-1], sizes[-1] + 1, *sizes[::-1]]  # the middle block is on the last device
     else:
-        long = (depth + 1) % count
+        long = (DEPTH + 1) % count
         start = (count - long) // 2
-        sizes = [(depth + 1) // count + (start <= u < start + long) for u in range(count)]
+        sizes = [(DEPTH + 1) // count + (start <= u < start + long) for u in range(count)]
     return tuple(sum(sizes[:u]) for u in range(count))
 
 
-def transfers(depth: int = DEPTH, p: int = DEVICES) -> list[Transfers]:
+def transfers() -> list[Transfers]:
     """Of the V, a line cut as published, a line of equal stages, the line with fewest messages, and
     a loop."""
 
     def of(name: str, placement: Placement, first: tuple[int, ...]) -> Transfers:
-        skips = pairs(first, depth)
+        skips = pairs(first)
         straight, relayed = (placement.transfers(skips, relayed=x) for x in (False, True))
         return Transfers(name, straight, relayed)
 
-    line = looped(p)
-    found = [of("V", wave(p), cuts(wave(p), depth))]
-    if (depth, p) == (DEPTH, DEVICES):
-        found.append(of("line, stages of 6, 8, 9, 6 blocks", line, STATED))
-    found.append(of("line, equal stages", line, cuts(line, depth)))
-    longest = -(-(depth + 1) // p)
+    p, end = DEVICES, DEPTH + 1
+    line, loop, longest = looped(p), looped(p, 2), -(-end // p)
     fair = [
         (0, *inner)
-        for inner in combinations(range(1, depth + 1), p - 1)
-        if max(b - a for a, b in pairwise((0, *inner, depth + 1))) <= longest
+        for inner in combinations(range(1, end), p - 1)
+        if max(b - a for a, b in pairwise((0, *inner, end))) <= longest
     ]
-    least = min(fair, key=lambda first: line.transfers(pairs(first, depth)))
-    found.append(of(f"line, fewest with stages ≤ {longest} blocks", line, least))
-    loop = looped(p, 2)
-    return [*found, of("loop of two chunks", loop, cuts(loop, depth))]
+    least = min(fair, key=lambda first: line.transfers(pairs(first)))
+    return [
+        of("V", wave(p), cuts(wave(p))),
+        of("line, stages of 6, 8, 9, 6 blocks", line, STATED),
+        of("line, equal stages", line, cuts(line)),
+        of(f"line, fewest with stages ≤ {longest} blocks", line, least),
+        of("loop of two chunks", loop, cuts(loop)),
+    ]
 
 
 class OnLink(NamedTuple):
-    """Makespans on one link, in units of the mean F of a device. message: seconds of one
-    activation, in the same units. wave: whole backwards on the V; fixed: best fixed order on the
-    V; line, loop: best fixed orders there, their skips relayed."""
+    """Makespans of m microbatches on one link, in units of the mean F of a device. message: seconds
+    of one activation, in the same units. wave: whole backwards on the V; fixed: best fixed order on
+    the V; line, loop: best fixed orders there, their skips relayed."""
 
     link: str
+    m: int
     message: float
     searched: float
     wave: float
@@ -97,13 +98,13 @@ class OnLink(NamedTuple):
     loop_name: str
 
 
-def stage_costs(placement: Placement, send: float, depth: int = DEPTH) -> Costs:
+def stage_costs(placement: Placement, send: float) -> Costs:
     """[V]: blocks of each virtual stage, those of the second half with the product that joins a
     skip; the mean device takes 1 for its F. Skips on their way make messages longer: the mean of
     the boundaries."""
-    p, first, r = placement.p, cuts(placement, depth), TOKENS / WIDTH
-    ends = (*first[1:], depth + 1)
-    joined = [max(0, b - max(a, depth // 2 + 1)) for a, b in zip(first, ends, strict=True)]
+    p, first, r = placement.p, cuts(placement), TOKENS / WIDTH
+    ends = (*first[1:], DEPTH + 1)
+    joined = [max(0, b - max(a, DEPTH // 2 + 1)) for a, b in zip(first, ends, strict=True)]
     blocks = [b - a for a, b in zip(first, ends, strict=True)]
     parts = ((24 + 4 * r, SKIP), (24 + 12 * r, SKIP), (24.0, SKIP))
     unit = (sum(blocks) * parts[0][0] + sum(joined) * SKIP) / p
@@ -112,9 +113,9 @@ def stage_costs(placement: Placement, send: float, depth: int = DEPTH) -> Costs:
         for whole, skip in parts
     )
     held = [n * p / sum(blocks) for n in blocks]
-    stash = [0.4 * x for x in held]
+    stash = [STASH * x for x in held]
     plain = placement.transfers()
-    longer = placement.transfers(pairs(first, depth), relayed=True) / plain
+    longer = placement.transfers(pairs(first), relayed=True) / plain
     return Costs(f, b, w, send=send * longer, activation=held, stash=stash)
 
 
@@ -125,10 +126,10 @@ def message(bandwidth: float) -> float:
     return seconds / (blocks * TOKENS * WIDTH**2 / DEVICES / RATE)
 
 
-def on_links(m: int = 16, effort: float = 0.25, p: int = DEVICES) -> list[OnLink]:
+def on_links(m: int, effort: float) -> list[OnLink]:
     """The searched order on the V against fixed ones there and elsewhere. Every device holds what p
     microbatches take on the fullest one."""
-    found = []
+    found, p = [], DEVICES
     for name, bandwidth in LINKS.items():
         send = message(bandwidth)
         costs = stage_costs(wave(p), send)
@@ -137,7 +138,7 @@ def on_links(m: int = 16, effort: float = 0.25, p: int = DEVICES) -> list[OnLink
         waves = [c.makespan for c in best.rivals if c.name == "skip wave"]
         line, loop = (_best_fixed(place, m, send, cap) for place in (looped(p), looped(p, 2)))
         numbers = (best.best.makespan, min(waves), best.rivals[0].makespan, best.rivals[0].name)
-        found.append(OnLink(name, send, *numbers, *line, *loop))
+        found.append(OnLink(name, m, send, *numbers, *line, *loop))
     return found
 
 

@@ -23,6 +23,7 @@ from fdp.study.measure import Part, derive, each, measure
 from fdp.study.report import Report
 from fdp.topics.zero_bubble import (
     figures,
+    fillers,
     judge,
     op_costs,
     parts_simulated,
@@ -134,6 +135,9 @@ def study(run: Run) -> Report:
         runs = partial(measure, "two processes", processes.measured, processes.orders())
         parts.append(runs(rows=rows.processes, group="A real run"))
     parts += _quality(run)
+    if stable_arms := [arms[0] for name, arms in run.arms.items() if name.endswith("-stable")]:
+        given = stable_arms[0], STAGES, costs
+        parts.append(measure("idle", fillers.growth, *given, rows=rows.growth, group="Fillers"))
     return run.report(*parts)
 
 
@@ -210,7 +214,7 @@ def _fillers(run: Run, _: Any) -> list[Any]:
             if name in run.arms
         }
         if len(curves) > 1:
-            found += rows.fillers(cost, curves, None)
+            found += rows.fillers(cost, curves)
     return found
 
 

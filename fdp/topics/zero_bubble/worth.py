@@ -15,7 +15,7 @@ import numpy as np
 
 from fdp.models.shape import ModelShape
 from fdp.parallel.pipeline.bound import lower_bound
-from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.costs import STASH, Costs
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.fixed import interleaved_zero_bubble
 from fdp.parallel.pipeline.greedy import Knobs, Line
@@ -26,7 +26,6 @@ from fdp.price.hybrid import PricedJobs
 from fdp.price.ranking import LIKELY
 from fdp.price.space import Space, keep, name_of, plan_at, size_of
 from fdp.price.workload import RECOMPUTE, Job, job_on
-from fdp.topics.zero_bubble.simulated import STASH
 
 ENOUGH = 4  # microbatches a stage beyond which a looped schedule idles no longer
 

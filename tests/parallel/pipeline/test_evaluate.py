@@ -20,9 +20,9 @@ from fdp.parallel.pipeline.fixed import (
 )
 from fdp.parallel.pipeline.orders import Op, Order
 from fdp.parallel.pipeline.placement import looped, wave
-from fdp.parallel.pipeline.tasks import tasks_of
 from fdp.price.simulate import MODES, simulate
 from tests.parallel.pipeline.families import costs, orders
+from tests.parallel.pipeline.tasks import tasks_of
 
 pytestmark = pytest.mark.fast
 

@@ -22,7 +22,7 @@ from fdp.parallel.pipeline.chunks import rounds
 from fdp.parallel.pipeline.executor import scheduled
 from fdp.parallel.pipeline.fixed import gpipe, zb_h1
 from fdp.parallel.pipeline.library import named
-from fdp.parallel.pipeline.orders import Op, Order
+from fdp.parallel.pipeline.orders import Op, Order, recompute, repeat
 from fdp.parallel.pipeline.placement import looped
 from fdp.parallel.pipeline.table import FIELDS, LAST_B, table
 from fdp.step import TrainStep
@@ -120,17 +120,26 @@ def test_ticks_and_slots_of_zb_h1():
     assert (kinds == LAST_B).sum(0).tolist() == [0, 0, 0, 8]  # the loss is the last stage's
 
 
-def test_an_order_that_waits_for_ever_is_named():
+def test_an_order_that_cannot_be_executed_is_named():
     swapped = ((Op("F", 0), Op("BW", 0)), (Op("BW", 0), Op("F", 0)))
-    with pytest.raises(ValueError, match=r"device 0, operation 1: B of microbatch 0, chunk 0"):
+    with pytest.raises(ValueError, match=r"stage 1, row 0: BW0 of chunk 0 is too early"):
         table(Order(looped(2), swapped))
+    for order, named_op in ((recompute(gpipe(2, 2)), "row 2: R0"), (repeat(gpipe(2, 2), 2), "U0")):
+        with pytest.raises(ValueError, match=f"{named_op} .* executors run F, B, W, BW"):
+            table(order)
 
 
-def test_an_order_of_other_stages_than_the_mesh_is_refused():
-    p = program("gpipe", {"pp": 2}, {}, pipelined=False)
-    e = dataclasses.replace(p.experiment, grads=scheduled(gpipe(2, MICRO)))
-    assert e.grads.microbatches == plain(MICRO).microbatches
-    with pytest.raises(ValueError, match=r"an order of 2 stages on mesh\.pp=1"):
+@pytest.mark.parametrize(
+    ("pipelined", "grads", "message"),
+    [
+        (False, scheduled(gpipe(2, MICRO)), r"an order of 2 stages on mesh\.pp=1"),
+        (True, plain(MICRO), r"mesh\.pp = 2 devices have a stage each"),
+    ],
+)
+def test_gradients_of_other_stages_than_the_mesh_are_refused(pipelined, grads, message):
+    p = program("gpipe", {"pp": 2}, {}, pipelined=pipelined)
+    e = dataclasses.replace(p.experiment, grads=grads)
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(
             TrainStep(e, p.mesh).grads, p.specs.abstract_state().variables, p.specs.example
         )

@@ -7,6 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.fixed import one_f_one_b
 from fdp.parallel.pipeline.placement import looped, wave
 from fdp.parallel.pipeline.published import Entry
@@ -15,6 +16,7 @@ from fdp.price.hardware import chip
 from fdp.study.cache import Cache
 from fdp.study.measure import perform
 from fdp.topics.zero_bubble import barrier, rows_simulated, simulated, skips, worth
+from fdp.topics.zero_bubble.op_costs import OpCosts
 from fdp.topics.zero_bubble.parts_simulated import SIZES, Size, parts
 from fdp.topics.zero_bubble.simulated import EQUAL, HALVES, LAWS, NORMAL
 
@@ -36,13 +38,14 @@ SMALL = Size(
     tables=False,
 )
 MEASURED = (1.0, 1.25), (1.0, 1.5), (0.75, 1.0)
+TIMED = [OpCosts(1, 4, {"F": [1.0], "B": [1.25], "W": [0.75], "BW": [2.0]})]
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """(found, workdir) of everything, measured costs included."""
     workdir = tmp_path_factory.mktemp("simulated")
-    return perform(parts(SMALL, MEASURED), Cache(workdir, {}), workdir), workdir
+    return perform(parts(SMALL, TIMED), Cache(workdir, {}), workdir), workdir
 
 
 def test_every_part_gives_rows_and_pictures(small):
@@ -109,9 +112,7 @@ def test_clipping_checked_afterwards_lies_between_its_limits():
         assert c.validated[1.0] == pytest.approx(c.barrier + 0.5)
     lines = [c.schedule for c in barrier.clippings() if c.validated[0.1] / c.barrier < 0.99]
     assert lines == ["ZB-H2", "ZBV"]  # only a stagger can be saved
-    one = barrier.clipping(
-        one_f_one_b(2, 4), "1F1B", simulated.costs_of((1, 1, 1), np.ones(4)), 0, 1
-    )
+    one = barrier.clipping(one_f_one_b(2, 4), "1F1B", Costs(), 0.0)
     assert one.barrier == one.delayed == 5 * 3
 
 
