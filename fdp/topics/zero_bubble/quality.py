@@ -52,11 +52,23 @@ class Floor:
 def held_out(arm: Arm) -> np.ndarray:
     """Loss at the middle of each of LEVELS shares of the noise, f64 [J]: every held-out image with
     its label, the same noise for every arm."""
+    return losses(arm, arm.trained_on_host.variables)
+
+
+def watch_held_out(arm: Arm, step: int, state: TrainState) -> Mapping[str, Any]:
+    """The hook that measures the mean of `held_out` while training: validation losses are of the
+    arm's own targets and batches, which fillers change."""
+    del step
+    return {"hook/loss": float(losses(arm, state.variables).mean())}
+
+
+def losses(arm: Arm, variables: Any) -> np.ndarray:
+    """As `held_out`, of these variables."""
     images, labels = judge.whole(arm.data.val)
     objective = without(arm.objective)
     assert isinstance(objective, ImageObjective)
     images, labels = images[:HELD], labels[:HELD]
-    variables = jax.device_get(arm.trained_on_host.variables)
+    variables = jax.device_get(variables)
     found = []
     for j in range(LEVELS):
         rank_B = jnp.full(len(images), (j + 0.5) / LEVELS)

@@ -98,7 +98,11 @@ def fillers(cost: str, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> l
     }
     for name, ratios in saved.items():
         what = {"stable": "stable targets", "larger": "an eighth more images a step"}[name]
-        note = f"{len(ratios)} seeds, against no filler at equal losses of its second half"
+        steps = ", ".join(map(str, sorted(base[0])))
+        note = (
+            f"{len(ratios)} seeds, against no filler at its losses in its second half; held-out "
+            f"loss at fixed noise, the same for all, at steps {steps}, linear between"
+        )
         rows.append(
             Row.judged(
                 f"{what} save a tenth of the steps, {cost}",
@@ -117,7 +121,7 @@ def fillers(cost: str, curves: Mapping[str, Sequence[Mapping[int, float]]]) -> l
                 "steps with targets / steps with more images",
                 saved["stable"],
                 "",
-                "ratio < 1",
+                "ratio <= 1",
                 "measured",
                 "larger batch",
                 saved["larger"],

@@ -86,8 +86,12 @@ def arm(config: ml_collections.ConfigDict, cost: str, filler: str) -> Experiment
         images = References(*judge.whole(e.data.train))
         e = replace(e, objective=stable(e.objective, images, config.images.references))
     watch = quality.Watch(c.model.image.classes, c.images.steps)
-    hooks = (Hook("samples", max(1, c.train.steps // 5), watch),) if filler == "none" else ()
-    return replace(e, hooks=hooks)
+    hooks = []
+    if filler == "none":
+        hooks.append(Hook("samples", max(1, c.train.steps // 5), watch))
+    if len(config.images.fillers) > 1 and cost != "uvit":
+        hooks.append(Hook("held-out", max(1, c.train.steps // 20), quality.watch_held_out))
+    return replace(e, hooks=tuple(hooks))
 
 
 def build(config: ml_collections.ConfigDict, name: str, degrees: Mapping[str, int]) -> Experiment:
@@ -219,6 +223,7 @@ def _fillers(run: Run, _: Any) -> list[Any]:
 
 
 def _curve(logged: list[dict[str, Any]], name: str, seed: int) -> dict[int, float]:
-    """Held-out loss by step."""
-    mine = [r for r in logged if (r["arm"], r["seed"]) == (name, seed) and "val_loss" in r]
-    return {r["step"]: r["val_loss"] for r in mine}
+    """Held-out loss by step, the same measure for every arm."""
+    loss = "hook/loss"
+    mine = [r for r in logged if (r["arm"], r["seed"]) == (name, seed) and loss in r]
+    return {r["step"]: r[loss] for r in mine}
