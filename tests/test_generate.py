@@ -1,13 +1,18 @@
 """Images of a trained run: which labels, which page, and what is refused."""
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
+from PIL import Image
 
-from fdp import generate
+from configs.topic8 import get_config
+from fdp import config, generate
+from fdp.arm import Arm
+from fdp.checkpoint import Checkpoints, bind_workdir
 from fdp.keys import UserError
-
-pytestmark = pytest.mark.fast
+from fdp.mesh import make_mesh
+from fdp.topics.zero_bubble import study
 
 
 def values(*given: str) -> flags.FlagValues:
@@ -70,3 +75,21 @@ def test_what_is_no_run_is_refused(tmp_path) -> None:
 def test_flags_that_are_refused_before_the_run_is_read(tmp_path, flag: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         generate.generate(tmp_path, values(flag))
+
+
+def test_a_trained_arm_draws_what_is_asked_for(tmp_path) -> None:
+    c = get_config("tiny")
+    with c.unlocked():
+        c.mesh.update(pp=1, dp=1)
+        c.data.source = "blank"
+    bind_workdir(tmp_path, config.flatten(c), config.digest(c))
+    e = study.arms(c)["uniform"]
+    arm = Arm.of("uniform", e, make_mesh(e.degrees, jax.devices()[:1]))
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / arm.label)
+    checkpoints.save(3, arm.init(), {"mesh": dict(arm.mesh.shape), "fit": {}})
+    checkpoints.close()
+    path = generate.generate(tmp_path, values("--label=1,2", "--n=3", "--steps=1"))
+    drawn = np.asarray(Image.open(path))
+    assert drawn.shape == (2 * 18, 2 * 18, 3) and path.name == "1-2.png"
+    # Three of the four places are taken, with noise.
+    assert drawn[1:17, 1:17].std() > 1 and drawn[19:, 19:].min() == 255
