@@ -117,6 +117,8 @@ class TrainStep:
         ways = {**degrees, "dp": degrees["dp"] * e.grads.microbatches}
         try:
             sharding.check_dims(e.batch_example(e.fit.batch), self.dims, ways)
+            if degrees["pp"] > 1:
+                self._check_stages()
             if hasattr(e.model, "check"):
                 # A microbatch of a pipeline has one class of the examples that a device has.
                 pieces = 1 if degrees["pp"] > 1 else e.grads.microbatches
@@ -124,6 +126,22 @@ class TrainStep:
                 e.model.check(e.fit.batch // shards, e.noised_example(), degrees)
         except ValueError as error:
             raise UserError(str(error)) from error
+
+    def _check_stages(self) -> None:
+        """Raises ValueError for a model without stages, and for samples that run twice."""
+        e = self.experiment
+        if not hasattr(e.model, "blocks"):
+            raise ValueError(
+                f"mesh.pp={e.degrees['pp']}: {type(e.model).__name__} offers no `start`, `blocks` "
+                "and `finish` to cut into stages; set mesh.pp=1"
+            )
+        example = e.noised_example()
+        costs = example.get("cost") if isinstance(example, dict) else None
+        if costs is not None and any(cost.twice for cost in costs.classes):
+            raise ValueError(
+                f"mesh.pp={e.degrees['pp']}: a pipeline runs no sample twice; set mesh.pp=1 or "
+                "model.image.self_conditioning=False"
+            )
 
     def _capacity(self) -> int | None:
         """Rows per device and microbatch that can carry loss; None: all rows go through the output

@@ -1,5 +1,7 @@
 """Microbatches of unlike cost in one scheduled program, and what a config refuses of them."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ from fdp import config
 from fdp.count.compare import against_one_device
 from fdp.experiment import standard
 from fdp.mesh import AXES, make_mesh
+from fdp.parallel.pipeline.executor import scheduled
+from fdp.parallel.pipeline.fixed import gpipe
 from fdp.step import TrainStep
 
 DIT = {"layers": 4, "width": 16, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn": 32}
@@ -49,3 +53,16 @@ def test_classes_of_unlike_cost_share_a_schedule():
 def test_a_class_that_is_not_whole_microbatches_is_refused():
     with pytest.raises(config.UserError, match=r"2 % 4 = 2; set train\.microbatches=4"):
         config.validate(configured(2, 2, 2))
+
+
+@pytest.mark.fast
+def test_what_no_pipeline_runs_is_refused_in_code_too():
+    c = configured(1, 1, 4)
+    c.model.image.self_conditioning, c.train.batch = True, 64
+    twice = standard(c)
+    c.model.update(kind="uvit", layers=5)
+    c.model.image.update(coarse=0.0, dropped=0.0, conditioning="tokens", self_conditioning=False)
+    for e, said in ((twice, "runs no sample twice"), (standard(c), "UViT offers no `start`")):
+        piped = replace(e, degrees={**e.degrees, "pp": 2}, grads=scheduled(gpipe(2, 4)))
+        with pytest.raises(config.UserError, match=said):
+            TrainStep(piped, make_mesh(piped.degrees, jax.devices()[:2]))
