@@ -102,7 +102,8 @@ def build(config: ml_collections.ConfigDict, name: str, degrees: Mapping[str, in
         c.train.update(batch=32, microbatches=8, zero=0)
         c.model.update(dtype="float32", width=32, heads=4, kv_heads=4, head_dim=8, ffn=32)
         c.model.update(layers=4, remat="none")
-        c.model.image.update(size=16, patch=4)
+        c.model.image.update(size=16, patch=4, channels=3)
+        c.data.source = "gaussians"  # of any size, and drawn at once
         c.update_from_flattened_dict(UNLIKE.get(name, {}))
         c.mesh.update(dict.fromkeys(AXES, 1) | dict(degrees))
     return standard(c)
