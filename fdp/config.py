@@ -397,7 +397,7 @@ def _check_divisors(c: ml_collections.ConfigDict) -> None:
     m, mesh, t = c.model, c.mesh, c.train
     tp = mesh.tp
     chunks = config_pipeline.chunks_of(c)
-    every = m.moe.every if m.moe.experts else 1
+    every = m.moe.every if m.moe.experts and mesh.pp > 1 else 1
     each = mesh.pp * chunks * every
     by = "mesh.pp" + "·chunks" * (chunks > 1) + "·moe.every" * (every > 1)
     _divides("layers", m.layers, by, each, f"set model.layers={_next_multiple(m.layers, each)}")

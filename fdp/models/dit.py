@@ -34,7 +34,7 @@ from fdp.models.layers import MLP, LayerNorm, Modulation, entered, hidden_bytes
 from fdp.models.module import Module, compact, initializers, silu
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
-from fdp.objectives.cost import PLAIN, CostClass, Costs
+from fdp.objectives.cost import PLAIN, CostClass, CostClasses
 from fdp.parallel.context import layouts
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.masks import Mask
@@ -253,7 +253,7 @@ class DiT(Module):
     def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
         """Raises ValueError for images, cost classes and blocks that cannot run `batch` images a
         device on `degrees`."""
-        costs: Costs = noised.get("cost", Costs())
+        costs: CostClasses = noised.get("cost", CostClasses())
         check_batch(batch, costs)
         for cost in costs.classes:
             check_size(self.image, cost, self.extras, degrees, self.shape.sequence_parallel)
@@ -267,7 +267,7 @@ class DiT(Module):
         return False
 
 
-def check_batch(batch: int, costs: Costs) -> None:
+def check_batch(batch: int, costs: CostClasses) -> None:
     """Raises ValueError unless a device's images are whole patterns of cost classes."""
     unit = len(costs.pattern)
     if batch % unit:
@@ -279,7 +279,7 @@ def check_batch(batch: int, costs: Costs) -> None:
 
 def _cost(noised: Mapping[str, Any]) -> CostClass:
     """The class of a batch; of an example of one row with several classes the first."""
-    costs: Costs = noised.get("cost", Costs())
+    costs: CostClasses = noised.get("cost", CostClasses())
     return costs.pattern[0] if len(noised["inputs"]) == 1 else costs.only
 
 

@@ -37,7 +37,7 @@ from fdp.models.layers import MLP, LayerNorm, bias_reduced, entered, hidden_byte
 from fdp.models.module import Module, compact, initializers
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
-from fdp.objectives.cost import PLAIN, Costs
+from fdp.objectives.cost import PLAIN, CostClasses
 from fdp.parallel.context import layouts
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.masks import Mask
@@ -272,7 +272,7 @@ class UViT(Module):
     def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
         """Raises ValueError for images and blocks that cannot run `batch` images a device on
         `degrees`, for an even number of layers and for cost classes that change the tokens."""
-        s, costs = self.shape, noised.get("cost", Costs())
+        s, costs = self.shape, noised.get("cost", CostClasses())
         if s.layers % 2 == 0:
             raise ValueError(
                 f"{s.layers} layers are not two halves and a middle: layers % 2 = 0; set "

@@ -34,7 +34,7 @@ PLAIN = CostClass()
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class Costs:
+class CostClasses:
     """The class of every row of a batch: `pattern`, repeated. A leaf-less part of the batch."""
 
     pattern: tuple[CostClass, ...] = (PLAIN,)
@@ -70,7 +70,7 @@ class Costs:
             def take(x: jax.Array) -> jax.Array:
                 return x.reshape(-1, unit, *x.shape[1:])[:, at].reshape(-1, *x.shape[1:])
 
-            return jax.tree.map(take, arrays) | {"cost": Costs((cost,))}
+            return jax.tree.map(take, arrays) | {"cost": CostClasses((cost,))}
 
         return tuple(chosen(cost) for cost in self.classes)
 
@@ -100,7 +100,7 @@ class CostLaw:
         return 1 - self.coarse if self.coarse else None
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> CostClasses:
         """The pattern of classes, by noise level and then self-conditioning."""
         found = []
         for rank in range(self.ranks):
@@ -110,7 +110,7 @@ class CostLaw:
             found += [
                 CostClass(patch, group, t) for t in ((False, True) if self.twice else (False,))
             ]
-        return Costs(tuple(found))
+        return CostClasses(tuple(found))
 
     def places(self, key: jax.Array, stratum_B: jax.Array) -> jax.Array:
         """The row that goes to each place of a batch, int32 [B], given the stratum 0..B-1 of the

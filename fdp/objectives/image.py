@@ -21,7 +21,7 @@ import numpy as np
 from fdp.count.counts import Counts, Degrees, Unstated
 from fdp.count.counts import Rows as CountedRows
 from fdp.objectives.base import Batch, Objective, strata
-from fdp.objectives.cost import PLAIN, CostClass, CostLaw, Costs
+from fdp.objectives.cost import PLAIN, CostClass, CostClasses, CostLaw
 
 PIXELS = ("batch", "sequence", None, None)
 MAX_TIME = 1000.0  # the network is told the noise level on this scale
@@ -123,7 +123,7 @@ class ImageObjective(Objective):
         return Counts()
 
     def parts(self, noised: Any) -> tuple[Any, ...]:
-        """As `Costs.parts`."""
+        """As `CostClasses.parts`."""
         return noised["cost"].parts(noised)
 
     def refine(self, predict: Callable[[Any], jax.Array], noised: Any) -> Any:
@@ -149,7 +149,7 @@ class ImageObjective(Objective):
             noised |= {"labels": labels_B, "estimate": estimate}
 
             def of(cost: CostClass) -> jax.Array:
-                return predict(noised | {"cost": Costs((cost,))})
+                return predict(noised | {"cost": CostClasses((cost,))})
 
             if rank is None:
                 outputs = of(PLAIN)

@@ -27,7 +27,7 @@ class Event(NamedTuple):
     end: float
 
 
-class Groups:
+class DeviceGroups:
     """Disjoint groups of devices by name. Raises ValueError where two groups share a device."""
 
     def __init__(self, meshes: Mapping[str, Mesh]):
@@ -93,7 +93,7 @@ class Groups:
 
 def divided(
     degrees: Mapping[str, Mapping[str, int]], devices: Sequence[jax.Device] | None = None
-) -> Groups:
+) -> DeviceGroups:
     """Groups of these degrees on consecutive devices (default: those of this process). Axes that
     are not named have degree 1. Raises ValueError for more devices than there are."""
     available = list(jax.devices() if devices is None else devices)
@@ -106,7 +106,7 @@ def divided(
             f"degree of a group ({'; '.join(map(degrees_equation, whole.values()))})"
         )
     left = iter(available)
-    return Groups(
+    return DeviceGroups(
         {name: make_mesh(d, [next(left) for _ in range(counts[name])]) for name, d in whole.items()}
     )
 

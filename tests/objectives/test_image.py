@@ -18,7 +18,7 @@ from fdp.models.dit import dit
 from fdp.models.image import ImageShape
 from fdp.models.shape import ModelShape
 from fdp.objectives import DDPM, EDM, CostLaw, Flow, ImageObjective
-from fdp.objectives.cost import CostClass, Costs
+from fdp.objectives.cost import CostClass, CostClasses
 from fdp.step import stages
 
 pytestmark = pytest.mark.fast
@@ -208,4 +208,4 @@ def test_self_conditioned_rows_read_the_first_estimate_without_gradient() -> Non
     slope = jax.jit(jax.grad(lambda p: stage.refine(p, twice)["estimate"].sum()))(params)
     assert not any(x.any() for x in jax.tree.leaves(slope))
     loss = jax.jit(stage.loss)
-    assert loss(params, twice)[0] != loss(params, twice | {"cost": Costs()})[0]
+    assert loss(params, twice)[0] != loss(params, twice | {"cost": CostClasses()})[0]

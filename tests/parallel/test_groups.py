@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fdp.mesh import AXES, make_mesh
-from fdp.parallel.groups import Groups, divided
+from fdp.parallel.groups import DeviceGroups, divided
 
 DEGREES = {"actor": {"dp": 2, "tp": 2}, "learner": {"dp": 2}}
 
@@ -34,7 +34,7 @@ def test_what_groups_refuse():
         divided(DEGREES, jax.devices()[:5])
     one = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
     with pytest.raises(ValueError, match=r"overlap: .* is in 'a' and in 'b'"):
-        Groups({"a": one, "b": one})
+        DeviceGroups({"a": one, "b": one})
     groups = divided({"a": {}})
     with pytest.raises(ValueError, match=r"no group 'c': choose one of a"):
         groups.send(jnp.zeros(1), "a", "c")

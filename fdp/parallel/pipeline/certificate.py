@@ -63,14 +63,14 @@ def certificate(
     least = lower_bound(placement, m, costs, caps)
     if least >= makespan * (1 - gap):
         return Certificate(makespan, min(least, makespan))
-    program = _Program(placement, m, costs.on(placement, m), caps, makespan, sequence)
+    program = _IntegerProgram(placement, m, costs.on(placement, m), caps, makespan, sequence)
     program.write(least)
     solved = program.solve(seconds, gap)
     return Certificate(makespan, min(makespan, max(least, solved)))
 
 
 @dataclass
-class _Program:
+class _IntegerProgram:
     placement: Placement
     m: int
     table: CostTable

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.collectives import bound, index
+from fdp.collectives import index, permute
 from fdp.parallel.pipeline.placement import Placement
 
 Round = list[tuple[int, int]]  # of each device: which of its stored blocks leaves, and whereto
@@ -81,8 +81,7 @@ def _moved(x: jax.Array, placement: Placement, back: bool) -> jax.Array:
         pairs = [(i, j) for i, (_, j) in enumerate(chosen)]
         leave, arrive = (chunk, stored) if back else (stored, chunk)
         pairs = [(j, i) for i, j in pairs] if back else pairs
-        block = jax.lax.dynamic_index_in_dim(blocks, jnp.asarray(leave)[index("pp")], 0, False)
-        block = jax.lax.ppermute(block, bound("pp"), pairs)
+        own = jax.lax.dynamic_index_in_dim(blocks, jnp.asarray(leave)[index("pp")], 0, False)
         at = jnp.asarray(arrive)[index("pp")]
-        out = jax.lax.dynamic_update_index_in_dim(out, block, at, 0)
+        out = jax.lax.dynamic_update_index_in_dim(out, permute(own, "pp", pairs), at, 0)
     return out.reshape(x.shape)

@@ -32,7 +32,7 @@ from fdp.parallel.pipeline.table import (
     PREVIOUS,
     B,
     F,
-    Table,
+    TickTable,
     W,
     table,
 )
@@ -59,7 +59,7 @@ class scheduled:
         return self.order.placement.v
 
     @cached_property
-    def table(self) -> Table:
+    def table(self) -> TickTable:
         """The static table."""
         return table(self.order)
 
@@ -228,7 +228,7 @@ class _Program:
     class. Messages of all classes lie in one buffer, as long as the longest; residuals and stashes
     in one for each class, with slots for all microbatches."""
 
-    def __init__(self, table: Table, classes: Sequence[Operations]):
+    def __init__(self, table: TickTable, classes: Sequence[Operations]):
         self.table, self.classes, first = table, classes, classes[0]
         self.params, self.stacked, self.chunks = first.params, first.stacked, first.chunks
         counts = [jax.tree.leaves(ops.batches)[0].shape[0] for ops in classes]

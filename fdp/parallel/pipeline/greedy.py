@@ -101,7 +101,8 @@ class _ListRun:
                 heappush(events, (end, i))
                 if end > ends and self.works[i]:
                     ends = end
-        return ends * self.line.unit, self.ops
+        done = all(n == self.m for n in self.next_b) and not any(self.waiting)
+        return (ends * self.line.unit if done else inf), self.ops  # else memory is a dead end
 
     def _turn(self, i: int, now: float) -> float:
         """Starts an operation. When device i wants its next turn."""

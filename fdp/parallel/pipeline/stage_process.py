@@ -47,7 +47,7 @@ class Ran(NamedTuple):
     end: float
 
 
-class Run(NamedTuple):
+class StageRun(NamedTuple):
     """results: of each stage, None where it has none."""
 
     ran: list[Ran]
@@ -283,21 +283,21 @@ class StageProcesses:
         not done."""
         self._all(name, "prepare", [(name,)] * self.p, self.start)
 
-    def run(self, name: str) -> Run:
+    def run(self, name: str) -> StageRun:
         """All stages play an order together."""
         self.prepare(name)
         start = self._next()
         given = (name, self._number, start, False)
         found = self._all(name, "play", [given] * self.p, self.timeout)
-        return Run([r for ran, _ in found for r in ran], [result for _, result in found])
+        return StageRun([r for ran, _ in found for r in ran], [result for _, result in found])
 
-    def alone(self, name: str, stage: int) -> Run:
+    def alone(self, name: str, stage: int) -> StageRun:
         """One stage plays its operations while the others idle, without messages."""
         self.prepare(name)
         given: list[Any] = [None] * self.p
         given[stage] = (name, self._number, self._next(), True)
         found = self._all(name, "play", given, self.timeout)[stage]
-        return Run(found[0], [found[1]])
+        return StageRun(found[0], [found[1]])
 
     def message_seconds(self, message: Any, times: int = 20) -> float:
         """Seconds of a message between stages 0 and 1, the mean of round trips."""

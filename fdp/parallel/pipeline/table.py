@@ -51,7 +51,7 @@ class Slots(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
+class TickTable:
     """rows int16 [T, p, len(FIELDS)]; a slot that is not used is the last one, whose content is
     never read. stages: virtual ones."""
 
@@ -65,7 +65,7 @@ class Table:
         return len(self.rows)
 
 
-def table(order: Order) -> Table:
+def table(order: Order) -> TickTable:
     """The table of an order of F, B and W, or BW for B and then W.
 
     Raises ValueError as `ticks`, and for virtual stages that follow each other on devices that are
@@ -119,12 +119,12 @@ class _Layout:
         self.put(start, j, {NEXT: "plus", PREVIOUS: "minus", OWN: "own"}[way], slot)
         self.put(end, j, "input", slot)
 
-    def table(self) -> Table:
+    def table(self) -> TickTable:
         counts = {kind: max(c.count for c in colours) for kind, colours in self.slots.items()}
         for name, kind in SLOTTED.items():
             values = self.rows[:, :, FIELDS.index(name)]
             values[values < 0] = counts[kind]
-        return Table(self.rows, Slots(**counts), len(self.place.devices))
+        return TickTable(self.rows, Slots(**counts), len(self.place.devices))
 
 
 @dataclass

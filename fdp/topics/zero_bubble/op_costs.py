@@ -17,7 +17,7 @@ from fdp.experiment import Experiment
 from fdp.grads import plain
 from fdp.mesh import AXES, make_mesh
 from fdp.models.shape import ModelShape
-from fdp.objectives.cost import CostClass, Costs
+from fdp.objectives.cost import CostClass, CostClasses
 from fdp.parallel.pipeline.split import halves
 from fdp.price import inference
 from fdp.step import TrainStep, stages
@@ -123,7 +123,7 @@ def _noised(e: Experiment, cost: CostClass, rows: int) -> Any:
     x = jnp.zeros((rows, image.size, image.size, image.channels))
     noise = jax.random.normal(jax.random.key(0), x.shape)
     noised = objective.noised(x, noise, jnp.ones(rows))
-    return noised | {"labels": jnp.zeros(rows, jnp.int32), "cost": Costs((cost,))}
+    return noised | {"labels": jnp.zeros(rows, jnp.int32), "cost": CostClasses((cost,))}
 
 
 def predicted(shape: ModelShape, tokens: int, images: int, chip: str) -> tuple[float, float, float]:

@@ -76,7 +76,7 @@ def parts(size: Size, costs: Measurement) -> list[Measurement]:
     return [*_contests(size, costs), *_others(size)]
 
 
-def cases(size: Size, costs: Sequence[OpCosts]) -> list[simulated.Case]:
+def cases(size: Size, costs: Sequence[OpCosts]) -> list[simulated.ContestCase]:
     """The contests, beside them those of the measured costs."""
     given = (size.p, size.m, size.effort, size.shapes, size.more, size.laws)
     seconds = [[costs[0].median(kind)] * size.p for kind in ("F", "B", "W")]

@@ -19,12 +19,12 @@ from fdp import config, sharding
 from fdp.data.images import blank_images
 from fdp.experiment import Experiment, standard
 from fdp.mesh import make_mesh
+from fdp.mpmd import Programs, one_stage, part
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.fixed import one_f_one_b, skip_wave, zb_h1, zbv
-from fdp.parallel.pipeline.mpmd import Programs, one_stage, part
 from fdp.parallel.pipeline.orders import Order, split_backward
-from fdp.parallel.pipeline.stage_process import Operation, Run, StageProcesses
+from fdp.parallel.pipeline.stage_process import Operation, StageProcesses, StageRun
 from fdp.step import TrainStep
 
 KINDS = ("F", "B", "W")
@@ -61,14 +61,14 @@ class DiTStage:
 
     changes: Mapping[str, Any]
     images: int = 2
-    made: dict[Any, "_Stage"] = field(default_factory=dict, repr=False, compare=False)
+    made: dict[Any, "_OwnStage"] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, stage: int, order: Order) -> dict[str, Any]:
         """As `Make`; compiles, once for orders of one placement. "result": loss and squared
         gradients of the layers."""
         key = order.placement, order.microbatches
         if key not in self.made:
-            self.made[key] = _Stage(self._experiment(order), stage, order)
+            self.made[key] = _OwnStage(self._experiment(order), stage, order)
         made = self.made[key]
         found = {kind: made.operation(kind) for kind in KINDS}
         for u in order.placement.stages[stage]:
@@ -96,7 +96,7 @@ class DiTStage:
         return c
 
 
-class _Stage:
+class _OwnStage:
     """Arrays and programs of one stage on this process's device."""
 
     def __init__(self, experiment: Experiment, stage: int, order: Order):
@@ -227,8 +227,8 @@ def measured(
     idle cores to mean something. Raises StageError for a stage that dies or hangs."""
     make = make or DiTStage(SHAPE)
     load = os.getloadavg()[0]
-    alone: dict[str, list[Run]] = {name: [] for name in orders}
-    together: dict[str, list[Run]] = {name: [] for name in orders}
+    alone: dict[str, list[StageRun]] = {name: [] for name in orders}
+    together: dict[str, list[StageRun]] = {name: [] for name in orders}
     with StageProcesses(orders, make, timeout, environment=environment(), pin=True) as stages:
         for name in orders:
             stages.prepare(name)
@@ -248,7 +248,7 @@ def measured(
 
 
 def _row(
-    name: str, order: Order, alone: list[Run], together: list[Run], send: float
+    name: str, order: Order, alone: list[StageRun], together: list[StageRun], send: float
 ) -> dict[str, Any]:
     count = len(order.placement.devices)
     taken: dict[tuple[str, int], list[float]] = {(k, u): [] for k in KINDS for u in range(count)}

@@ -14,7 +14,7 @@ import numpy as np
 from fdp.arm import Arm
 from fdp.models import module
 from fdp.objectives import ImageObjective
-from fdp.objectives.cost import CostClass, Costs
+from fdp.objectives.cost import CostClass, CostClasses
 from fdp.sampling.draw import draw_images
 from fdp.state import TrainState
 from fdp.topics.zero_bubble import judge
@@ -97,7 +97,7 @@ def _loss(
     noise: Any,
 ) -> jax.Array:
     noised = objective.noised(x, noise, objective.sigma(rank_B))
-    noised |= {"labels": labels_B, "cost": Costs((cost,)), "estimate": jnp.zeros_like(x)}
+    noised |= {"labels": labels_B, "cost": CostClasses((cost,)), "estimate": jnp.zeros_like(x)}
     rows = noised.pop("rows")
     return objective.loss(module.run(model, variables, noised)[0], rows).mean()
 

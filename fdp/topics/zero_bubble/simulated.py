@@ -34,7 +34,7 @@ RANDOM = 20  # orders drawn of the microbatches
 Seconds = Sequence[float] | float  # of a device, or of each
 
 
-class Case(NamedTuple):
+class ContestCase(NamedTuple):
     """times: seconds of F, B, W, a number or [p] each. law: of the microbatches' costs. held:
     microbatches that a device may hold."""
 
@@ -47,7 +47,7 @@ class Case(NamedTuple):
     effort: float
 
 
-class Found(NamedTuple):
+class FoundSchedule(NamedTuple):
     """A schedule: its name, the sequence of its microbatches, seconds and shares of them."""
 
     name: str
@@ -64,13 +64,13 @@ class Contest(NamedTuple):
     p: int
     m: int
     held: float
-    searched: Found
-    fixed: Found
-    equal_searched: Found
-    equal_fixed: Found
-    sorted_1f1b: Found
-    split_1f1b: Found
-    random_1f1b: Found
+    searched: FoundSchedule
+    fixed: FoundSchedule
+    equal_searched: FoundSchedule
+    equal_fixed: FoundSchedule
+    sorted_1f1b: FoundSchedule
+    split_1f1b: FoundSchedule
+    random_1f1b: FoundSchedule
     bound: float
 
     @property
@@ -91,7 +91,7 @@ def cases(
     more: Sequence[str] = (VIDEO,),
     laws: Sequence[str] = LAWS,
     measured: tuple[Sequence[float], Sequence[float], Sequence[float]] | None = None,
-) -> list[Case]:
+) -> list[ContestCase]:
     """Shapes times laws at p microbatches held; those of `more` also at p + (p − 1)/3, what
     interleaved 1F1B of three chunks holds. measured: seconds of F, B, W by stage [p], which give
     a case a law beside them."""
@@ -103,7 +103,7 @@ def cases(
         chosen.append((f"{MEASURED} on {stages} stages", times, stages, float(stages)))
     chosen += [(shape, SHAPES[shape], p, p + (p - 1) / 3) for shape in more]
     return [
-        Case(f"{shape}, {law}, {held:.4g} held", times, law, stages, m, held, effort)
+        ContestCase(f"{shape}, {law}, {held:.4g} held", times, law, stages, m, held, effort)
         for shape, times, stages, held in chosen
         for law in laws
     ]
@@ -127,7 +127,7 @@ def costs_of(times: tuple[Seconds, Seconds, Seconds], share_m: np.ndarray) -> Co
     return Costs(f, b, w, activation=1.0, stash=STASH)
 
 
-def contest(case: Case) -> Contest:
+def contest(case: ContestCase) -> Contest:
     """The searched schedule and its rivals. A fixed one has the best of the sequences of the
     search, ascending, descending and small ones at the edges among them."""
     costs = costs_of(case.times, shares(case.law, case.m))
@@ -139,10 +139,10 @@ def contest(case: Case) -> Contest:
     return Contest(*at, *best, even, even_fixed, *ones, found.bound)
 
 
-def _found(c: Candidate) -> Found:
+def _found(c: Candidate) -> FoundSchedule:
     assert c.result is not None
     name = f"{c.name}, {_where(c)}" if c.name == "searched" else c.name
-    return Found(name, c.sequence, c.makespan, c.result.bubble)
+    return FoundSchedule(name, c.sequence, c.makespan, c.result.bubble)
 
 
 def _where(c: Candidate) -> str:
@@ -153,21 +153,23 @@ def _where(c: Candidate) -> str:
 
 
 @cache
-def _equalised(times: Any, p: int, m: int, held: float, effort: float) -> tuple[Found, Found]:
+def _equalised(
+    times: Any, p: int, m: int, held: float, effort: float
+) -> tuple[FoundSchedule, FoundSchedule]:
     """(searched, best fixed) on microbatches of one cost."""
     found: SearchResult = search(p, m, costs_of(times, np.ones(m)), held, effort=effort)
     return _found(found.best), _found(found.rivals[0])
 
 
-def _one_f_one_b(problem: PipelineProblem) -> tuple[Found, Found, Found]:
+def _one_f_one_b(problem: PipelineProblem) -> tuple[FoundSchedule, FoundSchedule, FoundSchedule]:
     """1F1B on its best sequence, the same with B and W as two operations, and the median of random
     sequences."""
     order, costs = fixed.one_f_one_b(problem.p, problem.m), problem.costs
 
-    def best(name: str, order: Any) -> Found:
+    def best(name: str, order: Any) -> FoundSchedule:
         tried = {n: evaluate(relabel(order, ks), costs) for n, ks in problem.sequences().items()}
         sequence = min(tried, key=lambda n: tried[n].makespan)
-        return Found(name, sequence, tried[sequence].makespan, tried[sequence].bubble)
+        return FoundSchedule(name, sequence, tried[sequence].makespan, tried[sequence].bubble)
 
     rng = np.random.default_rng(1)
     drawn = [rng.permutation(problem.m).tolist() for _ in range(RANDOM)]
@@ -176,7 +178,7 @@ def _one_f_one_b(problem: PipelineProblem) -> tuple[Found, Found, Found]:
     return (
         best("1f1b", order),
         best("1f1b, B and W apart", split_backward(order)),
-        Found("1f1b", "random", middle.makespan, middle.bubble),
+        FoundSchedule("1f1b", "random", middle.makespan, middle.bubble),
     )
 
 

@@ -244,3 +244,11 @@ def test_search_of_32_microbatches_on_8_devices(times, shares, bubble):
     found = search(8, 32, scaled(times, shares), 8.0)
     assert time.process_time() - begun < 15
     assert found.best.result.bubble <= bubble
+
+
+def test_a_start_that_memory_stops_is_no_schedule() -> None:
+    """List schedules of three chunks run into a dead end where 3 of 8 microbatches fit."""
+    share = np.array([1.0, 0.25] * 16)[None]
+    costs = Costs(share, 1.26 * share, 0.87 * share, activation=1.0, stash=0.4)
+    found = search(8, 32, costs, 3.0, effort=0.0)
+    assert max(found.best.result.peak_bytes) <= 3.0 + 1e-6

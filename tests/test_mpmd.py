@@ -9,11 +9,11 @@ from fdp.count.compare import against_one_device
 from fdp.data.batches import blank
 from fdp.experiment import standard
 from fdp.mesh import make_mesh
+from fdp.mpmd import StagedStep
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.fixed import zb_h1, zbv
 from fdp.parallel.pipeline.library import named
-from fdp.parallel.pipeline.mpmd import StagedStep
 from fdp.parallel.pipeline.orders import Op, Order
 from fdp.parallel.pipeline.placement import looped
 from fdp.parallel.pipeline.stage_process import Sleeping, StageError, StageProcesses

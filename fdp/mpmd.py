@@ -22,7 +22,7 @@ from fdp.collectives import psum, shard_map, vary
 from fdp.experiment import Experiment
 from fdp.grads import LOSS_AXES, Aux, plain
 from fdp.mesh import DATA_AXES, abstract_mesh
-from fdp.parallel.groups import Groups, divided
+from fdp.parallel.groups import DeviceGroups, divided
 from fdp.parallel.pipeline.executor import Operations, blank
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.split import Halves
@@ -43,7 +43,7 @@ class StagedStep:
 
     Raises ValueError for an order that does not run, and for degrees that it does not fit."""
 
-    def __init__(self, experiment: Experiment, order: Order, groups: Groups | None = None):
+    def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
         self.tasks = ticks(order)
         self.order, self.count = order, len(order.placement.devices)
         p, pp = order.placement.p, experiment.degrees["pp"]
@@ -85,7 +85,7 @@ class StagedStep:
         count = jnp.asarray(self.step.objective.count(noised))
         if self._programs is None:
             self._programs = Programs(self.step, placed[0], noised, count)
-        run = _Run(self, self._programs, placed, noised, count)
+        run = _StagedRun(self, self._programs, placed, noised, count)
         for kind, u, k in self.tasks:  # inputs first
             run.operation(kind, u, k)
         loss, grads, aux, layers = zip(*map(run.reduced, range(self.count)), strict=True)
@@ -118,7 +118,7 @@ def part(step: TrainStep, variables: Any, u: int) -> Any:
     return jax.tree.map(one, variables, shapes)
 
 
-class _Run:
+class _StagedRun:
     """One step: what is held of it, by virtual stage and microbatch."""
 
     def __init__(
