@@ -5,8 +5,8 @@ FLOPs of the fused backward; a searched schedule beats every fixed one at equal 
 microbatches cost unlike; fillers in idle slots lower the held-out loss. And: where is a pipeline
 worth having at all against ZeRO-3 with context parallelism?
 
-    python -m fdp.train --config=configs/topic8.py        # ≤ 10 min on 2 cores, 8 virtual devices
-    python -m fdp.train --config=configs/topic8.py:tiny   # ≤ 45 s
+    python -m fdp.train --config=configs/topic8.py        # 13 min on 2 busy cores, virtual devices
+    python -m fdp.train --config=configs/topic8.py:tiny   # about 50 s when compiled
     python -m fdp.train --config=configs/topic8.py:pod --dry_run
     python -m fdp.train --config=configs/topic8.py \\
         --config.mesh.pp=2 --config.mesh.dp=4                       # the same losses
