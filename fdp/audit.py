@@ -27,6 +27,8 @@ from absl import app, flags
 from tabulate import tabulate
 
 from fdp import config as fdp_config
+from fdp.config_images import IMAGE_MODELS, pattern_rows
+from fdp.config_pipeline import chunks_of
 from fdp.count import bytes as closed
 from fdp.count.compare import Comparison, Key, outcome
 from fdp.count.requirements import is_stock, missing, required_of, unexpected
@@ -80,14 +82,23 @@ def small(c: ml_collections.ConfigDict, degrees: Mapping[str, int]) -> ml_collec
     group = m.heads // m.kv_heads
     x.head_split = min(x.head_split, cp)
     kv_heads = tp * (cp if x.plan in ("ulysses", "usp") else 1)
-    m.update(layers=2, kv_heads=kv_heads, heads=kv_heads * min(group, 2), head_dim=8, width=32)
+    if c.pipeline.schedule.endswith(".csv"):  # of the whole mesh
+        c.pipeline.schedule = "zb_h1"
+    each = degrees["pp"] * chunks_of(c) * (m.moe.every if m.moe.experts else 1)
+    m.update(
+        layers=max(2, each), kv_heads=kv_heads, heads=kv_heads * min(group, 2), head_dim=8, width=32
+    )
+    if m.kind == "uvit":
+        m.layers = 3
     m.update(ffn=32 * tp, vocab=72, dtype="float32", window=min(m.window, 8), conv=min(m.conv, 4))
     x.stripe = min(x.stripe, 4)
     c.data.update(source="blank", vocab=64, tokenizer="bpe", seq_len=32 * cp)
     c.objective.block = math.gcd(c.objective.block, 8)
-    c.train.microbatches = min(c.train.microbatches, 2)
+    most = 2 * degrees["pp"]
+    c.train.microbatches = most if degrees["pp"] > 1 else min(c.train.microbatches, most)
     c.train.batch = 2 * degrees["dp"] * degrees["ep"] * c.train.microbatches
     c.train.batch *= x.head_split if x.plan == "batch" else 1
+    c.train.batch *= pattern_rows(m) if m.kind in IMAGE_MODELS else 1
     settings = fdp_config.topic_settings(c.topic)
     if settings is not None and hasattr(settings, "shrink"):
         settings.shrink(c)

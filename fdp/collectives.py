@@ -137,6 +137,12 @@ def shift(x: jax.Array, axes: Axes, by: int = 1, *, cyclic: bool = True) -> jax.
     return lax.ppermute(vary(x, axes), names, pairs)
 
 
+def permute(x: jax.Array, axis: str, pairs: Sequence[tuple[int, int]]) -> jax.Array:
+    """What the partner of this device in `pairs` (from, to) holds; zeros where it has none."""
+    names = bound(axis)
+    return lax.ppermute(vary(x, axis), names, pairs) if names else x
+
+
 def split(axis: str, inner: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The bound names of `axis` as (outer, inner): the inner ones are the trailing sub-axes with
     `inner` devices, neighbours on the fastest links.

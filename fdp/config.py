@@ -16,6 +16,8 @@ from typing import Any
 
 import ml_collections
 
+from fdp import config_images, config_pipeline
+from fdp.config_images import IMAGE_MODELS, IMAGE_OBJECTIVES, IMAGE_SOURCES
 from fdp.keys import (
     Key,
     Section,
@@ -36,9 +38,10 @@ from fdp.keys import (
 VARIANTS = ("cpu", "tiny", "full", "h100", "pod")
 
 # Keys that may differ between two starts in one workdir: none of them changes what is computed.
-FREE_KEYS = ("mesh", "context", "checkpoint", "log", "hardware", "train.zero")
+FREE_KEYS = ("mesh", "context", "pipeline", "checkpoint", "log", "hardware", "train.zero")
 
-OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
+TOKEN_OBJECTIVES = ("autoregressive", "mdlm", "sedd_absorbing", "sedd_uniform", "block_diffusion")
+OBJECTIVES = (*TOKEN_OBJECTIVES, *IMAGE_OBJECTIVES)
 SCHEDULES = ("linear", "loglinear", "md4_cosine", "mdlm_cosine", "bd3_cosine", "geometric")
 PACKINGS = ("stream", "documents")
 PLANS = ("all_gather", "ring", "ulysses", "usp", "batch")
@@ -84,6 +87,7 @@ MODEL = section(
     remat=choice("none", ("none", "dots", "full"), "what the backward pass recomputes"),
     sequence_parallel=flag(False, "between blocks, shard the sequence over tp (Megatron SP)"),
     window=at_least(0, 0, "attention to keys less than this far away; 0 = no limit", "positions"),
+    kind=choice("transformer", ("transformer", *IMAGE_MODELS), "of tokens, or of images"),
 )
 
 # A mixture of experts in place of the FFN; experts lie over ep, their hidden width over tp.
@@ -151,7 +155,7 @@ DATA = section(
     source=string(
         "bible",
         "bible | stdlib | markov | two_regimes | mqar | needle | induction | blank | hf:<name> | "
-        "path",
+        "path; images: openmoji | mnist | gaussians",
     ),
     tokenizer=choice("bpe", ("byte", "bpe"), "bytes, or byte pairs learnt from the corpus"),
     vocab=count(1024, "token ids of bpe incl. end-of-text and mask", high=MAX_VOCAB),
@@ -159,7 +163,7 @@ DATA = section(
     packing=choice(
         "stream", PACKINGS, "windows of one stream | attention and positions stay inside a document"
     ),
-    val_fraction=within("(0, 1)", 0.05, "share of the documents kept for validation"),
+    val_fraction=within("(0, 1)", 0.05, "share of the documents or images kept for validation"),
     split_seed=at_least(0, 0, "which documents these are"),
 )
 
@@ -204,8 +208,11 @@ SECTIONS: dict[str, Section] = {
     "mesh": MESH,
     "model": MODEL,
     "model.moe": MOE,
+    "model.image": config_images.MODEL,
     "context": CONTEXT,
+    "pipeline": config_pipeline.PIPELINE,
     "objective": OBJECTIVE,
+    "objective.image": config_images.OBJECTIVE,
     "data": DATA,
     "train": TRAIN,
     "eval": EVAL,
@@ -326,6 +333,7 @@ def validate(c: ml_collections.ConfigDict) -> None:
     TOP["topic"].check("topic", c.topic)
     settings = topic_settings(c.topic)
     _check_values(c)
+    config_pipeline.check(c)
     _check_divisors(c)
     _check_sizes(c)
     if settings:
@@ -385,13 +393,19 @@ def _next_multiple(n: int, of: int) -> int:
 
 
 def _check_divisors(c: ml_collections.ConfigDict) -> None:
-    """Divisibility by the degrees of the mesh, microbatches, heads and blocks."""
-    m, mesh, t, seq = c.model, c.mesh, c.train, c.data.seq_len
+    """Divisibility by the degrees of the mesh, microbatches and heads."""
+    m, mesh, t = c.model, c.mesh, c.train
     tp = mesh.tp
-    layers = _next_multiple(m.layers, mesh.pp)
-    _divides("layers", m.layers, "mesh.pp", mesh.pp, f"set model.layers={layers}")
-    if mesh.pp > 1:
-        raise UserError(f"mesh.pp={mesh.pp}: this model has no pipeline schedule; set mesh.pp=1")
+    chunks = config_pipeline.chunks_of(c)
+    every = m.moe.every if m.moe.experts and mesh.pp > 1 else 1
+    each = mesh.pp * chunks * every
+    by = "mesh.pp" + "·chunks" * (chunks > 1) + "·moe.every" * (every > 1)
+    _divides("layers", m.layers, by, each, f"set model.layers={_next_multiple(m.layers, each)}")
+    if mesh.pp > 1 and m.moe.experts and m.moe.first_dense:
+        raise UserError(
+            f"model.moe.first_dense={m.moe.first_dense} blocks before the stack lie on no stage of "
+            f"mesh.pp={mesh.pp}: set model.moe.first_dense=0"
+        )
     for what, key in (
         ("query heads", "heads"),
         ("key/value heads", "kv_heads"),
@@ -404,11 +418,6 @@ def _check_divisors(c: ml_collections.ConfigDict) -> None:
         _check_moe(c)
     fix = "set model.kv_heads to a divisor of model.heads"
     _divides("query heads", m.heads, "model.kv_heads", m.kv_heads, fix)
-    _divides("head_dim", m.head_dim, "rotary pairs", 2, f"set model.head_dim={m.head_dim + 1}")
-    split = mesh.cp * (tp if m.sequence_parallel else 1)
-    by = "mesh.cp·mesh.tp (sequence_parallel)" if m.sequence_parallel else "mesh.cp"
-    fix = f"set data.seq_len={_next_multiple(seq, split)}"
-    _divides("sequence length", seq, by, split, fix)
     per_step = mesh.dp * mesh.ep * t.microbatches
     equation = f"dp·ep·microbatches = {mesh.dp}·{mesh.ep}·{t.microbatches}"
     fix = f"set train.batch={_next_multiple(t.batch, per_step)} or another mesh.dp"
@@ -416,6 +425,26 @@ def _check_divisors(c: ml_collections.ConfigDict) -> None:
     if t.zero:
         fix = f"set model.width={_next_multiple(m.width, mesh.dp)}"
         _divides("model width", m.width, "mesh.dp (ZeRO)", mesh.dp, fix)
+    if m.kind in IMAGE_MODELS:
+        config_images.check(c)
+    else:
+        _check_tokens(c)
+
+
+def _check_tokens(c: ml_collections.ConfigDict) -> None:
+    """Conditions on a model of tokens: its objective and data, rotary positions, the sequence."""
+    m, mesh, seq = c.model, c.mesh, c.data.seq_len
+    if c.objective.name in IMAGE_OBJECTIVES or c.data.source in IMAGE_SOURCES[:-1]:
+        raise UserError(
+            f"model.kind={m.kind!r} reads tokens, which objective.name={c.objective.name!r} and "
+            f"data.source={c.data.source!r} are not for both: set model.kind='dit', or an "
+            "objective and data of tokens"
+        )
+    _divides("head_dim", m.head_dim, "rotary pairs", 2, f"set model.head_dim={m.head_dim + 1}")
+    split = mesh.cp * (mesh.tp if m.sequence_parallel else 1)
+    by = "mesh.cp·mesh.tp (sequence_parallel)" if m.sequence_parallel else "mesh.cp"
+    fix = f"set data.seq_len={_next_multiple(seq, split)}"
+    _divides("sequence length", seq, by, split, fix)
     if c.objective.name == "block_diffusion":
         fix = "choose a block that divides it"
         _divides("sequence length", seq, "objective.block", c.objective.block, fix)

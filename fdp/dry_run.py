@@ -17,15 +17,18 @@ from jax.sharding import AbstractMesh, Mesh
 from tabulate import tabulate
 
 from fdp.count import bytes as closed
-from fdp.count import flops, jaxpr
+from fdp.count import flops, jaxpr, pipeline, step
 from fdp.count import memory as analytic
-from fdp.count.compare import sent
-from fdp.count.counts import CONVENTION, RAGGED
+from fdp.count.compare import sent_by
+from fdp.count.counts import CONVENTION, PERMUTE, RAGGED
 from fdp.count.overlap import overlap
 from fdp.count.step import unstated
 from fdp.mesh import abstract_mesh, degrees_equation, make_mesh, use_virtual_devices
 from fdp.models.moe import SHARED
 from fdp.models.shape import ModelShape
+from fdp.parallel.pipeline import library
+from fdp.parallel.pipeline.costs import Costs
+from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.price import hybrid, traffic, workload
 from fdp.price.hardware import Chip, Cluster, chip, cluster
 from fdp.price.workload import Job
@@ -82,7 +85,8 @@ def dry_run(config: ml_collections.ConfigDict) -> None:
     config.data.source = "blank"  # a program is the same whatever it reads
     target = target_of(config.hardware.topology, config.mesh)
     print(f"target    {config.hardware.topology or 'this machine'}: {target.note}")
-    print(f"mesh      {degrees_equation(config.mesh)}, ZeRO-{config.train.zero}")
+    stages = f", schedule {config.pipeline.schedule}" if config.mesh.pp > 1 else ""
+    print(f"mesh      {degrees_equation(config.mesh)}, ZeRO-{config.train.zero}{stages}")
     for name, experiment in study_of(config.topic).arms(config).items():
         print(f"\narm {name}")
         own = target
@@ -101,7 +105,8 @@ def describe(p: TrainStep, target: Target) -> str:
 
 
 def _tables(p: TrainStep, target: Target) -> str:
-    estimate = analytic.estimate(p)
+    program = pipeline.traced(p)
+    estimate = analytic.estimate(p, program)
     state, batch = p.abstract_arguments()
     compiled, overflow = None, None
     if target.compiles:
@@ -113,12 +118,14 @@ def _tables(p: TrainStep, target: Target) -> str:
                 raise
     planned = aot.memory(compiled) if compiled is not None else None
     parts = [_memory_table(estimate, planned), _fit(estimate, planned, overflow, target.chip)]
-    program = _jaxpr(p)
     if "DOES NOT FIT" in parts[1]:
         parts.append(_largest(program, overflow))
     missing = unstated(p.experiment)
     parts.append(_bytes_table(p, compiled, not missing))
     parts.append(_overlap_line(compiled))
+    parts.append(_pipeline(p))
+    if compiled is not None and target.chip is not None:  # virtual devices overlap nothing
+        parts.append(_sends_line(p, compiled))
     parts.append(_flops_line(p, program, not missing))
     parts.append(f"counts    not stated: {missing}" if missing else _time_line(p, target))
     return "\n".join(part for part in parts if part)
@@ -189,16 +196,9 @@ def _largest(program: Any, overflow: aot.HbmError | None) -> str:
     return "\n".join(lines)
 
 
-def _jaxpr(p: TrainStep) -> Any:
-    """Loss and gradients, traced."""
-    state, batch = p.abstract_arguments()
-    noised = jax.eval_shape(p.objective.corrupt, jax.random.key(0), batch)
-    return jax.make_jaxpr(p.grads)(state.variables, noised)
-
-
 def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
     formula = closed.traffic(p) if stated else {}
-    counted = sent(compiled, p.mesh) if compiled is not None else {}
+    counted = sent_by(p, compiled) if compiled is not None else {}
     keys = sorted(formula.keys() | counted.keys(), key=lambda k: (k[1], k[0]))
 
     def mib(table: Mapping[Any, float], key: Any) -> str:
@@ -237,6 +237,35 @@ def _bytes_table(p: TrainStep, compiled: Any, stated: bool) -> str:
     return text
 
 
+def _pipeline(p: TrainStep) -> str:
+    """The schedule of the stages, its bubble at equal costs, and what a device holds."""
+    if (grads := step.pipeline(p.experiment)) is None:
+        return ""
+    place, m, slots = grads.order.placement, grads.microbatches, grads.table.slots
+    bubble = 100 * evaluate(grads.order, Costs()).bubble
+    chunks = f" of {place.v} chunks" if place.v > 1 else ""
+    until_b, until_w = slots.residuals / place.v, slots.stashes / place.v
+    text = (
+        f"pipeline  {place.p} stages{chunks}, {m} microbatches in {grads.table.ticks} ticks; "
+        f"bubble {bubble:.1f} % where F, B and W cost alike; a device holds at most {until_b:g} "
+        f"microbatches until B and {until_w:g} until W"
+    )
+    thin = library.warning(grads.order)
+    return f"{text}\nwarning   {thin}" if thin else text
+
+
+def _sends_line(p: TrainStep, compiled: Any) -> str:
+    """What can hide the messages between stages."""
+    if step.pipeline(p.experiment) is None:
+        return ""
+    found = overlap(compiled.as_text(), PERMUTE, "cond")
+    return (
+        f"overlap   {PERMUTE}: {found.total} in the program, {found.apart} of them asynchronous; "
+        f"work stands between start and done of {found.busy}, a product of an operation of "
+        f"{found.beside}"
+    )
+
+
 def _overlap_line(compiled: Any) -> str:
     """Whether shared experts can hide the exchange of rows; nothing without a ragged all-to-all."""
     if compiled is None:
@@ -251,7 +280,8 @@ def _overlap_line(compiled: Any) -> str:
 
 
 def _flops_line(p: TrainStep, program: Any, stated: bool) -> str:
-    counted = f"{jaxpr.dot_flops(program):.4g} in the program, recomputation included"
+    each = pipeline.dot_flops(p, program) / p.mesh.size
+    counted = f"{each:.4g} in the program, recomputation included"
     if not stated:
         return f"FLOPs     {counted}"
     share = flops.train_step(p) / math.prod(p.experiment.degrees.values())

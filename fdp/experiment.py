@@ -4,28 +4,37 @@ A topic makes such values; the training code reads no config. `standard(c)` is t
 turns the stock sections of a config into an experiment."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import ml_collections
 
 from fdp import config, objectives, optimizer
+from fdp.config_images import IMAGE_MODELS, share
 from fdp.data.batches import Data, blank, load_text
+from fdp.data.images import SOURCES, blank_images, check_images, image_data
 from fdp.data.recall import RECALL, recall_data
-from fdp.data.synthetic import CHAINS, markov_data
+from fdp.data.synthetic import CHAINS, GaussianMixture, markov_data, mixture_data
 from fdp.grads import Grads, plain
 from fdp.hooks import Hook
 from fdp.mesh import AXES
 from fdp.models import balance
+from fdp.models.dit import DiT, dit
+from fdp.models.image import ImageShape
 from fdp.models.module import Module
 from fdp.models.moe import mixture
 from fdp.models.shape import ModelShape
+from fdp.models.stack import Layer
 from fdp.models.transformer import transformer
+from fdp.models.uvit import UViT
 from fdp.objectives.base import Objective
+from fdp.objectives.cost import CostLaw
 from fdp.optimizer import Optimizer
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.pipeline.executor import scheduled
+from fdp.parallel.pipeline.library import named
 
 
 @dataclass(frozen=True)
@@ -85,14 +94,23 @@ class Experiment:
 
     @property
     def input_length(self) -> int:
-        """Length of the model's input: twice that of the data for block diffusion."""
+        """Tokens that the model's layers see of an example: twice those of the data for block
+        diffusion; of an image its finest patches and the tokens before them."""
+        if isinstance(self.model, DiT | UViT):
+            return self.model.image.tokens() + self.model.extras
         return self.noised_example()["inputs"].shape[1]
 
 
 def load_data(c: ml_collections.ConfigDict) -> Data:
     """Corpus, tokenizer and the two splits of config `c`. Synthetic sources need no corpus. The
     source "blank" suffices to compile a program."""
-    d = c.data
+    d, x = c.data, c.model.image
+    if c.model.kind in IMAGE_MODELS and d.source not in SOURCES:
+        if d.source == "blank":
+            return blank_images(x.size, x.channels)
+        return mixture_data(GaussianMixture(x.size, x.channels, x.classes))
+    if d.source in SOURCES:
+        return image_data(d.source, x.size, d.val_fraction, d.split_seed)
     if d.source == "blank":
         ids = d.vocab if d.tokenizer == "bpe" else BYTE_IDS
         return blank(d.seq_len, ids, d.packing)
@@ -106,13 +124,36 @@ def load_data(c: ml_collections.ConfigDict) -> Data:
 
 
 def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experiment:
-    """The experiment of the stock config sections: a Transformer, a token objective, AdamW.
+    """The experiment of the stock config sections: a Transformer and a token objective, or a model
+    and an objective of images, and AdamW.
 
     `data` replaces the data section, for programs that are built without a corpus. Raises
     ValueError for sizes that do not fit, and the errors of loading."""
     config.validate(c)
     data = load_data(c) if data is None else data
-    shape, t, length = ModelShape.of(c.model), c.train, c.data.seq_len
+    t, moe = c.train, mixture(c.model.moe) if c.model.moe.experts else None
+    parts = _of_images if c.model.kind in IMAGE_MODELS else _of_tokens
+    model, objective = parts(c, data, moe)
+    return Experiment(
+        model=model,
+        objective=objective,
+        data=data,
+        optimizer=optimizer.adamw(
+            optimizer.warmup_cosine(t.lr, t.warmup, t.steps), t.beta2, t.weight_decay, t.clip
+        ),
+        degrees={axis: c.mesh[axis] for axis in AXES},
+        fit=fit_of(c),
+        zero=t.zero,
+        grads=grads_of(c),
+        rules=(balance.LoadRule(dict(moe.fields)["balance"]),) if moe else (),
+    )
+
+
+def _of_tokens(
+    c: ml_collections.ConfigDict, data: Data, moe: Layer | None
+) -> tuple[Module, Objective]:
+    """The Transformer and its objective. What the model may see follows from the objective."""
+    shape, length = ModelShape.of(c.model), c.data.seq_len
     ids = data.tokenizer
     if ids is None:
         raise config.UserError(f"data {data.name} are no tokens: the stock model reads token ids")
@@ -124,22 +165,79 @@ def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experime
     objective = objectives.from_section(c.objective, ids.n_data, ids.eos_id)
     mask = objective.mask(length)
     mask = type(mask)(mask.kind, c.model.window, "segments" in data.dims, mask.rule)
-    moe = mixture(c.model.moe) if shape.experts else None
-    rules = (balance.LoadRule(dict(moe.fields)["balance"]),) if moe else ()
-    return Experiment(
-        # The same architecture for every objective; what it may see follows from the objective.
-        model=transformer(shape, mask, comm_plan(c), objective.position(length), moe),
-        objective=objective,
-        data=data,
-        optimizer=optimizer.adamw(
-            optimizer.warmup_cosine(t.lr, t.warmup, t.steps), t.beta2, t.weight_decay, t.clip
-        ),
-        degrees={axis: c.mesh[axis] for axis in AXES},
-        fit=fit_of(c),
-        zero=t.zero,
-        grads=plain(t.microbatches),
-        rules=rules,
+    # The same architecture for every objective.
+    return transformer(shape, mask, comm_plan(c), objective.position(length), moe), objective
+
+
+def _of_images(
+    c: ml_collections.ConfigDict, data: Data, moe: Layer | None
+) -> tuple[Module, Objective]:
+    """DiT or U-ViT and their objective."""
+    m, x = c.model, c.model.image
+    check_images(data, x.size, x.channels, x.classes)
+    image, law = _image_of(c)
+    shape = replace(
+        ModelShape.of(m),
+        vocab=x.patch**2 * x.channels,  # what a token holds, for the prices
+        gated=False,
+        time_conditioning=x.conditioning == "adaln",
+        bias=m.kind == "dit",
+        conv=0,
     )
+    objective = objectives.of_images(c.objective, x.classes, law)
+    if m.kind == "uvit":
+        return UViT(shape, image, comm_plan(c)), objective
+    return dit(shape, image, comm_plan(c), moe), objective
+
+
+def _image_of(c: ml_collections.ConfigDict) -> tuple[ImageShape, CostLaw]:
+    """What images are, and what they cost."""
+    x = c.model.image
+    coarse, dropped = share("coarse", x.coarse), share("dropped", x.dropped)
+    law = CostLaw(coarse, dropped, x.group, x.self_conditioning)
+    image = ImageShape(
+        size=x.size,
+        channels=x.channels,
+        classes=x.classes,
+        patch=x.patch,
+        coarse=bool(coarse),
+        dropping=bool(dropped),
+        self_conditioned=x.self_conditioning,
+        registers=x.registers,
+    )
+    return image, law
+
+
+def grads_of(c: ml_collections.ConfigDict) -> Grads:
+    """Gradients without a pipeline, or by the schedule of the `pipeline` section. Raises UserError
+    for numbers of microbatches that the schedule does not take, and for a schedule that no table of
+    neighbours holds."""
+    p, m = c.mesh.pp, c.train.microbatches
+    if p == 1:
+        return plain(m)
+    shares = _shares(c) if c.model.kind in IMAGE_MODELS else ()
+    try:
+        found = scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks, shares))
+        _ = found.table  # made now: what it refuses must not show while a step is traced
+    except ValueError as error:
+        text = str(error).replace("set m=", "set train.microbatches=")
+        raise config.UserError(f"pipeline.schedule={c.pipeline.schedule}: {text}") from error
+    return found
+
+
+def _shares(c: ml_collections.ConfigDict) -> tuple[float, ...]:
+    """What each microbatch of a step costs, in tokens of an image over those of the finest patches,
+    class after class; none where all cost alike."""
+    image, law = _image_of(c)
+    pattern, m = law.costs.pattern, c.train.microbatches
+    if len(law.costs.classes) == 1:
+        return ()
+    found = [
+        image.tokens(cost, kept=True) / image.tokens()
+        for cost in law.costs.classes
+        for _ in range(m * pattern.count(cost) // len(pattern))
+    ]
+    return tuple(found)
 
 
 def fit_of(c: ml_collections.ConfigDict) -> Fit:

@@ -10,11 +10,19 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import vary, vary_like
+from fdp.collectives import index, shift, size, vary, vary_like
 
 LOSS_AXES = ("pp", "dp", "ep", "cp")
 Aux = dict[str, Any]
 Penalty = jax.Array | None
+
+
+def _whole(noised: Any) -> tuple[Any, ...]:
+    return (noised,)
+
+
+def _as_it_is(params: Any, noised: Any) -> Any:
+    return noised
 
 
 class Stages(NamedTuple):
@@ -22,21 +30,59 @@ class Stages(NamedTuple):
 
     embed: (params, noised) → (x, aux, penalty); stack: (params, x, noised) → (x, aux, penalty),
     this pp shard's layers; score: (params, x, noised) → (this device's part of the mean loss, aux,
-    penalty). A penalty is a scalar that a stage adds to the loss, or None.
+    penalty). A penalty is a scalar that a stage adds to the loss, or None. parts: from a noised
+    batch to those that one program each can run, where rows differ in what they cost. refine:
+    (params, such a part) → the part with what a first pass, without gradient, adds to it.
     """
 
     embed: Callable[[Any, Any], tuple[Any, Aux, Penalty]]
     stack: Callable[[Any, Any, Any], tuple[Any, Aux, Penalty]]
     score: Callable[[Any, Any, Any], tuple[jax.Array, Aux, Penalty]]
+    parts: Callable[[Any], tuple[Any, ...]] = _whole
+    refine: Callable[[Any, Any], Any] = _as_it_is
 
     def loss(self, params: Any, noised: Any) -> tuple[jax.Array, Aux]:
-        """All stages, one after the other, with their penalties."""
+        """The sum of the losses and of the aux of all parts."""
+        parts = self.parts(noised)
+        shares = [_rows(part) / _rows(noised) for part in parts]
+        found = [self.part_loss(params, *both) for both in zip(parts, shares, strict=True)]
+        return jax.tree.map(lambda *x: sum(x[1:], x[0]), *found)
+
+    def part_loss(self, params: Any, noised: Any, share: float = 1.0) -> tuple[jax.Array, Aux]:
+        """All stages of one part, one after the other, with their penalties. `share`: of the rows
+        over which a penalty is a mean."""
+        noised = self.refine(params, noised)
         x, aux, first = self.embed(params, noised)
         x, of_layers, second = self.stack(params, x, noised)
         loss, of_outputs, third = self.score(params, x, noised)
         for penalty in (first, second, third):
-            loss = loss if penalty is None else loss + penalty
+            loss = loss if penalty is None else loss + share * penalty
         return loss, aux | of_layers | of_outputs
+
+
+def relay(stages: Stages, params: Any, noised: Any) -> jax.Array:
+    """This device's part of the mean loss, through all stages of pp one after the other.
+
+    For evaluations: every device computes in every one of p rounds, and what it has in round i is
+    true on device i."""
+    losses = [_relayed(stages, params, part) for part in stages.parts(noised)]
+    return sum(losses[1:], losses[0])
+
+
+def _relayed(stages: Stages, params: Any, noised: Any) -> jax.Array:
+    x, _, _ = stages.embed(params, noised)
+
+    def one(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        y = vary(stages.stack(params, x, noised)[0], LOSS_AXES)
+        return shift(y, "pp"), y
+
+    _, y = jax.lax.scan(one, vary(x, LOSS_AXES), None, length=size("pp"))
+    loss, _, _ = stages.score(params, y[-1], noised)
+    return jnp.where(index("pp") == size("pp") - 1, loss, 0.0)
+
+
+def _rows(noised: Any) -> int:
+    return jax.tree.leaves(noised)[0].shape[0]
 
 
 class Grads(Protocol):
@@ -53,12 +99,18 @@ class Grads(Protocol):
 
 @dataclass(frozen=True)
 class plain:
-    """Forward and backward of one microbatch after the other, gradients and aux added up."""
+    """Forward and backward of one microbatch after the other, gradients and aux added up. For
+    models that are not in stages: raises ValueError for pp > 1."""
 
     microbatches: int = 1
 
     def __call__(self, stages: Stages, params: Any, noised: Any) -> tuple[jax.Array, Any, Aux]:
         """As `Grads`."""
+        if size("pp") > 1:
+            raise ValueError(
+                f"plain gradients run all layers on every device, but mesh.pp = {size('pp')} "
+                "devices have a stage each: give Experiment.grads=scheduled(order), or mesh.pp=1"
+            )
         find = jax.value_and_grad(stages.loss, has_aux=True)
         m = self.microbatches
         if m == 1:

@@ -239,9 +239,9 @@ def count(default: int, text: str, unit: str = "", high: int = INT32) -> Key:
     return Integer(default, text, unit, 1, high)
 
 
-def at_least(low: int, default: int, text: str, unit: str = "") -> Key:
+def at_least(low: int, default: int, text: str, unit: str = "", high: int = INT32) -> Key:
     """An integer of at least `low`."""
-    return Integer(default, text, unit, low)
+    return Integer(default, text, unit, low, high)
 
 
 def within(

@@ -21,6 +21,8 @@ from fdp.data.batches import default_cache_dir, eval_batches
 from fdp.hooks import HookError
 from fdp.mesh import degrees_equation, is_virtual, make_mesh
 from fdp.metrics import ImpossibleSpeed
+from fdp.parallel.pipeline import library
+from fdp.parallel.pipeline.executor import scheduled
 from fdp.study.cache import Cache
 from fdp.study.measure import Part, clock, perform
 from fdp.study.report import VERDICTS, BadReport, Report, devices, versions
@@ -198,6 +200,9 @@ def _train(arms: list[Arm], workdir: Path) -> None:
     for i, arm in enumerate(arms):
         if i == 0:
             print(banner(arm))
+            grads = arm.experiment.grads
+            if isinstance(grads, scheduled) and (thin := library.warning(grads.order)):
+                print(f"warning   {thin}")
             specs, path = arm.program.specs, workdir / "sharding.txt"
             path.write_text(sharding.report(specs.shapes, specs.stored, arm.mesh) + "\n")
         left = (time.perf_counter() - started) / done * sum(todo[i:]) if done else 0.0

@@ -6,6 +6,7 @@ Legend: B global batch, N periods of the model's stack.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from fdp import sharding
 from fdp.collectives import psum, shard_map
 from fdp.config import UserError
 from fdp.experiment import Experiment
-from fdp.grads import LOSS_AXES, Aux, Penalty, Stages
+from fdp.grads import LOSS_AXES, Aux, Penalty, Stages, relay
 from fdp.mesh import DATA_AXES, AnyMesh, factor
 from fdp.models import module
 from fdp.objectives.base import Objective
@@ -35,6 +36,7 @@ def stages(
     capacity: int | None = None,
     inputs_N: Any = None,
     share: float = 1.0,
+    staged: bool = False,
 ) -> Stages:
     """The stages of a model and its objective. `score` divides the summed loss by `count`.
 
@@ -47,16 +49,36 @@ def stages(
         out, aux, penalty = module.learn(model, variables, *args, method=method, share=share)
         return out, aux, penalty if share else None
 
+    first, middle = ("start", "blocks") if staged else ("embed", "stack")
+
     def stack(params: Any, x: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
         more = () if inputs_N is None else (inputs_N,)
-        return run(params, x, noised, *more, method="stack")
+        return run(params, x, noised, *more, method=middle)
 
     def score(params: Any, x: Any, noised: Any) -> tuple[jax.Array, Aux, Penalty]:
+        if staged:
+            x = run(params, x, noised, method="finish")[0]
         x, rows = objective.rows(x, noised, capacity)
         outputs, aux, penalty = run(params, x, method="outputs")
         return objective.loss(outputs, rows).sum() / count, aux, penalty
 
-    return Stages(lambda params, noised: run(params, noised, method="embed"), stack, score)
+    def embed(params: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
+        return run(params, noised, method=first)
+
+    def refine(params: Any, noised: Any) -> Any:
+        def predict(noised: Any) -> Any:
+            x = stack(params, embed(params, noised)[0], noised)[0]
+            return jax.lax.stop_gradient(run(params, x, method="outputs")[0])
+
+        return objective.refine(predict, noised)
+
+    return Stages(embed, stack, score, objective.parts, refine)
+
+
+def chunked(model: module.Module, chunks: int) -> module.Module:
+    """The model of one chunk of a device's layers."""
+    shape = model.shape
+    return model.clone(shape=replace(shape, layers=shape.layers // chunks))
 
 
 def mean_loss(
@@ -95,11 +117,31 @@ class TrainStep:
         ways = {**degrees, "dp": degrees["dp"] * e.grads.microbatches}
         try:
             sharding.check_dims(e.batch_example(e.fit.batch), self.dims, ways)
+            if degrees["pp"] > 1:
+                self._check_stages()
             if hasattr(e.model, "check"):
-                shards = degrees["dp"] * degrees["ep"] * e.grads.microbatches
+                # A microbatch of a pipeline has one class of the examples that a device has.
+                pieces = 1 if degrees["pp"] > 1 else e.grads.microbatches
+                shards = degrees["dp"] * degrees["ep"] * pieces
                 e.model.check(e.fit.batch // shards, e.noised_example(), degrees)
         except ValueError as error:
             raise UserError(str(error)) from error
+
+    def _check_stages(self) -> None:
+        """Raises ValueError for a model without stages, and for samples that run twice."""
+        e = self.experiment
+        if not hasattr(e.model, "blocks"):
+            raise ValueError(
+                f"mesh.pp={e.degrees['pp']}: {type(e.model).__name__} offers no `start`, `blocks` "
+                "and `finish` to cut into stages; set mesh.pp=1"
+            )
+        example = e.noised_example()
+        costs = example.get("cost") if isinstance(example, dict) else None
+        if costs is not None and any(cost.twice for cost in costs.classes):
+            raise ValueError(
+                f"mesh.pp={e.degrees['pp']}: a pipeline runs no sample twice; set mesh.pp=1 or "
+                "model.image.self_conditioning=False"
+            )
 
     def _capacity(self) -> int | None:
         """Rows per device and microbatch that can carry loss; None: all rows go through the output
@@ -166,14 +208,16 @@ class TrainStep:
     ) -> Any:
         count = static or count
         params, gather_vjp = jax.vjp(self.gather, variables["params"])
+        pp, chunks = self.experiment.degrees["pp"], getattr(self.experiment.grads, "chunks", 1)
         parts = stages(
-            self.model,
+            self.model if chunks == 1 else chunked(self.model, chunks),
             self.objective,
             variables["state"],
             count,
             self.capacity,
             inputs_N,
             1 / self.experiment.grads.microbatches,
+            pp > 1,
         )
         loss, grads, aux = self.experiment.grads(parts, params, noised)
         return psum(loss, LOSS_AXES), gather_vjp(grads)[0], psum(aux, DATA_AXES)
@@ -224,8 +268,10 @@ class TrainStep:
 
         def local(variables: Any, noised: Any, _: Any, inputs_N: Any) -> jax.Array:
             params = self.gather(variables["params"])
-            parts = stages(self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0)
-            return psum(parts.loss(params, noised)[0], LOSS_AXES)
+            given = self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0
+            if self.experiment.degrees["pp"] > 1:
+                return psum(relay(stages(*given, True), params, noised), LOSS_AXES)
+            return psum(stages(*given).loss(params, noised)[0], LOSS_AXES)
 
         total = self.mapped(local, noised, P())(variables, noised, None, inputs_N)
         return total, self.objective.count(noised)

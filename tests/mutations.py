@@ -34,6 +34,7 @@ OPTIMIZER, TOY, HOOKS = (
 )
 MOE, ROUTER = "tests/models/test_moe.py::", "tests/models/test_router.py::"
 PLANNER = "tests/parallel/context/test_planner.py::"
+PIPELINE = "tests/parallel/pipeline/"
 MUTATIONS = (
     Mutation(
         "balance statistics of this rank alone",
@@ -146,6 +147,50 @@ MUTATIONS = (
         "return min(runs, key=lambda f: model_value(problem, f))",
         "return max(runs, key=lambda f: model_value(problem, f))",
         f"{PLANNER}test_best_uniform_is_the_least_of_all_plans_that_run",
+    ),
+    Mutation(
+        "B reads the residuals of another microbatch",
+        "parallel/pipeline/executor.py",
+        'residuals = _take(kept[n], at["residual"])',
+        'residuals = _take(kept[n], jnp.maximum(at["residual"] - 1, 0))',
+        f"{PIPELINE}test_executor.py::test_a_scheduled_step_equals_the_plain_one[zb_h1]",
+    ),
+    Mutation(
+        "a slot is taken again while it is read",
+        "parallel/pipeline/table.py",
+        "if free <= start:",
+        "if free <= start + 1:",
+        f"{PIPELINE}test_table.py::test_every_operation_reads_its_own_slots[zb_h1 p=4 v=1]",
+    ),
+    Mutation(
+        "the optimizer of a stage runs before its last W",
+        "parallel/pipeline/orders.py",
+        'return moved + [Op("U", step, c) for c in range(v)]',
+        'return moved[:-1] + [Op("U", step, c) for c in range(v)] + moved[-1:]',
+        f"{PIPELINE}test_check.py::test_repeated_zbv_is_legal_and_dropping_an_optimizer_is_not",
+    ),
+    Mutation(
+        "what only a weight's gradient needs is in both halves",
+        "parallel/pipeline/split.py",
+        "needed = {v for v in wanted if _variable(v)}",
+        "needed = {v for v in jaxpr.outvars if _variable(v)}",
+        f"{PIPELINE}test_split.py::test_halves_are_the_backward_pass_and_compute_nothing_twice"
+        "[plain]",
+    ),
+    Mutation(
+        "a gate of one plus, which is no identity at the start",
+        "models/stack.py",
+        "x_BxLxD + gate * part(",
+        "x_BxLxD + (1 + gate) * part(",
+        "tests/models/test_image_parity.py::"
+        "test_dit_is_the_published_one_and_a_gate_of_one_plus_is_not",
+    ),
+    Mutation(
+        "images go to their places before they have a noise level",
+        "objectives/image.py",
+        "x, noise, sigma_B, labels_B = (a[place_B] for a in (x, noise, sigma_B, labels_B))",
+        "noise, sigma_B = (a[place_B] for a in (noise, sigma_B))",
+        "tests/objectives/test_image.py::test_noise_is_drawn_before_rows_are_sorted",
     ),
 )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import plain_transformer, step
+from benchmarks import pipeline, plain_transformer, step
 from fdp.mesh import make_mesh
 from fdp.step import TrainStep
 
@@ -103,3 +103,17 @@ def test_first_step_reports_its_stages_in_order() -> None:
     ends = step.first_step()
     assert tuple(ends) == step.STAGES
     assert list(ends.values()) == sorted(ends.values())
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("--repeats=1", "--repeats=1 rounds: at least 2"),
+        ("--batch=0", "--batch=0 images are no multiple of 8"),
+        ("--batch=7", "--batch=7 images are no multiple of 8"),
+    ],
+)
+def test_a_benchmark_of_nothing_is_refused(args: str, said: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        pipeline.main([args])
+    assert said in capsys.readouterr().err

@@ -71,6 +71,15 @@ INDIVISIBLE = {
         "global batch 12 is not divisible by dp·ep·microbatches = 2·2·2 = 8: set train.batch=16 or "
         "another mesh.dp",
     ),
+    "layers over pp and periods of experts": (
+        {"mesh.pp": 2, "model.moe.experts": 4, "model.moe.every": 3, "model.layers": 4},
+        "layers 4 is not divisible by mesh.pp·moe.every = 6: set model.layers=6",
+    ),
+    "microbatches over pp": (
+        {"mesh.pp": 2, "pipeline.chunks": 2, "train.microbatches": 3},
+        "pipeline.schedule=1f1b, train.microbatches=3: interleaved: m % p = 3 % 2 = 1, must be 0: "
+        "set train.microbatches=4",
+    ),
     "sequence over blocks": (
         {"objective.name": "block_diffusion", "objective.block": 5},
         "sequence length 32 is not divisible by objective.block = 5: choose a block "
@@ -83,9 +92,10 @@ OUTSIDE = {
         {"mesh.cp": 0},
         "mesh.cp=0 must be an integer of at least 1 (context parallelism): set mesh.cp=1",
     ),
-    "no schedule for pp": (
-        {"mesh.pp": 2},
-        "mesh.pp=2: this model has no pipeline schedule; set mesh.pp=1",
+    "chunks of whole stages": (
+        {"mesh.pp": 2, "pipeline.schedule": "gpipe", "pipeline.chunks": 2},
+        "pipeline.chunks=2, but the stages of gpipe are whole: set pipeline.chunks=1 or "
+        "pipeline.schedule=1f1b",
     ),
     "variant": ({"variant": "ful"}, "variant='ful' is unknown: did you mean 'full'?"),
     "dtype": (

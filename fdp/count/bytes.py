@@ -4,30 +4,30 @@
 It adds what layers and objective state (`fdp.count.counts`) to what follows from the metadata of
 the parameters: gradient reductions and ZeRO. The optimizer (a few scalars of the global norm) and
 the drawing of noise are not included. Tests hold the formula equal to the compiled program, except
-that XLA on a CPU gathers once, not twice, for a rematerialised stack of one period."""
+that XLA on a CPU gathers once, not twice, for a rematerialised stack of one period, and that a bias
+whose sum is the output of a period is gathered once, too: rematerialisation does not need it."""
 
 from math import prod
 from typing import Any
 
 import jax
 
+from fdp.count import pipeline, step
 from fdp.count.counts import GATHER, REDUCE, SCATTER, Ledger, Sent, merged
-from fdp.count.step import microbatch
 from fdp.mesh import BATCH_AXES, DATA_AXES
 from fdp.models.module import spec_leaf
 from fdp.sharding import axes_of
 from fdp.step import TrainStep
 
 
-def traffic(p: TrainStep, level: bool = False) -> Sent:
+def traffic(p: TrainStep, level: bool = False, device: int | None = None) -> Sent:
     """Wire bytes per device of one loss-and-gradient evaluation; `level` as in `counts.Rows`.
-    Raises Unstated for a model or objective that does not state its bytes.
+    Stages of a pipeline send unlike: `device` of pp, or the mean of all. Raises Unstated for a
+    model or objective that does not state its bytes.
 
     Sources: Shoeybi et al. 2019, Korthikanti et al. 2022, Rajbhandari et al. 2020.
     """
     e = p.experiment
-    micro = e.grads.microbatches
-    each = microbatch(e, p.head_rows(), e.degrees, micro, level).sent
     ledger = Ledger(e.degrees)
     _parameters(ledger, p)
     ledger.add(REDUCE, ("pp", *DATA_AXES), 4)  # the loss
@@ -37,7 +37,19 @@ def traffic(p: TrainStep, level: bool = False) -> Sent:
     if "weights" in e.data.dims:  # what the loss is divided by
         axes = DATA_AXES if "sequence" in e.data.dims["weights"] else BATCH_AXES
         ledger.add(REDUCE, axes, 4)
-    return merged({key: micro * wire for key, wire in each.items()}, ledger.sent)
+    return merged(_operations(p, level, device), ledger.sent)
+
+
+def _operations(p: TrainStep, level: bool, device: int | None) -> Sent:
+    """Of all microbatches, and of what a pipeline sends beside."""
+    e, micro = p.experiment, p.experiment.grads.microbatches
+    if (grads := step.pipeline(e)) is None:
+        each = step.microbatch(e, p.head_rows(), e.degrees, micro, level).sent
+        return {key: micro * wire for key, wire in each.items()}
+    parts = step.staged(e, p.head_rows(), e.degrees, micro, level)
+    devices = range(grads.order.placement.p) if device is None else [device]
+    found = pipeline.mean([pipeline.operations(grads, parts, i) for i in devices])
+    return merged(found, pipeline.between(p, grads, parts.message))
 
 
 def _leaves(tree: Any, specs: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fdp.count import hlo
+from fdp.count import hlo, pipeline, step
 from fdp.count.counts import Key, Sent
 from fdp.mesh import AnyMesh
 from fdp.step import TrainStep
@@ -26,6 +26,15 @@ def sent(compiled: Any, mesh: AnyMesh, branches: hlo.Branches | None = None) -> 
         degrees[axis] = degrees.get(axis, 1) * n
     summary = hlo.summary(hlo.collectives(compiled.as_text(), degrees, branches))
     return {key: wire for key, (_, _, wire) in summary.items()}
+
+
+def sent_by(p: TrainStep, compiled: Any, device: int | None = None) -> Sent:
+    """`sent` in a compiled program of `p`. Stages of a pipeline send unlike: `device` of pp, or the
+    mean of all."""
+    if (grads := step.pipeline(p.experiment)) is None:
+        return sent(compiled, p.mesh)
+    devices = range(grads.order.placement.p) if device is None else [device]
+    return pipeline.mean([sent(compiled, p.mesh, pipeline.branches(grads, i)) for i in devices])
 
 
 # Bytes against a formula
@@ -114,7 +123,7 @@ def outcome(p: TrainStep, variables: Any, batch: Any) -> Outcome:
     noised = jax.jit(p.corrupt)(jax.device_put(batch, p.batch_shardings()), jax.random.key(0))
     compiled = jax.jit(p.grads).lower(placed, noised).compile(hlo.QUICK)
     loss, grads, _ = compiled(placed, noised)
-    return Outcome(float(loss), jax.device_get(grads), sent(compiled, p.mesh))
+    return Outcome(float(loss), jax.device_get(grads), sent_by(p, compiled))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ payload, all-gather and reduce-scatter (n-1) shards, a permute its payload."""
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fdp.mesh import AXES
 
@@ -175,8 +175,12 @@ class Counts:
     @property
     def sent(self) -> Sent:
         """Bytes of the whole microbatch."""
-        passes = (self.forward, self.backward, self.again)
-        return merged(self.once, *(part.sent for part in passes))
+        return merged(self.once, self.passes)
+
+    @property
+    def passes(self) -> Sent:
+        """Bytes of the whole microbatch without those that all layers share."""
+        return merged(*(part.sent for part in (self.forward, self.backward, self.again)))
 
     def executed(self, degrees: Degrees) -> int:
         """FLOPs of all devices of cp and tp, including all that is computed more than once."""
@@ -206,6 +210,38 @@ class Counts:
             self.kept * local,
             live,
         )
+
+
+class Staged(NamedTuple):
+    """Costs of one microbatch of a model by what a stage of a pipeline runs.
+
+    start, finish: beside its layers, the first and the last stage. shared: every stage, for its
+    layers to read. layers: those of one shard of pp. again: what the first stage computes a second
+    time in its backward pass, and the last one to finish. message: bytes that a device hands to the
+    next stage."""
+
+    start: Counts
+    shared: Counts
+    layers: Counts
+    finish: Counts
+    again: Counts = Counts()
+    message: int = 0
+
+    @property
+    def whole(self) -> Counts:
+        """Of a model that is not in stages, where nothing is computed a second time."""
+        return self.start + self.shared + self.layers + self.finish
+
+    def pipelined(self, stages: int) -> Counts:
+        """Of all of `stages` stages."""
+        return sum([self.shared] * (stages - 1), self.whole + self.again)
+
+
+def staged(model: Any, rows: Rows, degrees: Degrees) -> Staged:
+    """`model.staged(rows, degrees)`. Raises Unstated, naming the model, where it has none."""
+    if not hasattr(model, "staged"):
+        raise Unstated(f"{type(model).__name__} states no counts by stage of a pipeline")
+    return model.staged(rows, degrees)
 
 
 def of(part: Any, *args: Any) -> Counts:

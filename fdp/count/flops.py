@@ -1,7 +1,7 @@
 """FLOPs of a train step as exact sums over what layers state. The convention is that of
 `fdp.count.counts`."""
 
-from fdp.count.step import microbatch
+from fdp.count.step import microbatch, pipeline, staged
 from fdp.step import TrainStep
 
 
@@ -15,8 +15,11 @@ def train_step(p: TrainStep) -> int:
 
 def executed(p: TrainStep) -> int:
     """Matmul FLOPs that all devices execute in loss and gradients: the model FLOPs, what
-    rematerialised blocks compute again, and what several devices compute alike. Raises as
-    `train_step`."""
+    rematerialised blocks compute again, and what several devices or stages compute alike. Raises
+    as `train_step`."""
     e, d, micro = p.experiment, p.experiment.degrees, p.experiment.grads.microbatches
-    counts = microbatch(e, p.head_rows(), d, micro)
+    if (grads := pipeline(e)) is None:
+        counts = microbatch(e, p.head_rows(), d, micro)
+    else:
+        counts = staged(e, p.head_rows(), d, micro).pipelined(grads.table.stages)
     return d["dp"] * d["ep"] * micro * counts.executed(d)

@@ -28,9 +28,11 @@ QUICK: dict[str, Any] = {
     "xla_llvm_disable_expensive_passes": True,
 }
 
-# Chooses the executed branch of a conditional: {name or scope in its op_name: index}, or (op_name,
-# branches) -> index.
-Branches = Mapping[str, int] | Callable[[str, int], int]
+# Of a conditional: the index of the branch that is executed, or, in a loop, how often each branch
+# is; None: not known.
+Choice = int | Sequence[int] | None
+# Chooses it: {name or scope in its op_name: choice}, or (op_name, branches) -> choice.
+Branches = Mapping[str, int] | Callable[[str, int], Choice]
 # Where nothing else is said, experts are dispatched by the buffers that usually suffice
 # (`fdp.parallel.expert.plan`), not by those of the worst case.
 USUAL: Branches = {"fits": 1}
@@ -93,10 +95,10 @@ def collectives(
     are left out.
 
     mesh_shape: axis → degree in mesh order, as `dict(mesh.shape)`; a device id is a position in the
-    flattened mesh. branches: which branch of a `conditional` is executed; needed only where the
-    branches' collectives differ. trip_counts: `while` instruction name → iterations, for loops
-    whose bound is data. Raises ValueError for a mesh that does not fit the program, an unknown trip
-    count, and a branch that was not chosen."""
+    flattened mesh. branches: which branch of a `conditional` is executed, or how often each; needed
+    only where the branches' collectives differ. trip_counts: `while` instruction name → iterations,
+    for loops whose bound is data. Raises ValueError for a mesh that does not fit the program, an
+    unknown trip count, and a branch that was not chosen."""
     total = math.prod(mesh_shape.values())
     m = re.search(r"^HloModule .*?\bnum_partitions=(\d+)", text, re.M)
     if m and int(m[1]) != total:
@@ -148,26 +150,41 @@ def table(cols: Sequence[Collective]) -> str:
     )
 
 
-def choose_branch(branches: Branches | None, name: str, op_name: str, n: int) -> int | None:
-    """Index of the executed one of `n` branches of the conditional `name`, by `branches` (None: by
-    USUAL); None where it does not say.
+def choose_branch(
+    branches: Branches | None, name: str, op_name: str, n: int, count: int
+) -> list[int] | None:
+    """How often each of `n` branches of the conditional `name` is executed, of `count` times in
+    all, by `branches` (None: by USUAL); None where it does not say.
 
     A mapping key is the name of the instruction or one scope of its op_name ("cond" in
     "jit(f)/shard_map/cond")."""
     branches = USUAL if branches is None else branches
-    if callable(branches):
-        index = branches(op_name or name, n)
-    else:
-        scopes = {name, op_name, *re.split(r"[/()]+", op_name)}
-        chosen = [i for key, i in branches.items() if key in scopes]
-        if not chosen:
-            return None
-        index = chosen[0]
-    if not 0 <= index < n:
+    chosen = choice(branches, op_name, n, name)
+    if chosen is None:
+        return None
+    if isinstance(chosen, int):
+        if not 0 <= chosen < n:
+            raise ValueError(
+                f"branch {chosen} was chosen for conditional {name} ({op_name}), which has {n} "
+                "branches"
+            )
+        return [count if i == chosen else 0 for i in range(n)]
+    total = sum(chosen)
+    if len(chosen) != n or count % total:
         raise ValueError(
-            f"branch {index} was chosen for conditional {name} ({op_name}), which has {n} branches"
+            f"executions {list(chosen)} were given for conditional {name} ({op_name}), which has "
+            f"{n} branches and is executed {count} times"
         )
-    return index
+    return [count // total * i for i in chosen]
+
+
+def choice(branches: Branches, op_name: str, n: int, name: str = "") -> Choice:
+    """What `branches` says of a conditional of n branches: a mapping by the name of its
+    instruction, its op_name or a scope of that."""
+    if callable(branches):
+        return branches(op_name or name, n)
+    known = {name, op_name, *re.split(r"[/()]+", op_name)}
+    return next((i for key, i in branches.items() if key in known), None)
 
 
 def same_collectives(a: Iterable[Collective], b: Iterable[Collective]) -> bool:
@@ -426,22 +443,25 @@ class _Audit:
         )
 
     def conditional(self, i: Instruction, count: int, known: _Evaluator) -> Iterator[Collective]:
+        executed = choose_branch(self.branches, i.name, i.op_name, len(i.branches), count)
         found = [
-            list(self.walk(c, count, (known.value(operand),), False))
-            if self.communicates(c)
+            list(self.walk(c, times, (known.value(operand),), False))
+            if times and self.communicates(c)
             else []
-            for c, operand in i.branches
+            for (c, operand), times in zip(
+                i.branches, executed or [count] * len(i.branches), strict=True
+            )
         ]
-        index = choose_branch(self.branches, i.name, i.op_name, len(found))
-        if index is None:
+        if executed is None:
             if not all(same_collectives(found[0], other) for other in found[1:]):
                 raise ValueError(
                     f"the branches of {i.name} ({i.op_name}) communicate differently: "
                     f"pass branches={{'{i.name}': index}} with index in 0…{len(found) - 1} to "
                     "count one of them"
                 )
-            index = 0
-        yield from found[index]
+            found = found[:1]
+        for branch in found:
+            yield from branch
 
     def _chain(self, computation: str) -> str | None:
         """Identity of a collective that XLA:TPU split into several fusions (start, steps beside

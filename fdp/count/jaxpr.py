@@ -9,7 +9,7 @@ merges, bytes are equal. Shapes inside shard_map are local, so all counts are pe
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -49,9 +49,9 @@ def collectives(
     """Every collective of the jaxpr, in the terms of `hlo.Collective`; groups of one device are
     left out.
 
-    mesh_shape: axis → degree in mesh order. branches: which branch of a cond is executed, by a
-    scope of its path, as in `hlo.collectives`. Raises ValueError for an axis outside the mesh, an
-    unchosen branch, or a collective in a loop whose trip count is data."""
+    mesh_shape: axis → degree in mesh order. branches: which branch of a cond is executed, or how
+    often each, by a scope of its path, as in `hlo.collectives`. Raises ValueError for an axis
+    outside the mesh, an unchosen branch, or a collective in a loop whose trip count is data."""
 
     def visit(eqn: Any, at: _Place) -> list[Collective]:
         name = eqn.primitive.name.removesuffix("_start")
@@ -144,10 +144,13 @@ class _Walk(Generic[T]):
                     yield from self.walk(inner, here)
 
     def _cond(self, eqn: Any, at: _Place) -> list[T]:
-        here = at.inside(eqn)
-        found = [list(self.walk(_open(b), here)) for b in eqn.params["branches"]]
-        index = hlo.choose_branch(self.branches, "cond", here.path, len(found))
-        if index is None:
+        here, branches = at.inside(eqn), eqn.params["branches"]
+        executed = hlo.choose_branch(self.branches, "cond", here.path, len(branches), at.count)
+        found = [
+            list(self.walk(_open(b), replace(here, count=times)))
+            for b, times in zip(branches, executed or [at.count] * len(branches), strict=True)
+        ]
+        if executed is None:
             if not all(self.same(found[0], other) for other in found[1:]):
                 raise ValueError(
                     f"the branches of {here.path} differ in what is counted: pass "
@@ -155,8 +158,8 @@ class _Walk(Generic[T]):
                     f"named_scope around it as the key, with index in 0…{len(found) - 1} to count "
                     "one of them"
                 )
-            index = 0
-        return found[index]
+            return found[0]
+        return [x for branch in found for x in branch]
 
     def _while(self, eqn: Any, at: _Place) -> Iterator[T]:
         here = at.inside(eqn)
@@ -197,6 +200,14 @@ def _inner(eqn: Any) -> Iterator[Any]:
         for value in param if isinstance(param, tuple | list) else (param,):
             if hasattr(_open(value), "eqns"):
                 yield _open(value)
+
+
+def equations(closed_jaxpr: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Every equation that holds others, but for those in branches, with what its body holds."""
+    for eqn in _open(closed_jaxpr).eqns:
+        for inner in _inner(eqn) if eqn.primitive.name != "cond" else ():
+            yield eqn, inner.eqns
+            yield from equations(inner)
 
 
 def largest_arrays(closed_jaxpr: Any, n: int) -> list[tuple[int, str]]:

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 
 from fdp.count.counts import Unstated
-from fdp.count.step import microbatch
+from fdp.count.pipeline import ticks, traced
+from fdp.count.step import microbatch, pipeline, staged
 from fdp.models.module import spec_leaf
+from fdp.parallel.pipeline.executor import scheduled
 from fdp.sharding import axes_of
 from fdp.step import TrainStep
 
@@ -22,7 +24,9 @@ class Memory:
     parameters: int  # float32 masters, as stored
     optimizer: int  # two float32 moments
     gathered: int  # what ZeRO gathers for use, and the gradients before they are scattered
-    activations: int | None  # saved for the backward pass, one live layer, the head; None: unstated
+    # Saved for the backward pass, one live layer, the head; of a pipeline all slots, and the result
+    # of an operation but for its gradients. None: unstated.
+    activations: int | None
 
     def total(self) -> int:
         """The sum of all parts: an upper bound on the peak, up to what the compiler adds or fuses
@@ -45,19 +49,52 @@ def _local(p: TrainStep, specs: Any, share: Callable[[Any, Any], int] | None = N
     return total
 
 
-def estimate(p: TrainStep) -> Memory:
-    """Memory of one train step."""
+def estimate(p: TrainStep, program: Any = None) -> Memory:
+    """Memory of one train step. `program`: its traced loss and gradients, where they are known; for
+    a pipeline only."""
     zero, pp = p.experiment.zero, p.experiment.degrees["pp"]
     held, used = _local(p, p.specs.stored), _local(p, p.specs.specs)
+    if (grads := pipeline(p.experiment)) is not None:
+        return _in_stages(p, grads, traced(p) if program is None else program)
     if zero == 0:
         gathered = held  # the gradients
     elif zero == 1:
         gathered = 2 * used
     else:  # one period and its gradient, all outside the stack, and the scattered gradients
-        period = _local(p, p.specs.specs, lambda x, m: x.shape[0] // pp if m.stacked else 0)
-        outside = _local(p, p.specs.specs, lambda x, m: 0 if m.stacked else 1)
+        period, outside = (_local(p, p.specs.specs, f) for f in (_period(pp), _outside))
         gathered = held + 2 * period + 2 * outside
     return Memory(held, 2 * held, gathered, activations(p))
+
+
+def _in_stages(p: TrainStep, grads: scheduled, program: Any) -> Memory:
+    """With gradients twice, their sums and those of one operation, of parameters as the schedule
+    gets them; chunks are a copy of these."""
+    zero, e = p.experiment.zero, p.experiment
+    held, used = _local(p, p.specs.stored), _local(p, p.specs.specs)
+    outside = _local(p, p.specs.specs, _outside)
+    mine = held - _local(p, p.specs.stored, _outside) + outside if zero == 3 else used
+    copied = mine if grads.chunks > 1 else 0 if zero == 0 else mine
+    if zero == 3:  # one period and its gradient
+        periods = _local(p, p.specs.specs, _period(e.degrees["pp"]))
+        copied += 2 * periods
+    found = ticks(program)
+    try:
+        parts = staged(e, p.head_rows(), e.degrees, e.grads.microbatches)
+    except Unstated:
+        return Memory(held, 2 * held, copied + 2 * mine, None)
+    live = parts.layers.live + parts.finish.saved
+    slots = found.carried + found.result - 2 * mine
+    return Memory(held, 2 * held, copied + 2 * mine, slots + live)
+
+
+def _outside(x: Any, meta: Any) -> int:
+    """All that is no layer."""
+    return 0 if meta.stacked else 1
+
+
+def _period(pp: int) -> Callable[[Any, Any], int]:
+    """One period of the layers of a shard of pp."""
+    return lambda x, meta: x.shape[0] // pp if meta.stacked else 0
 
 
 def activations(p: TrainStep) -> int | None:

@@ -4,7 +4,7 @@ against what its compiled form contains.
 Bytes by (op, axes): fdp.count.bytes against the HLO of loss and gradients. FLOPs: fdp.count.flops
 against the matmuls of the jaxpr. Memory: fdp.count.memory against the compiler's plan of the whole
 train step. No program is run. Float32 only, because XLA:CPU widens bfloat16 collectives; pp = 1,
-because the model has no pipeline schedule."""
+as pipelines take longer to compile."""
 
 import math
 import statistics
@@ -17,10 +17,10 @@ import ml_collections
 import numpy as np
 
 from fdp import config as fdp_config
-from fdp.count import aot, flops, hlo, jaxpr
+from fdp.count import aot, flops, hlo, pipeline
 from fdp.count import bytes as closed
 from fdp.count import memory as analytic
-from fdp.count.compare import Bytes, sent
+from fdp.count.compare import Bytes, sent_by
 from fdp.data.batches import blank
 from fdp.experiment import Experiment, standard
 from fdp.mesh import AXES, make_mesh
@@ -166,9 +166,9 @@ def compare(e: Experiment, memory: bool = False) -> ProgramCheck:
         sizes = (analytic.estimate(p).total(), planned.peak)
     return ProgramCheck(
         dict(closed.traffic(p)),
-        sent(compiled, p.mesh),
+        sent_by(p, compiled),
         flops.executed(p),
-        p.mesh.size * jaxpr.dot_flops(traced.jaxpr),
+        pipeline.dot_flops(p, traced.jaxpr),
         *sizes,
     )
 

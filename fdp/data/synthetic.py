@@ -1,7 +1,8 @@
-"""Markov chains, whose likelihood, entropy and posterior under any mask are known exactly.
+"""Data whose laws are known exactly: Markov chains (likelihood, entropy and posterior under any
+mask) and Gaussian mixtures of images (the denoiser at any noise level).
 
-Shapes: B sequences, L positions, n states (ids 0..n-1; id n is the mask token), P powers of the
-transition matrix."""
+Shapes: B sequences or images, L positions, n states (ids 0..n-1; id n is the mask token), P powers
+of the transition matrix; H rows, W columns, C channels, K components of a mixture."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.data.batches import Data, Windows
+from fdp.data.batches import Arrays, Batch, Data, Windows
+from fdp.data.images import DIMS
 from fdp.data.tokenizer import Tokenizer
 
 NEVER = -1e30  # log of an impossible event: finite, so that its product with 0 is 0
@@ -166,3 +168,59 @@ def markov_data(
 
 def _states(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8).astype(np.int32) - ord("a")
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """Images of `classes` equally likely kinds: a smooth random picture plus white noise of
+    standard deviation `spread`; a pure function of its fields."""
+
+    size: int = 8
+    channels: int = 1
+    classes: int = 4
+    spread: float = 0.2
+    seed: int = 0
+
+    @property
+    def means(self) -> np.ndarray:
+        """The picture of every class, f64 [K, H, W, C], of root mean square 1/2."""
+        rng, at = np.random.RandomState(self.seed), np.linspace(0, np.pi, self.size)
+        wave = np.cos(at[:, None] * np.arange(3))  # H or W, frequency
+        draw = rng.normal(size=(self.classes, 3, 3, self.channels))
+        pictures = np.einsum("hi,wj,kijc->khwc", wave, wave, draw)
+        return pictures / (2 * np.sqrt(np.square(pictures).mean((1, 2, 3), keepdims=True)))
+
+    def sample(self, seed: int, count: int) -> Batch:
+        """`count` images f32 [B, H, W, C] and labels int32 [B], a pure function of the seed."""
+        rng = np.random.default_rng(seed)
+        labels_B = rng.integers(0, self.classes, count, np.int32)
+        noise = rng.normal(size=(count, self.size, self.size, self.channels))
+        images = self.means[labels_B] + self.spread * noise
+        return {"images": images.astype(np.float32), "labels": labels_B}
+
+    def denoise(self, z: jax.Array, sigma_B: jax.Array, labels_B: jax.Array) -> jax.Array:
+        """E[x | x + σε = z, label], exact: [B, H, W, C]. Label `classes` stands for none."""
+        means, s2 = jnp.asarray(self.means, z.dtype), self.spread**2
+        total_B = s2 + sigma_B**2
+        off_BxK = jnp.square(z[:, None] - means).sum((2, 3, 4))
+        known_BxK = labels_B[:, None] == jnp.arange(self.classes)
+        possible_BxK = known_BxK | (labels_B == self.classes)[:, None]
+        logits_BxK = jnp.where(possible_BxK, -off_BxK / (2 * total_B[:, None]), NEVER)
+        mean = jnp.einsum("bk,khwc->bhwc", jax.nn.softmax(logits_BxK, axis=1), means)
+        return mean + (s2 / total_B)[:, None, None, None] * (z - mean)
+
+    def floor(self, sigma: float) -> float:
+        """Least mean squared error per pixel of any denoiser that is told the label."""
+        return self.spread**2 * sigma**2 / (self.spread**2 + sigma**2)
+
+
+def mixture_data(mixture: GaussianMixture, train: int = 4096, val: int = 512) -> Data:
+    """Images of a mixture in place of a data set."""
+    parts = [mixture.sample(seed, count) for seed, count in enumerate((train, val))]
+    content = b"".join(part[name].tobytes() for part in parts for name in sorted(part))
+    first, second = (
+        Arrays(part, f"{what} images", "draw more")
+        for part, what in zip(parts, ("training", "validation"), strict=True)
+    )
+    digest = hashlib.sha256(content).hexdigest()
+    return Data(repr(mixture), digest, "made here", None, first, second, DIMS)

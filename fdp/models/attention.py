@@ -26,6 +26,7 @@ from fdp.models.conv import ShortConvolution
 from fdp.models.layers import (
     HeadNorm,
     Reduction,
+    bias_reduced,
     enter_tp,
     entered,
     hidden_bytes,
@@ -52,12 +53,12 @@ class Where:
     """The positions of the tokens of a forward pass, for every layer that mixes positions.
 
     `index`: int [L], or [B, L] for rows of a cache: the index in the model's input, which masks
-    read. `position`: the rotary position, of the same shape. `segment`: document ids [B, L] or
-    None. `given`: data of the whole pass for the layers of a topic. `noise`: f32 [B] or None, the
-    noise level of each sequence, for layers that depend on it."""
+    read. `position`: the rotary position, of the same shape; None: no rotation. `segment`: document
+    ids [B, L] or None. `given`: data of the whole pass for the layers of a topic. `noise`: f32 [B]
+    or None, the noise level of each sequence, for layers that depend on it."""
 
     index: Array
-    position: Array
+    position: Array | None
     segment: Array | None = None
     given: Any = None
     noise: Array | None = None
@@ -174,6 +175,7 @@ class Softmax:
 
 class Attention(Module):
     """Attention with rotary positions. Its output projection ends in the all-reduce over tp.
+    `bias_out`: with a bias after it.
 
     Where a cache is kept, a pass over all rows stores rotated keys and values in it. A pass over
     rows at given indices ([B, L]) replaces the keys and values of those rows and attends to the
@@ -182,6 +184,7 @@ class Attention(Module):
     shape: ModelShape
     core: Core
     reduction: Reduction | None = None
+    bias_out: bool = False
 
     @compact
     def __call__(self, x_BxLxD: Array, where: Where, given: Any = None) -> Array:
@@ -211,13 +214,19 @@ class Attention(Module):
             q_BxLxHxC = HeadNorm(s, H, name="q_norm")(q_BxLxHxC)
             k_BxLxKxC = HeadNorm(s, K, name="k_norm")(k_BxLxKxC)
 
-        def turn(x: Array) -> Array:
-            return rotary(x, where.position, s.rope_base, s.rope_scaling)
+        def turn(x: Array, position: Array) -> Array:
+            return rotary(x, position, s.rope_base, s.rope_scaling)
 
-        q_BxLxHxC, k_BxLxKxC = turn(q_BxLxHxC), turn(k_BxLxKxC)
+        if where.position is not None:
+            q_BxLxHxC, k_BxLxKxC = (turn(x, where.position) for x in (q_BxLxHxC, k_BxLxKxC))
         out_BxLxHxC, attended = self._mix(q_BxLxHxC, k_BxLxKxC, v_BxLxKxC, where, given)
         partial_BxLxD = jnp.einsum("blhc,hcd->bld", out_BxLxHxC, w_o)
-        return leave_tp(partial_BxLxD, s.sequence_parallel, self.reduction, "attention", attended)
+        y_BxLxD = leave_tp(
+            partial_BxLxD, s.sequence_parallel, self.reduction, "attention", attended
+        )
+        if self.bias_out:
+            y_BxLxD = y_BxLxD + self.weight("b_o", zeros, (D,), (None,)).astype(dtype)
+        return y_BxLxD
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
         """Projections, their biases and norms, the convolution, and the counts of the core."""
@@ -239,6 +248,8 @@ class Attention(Module):
             saved=kept + inside,
             kept=kept,
         )
+        if self.bias_out:
+            found += Counts(s.width, backward=Work(sent=bias_reduced(s, degrees)))
         found += of(self.core, s, rows, degrees)
         if s.qk_norm:
             for heads in (s.heads, s.kv_heads):

@@ -101,6 +101,13 @@ def left(
     return there.add(REDUCE, ("tp",), hidden).sent, {}
 
 
+def bias_reduced(s: ModelShape, degrees: Degrees) -> Sent:
+    """Bytes of the gradient of a bias that is added after `leave_tp`: under sequence parallelism
+    devices of tp add it to different rows."""
+    ledger = Ledger(degrees)
+    return ledger.add(REDUCE, ("tp",), 4 * s.width).sent if s.sequence_parallel else {}
+
+
 class RMSNorm(Module):
     """Root-mean-square norm over the last dim with a learned scale (Zhang & Sennrich 2019);
     statistics in float32."""
@@ -121,6 +128,33 @@ class RMSNorm(Module):
         if varies:
             ledger.add(REDUCE, ("tp",), 4 * width)
         return Counts(width, backward=Work(sent=ledger.sent))
+
+
+class LayerNorm(Module):
+    """Layer norm over the last dim (Ba et al. 2016); statistics in float32. `affine`: with a
+    learned scale and bias."""
+
+    shape: ModelShape
+    affine: bool = True
+
+    @compact
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(variance + self.shape.epsilon)
+        if self.affine:
+            sizes = (x.shape[-1],)
+            x32 = x32 * self.weight("scale", ones, sizes, (None,))
+            x32 = x32 + self.weight("bias", zeros, sizes, (None,))
+        return x32.astype(x.dtype)
+
+    def counts(self, width: int, varies: bool, degrees: Degrees) -> Counts:
+        """As `RMSNorm.counts`."""
+        ledger, many = Ledger(degrees), 2 if self.affine else 0
+        if varies:
+            ledger.add(REDUCE, ("tp",), 4 * width, many)
+        return Counts(many * width, backward=Work(sent=ledger.sent))
 
 
 class HeadNorm(Module):
@@ -157,25 +191,33 @@ class HeadNorm(Module):
 
 
 class Modulation(Module):
-    """Shift, scale and gate from the noise embedding, zero at initialisation (adaLN-zero, Peebles &
-    Xie 2022)."""
+    """Shift, scale and gate from features of the noise level [B, E], zero at initialisation
+    (adaLN-zero, Peebles & Xie 2022). What they modulate is x·(1 + scale) + shift; the gate
+    multiplies as it is, so a block starts as the identity."""
 
-    width: int
+    shape: ModelShape
+    features: int = NOISE_FEATURES
+    bias: bool = False
+    parts: int = 3
 
     @compact
-    def __call__(self, noise_BxE: Array) -> tuple[Array, Array, Array]:
-        w = self.weight("w", zeros, (noise_BxE.shape[-1], 3 * self.width), (None, None))
-        shift, scale, gate = jnp.split((noise_BxE @ w)[:, None, :], 3, axis=-1)
-        return shift, scale, gate
+    def __call__(self, noise_BxE: Array) -> list[Array]:
+        sizes = (self.features, self.parts * self.shape.width)
+        out = noise_BxE @ self.weight("w", zeros, sizes, (None, None))
+        if self.bias:
+            out = out + self.weight("b", zeros, sizes[1:], (None,))
+        return jnp.split(out[:, None, :], self.parts, axis=-1)
 
     def counts(self, rows: Rows, degrees: Degrees, varies: bool) -> Counts:
         """`varies`: whether devices of tp modulate different activations. The gradients of shift,
         scale and gate are then reduced over tp, one row per sequence."""
-        weights = NOISE_FEATURES * 3 * self.width
-        forward = Work(2 * rows.batch * weights, replicated=2 * rows.batch * weights)
+        out = self.parts * self.shape.width
+        flops = 2 * rows.batch * self.features * out
+        forward = Work(flops, replicated=flops)
         ledger = Ledger(degrees)
         if varies:
-            ledger.add(REDUCE, ("tp",), 4 * rows.batch * self.width, 3)
+            ledger.add(REDUCE, ("tp",), 4 * rows.batch * self.shape.width, self.parts)
+        weights = (self.features + self.bias) * out
         return Counts(weights, forward, forward.backward(ledger.sent))
 
 
@@ -236,6 +278,64 @@ class SwiGLU(Module):
             last,
             saved=between + inside + 4 * wide,
             kept=between + 2 * wide,
+        )
+
+
+@jax.custom_jvp
+def exact_gelu(x: Array) -> Array:
+    """x·Φ(x). In newer versions of JAX the derivative of erf cannot be traced for values that vary
+    over a mesh, so it is given here."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+@exact_gelu.defjvp
+def _exact_gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
+    slope = 0.5 * (1 + jax.lax.erf(x * 0.5**0.5)) + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
+    return exact_gelu(x), slope * dx
+
+
+class MLP(Module):
+    """w_out(gelu(x w_in + b_in)) + b_out, without a gate. w_in is column-parallel, w_out is
+    row-parallel and ends in the all-reduce over tp. `exact`: gelu by the error function, not by its
+    tanh approximation."""
+
+    shape: ModelShape
+    exact: bool = False
+    reduction: Reduction | None = None
+
+    @compact
+    def __call__(self, x_BxLxD: Array, where: Any = None, given: Any = None) -> Array:
+        s, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        D, F = s.width, s.ffn
+        w_in = self.weight("w_in", normal(D**-0.5), (D, F), (None, "tp")).astype(dtype)
+        b_in = self.weight("b_in", zeros, (F,), ("tp",)).astype(dtype)
+        w_out = self.weight("w_out", normal(F**-0.5), (F, D), ("tp", None)).astype(dtype)
+        b_out = self.weight("b_out", zeros, (D,), (None,)).astype(dtype)
+        x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
+        gelu = exact_gelu if self.exact else jax.nn.gelu
+        h_BxLxF = gelu(x_BxLxD @ w_in + b_in)
+        return leave_tp(h_BxLxF @ w_out, s.sequence_parallel, self.reduction, "mlp") + b_out
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """The input of gelu and its output are saved; remat "dots" keeps the former."""
+        s = self.shape
+        weights = s.width * s.ffn
+        (enter, enter_back), (leave, leave_back) = (
+            entered(s, rows, degrees),
+            left(s, rows, degrees, self.reduction),
+        )
+        last = Work(2 * rows.positions * weights, sent=leave)
+        forward = Work(2 * rows.positions * weights, sent=enter) + last
+        between, inside = hidden_bytes(s, rows, degrees)
+        wide = rows.tokens(degrees) * (s.ffn // degrees["tp"]) * s.itemsize
+        return Counts(
+            2 * weights + s.ffn + s.width,
+            forward,
+            forward.backward(merged(enter_back, leave_back, bias_reduced(s, degrees))),
+            last,
+            saved=between + inside + 2 * wide,
+            kept=between + wide,
         )
 
 

@@ -59,7 +59,9 @@ class LayerInput:
 
 class Block(Module):
     """Pre-norm residual block: a mixing layer (attention) and an FFN. With time conditioning both
-    are modulated by the noise level and start as the identity (adaLN-zero).
+    are modulated by features of the noise level and start as the identity (adaLN-zero).
+
+    `norm` builds the norms; None is RMSNorm. `modulation` builds the modulations.
 
     Both layers are modules `(x, where, layer input) → y`; a `LayerInput` gives each its own, other
     layer inputs are those of the mixing layer. `reduction` builds the module that replaces the
@@ -69,6 +71,12 @@ class Block(Module):
     mixing: Layer
     ffn: Layer
     reduction: Layer | None = None
+    norm: Layer | None = None
+    modulation: Layer = layer(Modulation)
+
+    def _norm(self, **named: Any) -> Any:
+        s = self.shape
+        return RMSNorm(s.epsilon, **named) if self.norm is None else self.norm(s, **named)
 
     @compact
     def __call__(self, x_BxLxD: Array, shared: tuple, given: Any = None) -> tuple[Array, None]:
@@ -82,11 +90,11 @@ class Block(Module):
         attention = self.mixing(s, name="attention", **more)
         ffn = self.ffn(s, name="mlp", **more)
         for name, part, part_given in (("attention", attention, own.mixing), ("mlp", ffn, own.ffn)):
-            h_BxLxD = RMSNorm(s.epsilon, name=f"{name}_norm")(x_BxLxD)
+            h_BxLxD = self._norm(name=f"{name}_norm")(x_BxLxD)
             if noise_BxE is None:
                 x_BxLxD = x_BxLxD + part(h_BxLxD, where, part_given)
             else:
-                modulation = Modulation(s.width, name=f"{name}_modulation")
+                modulation = self.modulation(s, name=f"{name}_modulation")
                 shift, scale, gate = modulation(noise_BxE)
                 h_BxLxD = (h_BxLxD * (1 + scale) + shift).astype(dtype)
                 x_BxLxD = (x_BxLxD + gate * part(h_BxLxD, where, part_given)).astype(dtype)
@@ -100,10 +108,10 @@ class Block(Module):
             raise Unstated(f"{self.reduction.cls.__name__} has no counts")
         mixing = of(self.mixing(s, parent=None), rows, degrees)
         ffn = of(self.ffn(s, parent=None), rows, degrees)
-        norm = RMSNorm(s.epsilon, parent=None).counts(s.width, s.sequence_parallel, degrees)
+        norm = self._norm(parent=None).counts(s.width, s.sequence_parallel, degrees)
         found = mixing + norm + ffn + norm
         if s.time_conditioning:
-            one = Modulation(s.width, parent=None).counts(rows, degrees, s.sequence_parallel)
+            one = self.modulation(s, parent=None).counts(rows, degrees, s.sequence_parallel)
             found += one + one
         return replace(found, last=Work() if s.time_conditioning else ffn.last)
 

@@ -11,9 +11,17 @@ from typing import Any
 import jax
 
 from fdp.collectives import all_gather, vary
-from fdp.count.counts import Counts, Degrees, Rows, Unstated, Work
+from fdp.count.counts import Counts, Degrees, Rows, Staged, Unstated, Work
 from fdp.models.attention import GATHER, Attention, Core, Softmax, Where
-from fdp.models.layers import Embedding, Head, NoiseEmbedding, RMSNorm, SwiGLU, entered
+from fdp.models.layers import (
+    Embedding,
+    Head,
+    NoiseEmbedding,
+    RMSNorm,
+    SwiGLU,
+    entered,
+    hidden_bytes,
+)
 from fdp.models.module import Module
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
@@ -82,22 +90,45 @@ class Transformer(Module):
         Reads noised["segments"], and with time conditioning noised["noise"], f32 [B] of any scale.
         `inputs_N`: layer inputs, a pytree whose leading dim is the periods. `index_BxR`: run a few
         rows against a cache. `given`: data of the pass for the layers of a topic (`Where`)."""
-        s = self.shape
-        noise_BxE = self.noise_embedding(noised["noise"]) if s.time_conditioning else None
-        index = index_BxR
-        if index is None:
-            length = noised["inputs"].shape[1]
-            index = layouts.positions(self.layout, length)
-        position = index if self.position is None else self.position(index)
-        where = Where(index, position, noised.get("segments"), given, noised.get("noise"))
-        self._main.check_inputs(inputs_N)
+        shared = self._shared(noised, index_BxR, given)
         if self.lead:
-            x_BxLxD, _ = self.first(x_BxLxD, (noise_BxE, where), None)
-        x_BxLxD, _ = self.layers(x_BxLxD, (noise_BxE, where), inputs_N)
+            x_BxLxD, _ = self.first(x_BxLxD, shared, None)
+        return self.finish(self._blocks(x_BxLxD, shared, inputs_N), noised)
+
+    def start(self, noised: dict[str, Any]) -> Array:
+        """What the first stage of a pipeline does before its layers."""
+        x_BxLxD = self.embed(noised)
+        if self.lead:
+            x_BxLxD, _ = self.first(x_BxLxD, self._shared(noised), None)
+        return x_BxLxD
+
+    def blocks(self, x_BxLxD: Array, noised: dict[str, Any], inputs_N: Any = None) -> Array:
+        """The layers of a stage of a pipeline."""
+        return self._blocks(x_BxLxD, self._shared(noised), inputs_N)
+
+    def finish(self, x_BxLxD: Array, noised: dict[str, Any]) -> Array:
+        """What the last stage of a pipeline does after its layers, before `outputs`."""
+        del noised  # the final norm is not modulated
         x_BxLxD = self.norm(x_BxLxD)
         # Not `enter_tp`: without SP the rows are marked varying in the head, after the caller has
         # selected some.
-        return all_gather(x_BxLxD, "tp", dim=1) if s.sequence_parallel else x_BxLxD
+        return all_gather(x_BxLxD, "tp", dim=1) if self.shape.sequence_parallel else x_BxLxD
+
+    def _blocks(self, x_BxLxD: Array, shared: tuple, inputs_N: Any) -> Array:
+        self._main.check_inputs(inputs_N)
+        return self.layers(x_BxLxD, shared, inputs_N)[0]
+
+    def _shared(
+        self, noised: dict[str, Any], index_BxR: Array | None = None, given: Any = None
+    ) -> tuple[Array | None, Where]:
+        """What all layers of a pass read."""
+        conditioned = self.shape.time_conditioning
+        noise_BxE = self.noise_embedding(noised["noise"]) if conditioned else None
+        index = index_BxR
+        if index is None:
+            index = layouts.positions(self.layout, noised["inputs"].shape[1])
+        position = index if self.position is None else self.position(index)
+        return noise_BxE, Where(index, position, noised.get("segments"), given, noised.get("noise"))
 
     def outputs(self, x_D: Array) -> Array:
         """The output head on any selection of rows: [..., D] → float32 [..., V/tp]."""
@@ -130,23 +161,29 @@ class Transformer(Module):
         return {"layers": state}, {"layers": specs}
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Embedding, stack, final norm (with its gather) and head. Raises Unstated, naming the
-        layer that states no counts."""
+        """The sum of `staged`."""
+        return self.staged(rows, degrees).whole
+
+    def staged(self, rows: Rows, degrees: Degrees) -> Staged:
+        """Embedding, noise embedding, stack, and final norm (with its gather) with head. Raises
+        Unstated, naming the layer that states no counts."""
         s = self.shape
         if self.reduction is not None:
             raise Unstated(f"{self.reduction.cls.__name__} has no counts")
-        found = Embedding(s, parent=None).counts(rows, degrees)
-        found += self._main.counts(rows, degrees)
+        start = Embedding(s, parent=None).counts(rows, degrees)
         if self.lead:
-            found += self._lead.counts(rows, degrees)
-        found += RMSNorm(s.epsilon, parent=None).counts(s.width, s.sequence_parallel, degrees)
+            start += self._lead.counts(rows, degrees)
+        shared = Counts()
+        if s.time_conditioning:
+            shared = NoiseEmbedding(parent=None).counts(rows, degrees)
+        finish = RMSNorm(s.epsilon, parent=None).counts(s.width, s.sequence_parallel, degrees)
         if s.sequence_parallel:
             there, back = entered(s, rows, degrees)
-            found += Counts(forward=Work(sent=there), backward=Work(sent=back))
-        if s.time_conditioning:
-            found += NoiseEmbedding(parent=None).counts(rows, degrees)
+            finish += Counts(forward=Work(sent=there), backward=Work(sent=back))
         head = Head(s, parent=None).counts(rows, degrees)
-        return found + (replace(head, parameters=0) if s.tied else head)
+        finish += replace(head, parameters=0) if s.tied else head
+        message, layers = hidden_bytes(s, rows, degrees)[0], self._main.counts(rows, degrees)
+        return Staged(start, shared, layers, finish, message=message)
 
     def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
         """Raises ValueError for layers that cannot run `batch` sequences per device on

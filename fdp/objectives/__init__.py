@@ -1,10 +1,12 @@
-"""Losses and noise as pure functions of tokens and logits."""
+"""Losses and noise as pure functions of a batch and the outputs of a model."""
 
 from typing import Any
 
 from fdp.objectives.autoregressive import Autoregressive
 from fdp.objectives.base import Objective, TokenObjective
 from fdp.objectives.block_diffusion import BlockDiffusion
+from fdp.objectives.cost import CostLaw
+from fdp.objectives.image import DDPM, EDM, Flow, ImageObjective
 from fdp.objectives.mdlm import MDLM
 from fdp.objectives.noise_schedules import schedule
 from fdp.objectives.sedd import SEDDAbsorbing, SEDDUniform
@@ -28,13 +30,34 @@ def from_section(o: Any, n_ids: int, bos: int) -> TokenObjective:
     raise ValueError(f"unknown objective {o.name!r}")
 
 
+def of_images(o: Any, classes: int, law: CostLaw) -> ImageObjective:
+    """The objective of a config's `objective` section for images of so many classes. Raises
+    ValueError for an unknown name."""
+    x = o.image
+    shared = (classes, x.label_dropout, o.antithetic, law)
+    match o.name:
+        case "ddpm":
+            return DDPM(*shared, x.predict, x.beta, x.steps)
+        case "edm":
+            return EDM(*shared, x.mean, x.std, x.data_std)
+        case "flow":
+            return Flow(*shared, x.mean, x.std)
+    raise ValueError(f"unknown objective {o.name!r}")
+
+
 __all__ = [
+    "DDPM",
+    "EDM",
     "MDLM",
     "Autoregressive",
     "BlockDiffusion",
+    "CostLaw",
+    "Flow",
+    "ImageObjective",
     "Objective",
     "SEDDAbsorbing",
     "SEDDUniform",
     "TokenObjective",
     "from_section",
+    "of_images",
 ]

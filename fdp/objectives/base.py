@@ -3,6 +3,7 @@
 Shapes: B sequences, L positions, S model input length (L, or 2L for block diffusion), D width, V
 vocabulary (tp: V/tp columns), R rows (any leading shape), N strata (noise levels of one batch)."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar, TypedDict
 
@@ -61,6 +62,16 @@ class Objective:
         """Static bound on the rows with loss on one of `shards` x `seq_shards` devices; None: all
         rows go through the output head."""
         return None
+
+    def parts(self, noised: Any) -> tuple[Any, ...]:
+        """A device's corrupted batch as the batches that one program each can run: more than one
+        where rows differ in what they cost (`fdp.objectives.cost`)."""
+        return (noised,)
+
+    def refine(self, predict: Callable[[Any], jax.Array], noised: Any) -> Any:
+        """One of the `parts` with what a first pass adds to it. `predict`: from such a batch to the
+        model's outputs, without gradient; not called where nothing is added."""
+        return noised
 
 
 class TokenObjective(Objective):

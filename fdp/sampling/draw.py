@@ -1,8 +1,9 @@
 """Samples from trained parameters, which are moved to a mesh for generation.
 
-Legend: B sequences, L positions.
+Legend: B sequences or images, L positions, H rows, W columns, C channels.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ from fdp.collectives import shard_map
 from fdp.experiment import Experiment
 from fdp.mesh import AXES, BATCH_AXES
 from fdp.models import module
-from fdp.objectives import Autoregressive, BlockDiffusion, SEDDUniform
+from fdp.objectives import DDPM, Autoregressive, BlockDiffusion, Flow, ImageObjective, SEDDUniform
 from fdp.sampling.autoregressive import sample
+from fdp.sampling.image import SAMPLERS, ImageDraw, clipped, guided, karras, straight, strided
 from fdp.sampling.masked import first_hitting
 from fdp.sampling.noise import Draw
 from fdp.sampling.score import analytic_uniform
@@ -26,16 +28,10 @@ P = PartitionSpec
 
 
 def generation_mesh(mesh: Mesh) -> Mesh:
-    """The same devices with dp·ep·cp folded into dp: samples are short and independent, so cp has
-    nothing to split.
+    """The same devices with pp·dp·ep·cp folded into dp: samples are short and independent, so cp
+    has nothing to split, and a step of a sampler is one microbatch.
     """
-    shape = (
-        mesh.shape["pp"],
-        mesh.size // (mesh.shape["pp"] * mesh.shape["tp"]),
-        1,
-        1,
-        mesh.shape["tp"],
-    )
+    shape = (1, mesh.size // mesh.shape["tp"], 1, 1, mesh.shape["tp"])
     return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
 
 
@@ -52,6 +48,51 @@ def draw(e: Experiment, variables: Any, specs: Any, count: int, mesh: Mesh) -> n
 
     sampler = jax.jit(shard_map(_method(e), mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
     return np.asarray(sampler(variables, jnp.arange(-(-count // ways) * ways)))[:count]
+
+
+def draw_images(
+    e: Experiment,
+    variables: Any,
+    specs: Any,
+    labels: Sequence[int],
+    mesh: Mesh,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    method: str = "heun",
+) -> np.ndarray:
+    """One image f32 [B, H, W, C] of each of the `labels` (the number of classes stands for none),
+    of the experiment's seed, equal on every mesh up to rounding. `variables` as in `draw`.
+    `method`: one of SAMPLERS. Estimates are kept within the ±1 of images."""
+    objective, image = e.objective, e.model.image
+    assert isinstance(objective, ImageObjective)
+    mesh = generation_mesh(mesh)
+    variables = jax.device_put(variables, sharding.shardings(mesh, specs))
+    sigmas = noise_levels(objective, steps)
+    count, ways = len(labels), mesh.shape["dp"]
+    labels_B = np.resize(np.asarray(labels, np.int32), -(-count // ways) * ways)
+
+    def sampled(variables: Any, sample_ids_B: jax.Array, labels_B: jax.Array) -> jax.Array:
+        def predict(noised: Any) -> jax.Array:
+            return module.run(e.model, variables, noised)[0]
+
+        shape = (image.size, image.size, image.channels)
+        asked = ImageDraw(jax.random.key(e.fit.seed), sample_ids_B, shape)
+        denoiser = partial(objective.denoiser, predict)
+        denoise = guided(denoiser, labels_B, objective.classes, guidance)
+        return SAMPLERS[method](clipped(denoise, 1.0), asked, sigmas)[0]
+
+    rows = P(BATCH_AXES)
+    sampler = jax.jit(shard_map(sampled, mesh, (specs, rows, rows), rows))
+    return np.asarray(sampler(variables, jnp.arange(len(labels_B)), labels_B))[:count]
+
+
+def noise_levels(objective: ImageObjective, steps: int) -> np.ndarray:
+    """The grid on which the objective's model is sampled: f64 [steps + 1]. Raises ValueError for a
+    number of steps that it has not."""
+    if isinstance(objective, DDPM):
+        return strided(objective.sigmas, steps)
+    return straight(steps, 200.0) if isinstance(objective, Flow) else karras(steps, 0.002, 80.0)
 
 
 def _method(e: Experiment) -> Any:

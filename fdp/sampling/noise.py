@@ -21,7 +21,7 @@ from fdp.parallel.tensor import vocab_argmax, vocab_offset
 
 # Second counter word, one for each use of a position's key; fold_in puts its own data there with
 # first word 0.
-UNIFORM, GUMBEL = 0x80000001, 0x80000002
+UNIFORM, GUMBEL, RADIUS, ANGLE = 0x80000001, 0x80000002, 0x80000003, 0x80000004
 
 
 def position_keys(
@@ -102,6 +102,14 @@ def gumbel(keys: jax.Array, v_local: int) -> jax.Array:
     -log(-log1p(-u)): the upper tail comes from small u, where floats are dense."""
     ids = vocab_offset(v_local) + jnp.arange(v_local)
     return -jnp.log(-jnp.log1p(-_unit(keys[..., None, :], ids, GUMBEL)))
+
+
+def normal(keys: jax.Array, channels: int) -> jax.Array:
+    """Standard normal noise: uint32 [..., 2] → f32 [..., channels], at most 9.5 (Box & Muller
+    1958)."""
+    keys, counters = keys[..., None, :], jnp.arange(channels)
+    radius = jnp.sqrt(-2 * jnp.log(_unit(keys, counters, RADIUS)))
+    return radius * jnp.cos(2 * jnp.pi * _unit(keys, counters, ANGLE))
 
 
 def categorical(keys: jax.Array, logits_V: jax.Array, temperature: float = 1.0) -> jax.Array:

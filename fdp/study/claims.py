@@ -63,13 +63,16 @@ def _nothing(result: Any) -> None:
 
 
 def one_device(build: Build, config: Any) -> tuple[Any, dict[str, np.ndarray], Outcome]:
-    """(initial variables, batch of random tokens, outcome) on one device."""
+    """(initial variables, batch of random tokens or first training examples, outcome) on one
+    device."""
     e = build(config, "one device", dict.fromkeys(AXES, 1))
     e = replace(e, degrees=dict.fromkeys(AXES, 1), zero=0, grads=plain(1))
     program = TrainStep(e, make_mesh(e.degrees, jax.devices()[:1]))
-    rng, shape, objective = np.random.default_rng(0), (e.fit.batch, e.data.seq_len), e.objective
-    assert isinstance(objective, TokenObjective)
-    batch = {"tokens": rng.integers(0, objective.n_ids, shape).astype(np.int32)}
+    if isinstance(e.objective, TokenObjective):
+        rng, shape = np.random.default_rng(0), (e.fit.batch, e.data.seq_len)
+        batch = {"tokens": rng.integers(0, e.objective.n_ids, shape).astype(np.int32)}
+    else:
+        batch = e.data.train.take(range(e.fit.batch))
     variables = jax.device_get(program.init(0).variables)
     return variables, batch, outcome(program, variables, batch)
 

@@ -192,6 +192,7 @@ class _Runner:
             counts = ", ".join(str(len(items)) for items in every)
             raise ValueError(f"{m.name!r}: each() of {counts} values cannot go in step")
         found, labels = [], _labels(every[0])
+        self.total += len(labels) - _calls(m)  # items that were not known before
         for i, label in enumerate(labels):
             one = iter([items[i] for items in every])
             now = [next(one) if isinstance(v, Each) else v for v in values]

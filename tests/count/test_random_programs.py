@@ -42,7 +42,7 @@ def test_random_configs_are_valid_small_varied_and_reproducible() -> None:
     assert [config.flatten(c) for c in drawn[:20]] == again
     assert config.flatten(drawn[0]) != config.flatten(counts.random_configs(1, 1)[0])
     for read, values in (
-        (lambda c: c.objective.name, set(config.OBJECTIVES)),
+        (lambda c: c.objective.name, set(config.TOKEN_OBJECTIVES)),
         (lambda c: c.train.zero, {0, 1, 3}),
         (lambda c: c.model.remat, {"none", "dots", "full"}),
         (lambda c: c.train.microbatches, {1, 2, 3}),
@@ -69,9 +69,6 @@ def test_configs_that_cannot_be_counted_are_refused() -> None:
     c.model.dtype = "bfloat16"
     with pytest.raises(ValueError, match="XLA:CPU widens"):
         counts.compare(counts.experiment(c))
-    c.model.dtype, c.mesh.pp, c.model.layers = "float32", 2, 2
-    with pytest.raises(ValueError, match=r"set mesh\.pp=1"):
-        counts.experiment(c)
     with pytest.raises(ValueError, match="at least one config"):
         counts.summarise([])
 

@@ -1,0 +1,118 @@
+"""A run's devices in named disjoint groups, each a five-axis mesh of its own.
+
+Programs of different groups run side by side: the host dispatches them without waiting, and a
+thread of each group notes when its programs began and ended. One process holds all devices."""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from fdp.mesh import AXES, degrees_equation, make_mesh
+
+AHEAD = 16  # programs of a group that may wait; virtual devices starve with many more
+
+
+class Event(NamedTuple):
+    """begin, end: seconds of `time.perf_counter`. begin: once the operation is dispatched, its
+    inputs are there and the group's operation before has ended."""
+
+    group: str
+    op: str
+    begin: float
+    end: float
+
+
+class DeviceGroups:
+    """Disjoint groups of devices by name. Raises ValueError where two groups share a device."""
+
+    def __init__(self, meshes: Mapping[str, Mesh]):
+        self.meshes = dict(meshes)
+        owner: dict[Any, str] = {}
+        for name, mesh in self.meshes.items():
+            for device in mesh.devices.flat:
+                if device in owner:
+                    raise ValueError(
+                        f"groups overlap: {device} is in {owner[device]!r} and in {name!r}; "
+                        "give each group devices of its own"
+                    )
+                owner[device] = name
+        self._lanes: dict[Any, ThreadPoolExecutor] = {}
+        self._waiting: dict[Any, deque[Future]] = {}
+        self._events: list[Event] = []
+
+    def mesh(self, name: str) -> Mesh:
+        """Raises ValueError for a name that is unknown."""
+        if name not in self.meshes:
+            raise ValueError(f"no group {name!r}: choose one of {', '.join(self.meshes)}")
+        return self.meshes[name]
+
+    def send(self, tree: Any, source: str, target: str) -> Any:
+        """Arrays of one group, sharded over the other's mesh as they were over their own. The
+        meshes have equal degrees, or the arrays dims that both divide."""
+        self.mesh(source)
+        to = self.mesh(target)
+        sent = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(to, x.sharding.spec)), tree)
+        self._note((source, target), Event(source, f"send to {target}", 0, 0), tree, sent)
+        return sent
+
+    def record(self, name: str, op: str, inputs: Any, outputs: Any) -> None:
+        """Note an operation that was just dispatched. No array of `inputs` and `outputs` may be
+        donated later on."""
+        self.mesh(name)
+        self._note(name, Event(name, op, 0, 0), inputs, outputs)
+
+    def events(self) -> list[Event]:
+        """All events since the last call, by their begin. Waits for what was dispatched, and
+        raises what went wrong there."""
+        for waiting in self._waiting.values():
+            while waiting:
+                self._events.append(waiting.popleft().result())
+        found, self._events = sorted(self._events, key=lambda e: e.begin), []
+        return found
+
+    def _note(self, lane: Any, event: Event, inputs: Any, outputs: Any) -> None:
+        dispatched = time.perf_counter()
+
+        def watch() -> Event:
+            jax.block_until_ready(inputs)
+            begin = max(dispatched, time.perf_counter())
+            jax.block_until_ready(outputs)
+            return event._replace(begin=begin, end=time.perf_counter())
+
+        if lane not in self._lanes:
+            self._lanes[lane], self._waiting[lane] = ThreadPoolExecutor(1), deque()
+        self._waiting[lane].append(self._lanes[lane].submit(watch))
+        if len(self._waiting[lane]) > AHEAD:
+            self._events.append(self._waiting[lane].popleft().result())
+
+
+def divided(
+    degrees: Mapping[str, Mapping[str, int]], devices: Sequence[jax.Device] | None = None
+) -> DeviceGroups:
+    """Groups of these degrees on consecutive devices (default: those of this process). Axes that
+    are not named have degree 1. Raises ValueError for more devices than there are."""
+    available = list(jax.devices() if devices is None else devices)
+    whole = {name: {axis: d.get(axis, 1) for axis in AXES} for name, d in degrees.items()}
+    counts = {name: _product(d) for name, d in whole.items()}
+    if sum(counts.values()) > len(available):
+        raise ValueError(
+            f"{' + '.join(f'{n} ({name})' for name, n in counts.items())} = "
+            f"{sum(counts.values())} devices are needed but {len(available)} are there: lower a "
+            f"degree of a group ({'; '.join(map(degrees_equation, whole.values()))})"
+        )
+    left = iter(available)
+    return DeviceGroups(
+        {name: make_mesh(d, [next(left) for _ in range(counts[name])]) for name, d in whole.items()}
+    )
+
+
+def _product(degrees: Mapping[str, int]) -> int:
+    n = 1
+    for axis in AXES:
+        n *= degrees[axis]
+    return n

@@ -1,0 +1,204 @@
+"""A schedule as a static table: what each device does in each tick, and in which slots its
+messages, residuals and stashes lie.
+
+A tick lasts as long as its longest operation. What a device sends in a tick is read in a later one.
+Slots are intervals of ticks, coloured greedily: as few as ever live at once.
+
+Legend: p devices, T ticks, u virtual stages."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from fdp.parallel.pipeline.check import check
+from fdp.parallel.pipeline.orders import Order
+from fdp.parallel.pipeline.placement import Placement
+
+BRANCHES = 7  # of a tick
+IDLE, FIRST_F, F, B, FIRST_B, LAST_B, W = range(BRANCHES)
+FIELDS = (
+    "kind",
+    "microbatch",
+    "chunk",
+    "input",
+    "residual",
+    "stash",
+    "send",
+    "plus",
+    "minus",
+    "own",
+)
+SLOTTED = {  # fields that hold a slot, and of what
+    "input": "messages",
+    "plus": "messages",
+    "minus": "messages",
+    "own": "messages",
+    "residual": "residuals",
+    "stash": "stashes",
+}
+EXECUTED = ("F", "B", "W", "BW")
+Task = tuple[str, int, int]  # kind, virtual stage, microbatch
+NEXT, PREVIOUS, OWN = 1, 2, 3  # where the result goes: the device after, before, or this one
+
+
+class Slots(NamedTuple):
+    """Slots that the fullest device needs."""
+
+    messages: int
+    residuals: int
+    stashes: int
+
+
+@dataclass(frozen=True)
+class TickTable:
+    """rows int16 [T, p, len(FIELDS)]; a slot that is not used is the last one, whose content is
+    never read. stages: virtual ones."""
+
+    rows: np.ndarray
+    slots: Slots
+    stages: int
+
+    @property
+    def ticks(self) -> int:
+        """T."""
+        return len(self.rows)
+
+
+def table(order: Order) -> TickTable:
+    """The table of an order of F, B and W, or BW for B and then W.
+
+    Raises ValueError as `ticks`, and for virtual stages that follow each other on devices that are
+    no neighbours."""
+    place, done = order.placement, ticks(order)
+    layout = _Layout(place, 1 + max(done.values()))
+    for (kind, u, k), t in done.items():
+        i = place.devices[u]
+        layout.put(t, i, "kind", _branch(kind, u, len(place.devices)))
+        layout.put(t, i, "microbatch", k)
+        layout.put(t, i, "chunk", place.chunks[u])
+        if kind != "W":
+            name, until = ("residual", "B") if kind == "F" else ("stash", "W")
+            layout.keep(i, name, t, done[until, u, k])
+        reader = _reader(kind, u, k, len(place.devices))
+        if reader is not None:
+            layout.send(u, reader[1], t, done[reader])
+    return layout.table()
+
+
+class _Layout:
+    """Rows and slots of a table while they are filled in."""
+
+    def __init__(self, place: Placement, ticks: int) -> None:
+        self.place = place
+        self.rows = np.zeros((ticks, place.p, len(FIELDS)), np.int16)
+        self.rows[:, :, [FIELDS.index(name) for name in SLOTTED]] = -1
+        kinds = dict.fromkeys(SLOTTED.values())
+        self.slots = {kind: [_Colours() for _ in range(place.p)] for kind in kinds}
+
+    def put(self, tick: int, device: int, name: str, value: int) -> None:
+        self.rows[tick, device, FIELDS.index(name)] = value
+
+    def keep(self, i: int, name: str, start: int, end: int) -> None:
+        """What device i keeps from one operation to another."""
+        slot = self.slots[SLOTTED[name]][i].take(start, end)
+        self.put(start, i, name, slot)
+        self.put(end, i, name, slot)
+
+    def send(self, u: int, reader: int, start: int, end: int) -> None:
+        """The result of virtual stage u, which another one or itself reads."""
+        p, i, j = self.place.p, self.place.devices[u], self.place.devices[reader]
+        slot = self.slots["messages"][j].take(start, end)
+        way = OWN if i == j else NEXT if (i + 1) % p == j else PREVIOUS
+        if way == PREVIOUS and (i - 1) % p != j:
+            raise ValueError(
+                f"virtual stages {u} and {reader} lie on devices {i} and {j} of {p}, which are no "
+                "neighbours: place them on one device or on two that follow each other"
+            )
+        self.put(start, i, "send", way)
+        self.put(start, j, {NEXT: "plus", PREVIOUS: "minus", OWN: "own"}[way], slot)
+        self.put(end, j, "input", slot)
+
+    def table(self) -> TickTable:
+        counts = {kind: max(c.count for c in colours) for kind, colours in self.slots.items()}
+        for name, kind in SLOTTED.items():
+            values = self.rows[:, :, FIELDS.index(name)]
+            values[values < 0] = counts[kind]
+        return TickTable(self.rows, Slots(**counts), len(self.place.devices))
+
+
+@dataclass
+class _Colours:
+    """Slots of one device, taken for intervals of ticks in order of their starts."""
+
+    free_at: list[int] = field(default_factory=list)
+
+    def take(self, start: int, end: int) -> int:
+        """A slot that is written at the end of tick `start` and last read in tick `end`."""
+        for slot, free in enumerate(self.free_at):
+            if free <= start:
+                self.free_at[slot] = end
+                return slot
+        self.free_at.append(end)
+        return len(self.free_at) - 1
+
+    @property
+    def count(self) -> int:
+        return len(self.free_at)
+
+
+def _branch(kind: str, u: int, stages: int) -> int:
+    if kind == "F":
+        return F if u else FIRST_F
+    if kind == "B":
+        return FIRST_B if u == 0 else LAST_B if u == stages - 1 else B
+    return W
+
+
+def _reader(kind: str, u: int, k: int, stages: int) -> Task | None:
+    """The operation that reads the result of one. The last stage keeps its own output."""
+    if kind == "F":
+        return ("F", u + 1, k) if u + 1 < stages else ("B", u, k)
+    return ("B", u - 1, k) if kind == "B" and u else None
+
+
+def _inputs(kind: str, u: int, k: int, stages: int) -> list[Task]:
+    if kind == "F":
+        return [("F", u - 1, k)] if u else []
+    if kind == "W":
+        return [("B", u, k)]
+    return [("F", u, k), *([("B", u + 1, k)] if u + 1 < stages else [])]
+
+
+def ticks(order: Order) -> dict[Task, int]:
+    """The tick of every operation, the first ones first: each device does its own in order, BW as B
+    and then W, each as soon as its inputs are there.
+
+    Raises ValueError, naming the operation, for an order that does not run and for operations that
+    no executor has."""
+    check(order)
+    place = order.placement
+    for i, ops in enumerate(order.ops):
+        for row, op in enumerate(ops):
+            if op.kind not in EXECUTED:
+                raise ValueError(
+                    f"stage {i}, row {row}: {op}: executors run {', '.join(EXECUTED)} of one step; "
+                    "remove it"
+                )
+    queues = [
+        [(kind, own[op.chunk], op.microbatch) for op in ops for kind in op.kind]
+        for ops, own in zip(order.ops, place.stages, strict=True)
+    ]
+    done: dict[Task, int] = {}
+    at, t = [0] * place.p, 0
+    while any(n < len(q) for n, q in zip(at, queues, strict=True)):
+        now = {}
+        for i, queue in enumerate(queues):
+            if at[i] < len(queue) and all(
+                x in done for x in _inputs(*queue[at[i]], len(place.devices))
+            ):
+                now[queue[at[i]]] = t
+                at[i] += 1
+        done |= now
+        t += 1
+    return done

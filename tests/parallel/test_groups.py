@@ -1,0 +1,42 @@
+"""A run's devices in disjoint groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fdp.mesh import AXES, make_mesh
+from fdp.parallel.groups import DeviceGroups, divided
+
+DEGREES = {"actor": {"dp": 2, "tp": 2}, "learner": {"dp": 2}}
+
+
+def test_groups_send_and_note_what_ran_when():
+    groups = divided(DEGREES)
+    meshes = [groups.mesh(name) for name in DEGREES]
+    assert [m.axis_names for m in meshes] == [AXES, AXES]
+    assert [d.id for m in meshes for d in m.devices.flat] == list(range(6))
+    x = jax.device_put(np.arange(8.0), NamedSharding(meshes[0], PartitionSpec("dp")))
+    y = jax.jit(jnp.square)(x)
+    groups.record("actor", "square", x, y)
+    there = groups.send({"y": y}, "actor", "learner")["y"]
+    assert there.sharding == NamedSharding(meshes[1], PartitionSpec("dp"))
+    np.testing.assert_array_equal(there, np.arange(8.0) ** 2)
+    square, sent = sorted(groups.events(), key=lambda e: e.op, reverse=True)
+    assert square[:2] == ("actor", "square") and sent[:2] == ("actor", "send to learner")
+    assert square.begin <= square.end <= sent.end and not groups.events()
+
+
+def test_what_groups_refuse():
+    message = r"4 \(actor\) \+ 2 \(learner\) = 6 devices are needed but 5 are there.* = 1·2·1·1·2"
+    with pytest.raises(ValueError, match=message):
+        divided(DEGREES, jax.devices()[:5])
+    one = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"overlap: .* is in 'a' and in 'b'"):
+        DeviceGroups({"a": one, "b": one})
+    groups = divided({"a": {}})
+    with pytest.raises(ValueError, match=r"no group 'c': choose one of a"):
+        groups.send(jnp.zeros(1), "a", "c")
+    with pytest.raises(ValueError, match=r"mesh\.tp=0 must be at least 1"):
+        divided({"a": {"tp": 0}})
