@@ -3,7 +3,7 @@
 The host dispatches operations without waiting for them and sends messages between the stages'
 groups of devices. There are no ticks: a stage goes on as soon as its input is there. Gradients are
 reduced over the data axes once, after the last operation of a stage. The counterpart in one program
-is `fdp.parallel.pipeline.executor`.
+is `fdp.parallel.pipeline.executor`; whole training steps are `fdp.mpmd_steps`.
 
 Legend: p stages, v chunks of a stage, V = p·v virtual stages, u one of them, m microbatches, k one
 of them."""
@@ -34,17 +34,15 @@ P = PartitionSpec
 TOTALS = ("loss", "aux", "layers", "grads")  # what a virtual stage adds up over its operations
 
 
-class StagedStep:
-    """Loss and gradients of an experiment by an order of F, B, W and BW, equal to those of
-    `TrainStep.grads` of the same experiment with `plain(m)` and pp = 1.
+class Staged:
+    """An experiment in the virtual stages of an order.
 
     groups: stage0 … stage{p−1}, of the experiment's degrees without pp; by default consecutive
     devices of this process. Their `events` say what ran when.
 
-    Raises ValueError for an order that does not run, and for degrees that it does not fit."""
+    Raises ValueError for degrees that the order does not fit."""
 
     def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
-        self.tasks = ticks(order)
         self.order, self.count = order, len(order.placement.devices)
         p, pp = order.placement.p, experiment.degrees["pp"]
         if pp != p or p < 2:
@@ -54,17 +52,30 @@ class StagedStep:
         self.step = one_stage(experiment, order)
         self.names = [f"stage{i}" for i in range(p)]
         self.groups = groups or divided(dict.fromkeys(self.names, self.step.experiment.degrees))
-        self._programs: Programs | None = None
+
+    def at(self, i: int, specs: Any) -> Any:
+        """Shardings on the mesh of stage i."""
+        return sharding.shardings(self.groups.mesh(self.names[i]), specs)
 
     def placed(self, variables: Any) -> list[Any]:
         """[V]: the variables of every virtual stage on the mesh of its stage: its layers, and all
         that is not stacked."""
-        specs, found = self.step.specs, []
+        specs, found = self.step.specs.variable_specs(), []
         for u, i in enumerate(self.order.placement.devices):
-            mesh = self.groups.mesh(self.names[i])
-            at = sharding.shardings(mesh, specs.variable_specs())
-            found.append(jax.device_put(part(self.step, variables, u), at))
+            found.append(jax.device_put(part(self.step, variables, u), self.at(i, specs)))
         return found
+
+
+class StagedStep(Staged):
+    """Loss and gradients of an experiment by an order of F, B, W and BW, equal to those of
+    `TrainStep.grads` of the same experiment with `plain(m)` and pp = 1.
+
+    Raises ValueError as `Staged`, and for an order that does not run."""
+
+    def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
+        self.tasks = ticks(order)
+        super().__init__(experiment, order, groups)
+        self._programs: Programs | None = None
 
     def whole(self, parts: Sequence[Any]) -> Any:
         """The gradients of all virtual stages as those of the whole model, on the host."""
@@ -85,7 +96,9 @@ class StagedStep:
         count = jnp.asarray(self.step.objective.count(noised))
         if self._programs is None:
             self._programs = Programs(self.step, placed[0], noised, count)
-        run = _StagedRun(self, self._programs, placed, noised, count)
+        run = StagedRun(self, self._programs, noised, count)
+        for u, mine in enumerate(placed):
+            run.begin(u, mine)
         for kind, u, k in self.tasks:  # inputs first
             run.operation(kind, u, k)
         loss, grads, aux, layers = zip(*map(run.reduced, range(self.count)), strict=True)
@@ -100,7 +113,7 @@ def one_stage(experiment: Experiment, order: Order) -> TrainStep:
     one = replace(
         experiment,
         degrees={**experiment.degrees, "pp": 1},
-        grads=plain(order.microbatches),
+        grads=plain(order.microbatches // order.steps),
         model=chunked(experiment.model, len(order.placement.devices)),
     )
     return TrainStep(one, abstract_mesh(one.degrees))
@@ -109,40 +122,43 @@ def one_stage(experiment: Experiment, order: Order) -> TrainStep:
 def part(step: TrainStep, variables: Any, u: int) -> Any:
     """The variables of virtual stage u of whole ones: its layers, and all that is not stacked.
     step: of one stage."""
-    shapes = {"params": step.specs.shapes, "state": step.specs.model_shapes}
+    return sliced(variables, {"params": step.specs.shapes, "state": step.specs.model_shapes}, u)
+
+
+def sliced(tree: Any, shapes: Any, u: int) -> Any:
+    """The part of virtual stage u of a whole tree whose parts have these shapes."""
 
     def one(x: Any, like: Any) -> Any:
         n = like.shape[0] if like.shape else 0
         return x if x.shape == like.shape else x[u * n : (u + 1) * n]
 
-    return jax.tree.map(one, variables, shapes)
+    return jax.tree.map(one, tree, shapes)
 
 
-class _StagedRun:
-    """One step: what is held of it, by virtual stage and microbatch."""
+class StagedRun:
+    """One step: what is held of it, by virtual stage and microbatch. `begin` a virtual stage before
+    its first operation. first: what events add to the number of a microbatch."""
 
     def __init__(
-        self,
-        staged: StagedStep,
-        programs: "Programs",
-        placed: Sequence[Any],
-        noised: Any,
-        count: Any,
+        self, staged: Staged, programs: "Programs", noised: Any, count: Any, first: int = 0
     ):
-        self.groups, self.names = staged.groups, staged.names
+        self.groups, self.names, self.first = staged.groups, staged.names, first
         self.devices, self.last = staged.order.placement.devices, staged.count - 1
-        self.programs, self.placed = programs, placed
-        batch = sharding.batch_specs(noised, staged.step.objective.dims)
-        given = []
-        for name in self.names:
-            mesh = self.groups.mesh(name)
-            specs = sharding.shardings(mesh, (batch, P()))
-            given.append(jax.device_put((noised, count), specs))
+        self.programs = programs
+        specs = sharding.batch_specs(noised, staged.step.objective.dims), P()
+        stages = range(len(self.names))
+        given = [jax.device_put((noised, count), staged.at(i, specs)) for i in stages]
         self.given = [given[i] for i in self.devices]
-        started = [programs.start(v["params"]) for v in placed]
-        self.params, self.totals = map(list, zip(*started, strict=True))
+        self.placed: dict[int, Any] = {}
+        self.params: dict[int, Any] = {}
+        self.totals: dict[int, Any] = {}
         self.messages: dict[tuple[str, int, int], Any] = {}
         self.kept: dict[tuple[int, int], Any] = {}
+
+    def begin(self, u: int, variables: Any) -> None:
+        """The placed variables of virtual stage u in this step."""
+        self.placed[u] = variables
+        self.params[u], self.totals[u] = self.programs.start(variables["params"])
 
     def operation(self, kind: str, u: int, k: int) -> None:
         """Dispatch one operation, and send what it gives."""
@@ -154,7 +170,8 @@ class _StagedRun:
         self.totals[u], out, kept = program(
             self.totals[u], self.params[u], state, noised, count, k, message, held
         )
-        self.groups.record(self.names[i], f"{kind}{k} of virtual stage {u}", message, out)
+        name = f"{kind}{self.first + k} of virtual stage {u}"
+        self.groups.record(self.names[i], name, message, out)
         if kind != "W":
             self.kept[u, k] = kept
         to = u + 1 if kind == "F" else u - 1
@@ -227,7 +244,7 @@ class Programs:
             do = self._operations(params, variables["state"], noised, count)
             self._halves, self.message = do.halves, jax.typeof(do.none["message"])
             self._zeros = {name: jax.tree.map(jax.typeof, do.none[name]) for name in TOTALS}
-            found.update(jax.tree.map(lambda x: P(_varying(x)), do.none))
+            found.update(jax.tree.map(lambda x: P(varying(x)), do.none))
             return ()
 
         jax.eval_shape(self.step.mapped(probe, noised, ()), variables, noised, count, None)
@@ -283,7 +300,7 @@ class Programs:
         return psum(totals["loss"], LOSS_AXES), grads, aux, layers
 
 
-def _varying(x: Array) -> tuple[str, ...]:
+def varying(x: Array) -> tuple[str, ...]:
     """Axes along which a value varies, in the order of the mesh."""
     names = jax.sharding.get_abstract_mesh().axis_names
     return tuple(n for n in names if n in jax.typeof(x).mat.varying)

@@ -6,6 +6,7 @@ Slots are intervals of ticks, coloured greedily: as few as ever live at once.
 
 Legend: p devices, T ticks, u virtual stages."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,7 +39,8 @@ SLOTTED = {  # fields that hold a slot, and of what
     "stash": "stashes",
 }
 EXECUTED = ("F", "B", "W", "BW")
-Task = tuple[str, int, int]  # kind, virtual stage, microbatch
+STEPPED = (*EXECUTED, "U")
+Task = tuple[str, int, int]  # kind, virtual stage, microbatch; of U its step
 NEXT, PREVIOUS, OWN = 1, 2, 3  # where the result goes: the device after, before, or this one
 
 
@@ -170,35 +172,48 @@ def _inputs(kind: str, u: int, k: int, stages: int) -> list[Task]:
     return [("F", u, k), *([("B", u + 1, k)] if u + 1 < stages else [])]
 
 
-def ticks(order: Order) -> dict[Task, int]:
+def ticks(order: Order, kinds: Sequence[str] = EXECUTED, barrier: bool = False) -> dict[Task, int]:
     """The tick of every operation, the first ones first: each device does its own in order, BW as B
-    and then W, each as soon as its inputs are there.
+    and then W, each as soon as its inputs are there. barrier: a U waits for the last W of its step
+    on every stage.
 
     Raises ValueError, naming the operation, for an order that does not run and for operations that
-    no executor has."""
+    are none of `kinds`, those that the executor has."""
     check(order)
     place = order.placement
     for i, ops in enumerate(order.ops):
         for row, op in enumerate(ops):
-            if op.kind not in EXECUTED:
+            if op.kind not in kinds:
                 raise ValueError(
-                    f"stage {i}, row {row}: {op}: executors run {', '.join(EXECUTED)} of one step; "
-                    "remove it"
+                    f"stage {i}, row {row}: {op}: such executors run {', '.join(kinds)}; remove it"
                 )
     queues = [
         [(kind, own[op.chunk], op.microbatch) for op in ops for kind in op.kind]
         for ops, own in zip(order.ops, place.stages, strict=True)
     ]
     done: dict[Task, int] = {}
+    m = order.microbatches // order.steps
+
+    def ready(task: Task) -> bool:
+        kind, _, k = task
+        if kind == "U":
+            steps = range(k * m, k * m + m) if barrier else ()
+            return all(("W", u, n) in done for u in range(len(place.devices)) for n in steps)
+        return all(x in done for x in _inputs(*task, len(place.devices)))
+
     at, t = [0] * place.p, 0
     while any(n < len(q) for n, q in zip(at, queues, strict=True)):
         now = {}
         for i, queue in enumerate(queues):
-            if at[i] < len(queue) and all(
-                x in done for x in _inputs(*queue[at[i]], len(place.devices))
-            ):
+            if at[i] < len(queue) and ready(queue[at[i]]):
                 now[queue[at[i]]] = t
                 at[i] += 1
+        if not now:  # without a barrier `check` has found it
+            kind, u, k = next(q[n] for n, q in zip(at, queues, strict=True) if q[n:][:1])
+            raise ValueError(
+                f"stage {place.devices[u]}: {kind}{k} of chunk {place.chunks[u]} waits for ever: "
+                "each U of a step waits for the last W of all stages; move U to its end"
+            )
         done |= now
         t += 1
     return done
