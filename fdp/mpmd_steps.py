@@ -78,34 +78,34 @@ class StagedSteps(Staged):
     `fdp.parallel.pipeline.orders.repeat` makes. With clipping by "barrier" or "validated" they
     equal `TrainStep.train_step` of the same experiment with `plain(m)` and pp = 1.
 
-    clipping: one of CLIPPINGS. shared: names of the parameters that several virtual stages read.
-    tasks: the operations in the order in which the host dispatches them.
+    shared: names of the parameters that several virtual stages read.
 
-    Raises ValueError as `Staged`, for an order that does not run, for another clipping, and for an
-    experiment with rules, which read the whole model."""
+    Raises ValueError as `Staged`, for an order that does not run, and for an experiment with rules,
+    which read the whole model."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        order: Order,
-        clipping: str = "barrier",
-        groups: DeviceGroups | None = None,
-    ):
+    def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
         ticks(order, STEPPED)  # an order that does not run is refused before any trace
-        if clipping not in CLIPPINGS:
-            raise ValueError(f"clipping={clipping!r}: choose one of {', '.join(CLIPPINGS)}")
         if experiment.rules:
             raise ValueError(
                 f"{len(experiment.rules)} rules change the model state after a step of the whole "
                 "model, and stages here go on by themselves; leave Experiment.rules empty"
             )
         super().__init__(experiment, order, groups)
-        self.clipping, self.clip = clipping, experiment.optimizer.clip
+        self.clip = experiment.optimizer.clip
         self.micro = order.microbatches // order.steps
         self.programs = StepPrograms(self.step, self.count)
         self.shared = self._shared_names()
-        self.waits = clipping == "barrier" or bool(self.shared)
-        self.tasks = tuple(ticks(order, STEPPED, self.waits))
+
+    def waits(self, clipping: str) -> bool:
+        """Whether an update waits for all stages. Raises ValueError for what is none of
+        CLIPPINGS."""
+        if clipping not in CLIPPINGS:
+            raise ValueError(f"clipping={clipping!r}: choose one of {', '.join(CLIPPINGS)}")
+        return clipping == "barrier" or bool(self.shared)
+
+    def tasks(self, clipping: str) -> tuple[Task, ...]:
+        """The operations in the order in which the host dispatches them."""
+        return tuple(ticks(self.order, STEPPED, self.waits(clipping)))
 
     def _shared_names(self) -> tuple[str, ...]:
         leaves = jax.tree_util.tree_leaves_with_path(self.step.specs.shapes)
@@ -140,14 +140,19 @@ class StagedSteps(Staged):
 
         return jax.tree.map(one, Held(self.programs.owners, places), *jax.device_get(list(held)))
 
-    def train(self, state: TrainState, noised: Sequence[Any]) -> tuple[TrainState, Trained]:
-        """The state after a step with each of K corrupted batches, whose arrays lie on the host.
+    def train(
+        self, state: TrainState, noised: Sequence[Any], clipping: str = "barrier"
+    ) -> tuple[TrainState, Trained]:
+        """The state after a step with each of K corrupted batches, all arrays on the host.
+        clipping: one of CLIPPINGS.
 
-        Raises ValueError for another number of batches than the order has steps."""
+        Raises ValueError for another clipping, and for another number of batches than the order
+        has steps."""
+        tasks = self.tasks(clipping)
         if len(noised) != self.order.steps:
             raise ValueError(f"{len(noised)} batches for an order of {self.order.steps} steps")
-        run = _Run(self, self.held(state), state.model, noised)
-        for task in self.tasks:
+        run = _Run(self, clipping, self.held(state), state.model, noised)
+        for task in tasks:
             run.dispatch(task)
         trained = run.trained()
         params, opt = self.whole(run.held)
@@ -165,8 +170,14 @@ class _Run:
     """K steps: the newest parameters of every virtual stage, and those before the last update."""
 
     def __init__(
-        self, staged: StagedSteps, held: Sequence[Held], model: Any, noised: Sequence[Any]
+        self,
+        staged: StagedSteps,
+        clipping: str,
+        held: Sequence[Held],
+        model: Any,
+        noised: Sequence[Any],
     ):
+        self.clipping, self.waits = clipping, staged.waits(clipping)
         self.staged, self.programs, self.noised = staged, staged.programs, noised
         self.groups, self.names = staged.groups, staged.names
         self.devices, self.count = staged.order.placement.devices, staged.count
@@ -203,7 +214,7 @@ class _Run:
         self._close(k, u)
         self._update(k, u)
         self.updated[k] += 1
-        if self.updated[k] == self.count and self.staged.clipping != "validated":
+        if self.updated[k] == self.count and self.clipping != "validated":
             self._settle()
 
     def trained(self) -> Trained:
@@ -238,7 +249,7 @@ class _Run:
         """Reduce the gradients of virtual stage u over its mesh; where updates wait, of all."""
         if u in self.grads[k]:
             return
-        of = range(self.count) if self.staged.waits else (u,)
+        of = range(self.count) if self.waits else (u,)
         for w in of:
             self.losses[k][w], self.grads[k][w], *_ = self.steps[k].reduced(w)
         if self.staged.shared:
@@ -261,7 +272,7 @@ class _Run:
 
     def _update(self, k: int, u: int, again: bool = False) -> None:
         """U. again: by what all stages have told."""
-        i, clipping = self.devices[u], self.staged.clipping
+        i, clipping = self.devices[u], self.clipping
         squares, finite = self.none[i], self.none[i] * 2
         if clipping == "barrier" or again:
             squares = self._at(self.squares[k], i)
@@ -297,7 +308,7 @@ class _Run:
         """All stages have updated: take it back where the norm clips."""
         k, early = self.settled, self.early
         self.settled, self.early = k + 1, []
-        if self.staged.clipping == "validated":
+        if self.clipping == "validated":
             losses, squares = self._told(k)
             if not (_norm(squares) < self.staged.clip and np.isfinite(losses).all()):
                 self._roll_back(k, early)
