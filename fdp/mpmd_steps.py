@@ -279,7 +279,7 @@ class _Run:
             finite = squares + self._at(self.losses[k], i)
         elif clipping == "last":
             squares = self._at(self.squares[k - 1], i) if k else squares
-            finite = [self.squares[k][u], self.losses[k][u]]
+            finite = [self.squares[k][u], self.losses[k][u]] * self.count  # one program for all
         if not again:
             self.before[u] = self.held[u]
         before, grads = self.before[u], self.grads[k][u]

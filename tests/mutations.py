@@ -192,6 +192,20 @@ MUTATIONS = (
         "noise, sigma_B = (a[place_B] for a in (noise, sigma_B))",
         "tests/objectives/test_image.py::test_noise_is_drawn_before_rows_are_sorted",
     ),
+    Mutation(
+        "steps whose clipping was checked too late stay as they are",
+        "mpmd_steps.py",
+        "self._roll_back(k, early)",
+        "self.rolled.append(k)",
+        "tests/test_mpmd_steps.py::test_three_ways_to_clip",
+    ),
+    Mutation(
+        "a step is updated again from where its update had led",
+        "mpmd_steps.py",
+        "before, grads = self.before[u], self.grads[k][u]",
+        "before, grads = self.held[u], self.grads[k][u]",
+        "tests/test_mpmd_steps.py::test_three_ways_to_clip",
+    ),
 )
 
 

@@ -12,7 +12,7 @@ from fdp.data.batches import blank
 from fdp.experiment import standard
 from fdp.mesh import make_mesh
 from fdp.mpmd_steps import StagedSteps
-from fdp.parallel.pipeline.fixed import zb_h1, zb_h2
+from fdp.parallel.pipeline.fixed import gpipe, zb_h1, zb_h2
 from fdp.parallel.pipeline.orders import Op, Order, repeat
 from fdp.step import TrainStep
 
@@ -100,9 +100,9 @@ def test_three_ways_to_clip():
 
 def test_parameters_of_several_stages():
     """The head is the embedding, and every block reads the noise embedding."""
-    shared = {"model.tied": True, "model.time_conditioning": True}
-    first, noised, want, _ = one_device(2, **shared)
-    staged = StagedSteps(experiment(2, **shared), repeat(zb_h2(2, MICRO), 2))
+    changes = {"model.tied": True, "model.time_conditioning": True, "train.microbatches": 1}
+    first, noised, want, _ = one_device(2, **changes)
+    staged = StagedSteps(experiment(2, **changes), repeat(gpipe(2, 1), 2))
     assert any("embed/" in name for name in staged.shared)
     assert any("noise_embedding/" in name for name in staged.shared)
     assert staged.tasks("validated") == staged.tasks("barrier")

@@ -11,6 +11,7 @@ from fdp.study.report import Row
 from fdp.topics.zero_bubble.fillers import Growth
 from fdp.topics.zero_bubble.op_costs import OpCosts
 from fdp.topics.zero_bubble.quality import Floor, Samples
+from fdp.topics.zero_bubble.steps import STEPS, Clipped
 
 READ = 0.9  # share of samples that should be read as what was asked for
 
@@ -159,6 +160,27 @@ def losses(found: Mapping[str, float]) -> Row:
         "<= 1e-06",
         "measured",
         note="; ".join(f"{mesh}: {x:.1e}" for mesh, x in found.items()),
+    )
+
+
+def clipped(found: Clipped) -> Row:
+    """That clipping which is checked afterwards is exact, and clipping by an older norm is not."""
+    norms = ", ".join(f"{x:.3g}" for x in found.norms)
+    note = (
+        f"{STEPS} steps of a DiT in-context over two stages, ZB-H2, one program for every stage "
+        f"and operation; clipped to {found.clip:.3g}, norms without clipping {norms}; rolled back "
+        f"{len(found.rolled)} steps, {found.again} operations run again; by the last step's norm "
+        f"the difference is {found.last:.1e}; {found.shared} parameters read by several stages: "
+        "with adaLN there are some, whose gradients every update waits for"
+    )
+    return Row.judged(
+        "clipping checked afterwards gives the parameters of a barrier",
+        f"relative difference after {STEPS} steps",
+        found.validated,
+        "",
+        "<= 1e-06",
+        "measured",
+        note=note,
     )
 
 

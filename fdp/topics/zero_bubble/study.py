@@ -30,6 +30,7 @@ from fdp.topics.zero_bubble import (
     processes,
     quality,
     rows,
+    steps,
 )
 from fdp.topics.zero_bubble.fillers import References, stable
 from fdp.topics.zero_bubble.parts_simulated import SIZES, nothing
@@ -49,6 +50,12 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "pp4·dp2, searched": {"pipeline.schedule": "searched"},
     "pp2·dp2·tp2, ZB-V, ZeRO-1": {"pipeline.schedule": "zbv", "train.zero": 1},
     "pp2·cp2·dp2, 1F1B, remat": {"pipeline.schedule": "1f1b", "model.remat": "full"},
+    "no barrier": {  # in-context, no parameter is read by all stages
+        "pipeline.schedule": "zb_h2",
+        "model.image.conditioning": "tokens",
+        "train.microbatches": 4,
+        "train.warmup": 0,
+    },
 }
 SPLITS = {"pp1·dp4": (1, 4), "pp2·dp2": (2, 2), "pp4·dp1": (4, 1)}  # (pp, dp) of equal losses
 SHORT = 10  # steps of it
@@ -127,6 +134,11 @@ def stage_losses(config: ml_collections.ConfigDict) -> dict[str, float]:
     return {name: float(np.abs(np.array(x) / base - 1).max()) for name, x in found.items()}
 
 
+def clipped_steps(config: ml_collections.ConfigDict) -> steps.Clipped:
+    """Steps without a barrier of a small DiT over two stages."""
+    return steps.clipped(build(config, "no barrier", {"pp": 2}))
+
+
 def study(run: Run) -> Report:
     """Exactness, op costs, what training gives, and schedules."""
     tiny, c = run.config.variant == "tiny", run.config
@@ -139,6 +151,8 @@ def study(run: Run) -> Report:
     if not tiny:
         runs = partial(measure, "two processes", processes.measured, processes.orders())
         parts.append(runs(rows=rows.processes, group="A real run"))
+        unbroken = partial(measure, "clipped steps", clipped_steps, c, rows=rows.clipped)
+        parts.append(unbroken(group="Without a barrier"))
     parts += _quality(run)
     if stable_arms := [arms[0] for name, arms in run.arms.items() if name.endswith("-stable")]:
         given = stable_arms[0], STAGES, costs
