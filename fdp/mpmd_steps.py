@@ -78,7 +78,8 @@ class StagedSteps(Staged):
     `fdp.parallel.pipeline.orders.repeat` makes. With clipping by "barrier" or "validated" they
     equal `TrainStep.train_step` of the same experiment with `plain(m)` and pp = 1.
 
-    shared: names of the parameters that several virtual stages read.
+    shared: names of the parameters that several virtual stages read. clip: largest global norm; no
+    program depends on it, so it may change between calls.
 
     Raises ValueError as `Staged`, for an order that does not run, and for an experiment with rules,
     which read the whole model."""
@@ -283,7 +284,9 @@ class _Run:
         if not again:
             self.before[u] = self.held[u]
         before, grads = self.before[u], self.grads[k][u]
-        self.held[u] = Held(*self.programs.update(*before, grads, squares, finite))
+        self.held[u] = Held(
+            *self.programs.update(*before, grads, squares, finite, self.staged.clip)
+        )
         self.groups.record(self.names[i], f"U{k} of virtual stage {u}", squares, self.held[u])
         self._begin(k + 1, u)
 
@@ -354,7 +357,7 @@ class StepPrograms(Programs):
             True: self._jit(whole, (s.stored,), P()),
             False: self._jit(rest if self.shared else whole, (s.stored,), P()),
         }
-        update = (s.stored, opt, s.stored, P(), P())
+        update = (s.stored, opt, s.stored, P(), P(), P())
         self.update = self._jit(self._update, update, (s.stored, opt))
 
     def square(self, grads: Any, own: bool) -> Array:
@@ -412,7 +415,13 @@ class StepPrograms(Programs):
         return sum((psum(x, axes) for axes, x in sums.items()), jnp.zeros(()))
 
     def _update(
-        self, stored: Any, opt: Any, grads: Any, squares: Sequence[Array], finite: Sequence[Array]
+        self,
+        stored: Any,
+        opt: Any,
+        grads: Any,
+        squares: Sequence[Array],
+        finite: Sequence[Array],
+        clip: Array,
     ) -> tuple[Any, Any]:
         """(parameters, optimizer state) after the update, or as they were unless the sum of
         `finite` is. squares: whose sum is that of the norm that clips; none where it is not
@@ -420,7 +429,7 @@ class StepPrograms(Programs):
         norm, ok = jnp.sqrt(sum(squares)), jnp.isfinite(sum(finite))
         norm = jnp.where(jnp.isfinite(norm), norm, 0.0)
         rule = self.step.experiment.optimizer
-        updates, new = rule.apart(self.step.specs.metas, grads, opt, stored, norm)
+        updates, new = rule.apart(self.step.specs.metas, grads, opt, stored, norm, clip)
         params = optax.apply_updates(stored, updates)
 
         def keep(new: Array, old: Array) -> Array:

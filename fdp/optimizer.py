@@ -28,12 +28,12 @@ class Optimizer:
         return optax.chain(optax.clip_by_global_norm(self.clip), self.rule(metas))
 
     def apart(
-        self, metas: Any, grads: Any, state: Any, params: Any, norm: jax.Array
+        self, metas: Any, grads: Any, state: Any, params: Any, norm: jax.Array, clip: jax.Array
     ) -> tuple[Any, Any]:
         """(updates, new state) as of `build`, of some parameters of a model whose gradients have
-        the global norm `norm`."""
-        free = norm < self.clip
-        clipped = jax.tree.map(lambda g: jnp.where(free, g, g / norm * self.clip), grads)
+        the global norm `norm`, clipped to `clip`."""
+        free = norm < clip
+        clipped = jax.tree.map(lambda g: jnp.where(free, g, g / norm * clip), grads)
         updates, new = self.rule(metas).update(clipped, state[1], params)
         return updates, (state[0], new)
 

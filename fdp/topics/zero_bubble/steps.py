@@ -39,15 +39,11 @@ def clipped(e: Experiment) -> Clipped:
     """STEPS steps of an experiment with a schedule, clipped to the median of the norms that they
     have without clipping, so that some clip and some do not."""
     assert isinstance(e.grads, scheduled)
-    order = repeat(e.grads.order, STEPS)
+    steps = StagedSteps(e, repeat(e.grads.order, STEPS))
     state, noised = _given(e)
-
-    def staged(clip: float) -> StagedSteps:
-        return StagedSteps(replace(e, optimizer=replace(e.optimizer, clip=clip)), order)
-
-    norms = staged(np.inf).train(state, noised)[1].norms
-    clip = float(np.median(norms))
-    steps = staged(clip)
+    steps.clip = np.inf
+    norms = steps.train(state, noised)[1].norms
+    steps.clip = float(np.median(norms))
     found = {name: steps.train(state, noised, name) for name in ("barrier", "validated", "last")}
     want = found["barrier"][0].params
     told = found["validated"][1]
@@ -56,7 +52,7 @@ def clipped(e: Experiment) -> Clipped:
         relative_error(found["last"][0].params, want),
         told.rolled,
         told.again,
-        clip,
+        steps.clip,
         tuple(map(float, norms)),
         len(steps.shared),
     )
