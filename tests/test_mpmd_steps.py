@@ -99,10 +99,11 @@ def test_three_ways_to_clip():
 
 
 def test_parameters_of_several_stages():
-    """The head is the embedding, and every block reads the noise embedding."""
+    """The head is the embedding, and every block reads the noise embedding; stages have meshes."""
     changes = {"model.tied": True, "model.time_conditioning": True, "train.microbatches": 1}
     first, noised, want, _ = one_device(2, **changes)
-    staged = StagedSteps(experiment(2, **changes), repeat(gpipe(2, 1), 2))
+    meshes = {"mesh.dp": 2, "mesh.tp": 2, "train.zero": 1}
+    staged = StagedSteps(experiment(2, **changes, **meshes), repeat(gpipe(2, 1), 2))
     assert any("embed/" in name for name in staged.shared)
     assert any("noise_embedding/" in name for name in staged.shared)
     assert staged.tasks("validated") == staged.tasks("barrier")

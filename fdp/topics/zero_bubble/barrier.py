@@ -2,7 +2,8 @@
 norm cost.
 
 Each device updates its own stage after the last W of a step and goes on with the next step, so what
-only the stagger of the devices costs is paid once for all steps of a program.
+only the stagger of the devices costs is paid once for all steps of a program. Simulated; really run
+they are in `fdp.topics.zero_bubble.steps`.
 
 Legend: p devices, m microbatches of a step, K steps of a program."""
 

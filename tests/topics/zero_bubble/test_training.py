@@ -25,6 +25,7 @@ from fdp.step import TrainStep
 from fdp.topics.zero_bubble import fillers, judge, quality, rows
 from fdp.topics.zero_bubble.fillers import References, StableFlow, filled, stable, without
 from fdp.topics.zero_bubble.op_costs import OpCosts
+from fdp.topics.zero_bubble.steps import Clipped
 
 pytestmark = pytest.mark.fast
 
@@ -151,3 +152,10 @@ def test_the_yardstick_is_the_same_dit() -> None:
     want = e.objective.loss(module.run(e.model, random, noised)[0], noised["rows"]).mean()
     got = plain_dit.loss(random["params"], given, 4)
     assert float(got) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_what_clipping_afterwards_gave_is_judged() -> None:
+    found = Clipped(0.0, 1e-3, (0, 2), 3, 1.5, (2.0, 1.0, 1.9, 1.1), 0)
+    row = rows.clipped(found)
+    assert row.verdict == "holds" and "rolled back 2 steps, 3 operations run again" in row.note
+    assert rows.clipped(found._replace(validated=2e-6)).verdict == "fails"
