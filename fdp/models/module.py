@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from fdp.collectives import size
 
 Array = jax.Array
-Axes = tuple[str | None, ...]
+Axes = tuple[str | tuple[str, ...] | None, ...]
 
 compact, broadcast = nn.compact, nn.broadcast
 initializers, silu = nn.initializers, nn.silu
