@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import index, psum, shift, size, vary, vary_like
+from fdp.collectives import broadcast, index, shift, size, vary, vary_like
 
 LOSS_AXES = ("pp", "dp", "ep", "cp")
 Aux = dict[str, Any]
@@ -80,10 +80,9 @@ def _relayed(stages: Stages, params: Any, noised: Any) -> jax.Array:
         return shift(y, "pp"), y
 
     _, y = jax.lax.scan(one, vary(x, LOSS_AXES), None, length=size("pp"))
-    here = index("pp") == size("pp") - 1
-    last = psum(jnp.where(here, y[-1], 0), "pp") if stages.vocabulary else y[-1]
+    last = broadcast(y[-1], "pp", size("pp") - 1) if stages.vocabulary else y[-1]
     loss, _, _ = stages.score(params, last, noised)
-    return jnp.where(here, loss, 0.0)
+    return jnp.where(index("pp") == size("pp") - 1, loss, 0.0)
 
 
 def _rows(noised: Any) -> int:

@@ -46,8 +46,8 @@ class StagedStep:
     def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
         if has_head(order):
             raise ValueError(
-                "the order has operations S, which all stages run at once: only one program for all "
-                "runs them; give the order without `with_head`, or set pipeline.vocabulary=False"
+                "the order has operations S, which all stages run in one program, and here each "
+                "stage has its own: give the order without `with_head`, or use `scheduled(order)`"
             )
         self.tasks = ticks(order)
         self.order, self.count = order, len(order.placement.devices)

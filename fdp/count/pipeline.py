@@ -31,7 +31,8 @@ def branches(grads: scheduled, device: int) -> hlo.Branches:
     """The choice of branches by which counts are those of one device of pp.
 
     The conditional of a tick is the one of so many branches that stands in no other, and that of S
-    the one of two. A scope would name them more plainly, but programs from a compilation cache may carry the names of older code.
+    the one of two. A scope would name them more plainly, but programs from a compilation cache may
+    carry the names of older code.
     """
     runs = executions(grads, device)
     heads = 0 if grads.table.heads is None else grads.microbatches

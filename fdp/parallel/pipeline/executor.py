@@ -128,7 +128,8 @@ def _but(tree: Any, names: Sequence[str]) -> Any:
     """False for all below these keys of the tree."""
     if not names:
         return tree
-    return {key: jax.tree.map(lambda x: x and key not in names, part) for key, part in tree.items()}
+    none = {key: jax.tree.map(lambda _: False, tree[key]) for key in names}
+    return tree | none
 
 
 class Operations:

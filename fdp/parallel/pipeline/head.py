@@ -9,17 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import index, psum, vary
+from fdp.collectives import broadcast, index, vary
 from fdp.grads import LOSS_AXES, Stages
 from fdp.mesh import DATA_AXES
 
 Array = jax.Array
 Sums = tuple[Array, Any, Any]  # loss, aux, gradients: what ticks add up
-
-
-def broadcast(y: Any, holder: int) -> Any:
-    """What device `holder` of pp has, on all of them and typed equal over pp."""
-    return psum(jax.tree.map(lambda x: jnp.where(index("pp") == holder, x, 0), y), "pp")
 
 
 class SharedHead(NamedTuple):
@@ -66,7 +61,7 @@ class SharedHead(NamedTuple):
 
         mine = [x for x, r in zip(leaves, read, strict=True) if r]
         find = jax.value_and_grad(score, (0, 1), has_aux=True)
-        (loss, aux), (grads, dy) = find(mine, broadcast(y, self.holder))
+        (loss, aux), (grads, dy) = find(mine, broadcast(y, "pp", self.holder))
 
         def once(x: Array) -> Array:
             return vary(jnp.where(index("pp") == self.holder, x, 0), LOSS_AXES)
