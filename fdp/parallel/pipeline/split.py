@@ -427,11 +427,10 @@ def halves(f: Function, params: Any, x: Any, data: str = "") -> Halves:
         return weights.get(id(r), CONSTANT if fixed else KEPT if moves else DERIVED)
 
     source = tuple(map(source_of, leaves, moved))
-    fixed = cut(again, [i == CONSTANT for i in source])
+    fixed, follows = (_only(again, [i == kind for i in source]) for kind in (CONSTANT, DERIVED))
     if any(fixed.needs):
         raise ValueError("a residual is typed the same for all data, and depends on them")
     nothing = [None] * len(fixed.needs)
-    follows = cut(again, [i == DERIVED for i in source])
     closed = jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y)
     parts = cut(closed, [False] * len(weights) + [True] * many, [i != KEPT for i in source])
     return Halves(
@@ -442,6 +441,13 @@ def halves(f: Function, params: Any, x: Any, data: str = "") -> Halves:
         jax.tree.structure(x),
         source,
     )
+
+
+def _only(closed: Any, mask: Sequence[bool]) -> Cut:
+    """What some outputs of a closed jaxpr need, as B; W computes nothing."""
+    outs = _choose(closed.jaxpr.outvars, mask)
+    part = core.ClosedJaxpr(closed.jaxpr.replace(outvars=outs), closed.consts)
+    return cut(part, [True] * len(outs))
 
 
 def _moved(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
