@@ -50,8 +50,8 @@ def _full(c: ml_collections.ConfigDict) -> None:
     c.mesh.update(pp=1, dp=1)
     c.data.source, c.model.image.channels = "mnist", 1
     c.model.update(width=96, heads=3, kv_heads=3, ffn=384)
-    c.train.update(steps=400, microbatches=1)
-    c.eval.every = 20
+    c.train.update(steps=1200, microbatches=1, lr=3e-3)
+    c.eval.every = 200
     c.seeds = (0, 1, 2)
     c.images.update(costs=("uniform", "coarse", "uvit"), fillers=("none", "stable", "larger"))
     c.images.update(samples=250, classifier=1000)

@@ -78,6 +78,12 @@ def psum(x: Any, axes: Axes) -> Any:
     return lax.psum(vary(x, axes), names) if names else x
 
 
+def broadcast(x: jax.Array, axis: str, holder: int) -> jax.Array:
+    """What device `holder` of `axis` has, on all of them and typed equal over it. Its transpose
+    gives the holder the cotangent."""
+    return psum(jnp.where(index(axis) == holder, x, 0), axis) if bound(axis) else x
+
+
 def pmax(x: jax.Array, axes: Axes) -> jax.Array:
     """Maximum over `axes`."""
     names = bound(axes)

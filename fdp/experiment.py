@@ -12,6 +12,7 @@ import ml_collections
 
 from fdp import config, objectives, optimizer
 from fdp.config_images import IMAGE_MODELS, share
+from fdp.config_pipeline import shares_head
 from fdp.data.batches import Data, blank, load_text
 from fdp.data.images import SOURCES, blank_images, check_images, image_data
 from fdp.data.recall import RECALL, recall_data
@@ -35,6 +36,7 @@ from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.pipeline.executor import scheduled
 from fdp.parallel.pipeline.library import named
+from fdp.parallel.pipeline.vocabulary import with_head
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,10 @@ def _of_tokens(
             f"model.vocab = {shape.vocab} embedding rows cannot hold {ids.vocab_size} token ids "
             f"(mask included): set model.vocab={-(-ids.vocab_size // 8) * 8}"
         )
+    if shares_head(c):
+        shape = replace(shape, vocab_axes=("pp", "tp"))
     objective = objectives.from_section(c.objective, ids.n_data, ids.eos_id)
+    objective = replace(objective, axes=shape.vocab_axes)
     mask = objective.mask(length)
     mask = type(mask)(mask.kind, c.model.window, "segments" in data.dims, mask.rule)
     # The same architecture for every objective.
@@ -211,13 +216,15 @@ def _image_of(c: ml_collections.ConfigDict) -> tuple[ImageShape, CostLaw]:
 def grads_of(c: ml_collections.ConfigDict) -> Grads:
     """Gradients without a pipeline, or by the schedule of the `pipeline` section. Raises UserError
     for numbers of microbatches that the schedule does not take, and for a schedule that no table of
-    neighbours holds."""
+    neighbours holds. Where the stages share the head, S is added to any schedule, to one of a file
+    too."""
     p, m = c.mesh.pp, c.train.microbatches
     if p == 1:
         return plain(m)
     shares = _shares(c) if c.model.kind in IMAGE_MODELS else ()
     try:
-        found = scheduled(named(c.pipeline.schedule, p, m, c.pipeline.chunks, shares))
+        order = named(c.pipeline.schedule, p, m, c.pipeline.chunks, shares)
+        found = scheduled(with_head(order) if shares_head(c) else order)
         _ = found.table  # made now: what it refuses must not show while a step is traced
     except ValueError as error:
         text = str(error).replace("set m=", "set train.microbatches=")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import index, shift, size, vary, vary_like
+from fdp.collectives import broadcast, index, shift, size, vary, vary_like
 
 LOSS_AXES = ("pp", "dp", "ep", "cp")
 Aux = dict[str, Any]
@@ -33,6 +33,8 @@ class Stages(NamedTuple):
     penalty). A penalty is a scalar that a stage adds to the loss, or None. parts: from a noised
     batch to those that one program each can run, where rows differ in what they cost. refine:
     (params, such a part) → the part with what a first pass, without gradient, adds to it.
+    vocabulary: the first names of parameters whose vocabulary is sharded over pp; all devices of pp
+    then run `score` at once, on the same x.
     """
 
     embed: Callable[[Any, Any], tuple[Any, Aux, Penalty]]
@@ -40,6 +42,7 @@ class Stages(NamedTuple):
     score: Callable[[Any, Any, Any], tuple[jax.Array, Aux, Penalty]]
     parts: Callable[[Any], tuple[Any, ...]] = _whole
     refine: Callable[[Any, Any], Any] = _as_it_is
+    vocabulary: tuple[str, ...] = ()
 
     def loss(self, params: Any, noised: Any) -> tuple[jax.Array, Aux]:
         """The sum of the losses and of the aux of all parts."""
@@ -77,7 +80,8 @@ def _relayed(stages: Stages, params: Any, noised: Any) -> jax.Array:
         return shift(y, "pp"), y
 
     _, y = jax.lax.scan(one, vary(x, LOSS_AXES), None, length=size("pp"))
-    loss, _, _ = stages.score(params, y[-1], noised)
+    last = broadcast(y[-1], "pp", size("pp") - 1) if stages.vocabulary else y[-1]
+    loss, _, _ = stages.score(params, last, noised)
     return jnp.where(index("pp") == size("pp") - 1, loss, 0.0)
 
 

@@ -26,7 +26,7 @@ from fdp.parallel.groups import DeviceGroups, divided
 from fdp.parallel.pipeline.executor import Operations, blank
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.split import Halves
-from fdp.parallel.pipeline.table import ticks
+from fdp.parallel.pipeline.table import has_head, ticks
 from fdp.step import TrainStep, chunked, stages
 
 Array = jax.Array
@@ -40,9 +40,14 @@ class Staged:
     groups: stage0 … stage{p−1}, of the experiment's degrees without pp; by default consecutive
     devices of this process. Their `events` say what ran when.
 
-    Raises ValueError for degrees that the order does not fit."""
+    Raises ValueError for degrees that the order does not fit, and for operations S."""
 
     def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
+        if has_head(order):
+            raise ValueError(
+                "the order has operations S, which all stages run in one program, and here each "
+                "stage has its own: give the order without `with_head`, or use `scheduled(order)`"
+            )
         self.order, self.count = order, len(order.placement.devices)
         p, pp = order.placement.p, experiment.degrees["pp"]
         if pp != p or p < 2:

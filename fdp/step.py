@@ -72,7 +72,9 @@ def stages(
 
         return objective.refine(predict, noised)
 
-    return Stages(embed, stack, score, objective.parts, refine)
+    shape = getattr(model, "shape", None)
+    vocabulary = ("head",) if "pp" in getattr(shape, "vocab_axes", ()) else ()
+    return Stages(embed, stack, score, objective.parts, refine, vocabulary)
 
 
 def chunked(model: module.Module, chunks: int) -> module.Module:
@@ -134,6 +136,13 @@ class TrainStep:
             raise ValueError(
                 f"mesh.pp={e.degrees['pp']}: {type(e.model).__name__} offers no `start`, `blocks` "
                 "and `finish` to cut into stages; set mesh.pp=1"
+            )
+        axes = getattr(getattr(e.model, "shape", None), "vocab_axes", None)
+        reduced = getattr(e.objective, "axes", axes)
+        if axes != reduced:
+            raise ValueError(
+                f"the model's shape shards the vocabulary over vocab_axes={axes}, the objective "
+                f"reduces over axes={reduced}: give both the same"
             )
         example = e.noised_example()
         costs = example.get("cost") if isinstance(example, dict) else None

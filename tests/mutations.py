@@ -156,6 +156,20 @@ MUTATIONS = (
         f"{PIPELINE}test_executor.py::test_a_scheduled_step_equals_the_plain_one[zb_h1]",
     ),
     Mutation(
+        "every stage adds the gradient of the final norm",
+        "parallel/pipeline/head.py",
+        "else once(g) for g in grads",
+        "else vary(g, LOSS_AXES) for g in grads",
+        f"{PIPELINE}test_vocabulary.py::test_a_shared_head_equals_one_device[zb_h1, tp]",
+    ),
+    Mutation(
+        "S runs before F",
+        "parallel/pipeline/vocabulary.py",
+        'done["F", last, k] + 0.5',
+        'done["F", last, k] - 0.5',
+        f"{PIPELINE}test_vocabulary.py::test_heads_pause_an_order_and_hold_no_more[2-1f1b]",
+    ),
+    Mutation(
         "a slot is taken again while it is read",
         "parallel/pipeline/table.py",
         "if free <= start:",

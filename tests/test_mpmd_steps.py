@@ -12,8 +12,9 @@ from fdp.data.batches import blank
 from fdp.experiment import standard
 from fdp.mesh import make_mesh
 from fdp.mpmd_steps import StagedSteps
-from fdp.parallel.pipeline.fixed import gpipe, zb_h1, zb_h2
+from fdp.parallel.pipeline.fixed import gpipe, zb_h1, zb_h2, zbv
 from fdp.parallel.pipeline.orders import Op, Order, repeat
+from fdp.parallel.pipeline.table import STEPPED, ticks
 from fdp.step import TrainStep
 
 L, V, BATCH, MICRO, STEPS = 8, 64, 8, 4, 4
@@ -120,6 +121,14 @@ def test_what_is_refused():
     row = rf"stage 1, row {early - 1}: U0 of chunk 0 is too early: it needs W3 of chunk 0"
     with pytest.raises(ValueError, match=row):
         StagedSteps(experiment(2), swapped)
+    # A U of one chunk before the last W of another: only a barrier forbids it.
+    ops = [list(x) for x in repeat(zbv(2, 2), 2).ops]
+    soon = ops[0].index(Op("W", 1, 1)) + 1
+    ops[0].insert(soon, ops[0].pop(ops[0].index(Op("U", 0, 1))))
+    mixed = Order(zbv(2, 2).placement, tuple(map(tuple, ops)), 2)
+    assert len(ticks(mixed, STEPPED)) == len(mixed)
+    with pytest.raises(ValueError, match=rf"stage 0, row {soon}: U0 of chunk 1 waits for the last"):
+        ticks(mixed, STEPPED, barrier=True)
     with pytest.raises(ValueError, match="1 rules change the model state"):
         StagedSteps(replace(experiment(2), rules=(lambda state, aux, step: state,)), FREE)
     staged = StagedSteps(experiment(2), FREE)

@@ -30,14 +30,19 @@ def executions(grads: scheduled, device: int) -> list[int]:
 def branches(grads: scheduled, device: int) -> hlo.Branches:
     """The choice of branches by which counts are those of one device of pp.
 
-    The conditional of a tick is the one of so many branches that stands in no other. A scope would
-    name it more plainly, but programs from a compilation cache may carry the names of older code.
+    The conditional of a tick is the one of so many branches that stands in no other, and that of S
+    the one of two. A scope would name them more plainly, but programs from a compilation cache may
+    carry the names of older code.
     """
     runs = executions(grads, device)
+    heads = 0 if grads.table.heads is None else grads.microbatches
 
     def choose(path: str, n: int) -> hlo.Choice:
-        if n == BRANCHES and "cond" not in path.split("/")[:-1]:
-            return runs
+        if "cond" not in path.split("/")[:-1]:
+            if n == BRANCHES:
+                return runs
+            if heads and n == 2:
+                return [grads.table.ticks - heads, heads]
         return hlo.choice(hlo.USUAL, path, n)
 
     return choose
@@ -99,26 +104,28 @@ def operations(grads: scheduled, parts: Staged, device: int) -> Sent:
     each = [parts.layers.passes, *[merged(parts.shared.sent, parts.layers.once)] * place.v]
     if place.devices[0] == device:
         each.append(parts.start.sent)
-    if place.devices[-1] == device:
+    if place.devices[-1] == device or grads.table.heads is not None:
         each += [parts.finish.sent, parts.again.sent]
     return {key: m * wire for key, wire in merged(*each).items()}
 
 
 def between(p: TrainStep, grads: scheduled, message: int) -> Sent:
     """Bytes of a device over pp beside its operations: two permutes a tick, layers on their way to
-    their chunks and gradients on their way back, and the reduction of the gradients of what is no
-    layer."""
+    their chunks and gradients on their way back, the reduction of the gradients of what is no
+    layer, and what S broadcasts, as a sum."""
     e, place = p.experiment, grads.order.placement
     ledger = Ledger(e.degrees)
     if place.p == 1:
         return {}
     ledger.put(PERMUTE, ("pp",), 2 * grads.table.ticks * message)
+    if grads.table.heads is not None:
+        ledger.add(REDUCE, ("pp",), message, grads.microbatches)
     travels = sum(any(i != j for i, (_, j) in enumerate(r)) for r in rounds(place)) / place.v
     for leaf, spec in _used(p):
         shard = 4 * prod(leaf.shape) / prod(e.degrees[a] for a in axes_of(spec))
         if "pp" not in axes_of(spec):
             ledger.add(REDUCE, ("pp",), shard)
-        elif place.v > 1:
+        elif place.v > 1 and spec[0] == "pp":
             ledger.put(PERMUTE, ("pp",), 2 * travels * shard)
     for leaf, spec in zip(
         jax.tree.leaves(p.specs.aux_shapes),

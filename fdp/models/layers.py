@@ -10,6 +10,7 @@ head_dim, V vocabulary."""
 
 import functools
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import jax
@@ -380,28 +381,30 @@ class Embedding(Module):
 
 
 class Head(Module):
-    """Vocabulary-parallel projection to float32 logits: [..., D] → [..., V/tp]."""
+    """Vocabulary-parallel projection to float32 logits: [..., D] → [..., V/tp]. The vocabulary may
+    be sharded over pp as well (`ModelShape.vocab_axes`): all stages of a pipeline then run their
+    share of the same rows."""
 
     shape: ModelShape
 
     @compact
     def __call__(self, x_D: Array) -> Array:
-        D, dtype = x_D.shape[-1], jnp.dtype(self.shape.dtype)
-        w = self.weight("w", normal(D**-0.5), (D, self.shape.vocab), (None, "tp"), decay=False)
+        s, D, dtype = self.shape, x_D.shape[-1], jnp.dtype(self.shape.dtype)
+        axes = (None, s.vocab_axes)
+        w = self.weight("w", normal(D**-0.5), (D, s.vocab), axes, decay=False)
         w = w.astype(dtype)
         return jnp.matmul(x_D.astype(dtype), w, preferred_element_type=jnp.float32)
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
-        """The rows, their logits and the gradient of the logits are saved. Without sequence
-        parallelism the rows are marked as varying over tp here, after the objective has selected
-        them."""
+        """The rows, their logits and the gradient of the logits are saved. The rows are marked as
+        varying over pp and, without sequence parallelism, over tp here, after the objective has
+        selected them."""
         s, row = self.shape, self.shape.width * self.shape.itemsize
-        ledger = Ledger(degrees)
-        if not s.sequence_parallel:
-            ledger.add(REDUCE, ("tp",), rows.head * row)
+        axes = [a for a in s.vocab_axes if a != "tp" or not s.sequence_parallel]
+        ledger = Ledger(degrees).add(REDUCE, axes, rows.head * row)
         weights = s.width * s.vocab
         forward = Work(2 * rows.head * degrees["cp"] * weights)
-        saved = rows.head * (row + 2 * 4 * s.vocab // degrees["tp"])
+        saved = rows.head * (row + 2 * 4 * s.vocab // prod(degrees[a] for a in s.vocab_axes))
         return Counts(weights, forward, forward.backward(ledger.sent), saved=saved)
 
 

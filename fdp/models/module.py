@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from fdp.collectives import size
 
 Array = jax.Array
-Axes = tuple[str | None, ...]
+Axes = tuple[Any, ...]  # of every dim: a mesh axis, several or None
 
 compact, broadcast = nn.compact, nn.broadcast
 initializers, silu = nn.initializers, nn.silu

@@ -18,10 +18,10 @@ class ModelShape:
 
     `joint_norm`: norms of queries and keys are over all heads together. `dtype`: of compute
     (parameters and logits are float32). `remat`: none | dots | full, what the backward pass
-    recomputes. `sequence_parallel`: between blocks the sequence is sharded over tp. `gated`: the
-    FFN has a gate. `experts` = 0 is dense. The first `first_dense` layers have no experts; of the
-    others every `moe_every`-th has them. `shared_gate`: a sigmoid of the token weighs the shared
-    experts.
+    recomputes. `sequence_parallel`: between blocks the sequence is sharded over tp. `vocab_axes`:
+    mesh axes over which the output head shards the vocabulary. `gated`: the FFN has a gate.
+    `experts` = 0 is dense. The first `first_dense` layers have no experts; of the others every
+    `moe_every`-th has them. `shared_gate`: a sigmoid of the token weighs the shared experts.
 
     Multi-head latent attention (DeepSeek) is given by its two ranks and the rotary part of a head.
     `head_dim` is then that of queries and keys, and `value_dim` that of values (0: the same).
@@ -48,6 +48,7 @@ class ModelShape:
     dtype: str = "float32"
     remat: str = "none"
     sequence_parallel: bool = False
+    vocab_axes: tuple[str, ...] = ("tp",)
     gated: bool = True
     experts: int = 0
     topk: int = 0

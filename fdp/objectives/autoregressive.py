@@ -40,4 +40,5 @@ class Autoregressive(TokenObjective):
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """-log p(target) in nats, times the weight: [R..., V/tp] → f32 [R...]."""
-        return rows["weights"] * cross_entropy(suppress(logits_RxV, self.n_ids), rows["targets"])
+        logits_RxV = suppress(logits_RxV, self.n_ids, self.axes)
+        return rows["weights"] * cross_entropy(logits_RxV, rows["targets"], self.axes)

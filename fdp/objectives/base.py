@@ -4,6 +4,7 @@ Shapes: B sequences, L positions, S model input length (L, or 2L for block diffu
 vocabulary (tp: V/tp columns), R rows (any leading shape), N strata (noise levels of one batch)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, TypedDict
 
@@ -14,6 +15,7 @@ import numpy as np
 from fdp.count.counts import REDUCE, Counts, Degrees, Ledger, Work
 from fdp.count.counts import Rows as CountedRows
 from fdp.parallel.masks import Mask
+from fdp.parallel.tensor import TP
 
 # Per-position fields of a batch: "targets" int32 and "weights" f32 always, the rest is the
 # objective's own business.
@@ -74,9 +76,11 @@ class Objective:
         return noised
 
 
+@dataclass(frozen=True)
 class TokenObjective(Objective):
     """A loss on token ids 0..n_ids-1; id n_ids is the mask token. Every token counts 1, or its
-    weight where the data have weights."""
+    weight where the data have weights. `axes`: mesh axes over which logits are sharded, those of
+    the model's shape (`ModelShape.vocab_axes`)."""
 
     dims: ClassVar[Any] = {
         "inputs": ("batch", "sequence"),
@@ -85,6 +89,7 @@ class TokenObjective(Objective):
         "segments": ("batch", "sequence"),
     }
     n_ids: int
+    axes: tuple[str, ...] = field(default=TP, kw_only=True)
 
     def mask(self, length: int) -> Mask:
         """The attention mask of a model whose data are `length` tokens long."""
@@ -102,7 +107,7 @@ class TokenObjective(Objective):
     def counts(self, rows: CountedRows, degrees: Degrees) -> Counts:
         """Counts of the vocabulary-parallel loss in float32: the maximum of a row's logits, then
         the sum of their exponentials and the logit of the target."""
-        ledger = Ledger(degrees).add(REDUCE, ("tp",), (4 + 8) * rows.head)
+        ledger = Ledger(degrees).add(REDUCE, self.axes, (4 + 8) * rows.head)
         return Counts(forward=Work(sent=ledger.sent))
 
     def rows(

@@ -103,7 +103,8 @@ class BlockDiffusion(TokenObjective):
     @property
     def within(self) -> MDLM:
         """The objective inside one block."""
-        return MDLM(self.n_ids, self.form, self.schedule, self.antithetic, self.sparse_rows)
+        given = (self.form, self.schedule, self.antithetic, self.sparse_rows)
+        return MDLM(self.n_ids, *given, axes=self.axes)
 
     def mask(self, length: int) -> Mask:
         """The attention mask of [z ‖ x]."""

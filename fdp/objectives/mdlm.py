@@ -99,7 +99,8 @@ class MDLM(TokenObjective):
 
     def loss(self, logits_RxV: jax.Array, rows: Rows) -> jax.Array:
         """w · -log p(target) in nats over the ids 0..n_ids-1: [R..., V/tp] → f32 [R...]."""
-        return rows["weights"] * cross_entropy(suppress(logits_RxV, self.n_ids), rows["targets"])
+        logits_RxV = suppress(logits_RxV, self.n_ids, self.axes)
+        return rows["weights"] * cross_entropy(logits_RxV, rows["targets"], self.axes)
 
     def capacity(self, batch: int, length: int, shards: int, seq_shards: int = 1) -> int | None:
         """The most rows of weight > 0 that a device can ever hold: `masked_capacity` where counts

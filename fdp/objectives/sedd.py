@@ -38,11 +38,10 @@ class SEDDAbsorbing(MDLM):
         """w·[Σ_y s_y/κ - log s_x/κ - 1] in nats, κ = 1/(e^σ - 1) cancelling: [R..., V/tp] → f32
         [R...].
         """
-        logits_RxV = suppress(logits_RxV, self.n_ids)
-        mass = jnp.exp(vocab_logsumexp(logits_RxV) - log(self.n_ids))
-        return rows["weights"] * (
-            mass - vocab_gather(logits_RxV, rows["targets"]) + log(self.n_ids) - 1
-        )
+        logits_RxV = suppress(logits_RxV, self.n_ids, self.axes)
+        mass = jnp.exp(vocab_logsumexp(logits_RxV, self.axes) - log(self.n_ids))
+        at_target = vocab_gather(logits_RxV, rows["targets"], self.axes)
+        return rows["weights"] * (mass - at_target + log(self.n_ids) - 1)
 
 
 def _uniform(key: jax.Array, n: int) -> jax.Array:
@@ -100,7 +99,7 @@ class SEDDUniform(TokenObjective):
         It is never negative, and 0 exactly at s = r. The column of the noisy id is not read."""
         n, ratio = self.n_ids, rows["ratio"]
         logits_RxV = logits_RxV.astype(jnp.float32)
-        ids = vocab_offset(logits_RxV.shape[-1]) + jnp.arange(logits_RxV.shape[-1])
+        ids = vocab_offset(logits_RxV.shape[-1], self.axes) + jnp.arange(logits_RxV.shape[-1])
         other = (ids < n) & (ids != rows["noisy"][..., None])
         sums = jnp.stack(
             [
@@ -108,10 +107,10 @@ class SEDDUniform(TokenObjective):
                 jnp.where(other, logits_RxV, 0),
             ]
         )
-        score_sum, log_sum = psum(sums.sum(-1), "tp")
+        score_sum, log_sum = psum(sums.sum(-1), self.axes)
         kept = rows["noisy"] == rows["targets"]
         # Kept: every r is 1/ratio. Moved: r is `ratio` for the clean id and 1 for the n-2 others.
-        at_target = vocab_gather(logits_RxV, rows["targets"])
+        at_target = vocab_gather(logits_RxV, rows["targets"], self.axes)
         cross = jnp.where(kept, log_sum / ratio, log_sum + (ratio - 1) * at_target)
         constant = jnp.where(
             kept, -(n - 1) / ratio * (jnp.log(ratio) + 1), ratio * (jnp.log(ratio) - 1) - (n - 2)

@@ -4,8 +4,9 @@ Legend: B sequences or images, L positions, H rows, W columns, C channels.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from fdp.collectives import shard_map
 from fdp.experiment import Experiment
 from fdp.mesh import AXES, BATCH_AXES
 from fdp.models import module
+from fdp.models.module import spec_leaf
 from fdp.objectives import DDPM, Autoregressive, BlockDiffusion, Flow, ImageObjective, SEDDUniform
 from fdp.sampling.autoregressive import sample
 from fdp.sampling.image import SAMPLERS, ImageDraw, clipped, guided, karras, straight, strided
@@ -64,27 +66,63 @@ def draw_images(
     """One image f32 [B, H, W, C] of each of the `labels` (the number of classes stands for none),
     of the experiment's seed, equal on every mesh up to rounding. `variables` as in `draw`.
     `method`: one of SAMPLERS. Estimates are kept within the ±1 of images."""
-    objective, image = e.objective, e.model.image
-    assert isinstance(objective, ImageObjective)
+    assert isinstance(e.objective, ImageObjective)
     mesh = generation_mesh(mesh)
     variables = jax.device_put(variables, sharding.shardings(mesh, specs))
-    sigmas = noise_levels(objective, steps)
     count, ways = len(labels), mesh.shape["dp"]
     labels_B = np.resize(np.asarray(labels, np.int32), -(-count // ways) * ways)
+    key, ids_B = jax.random.key(e.fit.seed), np.arange(len(labels_B))
+    job = _ImageJob(e.model, e.objective, mesh, _Specs.of(specs), steps, guidance, method)
+    return np.asarray(_images(job, variables, key, ids_B, labels_B))[:count]
 
-    def sampled(variables: Any, sample_ids_B: jax.Array, labels_B: jax.Array) -> jax.Array:
-        def predict(noised: Any) -> jax.Array:
-            return module.run(e.model, variables, noised)[0]
 
-        shape = (image.size, image.size, image.channels)
-        asked = ImageDraw(jax.random.key(e.fit.seed), sample_ids_B, shape)
-        denoiser = partial(objective.denoiser, predict)
-        denoise = guided(denoiser, labels_B, objective.classes, guidance)
-        return SAMPLERS[method](clipped(denoise, 1.0), asked, sigmas)[0]
+@dataclass(frozen=True)
+class _Specs:
+    """A tree of PartitionSpecs that can be compared."""
+
+    leaves: tuple[PartitionSpec, ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, specs: Any) -> "_Specs":
+        leaves, structure = jax.tree.flatten(specs, is_leaf=spec_leaf)
+        return cls(tuple(leaves), structure)
+
+    @property
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.structure, self.leaves)
+
+
+class _ImageJob(NamedTuple):
+    """What a compiled sampler of images depends on: hooks draw again and again."""
+
+    model: module.Module
+    objective: ImageObjective
+    mesh: Mesh
+    specs: _Specs
+    steps: int
+    guidance: float
+    method: str
+
+
+@partial(jax.jit, static_argnums=0)
+def _images(job: _ImageJob, variables: Any, key: Any, ids_B: Any, labels_B: Any) -> jax.Array:
+    model: Any = job.model
+    objective, image = job.objective, model.image
+    sigmas = noise_levels(objective, job.steps)
+
+    def predict(variables: Any, noised: Any) -> jax.Array:
+        return module.run(model, variables, noised)[0]
+
+    def sampled(variables: Any, key: jax.Array, ids_B: jax.Array, labels_B: jax.Array) -> jax.Array:
+        asked = ImageDraw(key, ids_B, (image.size, image.size, image.channels))
+        denoiser = partial(objective.denoiser, partial(predict, variables))
+        denoise = guided(denoiser, labels_B, objective.classes, job.guidance)
+        return SAMPLERS[job.method](clipped(denoise, 1.0), asked, sigmas)[0]
 
     rows = P(BATCH_AXES)
-    sampler = jax.jit(shard_map(sampled, mesh, (specs, rows, rows), rows))
-    return np.asarray(sampler(variables, jnp.arange(len(labels_B)), labels_B))[:count]
+    given = job.specs.tree, P(), rows, rows
+    return shard_map(sampled, job.mesh, given, rows)(variables, key, ids_B, labels_B)
 
 
 def noise_levels(objective: ImageObjective, steps: int) -> np.ndarray:

@@ -3,7 +3,8 @@
 Every device of pp looks up its operation of the tick and runs one branch of a conditional. Both
 permutes over pp stand outside it, and so do the updates of slots and gradients; inside are only
 collectives over axes whose devices run the same branch. Gradients are reduced over the data axes
-once, after the last tick.
+once, after the last tick. S, which all devices of pp run at once, stands in a conditional of its
+own (`fdp.parallel.pipeline.head`).
 
 Legend: p devices of pp, m microbatches, x hidden states of a microbatch."""
 
@@ -19,6 +20,7 @@ import numpy as np
 from fdp.collectives import index, shift, size, vary
 from fdp.grads import LOSS_AXES, Aux, Stages
 from fdp.parallel.pipeline.chunks import place, unplace
+from fdp.parallel.pipeline.head import SharedHead
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.split import Halves, halves
 from fdp.parallel.pipeline.table import (
@@ -43,8 +45,9 @@ Array = jax.Array
 @dataclass(frozen=True)
 class scheduled:
     """Gradients by a pipeline schedule: equal to those of `fdp.grads.plain` with as many
-    microbatches. order: operations F, B, W and BW of one step. Where samples cost unlike, a
-    microbatch has those of one class, and the microbatches of a class follow each other."""
+    microbatches. order: operations F, B, W and BW of one step, and S where the model's head is
+    sharded over pp. Where samples cost unlike, a microbatch has those of one class, and the
+    microbatches of a class follow each other."""
 
     order: Order
 
@@ -71,7 +74,8 @@ class scheduled:
                 f"an order of {placement.p} stages on mesh.pp={size('pp')}: both must be equal; "
                 f"set mesh.pp={placement.p}"
             )
-        stacked = jax.tree.map(_over_pp, params)
+        stacked = _but(jax.tree.map(_over_pp, params), stages.vocabulary)
+        head = self._head(stages, params, noised)
 
         def mine(params: Any) -> Any:
             # Typed varying, parameters need no reduction inside a branch; its transpose is the one
@@ -87,8 +91,22 @@ class scheduled:
             Operations(self.chunks, stages, here, stacked, vary(_cut(part, rows), LOSS_AXES))
             for part in stages.parts(noised)
         ]
-        loss, grads, aux, of_layers = _Program(self.table, classes)()
+        loss, grads, aux, of_layers = _Program(self.table, classes, head)()
         return loss, reduce(grads)[0], aux | unplace(of_layers, placement)
+
+    def _head(self, stages: Stages, params: Any, noised: Any) -> SharedHead | None:
+        """S, where the order has it. Raises ValueError unless order and model agree."""
+        shared = self.table.heads is not None
+        if shared is not bool(stages.vocabulary):
+            raise ValueError(
+                f"the order has {'' if shared else 'no '}operations S, and the output head is "
+                f"{'' if stages.vocabulary else 'not '}sharded over pp: set pipeline.vocabulary, "
+                "or give both `with_head(order)` and a shape with vocab_axes=('pp', 'tp')"
+            )
+        if not shared:
+            return None
+        batches = _cut(noised, jax.tree.leaves(noised)[0].shape[0] // self.microbatches)
+        return SharedHead(stages, params, batches, self.order.placement.devices[-1])
 
 
 def _cut(part: Any, rows: int) -> Any:
@@ -104,6 +122,14 @@ def _cut(part: Any, rows: int) -> Any:
 
 def _over_pp(x: Array) -> bool:
     return "pp" in jax.typeof(x).mat.varying
+
+
+def _but(tree: Any, names: Sequence[str]) -> Any:
+    """False for all below these keys of the tree."""
+    if not names:
+        return tree
+    none = {key: jax.tree.map(lambda _: False, tree[key]) for key in names}
+    return tree | none
 
 
 class Operations:
@@ -228,8 +254,10 @@ class _Program:
     class. Messages of all classes lie in one buffer, as long as the longest; residuals and stashes
     in one for each class, with slots for all microbatches."""
 
-    def __init__(self, table: TickTable, classes: Sequence[Operations]):
-        self.table, self.classes, first = table, classes, classes[0]
+    def __init__(
+        self, table: TickTable, classes: Sequence[Operations], head: SharedHead | None = None
+    ):
+        self.table, self.classes, self.head, first = table, classes, head, classes[0]
         self.params, self.stacked, self.chunks = first.params, first.stacked, first.chunks
         counts = [jax.tree.leaves(ops.batches)[0].shape[0] for ops in classes]
         self.class_of = np.repeat(np.arange(len(classes)), counts)
@@ -257,7 +285,8 @@ class _Program:
             jax.tree.map(lambda x: jnp.concatenate([x] * v), none["layers"]),
         )
         rows = jnp.asarray(self.table.rows, jnp.int32)[:, index("pp")]
-        (*_, loss, aux, grads, layers), _ = jax.lax.scan(self._tick, start, rows)
+        heads = None if self.head is None else jnp.asarray(self.table.heads, jnp.int32)
+        (*_, loss, aux, grads, layers), _ = jax.lax.scan(self._tick, start, (rows, heads))
         return loss, grads, aux, layers
 
     def _branches(
@@ -294,13 +323,14 @@ class _Program:
             F: forward(False),
             B: backward(False, False),
             FIRST_B: backward(True, False),
-            LAST_B: backward(False, True),
+            LAST_B: backward(False, self.head is None),
             W: lambda: padded(ops.weights(c, _take(stashed[n], at["stash"]))),
         }
         return [found[i] for i in range(BRANCHES)]
 
-    def _tick(self, carry: Any, row: Array) -> tuple[Any, None]:
+    def _tick(self, carry: Any, of_tick: Any) -> tuple[Any, None]:
         box, kept, stashed, loss, aux, grads, layers = carry
+        row, head = of_tick
         at, slots = dict(zip(FIELDS, row, strict=True)), self.table.slots
         mine = jnp.asarray(self.class_of)[at["microbatch"]]
         at["place"] = jnp.asarray(self.place)[at["microbatch"]]
@@ -310,6 +340,9 @@ class _Program:
         message, zero = out["message"], self.message
         plus = shift(jnp.where(at["send"] == NEXT, message, zero), "pp", 1)
         minus = shift(jnp.where(at["send"] == PREVIOUS, message, zero), "pp", -1)
+        if self.head is not None:
+            y = _take(box, at["input"])
+            message, (loss, aux, grads) = self.head.run(head, y, message, (loss, aux, grads))
         for name, x in (("plus", plus), ("minus", minus), ("own", message)):
             box = _put(box, at[name], x)
 

@@ -348,19 +348,21 @@ def _body(
 # A function
 # -------------------------------------------------------------------------------------------------
 
-KEPT, CONSTANT = -1, -2  # sources of residuals that are no parameters
+KEPT, CONSTANT, DERIVED = -1, -2, -3  # sources of residuals that are no parameters
 
 
 @dataclass(frozen=True)
 class Halves:
     """Forward, B and W of `f(params, x) → (y, aux)`; made by `halves`.
 
-    Residuals are what the forward pass leaves to B. Those that are parameters, or the same for all
-    data, are not kept. source: of each residual, the place of the parameter, KEPT or CONSTANT.
-    constants: B of the forward pass that finds the constant ones."""
+    Residuals are what the forward pass leaves to B. Those that are parameters, that follow from
+    them alone at little cost, such as slices and casts, or that are the same for all data, are not
+    kept. source: of each residual, the place of the parameter, KEPT, CONSTANT or DERIVED.
+    constants, derived: B of the forward pass that finds those, of the leaves of the parameters."""
 
     cut: Cut
     constants: Callable[[], list[Any]]
+    derived: Callable[[Sequence[Any]], list[Any]]
     params: Any  # tree of the parameters
     x: Any  # tree of the inputs
     source: tuple[int, ...]
@@ -396,9 +398,13 @@ class Halves:
 
     def _whole(self, params: Any, kept: Sequence[Any]) -> list[Any]:
         """All residuals, and what else is in `kept`."""
-        weights, given, fixed = jax.tree.leaves(params), iter(kept), iter(self.constants())
-        found = {KEPT: lambda: next(given), CONSTANT: lambda: next(fixed)}
-        whole = [weights[i] if i >= 0 else found[i]() for i in self.source]
+        weights, given = jax.tree.leaves(params), iter(kept)
+        found = {
+            KEPT: given,
+            CONSTANT: iter(self.constants()),
+            DERIVED: iter(self.derived(weights)),
+        }
+        whole = [weights[i] if i >= 0 else next(found[i]) for i in self.source]
         return [*whole, *given]
 
 
@@ -410,22 +416,62 @@ def halves(f: Function, params: Any, x: Any, data: str = "") -> Halves:
     y, pull, _ = jax.vjp(f, params, x, has_aux=True)
     weights = {id(w): i for i, w in enumerate(jax.tree.leaves(params))}
     leaves = jax.tree.leaves(pull)
-    source = tuple(
-        weights.get(id(r), CONSTANT if data and data not in jax.typeof(r).mat.varying else KEPT)
-        for r in leaves
-    )
+    many = len(jax.tree.leaves(x))
+    again = jax.make_jaxpr(
+        lambda params, x: jax.tree.leaves(jax.vjp(f, params, x, has_aux=True)[1])
+    )(params, x)
+    moved = _moved(again.jaxpr, [False] * len(weights) + [True] * many)
 
-    def constants(params: Any, x: Any) -> list[Any]:
-        found = jax.tree.leaves(jax.vjp(f, params, x, has_aux=True)[1])
-        return [r for r, i in zip(found, source, strict=True) if i == CONSTANT]
+    def source_of(r: Any, moves: bool) -> int:
+        fixed = data and data not in jax.typeof(r).mat.varying
+        return weights.get(id(r), CONSTANT if fixed else KEPT if moves else DERIVED)
 
-    fixed = cut(jax.make_jaxpr(constants)(params, x), [True] * source.count(CONSTANT))
+    source = tuple(map(source_of, leaves, moved))
+    fixed, follows = (_only(again, [i == kind for i in source]) for kind in (CONSTANT, DERIVED))
     if any(fixed.needs):
         raise ValueError("a residual is typed the same for all data, and depends on them")
     nothing = [None] * len(fixed.needs)
     closed = jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y)
-    many = len(jax.tree.leaves(x))
-    free = [i >= 0 for i in source]
-    parts = cut(closed, [False] * len(weights) + [True] * many, free)
-    trees = jax.tree.structure(params), jax.tree.structure(x)
-    return Halves(parts, lambda: fixed.first(nothing)[0], *trees, source)
+    parts = cut(closed, [False] * len(weights) + [True] * many, [i != KEPT for i in source])
+    return Halves(
+        parts,
+        lambda: fixed.first(nothing)[0],
+        lambda given: follows.first([*given, *[None] * many])[0],
+        jax.tree.structure(params),
+        jax.tree.structure(x),
+        source,
+    )
+
+
+def _only(closed: Any, mask: Sequence[bool]) -> Cut:
+    """What some outputs of a closed jaxpr need, as B; W computes nothing."""
+    outs = _choose(closed.jaxpr.outvars, mask)
+    part = core.ClosedJaxpr(closed.jaxpr.replace(outvars=outs), closed.consts)
+    return cut(part, [True] * len(outs))
+
+
+def _moved(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs of a jaxpr depend on the inputs of this mask, on constants, or on anything that
+    costs more to compute than to keep."""
+    moves = {*jaxpr.constvars, *_choose(jaxpr.invars, inputs)}
+    for eqn in jaxpr.eqns:
+        given = [_variable(v) and v in moves for v in eqn.invars]
+        outs = _moved_by(eqn, given)
+        moves |= {v for v, m in zip(eqn.outvars, outs, strict=True) if m}
+    return [_variable(v) and v in moves for v in jaxpr.outvars]
+
+
+def _moved_by(eqn: Any, given: Sequence[bool]) -> Sequence[bool]:
+    """As `_moved`, of an equation."""
+    if eqn.primitive.name in CALLS and "jaxpr" in eqn.params:
+        return _moved(_closed(eqn.params["jaxpr"]).jaxpr, given)
+    if eqn.primitive.name != "scan":
+        return [any(given) or _heavy(eqn)] * len(eqn.outvars)
+    c, n = _scan_sizes(eqn.params)
+    mask = list(given)
+    while True:
+        outs = _moved(eqn.params["jaxpr"].jaxpr, mask)
+        more = [a or b for a, b in zip(mask[c : c + n], outs[:n], strict=True)]
+        if more == mask[c : c + n]:
+            return outs
+        mask[c : c + n] = more

@@ -2,7 +2,8 @@
 messages, residuals and stashes lie.
 
 A tick lasts as long as its longest operation. What a device sends in a tick is read in a later one.
-Slots are intervals of ticks, coloured greedily: as few as ever live at once.
+Slots are intervals of ticks, coloured greedily: as few as ever live at once. S of a microbatch
+takes a tick of all devices.
 
 Legend: p devices, T ticks, u virtual stages."""
 
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fdp.parallel.pipeline.check import check
-from fdp.parallel.pipeline.orders import Order
+from fdp.parallel.pipeline.orders import Op, Order
 from fdp.parallel.pipeline.placement import Placement
 
 BRANCHES = 7  # of a tick
@@ -38,8 +39,8 @@ SLOTTED = {  # fields that hold a slot, and of what
     "residual": "residuals",
     "stash": "stashes",
 }
-EXECUTED = ("F", "B", "W", "BW")
-STEPPED = (*EXECUTED, "U")
+EXECUTED = ("F", "B", "W", "BW", "S")
+STEPPED = ("F", "B", "W", "BW", "U")
 Task = tuple[str, int, int]  # kind, virtual stage, microbatch; of U its step
 NEXT, PREVIOUS, OWN = 1, 2, 3  # where the result goes: the device after, before, or this one
 
@@ -55,11 +56,13 @@ class Slots(NamedTuple):
 @dataclass(frozen=True)
 class TickTable:
     """rows int16 [T, p, len(FIELDS)]; a slot that is not used is the last one, whose content is
-    never read. stages: virtual ones."""
+    never read. stages: virtual ones. heads int16 [T]: the microbatch whose S runs in a tick, −1 for
+    none; None where the order has no S."""
 
     rows: np.ndarray
     slots: Slots
     stages: int
+    heads: np.ndarray | None = None
 
     @property
     def ticks(self) -> int:
@@ -68,31 +71,41 @@ class TickTable:
 
 
 def table(order: Order) -> TickTable:
-    """The table of an order of F, B and W, or BW for B and then W.
+    """The table of an order of F, B and W, or BW for B and then W, with or without S.
 
     Raises ValueError as `ticks`, and for virtual stages that follow each other on devices that are
     no neighbours."""
     place, done = order.placement, ticks(order)
-    layout = _Layout(place, 1 + max(done.values()))
+    shared = has_head(order)
+    layout = _Layout(place, 1 + max(done.values()), shared)
     for (kind, u, k), t in done.items():
         i = place.devices[u]
-        layout.put(t, i, "kind", _branch(kind, u, len(place.devices)))
-        layout.put(t, i, "microbatch", k)
-        layout.put(t, i, "chunk", place.chunks[u])
-        if kind != "W":
+        if kind == "S":
+            layout.heads[t] = k
+        else:
+            layout.put(t, i, "kind", _branch(kind, u, len(place.devices), shared))
+            layout.put(t, i, "microbatch", k)
+            layout.put(t, i, "chunk", place.chunks[u])
+        if kind in ("F", "B"):
             name, until = ("residual", "B") if kind == "F" else ("stash", "W")
             layout.keep(i, name, t, done[until, u, k])
-        reader = _reader(kind, u, k, len(place.devices))
+        reader = _reader(kind, u, k, len(place.devices), shared)
         if reader is not None:
             layout.send(u, reader[1], t, done[reader])
     return layout.table()
 
 
+def has_head(order: Order) -> bool:
+    """Whether all devices share the output head, in operations S."""
+    return any(op.kind == "S" for ops in order.ops for op in ops)
+
+
 class _Layout:
     """Rows and slots of a table while they are filled in."""
 
-    def __init__(self, place: Placement, ticks: int) -> None:
-        self.place = place
+    def __init__(self, place: Placement, ticks: int, shared: bool) -> None:
+        self.place, self.shared = place, shared
+        self.heads = np.full(ticks, -1, np.int16)
         self.rows = np.zeros((ticks, place.p, len(FIELDS)), np.int16)
         self.rows[:, :, [FIELDS.index(name) for name in SLOTTED]] = -1
         kinds = dict.fromkeys(SLOTTED.values())
@@ -126,7 +139,8 @@ class _Layout:
         for name, kind in SLOTTED.items():
             values = self.rows[:, :, FIELDS.index(name)]
             values[values < 0] = counts[kind]
-        return TickTable(self.rows, Slots(**counts), len(self.place.devices))
+        heads = self.heads if self.shared else None
+        return TickTable(self.rows, Slots(**counts), len(self.place.devices), heads)
 
 
 @dataclass
@@ -149,33 +163,40 @@ class _Colours:
         return len(self.free_at)
 
 
-def _branch(kind: str, u: int, stages: int) -> int:
+def _branch(kind: str, u: int, stages: int, shared: bool) -> int:
+    """shared: S computes the loss, not the last stage's B."""
     if kind == "F":
         return F if u else FIRST_F
     if kind == "B":
-        return FIRST_B if u == 0 else LAST_B if u == stages - 1 else B
+        return FIRST_B if u == 0 else LAST_B if u == stages - 1 and not shared else B
     return W
 
 
-def _reader(kind: str, u: int, k: int, stages: int) -> Task | None:
-    """The operation that reads the result of one. The last stage keeps its own output."""
+def _reader(kind: str, u: int, k: int, stages: int, shared: bool) -> Task | None:
+    """The operation that reads the result of one. The last stage keeps its own output, and the
+    gradient of it that S computes."""
     if kind == "F":
-        return ("F", u + 1, k) if u + 1 < stages else ("B", u, k)
+        return ("F", u + 1, k) if u + 1 < stages else ("S" if shared else "B", u, k)
+    if kind == "S":
+        return "B", u, k
     return ("B", u - 1, k) if kind == "B" and u else None
 
 
-def _inputs(kind: str, u: int, k: int, stages: int) -> list[Task]:
+def _inputs(kind: str, u: int, k: int, stages: int, shared: bool) -> list[Task]:
     if kind == "F":
         return [("F", u - 1, k)] if u else []
     if kind == "W":
         return [("B", u, k)]
-    return [("F", u, k), *([("B", u + 1, k)] if u + 1 < stages else [])]
+    if u + 1 < stages:
+        return [("F", u, k), ("B", u + 1, k)]
+    return [("S", u, k)] if shared and kind == "B" else [("F", u, k)]
 
 
 def ticks(order: Order, kinds: Sequence[str] = EXECUTED, barrier: bool = False) -> dict[Task, int]:
     """The tick of every operation, the first ones first: each device does its own in order, BW as B
-    and then W, each as soon as its inputs are there. barrier: a U waits for the last W of its step
-    on every stage.
+    and then W, each as soon as its inputs are there. S of a microbatch is one task, of the last
+    virtual stage, as soon as it is next on every device. barrier: a U waits for the last W of its
+    step on every stage.
 
     Raises ValueError, naming the operation, for an order that does not run and for operations that
     are none of `kinds`, those that the executor has."""
@@ -187,8 +208,13 @@ def ticks(order: Order, kinds: Sequence[str] = EXECUTED, barrier: bool = False) 
                 raise ValueError(
                     f"stage {i}, row {row}: {op}: such executors run {', '.join(kinds)}; remove it"
                 )
+    last, shared = len(place.devices) - 1, has_head(order)
     queues = [
-        [(kind, own[op.chunk], op.microbatch) for op in ops for kind in op.kind]
+        [
+            (kind, last if kind == "S" else own[op.chunk], op.microbatch)
+            for op in ops
+            for kind in op.kind
+        ]
         for ops, own in zip(order.ops, place.stages, strict=True)
     ]
     done: dict[Task, int] = {}
@@ -198,22 +224,42 @@ def ticks(order: Order, kinds: Sequence[str] = EXECUTED, barrier: bool = False) 
         kind, _, k = task
         if kind == "U":
             steps = range(k * m, k * m + m) if barrier else ()
-            return all(("W", u, n) in done for u in range(len(place.devices)) for n in steps)
-        return all(x in done for x in _inputs(*task, len(place.devices)))
+            return all(("W", u, n) in done for u in range(last + 1) for n in steps)
+        return all(x in done for x in _inputs(*task, last + 1, shared))
 
     at, t = [0] * place.p, 0
     while any(n < len(q) for n, q in zip(at, queues, strict=True)):
+        heads = [q[n] if n < len(q) else None for n, q in zip(at, queues, strict=True)]
         now = {}
-        for i, queue in enumerate(queues):
-            if at[i] < len(queue) and ready(queue[at[i]]):
-                now[queue[at[i]]] = t
+        for i, task in enumerate(heads):
+            if task is None or (task[0] == "S" and heads.count(task) < place.p):
+                continue
+            if ready(task):
+                now[task] = t
                 at[i] += 1
-        if not now:  # without a barrier `check` has found it
-            kind, u, k = next(q[n] for n, q in zip(at, queues, strict=True) if q[n:][:1])
-            raise ValueError(
-                f"stage {place.devices[u]}: {kind}{k} of chunk {place.chunks[u]} waits for ever: "
-                "each U of a step waits for the last W of all stages; move U to its end"
-            )
+        if not now:
+            raise ValueError(_out_of_step(order, heads))
         done |= now
         t += 1
     return done
+
+
+def _out_of_step(order: Order, heads: Sequence[Task | None]) -> str:
+    """Why no device goes on: one waits for an S that another will run later, or with a barrier for
+    a W behind its own U."""
+    for i, task in enumerate(heads):
+        if task and task[0] == "U":
+            op = Op("U", task[2], order.placement.chunks[task[1]])
+            return (
+                f"stage {i}, row {order.ops[i].index(op)}: {op} waits for the last W of its step "
+                "on all stages, one of which waits for it: move every U to the end of its step"
+            )
+    i, waits = next((i, x) for i, x in enumerate(heads) if x and x[0] == "S")
+    j = next(j for j, x in enumerate(heads) if x != waits)
+    op = Op("S", waits[2])
+    rows = [order.ops[n].index(op) for n in (i, j)]
+    return (
+        f"stage {i}, row {rows[0]}: {op} runs on all stages in one tick, but stage {j} has it in "
+        f"row {rows[1]}, behind what waits for stage {i}: give S the same sequence on every stage, "
+        "as `with_head` does"
+    )

@@ -29,23 +29,21 @@ def configured(pp: int, dp: int, micro: int):
     return c
 
 
-def gradients(pp: int, dp: int, micro: int):
+def program(pp: int, dp: int, micro: int) -> TrainStep:
     e = standard(configured(pp, dp, micro))
-    program = TrainStep(e, make_mesh(e.degrees, jax.devices()[: pp * dp]))
-    rng = np.random.default_rng(0)
-    images = rng.uniform(-1, 1, (16, 8, 8, 3)).astype(np.float32)
-    batch = {"images": images, "labels": np.arange(16, dtype=np.int32) % 10}
-    noised = jax.jit(program.corrupt)(
-        jax.device_put(batch, program.batch_shardings()), jax.random.key(0)
-    )
-    variables = jax.tree.map(lambda x: x + 0.05, program.init(0).variables)  # DiT starts at 0
-    return jax.device_get(jax.jit(program.grads)(variables, noised))
+    return TrainStep(e, make_mesh(e.degrees, jax.devices()[: pp * dp]))
 
 
 def test_classes_of_unlike_cost_share_a_schedule():
-    e = standard(configured(2, 2, 4))
-    assert len({op.microbatch for op in e.grads.order.ops[0]}) == 4
-    loss, grads = against_one_device(gradients(2, 2, 4)[:2], gradients(1, 1, 1)[:2])
+    one, piped = program(1, 1, 1), program(2, 2, 4)
+    assert len({op.microbatch for op in piped.experiment.grads.order.ops[0]}) == 4
+    images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 3)).astype(np.float32)
+    batch = {"images": images, "labels": np.arange(16, dtype=np.int32) % 10}
+    noised = jax.device_get(jax.jit(one.corrupt)(batch, jax.random.key(0)))
+    started = jax.device_get(one.init(0).variables)
+    variables = jax.tree.map(lambda x: x + 0.05, started)  # a DiT starts at 0
+    got, want = (jax.device_get(jax.jit(p.grads)(variables, noised)) for p in (piped, one))
+    loss, grads = against_one_device(got[:2], want[:2])
     assert loss < 1e-6 and grads < 1e-5
 
 
