@@ -278,8 +278,8 @@ def _scan_sizes(params: Any) -> tuple[int, int]:
     """Numbers of constants and carries of a scan."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].tree.children()  # jax ≥ 0.12
-    return consts.num_leaves, carry.num_leaves
+    consts, carry, _ = params["ft_in"].unpack()  # jax ≥ 0.12
+    return len(consts), len(carry)
 
 
 def _scan(eqn: Any, wanted: Sequence[bool], free: Sequence[bool]) -> tuple[Piece, Piece]:
