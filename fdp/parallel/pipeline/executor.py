@@ -342,8 +342,9 @@ class _Program:
 
         def backward(ops: Operations, first: bool = False, last: bool = False) -> Callable[[], Any]:
             def run() -> dict[str, Any]:
-                n, x = self.every.index(ops), given(ops.reads == "B")
+                n = self.every.index(ops)
                 residuals = _take(kept[n], at["residual"])
+                x = given(ops.reads == "B")
                 return padded(ops, ops.backward(k, c, x, residuals, first, last))
 
             return run
