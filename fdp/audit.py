@@ -83,13 +83,13 @@ def small(c: ml_collections.ConfigDict, degrees: Mapping[str, int]) -> ml_collec
     x.head_split = min(x.head_split, cp)
     kv_heads = tp * (cp if x.plan in ("ulysses", "usp") else 1)
     if c.pipeline.schedule.endswith(".csv"):  # of the whole mesh
-        c.pipeline.schedule = "zb_h1"
+        c.pipeline.schedule = "zbv" if m.kind == "uvit" else "zb_h1"
     each = degrees["pp"] * chunks_of(c) * (m.moe.every if m.moe.experts else 1)
     m.update(
         layers=max(2, each), kv_heads=kv_heads, heads=kv_heads * min(group, 2), head_dim=8, width=32
     )
     if m.kind == "uvit":
-        m.layers = 3
+        m.layers = 2 * degrees["pp"] + 1
     m.update(ffn=32 * tp, vocab=72, dtype="float32", window=min(m.window, 8), conv=min(m.conv, 4))
     x.stripe = min(x.stripe, 4)
     c.data.update(source="blank", vocab=64, tokenizer="bpe", seq_len=32 * cp)

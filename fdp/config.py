@@ -400,7 +400,8 @@ def _check_divisors(c: ml_collections.ConfigDict) -> None:
     every = m.moe.every if m.moe.experts and mesh.pp > 1 else 1
     each = mesh.pp * chunks * every
     by = "mesh.pp" + "·chunks" * (chunks > 1) + "·moe.every" * (every > 1)
-    _divides("layers", m.layers, by, each, f"set model.layers={_next_multiple(m.layers, each)}")
+    if m.kind != "uvit":  # whose halves are shared out
+        _divides("layers", m.layers, by, each, f"set model.layers={_next_multiple(m.layers, each)}")
     if mesh.pp > 1 and m.moe.experts and m.moe.first_dense:
         raise UserError(
             f"model.moe.first_dense={m.moe.first_dense} blocks before the stack lie on no stage of "

@@ -7,6 +7,7 @@ from math import lcm
 from typing import Any
 
 from fdp.keys import UserError, at_least, choice, count, flag, positive, section, within
+from fdp.parallel.pipeline import library
 
 IMAGE_MODELS = ("dit", "uvit")
 IMAGE_OBJECTIVES = ("ddpm", "edm", "flow")
@@ -106,10 +107,11 @@ def check(c: Any) -> None:
         )
     if m.kind == "uvit":
         _check_skips(m)
-    if c.mesh.pp > 1 and (m.kind == "uvit" or x.self_conditioning):
+        _check_halves(c)
+    if c.mesh.pp > 1 and x.self_conditioning:
         raise UserError(
-            f"mesh.pp={c.mesh.pp}: a pipeline runs a dit, and no sample twice; set mesh.pp=1, or "
-            "model.kind='dit' and model.image.self_conditioning=False"
+            f"mesh.pp={c.mesh.pp}: a pipeline runs no sample twice; set mesh.pp=1, or "
+            "model.image.self_conditioning=False"
         )
 
 
@@ -133,6 +135,24 @@ def _check_batch(c: Any) -> None:
         raise UserError(
             f"a pattern of {unit} cost classes needs a fixed number of samples of each: set "
             "objective.antithetic=True"
+        )
+
+
+def _check_halves(c: Any) -> None:
+    """Both halves are shared out over pp, on a V, where every skip stays on its device."""
+    pp, name = c.mesh.pp, c.pipeline.schedule
+    half = c.model.layers // 2
+    if half % pp:
+        raise UserError(
+            f"the halves of a uvit are not shared out over pp: (layers - 1) / 2 % mesh.pp = "
+            f"({c.model.layers} - 1) / 2 % {pp} = {half % pp}; set "
+            f"model.layers={-(-half // pp) * pp * 2 + 1}"
+        )
+    if pp > 1 and name in library.LOOPED:
+        raise UserError(
+            f"pipeline.schedule={name!r} puts virtual stages u and V - 1 - u on two devices, "
+            "between which a uvit's skips would travel: set pipeline.schedule to one of "
+            f"{', '.join(library.WAVES)}, searched"
         )
 
 

@@ -35,6 +35,7 @@ from fdp.optimizer import Optimizer
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.pipeline.executor import scheduled
+from fdp.parallel.pipeline.folded import folded
 from fdp.parallel.pipeline.library import named
 from fdp.parallel.pipeline.vocabulary import with_head
 
@@ -222,9 +223,13 @@ def grads_of(c: ml_collections.ConfigDict) -> Grads:
     if p == 1:
         return plain(m)
     shares = _shares(c) if c.model.kind in IMAGE_MODELS else ()
+    skips = c.model.kind == "uvit"
+    half = c.model.layers // 2 / p
+    blocks = (*[half] * p, half + 1, *[half] * (p - 1)) if skips else ()  # the middle on stage p
     try:
-        order = named(c.pipeline.schedule, p, m, c.pipeline.chunks, shares)
-        found = scheduled(with_head(order) if shares_head(c) else order)
+        order = named(c.pipeline.schedule, p, m, c.pipeline.chunks, shares, blocks)
+        order = with_head(order) if shares_head(c) else order
+        found: scheduled = folded(order, UViT.stacks) if skips else scheduled(order)
         _ = found.table  # made now: what it refuses must not show while a step is traced
     except ValueError as error:
         text = str(error).replace("set m=", "set train.microbatches=")

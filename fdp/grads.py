@@ -25,6 +25,18 @@ def _as_it_is(params: Any, noised: Any) -> Any:
     return noised
 
 
+class Skips(NamedTuple):
+    """The layers of a model whose second half reads what the first has kept, as in a U-ViT.
+
+    rise: (params, x, noised) → ((x, skips), aux, penalty); middle: (params, x, noised) → (x, aux,
+    penalty); fall: (params, (x, skips), noised) → (x, aux, penalty). rise and fall are those of
+    this pp shard."""
+
+    rise: Callable[[Any, Any, Any], tuple[Any, Aux, Penalty]]
+    middle: Callable[[Any, Any, Any], tuple[Any, Aux, Penalty]]
+    fall: Callable[[Any, Any, Any], tuple[Any, Aux, Penalty]]
+
+
 class Stages(NamedTuple):
     """The stages of a model on this device's share of a microbatch, pure in the parameters.
 
@@ -34,7 +46,8 @@ class Stages(NamedTuple):
     batch to those that one program each can run, where rows differ in what they cost. refine:
     (params, such a part) → the part with what a first pass, without gradient, adds to it.
     vocabulary: the first names of parameters whose vocabulary is sharded over pp; all devices of pp
-    then run `score` at once, on the same x.
+    then run `score` at once, on the same x. skips: in place of `stack`, for a pipeline of a model
+    that has some.
     """
 
     embed: Callable[[Any, Any], tuple[Any, Aux, Penalty]]
@@ -43,6 +56,7 @@ class Stages(NamedTuple):
     parts: Callable[[Any], tuple[Any, ...]] = _whole
     refine: Callable[[Any, Any], Any] = _as_it_is
     vocabulary: tuple[str, ...] = ()
+    skips: Skips | None = None
 
     def loss(self, params: Any, noised: Any) -> tuple[jax.Array, Aux]:
         """The sum of the losses and of the aux of all parts."""
@@ -67,8 +81,10 @@ def relay(stages: Stages, params: Any, noised: Any) -> jax.Array:
     """This device's part of the mean loss, through all stages of pp one after the other.
 
     For evaluations: every device computes in every one of p rounds, and what it has in round i is
-    true on device i."""
-    losses = [_relayed(stages, params, part) for part in stages.parts(noised)]
+    true on device i. With skips there are p rounds back, for which the layers of the second half
+    lie on devices in reverse."""
+    way = _relayed if stages.skips is None else _there_and_back
+    losses = [way(stages, params, part) for part in stages.parts(noised)]
     return sum(losses[1:], losses[0])
 
 
@@ -83,6 +99,29 @@ def _relayed(stages: Stages, params: Any, noised: Any) -> jax.Array:
     last = broadcast(y[-1], "pp", size("pp") - 1) if stages.vocabulary else y[-1]
     loss, _, _ = stages.score(params, last, noised)
     return jnp.where(index("pp") == size("pp") - 1, loss, 0.0)
+
+
+def _there_and_back(stages: Stages, params: Any, noised: Any) -> jax.Array:
+    """Skips stay where they are, so what a device has kept in its round up is read in its round
+    down."""
+    assert stages.skips is not None
+    rise, middle, fall = stages.skips
+
+    def up(x: jax.Array, _: None) -> tuple[jax.Array, Any]:
+        y, skips = vary(rise(params, x, noised)[0], LOSS_AXES)
+        return shift(y, "pp"), (y, skips)
+
+    def down(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        y = vary(fall(params, (x, mine), noised)[0], LOSS_AXES)
+        return shift(y, "pp", -1), y
+
+    x = vary(stages.embed(params, noised)[0], LOSS_AXES)
+    _, (y, skips) = jax.lax.scan(up, x, None, length=size("pp"))
+    mine = jax.lax.dynamic_index_in_dim(skips, index("pp"), 0, False)
+    x = vary(middle(params, y[-1], noised)[0], LOSS_AXES)
+    _, y = jax.lax.scan(down, x, None, length=size("pp"))
+    loss, _, _ = stages.score(params, y[-1], noised)
+    return jnp.where(index("pp") == 0, loss, 0.0)
 
 
 def _rows(noised: Any) -> int:

@@ -114,7 +114,15 @@ class StagedStep(Staged):
 
 def one_stage(experiment: Experiment, order: Order) -> TrainStep:
     """The step of one virtual stage, without pp. Its mesh has no devices: one trace serves all
-    stages, and the arguments say where a program runs."""
+    stages, and the arguments say where a program runs.
+
+    Raises ValueError for a model whose virtual stages run unlike layers."""
+    if hasattr(experiment.model, "stacks"):
+        raise ValueError(
+            f"virtual stages run unlike layers, {' and '.join(experiment.model.stacks)} of "
+            f"{type(experiment.model).__name__}, but here the programs of one serve all: use a "
+            "TrainStep with Experiment.grads=folded(order)"
+        )
     one = replace(
         experiment,
         degrees={**experiment.degrees, "pp": 1},

@@ -18,11 +18,12 @@ from fdp import sharding
 from fdp.collectives import psum, shard_map
 from fdp.config import UserError
 from fdp.experiment import Experiment
-from fdp.grads import LOSS_AXES, Aux, Penalty, Stages, relay
+from fdp.grads import LOSS_AXES, Aux, Penalty, Skips, Stages, relay
 from fdp.mesh import DATA_AXES, AnyMesh, factor
 from fdp.models import module
 from fdp.objectives.base import Objective
 from fdp.parallel.context import layouts
+from fdp.parallel.pipeline.folded import check_stacks, folded
 from fdp.state import StateSpecs, TrainState
 
 P = PartitionSpec
@@ -74,7 +75,24 @@ def stages(
 
     shape = getattr(model, "shape", None)
     vocabulary = ("head",) if "pp" in getattr(shape, "vocab_axes", ()) else ()
-    return Stages(embed, stack, score, objective.parts, refine, vocabulary)
+    skips = _skips(run) if staged and hasattr(model, "stacks") else None
+    return Stages(embed, stack, score, objective.parts, refine, vocabulary, skips)
+
+
+def _skips(run: Callable[..., tuple[Any, Aux, Penalty]]) -> Skips:
+    """Of a model of two stacks and a middle."""
+
+    def rise(params: Any, x: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
+        return run(params, x, noised, method="first_half")
+
+    def middle(params: Any, x: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
+        return run(params, x, noised, method="middle_block")
+
+    def fall(params: Any, given: Any, noised: Any) -> tuple[Any, Aux, Penalty]:
+        x, skips = given
+        return run(params, x, noised, skips, method="second_half")
+
+    return Skips(rise, middle, fall)
 
 
 def chunked(model: module.Module, chunks: int) -> module.Module:
@@ -132,7 +150,8 @@ class TrainStep:
     def _check_stages(self) -> None:
         """Raises ValueError for a model without stages, and for samples that run twice."""
         e = self.experiment
-        if not hasattr(e.model, "blocks"):
+        check_stacks(e.model, e.grads, e.degrees["pp"])
+        if not hasattr(e.model, "finish"):
             raise ValueError(
                 f"mesh.pp={e.degrees['pp']}: {type(e.model).__name__} offers no `start`, `blocks` "
                 "and `finish` to cut into stages; set mesh.pp=1"
@@ -279,6 +298,8 @@ class TrainStep:
             params = self.gather(variables["params"])
             given = self.model, self.objective, variables["state"], 1, None, inputs_N, 0.0
             if self.experiment.degrees["pp"] > 1:
+                if isinstance(self.experiment.grads, folded):
+                    params = self.experiment.grads.placed(params)
                 return psum(relay(stages(*given, True), params, noised), LOSS_AXES)
             return psum(stages(*given).loss(params, noised)[0], LOSS_AXES)
 

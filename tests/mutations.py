@@ -170,6 +170,13 @@ MUTATIONS = (
         f"{PIPELINE}test_vocabulary.py::test_heads_pause_an_order_and_hold_no_more[2-1f1b]",
     ),
     Mutation(
+        "the second half reads the skips of another microbatch",
+        "parallel/pipeline/executor.py",
+        'return (message, _take(skips, at["skip"])) if reads else message',
+        'return (message, _take(skips, jnp.maximum(at["skip"] - 1, 0))) if reads else message',
+        f"{PIPELINE}test_skips.py::test_a_u_vit_on_a_v_equals_one_device_and_sends_no_skip",
+    ),
+    Mutation(
         "a slot is taken again while it is read",
         "parallel/pipeline/table.py",
         "if free <= start:",

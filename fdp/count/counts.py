@@ -218,7 +218,8 @@ class Staged(NamedTuple):
     start, finish: beside its layers, the first and the last stage. shared: every stage, for its
     layers to read. layers: those of one shard of pp. again: what the first stage computes a second
     time in its backward pass, and the last one to finish. message: bytes that a device hands to the
-    next stage."""
+    next stage. middle: beside its layers, the first stage of the second half of a model with
+    skips."""
 
     start: Counts
     shared: Counts
@@ -226,11 +227,12 @@ class Staged(NamedTuple):
     finish: Counts
     again: Counts = Counts()
     message: int = 0
+    middle: Counts = Counts()
 
     @property
     def whole(self) -> Counts:
         """Of a model that is not in stages, where nothing is computed a second time."""
-        return self.start + self.shared + self.layers + self.finish
+        return self.start + self.shared + self.layers + self.middle + self.finish
 
     def pipelined(self, stages: int) -> Counts:
         """Of all of `stages` stages."""

@@ -73,7 +73,7 @@ def _in_stages(p: TrainStep, grads: scheduled, program: Any) -> Memory:
     held, used = _local(p, p.specs.stored), _local(p, p.specs.specs)
     outside = _local(p, p.specs.specs, _outside)
     mine = held - _local(p, p.specs.stored, _outside) + outside if zero == 3 else used
-    copied = mine if grads.chunks > 1 else 0 if zero == 0 else mine
+    copied = 0 if zero == 0 and grads.order.placement.v == 1 else mine
     if zero == 3:  # one period and its gradient
         periods = _local(p, p.specs.specs, _period(e.degrees["pp"]))
         copied += 2 * periods

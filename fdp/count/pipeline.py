@@ -16,7 +16,8 @@ from fdp.count.step import pipeline
 from fdp.models.module import spec_leaf
 from fdp.parallel.pipeline.chunks import rounds
 from fdp.parallel.pipeline.executor import scheduled
-from fdp.parallel.pipeline.table import BRANCHES, FIELDS
+from fdp.parallel.pipeline.placement import Placement
+from fdp.parallel.pipeline.table import BRANCHES, FIELDS, FOLDED
 from fdp.sharding import axes_of
 from fdp.step import TrainStep
 
@@ -24,7 +25,7 @@ from fdp.step import TrainStep
 def executions(grads: scheduled, device: int) -> list[int]:
     """How often a device of pp runs each branch of a tick in one step."""
     kinds = grads.table.rows[:, device, FIELDS.index("kind")]
-    return np.bincount(kinds, minlength=BRANCHES).tolist()
+    return np.bincount(kinds, minlength=grads.table.branches).tolist()
 
 
 def branches(grads: scheduled, device: int) -> hlo.Branches:
@@ -39,7 +40,7 @@ def branches(grads: scheduled, device: int) -> hlo.Branches:
 
     def choose(path: str, n: int) -> hlo.Choice:
         if "cond" not in path.split("/")[:-1]:
-            if n == BRANCHES:
+            if n == grads.table.branches:
                 return runs
             if heads and n == 2:
                 return [grads.table.ticks - heads, heads]
@@ -76,7 +77,7 @@ class Ticks(NamedTuple):
 def ticks(closed_jaxpr: Any) -> Ticks:
     """Of the traced loss and gradients of a pipeline. Raises ValueError where there are none."""
     for eqn, inner in jaxpr.equations(closed_jaxpr):
-        found = [e for e in inner if len(e.params.get("branches", ())) == BRANCHES]
+        found = [e for e in inner if len(e.params.get("branches", ())) in (BRANCHES, FOLDED)]
         if eqn.primitive.name == "scan" and found:
             carried = sum(map(_bytes, eqn.outvars))  # nothing is stacked
             return Ticks(carried, sum(map(_bytes, found[0].outvars)))
@@ -106,6 +107,8 @@ def operations(grads: scheduled, parts: Staged, device: int) -> Sent:
         each.append(parts.start.sent)
     if place.devices[-1] == device or grads.table.heads is not None:
         each += [parts.finish.sent, parts.again.sent]
+    if place.devices[len(place.devices) // 2] == device:
+        each.append(parts.middle.sent)
     return {key: m * wire for key, wire in merged(*each).items()}
 
 
@@ -120,28 +123,34 @@ def between(p: TrainStep, grads: scheduled, message: int) -> Sent:
     ledger.put(PERMUTE, ("pp",), 2 * grads.table.ticks * message)
     if grads.table.heads is not None:
         ledger.add(REDUCE, ("pp",), message, grads.microbatches)
-    travels = sum(any(i != j for i, (_, j) in enumerate(r)) for r in rounds(place)) / place.v
-    for leaf, spec in _used(p):
+    for path, leaf, spec in _used(p):
         shard = 4 * prod(leaf.shape) / prod(e.degrees[a] for a in axes_of(spec))
         if "pp" not in axes_of(spec):
             ledger.add(REDUCE, ("pp",), shard)
-        elif place.v > 1 and spec[0] == "pp":
-            ledger.put(PERMUTE, ("pp",), 2 * travels * shard)
-    for leaf, spec in zip(
-        jax.tree.leaves(p.specs.aux_shapes),
+        elif spec[0] == "pp":
+            ledger.put(PERMUTE, ("pp",), 2 * _travels(grads.stack(path)) * shard)
+    for (path, leaf), spec in zip(
+        jax.tree_util.tree_leaves_with_path(p.specs.aux_shapes),
         jax.tree.leaves(p.specs.aux_specs, is_leaf=spec_leaf),
         strict=True,
     ):
-        if place.v > 1 and "pp" in axes_of(spec):
+        if "pp" in axes_of(spec):
             shard = leaf.dtype.itemsize * prod(leaf.shape)
             shard /= prod(e.degrees[a] for a in axes_of(spec))
-            ledger.put(PERMUTE, ("pp",), travels * shard)
+            ledger.put(PERMUTE, ("pp",), _travels(grads.stack(path)) * shard)
     return ledger.sent
 
 
+def _travels(place: Placement) -> float:
+    """Which share of its layers a device sends to where their virtual stages lie."""
+    return sum(any(i != j for i, (_, j) in enumerate(r)) for r in rounds(place)) / place.v
+
+
 def _used(p: TrainStep) -> Any:
-    """(shape, spec) of all parameters as the schedule gets them: under ZeRO-3 layers are stored."""
-    shapes, metas = jax.tree.leaves(p.specs.shapes), jax.tree.leaves(p.specs.metas)
+    """(path, shape, spec) of all parameters as the schedule gets them: under ZeRO-3 layers are
+    stored."""
+    shapes = jax.tree_util.tree_leaves_with_path(p.specs.shapes)
+    metas = jax.tree.leaves(p.specs.metas)
     specs = (jax.tree.leaves(s, is_leaf=spec_leaf) for s in (p.specs.stored, p.specs.specs))
-    for shape, meta, stored, used in zip(shapes, metas, *specs, strict=True):
-        yield shape, stored if p.experiment.zero == 3 and meta.stacked else used
+    for (path, shape), meta, stored, used in zip(shapes, metas, *specs, strict=True):
+        yield path, shape, stored if p.experiment.zero == 3 and meta.stacked else used

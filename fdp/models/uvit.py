@@ -3,8 +3,8 @@ to block L - i over a long skip. Time and label are tokens before the patches; t
 not learned.
 
 The first half is a scan that yields what every block puts out. The second half is a scan that
-takes these, in reverse, as layer inputs. A pipeline stage that ran block i and block L - i
-would keep the skip at home; stages of a U-ViT are priced, not run.
+takes these, in reverse, as layer inputs. In a pipeline, the device that runs block i also runs
+block L - i, so that the skip stays at home.
 
 Legend: B images, H rows (local over cp), W columns, C channels, L tokens (local over cp), D width,
 N blocks of a half."""
@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import all_gather, shift, size, vary
-from fdp.count.counts import PERMUTE, REDUCE, Counts, Degrees, Ledger, Rows, Work, of
+from fdp.collectives import all_gather, index, size, vary
+from fdp.count import counts
+from fdp.count.counts import REDUCE, SCATTER, Counts, Degrees, Ledger, Rows, Staged, Work, of
 from fdp.models.attention import GATHER, Attention, Softmax, Where
 from fdp.models.dit import TOKENS
 from fdp.models.image import (
@@ -109,8 +110,11 @@ class PositionTable(Module):
 
 
 class Smoothing(Module):
-    """A 3 × 3 convolution of the image: float32 [B, H, W, C] → same. The rows above and below those
-    of a device come from its neighbours of cp."""
+    """A 3 × 3 convolution of the image: float32 [B, H, W, C] → same.
+
+    The rows above and below those of a device come from its neighbours of cp. All devices of cp
+    gather their first and last rows: a permute would wait for all stages of a pipeline, of which
+    only the last one computes this."""
 
     channels: int
 
@@ -119,8 +123,12 @@ class Smoothing(Module):
         C, W = self.channels, x_BxHxWxC.shape[2]
         w = self.weight("w", normal((9 * C) ** -0.5), (3, 3, C, C), (None,) * 4)
         b = self.weight("b", zeros, (C,), (None,))
-        above = shift(x_BxHxWxC[:, -1:], "cp", 1, cyclic=False)
-        below = shift(x_BxHxWxC[:, :1], "cp", -1, cyclic=False)
+        edges = jnp.concatenate([x_BxHxWxC[:, :1], x_BxHxWxC[:, -1:]], axis=1)
+        edges = all_gather(edges, "cp", dim=1)  # first and last row of every device
+        edges = jnp.pad(edges, ((0, 0), (1, 1), (0, 0), (0, 0)))
+        above, below = (
+            jax.lax.dynamic_slice_in_dim(edges, 2 * index("cp") + i, 1, 1) for i in (0, 3)
+        )
         x = jnp.concatenate([above, x_BxHxWxC, below], axis=1)
         x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
         taps = [x[:, i : i + x.shape[1] - 2, j : j + W] for i in range(3) for j in range(3)]
@@ -129,11 +137,11 @@ class Smoothing(Module):
     def counts(self, width: int, rows: Rows, degrees: Degrees) -> Counts:
         """Of images of so many rows and columns. Devices of tp compute it alike."""
         C, cp, tp = self.channels, degrees["cp"], degrees["tp"]
-        flops, halo = 2 * rows.batch * width**2 * 9 * C * C, 4 * rows.batch * width * C
-        sent = Ledger(degrees).put(PERMUTE, ("cp",), 2 * halo if cp > 1 else 0).sent
-        forward = Work(flops, sent=sent)
+        flops, halo = 2 * rows.batch * width**2 * 9 * C * C, 2 * 4 * rows.batch * width * C
+        forward = Work(flops, sent=Ledger(degrees).add(counts.GATHER, ("cp",), halo).sent)
+        back = Ledger(degrees).add(SCATTER, ("cp",), halo).sent
         again, saved = Work((tp - 1) * 3 * flops), 9 * 4 * rows.batch * width**2 * C // cp
-        return Counts(9 * C * C + C, forward, forward.backward(sent), again=again, saved=saved)
+        return Counts(9 * C * C + C, forward, forward.backward(back), again=again, saved=saved)
 
 
 class UViT(Module):
@@ -147,6 +155,7 @@ class UViT(Module):
     gather: Callable[[str], Any] | None = None
 
     layout = layouts.CONTIGUOUS
+    stacks = ("rise", "fall")  # the layers of the two halves
 
     def setup(self) -> None:
         s, image = self.shape, self.image
@@ -205,6 +214,10 @@ class UViT(Module):
         x_BxLxD = own_rows(x_BxLxD, "tp", 1) if self.shape.sequence_parallel else x_BxLxD
         return vary(x_BxLxD, "pp")
 
+    def start(self, noised: dict[str, Any]) -> Array:
+        """What the first stage of a pipeline does before its layers."""
+        return self.embed(noised)
+
     def where(self, x_BxLxD: Array, noised: Mapping[str, Any]) -> Where:
         """The place of the tokens of this device of cp: attention reads no positions."""
         n = x_BxLxD.shape[1] * (size("tp") if self.shape.sequence_parallel else 1)
@@ -230,10 +243,11 @@ class UViT(Module):
             raise ValueError("the layer inputs of a U-ViT are its skips: give none")
         x, skips_NxBxLxD = self.first_half(x_BxLxD, noised)
         x = self.second_half(self.middle_block(x, noised), noised, skips_NxBxLxD)
-        return self._finish(x)
+        return self.finish(x, noised)
 
-    def _finish(self, x_BxLxD: Array) -> Array:
-        """The final norm, and the patches of all tokens."""
+    def finish(self, x_BxLxD: Array, noised: dict[str, Any]) -> Array:
+        """What the last stage of a pipeline does after its layers: the final norm, and the patches
+        of all tokens."""
         x = self.norm(x_BxLxD, None)
         x = all_gather(x, "tp", dim=1) if self.shape.sequence_parallel else x
         return x[:, self.extras // size("cp") :]
@@ -248,35 +262,46 @@ class UViT(Module):
         return self.outputs(self.stack(self.embed(noised), noised))
 
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """The sum of `staged`."""
+        return self.staged(rows, degrees).whole
+
+    def staged(self, rows: Rows, degrees: Degrees) -> Staged:
         """Of images; `rows` state their number only."""
         s, image, pixels = self.shape, self.image, self.image.patch**2
         whole, full = replace(rows, length=image.tokens()), replace(rows, length=self.tokens)
-        found = PatchEmbedding(s, pixels * image.inputs, parent=None).counts(whole, degrees)
-        found += Output(s, pixels * image.channels, parent=None).counts(whole, degrees)
-        found += LabelEmbedding(s, image.classes, parent=None).counts(rows, degrees)
-        for half in self.halves:
-            found += half.counts(full, degrees)
-        found += of(self.block(s, parent=None), full, degrees)
-        found += FinalNorm(s, parent=None).counts(full, degrees)
-        found += Smoothing(image.channels, parent=None).counts(image.size, rows, degrees)
-        found += Counts(self.tokens * s.width, saved=hidden_bytes(s, full, degrees)[1])
+        between, inside = hidden_bytes(s, full, degrees)
+        start = PatchEmbedding(s, pixels * image.inputs, parent=None).counts(whole, degrees)
+        start += LabelEmbedding(s, image.classes, parent=None).counts(rows, degrees)
+        start += Counts(self.tokens * s.width, saved=inside)
+        finish = Output(s, pixels * image.channels, parent=None).counts(whole, degrees)
+        finish += FinalNorm(s, parent=None).counts(full, degrees)
+        finish += Smoothing(image.channels, parent=None).counts(image.size, rows, degrees)
         if s.sequence_parallel:
             there, back = entered(s, full, degrees)
             more = Ledger(degrees).add(REDUCE, ("tp",), 4 * self.tokens * s.width)
             each = s.itemsize * rows.batch * self.extras // degrees["cp"] * s.width
             more.add(REDUCE, ("tp",), each)
-            found += Counts(forward=Work(sent=there), backward=Work(sent=back))
-            found += Counts(backward=Work(sent=more.sent))
-        return found
+            start += Counts(backward=Work(sent=more.sent))
+            finish += Counts(forward=Work(sent=there), backward=Work(sent=back))
+        layers = sum((half.counts(full, degrees) for half in self.halves), Counts())
+        middle = of(self.block(s, parent=None), full, degrees)
+        return Staged(start, Counts(), layers, finish, message=between, middle=middle)
 
     def check(self, batch: int, noised: dict[str, Any], degrees: Mapping[str, int]) -> None:
         """Raises ValueError for images and blocks that cannot run `batch` images a device on
-        `degrees`, for an even number of layers and for cost classes that change the tokens."""
+        `degrees`, for layers that are not two halves and a middle, the halves shared out over pp,
+        and for cost classes that change the tokens."""
         s, costs = self.shape, noised.get("cost", CostClasses())
         if s.layers % 2 == 0:
             raise ValueError(
                 f"{s.layers} layers are not two halves and a middle: layers % 2 = 0; set "
                 f"model.layers={s.layers + 1}"
+            )
+        if (half := s.layers // 2) % (pp := degrees["pp"]):
+            raise ValueError(
+                f"the halves of {s.layers} layers are not shared out over pp: (layers - 1) / 2 % "
+                f"mesh.pp = ({s.layers} - 1) / 2 % {pp} = {half % pp}; set "
+                f"model.layers={-(-half // pp) * pp * 2 + 1}"
             )
         if any(cost.patch > 1 or cost.group > 1 for cost in costs.classes):
             raise ValueError(

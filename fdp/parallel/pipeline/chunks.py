@@ -2,7 +2,8 @@
 
 Stored, device i of pp holds the i-th p-th of the layers. A placement gives it v virtual stages from
 anywhere in the model. Blocks of one virtual stage travel in v rounds, in each of which every device
-sends one block and gets one.
+sends one block and gets one. Where a model has several stacks of layers, each is placed by the
+placement of its own virtual stages.
 
 Legend: p devices, v chunks, N layers of a device, C = N/v layers of a chunk."""
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.collectives import index, permute
-from fdp.parallel.pipeline.placement import Placement
+from fdp.parallel.pipeline.placement import Placement, looped
 
 Round = list[tuple[int, int]]  # of each device: which of its stored blocks leaves, and whereto
 
@@ -52,14 +53,14 @@ def _augment(i: int, left: list[list[int]], giver: dict[int, int], seen: set[int
 
 def place(tree: Any, placement: Placement) -> Any:
     """Stored layers [N, ...] → chunks, one after the other: [N, ...]."""
-    if placement.v == 1:
+    if placement == looped(placement.p):
         return tree
     return jax.tree.map(lambda x: _moved(x, placement, False), tree)
 
 
 def unplace(tree: Any, placement: Placement) -> Any:
     """The inverse of `place`."""
-    if placement.v == 1:
+    if placement == looped(placement.p):
         return tree
     return jax.tree.map(lambda x: _moved(x, placement, True), tree)
 

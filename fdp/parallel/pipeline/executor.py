@@ -22,16 +22,21 @@ from fdp.grads import LOSS_AXES, Aux, Stages
 from fdp.parallel.pipeline.chunks import place, unplace
 from fdp.parallel.pipeline.head import SharedHead
 from fdp.parallel.pipeline.orders import Order
+from fdp.parallel.pipeline.placement import Placement
 from fdp.parallel.pipeline.split import Halves, halves
 from fdp.parallel.pipeline.table import (
-    BRANCHES,
-    FIELDS,
+    FALL_B,
+    FALL_F,
+    FALL_W,
     FIRST_B,
     FIRST_F,
     IDLE,
     LAST_B,
     NEXT,
     PREVIOUS,
+    TURN_B,
+    TURN_F,
+    TURN_W,
     B,
     F,
     TickTable,
@@ -66,6 +71,16 @@ class scheduled:
         """The static table."""
         return table(self.order)
 
+    def stack(self, path: Sequence[Any]) -> Placement:
+        """Where the virtual stages lie that share a stacked parameter of this path."""
+        return self.order.placement
+
+    def operations(
+        self, stages: Stages, params: Any, stacked: Any, batches: Any
+    ) -> "tuple[Operations, ...]":
+        """Of the microbatches of one class, in each part of the model whose layers are unlike."""
+        return (Operations(self.chunks, stages, params, stacked, batches),)
+
     def __call__(self, stages: Stages, params: Any, noised: Any) -> tuple[Array, Any, Aux]:
         """As `fdp.grads.Grads`."""
         placement, m = self.order.placement, self.microbatches
@@ -74,25 +89,30 @@ class scheduled:
                 f"an order of {placement.p} stages on mesh.pp={size('pp')}: both must be equal; "
                 f"set mesh.pp={placement.p}"
             )
-        stacked = _but(jax.tree.map(_over_pp, params), stages.vocabulary)
+        stacked = _but(jax.tree.map(over_pp, params), stages.vocabulary)
         head = self._head(stages, params, noised)
 
         def mine(params: Any) -> Any:
             # Typed varying, parameters need no reduction inside a branch; its transpose is the one
             # reduction over pp and the data axes.
-            def one(x: Array, s: bool) -> Array:
-                return vary(place(x, placement) if s else x, LOSS_AXES)
+            def one(path: Any, x: Array, s: bool) -> Array:
+                return vary(place(x, self.stack(path)) if s else x, LOSS_AXES)
 
-            return jax.tree.map(one, params, stacked)
+            return jax.tree_util.tree_map_with_path(one, params, stacked)
 
         here, reduce = jax.vjp(mine, params)
         rows = jax.tree.leaves(noised)[0].shape[0] // m
         classes = [
-            Operations(self.chunks, stages, here, stacked, vary(_cut(part, rows), LOSS_AXES))
+            self.operations(stages, here, stacked, vary(_cut(part, rows), LOSS_AXES))
             for part in stages.parts(noised)
         ]
         loss, grads, aux, of_layers = _Program(self.table, classes, head)()
-        return loss, reduce(grads)[0], aux | unplace(of_layers, placement)
+
+        def stored(path: Any, x: Array) -> Array:
+            return unplace(x, self.stack(path))
+
+        of_layers = jax.tree_util.tree_map_with_path(stored, of_layers)
+        return loss, reduce(grads)[0], aux | of_layers
 
     def _head(self, stages: Stages, params: Any, noised: Any) -> SharedHead | None:
         """S, where the order has it. Raises ValueError unless order and model agree."""
@@ -120,7 +140,7 @@ def _cut(part: Any, rows: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(count // rows, rows, *x.shape[1:]), part)
 
 
-def _over_pp(x: Array) -> bool:
+def over_pp(x: Array) -> bool:
     return "pp" in jax.typeof(x).mat.varying
 
 
@@ -136,7 +156,10 @@ class Operations:
     """What the operations of a stage compute on this device, and the types of their results.
 
     batches: with a leading dim of microbatches. stacked: of each parameter, whether its dim 0 is
-    the layers of all chunks. known: the layers in halves, where another trace has cut them."""
+    the layers of all chunks. known: the layers in halves, where another trace has cut them. reads:
+    the kind of operation that reads skips beside its message, if there is one."""
+
+    reads = ""
 
     def __init__(
         self,
@@ -155,7 +178,7 @@ class Operations:
     def x(self) -> Any:
         """Type of a message."""
         first, some = self._batch(0), self._chunk(0)
-        return _types(lambda: self._start(some, first)[0])
+        return types(lambda: self._start(some, first)[0])
 
     def _halves(self) -> Halves:
         first, some = self._batch(0), self._chunk(0)
@@ -197,7 +220,7 @@ class Operations:
         loss, aux, penalty = self.stages.score(params, y, noised)
         return _scalar(loss) + _scalar(penalty), aux
 
-    def forward(self, k: Any, c: Any, message: Array, first: bool = False) -> dict[str, Any]:
+    def forward(self, k: Any, c: Any, message: Any, first: bool = False) -> dict[str, Any]:
         """F. The first stage embeds its microbatch."""
         noised, params, before = self._batch(k), self._chunk(c), _scalar(None)
         aux: Aux = {}
@@ -210,13 +233,7 @@ class Operations:
         return found | {"aux": aux, "layers": of_layers}
 
     def backward(
-        self,
-        k: Any,
-        c: Any,
-        message: Array,
-        residuals: Any,
-        first: bool = False,
-        last: bool = False,
+        self, k: Any, c: Any, message: Any, residuals: Any, first: bool = False, last: bool = False
     ) -> dict[str, Any]:
         """B. The last stage computes the loss before, the first one the gradients of the embedding
         after."""
@@ -232,17 +249,17 @@ class Operations:
             found["grads"] = pull((dx, one))[0]
         return found | {"message": dx, "stash": stash}
 
-    def weights(self, c: Any, stash: Any) -> dict[str, Any]:
-        """W."""
+    def weights(self, c: Any, stash: Any, first: bool = False) -> dict[str, Any]:
+        """W. That of the embedding is in B of the first stage."""
         return {"grads": self.halves.weight_gradients(self._chunk(c), stash)}
 
     @cached_property
     def none(self) -> dict[str, Any]:
         """The zeros of every result."""
         x = blank(self.x)
-        found = _types(lambda: self.forward(0, 0, x, first=True))
+        found = types(lambda: self.forward(0, 0, x, first=True))
         residuals = blank(found["residuals"])
-        last = _types(lambda: self.backward(0, 0, x, residuals, last=True))
+        last = types(lambda: self.backward(0, 0, x, residuals, last=True))
         return blank(found | last | {"aux": found["aux"] | last["aux"]})
 
 
@@ -251,34 +268,43 @@ class _Program:
     tick.
 
     classes: the operations of the microbatches of each cost class, which are numbered class after
-    class. Messages of all classes lie in one buffer, as long as the longest; residuals and stashes
-    in one for each class, with slots for all microbatches."""
+    class, in each part of the model. Messages of all classes lie in one buffer, as long as the
+    longest; residuals and stashes in one for each class and part, with slots for all
+    microbatches."""
 
     def __init__(
-        self, table: TickTable, classes: Sequence[Operations], head: SharedHead | None = None
+        self,
+        table: TickTable,
+        classes: Sequence[Sequence[Operations]],
+        head: SharedHead | None = None,
     ):
-        self.table, self.classes, self.head, first = table, classes, head, classes[0]
+        self.table, self.classes, self.head, first = table, classes, head, classes[0][0]
+        self.every = [ops for parts in classes for ops in parts]
         self.params, self.stacked, self.chunks = first.params, first.stacked, first.chunks
-        counts = [jax.tree.leaves(ops.batches)[0].shape[0] for ops in classes]
+        counts = [jax.tree.leaves(parts[0].batches)[0].shape[0] for parts in classes]
         self.class_of = np.repeat(np.arange(len(classes)), counts)
         self.place = np.concatenate([np.arange(n) for n in counts])
-        longest = max(classes, key=lambda ops: ops.x.size)
+        longest = max((parts[0] for parts in classes), key=lambda ops: ops.x.size)
         self.message = longest.none["message"]
-        self.none = first.none | {"message": self.message}
+        self.none = {"skips": ()} | first.none | {"message": self.message}
+        for name in ("aux", "layers"):
+            self.none[name] = {k: x for ops in classes[0] for k, x in ops.none[name].items()}
         for name in ("residuals", "stash"):
-            self.none[name] = [ops.none[name] for ops in classes]
+            self.none[name] = [ops.none[name] for ops in self.every]
 
     def __call__(self) -> tuple[Array, Any, Aux, Aux]:
         """(loss, gradients, aux, aux of the layers) of this device."""
-        slots, none, v = self.table.slots, self.none, self.chunks
+        none, parts, v = self.none, self.table.parts, self.chunks
+        slots = [parts[n % len(parts)] for n in range(len(self.every))]
 
-        def slotted(name: str, n: int) -> Any:
-            return jax.tree.map(lambda x: jnp.stack([x] * (n + 1)), none[name])
+        def slotted(zeros: Any, n: int) -> Any:
+            return jax.tree.map(lambda x: jnp.stack([x] * (n + 1)), zeros)
 
         start = (
-            slotted("message", slots.messages),
-            slotted("residuals", slots.residuals),
-            slotted("stash", slots.stashes),
+            slotted(none["message"], self.table.slots.messages),
+            [slotted(x, s.residuals) for x, s in zip(none["residuals"], slots, strict=True)],
+            [slotted(x, s.stashes) for x, s in zip(none["stash"], slots, strict=True)],
+            slotted(none["skips"], self.table.skips),
             none["loss"],
             none["aux"],
             jax.tree.map(jnp.zeros_like, self.params),
@@ -290,13 +316,16 @@ class _Program:
         return loss, grads, aux, layers
 
     def _branches(
-        self, n: int, at: dict[str, Array], box: Any, kept: Any, stashed: Any
+        self, parts: Sequence[Operations], at: dict[str, Array], box: Any, *held: Any
     ) -> list[Callable[[], Any]]:
-        """The operations of class n, padded with zeros, in the order of the table's kinds."""
-        ops, none, k, c = self.classes[n], self.none, at["place"], at["chunk"]
+        """The operations of a class, padded with zeros, in the order of the table's kinds. held:
+        slots of residuals, stashes and skips."""
+        none, k, c = self.none, at["place"], at["chunk"]
+        kept, stashed, skips = held
 
-        def padded(found: dict[str, Any]) -> dict[str, Any]:
-            found = found | {"aux": none["aux"] | found.get("aux", {})}
+        def padded(ops: Operations, found: dict[str, Any]) -> dict[str, Any]:
+            n = self.every.index(ops)
+            found = found | {name: none[name] | found.get(name, {}) for name in ("aux", "layers")}
             if "message" in found:
                 found["message"] = _padded(found["message"], self.message)
             for name in ("residuals", "stash"):
@@ -304,39 +333,54 @@ class _Program:
                     found[name] = [*none[name][:n], found[name], *none[name][n + 1 :]]
             return none | found
 
-        def given() -> Array:
-            return _unpadded(_take(box, at["input"]), ops.x)
+        def given(reads: bool) -> Any:
+            message = _unpadded(_take(box, at["input"]), parts[0].x)
+            return (message, _take(skips, at["skip"])) if reads else message
 
-        def forward(first: bool) -> Callable[[], Any]:
-            return lambda: padded(ops.forward(k, c, given(), first))
+        def forward(ops: Operations, first: bool = False) -> Callable[[], Any]:
+            return lambda: padded(ops, ops.forward(k, c, given(ops.reads == "F"), first))
 
-        def backward(first: bool, last: bool) -> Callable[[], Any]:
+        def backward(ops: Operations, first: bool = False, last: bool = False) -> Callable[[], Any]:
             def run() -> dict[str, Any]:
+                n = self.every.index(ops)
                 residuals = _take(kept[n], at["residual"])
-                return padded(ops.backward(k, c, given(), residuals, first, last))
+                x = given(ops.reads == "B")
+                return padded(ops, ops.backward(k, c, x, residuals, first, last))
 
             return run
 
+        def weights(ops: Operations, first: bool = False) -> Callable[[], Any]:
+            mine = stashed[self.every.index(ops)]
+            return lambda: padded(ops, ops.weights(c, _take(mine, at["stash"]), first))
+
+        rise, fall = parts[0], parts[-1]  # the same where the model is one part
         found = {
             IDLE: lambda: none,
-            FIRST_F: forward(True),
-            F: forward(False),
-            B: backward(False, False),
-            FIRST_B: backward(True, False),
-            LAST_B: backward(False, self.head is None),
-            W: lambda: padded(ops.weights(c, _take(stashed[n], at["stash"]))),
+            FIRST_F: forward(rise, True),
+            F: forward(rise),
+            B: backward(rise),
+            FIRST_B: backward(rise, True),
+            LAST_B: backward(fall, last=self.head is None),
+            W: weights(rise),
+            TURN_F: forward(fall, True),
+            FALL_F: forward(fall),
+            FALL_B: backward(fall),
+            TURN_B: backward(fall, True),
+            FALL_W: weights(fall),
+            TURN_W: weights(fall, True),
         }
-        return [found[i] for i in range(BRANCHES)]
+        return [found[i] for i in range(self.table.branches)]
 
     def _tick(self, carry: Any, of_tick: Any) -> tuple[Any, None]:
-        box, kept, stashed, loss, aux, grads, layers = carry
+        box, *held, loss, aux, grads, layers = carry
         row, head = of_tick
-        at, slots = dict(zip(FIELDS, row, strict=True)), self.table.slots
+        kept, stashed, skips = held
+        at, parts = dict(zip(self.table.fields, row, strict=True)), self.table.parts
         mine = jnp.asarray(self.class_of)[at["microbatch"]]
         at["place"] = jnp.asarray(self.place)[at["microbatch"]]
-        several = range(len(self.classes))
-        every = [b for n in several for b in self._branches(n, at, box, kept, stashed)]
-        out = jax.lax.switch(at["kind"] + BRANCHES * mine, every)
+        every = [b for ops in self.classes for b in self._branches(ops, at, box, *held)]
+        out = jax.lax.switch(at["kind"] + self.table.branches * mine, every)
+        own = len(parts) * mine + at["chunk"] if len(parts) > 1 else mine
         message, zero = out["message"], self.message
         plus = shift(jnp.where(at["send"] == NEXT, message, zero), "pp", 1)
         minus = shift(jnp.where(at["send"] == PREVIOUS, message, zero), "pp", -1)
@@ -346,16 +390,18 @@ class _Program:
         for name, x in (("plus", plus), ("minus", minus), ("own", message)):
             box = _put(box, at[name], x)
 
-        def put(buffers: list[Any], name: str, slot: Array, unused: int) -> list[Any]:
-            at_n = [jnp.where(mine == n, slot, unused) for n in several]
+        def put(buffers: list[Any], name: str, slot: Array, of: str) -> list[Any]:
+            unused = [getattr(parts[n % len(parts)], of) for n in range(len(buffers))]
+            at_n = [jnp.where(own == n, slot, last) for n, last in enumerate(unused)]
             return [_put(b, i, x) for b, i, x in zip(buffers, at_n, out[name], strict=True)]
 
         add = partial(_add, at["chunk"])
         whole = jax.tree.map(lambda _: True, layers)
         return (
             box,
-            put(kept, "residuals", at["residual"], slots.residuals),
-            put(stashed, "stash", at["stash"], slots.stashes),
+            put(kept, "residuals", at["residual"], "residuals"),
+            put(stashed, "stash", at["stash"], "stashes"),
+            _put(skips, at["skip"], out["skips"]) if self.table.halves else skips,
             loss + out["loss"],
             jax.tree.map(jnp.add, aux, out["aux"]),
             jax.tree.map(add, grads, out["grads"], self.stacked),
@@ -389,7 +435,7 @@ def _scalar(x: Any) -> Array:
     return vary(jnp.zeros(()) if x is None else x, LOSS_AXES)
 
 
-def _types(f: Callable[[], Any]) -> Any:
+def types(f: Callable[[], Any]) -> Any:
     """Abstract values of the results of `f`, with the axes over which they vary."""
     closed, shapes = jax.make_jaxpr(f, return_shape=True)()
     return jax.tree.unflatten(jax.tree.structure(shapes), closed.out_avals)

@@ -33,12 +33,20 @@ MOST = 2**14  # microbatches of a step times devices: a search of more takes hou
 
 
 @lru_cache(maxsize=32)
-def named(name: str, p: int, m: int, v: int = 1, shares_m: tuple[float, ...] = ()) -> Order:
+def named(
+    name: str,
+    p: int,
+    m: int,
+    v: int = 1,
+    shares_m: tuple[float, ...] = (),
+    blocks_u: tuple[float, ...] = (),
+) -> Order:
     """The schedule `name` of p devices, m microbatches and v chunks; a V has two in any case.
 
     "searched" is the best found for equal costs of F, B and W, times `shares_m` where microbatches
-    cost unlike, with at most p microbatches held by a device. A name that ends in .csv is a file in
-    the format of torch.distributed.pipelining. Raises ValueError for numbers that a schedule does
+    cost unlike, with at most p microbatches held by a device. blocks_u: of the virtual stages of a
+    V, on which alone is then searched. A name that ends in .csv is a file in the format of
+    torch.distributed.pipelining. Raises ValueError for numbers that a schedule does
     not take, among them p·m > MOST, and for a file that does not run; KeyError for an unknown
     name."""
     if p * m > MOST:
@@ -47,8 +55,11 @@ def named(name: str, p: int, m: int, v: int = 1, shares_m: tuple[float, ...] = (
         return _of_file(name, p, m)
     if name == "searched":
         share = np.array(shares_m or [1.0] * m)[None]
+        if blocks_u:
+            share = share * np.array(blocks_u)[:, None] * p / sum(blocks_u)
         costs = Costs(share, share, share, activation=1.0, stash=STASH, message=1.0)
         places = [looped(p, v), wave(p)] if v == 2 else [looped(p, v)]
+        places = [wave(p)] if blocks_u else places
         best = search(p, m, costs, float(p), places, effort=0.3).best.order
         assert best is not None
         return best

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
+from jax.interpreters.partial_eval import dce_jaxpr
 
 HEAVY = ("dot_general", "conv_general_dilated", "scan", "while", "cond", "pallas_call")
 TYPING = ("pvary", "pcast")  # name axes, and send nothing
@@ -444,10 +445,10 @@ def halves(f: Function, params: Any, x: Any, data: str = "") -> Halves:
 
 
 def _only(closed: Any, mask: Sequence[bool]) -> Cut:
-    """What some outputs of a closed jaxpr need, as B; W computes nothing."""
-    outs = _choose(closed.jaxpr.outvars, mask)
-    part = core.ClosedJaxpr(closed.jaxpr.replace(outvars=outs), closed.consts)
-    return cut(part, [True] * len(outs))
+    """What some outputs of a closed jaxpr need, as B; W computes nothing. Nothing else is left, in
+    scans neither: a cut would move cheap equations of others, with all that they read, to B."""
+    part, _ = dce_jaxpr(closed.jaxpr, list(mask), instantiate=True)
+    return cut(core.ClosedJaxpr(part, closed.consts), [True] * sum(mask))
 
 
 def _moved(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:

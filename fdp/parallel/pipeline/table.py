@@ -19,6 +19,8 @@ from fdp.parallel.pipeline.placement import Placement
 
 BRANCHES = 7  # of a tick
 IDLE, FIRST_F, F, B, FIRST_B, LAST_B, W = range(BRANCHES)
+FOLDED = 13  # branches of a model in two halves: after those of the first half and LAST_B these
+TURN_F, FALL_F, FALL_B, TURN_B, FALL_W, TURN_W = range(BRANCHES, FOLDED)
 FIELDS = (
     "kind",
     "microbatch",
@@ -38,6 +40,7 @@ SLOTTED = {  # fields that hold a slot, and of what
     "own": "messages",
     "residual": "residuals",
     "stash": "stashes",
+    "skip": "skips",
 }
 EXECUTED = ("F", "B", "W", "BW", "S")
 STEPPED = ("F", "B", "W", "BW", "U")
@@ -55,14 +58,32 @@ class Slots(NamedTuple):
 
 @dataclass(frozen=True)
 class TickTable:
-    """rows int16 [T, p, len(FIELDS)]; a slot that is not used is the last one, whose content is
+    """rows int16 [T, p, len(fields)]; a slot that is not used is the last one, whose content is
     never read. stages: virtual ones. heads int16 [T]: the microbatch whose S runs in a tick, −1 for
-    none; None where the order has no S."""
+    none; None where the order has no S. halves: of a model in two halves the slots of either, whose
+    sum is `slots`, and skips: of skips and their gradients."""
 
     rows: np.ndarray
     slots: Slots
     stages: int
     heads: np.ndarray | None = None
+    halves: tuple[Slots, ...] = ()
+    skips: int = 0
+
+    @property
+    def parts(self) -> tuple[Slots, ...]:
+        """Slots of each half, or of the whole model."""
+        return self.halves or (self.slots,)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return (*FIELDS, "skip") if self.halves else FIELDS
+
+    @property
+    def branches(self) -> int:
+        """Branches of a tick."""
+        return FOLDED if self.halves else BRANCHES
 
     @property
     def ticks(self) -> int:
@@ -70,25 +91,29 @@ class TickTable:
         return len(self.rows)
 
 
-def table(order: Order) -> TickTable:
-    """The table of an order of F, B and W, or BW for B and then W, with or without S.
+def table(order: Order, halves: bool = False) -> TickTable:
+    """The table of an order of F, B and W, or BW for B and then W, with or without S. halves: of a
+    model in two, where skips lead from virtual stage u to V − 1 − u on the same device.
 
     Raises ValueError as `ticks`, and for virtual stages that follow each other on devices that are
     no neighbours."""
     place, done = order.placement, ticks(order)
     shared = has_head(order)
-    layout = _Layout(place, 1 + max(done.values()), shared)
+    layout = _Layout(place, 1 + max(done.values()), shared, 1 + halves)
+    branch = _branch_of_half if halves else _branch
     for (kind, u, k), t in done.items():
         i = place.devices[u]
         if kind == "S":
             layout.heads[t] = k
         else:
-            layout.put(t, i, "kind", _branch(kind, u, len(place.devices), shared))
+            layout.put(t, i, "kind", branch(kind, u, len(place.devices), shared))
             layout.put(t, i, "microbatch", k)
             layout.put(t, i, "chunk", place.chunks[u])
         if kind in ("F", "B"):
             name, until = ("residual", "B") if kind == "F" else ("stash", "W")
-            layout.keep(i, name, t, done[until, u, k])
+            layout.keep(u, name, t, done[until, u, k])
+        if halves and (kind, layout.part(u)) in (("F", 0), ("B", 1)):
+            layout.keep(u, "skip", t, done[kind, len(place.devices) - 1 - u, k])
         reader = _reader(kind, u, k, len(place.devices), shared)
         if reader is not None:
             layout.send(u, reader[1], t, done[reader])
@@ -103,27 +128,35 @@ def has_head(order: Order) -> bool:
 class _Layout:
     """Rows and slots of a table while they are filled in."""
 
-    def __init__(self, place: Placement, ticks: int, shared: bool) -> None:
-        self.place, self.shared = place, shared
+    def __init__(self, place: Placement, ticks: int, shared: bool, parts: int) -> None:
+        self.place, self.shared, self.parts = place, shared, parts
         self.heads = np.full(ticks, -1, np.int16)
-        self.rows = np.zeros((ticks, place.p, len(FIELDS)), np.int16)
-        self.rows[:, :, [FIELDS.index(name) for name in SLOTTED]] = -1
-        kinds = dict.fromkeys(SLOTTED.values())
+        self.fields = FIELDS if parts == 1 else (*FIELDS, "skip")
+        self.rows = np.zeros((ticks, place.p, len(self.fields)), np.int16)
+        self.slotted = [name for name in self.fields if name in SLOTTED]
+        self.rows[:, :, [self.fields.index(name) for name in self.slotted]] = -1
+        kinds = [(SLOTTED[name], part) for name in self.slotted for part in range(parts)]
         self.slots = {kind: [_Colours() for _ in range(place.p)] for kind in kinds}
 
-    def put(self, tick: int, device: int, name: str, value: int) -> None:
-        self.rows[tick, device, FIELDS.index(name)] = value
+    def part(self, u: int) -> int:
+        """Which part of the model a virtual stage belongs to."""
+        return u * self.parts // len(self.place.devices)
 
-    def keep(self, i: int, name: str, start: int, end: int) -> None:
-        """What device i keeps from one operation to another."""
-        slot = self.slots[SLOTTED[name]][i].take(start, end)
+    def put(self, tick: int, device: int, name: str, value: int) -> None:
+        self.rows[tick, device, self.fields.index(name)] = value
+
+    def keep(self, u: int, name: str, start: int, end: int) -> None:
+        """What the device of virtual stage u keeps from one operation to another. Each part has
+        residuals and stashes of its own."""
+        i, part = self.place.devices[u], 0 if name == "skip" else self.part(u)
+        slot = self.slots[SLOTTED[name], part][i].take(start, end)
         self.put(start, i, name, slot)
         self.put(end, i, name, slot)
 
     def send(self, u: int, reader: int, start: int, end: int) -> None:
         """The result of virtual stage u, which another one or itself reads."""
         p, i, j = self.place.p, self.place.devices[u], self.place.devices[reader]
-        slot = self.slots["messages"][j].take(start, end)
+        slot = self.slots["messages", 0][j].take(start, end)
         way = OWN if i == j else NEXT if (i + 1) % p == j else PREVIOUS
         if way == PREVIOUS and (i - 1) % p != j:
             raise ValueError(
@@ -136,11 +169,21 @@ class _Layout:
 
     def table(self) -> TickTable:
         counts = {kind: max(c.count for c in colours) for kind, colours in self.slots.items()}
-        for name, kind in SLOTTED.items():
-            values = self.rows[:, :, FIELDS.index(name)]
-            values[values < 0] = counts[kind]
-        heads = self.heads if self.shared else None
-        return TickTable(self.rows, Slots(**counts), len(self.place.devices), heads)
+        part_TxP = self.rows[:, :, self.fields.index("chunk")] % self.parts
+        for name in self.slotted:
+            values, kind = self.rows[:, :, self.fields.index(name)], SLOTTED[name]
+            own = kind in ("residuals", "stashes")
+            unused = [counts[kind, n if own else 0] for n in range(self.parts)]
+            values[values < 0] = np.array(unused)[part_TxP][values < 0]
+        halves = tuple(
+            Slots(counts["messages", 0], counts["residuals", n], counts["stashes", n])
+            for n in range(self.parts)
+        )
+        stages, heads = len(self.place.devices), self.heads if self.shared else None
+        if self.parts == 1:
+            return TickTable(self.rows, halves[0], stages, heads)
+        both = Slots(counts["messages", 0], *(sum(h[n] for h in halves) for n in (1, 2)))
+        return TickTable(self.rows, both, stages, heads, halves, counts["skips", 0])
 
 
 @dataclass
@@ -170,6 +213,18 @@ def _branch(kind: str, u: int, stages: int, shared: bool) -> int:
     if kind == "B":
         return FIRST_B if u == 0 else LAST_B if u == stages - 1 and not shared else B
     return W
+
+
+def _branch_of_half(kind: str, u: int, stages: int, shared: bool) -> int:
+    """As `_branch`, where the first stage of the second half has more to run than the others."""
+    turn, last = u == stages // 2, u == stages - 1
+    if u < stages // 2:
+        return _branch(kind, u, stages, shared)
+    if kind == "F":
+        return TURN_F if turn else FALL_F
+    if kind == "B":
+        return LAST_B if last else TURN_B if turn else FALL_B
+    return TURN_W if turn else FALL_W
 
 
 def _reader(kind: str, u: int, k: int, stages: int, shared: bool) -> Task | None:

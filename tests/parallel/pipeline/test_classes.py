@@ -60,7 +60,7 @@ def test_what_no_pipeline_runs_is_refused_in_code_too():
     twice = standard(c)
     c.model.update(kind="uvit", layers=3)
     c.model.image.update(coarse=0.0, conditioning="tokens", self_conditioning=False)
-    for e, said in ((twice, "runs no sample twice"), (standard(c), "UViT offers no `start`")):
+    for e, said in ((twice, "runs no sample twice"), (standard(c), r"grads=folded\(order\) only")):
         piped = replace(e, degrees={**e.degrees, "pp": 2}, grads=scheduled(gpipe(2, 4)))
         with pytest.raises(config.UserError, match=said):
             TrainStep(piped, make_mesh(piped.degrees, jax.devices()[:2]))
