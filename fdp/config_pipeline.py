@@ -23,6 +23,8 @@ PIPELINE = section(  # how a step uses pp; none of it changes the result
     ),
 )
 
+PERMUTING = ("ring", "usp")  # plans whose devices of cp pass keys on
+
 
 def chunks_of(c: Any) -> int:
     """Parts of a device's layers. Raises UserError for a file that holds no schedule."""
@@ -35,10 +37,16 @@ def chunks_of(c: Any) -> int:
 
 
 def check(c: Any) -> None:
-    """Chunks and microbatches that a fixed schedule takes, and a vocabulary that all stages can
-    share. Raises UserError for others."""
+    """Chunks and microbatches that a fixed schedule takes, a vocabulary that all stages can share,
+    and attention that a stage can run. Raises UserError for others."""
     name, chunks, m = c.pipeline.schedule, c.pipeline.chunks, c.train.microbatches
     _check_vocabulary(c)
+    if c.mesh.pp > 1 and c.mesh.cp > 1 and c.context.plan in PERMUTING:
+        raise UserError(
+            f"context.plan={c.context.plan} permutes over cp, and the devices of mesh.pp="
+            f"{c.mesh.pp} run different operations at a time, for which no permute can wait: set "
+            "context.plan=all_gather or ulysses, or mesh.pp=1"
+        )
     if c.mesh.pp == 1 or name not in library.FIXED:
         return
     if name in library.WHOLE and chunks > 1:

@@ -8,7 +8,7 @@ own (`fdp.parallel.pipeline.head`).
 
 Legend: p devices of pp, m microbatches, x hidden states of a microbatch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from fdp.collectives import index, shift, size, vary
 from fdp.grads import LOSS_AXES, Aux, Stages
@@ -172,6 +173,7 @@ class Operations:
     ):
         self.chunks, self.stages, self.batches = chunks, stages, batches
         self.params, self.stacked = params, stacked
+        self.permuted = set[str]()  # axes, as far as `none` has found some
         self.halves = known or self._halves()
 
     @cached_property
@@ -257,9 +259,9 @@ class Operations:
     def none(self) -> dict[str, Any]:
         """The zeros of every result."""
         x = blank(self.x)
-        found = types(lambda: self.forward(0, 0, x, first=True))
+        found = types(lambda: self.forward(0, 0, x, first=True), self.permuted)
         residuals = blank(found["residuals"])
-        last = types(lambda: self.backward(0, 0, x, residuals, last=True))
+        last = types(lambda: self.backward(0, 0, x, residuals, last=True), self.permuted)
         return blank(found | last | {"aux": found["aux"] | last["aux"]})
 
 
@@ -291,6 +293,17 @@ class _Program:
             self.none[name] = {k: x for ops in classes[0] for k, x in ops.none[name].items()}
         for name in ("residuals", "stash"):
             self.none[name] = [ops.none[name] for ops in self.every]
+        self._check_permutes()
+
+    def _check_permutes(self) -> None:
+        """Raises ValueError for operations that permute. XLA's permute waits for all devices, also
+        those that run another branch; on CPUs it then takes what is theirs."""
+        if axes := sorted(set[str]().union(*(ops.permuted for ops in self.every))):
+            raise ValueError(
+                f"a stage permutes over {', '.join(axes)}, and the devices of pp run different "
+                "operations in a tick: set context.plan to all_gather or ulysses (ring and usp "
+                "permute), or mesh.pp=1"
+            )
 
     def __call__(self) -> tuple[Array, Any, Aux, Aux]:
         """(loss, gradients, aux, aux of the layers) of this device."""
@@ -435,10 +448,23 @@ def _scalar(x: Any) -> Array:
     return vary(jnp.zeros(()) if x is None else x, LOSS_AXES)
 
 
-def types(f: Callable[[], Any]) -> Any:
-    """Abstract values of the results of `f`, with the axes over which they vary."""
+def types(f: Callable[[], Any], permuted: set[str] | None = None) -> Any:
+    """Abstract values of the results of `f`, with the axes over which they vary. The axes over
+    which it permutes are added to `permuted`."""
     closed, shapes = jax.make_jaxpr(f, return_shape=True)()
+    if permuted is not None:
+        permuted.update(_permuted(closed.jaxpr))
     return jax.tree.unflatten(jax.tree.structure(shapes), closed.out_avals)
+
+
+def _permuted(jaxpr: Any) -> Iterator[str]:
+    """Axes of the permutes in a jaxpr, also inside its equations."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "ppermute":
+            axes = eqn.params["axis_name"]
+            yield from (axes,) if isinstance(axes, str) else axes
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from _permuted(inner)
 
 
 def blank(types: Any) -> Any:

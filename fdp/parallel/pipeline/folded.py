@@ -105,9 +105,9 @@ class Rise(Operations):
     @cached_property
     def none(self) -> dict[str, Any]:
         """The zeros of every result."""
-        found = types(lambda: self.forward(0, 0, blank(self.x), first=True))
+        found = types(lambda: self.forward(0, 0, blank(self.x), first=True), self.permuted)
         given, residuals = blank((found["message"], found["skips"])), blank(found["residuals"])
-        back = types(lambda: self.backward(0, 0, given, residuals, first=True))
+        back = types(lambda: self.backward(0, 0, given, residuals, first=True), self.permuted)
         return blank(found | back)
 
 
@@ -162,7 +162,9 @@ class Fall(Operations):
     def none(self) -> dict[str, Any]:
         """The zeros of every result."""
         x = blank(self.x)
-        found = types(lambda: self.forward(0, 0, x, first=True))
+        found = types(lambda: self.forward(0, 0, x, first=True), self.permuted)
         residuals = blank(found["residuals"])
-        last = types(lambda: self.backward(0, 0, x[0], residuals, first=True, last=True))
+        last = types(
+            lambda: self.backward(0, 0, x[0], residuals, first=True, last=True), self.permuted
+        )
         return blank(found | last | {"aux": found["aux"] | last["aux"]})

@@ -156,6 +156,19 @@ def test_gradients_of_other_stages_than_the_mesh_are_refused(pp, grads, message)
         )
 
 
+def test_stages_that_permute_are_refused_before_they_go_wrong():
+    changes = {"pipeline.schedule": "1f1b", "mesh.pp": 2, "mesh.cp": 2, "train.microbatches": 4}
+    c = config.base()
+    c.update_from_flattened_dict(changes | {"context.plan": "usp"})
+    with pytest.raises(config.UserError, match=r"usp permutes .* set context\.plan=all_gather"):
+        config.validate(c)
+    e = program("1f1b", {"cp": 2}, {"context.plan": "ring"}).experiment
+    e = dataclasses.replace(e, degrees={**e.degrees, "pp": 2}, grads=scheduled(gpipe(2, MICRO)))
+    p = TrainStep(e, make_mesh(e.degrees, jax.devices()[:4]))
+    with pytest.raises(ValueError, match=r"a stage permutes over cp, .* set context\.plan to all_"):
+        pipeline.traced(p)
+
+
 @pytest.mark.parametrize("name", ["zbv", "v_half", "v_min", "dualpipe_v", "1f1b", "zb_h1"])
 @pytest.mark.parametrize("p", [2, 3, 4])
 def test_every_block_travels_once(name, p):
