@@ -4,11 +4,12 @@ operation.
 After the last W of a step a virtual stage reduces its gradients, updates its parameters (U) and
 goes on with the microbatches of the next step, while others still work on this one. The global norm
 that clips gradients is known only when all stages are there, and so is whether all gradients are
-finite. Three ways to clip:
+finite. Three ways to clip, the last of them by post-validation with rollback (Qi et al. 2023, arXiv
+2401.10241, section 4):
 
 barrier: each U waits for the squared norms of all stages. Exact.
-last: each U clips by the norm of the step before, the first by none, and skips the update where its
-own gradients are not finite. Not the same training.
+delayed: each U clips by the norm of the step before, the first by none, and skips the update where
+its own gradients are not finite. Not the same training.
 validated: each U clips by nothing. The host dispatches the next step, reads the norm when it is
 there, and waits for it before the next U. Where the norm clips or is not finite, all stages go back
 to the parameters and moments before the step, update once more as behind a barrier, and run again
@@ -28,7 +29,7 @@ step."""
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -43,14 +44,15 @@ from fdp.experiment import Experiment
 from fdp.mpmd import Programs, Staged, StagedRun, sliced, varying
 from fdp.parallel.groups import DeviceGroups
 from fdp.parallel.pipeline.executor import blank
+from fdp.parallel.pipeline.head import reads
 from fdp.parallel.pipeline.orders import Order
-from fdp.parallel.pipeline.table import STEPPED, Task, ticks
+from fdp.parallel.pipeline.table import STEPPED, Task, has_head, ticks
 from fdp.state import TrainState
 from fdp.step import TrainStep
 
 Array = jax.Array
 P = PartitionSpec
-CLIPPINGS = ("barrier", "last", "validated")
+CLIPPINGS = ("barrier", "delayed", "validated")
 STACKED = -1  # in place of the virtual stage that has a parameter: each has its layers
 
 
@@ -81,11 +83,18 @@ class StagedSteps(Staged):
     shared: names of the parameters that several virtual stages read. clip: largest global norm; no
     program depends on it, so it may change between calls.
 
-    Raises ValueError as `Staged`, for an order that does not run, and for an experiment with rules,
-    which read the whole model."""
+    Raises ValueError as `Staged`, for an order that does not run, for an optimizer whose rule is
+    not elementwise, and for an experiment with rules, which read the whole model."""
 
     def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
-        ticks(order, STEPPED)  # an order that does not run is refused before any trace
+        if not has_head(order):  # else `Staged` says what to do
+            ticks(order, STEPPED)  # an order that does not run is refused before any trace
+        if not experiment.optimizer.elementwise:
+            raise ValueError(
+                "the rule of Experiment.optimizer is not stated to be elementwise, and every stage "
+                "runs it on its own parameters: use fdp.optimizer.adamw, or set "
+                "Optimizer.elementwise=True if it treats every element by itself"
+            )
         if experiment.rules:
             raise ValueError(
                 f"{len(experiment.rules)} rules change the model state after a step of the whole "
@@ -278,7 +287,7 @@ class _Run:
         if clipping == "barrier" or again:
             squares = self._at(self.squares[k], i)
             finite = squares + self._at(self.losses[k], i)
-        elif clipping == "last":
+        elif clipping == "delayed":
             squares = self._at(self.squares[k - 1], i) if k else squares
             finite = [self.squares[k][u], self.losses[k][u]] * self.count  # one program for all
         if not again:
@@ -440,11 +449,3 @@ class StepPrograms(Programs):
 
 def _added(parts: Sequence[Sequence[Array]]) -> list[Array]:
     return [sum(x[1:], x[0]) for x in zip(*parts, strict=True)]
-
-
-def reads(f: Callable[[Any], Any], params: Any) -> list[bool]:
-    """Whether a function reads each leaf of its argument."""
-    jaxpr = jax.make_jaxpr(f)(params).jaxpr
-    used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
-    used |= {id(v) for v in jaxpr.outvars}
-    return [id(v) in used for v in jaxpr.invars]

@@ -15,13 +15,13 @@ import optax
 class Optimizer:
     """`rule(metas)`: the transformation, after clipping, of parameters with these
     `fdp.models.module.Meta`. `learning_rate(step)`: for the log. `clip`: largest global gradient
-    norm.
-
-    A rule that works on every element by itself can run in parts, each on some parameters."""
+    norm. `elementwise`: the rule treats every element by itself, so it can run in parts, each on
+    some parameters."""
 
     rule: Callable[[Any], optax.GradientTransformation]
     learning_rate: optax.Schedule
     clip: float = math.inf
+    elementwise: bool = False
 
     def build(self, metas: Any) -> optax.GradientTransformation:
         """Clipping by the global norm of the gradients given, then the rule."""
@@ -54,4 +54,4 @@ def adamw(
         decayed = jax.tree.map(lambda meta: meta.decay, metas)
         return optax.adamw(learning_rate, b2=beta2, weight_decay=weight_decay, mask=decayed)
 
-    return Optimizer(rule, learning_rate, clip)
+    return Optimizer(rule, learning_rate, clip, elementwise=True)

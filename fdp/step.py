@@ -156,19 +156,38 @@ class TrainStep:
                 f"mesh.pp={e.degrees['pp']}: {type(e.model).__name__} offers no `start`, `blocks` "
                 "and `finish` to cut into stages; set mesh.pp=1"
             )
-        axes = getattr(getattr(e.model, "shape", None), "vocab_axes", None)
+        shape = getattr(e.model, "shape", None)
+        axes = getattr(shape, "vocab_axes", None)
         reduced = getattr(e.objective, "axes", axes)
         if axes != reduced:
             raise ValueError(
                 f"the model's shape shards the vocabulary over vocab_axes={axes}, the objective "
                 f"reduces over axes={reduced}: give both the same"
             )
+        if "pp" in (axes or ()):
+            self._check_vocabulary(shape)
         example = e.noised_example()
         costs = example.get("cost") if isinstance(example, dict) else None
         if costs is not None and any(cost.twice for cost in costs.classes):
             raise ValueError(
                 f"mesh.pp={e.degrees['pp']}: a pipeline runs no sample twice; set mesh.pp=1 or "
                 "model.image.self_conditioning=False"
+            )
+
+    def _check_vocabulary(self, shape: Any) -> None:
+        """Raises ValueError for an output head that the devices of pp cannot share."""
+        pp, tp = (self.experiment.degrees[axis] for axis in ("pp", "tp"))
+        if shape.tied:
+            raise ValueError(
+                f"vocab_axes={shape.vocab_axes} shards the output head over pp, and tied=True "
+                "gives it the weights of the embedding, which the first stage alone reads: set "
+                "tied=False"
+            )
+        if shape.vocab % (pp * tp):
+            raise ValueError(
+                "the vocabulary is not divisible by the devices that share the head: vocab % "
+                f"(pp·tp) = {shape.vocab} % ({pp}·{tp}); set vocab="
+                f"{-(-shape.vocab // (pp * tp)) * pp * tp}"
             )
 
     def _capacity(self) -> int | None:

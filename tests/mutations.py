@@ -81,9 +81,16 @@ MUTATIONS = (
     Mutation(
         "gradients are not clipped",
         "optimizer.py",
-        "optax.clip_by_global_norm(clip)",
+        "optax.clip_by_global_norm(self.clip)",
         "optax.identity()",
         f"{OPTIMIZER}test_three_steps_equal_adamw_in_numpy",
+    ),
+    Mutation(
+        "gradients of a part of the model are not clipped",
+        "optimizer.py",
+        "free = norm < clip",
+        "free = norm < jnp.inf",
+        "tests/test_mpmd_steps.py::test_three_ways_to_clip",
     ),
     Mutation(
         "weight decay on everything",

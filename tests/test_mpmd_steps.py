@@ -75,7 +75,7 @@ def test_three_ways_to_clip():
     staged = StagedSteps(experiment(2), FREE)
     assert not staged.shared
     found = {}
-    for clipping in ("barrier", "validated", "last"):
+    for clipping in ("barrier", "validated", "delayed"):
         found[clipping] = staged.train(first, noised, clipping)
         updates = [e for e in staged.groups.events() if e.op.startswith("U")]
         assert len(updates) == 2 * (STEPS + len(found[clipping][1].rolled))
@@ -86,13 +86,13 @@ def test_three_ways_to_clip():
         np.testing.assert_allclose(told.losses, losses, rtol=1e-6)
         np.testing.assert_allclose(told.norms, norms, rtol=1e-6)
         np.testing.assert_array_equal(told.skipped, [False, False, True, False])
-    assert found["barrier"][1].rolled == found["last"][1].rolled == ()
+    assert found["barrier"][1].rolled == found["delayed"][1].rolled == ()
     assert found["validated"][1].rolled == (0, 1, 2)
     assert found["validated"][1].again >= 3
-    assert errors(found["last"][0], want)[0] > 1e-5
+    assert errors(found["delayed"][0], want)[0] > 1e-5
 
     # Without a barrier the first stage is in the next step before the last one has updated.
-    for clipping, before in (("validated", True), ("last", True), ("barrier", False)):
+    for clipping, before in (("validated", True), ("delayed", True), ("barrier", False)):
         tasks = staged.tasks(clipping)
         for k in range(STEPS - 1):
             begun, ended = tasks.index(("F", 0, MICRO * (k + 1))), tasks.index(("U", 1, k))
@@ -111,6 +111,13 @@ def test_parameters_of_several_stages():
     got, told = staged.train(first, noised, "validated")
     assert max(errors(got, want)) < 1e-6
     assert told.again == 0
+
+
+def test_a_rule_of_whole_trees_is_refused():
+    e = experiment(2)
+    whole = replace(e.optimizer, elementwise=False)
+    with pytest.raises(ValueError, match=r"elementwise.* use fdp\.optimizer\.adamw"):
+        StagedSteps(replace(e, optimizer=whole), FREE)
 
 
 def test_what_is_refused():

@@ -87,7 +87,7 @@ def _evidence(cluster: Cluster) -> str:
 
 def fragment(ranking: "Ranking", topic: str) -> str:
     """Text of a config file for `python -m fdp.train --config=FILE --dry_run` with the fastest plan
-    that this code base can train (no pipeline); comments alone where it cannot build the
+    that is written out (no pipeline); comments alone where it cannot build the
     model or no such plan fits. `topic`: the one that trains it, to be named in the file."""
     job, best = ranking.job, ranking.plans[0]
     lines = [f'"""{job.shape.name} on {ranking.cluster.name}: written by the planner."""', ""]
@@ -99,13 +99,13 @@ def fragment(ranking: "Ranking", topic: str) -> str:
             or "nothing of the model, but no plan without pipeline fits"
         )
         lines += [
-            f"# This code base cannot train it; what is missing: {missing}.",
+            f"# No config can be written for it; what is missing: {missing}.",
             f"PLAN = {dataclasses.asdict(best.plan)!r}",
         ]
         return "\n".join(lines) + "\n"
     slower = 100 * (r.time / best.time - 1)
     lines += [
-        "# Below: the fastest plan that this code base can train (no pipeline, attention that "
+        "# Below: the fastest plan that can be written here (no pipeline, attention that "
         "is not fused),",
         f"# {name_of(r.plan)}, {r.time:.3g} s a step (predicted), {slower:.0f} % slower.",
     ]

@@ -125,9 +125,9 @@ def shared_columns(job: Job, points: Space) -> Columns:
 
 
 def trainable(job: Job, points: Space) -> np.ndarray:
-    """(N,) whether this code base can train the plan: no pipeline, experts over a part of dp and as
-    wide over tp as the rest, whole heads, FFN and vocabulary per rank, and a recomputation that it
-    has."""
+    """(N,) whether a config is written for the plan: no pipeline, as a plan names no schedule,
+    experts over a part of dp and as wide over tp as the rest, whole heads, FFN and vocabulary per
+    rank, and a recomputation that it has."""
     a, tp = job.shape, points["tp"]
     if a.unbuildable:
         return np.zeros(size_of(points), bool)

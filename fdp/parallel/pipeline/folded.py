@@ -6,6 +6,8 @@ any model, and nothing else. A skip waits in a slot from F of its first half to 
 gradient from B to B. The block in the middle runs on the last device, before the layers of virtual
 stage p; its parameters lie on all devices.
 
+Collocating both ends of the skips of a U-ViT is also PULSE's plan (arXiv 2606.19163).
+
 Legend: p devices, V = 2p virtual stages, u one of them."""
 
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
-"""Operation S: the share that a device of pp has in the output head of a microbatch.
+"""Operation S: the share that a device of pp has in the output head of a microbatch (Yeung et al.
+2024, "Balancing Pipeline Parallelism with Vocabulary Parallelism").
 
 Legend: p devices of pp, m microbatches, k one of them, y output of the last virtual stage, V
 vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +41,10 @@ class SharedHead(NamedTuple):
         mine = [x for x, r in zip(leaves, read, strict=True) if r]
 
         def shared(message: Array, sums: Any) -> tuple[Array, Any]:
-            dy, *found = self._gradients(k, y, read)
-            return dy, jax.tree.map(jnp.add, sums, tuple(found))
+            dy, loss, aux, mine = self._gradients(k, y, read)
+            aux = {name: jax.tree.map(jnp.add, sums[1][name], x) for name, x in aux.items()}
+            total = jax.tree.map(jnp.add, (sums[0], sums[2]), (loss, mine))
+            return dy, (total[0], sums[1] | aux, total[1])
 
         def nothing(message: Array, sums: Any) -> tuple[Array, Any]:
             return message, sums
@@ -76,9 +79,15 @@ class SharedHead(NamedTuple):
 
     def _read(self, y: Array) -> list[bool]:
         """Of each parameter, whether `score` reads it: the others stay out of the conditional."""
-        jaxpr = jax.make_jaxpr(lambda params: self._score(params, y, 0))(self.params).jaxpr
-        used = {v for eqn in jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
-        return [v in used for v in jaxpr.invars]
+        return reads(lambda params: self._score(params, y, 0), self.params)
+
+
+def reads(f: Callable[[Any], Any], params: Any) -> list[bool]:
+    """Whether a function reads each leaf of its argument."""
+    jaxpr = jax.make_jaxpr(f)(params).jaxpr
+    used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
+    used |= {id(v) for v in jaxpr.outvars}
+    return [id(v) in used for v in jaxpr.invars]
 
 
 def _merged(whole: Sequence[Array], some: Sequence[Array], mask: Sequence[bool]) -> list[Array]:

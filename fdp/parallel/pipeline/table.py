@@ -261,7 +261,7 @@ def ticks(order: Order, kinds: Sequence[str] = EXECUTED, barrier: bool = False) 
         for row, op in enumerate(ops):
             if op.kind not in kinds:
                 raise ValueError(
-                    f"stage {i}, row {row}: {op}: such executors run {', '.join(kinds)}; remove it"
+                    f"stage {i}, row {row}: {op}: this executor runs {', '.join(kinds)}; remove it"
                 )
     last, shared = len(place.devices) - 1, has_head(order)
     queues = [

@@ -39,8 +39,8 @@ class Clipping(NamedTuple):
     """Seconds of a step.
 
     barrier: all stages wait for the norm, then update. delayed: by the norm of the step before,
-    which no stage waits for; not the same update. validated: every stage updates with the norm that
-    it knows and checks it when the whole one arrives; a step that is clipped after all is rolled
+    which no stage waits for; not the same update. validated: every stage updates as if nothing were
+    clipped, and the norm is checked when it arrives; a step that is clipped after all is rolled
     back, so it costs one with a barrier and its update twice. By the share of steps rolled back."""
 
     schedule: str

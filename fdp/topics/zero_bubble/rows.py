@@ -170,7 +170,7 @@ def clipped(found: Clipped) -> Row:
         f"{STEPS} steps of a DiT in-context over two stages, ZB-H2, one program for every stage "
         f"and operation; clipped to {found.clip:.3g}, norms without clipping {norms}; rolled back "
         f"{len(found.rolled)} steps, {found.again} operations run again; by the last step's norm "
-        f"the difference is {found.last:.1e}; {found.shared} parameters read by several stages: "
+        f"the difference is {found.delayed:.1e}; {found.shared} parameters read by several stages: "
         "with adaLN there are some, whose gradients every update waits for"
     )
     return Row.judged(

@@ -27,7 +27,7 @@ class Clipped(NamedTuple):
     shared: parameters that several stages read."""
 
     validated: float
-    last: float
+    delayed: float
     rolled: tuple[int, ...]
     again: int
     clip: float
@@ -44,12 +44,12 @@ def clipped(e: Experiment) -> Clipped:
     steps.clip = np.inf
     norms = steps.train(state, noised)[1].norms
     steps.clip = float(np.median(norms))
-    found = {name: steps.train(state, noised, name) for name in ("barrier", "validated", "last")}
+    found = {name: steps.train(state, noised, name) for name in ("barrier", "validated", "delayed")}
     want = found["barrier"][0].params
     told = found["validated"][1]
     return Clipped(
         relative_error(found["validated"][0].params, want),
-        relative_error(found["last"][0].params, want),
+        relative_error(found["delayed"][0].params, want),
         told.rolled,
         told.again,
         steps.clip,

@@ -85,7 +85,7 @@ def arm(config: ml_collections.ConfigDict, cost: str, filler: str) -> Experiment
         if cost == "uvit":
             c.model.update(kind="uvit", layers=c.model.layers + 1)
             c.model.image.conditioning = "tokens"
-            c.mesh.pp = 1
+            c.mesh.pp = 1  # four stages would need halves of four blocks
         if filler == "larger":
             c.train.batch += c.train.batch // 8
     e = standard(c)

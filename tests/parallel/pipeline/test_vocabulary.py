@@ -34,7 +34,8 @@ L, V, BATCH, MICRO = 8, 64, 8, 4
 TOKENS = np.random.default_rng(0).integers(0, V - 2, (BATCH, L)).astype(np.int32)
 SIZES = {"layers": 4, "width": 16, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn": 32, "vocab": V}
 CASES = {
-    "zb_h1, tp": {"pipeline.schedule": "zb_h1", "mesh.tp": 2},
+    "zb_h1, tp·dp, ZeRO-1": {"mesh.tp": 2, "mesh.dp": 2, "train.zero": 1}
+    | {"pipeline.schedule": "zb_h1"},
     "zbv, tp, SP": {"pipeline.schedule": "zbv", "mesh.tp": 2, "model.sequence_parallel": True},
 }
 

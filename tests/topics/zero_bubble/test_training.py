@@ -17,12 +17,14 @@ from fdp.data.batches import Arrays
 from fdp.experiment import standard
 from fdp.mesh import AXES, abstract_mesh
 from fdp.models import module
+from fdp.mpmd_steps import StagedSteps
 from fdp.objectives import EDM, Flow
 from fdp.parallel.pipeline import fixed
 from fdp.parallel.pipeline.costs import Costs
 from fdp.parallel.pipeline.evaluate import evaluate
+from fdp.parallel.pipeline.orders import repeat
 from fdp.step import TrainStep
-from fdp.topics.zero_bubble import fillers, judge, quality, rows
+from fdp.topics.zero_bubble import fillers, judge, quality, rows, study
 from fdp.topics.zero_bubble.fillers import References, StableFlow, filled, stable, without
 from fdp.topics.zero_bubble.op_costs import OpCosts
 from fdp.topics.zero_bubble.steps import Clipped
@@ -159,3 +161,12 @@ def test_what_clipping_afterwards_gave_is_judged() -> None:
     row = rows.clipped(found)
     assert row.verdict == "holds" and "rolled back 2 steps, 3 operations run again" in row.note
     assert rows.clipped(found._replace(validated=2e-6)).verdict == "fails"
+
+
+def test_every_experiment_of_the_comparisons_is_built() -> None:
+    c = get_config("cpu")
+    for name, degrees in study.MESHES.items():
+        e = study.build(c, name, degrees)
+        assert TrainStep(e, abstract_mesh(e.degrees)).experiment.grads.microbatches == 8
+    free = study.build(c, "no barrier", {"pp": 2})
+    assert not StagedSteps(free, repeat(free.grads.order, 2)).shared
