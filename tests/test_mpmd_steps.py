@@ -139,7 +139,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="1 rules change the model state"):
         StagedSteps(replace(experiment(2), rules=(lambda state, aux, step: state,)), FREE)
     staged = StagedSteps(experiment(2), FREE)
-    with pytest.raises(ValueError, match="clipping='none': choose one of barrier, last, valida"):
+    with pytest.raises(ValueError, match="clipping='none': choose one of barrier, delayed, "):
         staged.train(None, [], "none")
     with pytest.raises(ValueError, match="0 batches for an order of 4 steps"):
         staged.train(None, [])
