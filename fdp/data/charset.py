@@ -53,6 +53,7 @@ SIGNS = "“”„«»‹›•°§©®™€£¥¢½¼¾²³¹×±¡¿ªº†�
 
 WORDS = 0.3  # share of bytes outside ASCII in runs of three and more: another script
 EXPLAINED = 0.98  # least share of the characters outside ASCII that must fit
+LIKELY = 0.8  # and the share below which not even a guess is made
 FEW = 0.03  # share of letters outside ASCII below which a text is English, or nearly
 MESS = 0.2  # charset-normalizer's own bound of "chaos", from 0 to 1
 SAME = 0.005  # two of its figures that say the same
@@ -61,11 +62,18 @@ SAMPLE_CHUNKS = 16
 
 
 class Unsure(ValueError):
-    """No encoding is certain; `likely` are those that may be right, the best first."""
+    """No encoding is certain; `likely` are the names of those that may be right, the best
+    first."""
 
     def __init__(self, likely: list[str]):
-        super().__init__(", ".join(likely))
-        self.likely = likely
+        self.likely = [common_name(name) for name in likely]
+        super().__init__(", ".join(self.likely))
+
+
+def common_name(name: str) -> str:
+    """An encoding as the world outside Python calls it, iconv included."""
+    others = {"mac_roman": "macintosh", "big5hkscs": "big5-hkscs"}
+    return others.get(name, name.replace("iso8859_", "iso-8859-").replace("_", "-"))
 
 
 def legacy_encoding(data: bytes) -> str:
@@ -125,7 +133,8 @@ def _latin(data: bytes, sample: bytes) -> str:
     # Names and quotations of several languages, none of which explains all.
     if _explained(_text(sample, "cp1252"), ("".join(WESTERN),)) >= EXPLAINED:
         return "cp1252"
-    raise Unsure([max(scores, key=scores.__getitem__)])
+    best = [name for name in scores if scores[name] == max(scores.values()) >= LIKELY]
+    raise Unsure(best)
 
 
 def _in_long_runs(sample: bytes) -> float:

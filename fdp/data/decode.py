@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fdp.data.charset import Unsure, legacy_encoding
+from fdp.data.charset import Unsure, common_name, legacy_encoding
 
 # The longer mark first: that of UTF-32 begins with that of UTF-16.
 MARKS = (
@@ -52,6 +52,8 @@ PACKED: tuple[tuple[bytes, str, Callable[[Any], Any]], ...] = (
 )
 BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
+LOST = "\ufffd"  # what a decoder puts where it gives up
+ESCAPE = b"\x1b$"  # begins the two-byte characters of ISO-2022
 TAR_AT, TAR = 257, b"ustar"
 CONTROLS = bytes(b for b in range(32) if b not in b"\t\n\v\f\r\b\x1b")
 BINARY = 0.005  # share of control characters from which on a file is no text
@@ -104,23 +106,33 @@ def decode(path: Path, data: bytes) -> tuple[str, str]:
             return _strict(path, data[len(mark) :], name), name.removesuffix("-le")
     if b"\0" in data:
         return _without_mark(path, data)
+    if ESCAPE in data[:PROBE] and data.isascii():
+        return _strict(path, data, "iso2022_jp_2"), "iso-2022-jp"
     try:
-        return _lines(_tolerant(data, "utf-8")), "utf-8"
+        return _lines(data.decode("utf-8")), "utf-8"
     except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data" and not data[: error.start].isascii():
+            return _lines(_tolerant(data, "utf-8")), "utf-8 but for its last character, cut in two"
         _refuse_damaged(path, data, error)
     if sum(data.count(bytes([b])) for b in CONTROLS) > BINARY * len(data):
         raise NotText(path, "binary: control characters")
     try:
         name = legacy_encoding(data)
     except Unsure as error:
-        likely = error.likely[0]
-        raise NotText(
-            path,
-            f"{_lost(data):.1%} of its characters are lost in UTF-8; its encoding may be "
-            f"{' or '.join(error.likely[:3])}",
-            f"if it is {likely}, run `iconv -f {likely} -t UTF-8`",
-        ) from error
-    return _strict(path, data, name), name
+        raise _unsure(path, data, error.likely) from error
+    return _strict(path, data, name), common_name(name)
+
+
+def _unsure(path: Path, data: bytes, likely: list[str]) -> NotText:
+    text = data.decode("utf-8", "replace")
+    lost = f"{text.count(LOST) / len(text):.1%} of its characters are lost"
+    if not likely:
+        return NotText(path, f"{lost}, and no other encoding explains it")
+    return NotText(
+        path,
+        f"{lost}; its encoding may be {' or '.join(likely[:3])}",
+        f"if it is {likely[0]}, run `iconv -f {likely[0]} -t UTF-8`",
+    )
 
 
 def _refuse_formats(path: Path, head: bytes) -> None:
@@ -135,11 +147,11 @@ def _strict(path: Path, data: bytes, name: str) -> str:
     try:
         return _lines(_tolerant(data, name))
     except UnicodeDecodeError as error:
-        lost = data.decode(name, "replace").count("\ufffd") / max(len(data), 1)
+        lost = data.decode(name, "replace").count(LOST) / max(len(data), 1)
         raise NotText(
             path,
-            f"it seems to be {name}, where {max(lost, 1e-5):.3%} of it cannot be decoded, first at "
-            f"byte {error.start:,}",
+            f"it seems to be {common_name(name)}, where {max(lost, 1e-5):.3%} of it cannot be "
+            f"decoded, first at byte {error.start:,}",
             "repair it, or convert it to UTF-8",
         ) from error
 
@@ -171,7 +183,7 @@ def _refuse_damaged(path: Path, data: bytes, error: UnicodeDecodeError) -> None:
     """Raises NotText where most of what is outside ASCII is UTF-8: no other encoding looks like
     it."""
     text = data.decode("utf-8", "replace")
-    bad = text.count("\ufffd")
+    bad = text.count(LOST)
     good = sum(char >= "\x80" for char in text) - bad
     if good > bad:
         line = data.count(b"\n", 0, error.start) + 1
@@ -180,8 +192,3 @@ def _refuse_damaged(path: Path, data: bytes, error: UnicodeDecodeError) -> None:
             f"{bad:,} of {len(text):,} characters are damaged, first in line {line:,}",
             "to drop them, run `iconv -c -f UTF-8 -t UTF-8`",
         )
-
-
-def _lost(data: bytes) -> float:
-    text = data.decode("utf-8", "replace")
-    return text.count("\ufffd") / len(text)

@@ -140,15 +140,13 @@ def _read(path: Path, inputs: Inputs) -> str | Iterator[str]:
                 content = texts_of_lines(path, _lines_of(path))
             else:
                 text, how = decode(path, stream.read())
+                if not text.strip():
+                    raise NotText(path, "holds no text", "write some into it")
                 content = text_or_rows(path, name.suffix.lower(), text)
         except BROKEN as error:
             raise _damaged(path, error) from error
-    if isinstance(content, str):
-        if not content.strip():
-            raise NotText(path, "empty", "write text into it")
-    else:
-        rows = content
-        content = itertools.chain([next(rows)], rows)  # a wrong file shows at its first row
+    if not isinstance(content, str):  # a wrong file shows at its first row
+        content = itertools.chain([next(content)], content)
     inputs.read[" ".join(word for word in (how, packing) if word not in ("", "utf-8")) or how] += 1
     return content
 

@@ -38,6 +38,11 @@ def texts_of_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
             continue
         try:
             row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            message = (
+                f"is not UTF-8, as JSON must be ({error.reason}): convert the file with `iconv`"
+            )
+            raise ValueError(f"{path}:{number} {message}") from error
         except ValueError as error:
             reason = f"is not JSON ({error}): one object a line is expected"
             if not good:

@@ -15,10 +15,13 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fdp.data.documents import Inputs, documents_of, files_below
 
 SOURCES = ("bible", "stdlib", "hf:<name>")
+
+HF_MAJOR = 4  # of the package datasets
 
 OWNER = "as given by the owner of the files"
 
@@ -172,6 +175,31 @@ def _stdlib() -> Iterator[str]:
                 yield file.read()
 
 
+def _rows(source: str, name: str, config: str | None, split: str) -> Any:
+    """A data set of Hugging Face. Code that comes with one is never run: versions from HF_MAJOR on
+    cannot, those before ask on stdin."""
+    install = "pip install 'fdp[hf]'"
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"data.source={source!r} needs Hugging Face datasets: {install}"
+        ) from error
+    if int(datasets.__version__.split(".")[0]) < HF_MAJOR:
+        raise ValueError(
+            f"data.source={source!r} needs datasets>={HF_MAJOR}, and {datasets.__version__}, which "
+            f"is installed, may run code of the data set: {install}"
+        )
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # of a dozen classes, without a common one
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"data.source={source!r} cannot be loaded ({type(error).__name__}: {told}): check the "
+            "name, the network, and that the data set needs no script"
+        ) from error
+
+
 def _hugging_face(source: str) -> Corpus:
     # A colon inside brackets belongs to a slice, as in train[:1%].
     name, config, split, column, *extra = [*re.split(r":(?![^\[]*\])", source)[1:], "", "", "", ""][
@@ -181,14 +209,8 @@ def _hugging_face(source: str) -> Corpus:
         raise ValueError(
             f"data.source={source!r} must read hf:<name>[:<config>[:<split>[:<text column>]]]"
         )
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"data.source={source!r} needs Hugging Face datasets: pip install 'fdp[hf]'"
-        ) from error
     split, column = split or "train", column or "text"
-    rows = datasets.load_dataset(name, config or None, split=split)
+    rows = _rows(source, name, config or None, split)
     if column not in rows.column_names:
         raise ValueError(
             f"data.source={source!r} has no column {column!r}, only "
