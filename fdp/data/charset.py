@@ -5,6 +5,7 @@ charset-normalizer tells scripts and encodings of East Asia apart. Encodings of 
 share most bytes, and its choice among them is a coin toss, so that choice is made here: the right
 one is where the letters outside ASCII belong to one language's alphabet."""
 
+import io
 import re
 from collections import Counter
 
@@ -48,8 +49,8 @@ ALPHABETS = (
     "ąčęėįšųūž",  # Lithuanian
 )
 # Between letters as well; the second string only where no letters are on both sides.
-JOINERS = "’‘–—…\xa0\xad·"
-SIGNS = "“”„«»‹›•°§©®™€£¥¢½¼¾²³¹×±¡¿ªº†‡´¨"
+ANYWHERE = "’‘–—…\xa0\xad·µªº"
+SIGNS = "“”„«»‹›•°§©®™€£¥¢½¼¾²³¹×±¡¿†‡´¨"
 
 WORDS = 0.3  # share of bytes outside ASCII in runs of three and more: another script
 EXPLAINED = 0.98  # least share of the characters outside ASCII that must fit
@@ -108,11 +109,12 @@ def _other_script(sample: bytes) -> str:
 
 def _sample(data: bytes) -> bytes:
     """Whole lines with bytes outside ASCII, up to about SAMPLE_BYTES."""
-    # No encoding above has a byte below 0x30 within a longer character.
+    # A byte below 0x30, as a line end is, belongs to no longer character in the encodings above.
     lines, size = [], 0
-    for match in re.finditer(rb"[^\n]*[\x80-\xff][^\n]*\n?", data):
-        lines.append(match[0])
-        size += len(match[0])
+    for line in io.BytesIO(data):
+        if not line.isascii():
+            lines.append(line)
+            size += len(line)
         if size >= SAMPLE_BYTES:
             break
     return b"".join(lines)
@@ -148,27 +150,35 @@ def _text(sample: bytes, name: str) -> str:
 
 def _share_outside_ascii(data: bytes) -> float:
     letters = [char for char in _text(data[:SAMPLE_BYTES], "cp1252") if char.isalpha()]
-    return sum(char >= "\x80" for char in letters) / max(len(letters), 1)
+    return sum(map(_is_other_letter, letters)) / max(len(letters), 1)
 
 
 def _explained(text: str, alphabets: tuple[str, ...]) -> float:
     """Largest share over the alphabets of characters outside ASCII that are letters of it, or
     signs, in a place where they can stand."""
-    padded = f" {text} "
+    padded = f"  {text} "
     n, signs = 0, 0
     letters: Counter[str] = Counter()
-    around = Counter(zip(padded, padded[1:], padded[2:], strict=False))
-    for (before, char, after), count in around.items():
+    around = Counter(zip(padded, padded[1:], padded[2:], padded[3:], strict=False))
+    for (second, before, char, after), count in around.items():
         if char < "\x80":
             continue
         n += count
-        if char.isalpha():
-            wrong = before.isdigit() or after.isdigit() or (before.islower() and char.isupper())
-            letters[char] += 0 if wrong else count
-        elif char in JOINERS or (char in SIGNS and not (before.isalpha() and after.isalpha())):
+        if char in ANYWHERE:
+            signs += count
+        elif char.isalpha():
+            # Four letters outside ASCII in a row are of another script.
+            within = all(map(_is_other_letter, (second, before, after)))
+            odd = before.isdigit() or after.isdigit() or (before.islower() and char.isupper())
+            letters[char] += 0 if within or odd else count
+        elif char in SIGNS and not (before.isalpha() and after.isalpha()):
             signs += count
     covered = (
         sum(count for char, count in letters.items() if char in known or char.lower() in known)
         for known in alphabets
     )
     return (signs + max(covered)) / n if n else 1.0
+
+
+def _is_other_letter(char: str) -> bool:
+    return char >= "\x80" and char.isalpha() and char not in ANYWHERE

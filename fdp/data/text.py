@@ -103,10 +103,10 @@ def split_documents(
             f"data.val_fraction={val_fraction} must lie between 0 and 1: set data.val_fraction=0.05"
         )
     if n < 2:
+        read = f" ({'; '.join(corpus.notes)})" if corpus.notes else ""
         raise ValueError(
-            f"corpus {corpus.name!r} has {n} document, so none is left for validation: separate "
-            "documents "
-            "by blank lines or form feeds, or give a folder of files"
+            f"corpus {corpus.name!r} has {n} document{read}, so none is left for validation: "
+            "separate documents by blank lines or form feeds, or give a folder of files"
         )
     n_val = min(max(round(val_fraction * n), 1), n - 1)
     keys = [hashlib.sha256(f"{corpus.sha256} {seed} {i}".encode()).digest() for i in range(n)]

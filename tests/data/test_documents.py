@@ -118,6 +118,30 @@ def test_every_encoding_reads_as_utf8_does(tmp_path, language, encoding):
 
 
 @pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("It was 20 °C, ±3 µm, ½ cup, £5, © 2020", "cp1252"),
+        ("“Don’t,” he said – and that’s all…", "cp1252"),
+        ("Chapter\n————————————\n" + "plain words " * 30 + "naïve café", "cp1252"),
+        ("It costs 5 € and 10 €", "iso8859-15"),
+        ("x" * 300_000 + "\ncafé", "cp1252"),
+    ],
+)
+def test_few_characters_outside_ascii(tmp_path, text, encoding):
+    texts = [f"{i}. {text}\n\n" for i in range(20)]
+    assert (
+        "".join(texts).split()
+        == " ".join(read(tmp_path / "a", "".join(texts).encode(encoding))[0]).split()
+    )
+
+
+def test_russian_words_in_english_are_not_latin_letters(tmp_path):
+    text = "This line is English with the word привет in it, and more English.\n\n"
+    with pytest.raises(NotText, match="of its characters are lost"):
+        read(tmp_path / "a", (text * 50).encode("cp1251"))
+
+
+@pytest.mark.parametrize(
     "data",
     [
         prose("fr").replace("\n", "\r\n").encode(),
