@@ -107,6 +107,7 @@ def banner(arm: Arm) -> str:
             f"{e.fit.batch // (ways * micro)}{tokens}",
             f"corpus    {data.name} (sha256 {data.sha256[:12]}, {data.licence}), "
             f"{len(data.train):,} train and {len(data.val):,} validation {many}",
+            *(f"          {note}" for note in data.notes),
         )
     )
 

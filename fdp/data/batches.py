@@ -147,6 +147,7 @@ class Data:
     train: Examples
     val: Examples
     dims: Mapping[str, Dims]  # {"tokens": ("batch", "sequence")}, {"label": ("batch",)}
+    notes: tuple[str, ...] = ()  # what was read, left out or cut, for the banner
 
     def __post_init__(self) -> None:
         first, other = _first(self.train), _first(self.val)
@@ -335,6 +336,7 @@ def load_text(
         train=Windows(train_T, seq_len, "training split of the corpus", more, eos_id),
         val=Windows(val_T, seq_len, "validation split of the corpus", more_val, eos_id),
         dims=dict.fromkeys(fields, ("batch", "sequence")),
+        notes=(*corpus.notes, *tokenizer.notes),
     )
 
 

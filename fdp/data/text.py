@@ -8,22 +8,22 @@ import ast
 import difflib
 import hashlib
 import importlib.util
-import json
-import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+import tokenize
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from fdp.data.documents import Inputs, documents_of, files_below
 
 SOURCES = ("bible", "stdlib", "hf:<name>")
 
-# A file without form feeds is cut at paragraphs, which are then joined up to this length, in
-# characters: about a chapter, so that a window sees context. A short file gets shorter documents,
-# about FILE_DOCUMENTS of them.
-DOCUMENT_CHARS = 2000
-FILE_DOCUMENTS = 40
+HF_MAJOR = 4  # of the package datasets
+
+OWNER = "as given by the owner of the files"
 
 # Tests and frozen copies of other projects; they would outweigh the library itself.
 STDLIB_SKIP = {
@@ -46,6 +46,7 @@ class Corpus:
     documents: tuple[str, ...]
     licence: str
     sha256: str
+    notes: tuple[str, ...] = ()  # what was read, and what was left out
 
     @property
     def n_chars(self) -> int:
@@ -68,9 +69,7 @@ def load_corpus(source: str) -> Corpus:
 
     `bible` (King James, one document a chapter), `stdlib` (Python sources, one a file),
     `hf:<name>[:<config>[:<split>[:<text column>]]]` (Hugging Face, one a row; split and column
-    default to `train` and `text`), or a path: a folder is read recursively in sorted order, one
-    document a text file; `.jsonl` gives one document a line, from its `text` field; a single file
-    is cut at form feeds, else at blank lines, else at line ends (see DOCUMENT_CHARS). Errors:
+    default to `train` and `text`), or a path (see documents.documents_of). Errors:
     FileNotFoundError for an unknown source, ValueError for text that is malformed or absent,
     ModuleNotFoundError with the pip command for a missing package."""
     if source == "bible":
@@ -87,11 +86,7 @@ def load_corpus(source: str) -> Corpus:
             f"{', '.join(SOURCES)} "
             "and paths of text" + "".join(f": did you mean {name!r}?" for name in close)
         )
-    return _corpus(
-        source,
-        _folder(path) if path.is_dir() else _file(path),
-        "as given by the owner of the files",
-    )
+    return _corpus(source, documents_of(path, inputs := Inputs()), OWNER, inputs)
 
 
 def split_documents(
@@ -108,10 +103,10 @@ def split_documents(
             f"data.val_fraction={val_fraction} must lie between 0 and 1: set data.val_fraction=0.05"
         )
     if n < 2:
+        read = f" ({'; '.join(corpus.notes)})" if corpus.notes else ""
         raise ValueError(
-            f"corpus {corpus.name!r} has {n} document, so none is left for validation: separate "
-            "documents "
-            "by blank lines or form feeds, or give a folder of files"
+            f"corpus {corpus.name!r} has {n} document{read}, so none is left for validation: "
+            "separate documents by blank lines or form feeds, or give a folder of files"
         )
     n_val = min(max(round(val_fraction * n), 1), n - 1)
     keys = [hashlib.sha256(f"{corpus.sha256} {seed} {i}".encode()).digest() for i in range(n)]
@@ -122,15 +117,23 @@ def split_documents(
     )
 
 
-def _corpus(name: str, documents: Iterable[str], licence: str) -> Corpus:
+def _corpus(
+    name: str, documents: Iterable[str], licence: str, inputs: Inputs | None = None
+) -> Corpus:
     # Lone surrogates (JSON allows them) have no UTF-8 form: they become "?".
-    clean = (d.encode("utf-8", "replace").decode() for d in documents if d.strip())
+    clean = [d.encode("utf-8", "replace").decode() for d in documents if d.strip()]
     distinct = tuple(dict.fromkeys(clean))
     if not distinct:
+        lost = f" ({inputs.lost()})" if inputs and inputs.left_out else ""
         raise ValueError(
-            f"data.source={name!r} holds no text: give files of UTF-8 text with something in them"
+            f"data.source={name!r} holds no text{lost}: give files of UTF-8 text with something in "
+            "them"
         )
-    return Corpus(name, distinct, licence, documents_sha256(distinct))
+    notes = inputs.notes() if inputs else ()
+    if inputs and len(distinct) < len(clean):
+        copies = len(clean) - len(distinct)
+        notes += (f"{copies:,} of {len(clean):,} documents are copies of others, and left out",)
+    return Corpus(name, distinct, licence, documents_sha256(distinct), notes)
 
 
 def _bible() -> Iterator[str]:
@@ -166,9 +169,35 @@ def _bible_literals(path: Path) -> tuple[str, dict[int, int]]:
 
 def _stdlib() -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in _walk(root):
+    for path in files_below(root):
         if path.suffix == ".py" and not STDLIB_SKIP & set(path.relative_to(root).parts):
-            yield _read(path)
+            with tokenize.open(path) as file:  # in the encoding that the source declares
+                yield file.read()
+
+
+def _rows(source: str, name: str, config: str | None, split: str) -> Any:
+    """A data set of Hugging Face. Code that comes with one is never run: versions from HF_MAJOR on
+    cannot, those before ask on stdin."""
+    install = "pip install 'fdp[hf]'"
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"data.source={source!r} needs Hugging Face datasets: {install}"
+        ) from error
+    if int(datasets.__version__.split(".")[0]) < HF_MAJOR:
+        raise ValueError(
+            f"data.source={source!r} needs datasets>={HF_MAJOR}, and {datasets.__version__}, which "
+            f"is installed, may run code of the data set: {install}"
+        )
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # of a dozen classes, without a common one
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"data.source={source!r} cannot be loaded ({type(error).__name__}: {told}): check the "
+            "name, the network, and that the data set needs no script"
+        ) from error
 
 
 def _hugging_face(source: str) -> Corpus:
@@ -180,14 +209,8 @@ def _hugging_face(source: str) -> Corpus:
         raise ValueError(
             f"data.source={source!r} must read hf:<name>[:<config>[:<split>[:<text column>]]]"
         )
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"data.source={source!r} needs Hugging Face datasets: pip install 'fdp[hf]'"
-        ) from error
     split, column = split or "train", column or "text"
-    rows = datasets.load_dataset(name, config or None, split=split)
+    rows = _rows(source, name, config or None, split)
     if column not in rows.column_names:
         raise ValueError(
             f"data.source={source!r} has no column {column!r}, only "
@@ -197,78 +220,3 @@ def _hugging_face(source: str) -> Corpus:
     return _corpus(
         source, (row or "" for row in rows[column]), rows.info.license or "see the data set's card"
     )
-
-
-def _folder(root: Path) -> Iterator[str]:
-    paths = [path for path in _walk(root) if not _is_binary(path)]
-    if len(paths) == 1:
-        yield from _file(paths[0])
-        return
-    for path in paths:
-        yield from _jsonl(path) if path.suffix == ".jsonl" else (_read(path),)
-
-
-def _file(path: Path) -> Iterator[str]:
-    if _is_binary(path):
-        raise ValueError(
-            f"{path} is not UTF-8 text (it has NUL bytes): convert it or choose another data.source"
-        )
-    if path.suffix == ".jsonl":
-        yield from _jsonl(path)
-        return
-    text = _read(path)
-    if "\f" in text:
-        yield from text.split("\f")
-        return
-    paragraphs = re.split(r"\n\s*\n", text.strip())
-    if len(paragraphs) > 1:
-        yield from _join(paragraphs, "\n\n", min(DOCUMENT_CHARS, len(text) // FILE_DOCUMENTS))
-    else:
-        yield from _join(text.splitlines(), "\n", min(DOCUMENT_CHARS, len(text) // FILE_DOCUMENTS))
-
-
-def _join(parts: Sequence[str], separator: str, target_chars: int) -> Iterator[str]:
-    """Successive parts joined into documents of at least `target_chars`; the last one may be
-    shorter."""
-    held: list[str] = []
-    n_chars = 0
-    for part in parts:
-        held.append(part)
-        n_chars += len(part)
-        if n_chars >= target_chars:
-            yield separator.join(held)
-            held, n_chars = [], 0
-    yield separator.join(held)
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number} is not JSON ({error}): one object a line is expected"
-                ) from error
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f'{path}:{number} has no string field "text" (found: {found})')
-            yield row["text"]
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """Files below `root` in sorted order, hidden ones left out."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _is_binary(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"\0" in file.read(8192)
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig", errors="replace")

@@ -5,6 +5,7 @@ reserved. `encode` returns text ids only, so a corpus that contains `<|endoftext
 text cannot produce their ids."""
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -23,6 +24,11 @@ EOS_TEXT = "<|endoftext|>"
 MASK_TEXT = "▁"
 MIN_BPE_VOCAB = 256 + 2  # every byte, eos, mask
 
+# BPE merges within words, runs of letters, of digits, of spaces or of signs, and a merge costs the
+# square of a word's length. DNA and the like are one word: pieces of this many bytes take no longer
+# than prose. Words of natural languages are never so long.
+WORD_BYTES = 1024
+
 
 class Tokenizer:
     """Reversible map between text and ids, defined by the bytes of each id."""
@@ -32,14 +38,16 @@ class Tokenizer:
         token_bytes: Sequence[bytes],
         encode_batch: Callable[[Sequence[str]], list[np.ndarray]],
         fingerprint: str,
+        notes: tuple[str, ...] = (),
     ):
         """`token_bytes` are those of the text ids. `fingerprint` identifies the map, for caches of
-        its output."""
+        its output. `notes` are lines for the banner."""
         self.n_data = len(token_bytes) + 1
         self.eos_id = self.n_data - 1
         self.mask_id = self.n_data
         self.vocab_size = self.n_data + 1
         self.fingerprint = fingerprint
+        self.notes = notes
         self.encode_batch = encode_batch
         self._bytes = (*token_bytes, EOS_TEXT.encode(), MASK_TEXT.encode())
 
@@ -85,7 +93,9 @@ def build_tokenizer(
             f"data.vocab={vocab} is below {MIN_BPE_VOCAB} = 256 bytes + end of text + mask: "
             f"set data.vocab={MIN_BPE_VOCAB} or more, or data.tokenizer=byte"
         )
-    key = hashlib.sha256(f"{sha256} {vocab} {version('tokenizers')}".encode()).hexdigest()[:16]
+    long_words = any(map(_has_long_word, documents))
+    identity = f"{sha256} {vocab} {version('tokenizers')}{' cut' * long_words}"
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"bpe-{vocab}-{key}.json"
     if path.exists():
         try:
@@ -94,7 +104,7 @@ def build_tokenizer(
             warnings.warn(
                 f"rebuilding the unreadable tokenizer cache {path}: {error}", stacklevel=2
             )
-    text = _train_bpe(documents, vocab)
+    text = _train_bpe(documents, vocab, long_words)
     write_cache(path, lambda file: file.write(text.encode()))
     return _bpe_from_json(text, vocab)
 
@@ -117,10 +127,25 @@ def _byte_level() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
-def _train_bpe(documents: Sequence[str], vocab: int) -> str:
+def _pieces() -> pre_tokenizers.PreTokenizer:
+    """Words, those of more than WORD_BYTES in pieces. A character stands for a byte here."""
+    cut = pre_tokenizers.Split(tokenizers.Regex(f".{{{WORD_BYTES}}}"), "isolated")
+    return pre_tokenizers.Sequence([_byte_level(), cut])
+
+
+def _has_long_word(document: str) -> bool:
+    # A character is at most 4 bytes, so a run of fewer characters holds no long word.
+    least = WORD_BYTES // 4
+    runs = [run for run in document.split() if len(run) >= least]
+    runs += re.findall(rf"\s{{{least},}}", document)
+    words = (word for run in runs for word, _ in _byte_level().pre_tokenize_str(run))
+    return any(len(word) > WORD_BYTES for word in words)
+
+
+def _train_bpe(documents: Sequence[str], vocab: int, long_words: bool) -> str:
     """JSON of a byte-level BPE with at most `vocab` - 2 ids: text cannot produce eos and mask."""
     bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = _byte_level()
+    bpe.pre_tokenizer = _pieces() if long_words else _byte_level()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab - 2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -152,7 +177,9 @@ def _bpe_from_json(text: str, vocab: int) -> Tokenizer:
             raise
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
-    return Tokenizer(token_bytes, encode_batch, hashlib.sha256(text.encode()).hexdigest())
+    cut = isinstance(bpe.pre_tokenizer, pre_tokenizers.Sequence)
+    notes = (f"words of over {WORD_BYTES} bytes are cut for the tokenizer",) * cut
+    return Tokenizer(token_bytes, encode_batch, hashlib.sha256(text.encode()).hexdigest(), notes)
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -422,6 +422,13 @@ def test_packing_by_documents_names_the_document_of_every_token(corpus_file, tmp
         load_text(*args, packing="document")
 
 
+def test_load_text_notes_what_was_read_and_cut(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"word {'ACGT' * 300}\n\nother".encode("utf-16"))
+    data = load_text(str(path), "bpe", 280, 4, 0.2, 0, tmp_path / "cache")
+    assert data.notes[0] == "1 file read (as utf-16)" and "over 1024 bytes" in data.notes[1]
+
+
 def test_load_text_reports_and_caches(corpus_file, tmp_path):
     cache = tmp_path / "cache"
     first = load_text(corpus_file, "bpe", 280, 16, 0.2, 0, cache)

@@ -61,7 +61,7 @@ def test_stdlib_is_source_code():
 @pytest.mark.parametrize(
     ("text", "documents"),
     [
-        ("one\ftwo\n\nstill two\fthree", ("one", "two\n\nstill two", "three")),
+        ("one\ftwo\n\nthree\ffour", ("one", "two", "three", "four")),
         ("one\nstill one\n\ntwo\n \t\nthree\n", ("one\nstill one", "two", "three")),
         ("one\r\n\r\ntwo", ("one", "two")),
         ("one\ntwo\nthree\n", ("one", "two", "three")),
@@ -160,6 +160,11 @@ class Rows:
         return self.columns[name]
 
 
+def hugging_face(load_dataset, version: str = "4.0.0") -> types.SimpleNamespace:
+    """The part of the package datasets that is used."""
+    return types.SimpleNamespace(load_dataset=load_dataset, __version__=version)
+
+
 @pytest.mark.parametrize(
     ("source", "call", "documents"),
     [
@@ -176,7 +181,7 @@ def test_hugging_face_arguments(monkeypatch, source, call, documents):
         calls.append((name, config, split))
         return Rows({"text": ["a", None, "b"], "body": ["c", "", "c"]})
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", hugging_face(load_dataset))
     corpus = load_corpus(source)
     assert (calls, corpus.documents, corpus.licence) == ([call], documents, "mit")
 
@@ -189,12 +194,22 @@ def test_hugging_face_errors(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fdp\[hf\]'"):
         load_corpus("hf:name")
     rows = Rows({"body": ["x"], "id": ["1"]})
-    monkeypatch.setitem(
-        sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *a, **k: rows)
-    )
+    monkeypatch.setitem(sys.modules, "datasets", hugging_face(lambda *a, **k: rows))
     with pytest.raises(
         ValueError, match=r"no column 'text', only body, id: set data\.source=hf:name::train:body"
     ):
+        load_corpus("hf:name")
+
+
+def test_hugging_face_never_runs_code_of_a_data_set(monkeypatch):
+    def scripts(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported,\nbut found x.py")
+
+    monkeypatch.setitem(sys.modules, "datasets", hugging_face(scripts, "3.6.0"))
+    with pytest.raises(ValueError, match=r"needs datasets>=4, and 3\.6\.0, .*may run code"):
+        load_corpus("hf:name")
+    monkeypatch.setitem(sys.modules, "datasets", hugging_face(scripts))
+    with pytest.raises(ValueError, match=r"cannot be loaded \(RuntimeError: .* but found x\.py\)"):
         load_corpus("hf:name")
 
 
@@ -238,7 +253,7 @@ def test_hash_sees_document_boundaries():
 
 def test_no_module_imports_jax_when_imported():
     # grain imports jax, which must not happen before the caller has set its environment.
-    for name in ("text", "tokenizer", "batches"):
+    for name in ("text", "documents", "decode", "rows", "charset", "tokenizer", "batches"):
         source = Path(importlib.util.find_spec(f"fdp.data.{name}").origin).read_text(
             encoding="utf-8"
         )

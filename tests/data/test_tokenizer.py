@@ -133,6 +133,23 @@ def test_smallest_vocabulary_is_all_bytes(tmp_path):
     assert_round_trip(t, "naïve")
 
 
+def test_long_words_are_cut_and_no_others(tokenizers, tmp_path):
+    rng = np.random.default_rng(0)
+    dna = "".join(rng.choice(list("ACGT"), 200_000))  # uncut, this takes about 20 s
+    spaces = "a" + " " * 100_000 + "b"
+    long = build_tokenizer("bpe", 300, [*DOCUMENTS, dna, spaces], "sha", tmp_path)
+    assert long.notes == ("words of over 1024 bytes are cut for the tokenizer",)
+    assert len(long.encode(dna)) < len(dna) / 2
+    for text in (dna, spaces, "港" * 1000, DOCUMENTS[0]):
+        assert_round_trip(long, text)
+    again = build_tokenizer("bpe", 300, [*DOCUMENTS, dna, spaces], "sha", tmp_path)
+    assert again.notes == long.notes and again.fingerprint == long.fingerprint
+    for kind in ("bpe", "byte"):
+        assert tokenizers[kind].notes == ()
+    chinese = build_tokenizer("bpe", 300, ["港" * 341], "other", tmp_path)
+    assert chinese.notes == (), "1,023 bytes"
+
+
 def test_errors(tokenizers, tmp_path):
     with pytest.raises(
         ValueError, match=r"data\.vocab=257 is below 258 = 256 bytes \+ end of text \+ mask"
