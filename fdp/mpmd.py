@@ -34,7 +34,7 @@ P = PartitionSpec
 TOTALS = ("loss", "aux", "layers", "grads")  # what a virtual stage adds up over its operations
 
 
-class Staged:
+class StagedPrograms:
     """An experiment in the virtual stages of an order.
 
     groups: stage0 … stage{p−1}, of the experiment's degrees without pp; by default consecutive
@@ -71,11 +71,11 @@ class Staged:
         return found
 
 
-class StagedStep(Staged):
+class StagedStep(StagedPrograms):
     """Loss and gradients of an experiment by an order of F, B, W and BW, equal to those of
     `TrainStep.grads` of the same experiment with `plain(m)` and pp = 1.
 
-    Raises ValueError as `Staged`, and for an order that does not run."""
+    Raises ValueError as `StagedPrograms`, and for an order that does not run."""
 
     def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
         self.tasks = ticks(order)
@@ -153,7 +153,7 @@ class StagedRun:
     its first operation. first: what events add to the number of a microbatch."""
 
     def __init__(
-        self, staged: Staged, programs: "Programs", noised: Any, count: Any, first: int = 0
+        self, staged: StagedPrograms, programs: "Programs", noised: Any, count: Any, first: int = 0
     ):
         self.groups, self.names, self.first = staged.groups, staged.names, first
         self.devices, self.last = staged.order.placement.devices, staged.count - 1

@@ -41,7 +41,7 @@ from jax.sharding import PartitionSpec
 
 from fdp.collectives import psum
 from fdp.experiment import Experiment
-from fdp.mpmd import Programs, Staged, StagedRun, sliced, varying
+from fdp.mpmd import Programs, StagedPrograms, StagedRun, sliced, varying
 from fdp.parallel.groups import DeviceGroups
 from fdp.parallel.pipeline.executor import blank
 from fdp.parallel.pipeline.head import reads
@@ -75,7 +75,7 @@ class Held(NamedTuple):
     opt: Any
 
 
-class StagedSteps(Staged):
+class StagedSteps(StagedPrograms):
     """K training steps of an experiment by an order of F, B, W, BW and U, such as
     `fdp.parallel.pipeline.orders.repeat` makes. With clipping by "barrier" or "validated" they
     equal `TrainStep.train_step` of the same experiment with `plain(m)` and pp = 1.
@@ -83,11 +83,11 @@ class StagedSteps(Staged):
     shared: names of the parameters that several virtual stages read. clip: largest global norm; no
     program depends on it, so it may change between calls.
 
-    Raises ValueError as `Staged`, for an order that does not run, for an optimizer whose rule is
-    not elementwise, and for an experiment with rules, which read the whole model."""
+    Raises ValueError as `StagedPrograms`, for an order that does not run, for an optimizer whose
+    rule is not elementwise, and for an experiment with rules, which read the whole model."""
 
     def __init__(self, experiment: Experiment, order: Order, groups: DeviceGroups | None = None):
-        if not has_head(order):  # else `Staged` says what to do
+        if not has_head(order):  # else `StagedPrograms` says what to do
             ticks(order, STEPPED)  # an order that does not run is refused before any trace
         if not experiment.optimizer.elementwise:
             raise ValueError(
@@ -161,7 +161,7 @@ class StagedSteps(Staged):
         tasks = self.tasks(clipping)
         if len(noised) != self.order.steps:
             raise ValueError(f"{len(noised)} batches for an order of {self.order.steps} steps")
-        run = _Run(self, clipping, self.held(state), state.model, noised)
+        run = _StepsRun(self, clipping, self.held(state), state.model, noised)
         for task in tasks:
             run.dispatch(task)
         trained = run.trained()
@@ -176,7 +176,7 @@ class StagedSteps(Staged):
         return new, trained
 
 
-class _Run:
+class _StepsRun:
     """K steps: the newest parameters of every virtual stage, and those before the last update."""
 
     def __init__(
