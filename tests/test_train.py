@@ -445,8 +445,7 @@ def test_a_bad_corpus_is_one_error_line(tmp_path: Path) -> None:
         "sources are bible, stdlib, hf:<name> and paths of text"
     )
     assert empty.strip() == (
-        f"data.source='{paths['empty']}' holds no text: give files of UTF-8 text with something in "
-        "them"
+        f"{paths['empty']} is not UTF-8 text (holds no text): write some into it"
     )
     assert short.startswith(
         "sequence length 4096 is longer than the training split of the corpus ("
