@@ -31,6 +31,7 @@ from fdp.keys import (
     positive,
     section,
     shown,
+    span,
     string,
     within,
 )
@@ -196,7 +197,10 @@ CHECKPOINT = section(
     allow_config_change=flag(False, "resume although the workdir was made by another config"),
 )
 
-LOG = section(every=count(10, "between metric rows", "steps"))
+LOG = section(
+    every=count(10, "between metric rows", "steps"),
+    profile=span(1, "first and last step of a profiler trace, as (5, 8); () = none", "steps"),
+)
 
 HARDWARE = section(
     topology=string(
@@ -336,6 +340,11 @@ def validate(c: ml_collections.ConfigDict) -> None:
     config_pipeline.check(c)
     _check_divisors(c)
     _check_sizes(c)
+    if c.log.profile and c.log.profile[1] > c.train.steps:
+        raise UserError(
+            f"log.profile={shown(tuple(c.log.profile))} ends after train.steps={c.train.steps}: "
+            f"set log.profile=({min(c.log.profile[0], c.train.steps)}, {c.train.steps})"
+        )
     if settings:
         try:
             settings.check(c)

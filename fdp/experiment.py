@@ -43,7 +43,8 @@ from fdp.parallel.pipeline.vocabulary import with_head
 @dataclass(frozen=True)
 class Fit:
     """The numbers that the loop reads. `batch`: examples of the whole mesh in a step. Evaluation,
-    checkpoints and log rows come every so many steps (0: only at the end). `nan`: stop | skip."""
+    checkpoints and log rows come every so many steps (0: only at the end). `nan`: stop | skip.
+    `profile`: first and last step of a profiler trace, counted from 1, or ()."""
 
     steps: int
     batch: int
@@ -54,6 +55,7 @@ class Fit:
     keep: int = 3
     log_every: int = 10
     nan: str = "stop"
+    profile: tuple[int, ...] = ()
 
 
 PLAIN = plain(1)
@@ -265,6 +267,7 @@ def fit_of(c: ml_collections.ConfigDict) -> Fit:
         keep=c.checkpoint.keep,
         log_every=c.log.every,
         nan=t.nan,
+        profile=tuple(c.log.profile),
     )
 
 

@@ -226,6 +226,33 @@ class Several(Key):
         return tuple(dict.fromkeys(one for one in given if self.each.holds(one))) or self.default
 
 
+@dataclass(frozen=True)
+class Span(Key):
+    """Two integers (first, last) with low ≤ first ≤ last, or () for none."""
+
+    low: int = 1
+
+    def holds(self, value: Any) -> bool:
+        if not isinstance(value, tuple | list) or len(value) not in (0, 2):
+            return False
+        ordered = all(type(one) is int for one in value) and list(value) == sorted(value)
+        return ordered and all(self.low <= one <= INT32 for one in value)
+
+    def allowed(self, value: Any) -> str:
+        return f"(first, last) with {self.low} ≤ first ≤ last, or ()"
+
+    def nearest(self, value: Any) -> Any:
+        given = value if isinstance(value, tuple | list) else (value,)
+        whole = sorted(max(one, self.low) for one in given if type(one) is int and one <= INT32)
+        return (whole[0], whole[-1]) if whole else self.default
+
+    def read(self, text: str) -> Any:
+        try:
+            return literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+
+
 Section = Mapping[str, Key]
 
 
@@ -274,6 +301,11 @@ def string(default: str, text: str) -> Key:
 def integers(low: int, default: tuple[int, ...], text: str, unit: str = "") -> Key:
     """A tuple of distinct integers of at least `low`."""
     return Several(default, text, unit, Integer(low, text, unit, low))
+
+
+def span(low: int, text: str, unit: str = "") -> Key:
+    """Two integers of at least `low` in order, by default none."""
+    return Span((), text, unit, low)
 
 
 def words(default: tuple[str, ...], choices: tuple[str, ...], text: str) -> Key:

@@ -5,6 +5,7 @@ A run is a sequence of segments: a program until a step number. One segment is a
 are a run that changes its mesh or its communication on the way.
 """
 
+import contextlib
 import math
 import signal
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from fdp.arm import Arm
 from fdp.checkpoint import Checkpoints
@@ -23,6 +25,7 @@ from fdp.data.batches import Prefetcher, batch, eval_batches
 from fdp.hooks import Hook, HookError
 from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
 from fdp.price.hardware import detect
+from fdp.profile import StepTrace
 from fdp.state import TrainState, moved_bytes, remesh
 
 
@@ -87,6 +90,7 @@ class _Log:
         chip = detect(jax.devices()[0])
         self.peak = chip.peak_bf16_flops * arm.mesh.size if chip else None
         self.skipped = skipped
+        self.speed: dict[str, float] = {}
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.flush()
@@ -103,14 +107,24 @@ class _Log:
         values = {k: v if v.ndim else float(v) for k, v in jax.device_get(metrics).items()}
         if values["skipped"] > self.skipped:
             self._non_finite(step, values)
-        self.progress.update(step + 1, loss=values["loss"])
         every = self.fit.log_every
         if (step + 1) % every == 0 or step + 1 == self.fit.steps:
             now, (then, last) = time.perf_counter(), self.window
             seconds = (now - then) / max(step - last, 1)
-            speed = throughput(self.tokens, seconds, self.flops, self.peak)
-            self.writer.write(step + 1, values | speed)
+            self.speed = throughput(self.tokens, seconds, self.flops, self.peak)
+            self.writer.write(step + 1, values | self.speed)
             self.window = (now, step)
+        self.progress.update(step + 1, self._told(values))
+
+    def _told(self, values: dict[str, Any]) -> str:
+        """The progress line: loss, learning rate, and the speed of the last window."""
+        told = [f"loss {values['loss']:.4f}", f"lr {values['lr']:.3g}"]
+        if self.speed:
+            unit = "tokens" if self.arm.data.seq_len else "examples"
+            told.append(f"{tqdm.format_sizeof(self.speed['tokens_per_s'])} {unit}/s")
+        if "mfu" in self.speed:
+            told.append(f"MFU {100 * self.speed['mfu']:.0f} %")
+        return ", ".join(told)
 
     def _non_finite(self, step: int, values: dict[str, Any]) -> None:
         self.skipped = int(values["skipped"])
@@ -159,10 +173,13 @@ def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
 
 
 def steps(
-    segment: Segment, start: int, state: TrainState
+    segment: Segment, start: int, state: TrainState, trace: StepTrace | None = None
 ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
     """(step, state after it, metrics) of the steps from `start` on. `state` must lie on the
-    segment's mesh (`fdp.state.remesh`) and is donated."""
+    segment's mesh (`fdp.state.remesh`) and is donated.
+
+    A step that would send something to the devices is refused (TypeError, JaxRuntimeError):
+    everything that it takes lies there before."""
     arm, fit = segment.arm, segment.arm.experiment.fit
     train_step = arm.train_function()
 
@@ -171,7 +188,10 @@ def steps(
 
     with Prefetcher(draw, arm.place, start) as batches:
         for step in range(start, segment.until):
-            state, metrics = train_step(state, next(batches), *segment.inputs)
+            ready = next(batches)
+            traced = trace.step(step + 1, state) if trace else contextlib.nullcontext()
+            with traced, jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, ready, *segment.inputs)
             yield step, state, metrics
 
 
@@ -221,10 +241,12 @@ class _Run:
         folder = workdir / "checkpoints" / arm.label
         self.checkpoints = Checkpoints(folder, keep=self.fit.keep)
         self.writer = MetricsWriter(workdir, arm.name, arm.seed)
+        self.trace = StepTrace(self.fit.profile, workdir / "profile" / arm.label)
         self.start = 0
 
     def close(self) -> None:
         """Finish writing."""
+        self.trace.close()
         self.writer.close()
         self.checkpoints.close()
 
@@ -318,7 +340,7 @@ class _Run:
         with progress:
             while step < total:
                 state = self._enter(step, state, progress)
-                for step, state, metrics in steps(self.now, step, state):  # noqa: B020
+                for step, state, metrics in steps(self.now, step, state, self.trace):  # noqa: B020
                     self._after_step(step, state, metrics, log, progress, stop)
                 step += 1
             log.flush()
@@ -333,6 +355,9 @@ class _Run:
             progress.note(f"first step after {time.perf_counter() - self.started:.1f} s")
             log.window = (time.perf_counter(), step)
         log.push(step, metrics)
+        if self.trace.stop(step + 1, metrics):
+            progress.note(f"profile in {self.trace.folder}: open it in XProf or Perfetto")
+            log.window = (time.perf_counter(), step)  # writing it is no part of a step
         if step + 1 == self.fit.steps:
             return
         if stop.requested:

@@ -155,8 +155,8 @@ class MetricsWriter:
 
 
 class Progress:
-    """One progress line with loss, steps per second and time left; where the output is no terminal,
-    a plain line every 10 %.
+    """One progress line with what the caller says, steps per second and time left; where the output
+    is no terminal, a plain line every 10 %.
 
     The clock starts at the first update, so compilation does not count as training time."""
 
@@ -185,9 +185,8 @@ class Progress:
                 leave=True,
             )
 
-    def update(self, step: int, **metrics: float) -> None:
-        """Report that `step` steps are done, out of `total`."""
-        text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    def update(self, step: int, text: str) -> None:
+        """Report that `step` steps are done, out of `total`, and what there is to say of them."""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._step)

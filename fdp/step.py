@@ -281,12 +281,14 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Any]]:
         """One optimizer step. After a non-finite loss or gradient, parameters, moments and model
         state stay unchanged."""
-        noised = self.corrupt(batch, jax.random.fold_in(state.key, state.step))
+        with jax.named_scope("corrupt"):
+            noised = self.corrupt(batch, jax.random.fold_in(state.key, state.step))
         loss, grads, aux = self.grads(state.variables, noised, inputs_N)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = self.specs.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.specs.tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         model = state.model
         for rule in self.experiment.rules:
             model = rule(model, aux, state.step)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def interrupt(arm: Arm, at: int, number: int = signal.SIGTERM) -> None:
 
 
 def assert_bitwise_equal(a: Any, b: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+    chex.assert_trees_all_equal(jax.device_get(a), jax.device_get(b))
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +246,22 @@ def test_evaluate_save_step_log_and_metrics_are_fetched_one_step_late(
         "evaluate",
         "save 6",
     ]
+
+
+def test_the_steps_of_the_profile_are_traced_and_no_others(tmp_path: Path) -> None:
+    fit(arm_of(profile=(3, 4), eval_every=0), tmp_path)
+    (file,) = (tmp_path / "profile" / "toy-s0").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert sorted(steps) == [3, 4]
+
+
+def test_a_step_sends_nothing_to_the_devices(tmp_path: Path) -> None:
+    arm = arm_of()
+    arm.place = lambda host: host  # type: ignore[method-assign]
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        fit(arm, tmp_path)
 
 
 def spoilt(step: int, field: str, value: float) -> Data:

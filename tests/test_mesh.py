@@ -7,6 +7,7 @@ import re
 from functools import cache, partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def test_a_logical_axis_means_all_of_its_factors() -> None:
     x = jnp.arange(4 * 6, dtype=jnp.float32).reshape(4, 6)
     whole = collect(mesh, P("cp", "tp"), x)
     factored = collect(factor(mesh, "cp"), P(("cp0", "cp1"), "tp"), x)
-    jax.tree.map(np.testing.assert_array_equal, factored, whole)
+    chex.assert_trees_all_equal(factored, whole)
     assert whole[1].tolist() == [0, 1, 2, 3]
     assert whole[2].tolist() == [4] * 4
     np.testing.assert_array_equal(whole[0][0], (x * np.arange(1, 5)[:, None]).sum(0))
@@ -111,12 +112,12 @@ def test_shift_and_all_to_all_move_what_their_names_say() -> None:
     rows, zero = np.asarray(x), np.zeros((1, 4))
     wanted = [np.roll(rows, by, 0) for by in (1, -1, 0)]
     wanted += [np.concatenate([zero, rows[:-1]]), np.concatenate([rows[2:], zero, zero])]
-    jax.tree.map(np.testing.assert_array_equal, shifted, wanted)
+    chex.assert_trees_all_equal(shifted, wanted)
     np.testing.assert_array_equal(exchanged, rows)
     assert names == [(("cp0",), ("cp1",))]
     # Where nothing is bound there is one device: itself, and nothing before or after it.
     alone = shift(x, "cp"), all_to_all(x, "cp", 1, 0), shift(x, "cp", cyclic=False)
-    jax.tree.map(np.testing.assert_array_equal, alone, (x, x, 0 * x))
+    chex.assert_trees_all_equal(alone, (x, x, 0 * x))
     assert split("cp", 1) == ((), ())
 
 
@@ -220,7 +221,7 @@ def test_a_gpu_gathers_a_layer_in_another_order_and_gets_the_same(monkeypatch) -
         sent = jaxpr.collectives(jax.make_jaxpr(program)(x), dict(mesh.shape))
         found.append((jax.device_get(program(x)), hlo.summary(sent)))
     (values, sent), (want, want_sent) = found
-    jax.tree.map(np.testing.assert_array_equal, values, want)
+    chex.assert_trees_all_equal(values, want)
     np.testing.assert_array_equal(values[0], np.broadcast_to(x, (4, *x.shape)))
     np.testing.assert_array_equal(values[1], 4 * x)
     assert sent == want_sent and len(sent) == 2

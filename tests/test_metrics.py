@@ -84,7 +84,7 @@ def test_progress_off_a_terminal_prints_every_tenth_with_speed_and_time_left():
     with Progress(1000, 500, "tp-s0", stream=stream, clock=lambda: next(clock)) as progress:
         progress.note("first step after 1.0 s")
         for step in range(501, 1001):
-            progress.update(step, loss=2.0)
+            progress.update(step, "loss 2.0000")
     lines = stream.getvalue().splitlines()
     assert lines[0] == "tp-s0: first step after 1.0 s"
     assert [line.split()[2] for line in lines[1:]] == [
@@ -104,7 +104,7 @@ def test_progress_on_a_terminal_is_one_line():
     stream = Terminal()
     with Progress(10, 0, "arm", stream=stream) as progress:
         for step in range(1, 11):
-            progress.update(step, loss=1.25)
+            progress.update(step, "loss 1.2500")
     assert "10/10" in stream.getvalue()
     assert "loss 1.2500" in stream.getvalue()
     assert stream.getvalue().count("\n") == 1

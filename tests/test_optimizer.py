@@ -1,5 +1,6 @@
 """AdamW with clipping, schedule and decay as their papers state them, in NumPy."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def test_three_steps_equal_adamw_in_numpy() -> None:
             root = np.sqrt(second[k] / (1 - beta2 ** (t + 1))) + epsilon
             step = first[k] / (1 - beta1 ** (t + 1)) / root + decay * params[k] * (k == "w")
             params[k] = params[k] - float(rate(t)) * step
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got, params)
+        chex.assert_trees_all_close(got, params, rtol=2e-5)
 
 
 @pytest.mark.parametrize(

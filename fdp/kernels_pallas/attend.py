@@ -93,6 +93,7 @@ def attend_backward(
     errors as in `attend`. Source: Dao et al. 2022, alg. 4."""
     q, k, v = q_BxNxHxC, k_BxMxKxC, v_BxMxKxC
     walks.check_arrays(q, k, v)
+    walks.check_results(q, out_BxNxHxC, lse_BxHxN, dout_BxNxHxC)
     backend = walks.choose_backend(backend)
     q_tags = walks.gather_tags(mask, "q", q.shape[:2], q_position, q_segment)
     k_tags = walks.gather_tags(mask, "k", k.shape[:2], k_position, k_segment)

@@ -64,6 +64,16 @@ def check_arrays(q_BxNxHxC: Array, k_BxMxKxC: Array, v_BxMxKxC: Array) -> None:
         )
 
 
+def check_results(q_BxNxHxC: Array, out: Array, lse: Array, dout: Array) -> None:
+    """Raise ValueError unless out, lse and dout are those of the queries."""
+    B, N, H, _ = q_BxNxHxC.shape
+    if not (out.shape == dout.shape == q_BxNxHxC.shape and lse.shape == (B, H, N)):
+        raise ValueError(
+            f"the gradients of q {q_BxNxHxC.shape} take out and dout of that shape and lse "
+            f"{(B, H, N)}, not out {out.shape}, dout {dout.shape}, lse {lse.shape}"
+        )
+
+
 def gather_tags(
     mask: Mask, name: str, shape: tuple[int, ...], position, segment
 ) -> tuple[Any, ...]:

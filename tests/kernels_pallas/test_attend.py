@@ -157,6 +157,14 @@ def test_bad_input_says_what_to_change(change, message):
 
 
 @fast
+def test_gradients_take_the_results_of_the_same_queries():
+    q, k, lse = jnp.zeros((2, 37, 4, 16)), jnp.zeros((2, 43, 2, 16)), jnp.zeros((2, 4, 36))
+    message = r"take out and dout of that shape and lse \(2, 4, 37\), not .*, lse \(2, 4, 36\)"
+    with pytest.raises(ValueError, match=message):
+        attend_backward(q, k, k, q, lse, q, Mask())
+
+
+@fast
 def test_a_mask_refuses_what_is_no_rule():
     with pytest.raises(ValueError, match="needs the methods __call__ and meets"):
         Mask(rule=lambda q, k: q == k)

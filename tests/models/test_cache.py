@@ -5,6 +5,7 @@ read it.
 import functools
 
 import build as builders
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +68,7 @@ def test_rows_against_a_fresh_cache_are_those_of_a_whole_pass(attention, changes
     np.testing.assert_allclose(
         some, jnp.take_along_axis(hidden, positions[..., None], 1), atol=2e-6
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), kept, cache)
+    chex.assert_trees_all_close(kept, cache, rtol=1e-7, atol=2e-6)
 
 
 def test_rows_update_the_cache_at_their_positions_alone():
@@ -114,7 +115,7 @@ def test_a_causal_cache_filled_row_by_row_is_that_of_a_whole_pass():
     for i in range(L):
         one, cache = step(cache, i)
         np.testing.assert_allclose(one[:, 0], hidden[:, i], atol=2e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), cache, expected)
+    chex.assert_trees_all_close(cache, expected, rtol=1e-7, atol=2e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"sequence_parallel": True}])

@@ -2,6 +2,7 @@
 nothing.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +55,7 @@ def test_block_of_the_whole_sequence_is_mdlm(form):
     ours, theirs = (o.corrupt(jax.random.key(5), {"tokens": EVERY_X}) for o in (block, plain))
     np.testing.assert_array_equal(ours["inputs"], np.concatenate([theirs["inputs"], EVERY_X], 1))
     np.testing.assert_array_equal(ours["noise"], theirs["noise"])
-    jax.tree.map(np.testing.assert_array_equal, ours["rows"], theirs["rows"])
+    chex.assert_trees_all_equal(ours["rows"], theirs["rows"])
     logits = exact_logits(ours["inputs"], 4)
     np.testing.assert_array_equal(
         block.loss(logits, ours["rows"]), plain.loss(logits, theirs["rows"])

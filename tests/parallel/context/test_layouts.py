@@ -1,5 +1,6 @@
 """Sequence layouts: permutations, what devices hold, and the refusals."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ def test_permute_is_undone_and_devices_hold_everything_once(
     there = layouts.permute(batch, layout, cp)
     assert (there["tokens"][0] == order).all() and (there["tokens"][1] == order + length).all()
     back = layouts.permute(there, layout, cp, undo=True)
-    jax.tree.map(np.testing.assert_array_equal, back, batch)
+    chex.assert_trees_all_equal(back, batch)
 
 
 def test_what_devices_hold() -> None:

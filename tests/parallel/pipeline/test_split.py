@@ -1,5 +1,6 @@
 """The backward pass in halves: exact, each equation once, with the least stash."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def test_halves_are_the_backward_pass_and_compute_nothing_twice(kind):
     y, pull, norms = jax.vjp(f, PARAMS, X, has_aux=True)
     want, wanted = pull(y)
     np.testing.assert_allclose(dx, wanted, rtol=1e-6, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), grads, want)
+    chex.assert_trees_all_close(grads, want, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(aux, norms)
     fused = dot_flops(jax.make_jaxpr(lambda dy: pull(dy))(y))
     _, residuals, _ = whole.forward(f, PARAMS, X)
