@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdp import process
 from fdp.count import flops
 from fdp.count.counts import Unstated
 from fdp.data.batches import Data
@@ -64,7 +65,7 @@ class Arm:
         is held.
 
         Raises RuntimeError before `loop.fit` has run."""
-        return jax.device_put(self.trained_on_host, self.program.specs.state_shardings())
+        return process.place(self.trained_on_host, self.program.specs.state_shardings())
 
     @property
     def trained_on_host(self) -> TrainState:
@@ -76,8 +77,8 @@ class Arm:
         return replace(self._state, key=jax.random.wrap_key_data(self._state.key))
 
     def keep(self, state: TrainState) -> None:
-        """Copy `state` to the host, so that the next arm has the device memory."""
-        self._state = jax.tree.map(_host, state)
+        """Copy `state` to the host of every process, so that the next arm has the device memory."""
+        self._state = jax.tree.map(_host, replace(state, key=jax.random.key_data(state.key)))
 
     def step_flops(self) -> int | None:
         """Model FLOPs of one train step on the whole mesh, in the convention of fdp.count.counts.
@@ -89,7 +90,7 @@ class Arm:
 
     def place(self, batch: Any) -> Any:
         """Put a host batch onto the mesh, sharded by its named dims."""
-        return jax.device_put(batch, self.program.batch_shardings())
+        return process.place(batch, self.program.batch_shardings())
 
     def init(self) -> TrainState:
         """A fresh training state."""
@@ -106,5 +107,4 @@ class Arm:
 
 def _host(x: Any) -> Any:
     """A copy that shares no memory with the device arrays, because a step may donate those."""
-    key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    return np.array(jax.random.key_data(x) if key else x)
+    return np.array(process.fetch(x))

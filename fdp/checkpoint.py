@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from fdp import process
 from fdp.config import FREE_KEYS, declared, flatten
 from fdp.files import write_atomic
 
@@ -178,9 +178,6 @@ class Checkpoints:
         except OSError as error:
             raise _write_error("opening checkpoint directory", self.directory, error) from error
 
-    def _is_first_process(self) -> bool:
-        return jax.process_index() == 0
-
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Start writing `state` as step `step` and return once it is safe to donate its buffers.
 
@@ -231,7 +228,7 @@ class Checkpoints:
         except Exception as error:
             path = self.directory / str(self._pending)
             self._pending = None
-            if self._is_first_process():
+            if process.main():
                 for rest in self.directory.glob(f"*{_UNFINISHED}*"):
                     shutil.rmtree(rest, ignore_errors=True)
             self._manager.reload()
@@ -241,7 +238,7 @@ class Checkpoints:
         """Rename unreadable steps to damaged-<step>: they can be inspected, and saved again."""
         if not self._damaged:
             return
-        if self._is_first_process():
+        if process.main():
             for step in self._damaged:
                 target = self.directory / f"damaged-{step}"
                 shutil.rmtree(target, ignore_errors=True)
@@ -251,8 +248,7 @@ class Checkpoints:
                     raise _write_error(
                         "setting aside damaged checkpoint", self.directory / str(step), error
                     ) from error
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("fdp damaged checkpoints set aside")
+        process.meet("damaged checkpoints set aside")
         self._manager.reload()
         self._damaged.clear()
 
@@ -269,7 +265,7 @@ class Checkpoints:
         older checkpoint lacks, such as model state added later, come from `initial()`. An
         unreadable checkpoint gives a warning, and the one before it is tried. Raises
         CheckpointError when there are checkpoints and none is readable."""
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = process.decided(lambda: sorted(self._manager.all_steps(), reverse=True))
         if not steps and self._unfinished:
             names = ", ".join(self._unfinished)
             warnings.warn(
@@ -287,7 +283,8 @@ class Checkpoints:
                 except Exception as error:
                     self._damaged.add(step)
                     reasons.append(f"step {step}: {_first_line(error)}")
-            if step in self._damaged:
+            if process.agree(step in self._damaged):  # in one process is in all
+                self._damaged.add(step)
                 continue
             if reasons:
                 warnings.warn(

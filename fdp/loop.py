@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fdp import process
 from fdp.arm import Arm
 from fdp.checkpoint import Checkpoints
 from fdp.data.batches import Prefetcher, batch, eval_batches
@@ -104,7 +105,7 @@ class _Log:
             return
         step, metrics = self.pending
         self.pending = None
-        values = {k: v if v.ndim else float(v) for k, v in jax.device_get(metrics).items()}
+        values = {k: v if v.ndim else float(v) for k, v in process.fetch(metrics).items()}
         if values["skipped"] > self.skipped:
             self._non_finite(step, values)
         every = self.fit.log_every
@@ -159,9 +160,8 @@ def evaluate(arm: Arm, state: TrainState, *inputs_N: Any) -> float:
     step, fit, variables = arm.eval_function(), arm.experiment.fit, state.variables
     sums = []
     for i, host in enumerate(eval_batches(arm.data.val, fit.batch, fit.eval_batches)):
-        sums.append(step(variables, arm.place(host), np.int32(i), *inputs_N))
-        # Bounds the queue of multi-device programs on virtual devices.
-        jax.block_until_ready(sums[-1])
+        # Waiting for each bounds the queue of multi-device programs on virtual devices.
+        sums.append(process.fetch(step(variables, arm.place(host), np.int32(i), *inputs_N)))
     total, count = (sum(float(x[i]) for x in sums) for i in range(2))
     if not count > 0:
         raise FloatingPointError(
@@ -220,7 +220,7 @@ def fit(arm: Arm, workdir: Path, segments: Segments | None = None) -> None:
             arm.keep(state)
         finally:
             run.close()
-        if stop.requested:
+        if process.agree(stop.requested):
             raise Stopped(arm.experiment.fit.steps)
 
 
@@ -274,7 +274,9 @@ class _Run:
 
         def due(every: int, name: str) -> bool:
             then = last or (every > 0 and step % every == 0)
-            return step > 0 and then and not self._has_row(step, name)
+            if not (step > 0 and then):
+                return False
+            return process.decided(lambda: not self._has_row(step, name))
 
         if due(self.fit.eval_every, "val_loss"):
             self.writer.write(step, {"val_loss": self._evaluate(state)})
@@ -360,7 +362,7 @@ class _Run:
             log.window = (time.perf_counter(), step)  # writing it is no part of a step
         if step + 1 == self.fit.steps:
             return
-        if stop.requested:
+        if process.stopping(self.arm.label, step + 1, stop.requested):
             log.flush()
             self._save(step + 1, state)
             self.checkpoints.wait()

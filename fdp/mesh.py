@@ -49,7 +49,8 @@ def degrees_equation(degrees: Mapping[str, int]) -> str:
 
 
 def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over `devices` (default: the first pp·dp·ep·cp·tp of this process's backend).
+    """Mesh over `devices` (default: the first pp·dp·ep·cp·tp there are, equally many of every
+    process; fewer than there are processes: this process's own, and each computes the same).
 
     Raises ValueError when a degree is not positive or the product does not match the devices.
     """
@@ -59,7 +60,7 @@ def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None =
                 f"mesh.{axis}={degrees[axis]} must be at least 1: {degrees_equation(degrees)}"
             )
     total = math.prod(degrees[a] for a in AXES)
-    available = list(jax.devices() if devices is None else devices)
+    available = _shared_out(total) if devices is None else list(devices)
     if total > len(available) or (devices is not None and total != len(available)):
         raise ValueError(
             f"{degrees_equation(degrees)} devices are needed but {len(available)} "
@@ -77,6 +78,25 @@ def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None =
     return Mesh(
         np.array(available[:total]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
     )
+
+
+def _shared_out(total: int) -> list[jax.Device]:
+    """The devices of which the first `total` are equally many of every process."""
+    every, processes = jax.devices(), jax.process_count()
+    if processes == 1 or total == len(every):
+        return every
+    if total < processes:
+        return jax.local_devices()
+    own: dict[int, list[jax.Device]] = {}
+    for device in every:
+        own.setdefault(device.process_index, []).append(device)
+    share, rest = divmod(total, processes)
+    if rest:
+        raise ValueError(
+            f"{total} devices cannot be shared out among {processes} processes, equally many of "
+            "each: change a mesh.* degree, or start another number of processes"
+        )
+    return [device for devices in own.values() for device in devices[:share]]
 
 
 def abstract_mesh(degrees: Mapping[str, int]) -> AbstractMesh:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from fdp import process
 from fdp.files import write_atomic
 
 _TAGS = ("arm", "seed", "step")
@@ -66,7 +67,8 @@ class MetricsWriter:
     """Appends the metrics of one arm and seed to workdir/metrics.jsonl and
     workdir/tensorboard/<arm>-s<seed>.
 
-    Several writers may share a workdir within one process.
+    Several writers may share a workdir within one process. Of several processes, the main one
+    writes.
     """
 
     def __init__(self, workdir: Path, arm: str, seed: int):
@@ -75,8 +77,9 @@ class MetricsWriter:
         self._events: Any = None
         self._purge_step: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        self._drop_half_line()
+        if process.main():
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self._drop_half_line()
 
     def _drop_half_line(self) -> None:
         """Cut a half-written last line, so that the next row starts a line of its own."""
@@ -97,6 +100,8 @@ class MetricsWriter:
                 )
         for name, value in metrics.items():
             self._check_shape(name, tuple(getattr(value, "shape", ())))
+        if not process.main():
+            return
         values = {name: _plain(value) for name, value in metrics.items()}
         row = {"arm": self.arm, "seed": self.seed, "step": int(step)} | values
         with open(
@@ -134,7 +139,7 @@ class MetricsWriter:
     def resume(self, step: int) -> None:
         """Remove the rows that this arm and seed wrote after `step`, the step of the restored
         checkpoint."""
-        if not self.path.exists():
+        if not process.main() or not self.path.exists():
             return
         rows = _lines(self.path)
         kept = [
@@ -169,7 +174,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total, self.start, self.desc, self.clock = total, start, desc, clock
-        self.stream = sys.stderr if stream is None else stream
+        shown = sys.stderr if process.main() else open(os.devnull, "w")  # noqa: SIM115
+        self.stream = shown if stream is None else stream
         self._step = start
         self._first: tuple[float, int] | None = None
         self._tenth = start * 10 // max(total, 1)

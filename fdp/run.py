@@ -14,7 +14,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from fdp import config as fdp_config
-from fdp import loop, sharding
+from fdp import loop, process, sharding
 from fdp.arm import Arm
 from fdp.checkpoint import CheckpointError, bind_workdir
 from fdp.data.batches import default_cache_dir, eval_batches
@@ -141,7 +141,10 @@ def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
     except loop.Stopped as stopped:
         print(f"{stopped}; state saved. {resume}")
     except Interrupted:
-        print(f"\nstopped; what was finished is kept in {workdir}. {resume}")
+        text = f"\nstopped; what was finished is kept in {workdir}. {resume}"
+        if process.count() > 1:  # the others may be waiting for this one
+            process.leave(process.GONE, text)
+        print(text)
 
 
 def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -151,13 +154,7 @@ def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
         mesh = make_mesh(config.mesh)
         arms = build_arms(config, study, mesh)
         # After everything that can refuse a config: a mistake must not tie the workdir to itself.
-        bind_workdir(
-            workdir,
-            fdp_config.flatten(config),
-            fdp_config.digest(config),
-            config.checkpoint.allow_config_change,
-            fdp_config.FREE_KEYS,
-        )
+        process.decided(lambda: _bind(config, workdir))
     except (ValueError, OSError, CheckpointError) as error:
         raise fdp_config.UserError(str(error)) from error
     every = [arm for seeds in arms.values() for arm in seeds]
@@ -173,12 +170,22 @@ def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     try:
         report = study.study(Run(config, mesh, workdir, arms))
         report.question = getattr(study, "QUESTION", "")
-        report.write(workdir)
+        process.decided(lambda: report.write(workdir))
     except BadReport as error:
         raise fdp_config.UserError(
             f"{error}\nWhat was measured is kept in {workdir}/measured"
         ) from error
     _print_end(report, workdir)
+
+
+def _bind(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    bind_workdir(
+        workdir,
+        fdp_config.flatten(config),
+        fdp_config.digest(config),
+        config.checkpoint.allow_config_change,
+        fdp_config.FREE_KEYS,
+    )
 
 
 def _check_imported(workdir: Path, arms: list[Arm]) -> None:
@@ -205,7 +212,8 @@ def _train(arms: list[Arm], workdir: Path) -> None:
             if isinstance(grads, scheduled) and (thin := library.warning(grads.order)):
                 print(f"warning   {thin}")
             specs, path = arm.program.specs, workdir / "sharding.txt"
-            path.write_text(sharding.report(specs.shapes, specs.stored, arm.mesh) + "\n")
+            if process.main():
+                path.write_text(sharding.report(specs.shapes, specs.stored, arm.mesh) + "\n")
         left = (time.perf_counter() - started) / done * sum(todo[i:]) if done else 0.0
         eta = f"; about {clock(left)} of training left" if done and sum(todo[i:]) else ""
         steps = f"{todo[i]} of {arm.experiment.fit.steps} steps to go"

@@ -102,11 +102,9 @@ def main(argv: list[str]) -> None:
 
             dry_run(config)
             return
-        from fdp.mesh import use_virtual_devices
+        from fdp import process
 
-        use_virtual_devices(
-            max(needed, 8)
-        )  # a study may compare meshes although training uses one device
+        process.start(max(needed, 8))  # a study may compare meshes although training uses one
         from fdp.run import run
 
         run(
@@ -114,11 +112,17 @@ def main(argv: list[str]) -> None:
             Path(WORKDIR.value) if WORKDIR.value else default_workdir(),
             " ".join(sys.argv[1:]),
         )
+        process.finish()
     except fdp_config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        from fdp import process
+
+        process.leave(1, f"error: {error}")
     except KeyboardInterrupt:  # while modules are imported, or in a dry run
         print(f"\nstopped. Start again with:\n  python -m fdp.train {' '.join(sys.argv[1:])}")
+    except Exception as error:
+        from fdp import process
+
+        process.failed(error)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fdp import process
 from fdp.count import hlo, pipeline, step
 from fdp.count.counts import Key, Sent
 from fdp.mesh import AnyMesh
@@ -104,7 +105,7 @@ def relative_error(got: Any, want: Any) -> float:
 
 def against_one_device(got: tuple[Any, Any], want: tuple[Any, Any]) -> tuple[float, float]:
     """Relative errors of (value, gradients), each as a whole tree."""
-    (value, grads), (value_1, grads_1) = jax.device_get((got, want))
+    (value, grads), (value_1, grads_1) = process.fetch((got, want))
     return relative_error(value, value_1), relative_error(grads, grads_1)
 
 
@@ -119,11 +120,11 @@ class Outcome(NamedTuple):
 def outcome(p: TrainStep, variables: Any, batch: Any) -> Outcome:
     """Compile and run `p.grads` on host arrays with the noise of one key."""
     state = p.specs.state_shardings()
-    placed = jax.device_put(variables, {"params": state.params, "state": state.model})
-    noised = jax.jit(p.corrupt)(jax.device_put(batch, p.batch_shardings()), jax.random.key(0))
+    placed = process.place(variables, {"params": state.params, "state": state.model})
+    noised = jax.jit(p.corrupt)(process.place(batch, p.batch_shardings()), jax.random.key(0))
     compiled = jax.jit(p.grads).lower(placed, noised).compile(hlo.QUICK)
     loss, grads, _ = compiled(placed, noised)
-    return Outcome(float(loss), jax.device_get(grads), sent_by(p, compiled))
+    return Outcome(float(loss), process.fetch(grads), sent_by(p, compiled))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from fdp import sharding
+from fdp import process, sharding
 from fdp.collectives import shard_map
 from fdp.experiment import Experiment
 from fdp.mesh import AXES, BATCH_AXES
@@ -45,11 +45,11 @@ def draw(e: Experiment, variables: Any, specs: Any, count: int, mesh: Mesh) -> n
     diffusion), autoregressive ones go from left to right, and uniform noise takes as many analytic
     steps as there are positions."""
     mesh = generation_mesh(mesh)
-    variables = jax.device_put(variables, sharding.shardings(mesh, specs))
+    variables = process.place(variables, sharding.shardings(mesh, specs))
     ways = mesh.shape["dp"]
 
     sampler = jax.jit(shard_map(_method(e), mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
-    return np.asarray(sampler(variables, jnp.arange(-(-count // ways) * ways)))[:count]
+    return process.fetch(sampler(variables, jnp.arange(-(-count // ways) * ways)))[:count]
 
 
 def draw_images(
@@ -68,12 +68,12 @@ def draw_images(
     `method`: one of SAMPLERS. Estimates are kept within the ±1 of images."""
     assert isinstance(e.objective, ImageObjective)
     mesh = generation_mesh(mesh)
-    variables = jax.device_put(variables, sharding.shardings(mesh, specs))
+    variables = process.place(variables, sharding.shardings(mesh, specs))
     count, ways = len(labels), mesh.shape["dp"]
     labels_B = np.resize(np.asarray(labels, np.int32), -(-count // ways) * ways)
     key, ids_B = jax.random.key(e.fit.seed), np.arange(len(labels_B))
     job = _ImageJob(e.model, e.objective, mesh, _Specs.of(specs), steps, guidance, method)
-    return np.asarray(_images(job, variables, key, ids_B, labels_B))[:count]
+    return process.fetch(_images(job, variables, key, ids_B, labels_B))[:count]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def one_device(build: Build, config: Any) -> tuple[Any, dict[str, np.ndarray], O
     device."""
     e = build(config, "one device", dict.fromkeys(AXES, 1))
     e = replace(e, degrees=dict.fromkeys(AXES, 1), zero=0, grads=plain(1))
-    program = TrainStep(e, make_mesh(e.degrees, jax.devices()[:1]))
+    program = TrainStep(e, make_mesh(e.degrees, jax.local_devices()[:1]))
     if isinstance(e.objective, TokenObjective):
         rng, shape = np.random.default_rng(0), (e.fit.batch, e.data.seq_len)
         batch = {"tokens": rng.integers(0, e.objective.n_ids, shape).astype(np.int32)}

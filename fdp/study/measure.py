@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fdp import process
 from fdp.study import figures
-from fdp.study.cache import Absent, Cache, code_of, describe, slug
+from fdp.study.cache import Absent, Cache, Key, code_of, describe, slug
 from fdp.study.report import Row, plain
 
 MANY = 1000  # an array of more elements stays out of raw.json
@@ -113,7 +114,8 @@ def _conclude(
         found.raw[part.name] = part.raw(*given)
     elif part.function is not None:
         found.raw[part.name] = plain(given[0], MANY)
-    drawn = None if part.plot is None else part.plot(*given)
+    # Pictures are made of results: no device is asked, and the main process draws alone.
+    drawn = part.plot(*given) if part.plot is not None and process.main() else None
     if drawn is not None:
         for name, fig in (drawn if isinstance(drawn, Mapping) else {part.name: drawn}).items():
             path = Path("plots") / f"{slug(name)}.png"
@@ -220,20 +222,31 @@ class _Runner:
                 key[f"argument {i + 1}"] = describe(value)
             except TypeError as error:
                 raise TypeError(f"argument {i + 1} of {name!r}: {error}") from error
-        try:
-            result = self.cache.find(name, key)
+        if process.decided(lambda: self._is_kept(name, key)):
             self.kept += 1
-        except Absent as absent:
-            if str(absent):
-                print(f"study     {absent}: measured again", flush=True)
+        else:
             self._say(name)
             start = time.perf_counter()
             value = m.function(*values)
             seconds = time.perf_counter() - start
-            result = self.cache.keep(name, key, value, seconds)
+
+            def keep() -> None:
+                self.cache.keep(name, key, value, seconds)
+
+            process.decided(keep)
             self.spent += seconds
         self.done += 1
-        return result
+        return self.cache.find(name, key)  # all processes read what the main one has kept
+
+    def _is_kept(self, name: str, key: Key) -> bool:
+        """Whether the cache holds it; says why not where it held something else."""
+        try:
+            self.cache.find(name, key)
+        except Absent as absent:
+            if str(absent):
+                print(f"study     {absent}: measured again", flush=True)
+            return False
+        return True
 
     def _say(self, name: str) -> None:
         measured = self.done - self.kept

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fdp import process
 from fdp.arm import Arm
 from fdp.collectives import psum, shard_map
 from fdp.data.batches import eval_batches
@@ -59,7 +60,7 @@ def scatter(arm: Arm, draws: int) -> Scatter:
         run = jax.jit(functools.partial(_losses, arm, objective))
         keys_R = jax.random.split(jax.random.key(arm.seed), math.ceil(draws / CHUNK) * CHUNK)
         parts = [
-            np.asarray(run(params, batch, keys_R[i : i + CHUNK]))
+            process.fetch(run(params, batch, keys_R[i : i + CHUNK]))
             for i in range(0, len(keys_R), CHUNK)
         ]
         found[name] = np.concatenate(parts).astype(np.float64)[:draws]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from fdp import process
 from fdp.arm import Arm
 from fdp.collectives import all_gather, shard_map
 from fdp.count import hlo, jaxpr
@@ -56,7 +57,7 @@ def first_batch(arm: Arm) -> dict[str, np.ndarray]:
 def head_saving(program: TrainStep, batch: dict[str, np.ndarray]) -> HeadSaving:
     """Compile, count and run the two programs at initialisation."""
     variables = program.init(0).variables
-    placed = jax.device_put(batch, program.batch_shardings())
+    placed = process.place(batch, program.batch_shardings())
     noised = jax.jit(program.corrupt)(placed, jax.random.key(0))
     every = copy.copy(program)
     every.capacity = None

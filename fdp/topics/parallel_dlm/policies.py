@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from fdp import sharding
+from fdp import process, sharding
 from fdp.arm import Arm
 from fdp.collectives import psum, shard_map, vary, vary_like
 from fdp.count import jaxpr
@@ -208,11 +208,11 @@ def evaluate(
     run, specs = sampler(arm, mesh, policy, per_step), arm.program.specs.specs
     table, ids = [], []
     for a in arms:
-        params = jax.device_put(a.trained_on_host.params, sharding.shardings(mesh, specs))
+        params = process.place(a.trained_on_host.params, sharding.shardings(mesh, specs))
         key = jax.random.key_data(jax.random.key(a.seed))
-        drawn, sums = jax.block_until_ready(run(params, key, jnp.arange(sequences)))
-        table.append(np.asarray(sums, np.float64))
-        ids.append(np.asarray(drawn))
+        drawn, sums = process.fetch(run(params, key, jnp.arange(sequences)))
+        table.append(sums.astype(np.float64))
+        ids.append(drawn)
     sums = np.stack(table)
     means = np.maximum(sums[:, :, :2] / sums[:, :, 2:], 0.0)  # [seeds, read or masked, KL or top-1]
     (kl_read, agree_read), (kl_masked, agree_masked) = means.transpose(1, 2, 0).tolist()

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from fdp import process
 from fdp.arm import Arm
 from fdp.config import UserError
 from fdp.experiment import Experiment, standard
@@ -123,7 +124,7 @@ def study(run: Run) -> Report:
         group="Likelihood and samples",
     )
     texts = "\n".join(line for m in samples for line in report.raw[m.name])
-    write_atomic(run.workdir / "samples.txt", texts + "\n")
+    process.decided(lambda: write_atomic(run.workdir / "samples.txt", texts + "\n"))
     return report
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fdp import sharding
+from fdp import process, sharding
 from fdp.arm import Arm
 from fdp.collectives import all_to_all, shard_map
 from fdp.count import hlo, jaxpr
@@ -145,14 +145,14 @@ class _Programs:
         for kind in KINDS:
             mesh = getattr(meshes, kind)
             self.phase[kind], specs = _phase(decoder, kind, mesh, length)
-            self.params[kind] = jax.device_put(params, sharding.shardings(mesh, specs))
+            self.params[kind] = process.place(params, sharding.shardings(mesh, specs))
             self.state[kind] = NamedSharding(mesh, P("dp"))
         self.exchange = exchange(meshes)
 
     def run(self, kind: str, ids_B: Any, z_BxL: Any, cache: Any, step: int) -> tuple[Any, Any]:
         """One step of `kind`: new ids and cache."""
         start = step // self.decoder.steps * self.decoder.block
-        ids_B, z_BxL = jax.device_put((ids_B, z_BxL), self.state[kind])
+        ids_B, z_BxL = process.place((ids_B, z_BxL), self.state[kind])
         given = (self.params[kind],) if kind == "refresh" else (self.params[kind], cache)
         numbers = jnp.int32(step), jnp.int32(start)
         # Many queued multi-device programs deadlock on virtual CPU devices: wait for each.
@@ -208,7 +208,7 @@ def execute(
     jitted = {**programs.phase, "exchange": programs.exchange}
     sizes = {name: f._cache_size() for name, f in jitted.items()}
     formula = moved_cache_bytes(job, refresh, reuse)
-    return SwitchedRun(np.asarray(z_BxL), moves, counted, formula, sizes)
+    return SwitchedRun(process.fetch(z_BxL), moves, counted, formula, sizes)
 
 
 def fixed_and_switched(arm: Arm, requests: int) -> tuple[SwitchedRun, SwitchedRun]:
