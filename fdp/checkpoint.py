@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from fdp import process
+from fdp import checksums, process
 from fdp.config import FREE_KEYS, declared, flatten
 from fdp.files import write_atomic
 
@@ -155,8 +155,10 @@ class Checkpoints:
     Stored states have no mesh: on restore, every process reads only the shards of the target
     shardings."""
 
-    def __init__(self, directory: Path, keep: int = 3):
-        """Raises CheckpointError when the directory cannot be made."""
+    def __init__(self, directory: Path, keep: int = 3, read_only: bool = False):
+        """`read_only`: for a reader beside a running training, whose unfinished save stays.
+
+        Raises CheckpointError when the directory cannot be made."""
         self.directory = Path(directory).absolute()
         self._pending: int | None = None  # the step being written
         self._damaged: set[int] = set()  # steps that a restore could not read
@@ -166,7 +168,12 @@ class Checkpoints:
             self._unfinished = sorted(
                 p.name for p in self.directory.iterdir() if _UNFINISHED in p.name
             )
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+            )
             # Without handlers a manager that has saved nothing yet knows no metadata.
             handlers = {
                 "state": ocp.StandardCheckpointHandler(),
@@ -181,13 +188,13 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Start writing `state` as step `step` and return once it is safe to donate its buffers.
 
-        `meta` is JSON; the topology is added to it. Waits for the previous save, and raises
+        `meta` is JSON; step and topology are added to it. Waits for the previous save, and raises
         CheckpointError if that one failed, if this one cannot start, or if the step is already
         complete."""
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_fields(state)),
             meta=ocp.args.JsonSave(
-                json.loads(json.dumps({"topology": topology(state)} | dict(meta)))
+                json.loads(json.dumps({"step": step, "topology": topology(state)} | dict(meta)))
             ),
         )
         self.wait()
@@ -202,6 +209,12 @@ class Checkpoints:
         with self._reported():
             # force: Orbax would otherwise skip a step that is not newer than the newest one.
             self._manager.save(step, args=args, force=True)
+
+    def _add_checksums(self) -> None:
+        """Called by Orbax in the first process, in the thread that writes, once all files of all
+        processes are complete and before the rename that makes them a step."""
+        for folder in self.directory.glob(f"{self._pending}{_UNFINISHED}*"):
+            checksums.write(folder)
 
     def wait(self) -> None:
         """Return when the last save is complete on disk. Raises CheckpointError if it failed."""
@@ -307,6 +320,12 @@ class Checkpoints:
     def _read(
         self, step: int, abstract_state: Any, initial: Callable[[], Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
+        if not process.decided(lambda: checksums.verify(self.directory / str(step))):
+            warnings.warn(
+                f"{self.directory / str(step)} has no checksums: an older version wrote it, and "
+                "changed bytes in it would not be found",
+                stacklevel=3,
+            )
         wanted = _fields(abstract_state)
         held = self._manager.item_metadata(step).state
         absent = set() if held is None or initial is None else wanted.keys() - set(held)
@@ -314,6 +333,9 @@ class Checkpoints:
         _check_shapes(held, read)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(read), meta=ocp.args.JsonRestore())
         found = self._manager.restore(step, args=args)
+        own = found.meta.get("step", step)
+        if own != step:
+            raise ValueError(f"the folder holds step {own}: rename it back")
         fields = dict(found.state)
         if absent and initial is not None:
             fresh = _fields(initial())

@@ -87,7 +87,7 @@ def restored(c: ml_collections.ConfigDict, workdir: Path, label: str | None) -> 
     folder = workdir / "checkpoints" / label
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: train the run first")
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, read_only=True)
     found = checkpoints.restore(arm.program.specs.abstract_state(), arm.init)
     checkpoints.close()
     if found is None:

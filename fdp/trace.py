@@ -78,7 +78,7 @@ def write(arm: Arm, workdir: Path) -> tuple[Path, int]:
     folder = workdir / "traces" / arm.label
     if any(folder.glob("*")):
         raise fdp_config.UserError(f"{folder} holds a trace: move it away")
-    checkpoints = Checkpoints(workdir / "checkpoints" / arm.label)
+    checkpoints = Checkpoints(workdir / "checkpoints" / arm.label, read_only=True)
     found = checkpoints.restore(arm.program.specs.abstract_state(), arm.init)
     checkpoints.close()
     if found is None:

@@ -199,28 +199,99 @@ def test_truncated_checkpoint_falls_back_and_its_step_can_be_saved_again(tmp_pat
     assert "Traceback" not in capfd.readouterr().err
 
 
+def two_steps(folder: Path):
+    """The states of steps 1 and 2, and all files of step 2."""
+    written = Checkpoints(folder)
+    for step in (1, 2):
+        written.save(step, state_on(mesh_of(**DP8), ROWS, seed=step), META)
+    written.close()
+    return {n: build(n) for n in (1, 2)}, sorted(
+        p for p in (folder / "2").rglob("*") if p.is_file()
+    )
+
+
+def flip(content: bytes, byte: int, bit: int) -> bytes:
+    return content[:byte] + bytes([content[byte] ^ 1 << bit]) + content[byte + 1 :]
+
+
+def step_with(path: Path, content: bytes, folder: Path, states) -> int:
+    """The step that is restored, to its own state, while `path` has another content."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    opened = Checkpoints(folder)
+    step, state, _ = opened.restore(abstract(mesh_of(**DP8), ROWS))
+    opened.close()
+    path.write_bytes(before)
+    assert_same(state, states[step])
+    return step
+
+
 @pytest.mark.fast
 @pytest.mark.filterwarnings("ignore:fell back")
-def test_no_truncated_file_ever_yields_another_state(tmp_path):
+def test_no_truncated_and_no_changed_file_ever_yields_another_state(tmp_path):
     """The largest file of every folder, which are of unlike kinds: metadata, manifests, arrays."""
-    mesh = mesh_of(**DP8)
-    written = Checkpoints(tmp_path / "ck")
-    for step in (1, 2):
-        written.save(step, state_on(mesh, ROWS, seed=step), META)
-    written.close()
-    expected, steps = {1: build(1), 2: build(2)}, []
-    files = sorted(p for p in (tmp_path / "ck" / "2").rglob("*") if p.is_file())
+    states, files = two_steps(tmp_path)
     largest = {p.parent: p for p in sorted(files, key=lambda p: p.stat().st_size)}
-    for path in largest.values():
+    steps = []
+    for i, path in enumerate(largest.values()):
         content = path.read_bytes()
-        os.truncate(path, len(content) // 2)
-        opened = Checkpoints(tmp_path / "ck")
-        step, state, _ = opened.restore(abstract(mesh, ROWS))
-        opened.close()
-        path.write_bytes(content)
-        assert_same(state, expected[step])
-        steps.append(step)
-    assert 3 <= len(steps) < len(files) and 1 in steps
+        half = len(content) // 2
+        changed = content[:half] if i % 2 else flip(content, half, 0)
+        steps.append(step_with(path, changed, tmp_path, states))
+    # The checksums themselves are the largest file of the step's own folder.
+    assert len(steps) >= 5 and set(steps) == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fell back")
+def test_a_hundred_flipped_bits_in_all_files_never_yield_another_state(tmp_path):
+    states, files = two_steps(tmp_path)
+    rng, steps = np.random.default_rng(0), []
+    for i in range(100):
+        path = files[i % len(files)]
+        content = path.read_bytes()
+        changed = flip(content, rng.integers(len(content)), rng.integers(8))
+        steps.append(step_with(path, changed, tmp_path, states))
+    assert len(files) > 10 and steps.count(1) > 80  # Orbax's two files of the folder hold no state
+
+
+@pytest.mark.fast
+def test_damage_is_named_and_a_missing_file_is_damage(tmp_path):
+    _, files = two_steps(tmp_path)
+    arrays = max(files, key=lambda p: p.stat().st_size)
+    arrays.write_bytes(flip(arrays.read_bytes(), 10, 3))
+    opened = Checkpoints(tmp_path)
+    said = (
+        r"fell back to the checkpoint of step 1 .*: step 2: Damaged: .* has other bytes than were "
+    )
+    with pytest.warns(UserWarning, match=said):
+        opened.restore(abstract(mesh_of(**DP8), ROWS))
+    (tmp_path / "1" / "state" / "_METADATA").unlink()
+    with pytest.raises(CheckpointError, match=r"step 1: Damaged: state/_METADATA is absent"):
+        opened.restore(abstract(mesh_of(**DP8), ROWS))
+    opened.close()
+
+
+@pytest.mark.fast
+def test_a_checkpoint_without_checksums_is_restored_with_a_note(checkpoints):
+    checkpoints.save(1, Small(jnp.arange(4.0)), {})
+    checkpoints.wait()
+    (checkpoints.directory / "1" / "checksums.json").unlink()
+    with pytest.warns(UserWarning, match="ck/1 has no checksums: an older version wrote it"):
+        assert checkpoints.restore(target_of(Small(jnp.zeros(4))))[0] == 1
+
+
+@pytest.mark.fast
+def test_a_renamed_step_is_not_taken_for_another(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, Small(jnp.full(4, float(step))), {})
+    checkpoints.wait()
+    (checkpoints.directory / "2").rename(checkpoints.directory / "7")
+    other = Checkpoints(checkpoints.directory, read_only=True)
+    with pytest.warns(UserWarning, match=r"step 1 .*step 7: ValueError: the folder holds step 2"):
+        step, state, _ = other.restore(target_of(Small(jnp.zeros(4))))
+    other.close()
+    assert step == 1 and float(state.params[0]) == 1
 
 
 @pytest.mark.fast
@@ -342,7 +413,10 @@ def test_kill_9_during_a_save_keeps_the_earlier_step(tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert any(p.name.startswith("2.") for p in tmp_path.iterdir())
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert reader.latest_step() == 1
+    reader.close()
+    assert any(p.name.startswith("2.") for p in tmp_path.iterdir())  # perhaps of a running save
     opened = Checkpoints(tmp_path)
     assert opened.latest_step() == 1
     target = target_of(Small(jnp.zeros(8)))
