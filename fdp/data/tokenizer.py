@@ -76,12 +76,13 @@ class Tokenizer:
 
 
 def build_tokenizer(
-    kind: str, vocab: int, documents: Sequence[str], sha256: str, cache_dir: Path
+    kind: str, vocab: int, documents: Callable[[], Sequence[str]], sha256: str, cache_dir: Path
 ) -> Tokenizer:
-    """Byte tokenizer (257 data ids, `vocab` unused) or byte-level BPE trained on `documents`.
+    """Byte tokenizer (257 data ids, `vocab` unused) or byte-level BPE trained on `documents`, which
+    is called only where it has to be.
 
     `vocab` counts every id, eos and mask included; with too few documents for that many merges it
-    becomes smaller. `sha256` identifies `documents` (text.documents_sha256); with `vocab` and the
+    becomes smaller. `sha256` identifies `documents`; with `vocab` and the
     library version it is the key of the cache. Raises ValueError for an unknown kind or a vocab
     below 258."""
     if kind == "byte":
@@ -93,8 +94,7 @@ def build_tokenizer(
             f"data.vocab={vocab} is below {MIN_BPE_VOCAB} = 256 bytes + end of text + mask: "
             f"set data.vocab={MIN_BPE_VOCAB} or more, or data.tokenizer=byte"
         )
-    long_words = any(map(_has_long_word, documents))
-    identity = f"{sha256} {vocab} {version('tokenizers')}{' cut' * long_words}"
+    identity = f"{sha256} {vocab} {version('tokenizers')}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"bpe-{vocab}-{key}.json"
     if path.exists():
@@ -104,7 +104,7 @@ def build_tokenizer(
             warnings.warn(
                 f"rebuilding the unreadable tokenizer cache {path}: {error}", stacklevel=2
             )
-    text = _train_bpe(documents, vocab, long_words)
+    text = _train_bpe(documents(), vocab)
     write_cache(path, lambda file: file.write(text.encode()))
     return _bpe_from_json(text, vocab)
 
@@ -142,8 +142,9 @@ def _has_long_word(document: str) -> bool:
     return any(len(word) > WORD_BYTES for word in words)
 
 
-def _train_bpe(documents: Sequence[str], vocab: int, long_words: bool) -> str:
+def _train_bpe(documents: Sequence[str], vocab: int) -> str:
     """JSON of a byte-level BPE with at most `vocab` - 2 ids: text cannot produce eos and mask."""
+    long_words = any(map(_has_long_word, documents))
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = _pieces() if long_words else _byte_level()
     trainer = trainers.BpeTrainer(

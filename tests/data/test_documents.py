@@ -13,8 +13,8 @@ import pytest
 
 from fdp.data.decode import NotText
 from fdp.data.documents import Inputs, documents_of
-from fdp.data.text import load_corpus
 from fdp.data.tokenizer import build_tokenizer
+from tests.data.reading import read_corpus
 
 pytestmark = pytest.mark.fast
 
@@ -102,7 +102,7 @@ def prose(language: str, n_bytes: int = 50_000) -> str:
 def read(path: Path, data: bytes) -> tuple[tuple[str, ...], str]:
     """Documents of a file with this content, and what the banner says of it."""
     path.write_bytes(data)
-    corpus = load_corpus(str(path))
+    corpus = read_corpus(str(path))
     return corpus.documents, " ".join(corpus.notes)
 
 
@@ -164,7 +164,7 @@ def test_encodings_give_the_same_tokens(tmp_path):
     ids = []
     for encoding in ("utf-8", "koi8-r"):
         documents, _ = read(tmp_path / encoding, prose("ru").encode(encoding))
-        tokenizer = build_tokenizer("bpe", 400, documents, "sha", tmp_path)
+        tokenizer = build_tokenizer("bpe", 400, lambda d=documents: d, "sha", tmp_path)
         ids.append(np.concatenate(tokenizer.encode_batch(documents)))
     np.testing.assert_array_equal(*ids)
 
@@ -332,27 +332,27 @@ def test_folder_says_what_it_left_out(folder, monkeypatch):
     assert line.startswith("5 files read (1 as gz, 1 as utf-16); 10 left out: ")
     assert line.endswith(" and 7 more")
     assert (
-        load_corpus(str(folder)).notes[1] == "1 of 5 documents are copies of others, and left out"
+        read_corpus(str(folder)).notes[1] == "1 of 5 documents are copies of others, and left out"
     )
 
 
 def test_folder_without_text_says_why(tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
     with pytest.raises(ValueError, match=r"holds no text \(1 left out: a\.pdf \(a PDF\)\)"):
-        load_corpus(str(tmp_path))
+        read_corpus(str(tmp_path))
 
 
 def test_damage_behind_a_good_beginning_is_an_error_in_a_folder_too(tmp_path):
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"te')
     with pytest.raises(ValueError, match=r"b\.jsonl:2 is not JSON"):
-        load_corpus(str(tmp_path))
+        read_corpus(str(tmp_path))
 
 
 def test_a_fifo_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(NotText, match=r"a FIFO\): write its text to a file"):
-        load_corpus(str(tmp_path / "pipe"))
+        read_corpus(str(tmp_path / "pipe"))
 
 
 def test_json_lines_are_streamed(tmp_path):

@@ -1,0 +1,227 @@
+"""Token files: every route gives the same tokens, a killed run goes on, damage is mended, a second
+start reads nothing."""
+
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fdp.data import batches, sources, text, tokens
+from fdp.data.batches import load_text
+from fdp.data.shards import Shards, check_room, size
+from fdp.data.tokenizer import build_tokenizer
+
+pytestmark = pytest.mark.fast
+
+WORDS = "the tide boats fog ledger harbour naïve 港 42 sea wrote asked".split()  # noqa: SIM905
+
+
+def documents_of(n: int, n_words: int = 60) -> list[str]:
+    rng = random.Random(0)
+    return [f"{i}: " + " ".join(rng.choices(WORDS, k=n_words)) for i in range(n)]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Shards of two or three documents; files of this moment are trusted."""
+    monkeypatch.setattr(tokens, "SHARD", 1000)
+    monkeypatch.setattr(tokens, "CALL", 300)
+    monkeypatch.setattr(text, "SHARD", 5000)
+    monkeypatch.setattr(text, "SETTLED", -1)
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(json.dumps({"text": d}) for d in documents_of(60)))
+    return path
+
+
+def read(source: Path, cache: Path, kind: str = "bpe") -> tuple[str, np.ndarray, np.ndarray]:
+    """Hash of the corpus, and the tokens of both sides."""
+    data = load_text(str(source), kind, 300, 1, 0.1, 0, cache)
+    train, val = (w.take(range(len(w)))["tokens"][:, 0] for w in (data.train, data.val))
+    return data.sha256, train, val
+
+
+def assert_same(found, expected) -> None:
+    assert found[0] == expected[0]
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_tokens_are_documents_between_ends_of_text(source, tmp_path):
+    """The oracle tokenises each document by itself, in memory."""
+    documents = documents_of(60)
+    sha256, train, val = read(source, tmp_path / "cache")
+    assert sha256 == text.documents_sha256(documents)
+    corpus = text.load_corpus(str(source), tmp_path / "cache")
+    numbers = text.split_documents(corpus, 0.1, 0)
+    sides = [[documents[i] for i in side] for side in numbers]
+    tokenizer = build_tokenizer("bpe", 300, lambda: sides[0], "x", tmp_path / "other")
+    for found, side in zip((train, val), sides, strict=True):
+        eos = [tokenizer.eos_id]
+        expected = eos + [t for d in side for t in [*tokenizer.encode(d), *eos]]
+        assert found.tolist() == expected
+    files = sorted((tmp_path / "cache").glob("tokens-*.json"), key=lambda p: p.stat().st_size)
+    assert len(Shards(files[-1]).rows) > 10, "of several shards"
+
+
+def test_every_route_gives_the_same_tokens(source, tmp_path):
+    expected, rows = read(source, tmp_path / "cache"), [{"text": d} for d in documents_of(60)]
+    (tmp_path / "txt").mkdir()
+    for i, row in enumerate(rows):
+        (tmp_path / "txt" / f"{i:03}.txt").write_text(row["text"])
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.json").write_text(json.dumps(rows[:20]))
+    lines = "\n".join(map(json.dumps, rows[20:40])).encode()
+    (tmp_path / "mixed" / "b.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    for i, row in enumerate(rows[40:]):
+        (tmp_path / "mixed" / f"c{i:02}").write_bytes(row["text"].encode("utf-16"))
+    for route in ("txt", "mixed"):
+        assert_same(read(tmp_path / route, tmp_path / f"cache of {route}"), expected)
+
+
+def test_a_killed_run_goes_on_behind_the_last_whole_shard(source, tmp_path, monkeypatch):
+    expected = read(source, tmp_path / "whole")
+    append, done = Shards.append, []
+
+    def killed(shards, parts):
+        if shards.bin.name.startswith("tokens"):
+            done.append(shards.bin)
+            if len(done) == 4:
+                parts = iter(
+                    [next(parts), *[None]]
+                )  # half a shard, then nothing that can be hashed
+        append(shards, parts)
+
+    monkeypatch.setattr(Shards, "append", killed)
+    with pytest.raises(TypeError):
+        read(source, tmp_path / "cache")
+    assert len(Shards(done[0]).rows) == 3 and not Shards(done[0]).about
+    done.clear()
+    done += [Path()] * 5
+    monkeypatch.setattr(text, "_read", None)  # nor is the text read again
+    assert_same(read(source, tmp_path / "cache"), expected)
+    names = {p.name: p.read_bytes() for p in (tmp_path / "whole").glob("tokens-*")}
+    assert names == {p.name: p.read_bytes() for p in (tmp_path / "cache").glob("tokens-*")}
+    whole = sum(len(Shards(p).rows) for p in (tmp_path / "whole").glob("tokens-*.json"))
+    assert len(done) - 5 == whole - 3
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size * 2 // 3)
+
+
+@pytest.mark.parametrize("damage", [flip, shorten, Path.unlink])
+def test_damaged_shards_are_made_again_and_no_others(source, tmp_path, monkeypatch, damage):
+    expected = read(source, tmp_path / "cache")
+    files = sorted((tmp_path / "cache").glob("tokens-*.bin"), key=lambda p: p.stat().st_size)
+    before, n = files[-1].read_bytes(), len(Shards(files[-1]).rows)
+    damage(files[-1])
+    made, mend = [], Shards.mend
+    monkeypatch.setattr(Shards, "mend", lambda s, i, parts: made.append(i) or mend(s, i, parts))
+    monkeypatch.setattr(text, "_read", None)
+    with pytest.warns(UserWarning, match=rf"making \d+ of {n} shards of .*tokens-.* they are dam"):
+        assert_same(read(source, tmp_path / "cache"), expected)
+    assert files[-1].read_bytes() == before
+    assert len(made) == {flip: 1, shorten: n // 3 + 1, Path.unlink: n}[damage]
+
+
+@pytest.mark.parametrize("damage", ["text-*.bin", "text-*.npy", "text-*.json"])
+def test_a_damaged_text_is_read_again_where_it_is_needed(source, tmp_path, damage):
+    expected = read(source, tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob(damage)
+    flip(path)
+    assert_same(read(source, tmp_path / "cache"), expected)
+    with pytest.warns(UserWarning, match=r"reading .*corpus\.jsonl again: "):
+        load_text(str(source), "byte", 300, 1, 0.1, 0, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("damage", ["tokens-*.json", "source-*.json"])
+def test_a_lost_index_only_costs_time(source, tmp_path, damage):
+    expected = read(source, tmp_path / "cache")
+    for path in (tmp_path / "cache").glob(damage):
+        path.write_text(path.read_text()[:-9])
+    assert_same(read(source, tmp_path / "cache"), expected)
+
+
+def test_a_second_start_reads_nothing(source, tmp_path, monkeypatch):
+    expected = read(source, tmp_path / "cache")
+    for module, name in ((text, "_read"), (batches, "split_documents"), (text, "Documents")):
+        monkeypatch.setattr(module, name, None)
+    assert_same(read(source, tmp_path / "cache"), expected)
+
+
+def test_what_changed_is_read_again(source, tmp_path, monkeypatch):
+    first = read(source, tmp_path / "cache")
+    stat = source.stat()
+    source.write_text(source.read_text().replace("boats", "ships"))
+    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the same size and time
+    assert read(source, tmp_path / "cache")[0] != first[0]
+    source.write_text(source.read_text().replace("ships", "boats"))
+    monkeypatch.setattr(tokens, "_make", None)
+    assert_same(read(source, tmp_path / "cache"), first)
+
+
+def test_a_file_of_this_moment_is_not_trusted(source, tmp_path, monkeypatch):
+    """It may change again without another time of change."""
+    monkeypatch.setattr(text, "SETTLED", 2)
+    expected = read(source, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("source-*.json"))
+    assert_same(read(source, tmp_path / "cache"), expected)
+
+
+def test_many_ids_take_four_bytes(source, tmp_path):
+    tokenizer = build_tokenizer("byte", 0, lambda: (), "", tmp_path)
+    corpus = text.load_corpus(str(source), tmp_path)
+    narrow = tokens.token_file(corpus.documents, "narrow", tokenizer, tmp_path)
+    tokenizer.vocab_size = 65_537
+    wide = tokens.token_file(corpus.documents, "wide", tokenizer, tmp_path)
+    assert (narrow.dtype.itemsize, wide.dtype.itemsize) == (2, 4)
+    np.testing.assert_array_equal(narrow[:], wide[:])
+    assert len(narrow) == len(wide[:]) == sum(len(d.encode()) + 1 for d in documents_of(60)) + 1
+
+
+def test_long_documents_are_tokenised_in_pieces(source, tmp_path, monkeypatch):
+    """Byte-level BPE gives the tokens of the whole."""
+    expected = read(source, tmp_path / "whole")
+    monkeypatch.setattr(tokens, "PIECE", 64)
+    assert_same(read(source, tmp_path / "pieces"), expected)
+    long = "one two\n\nthree\n  four\tfive'll " * 20
+    assert "".join(tokens.pieces(long)) == long
+    assert len(list(tokens.pieces(long))) > 8 and max(map(len, tokens.pieces(long))) <= 64
+    assert [len(p) for p in tokens.pieces("x" * 150)] == [64, 64, 22], "nowhere to cut"
+
+
+def test_a_disk_that_is_too_small_is_found_before_it_is_full(source, tmp_path, monkeypatch):
+    with pytest.raises(
+        OSError, match=r"tokens need 9 bytes · 1e18 = 9e\+06 TB in .*, where [\d.]+ GB are free: f"
+    ):
+        check_room(tmp_path, 9 * 10**18, "tokens", "9 bytes · 1e18")
+    usage = type("Usage", (), {"free": 25_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"tokens need [\d,]+ bytes of text · 2\.0\d = [\d.]+ kB in "):
+        read(source, tmp_path / "cache", "byte")
+    usage.free = 100
+    with pytest.raises(OSError, match=r"documents need as many bytes as their files = 22.3 kB in"):
+        read(source, tmp_path / "other", "byte")
+    assert [size(n) for n in (0, 999, 1000, 1.5e9, 2e15)] == [
+        "0 bytes", "999 bytes", "1 kB", "1.5 GB", "2e+03 TB",
+    ]  # fmt: skip
+
+
+def test_sources_are_read_only_when_documents_are_asked_for(source):
+    found = sources.source_of(str(source))
+    assert found.state.n_bytes == source.stat().st_size and not found.inputs.read
+    assert list(found.documents()) == documents_of(60) and found.inputs.read["utf-8"] == 1
