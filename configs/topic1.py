@@ -16,8 +16,8 @@ to be behind).
 
 import ml_collections
 
-from configs.common import llama_like, start
 from fdp.config import lock
+from fdp.config_file import llama_like, start
 
 
 def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:

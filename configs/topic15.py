@@ -20,8 +20,8 @@ coefficients plan, and the claims about measured runs are reported as not testab
 
 import ml_collections
 
-from configs.common import llama_like, start
 from fdp.config import lock
+from fdp.config_file import llama_like, start
 
 
 def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:

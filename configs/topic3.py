@@ -16,8 +16,8 @@ their answers; native sparse attention trains within 0.5 % of dense attention.
 
 import ml_collections
 
-from configs.common import llama_like, start
 from fdp.config import lock
+from fdp.config_file import llama_like, start
 
 
 def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:

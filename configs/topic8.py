@@ -14,8 +14,8 @@ worth having at all against ZeRO-3 with context parallelism?
 
 import ml_collections
 
-from configs.common import start
 from fdp.config import lock
+from fdp.config_file import start
 
 
 def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:

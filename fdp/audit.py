@@ -11,7 +11,6 @@ Legend: B sequences, L positions."""
 
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tabulate import tabulate
 
+from fdp import command, config_file
 from fdp import config as fdp_config
 from fdp.config_images import IMAGE_MODELS, pattern_rows
 from fdp.config_pipeline import chunks_of
@@ -42,7 +42,7 @@ from fdp.models.transformer import Transformer
 from fdp.parallel.masks import allowed
 from fdp.run import study_of, use_compilation_cache
 from fdp.step import TrainStep
-from fdp.train import CONFIG, parse_flags, quiet
+from fdp.train import CONFIG, quiet
 
 DEVICES = 8
 TOLERANCE = 1e-4  # of float32 sums in another order, relative, by norm
@@ -204,28 +204,24 @@ def audit(config: ml_collections.ConfigDict) -> list[Finding]:
     return findings
 
 
-def main(argv: list[str]) -> None:
-    """Audit the config, print the table, exit with 1 if anything fails."""
-    del argv
+def main(argv: list[str]) -> int:
+    """Audit the config and print the table; the exit status is 1 if anything fails."""
+    command.refuse_arguments(argv)
     quiet()
     started = time.perf_counter()
-    try:
-        fdp_config.validate(CONFIG.value)
-        use_virtual_devices(DEVICES)
-        use_compilation_cache()
-        findings = audit(CONFIG.value)
-    except fdp_config.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    fdp_config.validate(CONFIG.value)
+    use_virtual_devices(DEVICES)
+    use_compilation_cache()
+    findings = audit(CONFIG.value)
     verdict = {True: "holds", False: "FAILS", None: "not stated"}
     rows = [(f.arm, f.mesh, f.check, verdict[f.holds], f.found) for f in findings]
     print(tabulate(rows, headers=("arm", "mesh", "check", "verdict", "found")))
     failed = sum(f.holds is False for f in findings)
     seconds = time.perf_counter() - started
     print(f"\n{len(findings)} checks, {failed} failed, {seconds:.0f} s, at reduced size in float32")
-    sys.exit(1 if failed else 0)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    command.launch(main, config_file.parse_flags)

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 from fdp import checksums, process
 from fdp.config import FREE_KEYS, declared, flatten
 from fdp.files import write_atomic
+from fdp.keys import UserError
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # the name suffix under which Orbax writes before it renames
 
@@ -68,7 +69,7 @@ def mute_orbax() -> None:
         sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint could not be written or read; the message names the path, the reason and a
     fix.
     """

@@ -6,13 +6,12 @@ Legend: B images, H rows, W columns, C channels."""
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 os.environ.setdefault("NPROC", "64")  # before jax, as in `fdp.train`
 
@@ -20,10 +19,10 @@ import jax
 import ml_collections
 import numpy as np
 
+from fdp import command, train
 from fdp import config as fdp_config
-from fdp import train
 from fdp.arm import Arm
-from fdp.checkpoint import CheckpointError, Checkpoints
+from fdp.checkpoint import Checkpoints
 from fdp.keys import INT32, UserError, closest
 from fdp.mesh import AXES, make_mesh
 from fdp.objectives import ImageObjective
@@ -174,26 +173,13 @@ def _check(f: flags.FlagValues) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """One line on success, one `error:` line where the user can fix it."""
+    """One line on success. Raises UserError for what the user can fix."""
     train.quiet()
-    try:
-        if len(argv) != 2:
-            raise UserError(f"{len(argv) - 1} arguments: give one workdir, such as runs/topic8-cpu")
-        print(f"wrote     {generate(Path(argv[1]), flags.FLAGS)}")
-    except (ValueError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser with a mistake in one `error:` line."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    if len(argv) != 2:
+        raise UserError(f"{len(argv) - 1} arguments: give one workdir, such as runs/topic8-cpu")
+    print(f"wrote     {generate(command.folder(argv[1], 'workdir'), flags.FLAGS)}")
 
 
 if __name__ == "__main__":
     declare(flags.FLAGS)
-    app.run(main, flags_parser=parse_flags)
+    command.launch(main, None, ValueError)

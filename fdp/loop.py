@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -27,15 +26,17 @@ from fdp.hooks import Hook, HookError
 from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
 from fdp.price.hardware import detect
 from fdp.profile import StepTrace
+from fdp.signals import StopSignal
 from fdp.state import TrainState, moved_bytes, remesh
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C arrived; the state of step `step` has been saved."""
+    """Signal `number`, SIGTERM or that of Ctrl-C, arrived; the state of step `step` is saved. 0:
+    another process was told."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, number: int = 0):
         super().__init__(f"stopped after step {step}")
-        self.step = step
+        self.step, self.number = step, number or signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -52,30 +53,6 @@ class Segment:
 # The segment that begins at a step, given the state there. After a restart it is asked at the step
 # of the checkpoint, so what it answers may depend on nothing but its arguments.
 Segments = Callable[[int, TrainState], Segment]
-
-
-class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a flag that the loop reads between steps; a second one
-    interrupts.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        for n, handler in self._previous.items():
-            signal.signal(n, handler)
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 class _Log:
@@ -221,7 +198,7 @@ def fit(arm: Arm, workdir: Path, segments: Segments | None = None) -> None:
         finally:
             run.close()
         if process.agree(stop.requested):
-            raise Stopped(arm.experiment.fit.steps)
+            raise Stopped(arm.experiment.fit.steps, stop.number)
 
 
 def _whole(arm: Arm) -> Segments:
@@ -366,7 +343,7 @@ class _Run:
             log.flush()
             self._save(step + 1, state)
             self.checkpoints.wait()
-            raise Stopped(step + 1)
+            raise Stopped(step + 1, stop.number)
         self._between_steps(step + 1, state, log)
 
     def _finish(self, state: TrainState, progress: Progress) -> None:

@@ -1,20 +1,17 @@
 """One run: banner, every arm of every seed, the topic's study, the report."""
 
-import contextlib
 import dataclasses
 import importlib.util
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 
 import jax
 import ml_collections
 from jax.sharding import Mesh
 
 from fdp import config as fdp_config
-from fdp import loop, process, sharding
+from fdp import loop, process, sharding, signals
 from fdp.arm import Arm
 from fdp.checkpoint import CheckpointError, bind_workdir
 from fdp.data.batches import default_cache_dir, eval_batches
@@ -46,25 +43,6 @@ class Run:
         context = {"config": digest, "mesh": shape, "devices": devices(), **versions()}
         found = perform(parts, Cache(self.workdir, context), self.workdir, group)
         return Report(c.topic, c.variant, digest, found.rows, found.plots, found.raw)
-
-
-class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C arrived where everything finished is on disk."""
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise Interrupted at once on the first SIGTERM or Ctrl-C; the loop handles its own."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted
-
-    previous = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def study_of(topic: str) -> ModuleType:
@@ -130,21 +108,27 @@ def build_arms(
     return arms
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, command: str) -> None:
-    """Train, study, report. Raises UserError for what the user can fix; returns after a signal,
-    with what was finished on disk and the command that resumes on the screen.
-    """
-    resume = f"Resume with:\n  python -m fdp.train {command}"
+def run(config: ml_collections.ConfigDict, workdir: Path | str, command: str = "") -> int:
+    """Train, study, report. Returns the exit status: 0, or after a signal 130 (Ctrl-C) or 143
+    (SIGTERM), with what was finished on disk and on the screen what resumes: `command`, the
+    arguments of fdp.train, or the same call. Raises UserError for what the user can fix.
+
+    Works in any thread and in a notebook; only the main thread sees signals."""
+    workdir = Path(workdir)
+    again = f"Resume with:\n  python -m fdp.train {command}" if command else "Call again to resume."
     try:
-        with interruptible():
+        with signals.interruptible():
             _run(config, workdir)
+        return 0
     except loop.Stopped as stopped:
-        print(f"{stopped}; state saved. {resume}")
-    except Interrupted:
-        text = f"\nstopped; what was finished is kept in {workdir}. {resume}"
+        print(f"{stopped}; state saved. {again}")
+        return signals.exit_status(stopped.number)
+    except signals.Interrupted as stopped:
+        text = f"\nstopped; what was finished is kept in {workdir}. {again}"
         if process.count() > 1:  # the others may be waiting for this one
             process.leave(process.GONE, text)
         print(text)
+        return signals.exit_status(stopped.number)
 
 
 def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:

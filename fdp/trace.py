@@ -9,12 +9,11 @@ Legend: B sequences, L positions, M layers with experts, K choices of a token.""
 
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 os.environ.setdefault("NPROC", "64")  # before jax, as in `fdp.train`
 
@@ -22,10 +21,10 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from fdp import command, config_file, train
 from fdp import config as fdp_config
-from fdp import train
 from fdp.arm import Arm
-from fdp.checkpoint import CheckpointError, Checkpoints
+from fdp.checkpoint import Checkpoints
 from fdp.collectives import pmax
 from fdp.data.batches import eval_batches
 from fdp.data.traces import Writer
@@ -94,27 +93,22 @@ def write(arm: Arm, workdir: Path) -> tuple[Path, int]:
 
 def main(argv: list[str]) -> None:
     """Every arm that has experts."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument(s): {' '.join(argv[1:])}")
-    config, workdir = train.CONFIG.value, train.WORKDIR.value
+    command.refuse_arguments(argv)
+    config, workdir = train.CONFIG.value, train.workdir()
     train.quiet()
-    try:
-        fdp_config.validate(config)
-        use_virtual_devices(math.prod(config.mesh.values()))
-        arms = build_arms(config, study_of(config.topic), make_mesh(config.mesh))
-        every = [arm for seeds in arms.values() for arm in seeds]
-        shapes = {arm.label: getattr(arm.model, "shape", None) for arm in every}
-        routed = [arm for arm in every if getattr(shapes[arm.label], "experts", 0)]
-        if not routed:
-            raise fdp_config.UserError("no arm of this config has experts: there is no routing")
-        for arm in routed:
-            folder, tokens = write(arm, Path(workdir) if workdir else train.default_workdir())
-            print(f"wrote     {tokens:,} tokens of {arm.label} to {folder}", flush=True)
-    except (fdp_config.UserError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    fdp_config.validate(config)
+    use_virtual_devices(math.prod(config.mesh.values()))
+    arms = build_arms(config, study_of(config.topic), make_mesh(config.mesh))
+    every = [arm for seeds in arms.values() for arm in seeds]
+    shapes = {arm.label: getattr(arm.model, "shape", None) for arm in every}
+    routed = [arm for arm in every if getattr(shapes[arm.label], "experts", 0)]
+    if not routed:
+        raise fdp_config.UserError("no arm of this config has experts: there is no routing")
+    for arm in routed:
+        folder, tokens = write(arm, workdir)
+        print(f"wrote     {tokens:,} tokens of {arm.label} to {folder}", flush=True)
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=train.parse_flags)
+    command.launch(main, config_file.parse_flags)

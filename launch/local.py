@@ -19,6 +19,8 @@ from typing import IO, NamedTuple
 
 from absl import app, flags
 
+from fdp import signals
+
 PROCESSES = flags.DEFINE_integer("processes", 2, "number of processes", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 4, "virtual CPU devices of each", lower_bound=1)
 LOGS = flags.DEFINE_string("logs", None, "folder of the logs; default a new temporary one")
@@ -92,6 +94,8 @@ def follow(processes: Sequence[Process]) -> int:
     if failed is None:
         return 0
     code = failed.running.returncode
+    if code in map(signals.exit_status, signals.STOPS):  # each has said so in its log
+        return code
     print(f"\nprocess {failed.number} ended first, {_ending(code)}; its last lines:", flush=True)
     lines = failed.log.read_text(errors="replace").splitlines()[-LINES:]
     print("\n".join(f"  {line}" for line in lines), flush=True)

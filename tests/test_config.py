@@ -9,8 +9,9 @@ import ml_collections
 import pytest
 from absl import flags
 
+import fdp.train  # noqa: F401  # its flags
 from configs import topic1
-from fdp import checkpoint, config, run, train
+from fdp import checkpoint, command, config, config_file, run
 from fdp.config import UserError
 from fdp.mesh import AXES, make_mesh
 
@@ -208,8 +209,8 @@ def command_error(
     argv = ["fdp.train", *arguments]
     monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
     try:
-        with pytest.raises(SystemExit) as stop:
-            train.parse_flags(argv)
+        with pytest.raises(SystemExit) as stop, command.one_line():
+            config_file.parse_flags(argv)
     finally:
         flags.FLAGS.unparse_flags()
     assert stop.value.code == 1
@@ -324,7 +325,7 @@ def test_a_bug_inside_a_config_file_keeps_its_traceback(
     monkeypatch.setattr(sys, "argv", argv)
     try:
         with pytest.raises(AttributeError, match="stepz"):
-            train.parse_flags(argv)
+            config_file.parse_flags(argv)
     finally:
         flags.FLAGS.unparse_flags()
 

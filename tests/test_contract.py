@@ -89,7 +89,7 @@ def test_it_trains_resumes_and_reports(topic: str, tmp_path: Path, monkeypatch, 
 
     monkeypatch.setattr(loop._Run, "_between_steps", stopping)
     run(c, workdir, "")
-    assert "Resume with" in capsys.readouterr().out
+    assert "state saved. Call again to resume." in capsys.readouterr().out
     run(c, workdir, "")
     rows = read_metrics(workdir)
     assert [r["step"] for r in rows if "hook/weights" in r] == [2, 4, 6]

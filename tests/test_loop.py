@@ -20,7 +20,7 @@ from fdp import loop
 from fdp.arm import Arm
 from fdp.checkpoint import Checkpoints
 from fdp.data.batches import Data, batch
-from fdp.loop import Segment, Stopped, StopSignal, fit
+from fdp.loop import Segment, Stopped, fit
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
 
@@ -375,17 +375,3 @@ def test_a_signal_in_the_last_step_finishes_the_arm_but_not_the_run(
     again = arm_of()
     fit(again, tmp_path)
     assert_bitwise_equal(again.trained_on_host.variables, uninterrupted[1])
-
-
-def test_a_second_signal_interrupts_at_once() -> None:
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in the background starts without it
-    try:
-        with StopSignal() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert stop.requested
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -274,7 +275,7 @@ def history(
     stage("killed in a save", kill_in_a_save(arguments, workdir))
     stage("full disk", train(arguments, ["-c", ON_A_FULL_DISK]))
     stopped = stage("stopped", stop_in_the_second_arm(arguments, workdir))
-    resume = stopped.out.strip().splitlines()[-1].split()
+    resume = shlex.split(stopped.out.strip().splitlines()[-1])
     stage("finished", train(resume[3:]))
     return workdir, stages
 
@@ -305,12 +306,12 @@ def test_a_full_disk_is_one_clear_line_and_costs_no_checkpoint(
     assert f"resumed at step {before[-1]} of {STEPS}" in stages["stopped"].outcome.out
 
 
-def test_sigterm_saves_exits_0_and_prints_the_command_that_resumes(
+def test_sigterm_saves_exits_143_and_prints_the_command_that_resumes(
     history: tuple[Path, dict[str, Stage]],
 ) -> None:
     workdir, stages = history
     stopped = stages["stopped"].outcome
-    assert stopped.code == 0, stopped.err
+    assert stopped.code == 143, stopped.err
     *_, said, command = stopped.out.strip().splitlines()
     assert said.startswith("stopped after step ")
     assert said.endswith("; state saved. Resume with:")
@@ -390,13 +391,13 @@ def test_no_config_is_one_error_line_and_help_shows_three_flags() -> None:
 # Runs the command once for each list of arguments, in one process.
 ONE_AFTER_ANOTHER = """
 import contextlib, io, json, sys
-from absl import app, flags
-from fdp import train
+from absl import flags
+from fdp import command, config_file, train
 for arguments in json.loads(sys.argv.pop()):
     sys.argv[1:] = arguments
     with contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            app.run(train.main, flags_parser=train.parse_flags)
+            command.launch(train.main, config_file.parse_flags)
         except SystemExit as stop:
             print(json.dumps([stop.code, err.getvalue()]))
     flags.FLAGS.unparse_flags()

@@ -1,0 +1,144 @@
+"""What all commands share: flags, one line for a mistake, exit status, characters of the terminal.
+
+Exit status: 0 done; 1 after one `error:` line; 130 after Ctrl-C and 143 after SIGTERM, the state
+saved. Imports neither jax nor flax: mistakes show themselves at once."""
+
+import codecs
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from absl import app, flags
+
+from fdp import signals
+from fdp.keys import UserError
+
+ERROR = 1
+# What stands for a character that the terminal's encoding lacks.
+ASCII = {
+    "·": "*", "×": "x", "≤": "<=", "≥": ">=", "≠": "!=", "±": "+-", "−": "-", "–": "-", "—": "-",
+    "…": "...", "→": "->", "√": "sqrt", "Σ": "sum", "∞": "inf", "≈": "~", "²": "^2", "³": "^3",
+    "µ": "u", "μ": "mu", "α": "alpha", "β": "beta", "σ": "sigma", "ρ": "rho", "τ": "tau",
+    "½": "1/2", "“": '"', "”": '"', "‘": "'", "’": "'", "°": " degrees",
+}  # fmt: skip
+
+
+Main = Callable[[list[str]], int | None]
+Parser = Callable[[list[str]], list[str]]
+
+
+def launch(main: Main, parse: Parser | None = None, *more: type[Exception]) -> None:
+    """Run a command: `parse` (default: absl's flags), then `main`; exits with its status. `more`:
+    exceptions of `main` whose message is for the user."""
+    use_any_encoding()
+
+    def parsed(argv: list[str]) -> list[str]:
+        with one_line():
+            return (parse or parse_flags)(argv)
+
+    def called(argv: list[str]) -> int | None:
+        with one_line(*more):
+            status = main(argv)
+            signals.exit_at_once()
+            return status
+
+    app.run(called, flags_parser=parsed)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser; raises UserError for a mistake."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+
+
+def refuse_arguments(argv: list[str]) -> None:
+    """Raises UserError for words that are no flags."""
+    if len(argv) > 1:
+        words = " ".join(argv[1:])
+        raise UserError(f"unexpected argument(s) {words}: flags are written --name=value")
+
+
+@contextlib.contextmanager
+def one_line(*more: type[Exception]) -> Iterator[None]:
+    """Exit with a line on stderr where the user can help: UserError, `more`, the system's refusals,
+    and Ctrl-C. Other exceptions are bugs and keep their traceback."""
+    try:
+        yield
+    except BrokenPipeError:  # `… | head`: nobody reads on, and Python would complain at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(signals.exit_status(signal.SIGPIPE))
+    except KeyboardInterrupt:
+        signals.exit_at_once()
+        print("\nstopped", file=sys.stderr)
+        sys.exit(signals.exit_status(signal.SIGINT))
+    except Exception as error:
+        if not (text := told(error, *more)):
+            raise
+        print(text, file=sys.stderr)
+        sys.exit(ERROR)
+
+
+def told(error: Exception, *more: type[Exception]) -> str:
+    """`error: …` in one line for what a user can fix; "" for a bug. `more`: other exceptions whose
+    message is for the user."""
+    if isinstance(error, (UserError, *more)):
+        text = str(error)
+    elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        text = os_text(error)
+    elif isinstance(error, MemoryError):
+        text = f"out of memory ({error}): lower model, train.batch or data.seq_len"
+    else:
+        return ""
+    return f"error: {' '.join(text.split())}"
+
+
+def os_text(error: OSError) -> str:
+    """What the system refused, where, and what helps."""
+    where = f"{error.filename}: " if error.filename else ""
+    fixes = {
+        errno.ENOSPC: "free space there, or name another --workdir",
+        errno.EDQUOT: "free some of your quota, or name another --workdir",
+        errno.EFBIG: "raise the limit of a file's size, or name another --workdir",
+        errno.EROFS: "name a --workdir that can be written",
+        errno.EACCES: "change its permissions, or name another path",
+        errno.EPERM: "change its permissions, or name another path",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    }
+    fix = f". Fix: {fixes[error.errno]}" if error.errno in fixes else ""
+    return f"{where}{error.strerror or error}{fix}"
+
+
+def folder(text: str, flag: str = "--workdir") -> Path:
+    """The folder that a user named; ~ is the home folder. Raises UserError for an address of
+    another machine."""
+    scheme, mark, _ = text.partition("://")
+    if mark:
+        raise UserError(
+            f"{flag}={text} is an address of {scheme}, which cannot be written yet: name a folder "
+            "of this machine, and copy it when the run has ended"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{flag}={text}: {error}: write the whole path") from error
+
+
+def use_any_encoding() -> None:
+    """Let stdout and stderr spell what their encoding lacks, such as · where LANG=C."""
+    codecs.register_error("fdp.ascii", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="fdp.ascii")
+
+
+def _spelled(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(ASCII.get(character, "?") for character in missing), error.end
