@@ -9,6 +9,7 @@ which needs no device. Arrays go in by `place` and come out by `fetch`. With one
 import contextlib
 import itertools
 import json
+import logging
 import os
 import socket
 import sys
@@ -56,6 +57,7 @@ def start(devices: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler of SIGTERM is written in C++ and would take the signal away from the loop.
     jax.config.update("jax_enable_preemption_service", False)
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
     coordinator, count, number = given or (None, None, None)
     alone: dict[str, Any] = {"cluster_detection_method": "deactivate"} if given else {}
     try:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdp import process
 from fdp.collectives import all_gather, psum, size, vary
 from fdp.data.batches import Arrays, Data
 from fdp.experiment import Experiment, standard
@@ -124,7 +125,7 @@ class Level:
 
 def weight_norm(arm, step, state):
     """The hook: columns of the weights."""
-    w = np.asarray(state.params["herd"]["w"])
+    w = process.fetch(state.params["herd"]["w"])
     return {"column norms": np.linalg.norm(w, axis=0), "norm": float(np.linalg.norm(w))}
 
 
