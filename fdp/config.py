@@ -158,7 +158,12 @@ DATA = section(
         "bible | stdlib | markov | two_regimes | mqar | needle | induction | blank | hf:<name> | "
         "path; images: openmoji | mnist | gaussians",
     ),
-    tokenizer=choice("bpe", ("byte", "bpe"), "bytes, or byte pairs learnt from the corpus"),
+    tokenizer=choice(
+        "bpe",
+        ("byte", "bpe"),
+        "bytes, byte pairs learnt from the corpus, or the path of a tokenizer.json",
+        pattern=r"(?s).*\.json",
+    ),
     vocab=count(1024, "token ids of bpe incl. end-of-text and mask", high=MAX_VOCAB),
     seq_len=count(64, "L", "tokens"),
     packing=choice(

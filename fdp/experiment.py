@@ -3,6 +3,7 @@
 A topic makes such values; the training code reads no config. `standard(c)` is the one function that
 turns the stock sections of a config into an experiment."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from fdp import config, objectives, optimizer
+from fdp import config, objectives, optimizer, process
 from fdp.config_images import IMAGE_MODELS, share
 from fdp.config_pipeline import shares_head
 from fdp.data.batches import Data, blank, load_text
 from fdp.data.images import SOURCES, blank_images, check_images, image_data
+from fdp.data.pretrained import pretrained
 from fdp.data.recall import RECALL, recall_data
 from fdp.data.synthetic import CHAINS, GaussianMixture, markov_data, mixture_data
+from fdp.data.tokenizer import check_rows, is_path
 from fdp.grads import Grads, plain
 from fdp.hooks import Hook
 from fdp.mesh import AXES
@@ -117,15 +120,38 @@ def load_data(c: ml_collections.ConfigDict) -> Data:
     if d.source in SOURCES:
         return image_data(d.source, x.size, d.val_fraction, d.split_seed)
     if d.source == "blank":
-        ids = d.vocab if d.tokenizer == "bpe" else BYTE_IDS
-        return blank(d.seq_len, ids, d.packing)
+        return blank(d.seq_len, _ids(d), d.packing)
     if d.source in CHAINS:
         return markov_data(d.seq_len, chain=CHAINS[d.source])
     if d.source in RECALL:
         return recall_data(d.source, d.seq_len)
-    return load_text(
-        d.source, d.tokenizer, d.vocab, d.seq_len, d.val_fraction, d.split_seed, packing=d.packing
+    read = functools.cache(
+        lambda: load_text(
+            d.source,
+            d.tokenizer,
+            d.vocab,
+            d.seq_len,
+            d.val_fraction,
+            d.split_seed,
+            packing=d.packing,
+            rows=c.model.vocab,
+        )
     )
+    # The main process fills the cache, then the others read it. Each host may have its own.
+    main = process.decided(lambda: read().sha256)
+    if read().sha256 != main:
+        raise config.UserError(
+            f"data.source={d.source!r} holds sha256 {main[:12]} in process 0, and "
+            f"{read().sha256[:12]} in this one: give every host the same files"
+        )
+    return read()
+
+
+def _ids(data: ml_collections.ConfigDict) -> int:
+    """Token ids without a corpus, where bpe has as many as were asked for."""
+    if is_path(data.tokenizer):
+        return pretrained(data.tokenizer).vocab_size
+    return data.vocab if data.tokenizer == "bpe" else BYTE_IDS
 
 
 def standard(c: ml_collections.ConfigDict, data: Data | None = None) -> Experiment:
@@ -162,11 +188,7 @@ def _of_tokens(
     ids = data.tokenizer
     if ids is None:
         raise config.UserError(f"data {data.name} are no tokens: the stock model reads token ids")
-    if ids.vocab_size > shape.vocab:
-        raise config.UserError(
-            f"model.vocab = {shape.vocab} embedding rows cannot hold {ids.vocab_size} token ids "
-            f"(mask included): set model.vocab={-(-ids.vocab_size // 8) * 8}"
-        )
+    check_rows(ids.vocab_size, shape.vocab)
     if shares_head(c):
         shape = replace(shape, vocab_axes=("pp", "tp"))
     objective = objectives.from_section(c.objective, ids.n_data, ids.eos_id)

@@ -19,13 +19,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fdp.config import PACKINGS, closest
+from fdp.data.pretrained import pretrained
 from fdp.data.shards import Damaged, usable
-from fdp.data.text import Corpus, load_corpus, n_validation, split_documents
-from fdp.data.tokenizer import Tokenizer, build_tokenizer
+from fdp.data.text import Corpus, Documents, load_corpus, n_validation, split_documents
+from fdp.data.tokenizer import Tokenizer, build_tokenizer, check_rows, is_path
 from fdp.data.tokens import TokenFile, token_file
+from fdp.keys import INT32
 
 if TYPE_CHECKING:  # jax reads its environment when imported, which the caller may still have to set
     import jax
+
+# A larger corpus gives about so much to the training of BPE, evenly spread: the counts of words,
+# which lie in memory, grow with the text, and more of it changes rare merges only.
+LEARN_BYTES = 64 << 20
 
 DIM_NAMES = ("batch", "sequence")
 
@@ -311,47 +317,80 @@ def load_text(
     seed: int,
     cache_dir: Path | str | None = None,
     packing: str = "stream",
+    rows: int = INT32,
 ) -> Data:
-    """Corpus → split by document → tokenizer trained on the training side → windows of `seq_len`
-    tokens.
+    """Corpus → split by document → tokenizer → tokens in a file → windows of `seq_len` tokens.
 
-    `seed` is that of the split. Tokenizer and tokens are cached under `cache_dir` (None:
-    default_cache_dir()). `packing` "stream" gives tokens only, so attention crosses documents;
-    "documents" gives the same windows with the segments of `Windows`. Raises ValueError for another
-    packing, and the errors of load_corpus, split_documents, build_tokenizer and Windows."""
+    `tokenizer_kind` is "byte", "bpe" (learnt from the training side) or the path of a
+    tokenizer.json. `seed` is that of the split. Text, tokenizer and tokens are kept under
+    `cache_dir` (None: default_cache_dir()). `packing` "stream" gives tokens only, so attention
+    crosses documents; "documents" gives the same windows with the segments of `Windows`. `rows`:
+    those of the model's embedding, which must hold every id; else UserError. Raises ValueError for
+    another packing, and the errors of pretrained, load_corpus, split_documents, build_tokenizer,
+    token_file and Windows."""
     if packing not in PACKINGS:
         raise ValueError(f"data.packing={packing!r} is unknown: {closest(packing, PACKINGS)}")
     folder = usable(default_cache_dir() if cache_dir is None else Path(cache_dir))
+    # Whatever can be refused is, before a corpus is read and tokenised.
+    given = pretrained(tokenizer_kind) if is_path(tokenizer_kind) else None
+    if given is not None:
+        check_rows(given.vocab_size, rows)
+
+    def data(again: bool) -> Data:
+        corpus = load_corpus(source, folder, again)
+        split = _Split(corpus, val_fraction, seed)
+        tokenizer = given or _learnt(split, tokenizer_kind, vocab)
+        check_rows(tokenizer.vocab_size, rows)
+        return _text_data(split, tokenizer, seq_len, packing)
+
     try:
-        corpus = load_corpus(source, folder)
-        return _text_data(corpus, tokenizer_kind, vocab, seq_len, val_fraction, seed, packing)
+        return data(again=False)
     except Damaged as error:
         warnings.warn(f"reading {source} again: {error}", stacklevel=2)
-        corpus = load_corpus(source, folder, again=True)
-        return _text_data(corpus, tokenizer_kind, vocab, seq_len, val_fraction, seed, packing)
+        return data(again=True)
 
 
-def _text_data(
-    corpus: Corpus,
-    tokenizer_kind: str,
-    vocab: int,
-    seq_len: int,
-    val_fraction: float,
-    seed: int,
-    packing: str,
-) -> Data:
-    folder, n_val = corpus.folder, n_validation(corpus, val_fraction)
-    split = f"{corpus.sha256} {seed} {n_val}"
-    documents = functools.cache(corpus.documents)  # only where something is to be made of them
-    numbers = functools.cache(lambda: split_documents(corpus, val_fraction, seed))
-    sides = [lambda i=i: documents()[numbers()[i]] for i in range(2)]
-    tokenizer = build_tokenizer(tokenizer_kind, vocab, sides[0], split, folder)
+class _Split:
+    """The two sides of a corpus. Nothing is read before their documents are asked for."""
+
+    def __init__(self, corpus: Corpus, val_fraction: float, seed: int):
+        self.corpus, self._of = corpus, (val_fraction, seed)
+        self.name = f"{corpus.sha256} {seed} {n_validation(corpus, val_fraction)}"
+
+    def side(self, i: int) -> Documents:
+        """Training documents (0) or validation documents (1)."""
+        return self.sides[i]
+
+    @functools.cached_property
+    def sides(self) -> tuple[Documents, Documents]:
+        """Both."""
+        documents = self.corpus.documents()
+        train_N, val_N = split_documents(self.corpus, *self._of)
+        return documents[train_N], documents[val_N]
+
+
+def _learnt(split: _Split, kind: str, vocab: int) -> Tokenizer:
+    share = min(LEARN_BYTES / split.corpus.n_bytes, 1.0)
+    tokenizer = build_tokenizer(
+        kind, vocab, lambda: split.side(0).sample(share), split.name, split.corpus.folder
+    )
+    if share < 1 and kind == "bpe":
+        tokenizer.notes += (f"the tokenizer is learnt from {share:.1%} of the documents",)
+    return tokenizer
+
+
+def _text_data(split: _Split, tokenizer: Tokenizer, seq_len: int, packing: str) -> Data:
+    corpus, eos_id = split.corpus, tokenizer.eos_id if packing == "documents" else None
     train_T, val_T = (
-        token_file(side, _key(split, name, tokenizer.fingerprint), tokenizer, folder)
-        for name, side in zip(("train", "val"), sides, strict=True)
+        token_file(
+            functools.partial(split.side, i),
+            _key(split.name, side, tokenizer.fingerprint),
+            tokenizer,
+            corpus.folder,
+        )
+        for i, side in enumerate(("train", "val"))
     )
     fields = ("tokens", "segments") if packing == "documents" else ("tokens",)
-    eos_id = tokenizer.eos_id if packing == "documents" else None
     more, more_val = "use a larger corpus", "raise data.val_fraction"
     return Data(
         name=corpus.name,

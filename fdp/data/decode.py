@@ -9,9 +9,9 @@ import io
 import lzma
 import stat
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fdp.data.charset import Unsure, common_name, legacy_encoding
 
@@ -36,7 +36,6 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"7z\xbc\xaf", "a 7z archive", UNPACK),
     (b"Rar!", "a RAR archive", UNPACK),
     (b"\x28\xb5\x2f\xfd", "packed by zstd", "unpack it with `zstd -d`"),
-    (b"PAR1", "Parquet", "write its texts as JSON lines"),
     (b"ARROW1", "Arrow", "write its texts as JSON lines"),
     (b"SQLite format 3", "an SQLite database", "write its texts as JSON lines"),
     (b"\x93NUMPY", "a NumPy array", CONVERT),
@@ -69,7 +68,7 @@ class NotText(ValueError):
         self.reason = reason
 
 
-def open_file(path: Path) -> tuple[BinaryIO, str]:
+def open_file(path: Path) -> tuple[io.BufferedReader, str]:
     """The contents of a file, unpacked, and how it is packed: "gz", "bz2", "xz" or "".
 
     Raises NotText for what is no regular file (a FIFO would be waited for without end), what cannot
@@ -121,6 +120,31 @@ def decode(path: Path, data: bytes) -> tuple[str, str]:
     except Unsure as error:
         raise _unsure(path, data, error.likely) from error
     return _strict(path, data, name), common_name(name)
+
+
+def codec_of(how: str) -> str:
+    """Python's name of an encoding that `decode` has found in the beginning of a file."""
+    name = how.split(" ")[0]
+    others = {"utf-8": "utf-8-sig", "macintosh": "mac_roman", "iso-2022-jp": "iso2022_jp_2"}
+    return others.get(name, name)
+
+
+def decoded(path: Path, blocks: Iterable[bytes], codec: str) -> Iterator[str]:
+    """The text of a file in blocks, with line ends as "\\n". A character that the end of the file
+    cuts in two is left out. Raises ValueError where the codec does not explain every byte."""
+    plain = codecs.getincrementaldecoder(codec)("strict")
+    decoder = io.IncrementalNewlineDecoder(plain, translate=True)
+    n = 0
+    for block in blocks:
+        try:
+            yield decoder.decode(block)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} begins as {codec}, and cannot be decoded at about byte "
+                f"{n + error.start:,} ({error.reason}): repair it, or convert it to UTF-8"
+            ) from error
+        n += len(block)
+    yield decoder.decode(b"")
 
 
 def _unsure(path: Path, data: bytes, likely: list[str]) -> NotText:

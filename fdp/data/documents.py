@@ -8,13 +8,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fdp.data.decode import BROKEN, NotText, decode, open_file
-from fdp.data.rows import is_json_lines, text_or_rows, texts_of_lines
+from fdp.data.decode import BROKEN, UNPACK, NotText, codec_of, decode, decoded, open_file
+from fdp.data.rows import (
+    JSON_NAMES,
+    PARQUET,
+    is_array,
+    is_json_lines,
+    text_or_rows,
+    texts_of_lines,
+    texts_of_parquet,
+)
+from fdp.data.shards import BLOCK
 
 # Paragraphs of a file are joined up to this length, in characters: about a chapter, so that a
 # window sees context. A short file gets shorter documents, about FILE_DOCUMENTS of them.
 DOCUMENT_CHARS = 2000
 FILE_DOCUMENTS = 40
+
+# A larger file is read in blocks, which are cut one by one: no file has to fit into memory.
+LARGE = 32 << 20  # bytes
 
 NAMED = 3  # files that an account names
 
@@ -26,6 +38,7 @@ class Inputs:
     read: Counter[str] = field(default_factory=Counter)  # encoding and packing → files
     left_out: list[tuple[str, str]] = field(default_factory=list)  # name, reason
     remarks: list[str] = field(default_factory=list)
+    large: int = 0  # files that are cut for their size
 
     def leave_out(self, path: Path, root: Path, reason: str) -> None:
         """Note a file that is not used."""
@@ -57,6 +70,8 @@ class Inputs:
             if name != "utf-8"
         )
         parts = [f"{n} file{'s' * (n != 1)} read{f' ({how})' if how else ''}", self.lost()]
+        if self.large and n > 1:
+            parts.append(f"{self.large} of over {LARGE >> 20} MiB cut into documents")
         plain = n == 1 and not how and not self.left_out
         return (*([] if plain or not n else ["; ".join(filter(None, parts))]), *self.remarks)
 
@@ -66,7 +81,8 @@ def documents_of(path: Path, inputs: Inputs) -> Iterator[str]:
 
     A folder is read recursively in sorted order, linked folders last, one document a file; a folder
     of one file is that file. A file is cut at form feeds and at blank lines, else at line ends (see
-    DOCUMENT_CHARS). JSON, by its content, gives the "text" of each row. Raises ValueError: for a
+    DOCUMENT_CHARS); one of over LARGE bytes in a folder too. JSON and Parquet, by their content,
+    give the "text" of each row. Raises ValueError: for a
     file that is no text, and, in a folder too, for one that is damaged behind a good beginning."""
     if not path.is_dir():
         yield from _pieces(_read(path, inputs), inputs)
@@ -141,19 +157,63 @@ def _read(path: Path, inputs: Inputs) -> str | Iterator[str]:
     with stream:
         try:
             name = path.with_suffix("") if packing else path
-            if is_json_lines(name, stream):
+            if stream.peek(len(PARQUET)).startswith(PARQUET):
+                if packing:
+                    raise NotText(path, "Parquet", UNPACK)
+                content, how = texts_of_parquet(path), "parquet"
+            elif is_json_lines(name, stream):
                 content = texts_of_lines(path, _lines_of(path))
+            elif len(data := stream.read(LARGE + 1)) > LARGE:
+                how = _large(path, name, data)
+                content = _cut_blocks(path, codec_of(how))
+                inputs.large += 1
             else:
-                text, how = decode(path, stream.read())
+                text, how = decode(path, data)
                 if not text.strip():
                     raise NotText(path, "holds no text", "write some into it")
                 content = text_or_rows(path, name.suffix.lower(), text)
         except BROKEN as error:
             raise _damaged(path, error) from error
     if not isinstance(content, str):  # a wrong file shows at its first row
-        content = itertools.chain([next(content)], content)
+        if (first := next(content, None)) is None:
+            raise NotText(path, "holds no text", "write some into it")
+        content = itertools.chain([first], content)
     inputs.read[" ".join(word for word in (how, packing) if word not in ("", "utf-8")) or how] += 1
     return content
+
+
+def _large(path: Path, name: Path, data: bytes) -> str:
+    """The encoding of a large file that begins with `data`. Raises NotText where it is JSON, which
+    can be read as lines only."""
+    text, how = decode(path, data[: data.rfind(b"\n") + 1] or data)  # no character cut in two
+    if name.suffix.lower() in JSON_NAMES or is_array(text):
+        reason = f"over {LARGE >> 20} MiB in one array, or not UTF-8"
+        raise NotText(path, reason, "write one object a line", "JSON lines in UTF-8")
+    return how
+
+
+def _cut_blocks(path: Path, codec: str) -> Iterator[str]:
+    """Documents of a large file, from one block of about LARGE bytes after another."""
+    held = ""
+    for block in decoded(path, _blocks_of(path), codec):
+        held += block
+        if len(held) < LARGE // 2:
+            continue
+        ends = (held.rfind(mark) + len(mark) for mark in ("\f", "\n\n", "\n", " "))
+        end = next((end for end in ends if end > len(held) // 2), len(held))
+        yield from cut(held[:end], Inputs(), DOCUMENT_CHARS)
+        held = held[end:]
+    yield from cut(held, Inputs(), DOCUMENT_CHARS)
+
+
+def _blocks_of(path: Path) -> Iterator[bytes]:
+    stream, _ = open_file(path)
+    with stream:
+        try:
+            while block := stream.read(BLOCK):
+                yield block
+        except BROKEN as error:
+            raise _damaged(path, error) from error
 
 
 def _lines_of(path: Path) -> Iterator[bytes]:
@@ -177,12 +237,14 @@ def _pieces(content: str | Iterator[str], inputs: Inputs) -> Iterator[str]:
     return cut(content, inputs) if isinstance(content, str) else content
 
 
-def cut(text: str, inputs: Inputs) -> Iterator[str]:
+def cut(text: str, inputs: Inputs, target: int = 0) -> Iterator[str]:
     """Documents of one text: sections between form feeds, each cut at blank lines, else at line
-    ends. A text of one long line is cut behind spaces and full stops, else anywhere."""
+    ends. A text of one long line is cut behind spaces and full stops, else anywhere.
+
+    `target`: characters of a document at least; 0: as many as DOCUMENT_CHARS says."""
     sections = text.split("\f")
     # A form feed may leave a document short: one more to aim at.
-    target = min(DOCUMENT_CHARS, len(text) // (FILE_DOCUMENTS + len(sections) - 1))
+    target = target or min(DOCUMENT_CHARS, len(text) // (FILE_DOCUMENTS + len(sections) - 1))
     if len(text) > DOCUMENT_CHARS and len(text.strip().splitlines()) == 1:
         inputs.remarks.append(f"one line of {len(text):,} characters, cut about every {target:,}")
         stop = rf"(?s).{{{target},{2 * target}}}?[\s.。！？]|.{{1,{target}}}"

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from fdp.data.batches import Arrays, Batch, Data
-from fdp.data.tokenizer import Tokenizer
+from fdp.data.tokenizer import Tokenizer, decoder
 
 Sample = tuple[np.ndarray, np.ndarray]
 
@@ -302,7 +302,10 @@ def recall_data(source: str, seq_len: int, train: int = 8192, val: int = 256) ->
     task = task_of(source, seq_len)
     token_bytes = [f"{i} ".encode() for i in range(task.vocab - 1)]
     tokenizer = Tokenizer(
-        token_bytes, lambda texts: [np.array(t.split(), np.int32) for t in texts], repr(task)
+        len(token_bytes),
+        lambda texts: [np.array(t.split(), np.int32) for t in texts],
+        decoder(token_bytes),
+        repr(task),
     )
     parts = [_weighted(*task.sample(0, 0, train)), _weighted(*task.sample(1, 0, val))]
     content = b"".join(part[field].tobytes() for part in parts for field in sorted(part))

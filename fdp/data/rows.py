@@ -1,8 +1,10 @@
-"""Texts of JSON: lines of objects, one array of objects, or one object, each with a "text".
+"""Texts of rows: JSON as lines of objects, one array of objects, or one object, each with a "text";
+and Parquet with a column "text".
 
-Which of them a file is, its content says; its name only says that it must be one."""
+Which of them a file is, its content says; its name only says that it must be JSON."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +14,8 @@ from fdp.data.decode import NotText
 JSON_LINES = (".jsonl", ".ndjson")
 JSON_NAMES = (*JSON_LINES, ".json")
 BLANKS = b"\xef\xbb\xbf \t\r\n"  # a byte-order mark and spaces
+LONGEST = 32 << 20  # bytes of a first row; a longer line is no row
+PARQUET, PARQUET_ROWS = b"PAR1", 256  # first bytes; rows read at once
 FIX = 'give each row a string "text"'
 
 
@@ -19,7 +23,7 @@ def is_json_lines(name: Path, stream: BinaryIO) -> bool:
     """Whether the first line that is not blank is an object of JSON, and one with a text unless the
     name says JSON. Leaves the stream at its start."""
     try:
-        for line in stream:
+        while line := stream.readline(LONGEST):
             if line := line.strip(BLANKS):
                 break
         else:
@@ -68,6 +72,38 @@ def text_or_rows(path: Path, suffix: str, text: str) -> str | Iterator[str]:
     if suffix == ".json" and text.strip():
         raise NotText(path, "its name says JSON and its content does not", FIX, "JSON")
     return text
+
+
+def is_array(text: str) -> bool:
+    """Whether a text begins as an array of objects."""
+    return re.match(r"\s*\[\s*\{", text) is not None
+
+
+def texts_of_parquet(path: Path) -> Iterator[str]:
+    """The column "text", a few rows at a time. Raises NotText for a file without one, or that is
+    damaged, ModuleNotFoundError without pyarrow."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{path} is Parquet, which needs pyarrow: pip install 'fdp[hf]'"
+        ) from error
+    fix = 'name the column of texts "text"'
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if "text" not in names:
+                reason = f'no column "text" (found: {", ".join(names)[:80]})'
+                raise NotText(path, reason, fix, "Parquet with texts")
+            kind = file.schema_arrow.field("text").type
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+                raise NotText(path, f'column "text" is {kind}', fix, "Parquet with texts")
+            for rows in file.iter_batches(PARQUET_ROWS, columns=["text"]):
+                yield from (text for text in rows.column(0).to_pylist() if text is not None)
+    except (pyarrow.ArrowException, OSError) as error:
+        told = " ".join(str(error).split())
+        raise NotText(path, f"damaged: {told}", "fetch it again", "Parquet") from error
 
 
 def _parsed(text: str | bytes) -> Any:

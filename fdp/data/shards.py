@@ -66,7 +66,16 @@ class Shards:
             return [i for i, bad in enumerate(pool.map(is_damaged, range(len(self.rows)))) if bad]
 
     def append(self, parts: Iterable[bytes]) -> None:
-        """Write one more shard. Raises OSError as the system does; the file stays as it was."""
+        """Write one more shard. Raises OSError where the disk is full; no shard is lost by it."""
+        try:
+            self._append(parts)
+        except OSError as error:
+            raise OSError(
+                f"{self.bin} cannot be written ({error.strerror}): free some room, or let "
+                "XDG_CACHE_HOME name a folder on a larger disk; what was finished is kept"
+            ) from error
+
+    def _append(self, parts: Iterable[bytes]) -> None:
         before, size = self.n_bytes, 0
         digest = hashlib.sha256()
         with open(self.bin, "r+b" if self.bin.exists() else "x+b") as file:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fdp.data.batches import Arrays, Batch, Data, Windows
 from fdp.data.images import DIMS
-from fdp.data.tokenizer import Tokenizer
+from fdp.data.tokenizer import Tokenizer, decoder
 
 NEVER = -1e30  # log of an impossible event: finite, so that its product with 0 is 0
 
@@ -152,7 +152,9 @@ def markov_data(
     The NLL of any sample is known exactly, and so is the lower bound of the NELBO."""
     chain = chain or MarkovChain()
     letters = [bytes([ord("a") + i]) for i in range(chain.n - 1)]
-    tokenizer = Tokenizer(letters, lambda texts: [_states(text) for text in texts], repr(chain))
+    tokenizer = Tokenizer(
+        len(letters), lambda texts: [_states(text) for text in texts], decoder(letters), repr(chain)
+    )
     parts = {"train": chain.sample(0, 0, train, seq_len), "val": chain.sample(1, 0, val, seq_len)}
     return Data(
         name=f"Markov chain of {chain.n} states, exact entropy {chain.nll_floor(seq_len):.4f} "

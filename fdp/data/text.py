@@ -47,6 +47,15 @@ class Documents(Sequence[str]):
             return Documents(self.path, self.starts[i], self.sizes[i])
         return b"".join(read(self._file, int(self.starts[i]), int(self.sizes[i]))).decode()
 
+    def sample(self, share: float) -> "Documents":
+        """About this share of the documents, evenly spread: a function of their number alone."""
+        if share >= 1:
+            return self
+        # Multiples of the golden section fill the unit interval evenly, and have no period that a
+        # folder could share.
+        spread_N = np.arange(len(self), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return self[np.flatnonzero(spread_N <= np.uint64(share * 2**64))]
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -55,6 +64,7 @@ class Corpus:
 
     name: str
     n: int  # documents
+    n_bytes: int  # of their UTF-8
     licence: str
     sha256: str  # of all documents, see documents_sha256
     folder: Path  # of the cache that holds the text
@@ -143,7 +153,9 @@ def _framed(data: bytes) -> bytes:
 
 def _corpus(source: Source, folder: Path, about: dict[str, Any]) -> Corpus:
     notes = tuple(about["notes"])
-    return Corpus(source.name, about["n"], source.licence, about["sha256"], folder, notes)
+    return Corpus(
+        source.name, about["n"], about["bytes"], source.licence, about["sha256"], folder, notes
+    )
 
 
 def _read(source: Source, folder: Path) -> dict[str, Any]:
@@ -170,7 +182,7 @@ def _read(source: Source, folder: Path) -> dict[str, Any]:
     copies = len(kept_N) - len(starts_N)
     if source.inputs.read and copies:
         notes += (f"{copies:,} of {len(kept_N):,} documents are copies of others, and left out",)
-    return {"n": len(starts_N), "sha256": sha256, "notes": notes}
+    return {"n": len(starts_N), "bytes": int(sizes_N.sum()), "sha256": sha256, "notes": notes}
 
 
 def _write(source: Source, shards: Shards) -> tuple[np.ndarray, bytes]:

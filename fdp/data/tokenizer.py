@@ -5,9 +5,10 @@ reserved. `encode` returns text ids only, so a corpus that contains `<|endoftext
 text cannot produce their ids."""
 
 import hashlib
+import itertools
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from fdp.config import closest
 from fdp.files import write_atomic
+from fdp.keys import UserError
 
 KINDS = ("byte", "bpe")
 EOS_TEXT = "<|endoftext|>"
@@ -29,31 +31,35 @@ MIN_BPE_VOCAB = 256 + 2  # every byte, eos, mask
 # than prose. Words of natural languages are never so long.
 WORD_BYTES = 1024
 
+PIECE = 1 << 20  # characters of a longer document that the tokenizer takes at once
+BREAK = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")  # no word of byte-level BPE lies across
+
 
 class Tokenizer:
-    """Reversible map between text and ids, defined by the bytes of each id."""
+    """Map between text and ids."""
 
     def __init__(
         self,
-        token_bytes: Sequence[bytes],
+        n_text: int,
         encode_batch: Callable[[Sequence[str]], list[np.ndarray]],
+        decode_text: Callable[[Sequence[int]], str],
         fingerprint: str,
         notes: tuple[str, ...] = (),
     ):
-        """`token_bytes` are those of the text ids. `fingerprint` identifies the map, for caches of
-        its output. `notes` are lines for the banner."""
-        self.n_data = len(token_bytes) + 1
+        """`n_text`: number of text ids. `decode_text` reads a run of them. `fingerprint` identifies
+        the map, for caches of its output. `notes` are lines for the banner."""
+        self.n_data = n_text + 1
         self.eos_id = self.n_data - 1
         self.mask_id = self.n_data
         self.vocab_size = self.n_data + 1
         self.fingerprint = fingerprint
         self.notes = notes
         self.encode_batch = encode_batch
-        self._bytes = (*token_bytes, EOS_TEXT.encode(), MASK_TEXT.encode())
+        self._decode_text = decode_text
 
     def encode(self, text: str) -> np.ndarray:
-        """Text to int32 ids [n_tokens], without eos; decode(encode(text)) == text for all valid
-        Unicode.
+        """Text to int32 ids [n_tokens], without eos. decode(encode(text)) == text for all valid
+        Unicode, but for pretrained tokenizers that lose text.
 
         Raises UnicodeEncodeError for a lone surrogate.
         """
@@ -72,7 +78,29 @@ class Tokenizer:
                 f"token id {wrong[0]} is outside [0, {self.vocab_size}): mask the padded logits "
                 "first"
             )
-        return b"".join(self._bytes[i] for i in flat).decode("utf-8", "replace")
+        of = {self.eos_id: EOS_TEXT, self.mask_id: MASK_TEXT}
+        runs = itertools.groupby(flat, lambda i: i >= self.eos_id)
+        parts = ([of[i] for i in run] if own else [self._decode_text([*run])] for own, run in runs)
+        return "".join(itertools.chain.from_iterable(parts))
+
+
+def decoder(token_bytes: Sequence[bytes]) -> Callable[[Sequence[int]], str]:
+    """Reads ids that stand for these bytes."""
+    return lambda run: b"".join(token_bytes[i] for i in run).decode("utf-8", "replace")
+
+
+def check_rows(ids: int, rows: int) -> None:
+    """Raises UserError where the embedding has fewer rows than there are ids."""
+    if ids > rows:
+        raise UserError(
+            f"model.vocab = {rows} embedding rows cannot hold {ids} token ids "
+            f"(mask included): set model.vocab={-(-ids // 8) * 8}"
+        )
+
+
+def is_path(kind: str) -> bool:
+    """Whether data.tokenizer names a file: see fdp.data.pretrained."""
+    return kind.endswith(".json")
 
 
 def build_tokenizer(
@@ -86,7 +114,7 @@ def build_tokenizer(
     library version it is the key of the cache. Raises ValueError for an unknown kind or a vocab
     below 258."""
     if kind == "byte":
-        return Tokenizer([bytes([b]) for b in range(256)], _encode_bytes, "byte")
+        return Tokenizer(256, _encode_bytes, decoder([bytes([b]) for b in range(256)]), "byte")
     if kind != "bpe":
         raise ValueError(f"data.tokenizer={kind!r} is unknown: {closest(kind, KINDS)}")
     if vocab < MIN_BPE_VOCAB:
@@ -119,6 +147,18 @@ def write_cache(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         warnings.warn(f"going on without the cache file {path}: {error}", stacklevel=2)
 
 
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of about PIECE characters, mostly one. Byte-level BPE gives the tokens of
+    the whole, but where a piece has neither a space nor a line end inside."""
+    start = 0
+    while len(text) - start > PIECE:
+        breaks = BREAK.finditer(text, start + PIECE // 2, start + PIECE)
+        end = next((found.end() for found in breaks), start + PIECE)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def _encode_bytes(texts: Sequence[str]) -> list[np.ndarray]:
     return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
@@ -144,7 +184,7 @@ def _has_long_word(document: str) -> bool:
 
 def _train_bpe(documents: Sequence[str], vocab: int) -> str:
     """JSON of a byte-level BPE with at most `vocab` - 2 ids: text cannot produce eos and mask."""
-    long_words = any(map(_has_long_word, documents))
+    long_words = any(_has_long_word(piece) for text in documents for piece in pieces(text))
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = _pieces() if long_words else _byte_level()
     trainer = trainers.BpeTrainer(
@@ -152,7 +192,7 @@ def _train_bpe(documents: Sequence[str], vocab: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(documents, trainer)
+    bpe.train_from_iterator((piece for text in documents for piece in pieces(text)), trainer)
     return bpe.to_str()
 
 
@@ -180,7 +220,8 @@ def _bpe_from_json(text: str, vocab: int) -> Tokenizer:
 
     cut = isinstance(bpe.pre_tokenizer, pre_tokenizers.Sequence)
     notes = (f"words of over {WORD_BYTES} bytes are cut for the tokenizer",) * cut
-    return Tokenizer(token_bytes, encode_batch, hashlib.sha256(text.encode()).hexdigest(), notes)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()
+    return Tokenizer(len(ids), encode_batch, decoder(token_bytes), fingerprint, notes)
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -5,7 +5,6 @@ start) and one behind it. A token takes 2 bytes, with more than 65,536 ids 4.
 
 Legend: T tokens."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,10 @@ import numpy as np
 
 from fdp.data.shards import Damaged, Shards, check_room, locked, opened, progress_bar, read
 from fdp.data.text import Documents
-from fdp.data.tokenizer import Tokenizer
+from fdp.data.tokenizer import Tokenizer, pieces
 
 SHARD = 16 << 20  # bytes of text of a shard: what a killed run loses at most
 CALL = 1 << 20  # characters tokenised at once; the tokenizer takes about 100 bytes for each
-PIECE = 1 << 20  # characters of a longer document that are tokenised at once
 
 
 class TokenFile:
@@ -145,22 +143,3 @@ def _calls(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
                 call, n_chars = [], 0
     if call:
         yield call
-
-
-BREAK = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")  # no word of byte-level BPE lies across
-
-
-def pieces(text: str) -> Iterator[str]:
-    """A text in pieces of about PIECE characters, mostly one. Byte-level BPE gives the tokens of
-    the whole, but where a piece has neither a space nor a line end inside."""
-    start = 0
-    while len(text) - start > PIECE:
-        end = next((m.end() for m in _breaks(text, start)), start + PIECE)
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _breaks(text: str, start: int) -> Iterator[re.Match[str]]:
-    """The places to cut in the second half of a piece."""
-    return BREAK.finditer(text, start + PIECE // 2, start + PIECE)

@@ -6,11 +6,13 @@ import json
 import lzma
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fdp.data import documents
 from fdp.data.decode import NotText
 from fdp.data.documents import Inputs, documents_of
 from fdp.data.tokenizer import build_tokenizer
@@ -112,8 +114,8 @@ def test_every_encoding_reads_as_utf8_does(tmp_path, language, encoding):
     if encoding in ("latin-1", "mac_roman", "cp850", "cp852", "iso8859-15", "iso8859-2"):
         text = text.replace("’", "'")
     expected, plain = read(tmp_path / "a.txt", text.encode())
-    documents, notes = read(tmp_path / "b.txt", text.encode(encoding))
-    assert documents == expected and plain == ""
+    found, notes = read(tmp_path / "b.txt", text.encode(encoding))
+    assert found == expected and plain == ""
     assert encoding == "utf-8-sig" or notes.startswith("1 file read (as ")
 
 
@@ -163,9 +165,9 @@ def test_line_ends_and_packing_change_nothing(tmp_path, data):
 def test_encodings_give_the_same_tokens(tmp_path):
     ids = []
     for encoding in ("utf-8", "koi8-r"):
-        documents, _ = read(tmp_path / encoding, prose("ru").encode(encoding))
-        tokenizer = build_tokenizer("bpe", 400, lambda d=documents: d, "sha", tmp_path)
-        ids.append(np.concatenate(tokenizer.encode_batch(documents)))
+        found, _ = read(tmp_path / encoding, prose("ru").encode(encoding))
+        tokenizer = build_tokenizer("bpe", 400, lambda d=found: d, "sha", tmp_path)
+        ids.append(np.concatenate(tokenizer.encode_batch(found)))
     np.testing.assert_array_equal(*ids)
 
 
@@ -209,12 +211,12 @@ def test_what_is_no_text_is_refused_in_one_line(tmp_path, data, message):
 
 
 def test_a_character_cut_in_two_at_the_end(tmp_path):
-    documents, notes = read(tmp_path / "a", "né\n\nö".encode()[:-1])
-    assert documents == ("né",) and "last character, cut in two" in notes
+    found, notes = read(tmp_path / "a", "né\n\nö".encode()[:-1])
+    assert found == ("né",) and "last character, cut in two" in notes
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "documents"),
+    ("name", "data", "expected"),
     [
         ("a.JSONL", b'{"text": "a"}\n\n{"text": "b"}\n', ("a", "b")),
         ("a.ndjson", b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}', ("a", "b")),
@@ -229,8 +231,8 @@ def test_a_character_cut_in_two_at_the_end(tmp_path):
         ("a.log", b'{"level": "a"}\n{"level": "b"}', ('{"level": "a"}', '{"level": "b"}')),
     ],
 )
-def test_json_is_known_by_its_content(tmp_path, name, data, documents):
-    assert read(tmp_path / name, data)[0] == documents
+def test_json_is_known_by_its_content(tmp_path, name, data, expected):
+    assert read(tmp_path / name, data)[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -273,8 +275,8 @@ def test_one_long_line_is_cut(tmp_path, text):
     path = tmp_path / "a"
     path.write_text(text, encoding="utf-8")
     inputs = Inputs()
-    documents = list(documents_of(path, inputs))
-    assert "".join(documents) == text and len(documents) >= 30
+    found = list(documents_of(path, inputs))
+    assert "".join(found) == text and len(found) >= 30
     assert f"one line of {len(text):,} characters, cut about every" in " ".join(inputs.notes())
 
 
@@ -313,8 +315,13 @@ def test_folder_says_what_it_left_out(folder, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     inputs = Inputs()
-    documents = list(documents_of(folder, inputs))
-    assert documents == ["plain\n\nwhole", "wide", "packed", "linked", "linked"]
+    assert list(documents_of(folder, inputs)) == [
+        "plain\n\nwhole",
+        "wide",
+        "packed",
+        "linked",
+        "linked",
+    ]
     reasons = dict(inputs.left_out)
     assert reasons == {
         ".git": "hidden",
@@ -353,6 +360,96 @@ def test_a_fifo_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(NotText, match=r"a FIFO\): write its text to a file"):
         read_corpus(str(tmp_path / "pipe"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Files of over 20 kB are large."""
+    monkeypatch.setattr(documents, "LARGE", 20_000)
+    monkeypatch.setattr(documents, "BLOCK", 1000)
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding"),
+    [("fr", "utf-8"), ("fr", "cp1252"), ("ru", "koi8-r"), ("ja", "shift_jis"), ("ja", "iso2022_jp")]
+    + [("zh", name) for name in ("gb18030", "utf-8-sig", "utf-16", "utf-16-be", "utf-32")],
+)
+def test_large_files_are_read_in_blocks(tmp_path, small, language, encoding):
+    """Every character is there once, at every boundary of a block; documents are as long as
+    elsewhere."""
+    text = prose(language, 150_000).replace("\n", "\r\n")
+    path = tmp_path / "a.txt"
+    path.write_bytes(gzip.compress(text.encode(encoding), mtime=0))
+    found = read_corpus(str(path)).documents
+    assert "".join("".join(found).split()) == "".join(text.split())
+    assert all(2000 <= len(d) < 3000 for d in found[:3]) and not any("\r" in d for d in found)
+
+
+def test_a_large_file_is_cut_in_a_folder_too(tmp_path, small):
+    (tmp_path / "a.txt").write_text(prose("en"))
+    (tmp_path / "b.txt").write_text("short")
+    corpus = read_corpus(str(tmp_path))
+    assert len(corpus.documents) > 20 and corpus.documents[-1] == "short"
+    assert corpus.notes == ("2 files read; 1 of over 0 MiB cut into documents",)
+
+
+def test_a_large_line_is_cut(tmp_path, small):
+    (tmp_path / "a.txt").write_text("ACGT" * 20_000)
+    found = list(documents_of(tmp_path / "a.txt", Inputs()))
+    assert "".join(found) == "ACGT" * 20_000 and len(found) == 8 * 5 + 1, "blocks of 10,000"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "a.txt",
+            prose("fr").encode() + b"\xe9 fini",
+            r"begins as utf-8-sig, .* at about byte 5\d,",
+        ),
+        ("a.json", json.dumps([{"text": "a" * 30_000}]).encode(), r"write one object a line"),
+        ("a.txt", json.dumps([{"text": "a" * 30_000}]).encode(), r"over 0 MiB in one array, or"),
+        ("a.jsonl", json.dumps({"text": "é" * 9000}).encode("utf-16"), r"not JSON lines in UTF-8"),
+    ],
+)
+def test_large_files_that_cannot_be_read_in_blocks(tmp_path, small, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read_corpus(str(tmp_path / name))
+
+
+def parquet_of(path: Path, **columns) -> Path:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
+    return path
+
+
+def test_parquet_is_read_by_its_column_text(tmp_path):
+    texts = [f"{i}é" for i in range(10)]
+    path = parquet_of(tmp_path / "a", text=[*texts, None, " "], id=list(range(12)))
+    corpus = read_corpus(str(path))
+    assert corpus.documents == tuple(texts) and corpus.notes == ("1 file read (as parquet)",)
+    (tmp_path / "b.txt").write_text("and text")
+    assert read_corpus(str(tmp_path)).documents == (*texts, "and text")
+
+
+def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
+    path = parquet_of(tmp_path / "a.parquet", body=["x"], id=[1])
+    with pytest.raises(NotText, match=r'no column "text" \(found: body, id\)\): name the column'):
+        read_corpus(str(path))
+    with pytest.raises(NotText, match=r'column "text" is int64'):
+        read_corpus(str(parquet_of(tmp_path / "b.parquet", text=[1])))
+    packed = tmp_path / "c.parquet.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+    with pytest.raises(NotText, match=r"\(Parquet\): unpack it first"):
+        read_corpus(str(packed))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(NotText, match=r"not Parquet \(damaged: .*fetch it again"):
+        read_corpus(str(path))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs pyarrow: pip install 'fdp\[hf\]'"):
+        read_corpus(str(path))
 
 
 def test_json_lines_are_streamed(tmp_path):

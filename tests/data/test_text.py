@@ -21,7 +21,7 @@ pytestmark = pytest.mark.fast
 
 def corpus_of(n: int) -> Corpus:
     sha256 = documents_sha256(f"document {i}" for i in range(n))
-    return Corpus("test", n, "none", sha256, Path())
+    return Corpus("test", n, 10 * n, "none", sha256, Path())
 
 
 def test_bible_has_one_document_a_chapter():

@@ -1,6 +1,7 @@
 """Token files: every route gives the same tokens, a killed run goes on, damage is mended, a second
 start reads nothing."""
 
+import errno
 import gzip
 import json
 import os
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fdp.data import batches, sources, text, tokens
+from fdp import process
+from fdp.config import UserError, base
+from fdp.data import batches, sources, text, tokenizer, tokens
 from fdp.data.batches import load_text
 from fdp.data.shards import Shards, check_room, size
 from fdp.data.tokenizer import build_tokenizer
+from fdp.experiment import load_data
 
 pytestmark = pytest.mark.fast
 
@@ -62,10 +66,10 @@ def test_tokens_are_documents_between_ends_of_text(source, tmp_path):
     corpus = text.load_corpus(str(source), tmp_path / "cache")
     numbers = text.split_documents(corpus, 0.1, 0)
     sides = [[documents[i] for i in side] for side in numbers]
-    tokenizer = build_tokenizer("bpe", 300, lambda: sides[0], "x", tmp_path / "other")
+    bpe = build_tokenizer("bpe", 300, lambda: sides[0], "x", tmp_path / "other")
     for found, side in zip((train, val), sides, strict=True):
-        eos = [tokenizer.eos_id]
-        expected = eos + [t for d in side for t in [*tokenizer.encode(d), *eos]]
+        eos = [bpe.eos_id]
+        expected = eos + [t for d in side for t in [*bpe.encode(d), *eos]]
         assert found.tolist() == expected
     files = sorted((tmp_path / "cache").glob("tokens-*.json"), key=lambda p: p.stat().st_size)
     assert len(Shards(files[-1]).rows) > 10, "of several shards"
@@ -183,11 +187,11 @@ def test_a_file_of_this_moment_is_not_trusted(source, tmp_path, monkeypatch):
 
 
 def test_many_ids_take_four_bytes(source, tmp_path):
-    tokenizer = build_tokenizer("byte", 0, lambda: (), "", tmp_path)
+    ids = build_tokenizer("byte", 0, lambda: (), "", tmp_path)
     corpus = text.load_corpus(str(source), tmp_path)
-    narrow = tokens.token_file(corpus.documents, "narrow", tokenizer, tmp_path)
-    tokenizer.vocab_size = 65_537
-    wide = tokens.token_file(corpus.documents, "wide", tokenizer, tmp_path)
+    narrow = tokens.token_file(corpus.documents, "narrow", ids, tmp_path)
+    ids.vocab_size = 65_537
+    wide = tokens.token_file(corpus.documents, "wide", ids, tmp_path)
     assert (narrow.dtype.itemsize, wide.dtype.itemsize) == (2, 4)
     np.testing.assert_array_equal(narrow[:], wide[:])
     assert len(narrow) == len(wide[:]) == sum(len(d.encode()) + 1 for d in documents_of(60)) + 1
@@ -196,12 +200,12 @@ def test_many_ids_take_four_bytes(source, tmp_path):
 def test_long_documents_are_tokenised_in_pieces(source, tmp_path, monkeypatch):
     """Byte-level BPE gives the tokens of the whole."""
     expected = read(source, tmp_path / "whole")
-    monkeypatch.setattr(tokens, "PIECE", 64)
+    monkeypatch.setattr(tokenizer, "PIECE", 64)
     assert_same(read(source, tmp_path / "pieces"), expected)
     long = "one two\n\nthree\n  four\tfive'll " * 20
-    assert "".join(tokens.pieces(long)) == long
-    assert len(list(tokens.pieces(long))) > 8 and max(map(len, tokens.pieces(long))) <= 64
-    assert [len(p) for p in tokens.pieces("x" * 150)] == [64, 64, 22], "nowhere to cut"
+    assert "".join(tokenizer.pieces(long)) == long
+    assert len(list(tokenizer.pieces(long))) > 8 and max(map(len, tokenizer.pieces(long))) <= 64
+    assert [len(p) for p in tokenizer.pieces("x" * 150)] == [64, 64, 22], "nowhere to cut"
 
 
 def test_a_disk_that_is_too_small_is_found_before_it_is_full(source, tmp_path, monkeypatch):
@@ -219,6 +223,71 @@ def test_a_disk_that_is_too_small_is_found_before_it_is_full(source, tmp_path, m
     assert [size(n) for n in (0, 999, 1000, 1.5e9, 2e15)] == [
         "0 bytes", "999 bytes", "1 kB", "1.5 GB", "2e+03 TB",
     ]  # fmt: skip
+
+
+def test_a_disk_that_fills_up_keeps_what_was_finished(source, tmp_path, monkeypatch):
+    expected, fsync, calls = read(source, tmp_path / "whole"), os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        OSError, match=r"tokens-\w+\.bin cannot be written \(No space left on device\): free some r"
+    ):
+        read(source, tmp_path / "cache")
+    monkeypatch.setattr(os, "fsync", fsync)
+    (index,) = (tmp_path / "cache").glob("tokens-*.json")
+    kept = len(Shards(index).rows)
+    assert kept > 1
+    monkeypatch.setattr(text, "_read", None)
+    assert_same(read(source, tmp_path / "cache"), expected)
+
+
+def test_bpe_is_learnt_from_a_bounded_share_of_a_large_corpus(source, tmp_path, monkeypatch):
+    args = (str(source), "bpe", 300, 1, 0.1, 0)
+    whole = load_text(*args, tmp_path / "whole")
+    monkeypatch.setattr(batches, "LEARN_BYTES", 5000)
+    built, learn = [], batches.build_tokenizer
+
+    def learnt(kind, vocab, documents, *rest):
+        return learn(kind, vocab, lambda: built.append(documents()) or documents(), *rest)
+
+    monkeypatch.setattr(batches, "build_tokenizer", learnt)
+    some, again = load_text(*args, tmp_path / "cache"), load_text(*args, tmp_path / "cache")
+    (share,) = some.notes
+    assert share == "the tokenizer is learnt from 25.8% of the documents"
+    assert again.notes == some.notes and whole.notes == () and len(built) == 1
+    assert len(built[0]) in (13, 14, 15), "of 54"
+    assert (some.sha256, len(some.train.take([0]))) == (whole.sha256, len(whole.train.take([0])))
+    assert some.tokenizer.fingerprint == again.tokenizer.fingerprint
+
+
+def test_a_sample_has_no_period(source, tmp_path):
+    documents = text.load_corpus(str(source), tmp_path).documents()
+    many = documents[np.arange(6000) % 60]
+    sample = many.sample(0.1)
+    assert len(sample) == pytest.approx(600, abs=3) and len(many.sample(1.0)) == 6000
+    for period in (2, 3, 5, 60):
+        at = np.searchsorted(documents.starts, sample.starts) % period
+        assert max(np.bincount(at)) < 2 * len(sample) / period
+    assert len(documents.sample(1e-9)) == 1
+
+
+def test_every_process_must_read_the_same_text(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    c = base()
+    c.data.update(source=str(source), seq_len=8)
+    monkeypatch.setattr(process, "decided", lambda f: f())
+    sha256 = load_data(c).sha256
+    monkeypatch.setattr(process, "decided", lambda f: "0" * 64)  # what process 0 says
+    with pytest.raises(
+        UserError, match=rf"holds sha256 0{{12}} in process 0, and {sha256[:12]} in this one: give"
+    ):
+        load_data(c)
 
 
 def test_sources_are_read_only_when_documents_are_asked_for(source):
