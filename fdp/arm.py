@@ -76,6 +76,12 @@ class Arm:
             raise RuntimeError(f"arm {self.label} has not been trained: call fdp.loop.fit first")
         return replace(self._state, key=jax.random.wrap_key_data(self._state.key))
 
+    @property
+    def skipped(self) -> tuple[int, int]:
+        """Steps that were skipped, and steps in all. Raises RuntimeError before training."""
+        state = self.trained_on_host
+        return int(state.skipped), int(state.step)
+
     def keep(self, state: TrainState) -> None:
         """Copy `state` to the host of every process, so that the next arm has the device memory."""
         self._state = jax.tree.map(_host, replace(state, key=jax.random.key_data(state.key)))

@@ -1,9 +1,7 @@
-"""Checkpoints by Orbax (asynchronous, atomic, restored onto any mesh), and the check that a workdir
-belongs to a config."""
+"""Checkpoints by Orbax: asynchronous, atomic, verified, restored onto any mesh."""
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import json
 import logging
@@ -21,8 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
 from fdp import checksums, process
-from fdp.config import FREE_KEYS, declared, flatten
-from fdp.files import write_atomic
+from fdp.files import failure
 from fdp.keys import UserError
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # the name suffix under which Orbax writes before it renames
@@ -97,20 +94,8 @@ def _os_code(error: BaseException) -> int | None:
 
 def _write_error(what: str, path: Path, error: BaseException) -> CheckpointError:
     code = _os_code(error)
-    reason = (
-        f"{os.strerror(code)} ({errno.errorcode.get(code, code)})" if code else _first_line(error)
-    )
-    fix = "choose another --workdir"
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        fix = (
-            "free space there, lower checkpoint.keep, or choose another --workdir; earlier "
-            "checkpoints are intact"
-        )
-    elif code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        fix = "make it writable or choose another --workdir"
-    elif code in (errno.ENOTDIR, errno.EEXIST):
-        fix = "a file is in the way: move it or choose another --workdir"
-    return CheckpointError(f"{what} {path} failed: {reason}. Fix: {fix}")
+    known = OSError(code, os.strerror(code)) if code else OSError(_first_line(error))
+    return CheckpointError(failure(what, path, known))
 
 
 def _ignore(*_: Any) -> None:
@@ -367,59 +352,3 @@ def _check_shapes(held: Any, wanted: Any) -> None:
     for name, shape in _named_shapes(wanted).items():
         if stored.get(name, shape) != shape:
             raise ValueError(f"{name} has shape {stored[name]} there, not {shape}")
-
-
-def _differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...]
-) -> list[str]:
-    """A line for every key whose value differs. A key added later had its default before; a key
-    that is no longer declared is ignored."""
-    defaults = {name: key.default for name, key in declared(str(new.get("topic", ""))).items()}
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        if key not in new and key not in defaults:
-            continue
-        before, after = old.get(key, defaults.get(key, "(absent)")), new.get(key, "(absent)")
-        before = list(before) if isinstance(before, tuple) else before
-        if before != after and not any(key == f or key.startswith(f + ".") for f in free):
-            lines.append(f"{key}: {before!r} -> {after!r}")
-    return lines
-
-
-def bind_workdir(
-    workdir: Path,
-    config: Mapping[str, Any],
-    config_hash: str,
-    allow_other: bool = False,
-    free: tuple[str, ...] = FREE_KEYS,
-) -> None:
-    """Create `workdir` and write config.json, or check that the one there belongs to the same
-    experiment.
-
-    Keys under a dotted prefix in `free` may differ: a run may resume on another mesh. Raises
-    ValueError naming the other keys that differ, unless `allow_other`; CheckpointError when the
-    directory cannot be written."""
-    path = Path(workdir) / "config.json"
-    flat = json.loads(json.dumps(flatten(config)))
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        if path.exists() and not allow_other:
-            _check_same(path, flat, free)
-        write_atomic(
-            path, json.dumps({"config_hash": config_hash, "config": flat}, indent=1) + "\n"
-        )
-    except OSError as error:
-        raise _write_error("writing", path, error) from error
-
-
-def _check_same(path: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> None:
-    fix = "choose another --workdir=... or pass --config.checkpoint.allow_config_change=True"
-    try:
-        old = json.loads(path.read_text())["config"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a config file of fdp ({error}): {fix}") from error
-    differences = _differences(old, config, free)
-    if differences:
-        raise ValueError(
-            f"{path.parent} was made by another config: {'; '.join(differences)}. Fix: {fix}"
-        )

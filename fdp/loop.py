@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from fdp import process
 from fdp.arm import Arm
-from fdp.checkpoint import Checkpoints
+from fdp.checkpoint import CheckpointError, Checkpoints
 from fdp.data.batches import Prefetcher, batch, eval_batches
 from fdp.hooks import Hook, HookError
 from fdp.metrics import MetricsWriter, Progress, read_metrics, throughput
 from fdp.price.hardware import detect
 from fdp.profile import StepTrace
 from fdp.signals import StopSignal
-from fdp.state import TrainState, moved_bytes, remesh
+from fdp.state import TrainState, all_finite, moved_bytes, remesh
+from fdp.workdir import Ledger
 
 
 class Stopped(Exception):
@@ -182,14 +183,17 @@ def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState
     return step, state
 
 
-def fit(arm: Arm, workdir: Path, segments: Segments | None = None) -> None:
+def fit(
+    arm: Arm, workdir: Path, segments: Segments | None = None, ledger: Ledger | None = None
+) -> None:
     """Train `arm` to its last step, resuming from the workdir; the final state is kept on the host.
-    `segments`: by default one, of the arm's own program.
+    `segments`: by default one, of the arm's own program. `ledger`: is told what trains from which
+    step on, and every checkpoint holds its record.
 
-    Raises Stopped after a signal, FloatingPointError on a non-finite loss, HookError for a hook
-    that fails, CheckpointError when saving fails.
+    Raises Stopped after a signal, FloatingPointError on a non-finite loss or state, HookError for a
+    hook that fails, CheckpointError when saving fails or the arm was trained further than asked.
     """
-    run = _Run(arm, workdir, segments or _whole(arm))
+    run = _Run(arm, workdir, segments or _whole(arm), ledger)
     with StopSignal() as stop:  # from here on: compiling can take minutes, and a signal then must
         # not kill
         try:
@@ -212,8 +216,8 @@ class _Run:
     """Training of one arm, from the state in the workdir to the last step. `now` is the running
     segment."""
 
-    def __init__(self, arm: Arm, workdir: Path, segments: Segments):
-        self.segments, self.now = segments, Segment(0, arm)
+    def __init__(self, arm: Arm, workdir: Path, segments: Segments, ledger: Ledger | None):
+        self.segments, self.now, self.ledger = segments, Segment(0, arm), ledger
         self.arm, self.fit, self.started = arm, arm.experiment.fit, time.perf_counter()
         folder = workdir / "checkpoints" / arm.label
         self.checkpoints = Checkpoints(folder, keep=self.fit.keep)
@@ -224,12 +228,22 @@ class _Run:
     def close(self) -> None:
         """Finish writing."""
         self.trace.close()
-        self.writer.close()
-        self.checkpoints.close()
+        try:
+            self.writer.close()
+        finally:
+            self.checkpoints.close()
 
     def train(self, stop: StopSignal) -> TrainState:
         """The state after the last step."""
         self.start, state = restore_or_init(self.arm, self.checkpoints)
+        if self.start > self.fit.steps:
+            raise CheckpointError(
+                f"{self.checkpoints.directory} holds step {self.start}, and train.steps="
+                f"{self.fit.steps} asks for fewer: its state would be reported as that of an "
+                f"earlier step. Set train.steps={self.start} or choose another --workdir"
+            )
+        if self.ledger and self.start < self.fit.steps:
+            self.ledger.begin(self.arm.label, self.start, self.arm.mesh.shape)
         self.writer.resume(self.start)
         if self.start:
             print(f"{self.arm.label}: resumed at step {self.start} of {self.fit.steps}")
@@ -280,8 +294,16 @@ class _Run:
             ) from error
 
     def _save(self, step: int, state: TrainState) -> None:
+        if not all_finite(state):
+            raise FloatingPointError(
+                f"step {step}: loss and gradients were finite, and parameters or moments of the "
+                "optimizer are not: the state was not saved. Lower train.lr, or look at the "
+                "optimizer and the rules of the model state"
+            )
         meta: dict[str, Any] = {"mesh": dict(self.now.arm.mesh.shape), "fit": vars(self.fit)}
         meta["devices"] = str(self.arm.mesh.devices.flat[0].device_kind)
+        if self.ledger:
+            meta["run"] = self.ledger.record
         self.checkpoints.save(step, state, meta)
 
     def _between_steps(self, step: int, state: TrainState, log: _Log) -> None:

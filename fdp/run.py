@@ -1,5 +1,6 @@
 """One run: banner, every arm of every seed, the topic's study, the report."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import time
@@ -13,8 +14,8 @@ from jax.sharding import Mesh
 from fdp import config as fdp_config
 from fdp import loop, process, sharding, signals
 from fdp.arm import Arm
-from fdp.checkpoint import CheckpointError, bind_workdir
 from fdp.data.batches import default_cache_dir, eval_batches
+from fdp.files import sweep, write_atomic
 from fdp.hooks import HookError
 from fdp.mesh import degrees_equation, is_virtual, make_mesh
 from fdp.metrics import ImpossibleSpeed
@@ -23,6 +24,7 @@ from fdp.parallel.pipeline.executor import scheduled
 from fdp.study.cache import Cache
 from fdp.study.measure import Part, clock, perform
 from fdp.study.report import VERDICTS, BadReport, Report, devices, versions
+from fdp.workdir import Ledger, Record, check, locked, record_of
 
 
 @dataclasses.dataclass
@@ -137,39 +139,47 @@ def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     try:
         mesh = make_mesh(config.mesh)
         arms = build_arms(config, study, mesh)
-        # After everything that can refuse a config: a mistake must not tie the workdir to itself.
-        process.decided(lambda: _bind(config, workdir))
-    except (ValueError, OSError, CheckpointError) as error:
+        every = [arm for seeds in arms.values() for arm in seeds]
+        record = record_of(config, every, versions())
+    except (ValueError, OSError) as error:
         raise fdp_config.UserError(str(error)) from error
-    every = [arm for seeds in arms.values() for arm in seeds]
+    run = Run(config, mesh, workdir, arms)
+    with contextlib.ExitStack() as held:
+        # After everything that can refuse a config: a mistake must leave nothing behind.
+        for line in process.decided(lambda: _enter(held, run, record)):
+            print(f"changed   {line}")
+        _run_alone(run, study, Ledger(workdir, record))
+
+
+def _enter(held: contextlib.ExitStack, run: Run, record: Record) -> list[str]:
+    """Lock the workdir and check that it belongs to this record; what has changed and may."""
+    held.enter_context(locked(run.workdir))
+    changed = check(run.workdir, record, run.config.checkpoint.allow_config_change)
+    sweep(run.workdir)
+    return changed
+
+
+def _run_alone(run: Run, study: ModuleType, ledger: Ledger) -> None:
+    """What follows once no other run can write in the workdir."""
+    workdir, every = run.workdir, [arm for seeds in run.arms.values() for arm in seeds]
     _check_imported(workdir, every)
     try:
-        _train(every, workdir)
-    except CheckpointError as error:
-        raise fdp_config.UserError(str(error)) from error
+        _train(every, workdir, ledger)
     except (FloatingPointError, HookError, ImpossibleSpeed) as error:
         raise fdp_config.UserError(
             f"{error}\nThe last checkpoint is intact in {workdir}/checkpoints"
         ) from error
     try:
-        report = study.study(Run(config, mesh, workdir, arms))
+        report = study.study(run)
         report.question = getattr(study, "QUESTION", "")
+        report.training = ledger.told(arm.label for arm in every)
+        report.distrust({arm.label: arm.skipped for arm in every})
         process.decided(lambda: report.write(workdir))
     except BadReport as error:
         raise fdp_config.UserError(
             f"{error}\nWhat was measured is kept in {workdir}/measured"
         ) from error
     _print_end(report, workdir)
-
-
-def _bind(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    bind_workdir(
-        workdir,
-        fdp_config.flatten(config),
-        fdp_config.digest(config),
-        config.checkpoint.allow_config_change,
-        fdp_config.FREE_KEYS,
-    )
 
 
 def _check_imported(workdir: Path, arms: list[Arm]) -> None:
@@ -184,7 +194,7 @@ def _check_imported(workdir: Path, arms: list[Arm]) -> None:
         )
 
 
-def _train(arms: list[Arm], workdir: Path) -> None:
+def _train(arms: list[Arm], workdir: Path, ledger: Ledger) -> None:
     """Every arm in turn, with the time that is left for all of them."""
     saved = [_newest(workdir, arm) for arm in arms]
     todo = [arm.experiment.fit.steps - step for arm, step in zip(arms, saved, strict=True)]
@@ -197,12 +207,13 @@ def _train(arms: list[Arm], workdir: Path) -> None:
                 print(f"warning   {thin}")
             specs, path = arm.program.specs, workdir / "sharding.txt"
             if process.main():
-                path.write_text(sharding.report(specs.shapes, specs.stored, arm.mesh) + "\n")
+                text = sharding.report(specs.shapes, specs.stored, arm.mesh)
+                write_atomic(path, f"{text}\n")
         left = (time.perf_counter() - started) / done * sum(todo[i:]) if done else 0.0
         eta = f"; about {clock(left)} of training left" if done and sum(todo[i:]) else ""
         steps = f"{todo[i]} of {arm.experiment.fit.steps} steps to go"
         print(f"arm       {i + 1} of {len(arms)}: {arm.label}, {steps}{eta}", flush=True)
-        loop.fit(arm, workdir)
+        loop.fit(arm, workdir, ledger=ledger)
         done += todo[i]
 
 

@@ -1,5 +1,6 @@
 """The training state: what a train step updates and a checkpoint stores."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import flax
@@ -108,6 +109,18 @@ class StateSpecs:
 
         once = jax.jit(build, out_shardings=self.state_shardings(), compiler_options=ONCE)
         return once(jax.random.key(seed))
+
+
+def all_finite(state: TrainState) -> bool:
+    """Whether parameters, moments and model state are free of NaN and infinity: one pass over them
+    by a program of its own, because in the train step it would be one more all-reduce."""
+    return bool(_finite((state.params, state.opt_state, state.model)))
+
+
+@functools.partial(jax.jit, compiler_options=ONCE)
+def _finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all() if floats else jnp.bool_(True)
 
 
 def remesh(state: TrainState, specs: StateSpecs) -> TrainState:

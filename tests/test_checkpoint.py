@@ -2,7 +2,6 @@
 what went wrong.
 """
 
-import json
 import os
 import resource
 import signal
@@ -20,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fdp.checkpoint import CheckpointError, Checkpoints, bind_workdir
+from fdp.checkpoint import CheckpointError, Checkpoints
 from fdp.mesh import AXES, make_mesh
 
 META = {"config": {"train.lr": 3e-3}}
@@ -371,15 +370,10 @@ def test_full_disk_is_reported_and_earlier_checkpoints_survive(checkpoints, capf
 @pytest.mark.fast
 def test_a_file_in_the_way_names_path_reason_and_fix(tmp_path):
     (tmp_path / "run").write_text("not a folder")
-    for make in (
-        lambda: Checkpoints(tmp_path / "run" / "ck"),
-        lambda: bind_workdir(tmp_path / "run", {}, "h"),
+    with pytest.raises(
+        CheckpointError, match=r"run.* failed: (Not a directory|File exists).*Fix: a file is in the"
     ):
-        with pytest.raises(
-            CheckpointError,
-            match=r"run.* failed: (Not a directory|File exists).*Fix: a file is in the",
-        ):
-            make()
+        Checkpoints(tmp_path / "run" / "ck")
 
 
 def test_kill_9_during_a_save_keeps_the_earlier_step(tmp_path):
@@ -433,30 +427,3 @@ def test_an_unfinished_first_save_is_mentioned(tmp_path):
     with pytest.warns(UserWarning, match=r"only an unfinished save \(1.orbax-checkpoint-tmp\)"):
         assert opened.restore(Small({})) is None
     opened.close()
-
-
-@pytest.mark.fast
-def test_workdir_belongs_to_one_config(tmp_path):
-    config = {
-        "mesh": {"dp": 8, "tp": 1},
-        "train": {"lr": 3e-3, "zero": 0, "zeroth": 1},
-        "seeds": (0, 1),
-    }
-    bind_workdir(tmp_path / "run", config, "aaa")
-    written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert written["config_hash"] == "aaa"
-    assert written["config"]["train.lr"] == 3e-3
-    moved = config | {"mesh": {"dp": 2, "tp": 4}, "train": {"lr": 3e-3, "zero": 3, "zeroth": 1}}
-    bind_workdir(tmp_path / "run", moved, "aaa")
-    other = config | {"train": {"lr": 1e-3, "zero": 0, "zeroth": 2}}
-    message = (
-        r"train.lr: 0.003 -> 0.001; train.zeroth: 1 -> 2. Fix: .*--workdir=.*"
-        r"checkpoint.allow_config_change=True"
-    )
-    with pytest.raises(ValueError, match=message):
-        bind_workdir(tmp_path / "run", other, "bbb")
-    bind_workdir(tmp_path / "run", other, "bbb", allow_other=True)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config_hash"] == "bbb"
-    (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not a config file of fdp"):
-        bind_workdir(tmp_path / "run", config, "aaa")

@@ -11,7 +11,7 @@ from absl import flags
 
 import fdp.train  # noqa: F401  # its flags
 from configs import topic1
-from fdp import checkpoint, command, config, config_file, run
+from fdp import command, config, config_file, run, workdir
 from fdp.config import UserError
 from fdp.mesh import AXES, make_mesh
 
@@ -379,7 +379,7 @@ def test_the_closed_lists_are_those_of_the_code_that_reads_them() -> None:
 
 
 def test_there_is_one_list_of_free_keys() -> None:
-    default = inspect.signature(checkpoint.bind_workdir).parameters["free"].default
+    default = inspect.signature(workdir.differences).parameters["free"].default
     assert default is config.FREE_KEYS
 
 

@@ -9,10 +9,11 @@ from PIL import Image
 from configs.topic8 import get_config
 from fdp import config, generate
 from fdp.arm import Arm
-from fdp.checkpoint import Checkpoints, bind_workdir
+from fdp.checkpoint import Checkpoints
 from fdp.keys import UserError
 from fdp.mesh import make_mesh
 from fdp.topics.zero_bubble import study
+from fdp.workdir import Record, bind
 
 
 def values(*given: str) -> flags.FlagValues:
@@ -82,7 +83,7 @@ def test_a_trained_arm_draws_what_is_asked_for(tmp_path) -> None:
     with c.unlocked():
         c.mesh.update(pp=1, dp=1)
         c.data.source = "blank"
-    bind_workdir(tmp_path, config.flatten(c), config.digest(c))
+    bind(tmp_path, Record(config.flatten(c), config.digest(c)))
     e = study.arms(c)["uniform"]
     arm = Arm.of("uniform", e, make_mesh(e.degrees, jax.devices()[:1]))
     checkpoints = Checkpoints(tmp_path / "checkpoints" / arm.label)

@@ -2,6 +2,7 @@
 NaN and signals.
 """
 
+import json
 import math
 import re
 import signal
@@ -18,11 +19,13 @@ from build import image_data, images, toy, toy_program
 
 from fdp import loop
 from fdp.arm import Arm
-from fdp.checkpoint import Checkpoints
+from fdp.checkpoint import CheckpointError, Checkpoints
 from fdp.data.batches import Data, batch
 from fdp.loop import Segment, Stopped, fit
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
+from fdp.state import all_finite
+from fdp.workdir import Ledger, Record
 
 STEPS = 12
 
@@ -302,6 +305,45 @@ def test_a_nan_loss_stops_with_step_loss_and_fix_and_the_checkpoint_survives(
     assert resumed == [4]
     assert_bitwise_equal(arm.trained_on_host.variables, uninterrupted[1])
     assert rows(tmp_path) == uninterrupted[0]
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    """Loss and gradients are finite in every step; the parameters after step 8 are not."""
+    arm = arm_of(nan="skip", eval_every=0)
+    run, calls = arm.train_function(), iter(range(1, 100))
+
+    def step(state: Any, examples: Any) -> Any:
+        state, metrics = run(state, examples)
+        if next(calls) == 8:
+            with jax.transfer_guard("allow"):
+                state = state.replace(params=jax.tree.map(lambda x: x / 0, state.params))
+        return state, metrics
+
+    arm.train_function = lambda: step  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=r"^step 8: loss and"):
+        fit(arm, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "toy-s0")
+    step_, state, _ = checkpoints.restore(arm.program.specs.abstract_state())
+    checkpoints.close()
+    assert step_ == 4 and all_finite(state)
+
+
+def test_a_checkpoint_knows_its_run_and_a_start_that_trains_nothing_is_no_segment(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(tmp_path, Record({"train.lr": 3e-2}, "aaa"))
+    fit(arm_of(), tmp_path, ledger=ledger)
+    meta = tmp_path / "checkpoints" / "toy-s0" / str(STEPS) / "meta" / "metadata"
+    assert json.loads(meta.read_text())["run"] == ledger.record
+    assert [(s["arm"], s["first"], s["mesh"]["dp"]) for s in ledger.segments] == [("toy-s0", 0, 2)]
+    before = (tmp_path / "config.json").read_bytes()
+    later = Ledger(tmp_path, Record({"train.lr": 1e-2}, "bbb"))
+    fit(arm_of(), tmp_path, ledger=later)
+    assert (tmp_path / "config.json").read_bytes() == before
+    found = rows(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds step 12, and train.steps=8 asks for fewer"):
+        fit(arm_of(steps=8), tmp_path, ledger=later)
+    assert rows(tmp_path) == found
 
 
 def test_weights_that_are_all_zero_stop_the_run_and_say_so(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from ml_collections import config_flags
 
 from fdp import config as fdp_config
 from fdp import sharding
-from fdp.checkpoint import CheckpointError, Checkpoints, bind_workdir, mute_orbax
+from fdp.checkpoint import CheckpointError, Checkpoints, mute_orbax
 from fdp.files import write_atomic
 from fdp.keys import UserError
 from fdp.mesh import AXES, make_mesh, use_virtual_devices
@@ -45,6 +45,7 @@ from fdp.models.shape import ModelShape
 from fdp.models.transformer import Transformer, transformer
 from fdp.parallel.masks import Mask
 from fdp.state import ONCE, TrainState
+from fdp.workdir import Record, bind
 
 ORIGIN = "huggingface.json"  # of a workdir: config.json, formats of the tensors, ignored fields
 BUFFERS = ("rotary_emb.inv_freq",)  # tensors of old checkpoints that are no parameters
@@ -336,7 +337,8 @@ def save(
     folders = [workdir / "checkpoints" / f"{arm}-s{seed}" for arm in arms for seed in c.seeds]
     if taken := [str(folder) for folder in folders if _steps(folder)]:
         raise UserError(f"{', '.join(taken)} holds checkpoints: choose another --workdir")
-    bind_workdir(workdir, c, fdp_config.digest(c), c.checkpoint.allow_config_change)
+    record = Record(fdp_config.flatten(c), fdp_config.digest(c))
+    bind(workdir, record, c.checkpoint.allow_config_change)
     kinds = {name: kind for name, t in source.tensors.items() if (kind := _kind(t)) != "F32"}
     origin = {"config": dict(source.config), "kinds": kinds, "ignored": source.ignored}
     if all(path in source.rules for path in _paths(variables)):  # not with new routers

@@ -36,8 +36,9 @@ EVIDENCE = {
 ROW_TEXTS = ("claim", "metric", "unit", "baseline", "threshold", "note")
 ROW_MORE = ("group", "decides")
 REPORT_KEYS = ("topic", "variant", "config_hash", "versions", "devices", "rows", "plots")
-REPORT_MORE = ("question", "answer")
+REPORT_MORE = ("question", "answer", "training")
 REMARK = ", interval crosses"
+SKIPPED = 0.01  # share of skipped steps beyond which a run decides no claim
 
 _THRESHOLD = re.compile(r"\s*(value|ratio)?\s*(<=|>=|==)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*")
 
@@ -182,6 +183,16 @@ class Row:
         none = None, unit, "", None, None, None
         verdict = VERDICTS[2]
         return cls(claim, metric, *none, threshold, verdict, evidence, note, group, decides)
+
+    def doubted(self, why: str) -> "Row":
+        """The row without a verdict, if its evidence comes from training; its number stays in the
+        note."""
+        if self.evidence in ("compiled", "simulated") or self.verdict == VERDICTS[2]:
+            return self
+        note = f"{why}; without that, {self.metric} would be {self.result}"
+        note = f"{note}; {self.note}" if self.note else note
+        who = self.claim, self.metric, self.unit, self.threshold, self.evidence
+        return Row.untestable(*who, note, self.group, self.decides)
 
     @property
     def said(self) -> str:
@@ -349,7 +360,7 @@ def _markdown_table(head: list[str], cells: list[list[str]]) -> list[str]:
 @dataclass
 class Report:
     """What a study found. `plots` are paths inside the workdir; `raw` holds per-seed numbers
-    (arrays allowed).
+    (arrays allowed). `training`: what a reader must know of how the arms were trained.
     """
 
     topic: str
@@ -361,6 +372,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=versions)
     devices: str = field(default_factory=devices)
     question: str = ""
+    training: list[str] = field(default_factory=list)
 
     @property
     def deciding(self) -> list[Row]:
@@ -385,6 +397,22 @@ class Report:
         parts += [f"{r.claim}: {r.result} ({r.threshold}, {r.said})" for r in shown]
         return f"{word}: {'; '.join(parts)}."
 
+    def distrust(self, skipped: Mapping[str, tuple[int, int]]) -> None:
+        """Say how many steps of each arm were skipped, of how many; beyond SKIPPED of an arm, no
+        claim that depends on training is testable."""
+        shares = {arm: n / max(steps, 1) for arm, (n, steps) in skipped.items()}
+        said = {
+            arm: f"{n} of {steps} steps ({100 * shares[arm]:.2g} %) were skipped: loss or "
+            "gradient was not finite"
+            for arm, (n, steps) in skipped.items()
+            if n
+        }
+        self.training += [f"{arm}: {text}" for arm, text in said.items()]
+        worst = max(shares, key=lambda arm: shares[arm], default="")
+        if worst and shares[worst] > SKIPPED:
+            why = f"{worst}: {said[worst]}, more than {100 * SKIPPED:.0f} % of a run"
+            self.rows = [row.doubted(why) for row in self.rows]
+
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
         rows = [
@@ -404,7 +432,11 @@ class Report:
         lines += [self.answer, ""]
         if any(row.decides for row in self.rows):
             lines += [*_markdown_table(_DECIDING, [_deciding_cells(r) for r in self.deciding]), ""]
-        lines += [f"Config `{self.config_hash}` on {self.devices}; {made_by}.", "", "## All rows"]
+        lines += [f"Config `{self.config_hash}` on {self.devices}; {made_by}.", ""]
+        lines += (
+            [*(f"- Training of {line}." for line in self.training), ""] if self.training else []
+        )
+        lines += ["## All rows"]
         for group in dict.fromkeys(row.group for row in self.rows):
             cells = [_cells(row) for row in self.rows if row.group == group]
             lines += ["", *([f"### {group}", ""] if group else []), *_markdown_table(_HEAD, cells)]
@@ -420,7 +452,8 @@ class Report:
         """The opening of the report, wrapped to `width` columns (default: the terminal's)."""
         width = width or shutil.get_terminal_size((120, 24)).columns
         lines = textwrap.wrap(f"{self.topic} ({self.variant}) on {self.devices}", width)
-        for name, text in (("question", self.question), ("answer", self.answer)):
+        said = [("question", self.question), ("answer", self.answer)]
+        for name, text in said + [("training", line) for line in self.training]:
             indent: dict[str, str] = {"initial_indent": f"{name:10}", "subsequent_indent": " " * 10}
             lines += textwrap.wrap(text, width, **indent) if text else []  # type: ignore[arg-type]
         return "\n".join(

@@ -163,6 +163,29 @@ def test_rows_of_a_group_stand_together():
     assert order == sorted(order)
 
 
+def test_skipped_steps_are_said_and_beyond_one_percent_no_claim_of_training_is_decided(tmp_path):
+    few = report()
+    few.distrust({"ar-s0": (1, 100), "tp-s0": (0, 100)})
+    assert few.rows == rows()
+    assert few.training == [
+        "ar-s0: 1 of 100 steps (1 %) were skipped: loss or gradient was not finite"
+    ]
+    many = report(rows=[*rows(), replace(rows()[0], evidence="compiled")])
+    many.distrust({"ar-s0": (38, 40), "tp-s0": (0, 40)})
+    verdicts = [row.verdict for row in many.rows]
+    assert verdicts == [*["not testable here"] * 3, "holds"]
+    said = "ar-s0: 38 of 40 steps (95 %) were skipped: loss or gradient was not finite"
+    assert many.rows[1].note == (
+        f"{said}, more than 1 % of a run; without that, validation loss would be 3.233 nats/token "
+        "[2.854, 3.613]; the interval [2.854, 3.613] crosses the threshold"
+    )
+    assert many.rows[2].note == "needs a TPU v5p slice"
+    assert said in many.terminal(200)
+    many.write(tmp_path)
+    assert f"- Training of {said}." in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["training"] == [said]
+
+
 def test_written_files_validate_and_raw_numbers_lie_beside(tmp_path):
     fig = figures.curves({"tp": ([0, 1], [3, 2])}, "step", "loss", "Loss", {"AR": 2.5})
     plot = figures.save(fig, tmp_path / "plots" / "loss.png")
@@ -182,6 +205,7 @@ def test_written_files_validate_and_raw_numbers_lie_beside(tmp_path):
         "plots",
         "question",
         "answer",
+        "training",
     ]
     assert list(content["rows"][0]) == [
         "claim",
