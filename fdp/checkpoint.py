@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -29,15 +28,6 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
-def _not_an_orbax_task(record: logging.LogRecord) -> bool:
-    trace = record.exc_info[2] if record.exc_info else None
-    while trace is not None:
-        if "orbax" in trace.tb_frame.f_code.co_filename:
-            return False
-        trace = trace.tb_next
-    return "/orbax/" not in record.getMessage()
-
-
 @dataclasses.dataclass(frozen=True)
 class _WithoutClosedLoops:
     """A `sys.unraisablehook` that leaves out callbacks of a closed event loop."""
@@ -51,17 +41,11 @@ class _WithoutClosedLoops:
 
 
 def mute_orbax() -> None:
-    """Filter the log records of Orbax, which repeat every error that it also raises. Calling it
-    twice changes nothing.
-
-    Orbax logs through absl, whose verbosity is one level for the whole process, so a filter is
-    needed to tell its records from others."""
-    # One record for every save, and five tracebacks for every error.
+    """Leave out what Orbax prints of a failed save, beside the error that it raises: it has no
+    option for that. Calling it twice changes nothing."""
+    # Four tracebacks. absl has one verbosity for the whole process, so a filter is needed.
     logging.getLogger("absl").addFilter(_not_from_orbax)
-    # After a failed save TensorStore reports every other array of it to Orbax's event loop, which
-    # is closed by then: a traceback each, from callbacks that have no caller, and one more for
-    # every task whose error nobody reads.
-    logging.getLogger("asyncio").addFilter(_not_an_orbax_task)
+    # TensorStore reports the other arrays of that save to an event loop that is closed by then.
     if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
         sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
 
@@ -96,27 +80,6 @@ def _write_error(what: str, path: Path, error: BaseException) -> CheckpointError
     code = _os_code(error)
     known = OSError(code, os.strerror(code)) if code else OSError(_first_line(error))
     return CheckpointError(failure(what, path, known))
-
-
-def _ignore(*_: Any) -> None:
-    pass
-
-
-@contextlib.contextmanager
-def _without_stray_tracebacks() -> Iterator[None]:
-    """Silence the tracebacks of abandoned Orbax coroutines after an error that we report in one
-    line."""
-    hooks, log = (sys.unraisablehook, sys.excepthook), logging.getLogger("asyncio")
-    disabled, log.disabled = log.disabled, True
-    sys.unraisablehook = sys.excepthook = _ignore
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # "coroutine was never awaited"
-            gc.collect()
-        sys.unraisablehook, sys.excepthook = hooks
-        log.disabled = disabled
 
 
 def topology(state: Any) -> dict[str, Any]:
@@ -273,15 +236,13 @@ class Checkpoints:
             )
         reasons = []
         for step in steps:
-            # Around the handler: what the error holds is collected after the error is gone.
-            with _without_stray_tracebacks():
-                try:
-                    state, meta = self._read(step, abstract_state, initial)
-                except (MemoryError, jax.errors.JaxRuntimeError):
-                    raise  # the machine failed, not the checkpoint
-                except Exception as error:
-                    self._damaged.add(step)
-                    reasons.append(f"step {step}: {_first_line(error)}")
+            try:
+                state, meta = self._read(step, abstract_state, initial)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise  # the machine failed, not the checkpoint
+            except Exception as error:
+                self._damaged.add(step)
+                reasons.append(f"step {step}: {_first_line(error)}")
             if process.agree(step in self._damaged):  # in one process is in all
                 self._damaged.add(step)
                 continue
