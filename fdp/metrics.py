@@ -91,7 +91,8 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one row; `metrics` are numbers and arrays, non-finite ones are kept. Raises
-        ValueError on a reserved name, and on an array whose shape has changed.
+        ValueError on a reserved name, and on an array whose shape has changed; OSError, with the
+        path, where the disk takes no more.
         """
         for name in _TAGS:
             if name in metrics:
@@ -104,19 +105,25 @@ class MetricsWriter:
             return
         values = {name: _plain(value) for name, value in metrics.items()}
         row = {"arm": self.arm, "seed": self.seed, "step": int(step)} | values
-        with open(
-            self.path, "ab", buffering=0
-        ) as file:  # opened per row: resume() may have replaced the file
-            file.write((json.dumps(row) + "\n").encode())
+        try:
+            with open(self.path, "ab") as file:  # opened per row: resume() may have replaced it
+                file.write((json.dumps(row) + "\n").encode())
+            self._show(step, metrics)
+        except OSError as error:  # an error of writing names no path
+            raise OSError(error.errno, error.strerror, error.filename or str(self.path)) from error
+
+    def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """In TensorBoard."""
         events = self._event_writer()
         for name, value in metrics.items():
             if getattr(value, "ndim", 0):
                 array = np.asarray(value, np.float32)
                 finite = array[np.isfinite(array)]  # all that a histogram can show
                 if finite.size:
-                    events.add_histogram(name, finite, step)
+                    events.histogram(name, finite, step)
             else:
-                events.add_scalar(name, float(value), step)
+                events.scalar(name, float(value), step)
+        events.show()
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         before = self._shapes.setdefault(name, shape)
@@ -128,12 +135,10 @@ class MetricsWriter:
 
     def _event_writer(self) -> Any:
         if self._events is None:
-            from tensorboardX import (
-                SummaryWriter,
-            )  # imported at the first row: it pulls in protobuf
+            from fdp.tensorboard import Events  # at the first row: it pulls in protobuf
 
             folder = self.workdir / "tensorboard" / f"{self.arm}-s{self.seed}"
-            self._events = SummaryWriter(str(folder), purge_step=self._purge_step)
+            self._events = Events(folder, self._purge_step)
         return self._events
 
     def resume(self, step: int) -> None:
@@ -155,8 +160,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush the TensorBoard events; metrics.jsonl is complete after every write."""
         if self._events is not None:
-            self._events.close()
-            self._events = None
+            events, self._events = self._events, None
+            events.close()
 
 
 class Progress:

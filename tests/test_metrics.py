@@ -2,14 +2,20 @@
 never made up.
 """
 
+import contextlib
+import errno
 import io
 import json
 import math
+import resource
+import struct
 
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from fdp.metrics import ImpossibleSpeed, MetricsWriter, Progress, read_metrics, throughput
+from fdp.tensorboard import Events
 
 pytestmark = pytest.mark.fast
 
@@ -32,6 +38,59 @@ def test_rows_are_tagged_valid_json_and_non_finite_numbers_survive(tmp_path):
     assert math.isnan(read["loss"])
     assert read["grad_norm"] == math.inf
     assert len(list((tmp_path / "tensorboard" / "tp-s3").iterdir())) == 1
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """A file size limit stands for the full disk: EFBIG for ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_names_the_file_and_costs_no_row(tmp_path):
+    writer = MetricsWriter(tmp_path, "a", 0)
+    writer.write(1, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    with largest_file(path.stat().st_size + 20):
+        with pytest.raises(OSError, match=str(path)) as error:
+            writer.write(2, {"loss": 2.0})
+        assert error.value.errno == errno.EFBIG
+    writer.close()
+    again = MetricsWriter(tmp_path, "a", 0)  # part of the row is there
+    again.write(2, {"loss": 2.0})
+    again.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_full_disk_names_the_folder_of_tensorboard_and_stops_nobody_for_ever(tmp_path):
+    events = Events(tmp_path / "a-s0")
+    many = [lambda i=i: events.histogram("load", np.arange(99.0), i) for i in range(99)]
+    with largest_file(10_000), pytest.raises(OSError, match="a-s0") as error:
+        [one() for one in many]
+    assert error.value.errno == errno.EFBIG
+
+
+def test_events_of_tensorboard_hold_numbers_distributions_and_where_to_purge(tmp_path):
+    writer = MetricsWriter(tmp_path, "a", 0)
+    (tmp_path / "metrics.jsonl").touch()
+    writer.resume(4)
+    writer.write(5, {"loss": 1.5, "load": np.array([1.0, np.nan, 3.0])})
+    writer.close()
+    (path,) = (tmp_path / "tensorboard" / "a-s0").iterdir()
+    content, events = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    _, purge, loss, load = events
+    assert (purge.step, purge.session_log.status) == (5, SessionLog.START)
+    assert (loss.step, loss.summary.value[0].tag) == (5, "loss")
+    assert loss.summary.value[0].simple_value == 1.5
+    assert (load.summary.value[0].histo.min, load.summary.value[0].histo.num) == (1, 2)
 
 
 def test_resume_drops_only_later_rows_of_this_arm_and_seed(tmp_path):
