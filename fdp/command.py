@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -93,9 +94,23 @@ def told(error: Exception, *more: type[Exception]) -> str:
         text = os_text(error)
     elif isinstance(error, MemoryError):
         text = f"out of memory ({error}): lower model, train.batch or data.seq_len"
+    elif _no_platform(error):
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = str(error) or "it knows none of that name"
+        text = (
+            f"JAX_PLATFORMS={asked} names no platform that JAX can start here: {why}; set "
+            "JAX_PLATFORMS=cpu, or unset it for what is there"
+        )
     else:
         return ""
     return f"error: {' '.join(text.split())}"
+
+
+def _no_platform(error: Exception) -> bool:
+    """Whether JAX raised it while it looked for platforms: a RuntimeError or a bare assertion."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1].filename if frames else ""
+    return isinstance(error, RuntimeError | AssertionError) and last.endswith("xla_bridge.py")
 
 
 def os_text(error: OSError) -> str:

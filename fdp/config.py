@@ -339,6 +339,8 @@ def validate(c: ml_collections.ConfigDict) -> None:
     anything starts.
 
     Raises UserError with the equation, the values in it and a fix."""
+    if "topic" not in c:
+        raise UserError("the config lacks topic: start from fdp.config.base()")
     TOP["topic"].check("topic", c.topic)
     settings = topic_settings(c.topic)
     _check_values(c)

@@ -3,6 +3,7 @@
 Imports neither jax nor flax."""
 
 import contextlib
+import logging
 import re
 import sys
 import traceback
@@ -49,23 +50,18 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser for a command with the flag --config. Raises UserError for every mistake; a bug
     inside a config file keeps its traceback."""
     flags.FLAGS.set_default("verbosity", -1)  # warnings: libraries narrate at absl's default
+    logging.getLogger("absl").setLevel(logging.ERROR)  # of ml_collections: the line below says it
     file = _named(argv)
     try:
         with beside(file):
             rest = flags.FLAGS(argv)
-        if flags.FLAGS["config"].value is not None:
+        if file:
             _check_type(file, flags.FLAGS["config"].value)
         return rest
-    except UserError:
-        raise
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-        cause: BaseException = error
-        while cause.__context__ is not None:
-            cause = cause.__context__
-        if isinstance(cause, UserError):
-            raise cause from None
-        if not isinstance(cause, flags.Error | OSError) and _raised_in(file, cause):
-            raise cause from None
+        _raise_own(file, error)
+        if file and "must have a value" in str(error):  # get_config() made none
+            _check_type(file, flags.FLAGS["config"].value)
         told = error.args[0] if isinstance(error, KeyError) else error
         raise UserError(refused_override(argv) or str(told)) from error
 
@@ -85,7 +81,7 @@ def refused_override(argv: list[str]) -> str:
         for found in overrides:
             key, *texts = found.groups()
             text = next((text for text in texts if text is not None), None)
-            config.check_override(key, text, c.topic)
+            config.check_override(key, text, getattr(c, "topic", ""))
     except UserError as error:
         return str(error)
     return ""
@@ -114,7 +110,7 @@ def _named(argv: list[str]) -> str:
 
 
 def _check_type(file: str, value: Any) -> None:
-    _ = value.topic if not isinstance(value, dict) else ""  # a file that is not there shows itself
+    getattr(value, "topic", "")  # a file that is not there shows itself, as OSError
     if not isinstance(value, ml_collections.ConfigDict):
         raise UserError(
             f"{file}: get_config() returned {shown(value)}: return the config that "
@@ -122,7 +118,35 @@ def _check_type(file: str, value: Any) -> None:
         )
 
 
-def _raised_in(file: str, error: BaseException) -> bool:
-    """Whether the code of the config file raised it."""
-    path = str(Path(file.split(":")[0]))
-    return any(frame.filename == path for frame in traceback.extract_tb(error.__traceback__))
+def _raise_own(file: str, error: BaseException | None) -> None:
+    """Raise what a config file did wrong, if that is what led to `error`: absl and ml_collections
+    wrap it. A bug is raised as it was."""
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__context__
+    for cause in reversed(chain):
+        if isinstance(cause, UserError):
+            raise cause from None
+    for cause in chain:
+        wrapped = isinstance(cause, flags.Error) or "Error whilst parsing" in str(cause)
+        if wrapped or (place := _place(file, cause)) is None:
+            continue
+        if not place:
+            raise cause from None
+        raise UserError(f"{place}: {type(cause).__name__}: {cause}") from cause
+
+
+def _place(file: str, error: BaseException) -> str | None:
+    """Where a config file did what ml_collections refuses, such as a misspelt key: file, line and
+    code. "" for another error raised while its code ran, None for one that it did not raise."""
+    path = Path(file.split(":")[0]).resolve()
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [i for i, frame in enumerate(frames) if Path(frame.filename).resolve() == path]
+    if not inside:
+        return file if file and "get_config" in str(error) else None
+    last = frames[inside[-1]]
+    below = frames[inside[-1] + 1 :]
+    if below and all("ml_collections" in frame.filename for frame in below):
+        return f"{path.name} line {last.lineno}, {last.line}"
+    return ""

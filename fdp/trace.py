@@ -94,9 +94,10 @@ def write(arm: Arm, workdir: Path) -> tuple[Path, int]:
 def main(argv: list[str]) -> None:
     """Every arm that has experts."""
     command.refuse_arguments(argv)
-    config, workdir = train.CONFIG.value, train.workdir()
+    config = train.CONFIG.value
     train.quiet()
     fdp_config.validate(config)
+    workdir = train.workdir()
     use_virtual_devices(math.prod(config.mesh.values()))
     arms = build_arms(config, study_of(config.topic), make_mesh(config.mesh))
     every = [arm for seeds in arms.values() for arm in seeds]

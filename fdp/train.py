@@ -50,9 +50,10 @@ def main(argv: list[str]) -> int:
     """Validate, then dry-run or train every arm and write the topic's report; the exit status.
     Raises UserError for what the user can fix."""
     command.refuse_arguments(argv)
-    config, where = CONFIG.value, workdir()
+    config = CONFIG.value
     quiet()
     fdp_config.validate(config)
+    where = workdir()
     if DRY_RUN.value:
         from fdp.dry_run import dry_run
 

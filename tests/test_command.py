@@ -78,6 +78,18 @@ def test_a_terminal_without_the_characters_gets_others(monkeypatch) -> None:
     assert out.buffer.getvalue() == b"pp*dp = 2 x 4 <= 8 ... ?\n"
 
 
+@pytest.mark.parametrize("platform", ["cuda", "banana"])
+def test_a_platform_that_is_not_there_is_one_line(platform) -> None:
+    code = "from fdp import command\nwith command.one_line():\n    import jax; jax.devices()"
+    environment = os.environ | {"JAX_PLATFORMS": platform}
+    python = [sys.executable, "-c", code]
+    done = subprocess.run(python, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()  # JAX itself may say which plugins it looked for
+    assert line.startswith(f"error: JAX_PLATFORMS={platform} names no platform that JAX can start")
+    assert "Traceback" not in done.stderr
+
+
 def test_paths_are_of_this_machine(monkeypatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert command.folder("~/runs/a") == Path("/home/somebody/runs/a")

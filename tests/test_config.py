@@ -314,20 +314,85 @@ def test_a_config_file_that_is_not_there_is_named(
     assert message.count("\n") == 1
 
 
+def parse_file(path, text: str, monkeypatch: pytest.MonkeyPatch, variant: str = "") -> None:
+    """What a command does with a config file of this text."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    argv = ["fdp.train", f"--config={path}{variant}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    try:
+        config_file.parse_flags(argv)
+    finally:
+        flags.FLAGS.unparse_flags()
+        sys.modules.pop("config_config", None)  # where ml_collections loads every file
+
+
+BASE = "from fdp import config\ndef get_config({}):\n    c = config.base()\n    {}\n"
+WRONG_FILES = {
+    "a misspelt key": (
+        BASE.format("", "c.train.stepz = 3"),
+        r"a\.py line 4, c\.train\.stepz = 3: AttributeError: .*Did you mean \"steps\"",
+    ),
+    "a number for a section": (
+        BASE.format("", "c.train = 5"),
+        r"a\.py line 4, c\.train = 5: TypeError: Could not override",
+    ),
+    "a dict for seeds": (BASE.format("", "c.seeds = {0: 1}"), r"line 4, c\.seeds = .*TypeError"),
+    "no return": (
+        BASE.format("", "pass"),
+        r"a\.py: get_config\(\) returned None: return the config",
+    ),
+    "a number": (BASE.format("", "return 5"), r"get_config\(\) returned 5: return the config"),
+    "a dict": (BASE.format("", "return {'topic': ''}"), r"returned {'topic': ''}: return the"),
+    "no function": ("x = 1\n", "has no attribute 'get_config'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_config_file_that_returns_or_sets_something_else_is_refused(
+    name: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, message = WRONG_FILES[name]
+    with pytest.raises(UserError, match=message):
+        parse_file(tmp_path / "a.py", text, monkeypatch)
+
+
+def test_a_variant_that_get_config_does_not_take_is_refused(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"takes 0 positional arguments"):
+        parse_file(tmp_path / "a.py", BASE.format("", "return c"), monkeypatch, ":tiny")
+
+
 def test_a_bug_inside_a_config_file_keeps_its_traceback(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "broken.py"
-    path.write_text(
-        "from fdp import config\ndef get_config():\n    c = config.base()\n    c.train.stepz = 3\n"
-    )
-    argv = ["fdp.train", f"--config={path}"]
-    monkeypatch.setattr(sys, "argv", argv)
-    try:
-        with pytest.raises(AttributeError, match="stepz"):
-            config_file.parse_flags(argv)
-    finally:
-        flags.FLAGS.unparse_flags()
+    with pytest.raises(ValueError, match="invalid literal") as error:
+        parse_file(tmp_path / "a.py", BASE.format("", "int('a')"), monkeypatch)
+    assert not isinstance(error.value, UserError)
+    assert error.traceback[-1].path == tmp_path / "a.py"
+
+
+def test_a_config_file_finds_modules_beside_it_and_its_package(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my_configs"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "pieces_of_mine.py").write_text("LR = 0.5\n")
+    text = "import pieces_of_mine\nfrom my_configs.pieces_of_mine import LR\n"
+    text += BASE.format("variant", "c.train.lr = pieces_of_mine.LR * LR; return c")
+    before = list(sys.path)
+    monkeypatch.chdir("/")
+    parse_file(folder / "a.py", text, monkeypatch, ":tiny")
+    assert sys.path == before
+    for name in ("pieces_of_mine", "my_configs", "my_configs.pieces_of_mine"):
+        del sys.modules[name]
+
+
+def test_a_config_without_a_topic_key_is_refused() -> None:
+    with pytest.raises(UserError, match="the config lacks topic: start from"):
+        config.validate(ml_collections.ConfigDict({"seeds": (0,)}))
 
 
 def test_an_unknown_topic_is_refused_with_the_closest_folder() -> None:

@@ -5,9 +5,11 @@ loss weights, images with labels, pairs. `Examples` are one split of the data, a
 
 Legend: B batch size, L sequence length (data.seq_len), N windows, T tokens."""
 
+import atexit
 import functools
 import hashlib
 import os
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -304,8 +306,20 @@ class Prefetcher:
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/fdp`, by default `~/.cache/fdp`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdp"
+    """`$XDG_CACHE_HOME/fdp`, by default `~/.cache/fdp`. A user without a home, as in a container,
+    gets a temporary folder, which is gone at the end of the process."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdp"
+    except RuntimeError:
+        return _without_a_home()
+
+
+@functools.cache
+def _without_a_home() -> Path:
+    warnings.warn("no home folder: nothing is cached; set XDG_CACHE_HOME=DIR", stacklevel=3)
+    made = tempfile.TemporaryDirectory(prefix="fdp-cache-", ignore_cleanup_errors=True)
+    atexit.register(made.cleanup)
+    return Path(made.name)
 
 
 def load_text(

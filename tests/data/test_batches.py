@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdp.data import text
+from fdp.data import batches, text
 from fdp.data.batches import (
     Arrays,
     Data,
@@ -482,3 +482,15 @@ def test_default_cache_dir(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "fdp"
+
+
+def test_a_user_without_a_home_gets_a_temporary_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    batches._without_a_home.cache_clear()
+    with pytest.warns(UserWarning, match="no home folder: nothing is cached; set XDG_CACHE_HOME"):
+        folder = batches.default_cache_dir()
+    assert folder.is_dir() and batches.default_cache_dir() == folder
