@@ -161,6 +161,16 @@ def locked(stem: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(stem: Path) -> bool:
+    """Whether a process is in `locked` of this name now."""
+    with open(stem.with_suffix(".lock"), "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
 def usable(folder: Path) -> Path:
     """`folder`, made if needed, or a temporary one, with a warning, where nothing can be written
     into it."""

@@ -46,13 +46,17 @@ class State:
 
 @dataclass(frozen=True)
 class Source:
-    """Documents, not read yet, under a name. `inputs` is filled while they are read."""
+    """Documents, not read yet, under a name. `inputs` is filled while they are read.
+
+    `position`, where there is one, says behind the document that was read last where to go on, as
+    JSON; `documents` takes it."""
 
     name: str
     licence: str
     state: State
-    documents: Callable[[], Iterable[str]]
+    documents: Callable[..., Iterable[str]]
     inputs: Inputs = field(default_factory=Inputs)
+    position: Callable[[], Any] | None = None
 
 
 def source_of(name: str) -> Source:
@@ -158,27 +162,64 @@ def _hugging_face(source: str) -> Source:
         raise ValueError(
             f"data.source={source!r} must read hf:<name>[:<config>[:<split>[:<text column>]]]"
         )
-    split, column = split or "train", column or "text"
-
-    def documents() -> Iterator[str]:
-        rows = _rows(source, name, config or None, split)
-        if column not in rows.column_names:
-            raise ValueError(
-                f"data.source={source!r} has no column {column!r}, only "
-                f"{', '.join(rows.column_names)}: "
-                f"set data.source=hf:{name}:{config}:{split}:{rows.column_names[0]}"
-            )
-        for row in rows.select_columns([column]):
-            yield row[column] or ""
-
+    rows = HubRows(source, name, config or None, split or "train", column or "text")
     # A name stands for what was read under it first: no network is needed to start again.
-    state = state_of(f"hf:{name}:{config}:{split}:{column}", [])
-    return Source(source, "see the data set's card", state, documents)
+    state = state_of(f"hf:{name}:{config}:{rows.split}:{rows.column}", [])
+    position = rows.position if rows.streamed else None
+    return Source(source, "see the data set's card", state, rows.documents, position=position)
 
 
-def _rows(source: str, name: str, config: str | None, split: str) -> Any:
-    """A data set of Hugging Face, streamed where the whole split is asked for. Code that comes with
-    one is never run: versions from HF_MAJOR on cannot, those before ask on stdin."""
+class HubRows:
+    """Texts of a data set of Hugging Face, streamed where a whole split is asked for: a part of a
+    split cannot be."""
+
+    def __init__(self, source: str, name: str, config: str | None, split: str, column: str):
+        self.source, self.name, self.config = source, name, config
+        self.split, self.column = split, column
+        self.streamed = "[" not in split
+        self._rows: Any = None
+
+    def position(self) -> Any:
+        """Where the stream stands."""
+        return self._rows.state_dict()
+
+    def documents(self, position: Any = None) -> Iterator[str]:
+        """The texts, from `position` on. Raises ValueError for a column that holds none, and where
+        the stream breaks off."""
+        rows = _load(self.source, self.name, self.config, self.split, self.streamed)
+        names, column = rows.column_names, self.column
+        if column not in (names or [column]):
+            raise ValueError(
+                f"data.source={self.source!r} has no column {column!r}, only {', '.join(names)}: "
+                f"set data.source=hf:{self.name}:{self.config or ''}:{self.split}:{names[0]}"
+            )
+        self._rows = rows.select_columns([column])
+        if position is not None:
+            self._rows.load_state_dict(position)
+        for row in _unbroken(self.source, self._rows):
+            text = row[column] or ""
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"data.source={self.source!r}: column {column!r} holds "
+                    f"{type(text).__name__}, no texts: name another column"
+                )
+            yield text
+
+
+def _unbroken(source: str, rows: Any) -> Iterator[Any]:
+    try:
+        yield from rows
+    except Exception as error:  # of the network, and of a dozen other classes
+        told = " ".join(str(error).split())
+        raise ValueError(
+            f"data.source={source!r} broke off ({type(error).__name__}: {told}): start again, what "
+            "was read of a stream is kept"
+        ) from error
+
+
+def _load(source: str, name: str, config: str | None, split: str, streaming: bool) -> Any:
+    """A data set of Hugging Face. Code that comes with one is never run: versions from HF_MAJOR on
+    cannot, those before ask on stdin."""
     install = "pip install 'fdp[hf]'"
     try:
         import datasets
@@ -192,8 +233,7 @@ def _rows(source: str, name: str, config: str | None, split: str) -> Any:
             f"is installed, may run code of the data set: {install}"
         )
     try:
-        # A part of a split cannot be streamed.
-        return datasets.load_dataset(name, config, split=split, streaming="[" not in split)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # of a dozen classes, without a common one
         told = " ".join(str(error).split())
         raise ValueError(

@@ -19,7 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from fdp.data.shards import Damaged, Shards, check_room, locked, opened, progress_bar, read
+from fdp.data.shards import (
+    Damaged,
+    Shards,
+    check_room,
+    is_locked,
+    locked,
+    opened,
+    progress_bar,
+    read,
+)
 from fdp.data.sources import Source, source_of
 from fdp.files import write_atomic
 
@@ -160,9 +169,9 @@ def _corpus(source: Source, folder: Path, about: dict[str, Any]) -> Corpus:
 
 def _read(source: Source, folder: Path) -> dict[str, Any]:
     """Write the documents of a source into the cache; what is kept of it."""
+    _sweep(folder)
     check_room(folder, source.state.n_bytes, "documents", "as many bytes as their files")
     shards = Shards(folder / f"reading-{source.state.key[:16]}")
-    shards.remove()
     try:
         sizes_N, digests = _write(source, shards)
         if not len(sizes_N):
@@ -176,13 +185,28 @@ def _read(source: Source, folder: Path) -> dict[str, Any]:
         sizes_N = sizes_N[kept_N]
         sha256 = _sha256_of_file(shards.bin, starts_N, sizes_N)
         _keep(shards, folder / f"text-{sha256[:16]}", starts_N, sizes_N)
-    finally:
-        shards.remove()
+    except BaseException:
+        if source.position is None:  # it would be read from the start anyway
+            shards.remove()
+        raise
+    shards.remove()
     notes = source.inputs.notes()
     copies = len(kept_N) - len(starts_N)
     if source.inputs.read and copies:
         notes += (f"{copies:,} of {len(kept_N):,} documents are copies of others, and left out",)
-    return {"n": len(starts_N), "bytes": int(sizes_N.sum()), "sha256": sha256, "notes": notes}
+    n_bytes = int(sizes_N.sum())
+    return {"n": len(starts_N), "bytes": n_bytes, "sha256": sha256, "notes": notes}
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes have left of sources that cannot be gone on with."""
+    for path in folder.glob("reading-*.bin"):
+        lock = folder / path.name.replace("reading", "source")
+        if is_locked(lock):  # being read, maybe by this process, which makes the file anew
+            continue
+        left = Shards(path)
+        if not left.about:
+            left.remove()
 
 
 def _write(source: Source, shards: Shards) -> tuple[np.ndarray, bytes]:
@@ -190,22 +214,45 @@ def _write(source: Source, shards: Shards) -> tuple[np.ndarray, bytes]:
     sizes, digests = array("q"), bytearray()
     held: list[bytes] = []
     n_bytes = 0
-    with progress_bar("read", None) as progress:
-        for document in source.documents():
+    documents = _resumed(source, shards, sizes, digests)
+    with progress_bar("read", None, shards.n_bytes) as progress:
+        for document in documents:
             if not document or document.isspace():
                 continue
             # Lone surrogates (JSON allows them) have no UTF-8 form: they become "?".
             data = document.encode("utf-8", "replace")
             held.append(_framed(data))
             sizes.append(len(data))
-            digests += hashlib.sha256(data).digest()[:16]
+            digests += _short_hash(data)
             n_bytes += len(held[-1])
             if n_bytes >= SHARD:
                 shards.append(held)
                 progress.update(n_bytes)
                 held, n_bytes = [], 0
+                if source.position is not None:
+                    shards.finish(shards=len(shards.rows), position=source.position())
         shards.append(held)
     return np.array(sizes, np.int64), bytes(digests)
+
+
+def _resumed(source: Source, shards: Shards, sizes: array, digests: bytearray) -> Iterable[str]:
+    """The documents that are not in `shards` yet; those that are there go into `sizes` and
+    `digests`."""
+    about = shards.about
+    shards.rows = shards.rows[: about.get("shards", 0)]
+    if source.position is None or not shards.rows or shards.damaged():
+        shards.remove()
+        return source.documents()
+    with open(shards.bin, "rb") as file:
+        while file.tell() < shards.n_bytes:
+            data = file.read(int.from_bytes(file.read(PREFIX), "little"))
+            sizes.append(len(data))
+            digests += _short_hash(data)
+    return source.documents(about["position"])
+
+
+def _short_hash(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()[:16]
 
 
 def _first_ones(digests: bytes) -> np.ndarray:

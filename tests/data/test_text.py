@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fdp.data import sources, text
 from fdp.data.text import Corpus, documents_sha256, split_documents
 from tests.data.reading import read_corpus
 
@@ -62,7 +63,7 @@ def test_stdlib_is_source_code():
 
 
 @pytest.mark.parametrize(
-    ("text", "documents"),
+    ("content", "documents"),
     [
         ("one\ftwo\n\nthree\ffour", ("one", "two", "three", "four")),
         ("one\nstill one\n\ntwo\n \t\nthree\n", ("one\nstill one", "two", "three")),
@@ -72,9 +73,9 @@ def test_stdlib_is_source_code():
         ("one\n\ntwo\n\none\n\n\n\n", ("one", "two")),  # exact copies are dropped
     ],
 )
-def test_one_file_is_cut_into_documents(tmp_path, text, documents):
+def test_one_file_is_cut_into_documents(tmp_path, content, documents):
     path = tmp_path / "a.txt"
-    path.write_bytes(text.encode())
+    path.write_bytes(content.encode())
     assert read_corpus(str(path)).documents == documents
 
 
@@ -157,9 +158,16 @@ class Rows:
         self.columns = columns
         self.column_names = list(columns)
 
-    def select_columns(self, names: list[str]) -> list[dict[str, str | None]]:
+    def select_columns(self, names: list[str]) -> "Rows":
         (name,) = names
-        return [{name: value} for value in self.columns[name]]
+        return Rows({name: self.columns[name]})
+
+    def __iter__(self):
+        (name,) = self.columns
+        return ({name: value} for value in self.columns[name])
+
+    def state_dict(self) -> dict:
+        return {}
 
 
 def hugging_face(load_dataset, version: str = "4.0.0") -> types.SimpleNamespace:
@@ -204,6 +212,62 @@ def test_hugging_face_errors(monkeypatch):
     with pytest.raises(
         ValueError, match=r"no column 'text', only body, id: set data\.source=hf:name::train:body"
     ):
+        read_corpus("hf:name")
+
+
+def hub_folder(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A data set of Parquet files, as on the Hub, and its texts."""
+    parquet, pyarrow = (pytest.importorskip(name) for name in ("pyarrow.parquet", "pyarrow"))
+    pytest.importorskip("datasets")
+    folder, texts = tmp_path / "set", [f"row {i} " + "of tides " * 9 for i in range(90)]
+    folder.mkdir()
+    for k in range(3):
+        table = pyarrow.table({"text": texts[30 * k : 30 * k + 30]})
+        parquet.write_table(table, folder / f"train-{k:05}-of-00003.parquet", row_group_size=10)
+    return folder, texts
+
+
+def test_a_stream_goes_on_where_it_broke_off(tmp_path, monkeypatch):
+    """A real data set, whose third file cannot be read at first."""
+    folder, texts = hub_folder(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(text, "SHARD", 500)
+    rows = sources._unbroken
+    read: list[str] = []
+
+    def broken(source, stream, last=64):
+        def some():
+            for i, row in enumerate(stream):
+                if i == last:
+                    raise ConnectionError("the network\nis gone")
+                read.append(row["text"])
+                yield row
+
+        return rows(source, some())
+
+    source, cache = f"hf:{folder}", tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(sources, "_unbroken", broken)
+    with pytest.raises(
+        ValueError, match=r"broke off \(ConnectionError: the network is gone\): start again, what"
+    ):
+        text.load_corpus(source, cache)
+    assert read == texts[:64]
+    read.clear()
+    monkeypatch.setattr(sources, "_unbroken", lambda *a: broken(*a, last=None))
+    corpus = text.load_corpus(source, cache)
+    assert tuple(corpus.documents()) == tuple(texts)
+    assert corpus.sha256 == documents_sha256(texts)
+    assert 26 <= len(read) < 40, "what was kept is not read again"
+    assert not list(cache.glob("reading-*"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert text.load_corpus(source, cache) == corpus, "nor is the package needed again"
+
+
+def test_a_column_that_holds_no_texts(monkeypatch):
+    rows = Rows({"text": ["a", 3]})
+    monkeypatch.setitem(sys.modules, "datasets", hugging_face(lambda *a, **k: rows))
+    with pytest.raises(ValueError, match=r"column 'text' holds int, no texts: name another column"):
         read_corpus("hf:name")
 
 

@@ -6,6 +6,9 @@ import gzip
 import json
 import os
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from fdp import process
 from fdp.config import UserError, base
 from fdp.data import batches, sources, text, tokenizer, tokens
 from fdp.data.batches import load_text
-from fdp.data.shards import Shards, check_room, size
+from fdp.data.shards import Shards, check_room, locked, size
 from fdp.data.tokenizer import build_tokenizer
 from fdp.experiment import load_data
 
@@ -288,6 +291,40 @@ def test_every_process_must_read_the_same_text(source, tmp_path, monkeypatch):
         UserError, match=rf"holds sha256 0{{12}} in process 0, and {sha256[:12]} in this one: give"
     ):
         load_data(c)
+
+
+def test_what_a_killed_reader_left_is_swept(source, tmp_path):
+    cache = tmp_path / "cache"
+    expected = read(source, cache)
+    for key in ("dead", "alive", "stream"):
+        shards = Shards(cache / f"reading-{key}")
+        shards.append([b"text"])
+        if key == "stream":
+            shards.finish(shards=1, position={"row": 1})
+    with locked(cache / "source-alive"):
+        source.touch()
+        assert_same(read(source, cache), expected)
+    left = {p.stem for p in cache.glob("reading-*")}
+    assert left == {"reading-alive", "reading-stream"}
+
+
+def test_a_corpus_of_two_processes_is_made_once(source, tmp_path):
+    """The second one waits for the first."""
+    cache, made = tmp_path / "cache", tokens._make
+    started, calls = threading.Event(), []
+
+    def slow(*args):
+        started.set()
+        time.sleep(0.1)
+        calls.append(args)
+        made(*args)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(tokens, "_make", slow)
+        first = pool.submit(read, source, cache)
+        started.wait(20)
+        assert_same(read(source, cache), first.result())
+    assert len(calls) == 2, "training and validation side"
 
 
 def test_sources_are_read_only_when_documents_are_asked_for(source):
