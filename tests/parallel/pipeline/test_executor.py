@@ -136,7 +136,7 @@ def test_an_order_that_cannot_be_executed_is_named():
     with pytest.raises(ValueError, match=r"stage 1, row 0: BW0 of chunk 0 is too early"):
         table(Order(looped(2), swapped))
     for order, named_op in ((recompute(gpipe(2, 2)), "row 2: R0"), (repeat(gpipe(2, 2), 2), "U0")):
-        with pytest.raises(ValueError, match=f"{named_op} .* executors run F, B, W, BW"):
+        with pytest.raises(ValueError, match=f"{named_op} .*: this executor runs F, B, W, BW, S"):
             table(order)
 
 
