@@ -55,7 +55,7 @@ class Target:
 
 def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
     """The mesh of `topology` (see hardware.topology), of virtual CPU devices where it is empty, or
-    an abstract mesh."""
+    an abstract mesh. Raises UserError for a topology that is none, or of another size."""
     needed = math.prod(degrees.values())
     if not topology:
         use_virtual_devices(needed)
@@ -64,6 +64,12 @@ def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
         )
     name = topology.partition(":")[0]
     try:
+        there = aot.size_of(topology)
+        if there != needed:
+            raise ValueError(
+                f"{degrees_equation(degrees)} devices, and {topology} has {there}: change a mesh.* "
+                "degree or the topology so that both are equal"
+            )
         if aot.available(name):
             devices = aot.topology_devices(topology)
             return Target(

@@ -63,6 +63,29 @@ def test_unknown_topology_names_the_closest() -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("h100:banana", "topology 'h100:banana' is not of the form 'h100:2x8'"),
+        ("h100:0", "topology 'h100:0' is not of the form"),
+        ("h100:", "topology 'h100:' is not of the form"),
+        ("h100:1x2x3", "is not of the form"),
+        ("h100:1", r"pp·dp·ep·cp·tp = 1·2·1·1·4 = 8 devices, and h100:1 has 1: change a mesh\.\* "),
+        ("v4:2x2x2", r"= 8 devices, and v4:2x2x2 has 16: change"),
+    ],
+)
+def test_degrees_are_checked_against_the_topology_without_a_compiler(
+    topology, message, monkeypatch
+) -> None:
+    monkeypatch.setattr(aot, "available", lambda platform: False)
+    c = config("topic1", "tiny")
+    c.hardware.topology = topology
+    with pytest.raises(UserError, match=rf"^hardware\.topology: .*{message}"):
+        dry_run.dry_run(c)
+    assert dry_run.target_of("v4:2x2x1", c.mesh).mesh.size == 8
+
+
+@pytest.mark.fast
 def test_more_token_ids_than_embedding_rows_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(aot, "available", lambda platform: False)
     c = config("topic1", "pod")

@@ -14,6 +14,7 @@ Importing this module does not import jax."""
 
 import difflib
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Platform → the package that holds its compiler, and an example of a topology.
 _TPU = {"v4": "2x2x1", "v5e": "16x16", "v5p": "4x4x4", "v6e": "16x16", "tpu7x": "2x2x2"}
 _GPU = {"h100": "2x8"}
+_DEVICES = {"v4": 2, "tpu7x": 2}  # of a chip, where they are not one
 _PACKAGES = {"tpu": "libtpu", "cuda": "jax_plugins.xla_cuda13"}
 
 # An H100 SXM as XLA:GPU describes it (fields of its GpuTargetConfigProto); figures from NVIDIA's
@@ -80,18 +82,32 @@ def available(platform: str) -> bool:
         return False
 
 
+def size_of(platform_topology: str) -> int:
+    """Devices of a topology, without a compiler; see `topology_devices`. Raises ValueError for an
+    unknown name or shape."""
+    name, sides = _parsed(platform_topology)
+    return math.prod(sides) * _DEVICES.get(name, 1)
+
+
+def _parsed(platform_topology: str) -> tuple[str, list[int]]:
+    name, _, shape = platform_topology.partition(":")
+    if name not in (*_TPU, *_GPU):
+        raise ValueError(_unknown(name, [*_TPU, *_GPU]))
+    example = f"{name}:{ {**_TPU, **_GPU}[name] }"
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", shape) or (
+        name in _GPU and shape.count("x") > 1
+    ):
+        raise ValueError(f"topology {platform_topology!r} is not of the form {example!r}")
+    return name, [int(side) for side in shape.split("x")]
+
+
 def topology_devices(platform_topology: str) -> "list[jax.Device]":
     """Devices of an absent machine, to build a Mesh from and to compile for.
 
     "v5p:4x4x4", "v5e:16x16", "v6e:16x16": TPU chips as a torus (v4 and tpu7x have two devices per
     chip). "h100:8", "h100:2x8": GPUs of one node, or nodes x GPUs. Raises ValueError for an unknown
     name or shape, and ImportError when the compiler is not installed."""
-    name, _, shape = platform_topology.partition(":")
-    if name not in (*_TPU, *_GPU):
-        raise ValueError(_unknown(name, [*_TPU, *_GPU]))
-    example = f"{name}:{ {**_TPU, **_GPU}[name] }"
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or (name in _GPU and shape.count("x") > 1):
-        raise ValueError(f"topology {platform_topology!r} is not of the form {example!r}")
+    name, sides = _parsed(platform_topology)
     if not available(name):
         package = _PACKAGES["tpu" if name in _TPU else "cuda"]
         raise ImportError(
@@ -101,7 +117,7 @@ def topology_devices(platform_topology: str) -> "list[jax.Device]":
     from jax.experimental import topologies
 
     if name in _GPU:  # XLA counts slices x nodes x GPUs
-        nodes, gpus = (["1", *shape.split("x")])[-2:]
+        nodes, gpus = (1, *sides)[-2:]
         kwargs = {
             "platform": "cuda",
             "target_config": _H100_TARGET,
@@ -114,6 +130,7 @@ def topology_devices(platform_topology: str) -> "list[jax.Device]":
     except RuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
+        example = f"{name}:{_TPU.get(name, _GPU.get(name))}"
         raise ValueError(
             f"no such topology {platform_topology!r}, try {example!r}: {error}"
         ) from error

@@ -158,6 +158,9 @@ class Nodes:
     )
 
 
+MOST_CHIPS = 2**20  # no cluster has more, and plans are enumerated for each
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Groups of equal nodes on one network; more than one group is a cluster of mixed chips."""
@@ -173,6 +176,12 @@ class Cluster:
             raise ValueError(
                 f"cluster {self.name!r} has no nodes: {counts}; every group needs ≥ 1 node of ≥ 1 "
                 "chip"
+            )
+        if self.size > MOST_CHIPS:
+            counts = " + ".join(f"{g.count}·{g.chips}" for g in self.groups)
+            raise ValueError(
+                f"cluster {self.name!r} has {counts} = {self.size} chips, more than {MOST_CHIPS}: "
+                "name a smaller one"
             )
 
     @property
@@ -199,7 +208,7 @@ def _nodes(part: str, text: str) -> Nodes:
     name, _, shape = part.strip().partition(":")
     found = chip(name)
     sides = shape.split("x")
-    if not all(side.isdigit() for side in sides):
+    if not all(side.isdecimal() and side.isascii() and len(side) < 10 for side in sides):
         raise ValueError(
             f"cluster {text!r}: {part!r} is not chip:AxB with whole numbers, such as h100:32x8 or "
             "v5p:4x4x8"

@@ -96,3 +96,16 @@ def test_every_chip_states_power_or_none():
     for chip in hardware.CHIPS.values():
         assert chip.peak_power is None or chip.peak_power > (chip.idle_power or 0)
         assert chip.domain >= 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h100:12500000x8", r"has 12500000·8 = 100000000 chips, more than 1048576: name a smaller"),
+        ("h100:²x8", "is not chip:AxB with whole numbers"),
+        ("h100:" + "9" * 5000, "is not chip:AxB with whole numbers"),
+    ],
+)
+def test_a_cluster_that_no_one_has_is_refused_at_once(text, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        hardware.cluster(text)
