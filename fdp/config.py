@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from fdp import config_images, config_pipeline
+from fdp import config_images, config_pipeline, config_sizes
 from fdp.config_images import IMAGE_MODELS, IMAGE_OBJECTIVES, IMAGE_SOURCES
 from fdp.keys import (
     Key,
@@ -48,8 +48,6 @@ PACKINGS = ("stream", "documents")
 PLANS = ("all_gather", "ring", "ulysses", "usp", "batch")
 
 MAX_VOCAB = 2**20  # ids of a tokenizer that is trained here; published ones have at most 2**18
-MAX_DEVICES = 2**16
-MAX_BYTES = 2**43  # of one device: neither a device nor a host holds 8 TiB
 
 TOP = section(
     topic=string("", "folder under fdp/topics"),
@@ -346,7 +344,9 @@ def validate(c: ml_collections.ConfigDict) -> None:
     _check_values(c)
     config_pipeline.check(c)
     _check_divisors(c)
-    _check_sizes(c)
+    config_sizes.check_devices(c)
+    most = config_sizes.MAX_BYTES
+    config_sizes.refuse(c, most, config_sizes.amount(most))
     if c.log.profile and c.log.profile[1] > c.train.steps:
         raise UserError(
             f"log.profile={shown(tuple(c.log.profile))} ends after train.steps={c.train.steps}: "
@@ -553,40 +553,3 @@ def _check_noise(c: ml_collections.ConfigDict) -> None:
             "objective.name='mdlm' with objective.form='k' states: set those, or noise='none', "
             "bins=1, low=0, high=0"
         )
-
-
-def _check_sizes(c: ml_collections.ConfigDict) -> None:
-    """Refuse sizes that no machine can hold, before an allocator fails on them."""
-    m, mesh, t = c.model, c.mesh, c.train
-    if (devices := math.prod(mesh.values())) > MAX_DEVICES:
-        equation = "·".join(str(degree) for degree in mesh.values())
-        raise UserError(
-            f"pp·dp·ep·cp·tp = {equation} = {devices} devices are more than {MAX_DEVICES}: lower a "
-            "mesh.* degree"
-        )
-    layer = m.width * (2 * m.head_dim * (m.heads + m.kv_heads) + 3 * m.ffn)
-    shards = mesh.tp * (mesh.dp if t.zero else 1)
-    state = 12 * (2 * m.vocab * m.width + m.layers * layer) // shards
-    if state > MAX_BYTES:
-        raise UserError(
-            "parameters and AdamW's moments, 12·(2·vocab·width + "
-            "layers·width·(2·head_dim·(heads + kv_heads) + 3·ffn)) bytes over "
-            f"tp{'·dp' if t.zero else ''} = 12·(2·{m.vocab}·{m.width} + {m.layers}·{m.width}·"
-            f"(2·{m.head_dim}·({m.heads} + {m.kv_heads}) + 3·{m.ffn}))/{shards} = "
-            f"{state / 2**40:.3g} TiB a device, exceed {MAX_BYTES / 2**40:.0f} TiB: lower "
-            f"{_largest(m, ('vocab', 'width', 'layers', 'ffn', 'heads', 'head_dim'))}"
-        )
-    tokens = t.batch * c.data.seq_len
-    stream = 4 * tokens * m.width // (mesh.dp * mesh.ep * mesh.cp * t.microbatches)
-    if stream > MAX_BYTES:
-        raise UserError(
-            f"the residual stream, 4·batch·seq_len·width/(dp·ep·cp·microbatches) bytes = "
-            f"4·{t.batch}·{c.data.seq_len}·{m.width}/({mesh.dp}·{mesh.ep}·{mesh.cp}·"
-            f"{t.microbatches}) = {stream / 2**40:.3g} TiB a device, exceeds "
-            f"{MAX_BYTES / 2**40:.0f} TiB: lower train.batch or data.seq_len"
-        )
-
-
-def _largest(m: ml_collections.ConfigDict, names: tuple[str, ...]) -> str:
-    """The key that exceeds its default by the largest factor."""
-    return f"model.{max(names, key=lambda name: m[name] / MODEL[name].default)}"

@@ -11,8 +11,8 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from fdp import capacity, loop, process, sharding, signals
 from fdp import config as fdp_config
-from fdp import loop, process, sharding, signals
 from fdp.arm import Arm
 from fdp.data.batches import default_cache_dir, eval_batches
 from fdp.files import sweep, write_atomic
@@ -138,6 +138,7 @@ def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     study = study_of(config.topic)
     try:
         mesh = make_mesh(config.mesh)
+        capacity.check(config, mesh)
         arms = build_arms(config, study, mesh)
         every = [arm for seeds in arms.values() for arm in seeds]
         record = record_of(config, every, versions())

@@ -410,17 +410,17 @@ def test_a_config_without_a_topic_is_refused() -> None:
 HUGE = [
     (
         {"model.vocab": 2**31 - 1, "model.width": 2048},
-        "12·(2·2147483647·2048 + 2·2048·(2·8·(4 + 4) + 3·64))/1 = 96 TiB a device, exceed 8 TiB: "
+        "12·(2·2147483647·2048 + (2·2048·(2·8·(4 + 4) + 3·64)))/1 = 96 TiB a device, exceed 8 TiB: "
         "lower model.vocab",
     ),
     (
         {"model.layers": 10**9},
-        "12·(2·64·32 + 1000000000·32·(2·8·(4 + 4) + 3·64))/1 = 112 TiB a device, exceed 8 TiB: "
+        "12·(2·64·32 + (1000000000·32·(2·8·(4 + 4) + 3·64)))/1 = 112 TiB a device, exceed 8 TiB: "
         "lower model.layers",
     ),
     (
         {"train.batch": 2**31 - 1, "data.seq_len": 64},
-        "4·2147483647·64·32/(1·1·1·1) = 16 TiB a device, exceeds 8 TiB: "
+        "4·2147483647·64·32/(1·1·1·1) = 16 TiB a device, exceed 8 TiB: "
         "lower train.batch or data.seq_len",
     ),
 ]

@@ -1,7 +1,10 @@
 """Configuration of topic 3: what is profiled, and on which tasks. Imports neither jax nor flax."""
 
+from collections.abc import Iterator
+
 import ml_collections
 
+from fdp.config_sizes import Size, sequences
 from fdp.data.recall import RECALL
 from fdp.keys import UserError, count, flag, section, words
 
@@ -16,6 +19,11 @@ SECTIONS = {
         native_sparse=flag(False, "an arm with native sparse attention beside the text"),
     )
 }
+
+
+def sizes(c: ml_collections.ConfigDict) -> Iterator[Size]:
+    """Of the sequences that are profiled at once."""
+    yield sequences(c, "profile.sequences", c.profile.sequences)
 
 
 def check(c: ml_collections.ConfigDict) -> None:

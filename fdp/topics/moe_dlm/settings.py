@@ -1,7 +1,10 @@
 """Configuration of topic 2: which routers are trained, on what. Imports neither jax nor flax."""
 
+from collections.abc import Iterator
+
 import ml_collections
 
+from fdp.config_sizes import Size, sequences
 from fdp.keys import UserError, at_least, count, section, words
 
 # How an arm differs from a token's choice without any balance: keys of `model.moe`.
@@ -38,6 +41,11 @@ SECTIONS = {
         sequences=count(64, "of a sampling run, and of each noise bin", "sequences"),
     )
 }
+
+
+def sizes(c: ml_collections.ConfigDict) -> Iterator[Size]:
+    """Of the sequences that are drawn at once."""
+    yield sequences(c, "router.sequences", c.router.sequences)
 
 
 def check(c: ml_collections.ConfigDict) -> None:

@@ -2,10 +2,12 @@
 much is sampled. Imports neither jax nor flax.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 
+from fdp.config_sizes import Size, sequences
 from fdp.data.recall import RECALL
 from fdp.keys import UserError, at_least, count, section, words
 
@@ -38,9 +40,14 @@ SECTIONS = {
     "sampling": section(
         policies=words((), tuple(POLICIES), f"those measured, {JUDGED} among them; () = all"),
         sequences=count(32, "drawn for each policy and arm", "sequences"),
-        draws=at_least(2, 256, "noise draws of every estimator of the loss"),
+        draws=at_least(2, 256, "noise draws of every estimator of the loss", high=2**20),
     )
 }
+
+
+def sizes(c: ml_collections.ConfigDict) -> Iterator[Size]:
+    """Of the sequences that are drawn at once."""
+    yield sequences(c, "sampling.sequences", c.sampling.sequences)
 
 
 def check(c: ml_collections.ConfigDict) -> None:

@@ -1,8 +1,11 @@
 """Configuration of topic 8: what is trained, and how it is judged. Imports neither jax nor flax."""
 
+from collections.abc import Iterator
+
 import ml_collections
 
 from fdp.config_images import IMAGE_MODELS
+from fdp.config_sizes import Size, pictures
 from fdp.keys import UserError, at_least, count, section, words
 
 FILLERS = ("none", "stable", "larger")
@@ -21,6 +24,12 @@ SECTIONS = {
         classifier=at_least(0, 400, "training steps of the judge of samples", "steps"),
     )
 }
+
+
+def sizes(c: ml_collections.ConfigDict) -> Iterator[Size]:
+    """Of the images that are judged and averaged at once."""
+    yield pictures(c, "images.references", c.images.references)
+    yield pictures(c, "images.samples", c.images.samples)
 
 
 def check(c: ml_collections.ConfigDict) -> None:

@@ -1,0 +1,58 @@
+"""What a run needs against the memory that is free, before anything is allocated."""
+
+import contextlib
+import math
+import os
+from pathlib import Path
+
+import ml_collections
+from jax.sharding import Mesh
+
+from fdp import config as fdp_config
+from fdp import config_sizes
+from fdp.mesh import is_virtual
+
+
+def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raise UserError, with the equation, for what the devices of `mesh` cannot hold."""
+    devices = [d for d in mesh.devices.flat if d.process_index == d.client.process_index()]
+    if not devices:
+        return
+    stats = None if devices[0].platform == "cpu" else devices[0].memory_stats()
+    if stats is not None:
+        free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+        whose = f"the {config_sizes.amount(free)} that are free on {devices[0].device_kind}"
+    elif devices[0].platform == "cpu":
+        free = host_free() / len(devices)
+        each = f" for each of {len(devices)} virtual devices" if is_virtual(devices) else ""
+        whose = f"the {config_sizes.amount(free)} of this machine's memory that are free{each}"
+    else:
+        return
+    settings = fdp_config.topic_settings(config.topic)
+    more = getattr(settings, "sizes", lambda c: ())(config)
+    config_sizes.refuse(config, free, whose, more)
+
+
+def host_free() -> float:
+    """Bytes of memory that processes can still have; infinite where the system does not say."""
+    return min(_system(Path("/proc/meminfo")), _group(Path("/sys/fs/cgroup")))
+
+
+def _system(meminfo: Path) -> float:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = [line.split() for line in meminfo.read_text().splitlines()]
+        return next((1024.0 * int(x[1]) for x in lines if x[0] == "MemAvailable:"), math.inf)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no Linux
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return math.inf
+
+
+def _group(folder: Path) -> float:
+    """Of the control group of a container, whose limit the system's figures do not show."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # "max": none
+            return max(0.0, int((folder / limit).read_text()) - int((folder / used).read_text()))
+    return math.inf
