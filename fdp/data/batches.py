@@ -397,10 +397,7 @@ def _text_data(split: _Split, tokenizer: Tokenizer, seq_len: int, packing: str) 
     corpus, eos_id = split.corpus, tokenizer.eos_id if packing == "documents" else None
     train_T, val_T = (
         token_file(
-            functools.partial(split.side, i),
-            _key(split.name, side, tokenizer.fingerprint),
-            tokenizer,
-            corpus.folder,
+            functools.partial(split.side, i), f"{split.name} {side}", tokenizer, corpus.folder
         )
         for i, side in enumerate(("train", "val"))
     )
@@ -416,11 +413,6 @@ def _text_data(split: _Split, tokenizer: Tokenizer, seq_len: int, packing: str) 
         dims=dict.fromkeys(fields, ("batch", "sequence")),
         notes=(*corpus.notes, *tokenizer.notes),
     )
-
-
-def _key(*words: str) -> str:
-    """Name of a file of the cache that is made of what the words identify."""
-    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=16)

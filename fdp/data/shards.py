@@ -5,6 +5,7 @@ checked by hashes, mended in place.
 replaced after every shard, so that after kill -9 it names whole shards only."""
 
 import atexit
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from fdp.files import write_atomic
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 BLOCK = 1 << 20  # bytes read at once
 
 
@@ -155,9 +157,13 @@ def opened(owner: object, path: Path) -> int:
 @contextmanager
 def locked(stem: Path) -> Iterator[None]:
     """Alone with the file of this name: another process that makes it is waited for. A killed one
-    holds nothing."""
+    holds nothing. Some file systems of clusters know no locks: there nobody is waited for."""
     with open(stem.with_suffix(".lock"), "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 
@@ -166,7 +172,7 @@ def is_locked(stem: Path) -> bool:
     with open(stem.with_suffix(".lock"), "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError:
             return True
         return False
 

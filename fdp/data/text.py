@@ -4,7 +4,7 @@ validation.
 A document is the unit of the split. Exact copies of a document are dropped when a corpus is read,
 so that no text is on both sides. Near copies (quotations, parallel passages) are not searched for.
 
-Memory does not grow with the text, only with the number of documents: 16 bytes each, and up to 60
+Memory does not grow with the text, only with the number of documents: 16 bytes each, and up to 100
 while they are read. Legend: N documents."""
 
 import hashlib
@@ -75,7 +75,7 @@ class Corpus:
     n: int  # documents
     n_bytes: int  # of their UTF-8
     licence: str
-    sha256: str  # of all documents, see documents_sha256
+    sha256: str  # of all documents, each behind its length in 8 bytes
     folder: Path  # of the cache that holds the text
     notes: tuple[str, ...] = ()  # what was read, and what was left out
 
@@ -91,14 +91,6 @@ class Corpus:
         if shards.about.get("documents") != found or shards.damaged():
             raise Damaged(f"{shards.bin} is damaged")
         return Documents(shards.bin, *index)
-
-
-def documents_sha256(documents: Iterable[str]) -> str:
-    """Hex digest of the documents and of their boundaries."""
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(_framed(document.encode()))
-    return digest.hexdigest()
 
 
 def load_corpus(source: str, folder: Path, again: bool = False) -> Corpus:
@@ -215,7 +207,7 @@ def _write(source: Source, shards: Shards) -> tuple[np.ndarray, bytes]:
     held: list[bytes] = []
     n_bytes = 0
     documents = _resumed(source, shards, sizes, digests)
-    with progress_bar("read", None, shards.n_bytes) as progress:
+    with progress_bar("read", source.state.n_bytes or None, shards.n_bytes) as progress:
         for document in documents:
             if not document or document.isspace():
                 continue
@@ -266,7 +258,7 @@ def _first_ones(digests: bytes) -> np.ndarray:
 
 
 def _sha256_of_file(path: Path, starts_N: np.ndarray, sizes_N: np.ndarray) -> str:
-    """documents_sha256 of documents that lie in a file. What is contiguous is read at once."""
+    """Corpus.sha256 of documents that lie in a file. What is contiguous is read at once."""
     begins_N, ends_N = starts_N - PREFIX, starts_N + sizes_N
     first = np.flatnonzero(np.append(True, begins_N[1:] != ends_N[:-1]))
     last = np.append(first[1:], len(begins_N)) - 1

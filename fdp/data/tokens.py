@@ -5,6 +5,7 @@ start) and one behind it. A token takes 2 bytes, with more than 65,536 ids 4.
 
 Legend: T tokens."""
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,10 @@ CALL = 1 << 20  # characters tokenised at once; the tokenizer takes about 100 by
 class TokenFile:
     """The tokens of a stream, in a file. A slice is read when it is asked for."""
 
-    def __init__(self, path: Path, dtype: str):
-        """Raises OSError where the file cannot be read."""
+    def __init__(self, path: Path, n_bytes: int, dtype: str):
+        """`n_bytes`: those of the tokens. Raises OSError where the file cannot be read."""
         self.dtype = np.dtype(dtype)
-        self._n = path.stat().st_size // self.dtype.itemsize
+        self._n = n_bytes // self.dtype.itemsize
         self._file = opened(self, path)
 
     def __len__(self) -> int:
@@ -41,14 +42,15 @@ class TokenFile:
 
 
 def token_file(
-    documents: Callable[[], Documents], key: str, tokenizer: Tokenizer, folder: Path
+    documents: Callable[[], Documents], name: str, tokenizer: Tokenizer, folder: Path
 ) -> TokenFile:
     """The token stream of `documents`, from its file in `folder`, which is made where it is not
     there, gone on with where it is not whole, and mended where it is damaged.
 
-    `key` identifies documents and tokenizer; `documents` is called only where tokens are made.
+    `name` identifies the documents; they are called for only where tokens are made.
     Raises OSError for a disk that is full, Damaged where the documents cannot be read."""
-    stem = folder / f"tokens-{key}"
+    key = hashlib.sha256(f"{name} {tokenizer.fingerprint} {SHARD}".encode()).hexdigest()
+    stem = folder / f"tokens-{key[:16]}"
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     with locked(stem):
         shards = Shards(stem)
@@ -56,7 +58,7 @@ def token_file(
             _mend(shards, bad, documents(), tokenizer, dtype)
         if not shards.about:
             _make(shards, documents(), tokenizer, dtype)
-        return TokenFile(shards.bin, dtype)
+        return TokenFile(shards.bin, shards.n_bytes, dtype)
 
 
 def _mend(

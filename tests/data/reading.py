@@ -1,6 +1,8 @@
 """A corpus with its documents in memory, read through a cache of its own."""
 
+import hashlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,16 @@ class ReadCorpus:
     licence: str
     sha256: str
     notes: tuple[str, ...]
+
+
+def documents_sha256(documents: Iterable[str]) -> str:
+    """Hex digest of the documents and of their boundaries."""
+    digest = hashlib.sha256()
+    for document in documents:
+        data = document.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def read_corpus(source: str) -> ReadCorpus:

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdp.data import sources, text
-from fdp.data.text import Corpus, documents_sha256, split_documents
-from tests.data.reading import read_corpus
+from fdp.data.text import Corpus, split_documents
+from tests.data.reading import documents_sha256, read_corpus
 
 pytestmark = pytest.mark.fast
 

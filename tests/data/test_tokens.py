@@ -21,6 +21,7 @@ from fdp.data.batches import load_text
 from fdp.data.shards import Shards, check_room, locked, size
 from fdp.data.tokenizer import build_tokenizer
 from fdp.experiment import load_data
+from tests.data.reading import documents_sha256
 
 pytestmark = pytest.mark.fast
 
@@ -65,7 +66,7 @@ def test_tokens_are_documents_between_ends_of_text(source, tmp_path):
     """The oracle tokenises each document by itself, in memory."""
     documents = documents_of(60)
     sha256, train, val = read(source, tmp_path / "cache")
-    assert sha256 == text.documents_sha256(documents)
+    assert sha256 == documents_sha256(documents)
     corpus = text.load_corpus(str(source), tmp_path / "cache")
     numbers = text.split_documents(corpus, 0.1, 0)
     sides = [[documents[i] for i in side] for side in numbers]
@@ -161,6 +162,33 @@ def test_a_lost_index_only_costs_time(source, tmp_path, damage):
     for path in (tmp_path / "cache").glob(damage):
         path.write_text(path.read_text()[:-9])
     assert_same(read(source, tmp_path / "cache"), expected)
+
+
+def test_shards_of_another_size_are_not_gone_on_with(source, tmp_path, monkeypatch):
+    expected = read(source, tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("tokens-*.json"):
+        shards = Shards(path)
+        shards.rows = shards.rows[:2]
+        shards.finish()
+    monkeypatch.setattr(tokens, "SHARD", 1700)
+    assert_same(read(source, tmp_path / "cache"), expected)
+
+
+def test_bytes_behind_the_last_shard_are_no_tokens(source, tmp_path):
+    expected = read(source, tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("tokens-*.bin"):
+        with open(path, "ab") as file:
+            file.write(b"\1\2")
+    assert_same(read(source, tmp_path / "cache"), expected)
+
+
+def test_a_file_system_without_locks_serves(source, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    expected = read(source, tmp_path / "cache")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert_same(read(source, tmp_path / "other"), expected)
 
 
 def test_a_second_start_reads_nothing(source, tmp_path, monkeypatch):
