@@ -16,7 +16,8 @@ class Hook:
     the last step, but not at step 0.
 
     The numbers and arrays that it returns, by name, become a row of metrics.jsonl, so a resumed run
-    does not measure them again. It must not change the state."""
+    does not measure them again. It must not change the state.
+    Every process runs it, and what lies in several processes is read by `fdp.process.fetch`."""
 
     name: str
     every: int

@@ -285,13 +285,19 @@ class _Run:
             found = hook.run(self.now.arm, step, state)
             self.writer.write(step, {f"hook/{hook.name}": 1} | dict(found))
         except Exception as error:
-            if step != self.checkpoints.latest_step():  # else this start resumed from it
-                self._save(step, state)
-                self.checkpoints.wait()
-            raise HookError(
-                f"hook {hook.name!r} at step {step}: {type(error).__name__}: {error}; the state of "
-                f"step {step} is saved"
-            ) from error
+            process.agree(True)  # all processes save, or none
+            raise self._failed(hook, step, state, f"{type(error).__name__}: {error}") from error
+        if process.agree(False):
+            raise self._failed(hook, step, state, "it failed in another process")
+
+    def _failed(self, hook: Hook, step: int, state: TrainState, why: str) -> HookError:
+        """Save the state that the hook was given."""
+        if step != self.checkpoints.latest_step():  # else this start resumed from it
+            self._save(step, state)
+            self.checkpoints.wait()
+        return HookError(
+            f"hook {hook.name!r} at step {step}: {why}; the state of step {step} is saved"
+        )
 
     def _save(self, step: int, state: TrainState) -> None:
         if not all_finite(state):

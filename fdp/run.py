@@ -103,6 +103,12 @@ def build_arms(
         # An arm may ask for a mesh of its own, such as the one that a planner found for it.
         same = dict(experiment.degrees) == dict(config.mesh)
         arm = Arm.of(name, experiment, mesh if same else make_mesh(experiment.degrees))
+        if arm.mesh.size < process.count():
+            raise ValueError(
+                f"{degrees_equation(experiment.degrees)} devices for {process.count()} processes, "
+                "of which each needs a part of the model or of the batch: raise mesh.dp, or start "
+                "fewer processes"
+            )
         for split in (arm.data.train, arm.data.val):
             # Too small a split shows now, not after training.
             next(eval_batches(split, experiment.fit.batch, 1))
@@ -128,7 +134,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path | str, command: str = "
     except signals.Interrupted as stopped:
         text = f"\nstopped; what was finished is kept in {workdir}. {again}"
         if process.count() > 1:  # the others may be waiting for this one
-            process.leave(process.GONE, text)
+            process.leave(signals.exit_status(stopped.number), text)
         print(text)
         return signals.exit_status(stopped.number)
 

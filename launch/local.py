@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from fdp import signals
+from fdp import command, signals
+from fdp.keys import UserError
 
 PROCESSES = flags.DEFINE_integer("processes", 2, "number of processes", lower_bound=1)
 DEVICES = flags.DEFINE_integer("devices", 4, "virtual CPU devices of each", lower_bound=1)
@@ -56,8 +57,8 @@ def environment(number: int, processes: int, devices: int, port: int) -> dict[st
     return os.environ | told
 
 
-def start(command: Sequence[str], processes: int, devices: int, logs: Path) -> list[Process]:
-    """All processes of `command`, each with a log in the folder `logs`."""
+def start(words: Sequence[str], processes: int, devices: int, logs: Path) -> list[Process]:
+    """All processes of the command `words`, each with a log in the folder `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
     port, found = free_port(), []
     for number in range(processes):
@@ -65,7 +66,7 @@ def start(command: Sequence[str], processes: int, devices: int, logs: Path) -> l
         with open(log, "wb") as file:
             # A group of its own: Ctrl-C reaches this command alone, which passes it on once.
             running = subprocess.Popen(
-                command,
+                words,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment(number, processes, devices, port),
@@ -114,19 +115,19 @@ def _show(log: IO[bytes]) -> None:
     sys.stdout.flush()
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Start, follow, and exit as the processes did."""
     given = argv[1:]
     if not any(word.lstrip("-").startswith("config=") for word in given):
-        raise app.UsageError(
+        raise UserError(
             "after -- come the arguments of fdp.train, --config among them: python -m launch.local "
             "--processes=2 --devices=4 -- --config=configs/topic1.py:tiny"
         )
     logs = Path(LOGS.value or tempfile.mkdtemp(prefix="fdp-logs-"))
-    command = [sys.executable, "-m", "fdp.train", *given]
-    print(f"launch    {PROCESSES.value} processes × {DEVICES.value} devices: {shlex.join(command)}")
+    train = [sys.executable, "-m", "fdp.train", *given]
+    print(f"launch    {PROCESSES.value} processes × {DEVICES.value} devices: {shlex.join(train)}")
     print(f"logs      {logs}/process-*.log", flush=True)
-    processes = start(command, PROCESSES.value, DEVICES.value, logs)
+    processes = start(train, PROCESSES.value, DEVICES.value, logs)
 
     def forward(number: int, frame: object) -> None:
         for p in processes:
@@ -135,8 +136,8 @@ def main(argv: list[str]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
-    sys.exit(follow(processes))
+    return follow(processes)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.launch(main)

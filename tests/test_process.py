@@ -80,3 +80,30 @@ def test_the_launcher_asks_for_a_config() -> None:
     command = [sys.executable, "-m", "launch.local", "--processes=2", "--", "--workdir=x"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 1 and "--config among them" in ran.stdout + ran.stderr
+
+
+def slurm_script(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "launch.slurm", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_batch_script_asks_for_a_signal_and_runs_again(tmp_path) -> None:
+    file, workdir = "--config=configs/topic1.py:h100", f"--workdir={tmp_path / 'a b'}"
+    script = slurm_script(file, "--nodes=2", workdir, "--print").stdout
+    for line in ("nodes=2", "ntasks-per-node=1", "signal=TERM@120", "requeue"):
+        assert f"#SBATCH --{line}\n" in script
+    assert f"fdp.train {file} --config.mesh.dp=2 '{workdir}'\n" in script
+    # The script with srun and scontrol that only say what they are given.
+    for status, again in (("0", False), ("1", False), ("143", True), ("137", True)):
+        said = tmp_path / "said"
+        said.unlink(missing_ok=True)
+        tools = f"srun() {{ return {status}; }}; scontrol() {{ echo $@ > '{said}'; }}\n"
+        ran = subprocess.run(["bash", "-c", tools + script], env={"SLURM_JOB_ID": "7"}, check=False)
+        assert ran.returncode == int(status)
+        assert (said.read_text() == "requeue 7\n") if again else not said.exists()
+
+
+def test_a_batch_script_for_other_devices_than_the_mesh_is_refused() -> None:
+    ran = slurm_script("--config=configs/topic1.py:h100", "--config.mesh.tp=4", "--nodes=2")
+    said = "error: pp·dp·ep·cp·tp = 1·1·1·1·4 = 4 devices, but nodes·gpus = 2·1 = 2: change"
+    assert ran.returncode == 1 and ran.stderr.startswith(said) and ran.stderr.count("\n") == 1

@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fdp import process
 from fdp.collectives import shard_map
 from fdp.count import context as cost
 from fdp.count import hlo
 from fdp.count.compare import Comparison, Key, Sent, relative_error, sent
-from fdp.mesh import AXES, factor, make_mesh
+from fdp.mesh import AXES, expand, factor, make_mesh
 from fdp.parallel.context import layouts
 from fdp.parallel.context.attend import attend
 from fdp.parallel.context.plan import CommPlan
@@ -43,9 +45,10 @@ def compare(plan: CommPlan) -> Comparison:
 
     spec = P(None, None, "cp")
     program = jax.jit(shard_map(local, mesh, (spec,) * 4, (spec,) * 4))
-    arguments = [x[:, :, order] for x in (q, k, v, dout)]
+    where = NamedSharding(mesh, expand(mesh, spec))
+    arguments = [process.place(x[:, :, order], where) for x in (q, k, v, dout)]
     compiled = program.lower(*arguments).compile(hlo.QUICK)
-    pairs = zip(jax.device_get(compiled(*arguments)), expected, strict=True)
+    pairs = zip(process.fetch(compiled(*arguments)), expected, strict=True)
     errors = [relative_error(got, want) for got, want in pairs]
     return Comparison(_formula(plan), sent(compiled, mesh), str(plan), errors[0], max(errors[1:]))
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from fdp import process
 from fdp.arm import Arm
 from fdp.count import context as cost
 from fdp.count import hlo
@@ -206,4 +207,4 @@ def _placed(program: TrainStep, arm: Arm, variables: module.Variables) -> tuple[
     """(variables, corrupted batch) on the program's mesh."""
     noised = jax.jit(program.corrupt)({"tokens": _tokens(arm)}, jax.random.key(0))
     specs = program.specs.variable_specs()
-    return jax.device_put(variables, shardings(program.mesh, specs)), noised
+    return process.place(variables, shardings(program.mesh, specs)), noised

@@ -6,9 +6,9 @@ Legend: B sequences, S positions, N layers, T steps of training.
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 
+from fdp import process
 from fdp.arm import Arm
 from fdp.metrics import read_metrics
 from fdp.parallel.context.profile import TAU, profile
@@ -28,7 +28,7 @@ class Densities:
     def __call__(self, arm: Arm, step: int, state: TrainState) -> dict[str, np.ndarray]:
         """As `Hook`."""
         tokens_BxS = arm.data.val.take(range(self.sequences))["tokens"]
-        variables = jax.device_get(state.variables)
+        variables = process.fetch(state.variables)
         found = profile(
             arm.model, arm.objective, variables, tokens_BxS, tokens_BxS.shape[1] // BLOCKS, TAU
         )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fdp import loop
+from fdp import loop, process
 from fdp.arm import Arm
 from fdp.count.compare import Comparison
 from fdp.models.transformer import with_core
@@ -81,17 +81,17 @@ def adapt(arm: Arm, found: Measured, sequences: int, windows: int, steps: int) -
     model = with_core(arm.model, Listed(plans, block))
     program = switching.program_over_cp(arm, fit.batch, model, switching.CHOICE)
     other = Arm(arm.name, program.experiment, program)  # its programs take any plans and lists
-    state = jax.device_put(arm.trained_on_host, program.specs.state_shardings())
+    state = process.place(arm.trained_on_host, program.specs.state_shardings())
     dense, scheduler, ran = arm.trained, Scheduler(plans, windows=2), []
     for start in range(fit.steps, fit.steps + windows * steps, steps):
-        variables = jax.device_get(state.variables)
+        variables = process.fetch(state.variables)
         mass_NxWxW = profile(arm.model, arm.objective, variables, probe_BxS, block, TAU).mass_NxWxW
         masks = block_masks(mass_NxWxW, found.coverage)
         problem = _problem(arm, masks)
         numbers = scheduler.observe(problem)
         ran.append(_window(problem, plans, numbers, masks))
         choice: Any = (numbers, switching.place_ids(masks, block, BLOCKS))
-        choice = jax.device_put(choice, shardings(program.mesh, switching.CHOICE))
+        choice = process.place(choice, shardings(program.mesh, switching.CHOICE))
         state = _train(loop.Segment(start + steps, other, (choice,)), start, state)
         dense = _train(loop.Segment(start + steps, arm), start, dense)
     return Adapted(

@@ -80,7 +80,7 @@ def _look(model: Transformer, n_ids: int, variables: Any, z_NxL: Any, x_NxL: Any
 
 def look(arm: Arm, z_NxL: np.ndarray, x_NxL: np.ndarray) -> Any:
     """`_look` at all rows, on one device; ids are -1 for no expert."""
-    variables = jax.device_put(arm.trained_on_host.variables, jax.devices()[0])
+    variables = jax.device_put(arm.trained_on_host.variables, jax.local_devices()[0])
     parts = []
     for at in range(0, len(z_NxL), CHUNK):
         rows = slice(at, at + CHUNK)
@@ -183,7 +183,7 @@ def _trajectory(model: Transformer, n_ids: int, length: int, variables: Any, key
 def sample(arm: Arm, sequences: int) -> Sampled:
     """Loads of every step of a sampler in which all sequences have as many masks."""
     n_ids, length = arm.objective.n_ids, arm.data.seq_len
-    variables = jax.device_put(arm.trained_on_host.variables, jax.devices()[0])
+    variables = jax.device_put(arm.trained_on_host.variables, jax.local_devices()[0])
     given = arm.model, n_ids, length, variables, jax.random.key(arm.seed)
     ids_BxL, states_SxBxL = jax.device_get(_trajectory(*given, jnp.arange(sequences)))
     rows = states_SxBxL[:length].reshape(-1, length).astype(np.int32)

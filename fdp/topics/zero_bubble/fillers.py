@@ -120,7 +120,7 @@ def growth(arm: Arm, p: int, timed: Sequence[OpCosts], m: int = 8) -> Growth:
 def target_seconds(arm: Arm, rows: int) -> float:
     """What it takes longer to corrupt `rows` images with stable targets, on the first device: the
     difference of medians of repeats that take turns."""
-    batch = jax.device_put(arm.data.train.take(range(rows)), jax.devices()[0])
+    batch = jax.device_put(arm.data.train.take(range(rows)), jax.local_devices()[0])
     key = jax.random.key(0)
     runs = [jax.jit(o.corrupt) for o in (arm.objective, without(arm.objective))]
     seconds: list[list[float]] = [[], []]

@@ -88,7 +88,7 @@ def _operations(
     alone = dict.fromkeys(AXES, 1)
     e = replace(e, model=model, degrees=alone, grads=plain(1), zero=0)
     e = replace(e, fit=replace(e.fit, batch=rows))
-    program = TrainStep(e, make_mesh(alone, jax.devices()[:1]))
+    program = TrainStep(e, make_mesh(alone, jax.local_devices()[:1]))
     # A dense model takes as long with any values.
     types = program.specs.shapes, program.specs.model_shapes
     params, state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), types)

@@ -102,7 +102,7 @@ class _OwnStage:
     def __init__(self, experiment: Experiment, stage: int, order: Order):
         self.step = one_stage(experiment, order)
         self.last = len(order.placement.devices) - 1
-        mesh = make_mesh(self.step.experiment.degrees, jax.devices()[:1])
+        mesh = make_mesh(self.step.experiment.degrees, jax.local_devices()[:1])
         variables, noised = _drawn(self.step, self.last + 1)
         self.count = np.asarray(experiment.objective.count(noised))
         at = sharding.shardings(mesh, self.step.specs.variable_specs())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fdp import process
 from fdp.arm import Arm
 from fdp.models import module
 from fdp.objectives import ImageObjective
@@ -68,7 +69,7 @@ def losses(arm: Arm, variables: Any) -> np.ndarray:
     objective = without(arm.objective)
     assert isinstance(objective, ImageObjective)
     images, labels = images[:HELD], labels[:HELD]
-    variables = jax.device_get(variables)
+    variables = process.fetch(variables)
     found = []
     for j in range(LEVELS):
         rank_B = jnp.full(len(images), (j + 0.5) / LEVELS)

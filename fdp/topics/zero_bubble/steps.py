@@ -61,7 +61,7 @@ def clipped(e: Experiment) -> Clipped:
 def _given(e: Experiment) -> tuple[TrainState, list[object]]:
     """A first state and corrupted batches, on one device."""
     one = replace(e, degrees=dict.fromkeys(e.degrees, 1), grads=plain(e.grads.microbatches))
-    step = TrainStep(one, make_mesh(one.degrees, jax.devices()[:1]))
+    step = TrainStep(one, make_mesh(one.degrees, jax.local_devices()[:1]))
     state, corrupt, size = step.init(e.fit.seed), jax.jit(step.corrupt), e.fit.batch
     batches = [e.data.train.take(range(n * size, (n + 1) * size)) for n in range(STEPS)]
     keys = [jax.random.fold_in(state.key, n) for n in range(STEPS)]

@@ -122,7 +122,7 @@ def stage_losses(config: ml_collections.ConfigDict) -> dict[str, float]:
     for name, (pp, dp) in SPLITS.items():
         e = build(config, name, {"pp": pp, "dp": dp})
         e = replace(e, fit=replace(e.fit, steps=SHORT))
-        one = Arm.of(name, e, make_mesh(e.degrees, jax.devices()[: pp * dp]))
+        one = Arm.of(name, e, make_mesh(e.degrees))
         state, step = one.init(), one.train_function()
         losses = []
         for n in range(SHORT):
