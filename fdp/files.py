@@ -22,20 +22,20 @@ def write_atomic(path: Path, content: str | bytes | Callable[[IO[bytes]], object
     tmp = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     # A link that somebody has put there is not followed.
     how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(tmp, how, 0o666), "wb") as file:
-        try:
+    descriptor = os.open(tmp, how, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
-            os.replace(tmp, path)
-        except OSError as error:
-            # The file was opened by a number: an error of writing names no path.
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        finally:
-            tmp.unlink(missing_ok=True)
+            os.fsync(descriptor)
+        os.replace(tmp, path)
+    except OSError as error:  # an error of writing names no path
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from fdp import capacity, loop, process, sharding, signals
+from fdp import capacity, compilation_cache, loop, process, sharding, signals
 from fdp import config as fdp_config
 from fdp.arm import Arm
 from fdp.data.batches import default_cache_dir, eval_batches
@@ -61,9 +61,7 @@ def study_of(topic: str) -> ModuleType:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, so that a second start compiles nothing."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.use(default_cache_dir() / "xla")
 
 
 def banner(arm: Arm) -> str:

@@ -32,8 +32,8 @@ from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from fdp import checksums, sharding
 from fdp import config as fdp_config
-from fdp import sharding
 from fdp.checkpoint import CheckpointError, Checkpoints, mute_orbax
 from fdp.files import write_atomic
 from fdp.keys import UserError
@@ -402,7 +402,7 @@ class Stored(Mapping[str, np.ndarray]):
 
 def newest(workdir: Path, arm: str = "") -> Stored:
     """The newest checkpoint of an arm, such as "model-s0". Raises UserError, naming those that are
-    there, unless it is the only one or named."""
+    there, unless it is the only one or named, and for one with changed bytes."""
     arms = sorted(path.name for path in (workdir / "checkpoints").glob("*") if _steps(path))
     if not arm and len(arms) == 1:
         arm = arms[0]
@@ -411,7 +411,14 @@ def newest(workdir: Path, arm: str = "") -> Stored:
             f"{workdir} holds checkpoints of {', '.join(arms) or 'no arm'}: name one in --arm"
         )
     folder = workdir / "checkpoints" / arm
-    return Stored((folder / str(_steps(folder)[-1])).absolute())
+    newest = (folder / str(_steps(folder)[-1])).absolute()
+    try:
+        checksums.verify(newest)
+    except checksums.Damaged as error:
+        raise UserError(
+            f"{newest} is damaged: {error}: move it away, and its elder is read"
+        ) from error
+    return Stored(newest)
 
 
 # The command
