@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import time
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +43,9 @@ class Run:
         rows that have none."""
         c, digest = self.config, fdp_config.digest(self.config)
         shape = "·".join(f"{axis}{n}" for axis, n in self.mesh.shape.items())
-        context = {"config": digest, "mesh": shape, "devices": devices(), **versions()}
+        every = [arm for seeds in self.arms.values() for arm in seeds]
+        facts = {name: json.dumps(fact) for name, fact in record_of(c, every, {}).facts.items()}
+        context = {"config": digest, "mesh": shape, "devices": devices(), **versions(), **facts}
         found = perform(parts, Cache(self.workdir, context), self.workdir, group)
         return Report(c.topic, c.variant, digest, found.rows, found.plots, found.raw)
 

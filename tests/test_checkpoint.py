@@ -2,6 +2,7 @@
 what went wrong.
 """
 
+import errno
 import os
 import resource
 import signal
@@ -365,6 +366,25 @@ def test_full_disk_is_reported_and_earlier_checkpoints_survive(checkpoints, capf
     checkpoints.wait()
     assert checkpoints.latest_step() == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.fast
+def test_a_disk_that_is_full_for_the_checksums_makes_no_step(checkpoints, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    small = Small(jnp.arange(4.0))
+    checkpoints.save(1, small, {})
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("fdp.checksums.write", full)
+        checkpoints.save(2, small, {})
+        with pytest.raises(CheckpointError, match=r"ck/2 failed: No space left .*Fix: free space"):
+            checkpoints.wait()
+    assert [p.name for p in checkpoints.directory.iterdir()] == ["1"]
+    checkpoints.save(2, small, {})
+    checkpoints.wait()
+    assert checkpoints.latest_step() == 2
 
 
 @pytest.mark.fast

@@ -253,6 +253,11 @@ def test_import_writes_what_training_restores_and_export_gives_it_back(
     assert "model.qk_norm=True, not False" in capsys.readouterr().err
     assert command("export", w, str(tmp_path / "other"), "--arm=gate-s0") == 1
     assert "checkpoints of model-s0: name one in --arm" in capsys.readouterr().err
+    changed = max((Path(w) / "checkpoints").rglob("state/d/*"), key=lambda p: p.stat().st_size)
+    content = changed.read_bytes()
+    changed.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert command("export", w, str(tmp_path / "other")) == 1
+    assert "model-s0/0 is damaged: state/d/" in capsys.readouterr().err
     assert command("import", str(source), f"--workdir={w}") == 1
     assert "holds checkpoints: choose another --workdir" in capsys.readouterr().err
     assert command("import", str(source)) == 1 and command("import") == 1
