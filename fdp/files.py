@@ -39,11 +39,12 @@ def write_atomic(path: Path, content: str | bytes | Callable[[IO[bytes]], object
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in `folder` and below. Nobody else may
-    be writing there."""
-    for path in folder.rglob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    """Remove the temporary files that a killed process left in `folder` and in the folders there.
+    Nobody else may be writing there."""
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        for path in place.glob(".*.tmp"):
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def failure(what: str, path: object, error: OSError) -> str:

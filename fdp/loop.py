@@ -174,12 +174,17 @@ def steps(
 
 
 def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """The state of the newest readable checkpoint, whatever mesh wrote it, or else a fresh
-    state."""
+    """The state of the newest readable checkpoint, whatever mesh wrote it, or else a fresh state.
+    Raises CheckpointError for the state of another step."""
     found = checkpoints.restore(arm.program.specs.abstract_state(), arm.init)
     if found is None:
         return 0, arm.init()
     step, state, _ = found
+    if int(state.step) != step:  # of a version whose checkpoints did not know their step
+        raise CheckpointError(
+            f"{checkpoints.directory / str(step)} holds the state of step {int(state.step)}: "
+            "rename the folder back"
+        )
     return step, state
 
 

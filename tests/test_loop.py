@@ -417,3 +417,14 @@ def test_a_signal_in_the_last_step_finishes_the_arm_but_not_the_run(
     again = arm_of()
     fit(again, tmp_path)
     assert_bitwise_equal(again.trained_on_host.variables, uninterrupted[1])
+
+
+def test_the_state_of_another_step_is_refused_where_the_checkpoint_does_not_say_so(
+    tmp_path: Path,
+) -> None:
+    arm = arm_of()
+    store = Checkpoints(tmp_path / "checkpoints" / arm.label)
+    store.save(3, arm.init(), {"step": 3})
+    store.close()
+    with pytest.raises(CheckpointError, match=r"toy-s0/3 holds the state of step 0: rename the"):
+        fit(arm, tmp_path)
