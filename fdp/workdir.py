@@ -23,6 +23,7 @@ import numpy as np
 from fdp import config as fdp_config
 from fdp import process
 from fdp.config import FREE_KEYS, UserError, declared
+from fdp.data.tokenizer import is_path
 from fdp.files import write_atomic
 
 # Settings of JAX that change numbers.
@@ -84,7 +85,7 @@ class OneArm(Protocol):
 
     @property
     def data(self) -> Any:
-        """With the hash of its corpus."""
+        """With the hash of its corpus, and its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ class Record:
 
 def record_of(config: Any, arms: Iterable[OneArm], versions: Mapping[str, str]) -> Record:
     """The record of a run. Raises UserError for two seeds of one random key."""
+    flat = fdp_config.flatten(config)
     facts: dict[str, Any] = {name: jax.config.values[name] for name in SETTINGS}
     seeds: dict[tuple[int, ...], int] = {}
     for arm in arms:
         facts[f"corpus of {arm.name}"] = arm.data.sha256
+        if is_path(str(flat.get("data.tokenizer", ""))):  # which may be another file by now
+            facts[f"tokenizer of {arm.name}"] = getattr(arm.data.tokenizer, "fingerprint", "")
         key = tuple(np.asarray(jax.random.key_data(jax.random.key(arm.seed))).tolist())
         other = seeds.setdefault(key, arm.seed)
         if other != arm.seed:
@@ -116,7 +120,6 @@ def record_of(config: Any, arms: Iterable[OneArm], versions: Mapping[str, str]) 
                 "seed, as all that differ by multiples of 2³²; set seeds below 4294967296"
             )
         facts[f"random key of seed {arm.seed}"] = list(key)
-    flat = fdp_config.flatten(config)
     return Record(flat, fdp_config.digest(config), facts, versions)
 
 

@@ -49,7 +49,7 @@ def pretrained(name: str) -> Tokenizer:
     def decode_text(run: Sequence[int]) -> str:
         return found.decode(list(run), skip_special_tokens=False)
 
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    fingerprint = hashlib.sha256(b"pretrained " + text.encode()).hexdigest()
     given_back = decode_text(encode_batch([PROBE])[0].tolist())
     notes = (f"{path.name} loses text: {PROBE!r} becomes {given_back!r}",) * (given_back != PROBE)
-    return Tokenizer(ids[-1] + 1, encode_batch, decode_text, f"pretrained {digest}", notes)
+    return Tokenizer(ids[-1] + 1, encode_batch, decode_text, fingerprint, notes)

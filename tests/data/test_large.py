@@ -13,12 +13,14 @@ from fdp.data import text
 from fdp.data.shards import size
 
 MEASURED = """
-import json, resource, sys, time
+import json, re, sys, time
+from pathlib import Path
 started = time.monotonic()
 from fdp.data.batches import batch, load_text
 data = load_text(sys.argv[1], "bpe", 1024, 512, 0.01, 0, sys.argv[2])
 total = sum(int(batch(data.train, step, 64, 0)["tokens"].sum()) for step in range(20))
-kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# ru_maxrss would count what the process that started this one holds.
+kilobytes = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 print(json.dumps([time.monotonic() - started, kilobytes * 1024, len(data.train), total]))
 """
 

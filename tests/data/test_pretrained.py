@@ -1,6 +1,7 @@
 """Tokenizers from a file: what text becomes, the two ids of ours, and what bad files say."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fdp.data.batches import load_text
 from fdp.data.pretrained import pretrained
 from fdp.data.tokenizer import build_tokenizer
 from fdp.experiment import load_data
+from fdp.workdir import record_of
 
 pytestmark = pytest.mark.fast
 
@@ -76,6 +78,15 @@ def test_too_many_ids_are_refused_before_a_corpus_is_read(published, tmp_path, m
         load_data(c)
     c.data.source = "blank"
     assert load_data(c).tokenizer.vocab_size == n
+
+
+def test_a_workdir_belongs_to_the_tokenizer_too(published):
+    """The file may be another one by the next start."""
+    c = base()
+    c.data.tokenizer = published
+    data = SimpleNamespace(sha256="a" * 64, tokenizer=pretrained(published))
+    facts = record_of(c, [SimpleNamespace(name="ar", seed=0, data=data)], {}).facts
+    assert facts["tokenizer of ar"] == data.tokenizer.fingerprint
 
 
 def test_words_and_lower_case_lose_text_and_say_so(tmp_path):
