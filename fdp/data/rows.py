@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fdp.data.decode import NotText
+from fdp.keys import UserError
 
 JSON_LINES = (".jsonl", ".ndjson")
 JSON_NAMES = (*JSON_LINES, ".json")
@@ -81,14 +82,12 @@ def is_array(text: str) -> bool:
 
 def texts_of_parquet(path: Path) -> Iterator[str]:
     """The column "text", a few rows at a time. Raises NotText for a file without one, or that is
-    damaged, ModuleNotFoundError without pyarrow."""
+    damaged, UserError without pyarrow."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{path} is Parquet, which needs pyarrow: pip install 'fdp[hf]'"
-        ) from error
+        raise UserError(f"{path} is Parquet, which needs pyarrow: pip install 'fdp[hf]'") from error
     fix = 'name the column of texts "text"'
     try:
         with parquet.ParquetFile(path) as file:

