@@ -28,6 +28,7 @@ from fdp.keys import UserError
 
 VARIABLES = ("FDP_COORDINATOR", "FDP_PROCESSES", "FDP_PROCESS")
 GONE = 75  # exit code after the death of another process: EX_TEMPFAIL, "try again"
+START = 300.0  # seconds in which all processes must have come
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 12.0  # seconds without one after which a process counts as dead
 GRACE = 4.0  # seconds in which a process ends by itself after another has ended
@@ -54,19 +55,7 @@ def start(devices: int) -> None:
     if given is None and not _launched():
         use_virtual_devices(devices)
         return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # Its handler of SIGTERM is written in C++ and would take the signal away from the loop.
-    jax.config.update("jax_enable_preemption_service", False)
-    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
-    coordinator, count, number = given or (None, None, None)
-    alone: dict[str, Any] = {"cluster_detection_method": "deactivate"} if given else {}
-    try:
-        jax.distributed.initialize(coordinator, count, number, shutdown_timeout_seconds=30, **alone)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"the processes did not find each other: {' '.join(str(error).split())[:300]}. Start "
-            "all of them with the same coordinator, each with a number of its own"
-        ) from error
+    _join(given)
     if jax.config.values["jax_num_cpu_devices"] < 1:
         use_virtual_devices(-(-devices // distributed.global_state.num_processes))
     if not main():
@@ -74,6 +63,40 @@ def start(devices: int) -> None:
     global _watch
     _watch = _Watch()
     _watch.start()
+
+
+def _join(given: tuple[str, int, int] | None) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler of SIGTERM is written in C++ and would take the signal away from the loop.
+    jax.config.update("jax_enable_preemption_service", False)
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+    limits: dict[str, Any] = {"shutdown_timeout_seconds": 30}
+    limits["initialization_timeout"] = int(START) + 60
+    if given:
+        limits["cluster_detection_method"] = "deactivate"
+    patience = threading.Timer(START, _alone, [given])  # says what is wrong before JAX aborts
+    patience.daemon = True
+    patience.start()
+    try:
+        jax.distributed.initialize(*(given or ()), **limits)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes did not find each other: {' '.join(str(error).split())[:300]}. Start "
+            "all of them with the same coordinator, each with a number of its own"
+        ) from error
+    finally:
+        patience.cancel()
+
+
+def _alone(given: tuple[str, int, int] | None) -> None:
+    who = f"process {given[2]} of {given[1]}, coordinator {given[0]}" if given else "this one"
+    print(
+        f"error: the processes did not find each other within {START:.0f} s; {who}. Start all of "
+        "them, with the same coordinator, and look at what the others say",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def _given() -> tuple[str, int, int] | None:
@@ -298,6 +321,10 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "").rstrip(".")
+
+
 def _where() -> str:
     return f"{socket.gethostname()}, pid {os.getpid()}"
 
@@ -351,8 +378,9 @@ class _Watch(threading.Thread):
         number = min(dead or others, key=int)
         end = others[number]
         text = (
-            f"error: process {number} ({end['where']}) has ended: {end['text']}\nThis process "
-            "waits for it no longer. What was saved is intact; the same command resumes"
+            f"error: process {number} ({end['where']}) has ended: {_first_line(end['text'])}. "
+            "This process waits for it no longer; what was saved is intact, and the same command "
+            "resumes"
         )
         _end(end["code"], text)
         print(text, file=sys.stderr)

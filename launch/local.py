@@ -97,21 +97,28 @@ def follow(processes: Sequence[Process]) -> int:
     code = failed.running.returncode
     if code in map(signals.exit_status, signals.STOPS):  # each has said so in its log
         return code
-    print(f"\nprocess {failed.number} ended first, {_ending(code)}; its last lines:", flush=True)
-    lines = failed.log.read_text(errors="replace").splitlines()[-LINES:]
-    print("\n".join(f"  {line}" for line in lines), flush=True)
-    return code if code > 0 else 128 - code
+    lines = [line.decode(errors="replace") for line in _said(failed.log.read_bytes())][-LINES:]
+    # What process 0 said was on the screen already.
+    shown_now = "" if failed.number == 0 or not lines else "; its last lines:"
+    print(f"\nprocess {failed.number} ended first, {_ending(code)}{shown_now}")
+    print("".join(f"  {line}" for line in lines if shown_now), end="", flush=True)
+    return code if code > 0 else signals.exit_status(-code)
 
 
 def _ending(code: int) -> str:
     return f"with status {code}" if code > 0 else f"by {signal.Signals(-code).name}"
 
 
+def _said(log: bytes) -> list[bytes]:
+    """The lines of a log without Gloo's notes on connections, which are no part of a run."""
+    lines = log.splitlines(keepends=True)
+    return [line for line in lines if not line.startswith(b"[Gloo] Rank ")]
+
+
 def _show(log: IO[bytes]) -> None:
-    """What is new in `log`, without Gloo's notes on connections, which are no part of a run."""
-    for line in log.read().splitlines(keepends=True):
-        if not line.startswith(b"[Gloo] Rank "):
-            sys.stdout.buffer.write(line)
+    """What is new in `log`."""
+    sys.stdout.flush()
+    sys.stdout.buffer.writelines(_said(log.read()))
     sys.stdout.flush()
 
 

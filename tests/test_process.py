@@ -47,6 +47,18 @@ def test_nothing_starts_without_a_launcher(monkeypatch) -> None:
     assert process._launched()
 
 
+def test_a_process_that_stays_alone_says_so(tmp_path) -> None:
+    code = "from fdp import process; process.START = 1.0; process.start(8)"
+    told = local.environment(1, 2, 4, local.free_port())  # nobody is process 0
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=told, check=False
+    )
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1
+    assert (
+        "did not find each other within 1 s; process 1 of 2, coordinator localhost:" in ran.stderr
+    )
+
+
 def test_one_process_decides_alone() -> None:
     assert process.count() == 1 and process.main()
     assert process.decided(lambda: {"any": object}) == {"any": object}
@@ -107,3 +119,25 @@ def test_a_batch_script_for_other_devices_than_the_mesh_is_refused() -> None:
     ran = slurm_script("--config=configs/topic1.py:h100", "--config.mesh.tp=4", "--nodes=2")
     said = "error: pp·dp·ep·cp·tp = 1·1·1·1·4 = 4 devices, but nodes·gpus = 2·1 = 2: change"
     assert ran.returncode == 1 and ran.stderr.startswith(said) and ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("print('fine')", 0, "fine\n"),
+        (
+            "sys.exit(me and print('why') or 3 * me)",
+            3,
+            "process 1 ended first, with status 3; its ",
+        ),
+        ("os.kill(os.getpid(), 15 * (1 - me))", 143, "process 0 ended first, by SIGTERM\n"),
+    ],
+)
+def test_the_launcher_ends_as_the_first_that_failed(
+    code, status, said, tmp_path, capfdbinary
+) -> None:
+    words = [sys.executable, "-c", f"import os, sys; me = int(os.environ['FDP_PROCESS']); {code}"]
+    with open(sys.stdout.fileno(), "w", closefd=False) as stdout, pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "stdout", stdout)
+        assert local.follow(local.start(words, 2, 4, tmp_path)) == status
+    assert said in capfdbinary.readouterr().out.decode()
