@@ -34,9 +34,13 @@ def _plain(value: Any) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The parsed lines. A last line without a newline is dropped: it was cut by kill -9."""
+    """The parsed lines, as an editor may have left them: with a byte order mark or blank lines. A
+    last line without a newline is dropped: it was cut by kill -9."""
     rows = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1] if path.exists() else [], 1):
+    text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        if not line.strip():
+            continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:

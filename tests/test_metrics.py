@@ -200,3 +200,17 @@ def test_arrays_survive_and_keep_their_shape_within_an_arm_also_after_a_resume(t
         resumed.write(2, {"load": np.zeros(3)})
     MetricsWriter(tmp_path, "b", 0).write(2, {"load": np.zeros(3)})  # another arm, another model
     assert [(r["arm"], r["step"]) for r in read_metrics(tmp_path)] == [("a", 1), ("b", 2)]
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_an_editor_adds_costs_no_row(start: str, end: str, tmp_path) -> None:
+    rows = [json.dumps({"arm": "a", "seed": 0, "step": step, "loss": 5.0}) for step in (10, 20)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes((start + f"{end}{end}".join(rows) + f"{end} {end}").encode())
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
+    writer = MetricsWriter(tmp_path, "a", 0)
+    writer.resume(10)
+    writer.write(11, {"loss": 4.0})
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 11]

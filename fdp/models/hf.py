@@ -15,7 +15,6 @@ import functools
 import json
 import math
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +27,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from fdp import checksums, sharding
+from fdp import checksums, command, config_file, sharding
 from fdp import config as fdp_config
 from fdp.checkpoint import CheckpointError, Checkpoints, mute_orbax
 from fdp.files import write_atomic
@@ -445,7 +444,7 @@ def run_import(directory: str, f: flags.FlagValues) -> None:
         source = source.upcycled(f.experts, f.topk)
     c = configured(source.model, f.config)
     use_virtual_devices(math.prod(c.mesh.values()))
-    mesh, workdir = make_mesh(c.mesh), Path(f.workdir)
+    mesh, workdir = make_mesh(c.mesh), command.folder(f.workdir)
     variables = place(model_of(c), source.rules, source.tensors, mesh, c.train.zero, c.seeds[0])
     arms = f.arm or ["model"]
     save(workdir, c, source, variables, arms)
@@ -481,33 +480,22 @@ def run_export(workdir: Path, directory: str, f: flags.FlagValues) -> None:
         print(f"note      objective.name={name!r} here, but models of this format are causal")
 
 
-def main(argv: Sequence[str], f: flags.FlagValues = flags.FLAGS) -> int:
-    """The command; returns its exit status: 0, or 1 after a line that says what is wrong."""
-    try:
-        match argv[1:]:
-            case ["import", directory]:
-                run_import(directory, f)
-            case ["export", workdir, directory]:
-                run_export(Path(workdir), directory, f)
-            case _:
-                raise UserError("say `import DIR --workdir=W` or `export WORKDIR DIR`")
-    except (ValueError, CheckpointError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+def run(words: Sequence[str], f: flags.FlagValues) -> None:
+    """The command. Raises ValueError and OSError for what the user can fix."""
+    match words:
+        case ["import", directory]:
+            run_import(directory, f)
+        case ["export", workdir, directory]:
+            run_export(command.folder(workdir, "WORKDIR"), directory, f)
+        case _:
+            raise UserError("say `import DIR --workdir=W` or `export WORKDIR DIR`")
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser with a mistake in one `error:` line."""
-    try:
-        return flags.FLAGS(argv)
-    except (flags.Error, OSError, AttributeError, TypeError, ValueError) as error:
-        key = isinstance(error.__context__, KeyError)  # of an override, without a word about it
-        text = "unknown config key " * key + " ".join(str(error).strip('"').split())
-        print(f"error: {text}", file=sys.stderr)
-    sys.exit(1)
+def main(argv: Sequence[str]) -> None:
+    """`run` on the process's flags."""
+    run(argv[1:], flags.FLAGS)
 
 
 if __name__ == "__main__":
     declare(flags.FLAGS)
-    app.run(main, flags_parser=parse_flags)
+    command.launch(main, config_file.parse_flags, ValueError)

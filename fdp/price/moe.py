@@ -13,15 +13,15 @@ Legend: T tokens of a device, K choices a token, E experts, M devices over ep.
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tabulate import tabulate
 
+from fdp import command
 from fdp.data import traces
 from fdp.data.expert_loads import loads
 from fdp.keys import UserError
@@ -38,7 +38,6 @@ from fdp.price.moe_traffic import (
     loaded,
     uniform,
 )
-from fdp.price.planner import parse_flags
 from fdp.price.workload import Columns, Job, Plan, columns, job_on
 
 
@@ -273,26 +272,20 @@ def declare(values: flags.FlagValues) -> None:
     name("trace", None, "folder or file that fdp.data.traces reads", flag_values=values)
 
 
-def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
-    """The command; returns its exit code: 0, or 2 after one line that says what is wrong."""
-    try:
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
-        shape, cluster = shapes.named(f.model), hardware.cluster(f.cluster)
-        layer = PricedLayer(shape, cluster, f.tokens, f.ep or cluster.size, f.wire)
-        layout = traces.Layout(shape.experts, shape.moe_layers, shape.topk)
-        print(report(layer, traces.read(Path(f.trace), layout) if f.trace else None, f.overlap))
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+def run(f: flags.FlagValues, rest: Sequence[str]) -> None:
+    """The command. Raises ValueError for what the user can fix."""
+    command.refuse_arguments(["", *rest])
+    shape, cluster = shapes.named(f.model), hardware.cluster(f.cluster)
+    layer = PricedLayer(shape, cluster, f.tokens, f.ep or cluster.size, f.wire)
+    layout = traces.Layout(shape.experts, shape.moe_layers, shape.topk)
+    print(report(layer, traces.read(Path(f.trace), layout) if f.trace else None, f.overlap))
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     """`run` on the process's flags."""
-    return run(flags.FLAGS, argv[1:])
+    run(flags.FLAGS, argv[1:])
 
 
 if __name__ == "__main__":
     declare(flags.FLAGS)
-    app.run(main, flags_parser=parse_flags)
+    command.launch(main, None, ValueError)

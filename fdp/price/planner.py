@@ -16,13 +16,13 @@ A table of configurations is priced by `fdp.price.predict`; every plan, not the 
 `fdp.price.ranking.price` of `fdp.price.space.space`. All of it is simulated, with coefficients that
 state their held-out errors (`fdp.price.hybrid`)."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import app, flags
+from absl import flags
 
+from fdp import command
 from fdp.keys import UserError
 from fdp.models.shape import ModelShape
 from fdp.price import hardware, shapes
@@ -78,37 +78,22 @@ def declare(values: flags.FlagValues) -> None:
     name("topic", None, "with --out: the topic whose study the config runs", flag_values=values)
 
 
-def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
-    """The command; returns its exit code: 0, or 2 after one line that says what is wrong."""
-    try:
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
-        if bool(f.out) != bool(f.topic):
-            raise UserError("--out=FILE and --topic=NAME belong together: give both or neither")
-        found = plan(f.model, f.cluster, f.batch, f.seq_len, f.precision, f.causal)
-        print(found)
-        if f.out:
-            _write(found, Path(f.out), f.topic)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+def run(f: flags.FlagValues, rest: Sequence[str]) -> None:
+    """The command. Raises ValueError for what the user can fix."""
+    command.refuse_arguments(["", *rest])
+    if bool(f.out) != bool(f.topic):
+        raise UserError("--out=FILE and --topic=NAME belong together: give both or neither")
+    found = plan(f.model, f.cluster, f.batch, f.seq_len, f.precision, f.causal)
+    print(found)
+    if f.out:
+        _write(found, command.folder(f.out, "--out"), f.topic)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     """`run` on the process's flags."""
-    return run(flags.FLAGS, argv[1:])
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser with a mistake in one `error:` line."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(flags.FLAGS, argv[1:])
 
 
 if __name__ == "__main__":
     declare(flags.FLAGS)
-    app.run(main, flags_parser=parse_flags)
+    command.launch(main, None, ValueError)

@@ -11,6 +11,7 @@ from absl.flags import FlagValues
 
 import fdp.topics
 from fdp import config
+from fdp.command import one_line
 from fdp.keys import UserError
 from fdp.price import planner
 from fdp.price.hardware import cluster
@@ -72,7 +73,7 @@ def test_the_command_answers_within_five_seconds_and_writes_a_config(tmp_path):
     [
         (["--cluster=h100:0x8"], "error: cluster 'h100:0x8' has no nodes"),
         (["--cluster=h100:1x1"], "error: llama3-70b fits no plan on 1 chips of h100:1x1"),
-        (["llama3-8b"], "error: unexpected argument 'llama3-8b'"),
+        (["llama3-8b"], "error: unexpected argument(s) llama3-8b"),
         (
             ["--model=llama3-8b", "--cluster=h100:1x8", "--out=/no/folder/x.py", "--topic=t"],
             "error: cannot write /no/folder/x.py",
@@ -83,14 +84,17 @@ def test_the_command_answers_within_five_seconds_and_writes_a_config(tmp_path):
 def test_a_mistake_is_one_line(flags, line, capsys):
     values = FlagValues()
     planner.declare(values)
-    assert planner.run(values, values(["planner", *flags])[1:]) == 2
+    rest = values(["planner", *flags])[1:]
+    with pytest.raises(SystemExit) as stop, one_line(ValueError):
+        planner.run(values, rest)
+    assert stop.value.code == 1
     text = capsys.readouterr().err
     assert text.startswith(line) and text.count("\n") == 1
 
 
 def test_an_unknown_flag_is_one_line_and_help_names_every_flag():
     wrong, told = command("--bach=8"), command("--help")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1
     assert wrong.stderr.startswith("error: Unknown command line flag 'bach'")
     for name in ("model", "cluster", "batch", "seq_len", "precision", "[no]causal", "out", "topic"):
         assert f"--{name}:" in told.stdout, told.stdout

@@ -63,6 +63,11 @@ def check(c: ml_collections.ConfigDict) -> None:
             f"objective.name={c.objective.name!r} is none whose loss and sampler this topic "
             f"judges: set objective.name to one of {', '.join(OBJECTIVES)}"
         )
+    if c.model.layers < 2:
+        raise UserError(
+            f"model.layers={c.model.layers}: the policies of this topic tell the last layer from "
+            "those before it; set model.layers=2"
+        )
     _check_data(c)
     shards = c.mesh.dp * c.mesh.ep
     if c.sampling.sequences < shards:

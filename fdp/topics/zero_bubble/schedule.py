@@ -6,14 +6,14 @@
 
 Legend: p devices, m microbatches."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tabulate import tabulate
 
+from fdp import command
 from fdp.keys import UserError
 from fdp.parallel.pipeline import certificate, library
 from fdp.parallel.pipeline.check import check
@@ -23,7 +23,6 @@ from fdp.parallel.pipeline.evaluate import evaluate
 from fdp.parallel.pipeline.orders import Order
 from fdp.parallel.pipeline.placement import Placement, looped
 from fdp.parallel.pipeline.search import Candidate, PipelineProblem, SearchResult, search
-from fdp.price.planner import parse_flags
 from fdp.price.simulate import MODES
 from fdp.topics.zero_bubble.figures import gantt
 
@@ -47,23 +46,13 @@ def declare(values: flags.FlagValues) -> None:
     name("check", None, note, flag_values=values)
 
 
-def run(f: flags.FlagValues, rest: Sequence[str]) -> int:
-    """The command; returns its exit code: 0, or 2 after one line that says what is wrong."""
-    try:
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
-        if f.check is not None:
-            _checked(f)
-        else:
-            _searched(f)
-    except OSError as error:
-        named = f"{error.filename}: " if error.filename else ""
-        print(f"error: {named}{error.strerror}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+def run(f: flags.FlagValues, rest: Sequence[str]) -> None:
+    """The command. Raises ValueError and OSError for what the user can fix."""
+    command.refuse_arguments(["", *rest])
+    if f.check is not None:
+        _checked(f)
+    else:
+        _searched(f)
 
 
 def costs_of(times: str, file: str | None, send: float, m: int) -> Costs:
@@ -227,11 +216,11 @@ def _rival(c: Candidate, best: float) -> tuple[str, ...]:
     return (c.name, c.sequence, f"{c.result.bubble:.2%}", held, c.lost or slower)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> None:
     """`run` on the process's flags."""
-    return run(flags.FLAGS, argv[1:])
+    run(flags.FLAGS, argv[1:])
 
 
 if __name__ == "__main__":
     declare(flags.FLAGS)
-    app.run(main, flags_parser=parse_flags)
+    command.launch(main, None, ValueError)
