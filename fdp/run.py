@@ -13,6 +13,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from fdp import capacity, compilation_cache, loop, process, sharding, signals
+from fdp import command as command_line
 from fdp import config as fdp_config
 from fdp.arm import Arm
 from fdp.data.batches import default_cache_dir, eval_batches
@@ -123,7 +124,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path | str, command: str = "
     arguments of fdp.train, or the same call. Raises UserError for what the user can fix.
 
     Works in any thread and in a notebook; only the main thread sees signals."""
-    workdir = Path(workdir)
+    fdp_config.validate(config)
+    workdir = command_line.folder(workdir, "workdir") if isinstance(workdir, str) else workdir
     again = f"Resume with:\n  python -m fdp.train {command}" if command else "Call again to resume."
     try:
         with signals.interruptible():

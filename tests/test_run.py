@@ -3,6 +3,7 @@ that reports nonsense says what is wrong and keeps what it measured."""
 
 import json
 import signal
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.fast
 STOPS = (signal.SIGINT, signal.SIGTERM)
 now: list[str] = []  # where the signal strikes
 struck: list[signal.Signals] = []
+status: list[int] = []  # of each start
 
 
 def strike(where: str) -> None:
@@ -63,11 +65,13 @@ def start(tmp_path, monkeypatch, capsys):
         module = SimpleNamespace(QUESTION="Is one one?", study=study, arms=lambda config: {})
         monkeypatch.setattr(fdp_run, "study_of", lambda topic: module)
         handlers = [signal.getsignal(n) for n in STOPS]
-        fdp_run.run(get_config("tiny"), tmp_path / "run", "--config=a.py --workdir=run")
+        arguments = "--config=a.py --workdir=run"
+        status.append(fdp_run.run(get_config("tiny"), str(tmp_path / "run"), arguments))
         assert [signal.getsignal(n) for n in STOPS] == handlers
         return capsys.readouterr().out
 
     now.clear()
+    status.clear()
     return run
 
 
@@ -83,6 +87,7 @@ def test_a_signal_in_study_plot_and_report_is_one_line_with_the_resume_command(
     kept = f"stopped; what was finished is kept in {tmp_path / 'run'}. Resume with:"
     assert said[-2:] == [kept, "  python -m fdp.train --config=a.py --workdir=run"]
     assert not (tmp_path / "run" / "report.json").exists()
+    assert status == [128 + number]
     assert now == ["first was measured"]
     now.clear()
     assert "answer    Yes: 1 of 1 deciding claims hold; one is one: 1 (== 1, holds)." in start()
@@ -98,6 +103,28 @@ def test_the_end_of_a_run_is_the_opening_of_its_report(start, tmp_path) -> None:
     content = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (content["question"], content["rows"][0]["decides"]) == ("Is one one?", True)
     assert (tmp_path / "run" / "report.md").read_text().splitlines()[2] == "**Is one one?**"
+
+
+def test_a_run_in_a_thread_reports_and_touches_no_signal(start, tmp_path) -> None:
+    handlers, said = [signal.getsignal(n) for n in STOPS], []
+
+    def inside(run: fdp_run.Run) -> Report:
+        assert [signal.getsignal(n) for n in STOPS] == handlers
+        return study(run)
+
+    thread = threading.Thread(target=lambda: said.append(start(inside)))
+    thread.start()
+    thread.join()
+    assert status == [0] and "question  Is one one?" in said[0]
+
+
+def test_a_run_checks_its_config_and_its_folder(tmp_path) -> None:
+    c = get_config("tiny")
+    c.train.batch = 3
+    with pytest.raises(fdp_config.UserError, match="global batch 3 is not divisible"):
+        fdp_run.run(c, tmp_path)
+    with pytest.raises(fdp_config.UserError, match="workdir=gs://a/b is an address of gs"):
+        fdp_run.run(get_config("tiny"), "gs://a/b")
 
 
 def nothing(run):

@@ -33,7 +33,7 @@ from ml_collections import config_flags
 
 from fdp import checksums, command, config_file, sharding
 from fdp import config as fdp_config
-from fdp.checkpoint import CheckpointError, Checkpoints, mute_orbax
+from fdp.checkpoint import Checkpoints, mute_orbax
 from fdp.files import write_atomic
 from fdp.keys import UserError
 from fdp.mesh import AXES, make_mesh, use_virtual_devices
