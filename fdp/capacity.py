@@ -40,7 +40,7 @@ def host_free() -> float:
 
 def _system(meminfo: Path) -> float:
     with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = [line.split() for line in meminfo.read_text().splitlines()]
+        lines = [line.split() for line in meminfo.read_text("ascii").splitlines()]
         return next((1024.0 * int(x[1]) for x in lines if x[0] == "MemAvailable:"), math.inf)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no Linux
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -54,5 +54,6 @@ def _group(folder: Path) -> float:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # "max": none
-            return max(0.0, int((folder / limit).read_text()) - int((folder / used).read_text()))
+            most, now = ((folder / name).read_text("ascii") for name in (limit, used))
+            return max(0.0, int(most) - int(now))
     return math.inf

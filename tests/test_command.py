@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,9 @@ def test_every_command_ends_in_one_line(module) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {line}") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_no_command_goes_around_it() -> None:
+    files = [p for d in ("fdp", "launch") for p in (ROOT / d).rglob("*.py")]
+    around = [p.name for p in files if re.search(r"\bapp\.(run|UsageError)\(", p.read_text("utf8"))]
+    assert around == ["command.py"]

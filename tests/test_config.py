@@ -4,6 +4,7 @@ flags stay put.
 
 import inspect
 import sys
+from pathlib import Path
 
 import ml_collections
 import pytest
@@ -16,6 +17,7 @@ from fdp.config import UserError
 from fdp.mesh import AXES, make_mesh
 
 pytestmark = pytest.mark.fast
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def tiny(overrides: dict[str, object]) -> ml_collections.ConfigDict:
@@ -388,6 +390,28 @@ def test_a_config_file_finds_modules_beside_it_and_its_package(
     assert sys.path == before
     for name in ("pieces_of_mine", "my_configs", "my_configs.pieces_of_mine"):
         del sys.modules[name]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/topic*.py")), ids=lambda p: p.stem)
+def test_configs_need_nothing_but_the_package(path: Path, tmp_path, monkeypatch) -> None:
+    """So they run from any folder, and with fdp installed as a wheel."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p and Path(p).resolve() != ROOT])
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.chdir(tmp_path)
+    parse_file(tmp_path / "mine" / "config_of_mine.py", path.read_text("utf8"), monkeypatch)
+
+
+def test_what_the_study_of_topic_1_cannot_judge_is_refused_before_training() -> None:
+    for key, value, message in (
+        ("model.layers", 1, r"model\.layers=1: the policies .*; set model\.layers=2"),
+        ("sampling.policies", ("exact", "drift int8"), r"'drift int8', which is unknown: did you"),
+        ("sampling.policies", ("exact", "int8"), r"lacks 'stale, K=3', which the claims judge"),
+    ):
+        c = topic1.get_config("tiny")
+        c.update_from_flattened_dict({key: value})
+        with pytest.raises(UserError, match=message):
+            config.validate(c)
 
 
 def test_a_config_without_a_topic_key_is_refused() -> None:
