@@ -215,13 +215,8 @@ class _Runner:
 
     def _one(self, m: Measurement, name: str, values: list[Any]) -> Any:
         assert m.function is not None
-        key = {"function": f"{m.function.__module__}.{m.function.__qualname__}"}
-        key["code"] = code_of(m.function)
-        for i, value in enumerate(values):
-            try:
-                key[f"argument {i + 1}"] = describe(value)
-            except TypeError as error:
-                raise TypeError(f"argument {i + 1} of {name!r}: {error}") from error
+        # Of the main process: what code is reached depends on what has been imported.
+        key = process.decided(lambda: _key(m, name, values))
         if process.decided(lambda: self._is_kept(name, key)):
             self.kept += 1
         else:
@@ -260,6 +255,20 @@ class _Runner:
         found = f", {self.kept} of them at an earlier start" if self.kept else ""
         past = clock(time.perf_counter() - self.started)
         print(f"study     {self.total} measured{found}; {past}", flush=True)
+
+
+def _key(m: Measurement, name: str, values: list[Any]) -> dict[str, str]:
+    """What the result of one call depends on. Raises TypeError naming an argument that cannot be
+    told from others."""
+    assert m.function is not None
+    key = {"function": f"{m.function.__module__}.{m.function.__qualname__}"}
+    key["code"] = code_of(m.function)
+    for i, value in enumerate(values):
+        try:
+            key[f"argument {i + 1}"] = describe(value)
+        except TypeError as error:
+            raise TypeError(f"argument {i + 1} of {name!r}: {error}") from error
+    return key
 
 
 def _labels(items: Sequence[Any]) -> list[str]:
