@@ -137,12 +137,14 @@ def decoded(path: Path, blocks: Iterable[bytes], codec: str) -> Iterator[str]:
     n = 0
     for block in blocks:
         try:
-            yield decoder.decode(block)
+            text = decoder.decode(block)
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{path} begins as {codec}, and cannot be decoded at about byte "
                 f"{n + error.start:,} ({error.reason}): repair it, or convert it to UTF-8"
             ) from error
+        # Codecs that say the order of bytes keep the byte-order mark as a character.
+        yield text if n else text.removeprefix("\ufeff")
         n += len(block)
     yield decoder.decode(b"")
 

@@ -386,6 +386,13 @@ def test_large_files_are_read_in_blocks(tmp_path, small, language, encoding):
     assert all(2000 <= len(d) < 3000 for d in found[:3]) and not any("\r" in d for d in found)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-be"])
+def test_the_mark_of_a_large_file_is_no_text(tmp_path, small, encoding):
+    (tmp_path / "a.txt").write_bytes(f"\ufeff{prose('en')}".encode(encoding))
+    found = read_corpus(str(tmp_path / "a.txt")).documents
+    assert len(found) > 10 and "\ufeff" not in "".join(found)
+
+
 def test_a_large_file_is_cut_in_a_folder_too(tmp_path, small):
     (tmp_path / "a.txt").write_text(prose("en"))
     (tmp_path / "b.txt").write_text("short")
