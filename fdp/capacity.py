@@ -49,11 +49,21 @@ def _system(meminfo: Path) -> float:
 
 def _group(folder: Path) -> float:
     """Of the control group of a container, whose limit the system's figures do not show."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, parts in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         with contextlib.suppress(OSError, ValueError):  # "max": none
             most, now = ((folder / name).read_text("ascii") for name in (limit, used))
-            return max(0.0, int(most) - int(now))
+            return max(0.0, int(most) - max(0, int(now) - _cached(folder / parts)))
     return math.inf
+
+
+def _cached(parts: Path) -> int:
+    """Bytes of files that a control group caches: they count as used, and give way at once."""
+    with contextlib.suppress(OSError, ValueError):
+        found = dict(line.split() for line in parts.read_text("ascii").splitlines())
+        names = ("active_file", "inactive_file")
+        # "total_": with the groups below, which the older interface tells apart.
+        return sum(int(found.get(f"total_{name}", found.get(name, 0))) for name in names)
+    return 0

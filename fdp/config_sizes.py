@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fdp.config_images import IMAGE_MODELS
+from fdp.config_pipeline import shares_head
 from fdp.keys import UserError
 
 MAX_DEVICES = 2**16
@@ -103,7 +104,9 @@ def _state(c: Any) -> Size:
     m, mesh, t = c.model, c.mesh, c.train
     image = m.kind in IMAGE_MODELS  # no embedding of ids, and no gate in the FFN
     ffn, gates = (0 if m.moe.experts else m.ffn), 2 if image else 3
-    vocab, tables = (0 if image else m.vocab), 1 if m.tied else 2
+    vocab = 0 if image else m.vocab
+    # The table of the embedding, and that of the head, of which each stage may hold a share.
+    tables = 1 if m.tied else 1 + 1 / (mesh.pp if shares_head(c) else 1)
     inner = 2 * m.head_dim * (m.heads + m.kv_heads) + gates * ffn
     shards = mesh.tp * (mesh.dp if t.zero else 1)
     kernels = m.layers * m.conv * m.head_dim  # of one head at least
@@ -116,11 +119,11 @@ def _state(c: Any) -> Size:
     conv = f" + {m.layers}·{m.conv}·{m.head_dim}" if m.conv else ""
     return Size(
         "parameters and AdamW's moments",
-        f"12·({tables}·vocab·width + (layers·width·(2·head_dim·(heads + kv_heads) + {gates}·ffn)"
+        f"12·({tables:g}·vocab·width + (layers·width·(2·head_dim·(heads + kv_heads) + {gates}·ffn)"
         f"{' + layers·conv·head_dim' if conv else ''}){'/pp' if stages else ''}"
-        f") bytes over tp{'·dp' if t.zero else ''} = 12·({tables}·{vocab}·{m.width} + ({m.layers}·"
-        f"{m.width}·(2·{m.head_dim}·({m.heads} + {m.kv_heads}) + {gates}·{ffn}){conv}){stages})/"
-        f"{shards}",
+        f") bytes over tp{'·dp' if t.zero else ''} = 12·({tables:g}·{vocab}·{m.width} + ("
+        f"{m.layers}·{m.width}·(2·{m.head_dim}·({m.heads} + {m.kv_heads}) + {gates}·{ffn}){conv}"
+        f"){stages})/{shards}",
         state / shards,
         lower,
     )

@@ -41,13 +41,25 @@ def test_what_the_free_memory_cannot_hold_is_refused(made, key, value, words, mo
         capacity.check(c, mesh)
 
 
-@pytest.mark.parametrize("degrees", [{}, {"mesh.tp": 2, "mesh.dp": 2, "train.zero": 3}])
+TP_DP = {"mesh.tp": 2, "mesh.dp": 2, "train.zero": 3}
+# Stages that share the output head.
+HEAD = {"mesh.pp": 2, "pipeline.vocabulary": True, "train.microbatches": 4, "model.vocab": 4096}
+
+
 @pytest.mark.parametrize(
-    "more", [{}, {"model.tied": True}, {"model.conv": 4}, {"model.moe.experts": 4}]
+    "keys",
+    [
+        *(
+            {**degrees, **more}
+            for degrees in ({}, TP_DP)
+            for more in ({}, {"model.tied": True}, {"model.conv": 4}, {"model.moe.experts": 4})
+        ),
+        HEAD,
+    ],
 )
-def test_the_bytes_of_the_state_are_at_most_those_counted(degrees, more) -> None:
+def test_the_bytes_of_the_state_are_at_most_those_counted(keys) -> None:
     """A bound that is too high would refuse what fits."""
-    c = tiny(**degrees, **more)
+    c = tiny(**keys)
     counted = memory.estimate(program(c))
     held = counted.parameters + counted.optimizer
     bound = sum(size.count for size in config_sizes.sizes(c) if "moments" in size.what)
@@ -63,3 +75,6 @@ def test_memory_is_that_of_the_system_and_of_its_container(tmp_path: Path) -> No
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("400\n")
     assert capacity._group(tmp_path) == 600
+    # Files that were read before are no reason to refuse: they give way.
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 200\nactive_file 50\n")
+    assert capacity._group(tmp_path) == 850
