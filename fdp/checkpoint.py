@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -17,8 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
-from fdp import checksums, process
-from fdp.files import failure
+from fdp import checksums, files, process
 from fdp.keys import UserError
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # the name suffix under which Orbax writes before it renames
@@ -78,8 +78,14 @@ def _os_code(error: BaseException) -> int | None:
 
 def _write_error(what: str, path: Path, error: BaseException) -> CheckpointError:
     code = _os_code(error)
-    known = OSError(code, os.strerror(code)) if code else OSError(_first_line(error))
-    return CheckpointError(failure(what, path, known))
+    name = errno.errorcode.get(code or 0, code)
+    reason = f"{os.strerror(code)} ({name})" if code else _first_line(error)[:300]
+    fix = files.fix(code) or "name another --workdir"
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        fix = f"lower checkpoint.keep, {fix}"
+    return CheckpointError(
+        f"{what} {path} failed: {reason}. Fix: {fix}; earlier checkpoints are intact"
+    )
 
 
 def topology(state: Any) -> dict[str, Any]:

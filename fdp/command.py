@@ -5,7 +5,6 @@ saved. Imports neither jax nor flax: mistakes show themselves at once."""
 
 import codecs
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from fdp import signals
+from fdp import files, signals
 from fdp.keys import UserError
 
 ERROR = 1
@@ -116,17 +115,8 @@ def _no_platform(error: Exception) -> bool:
 def os_text(error: OSError) -> str:
     """What the system refused, where, and what helps."""
     where = f"{error.filename}: " if error.filename else ""
-    fixes = {
-        errno.ENOSPC: "free space there, or name another --workdir",
-        errno.EDQUOT: "free some of your quota, or name another --workdir",
-        errno.EFBIG: "raise the limit of a file's size, or name another --workdir",
-        errno.EROFS: "name a --workdir that can be written",
-        errno.EACCES: "change its permissions, or name another path",
-        errno.EPERM: "change its permissions, or name another path",
-        errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    }
-    fix = f". Fix: {fixes[error.errno]}" if error.errno in fixes else ""
-    return f"{where}{error.strerror or error}{fix}"
+    helps = f". Fix: {fix}" if (fix := files.fix(error.errno)) else ""
+    return f"{where}{error.strerror or error}{helps}"
 
 
 def folder(text: str, flag: str = "--workdir") -> Path:

@@ -1,16 +1,26 @@
-"""Atomic replacement of files, and what is said where the disk takes no more."""
+"""Atomic replacement of files, locks, and what is said where the disk takes no more."""
 
 import errno
+import fcntl
 import os
 import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")  # as `write_atomic` names its files
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FIXES = {
+    errno.ENOSPC: "free space there, or name another --workdir",
+    errno.EDQUOT: "free some of your quota, or name another --workdir",
+    errno.EFBIG: "raise the limit of a file's size, or name another --workdir",
+    errno.EROFS: "name a --workdir that can be written",
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EPERM: "change its permissions, or name another path",
+    errno.ENOTDIR: "a file is in the way: move it, or name another path",
+    errno.EEXIST: "a file is in the way: move it, or name another path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 def write_atomic(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
@@ -47,23 +57,20 @@ def sweep(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def failure(what: str, path: object, error: OSError) -> str:
-    """One line on a file that could not be written: the path, the reason and a fix."""
-    code = error.errno
-    reason = (
-        f"{os.strerror(code)} ({errno.errorcode.get(code, code)})" if code else str(error)[:300]
-    )
-    return f"{what} {path} failed: {reason}. Fix: {_fix(code)}"
+def lock(file: IO[Any], wait: bool) -> bool:
+    """Lock an open file until it is closed, by the death of the process too. Whether it is locked:
+    not where another process holds it and `wait` is not set.
+
+    Raises OSError where the file system knows no locks (flock)."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+    return True
 
 
-def _fix(code: int | None) -> str:
-    if code in FULL:
-        return (
-            "free space there, lower checkpoint.keep, or choose another --workdir; earlier "
-            "checkpoints are intact"
-        )
-    if code in REFUSED:
-        return "make it writable or choose another --workdir"
-    if code in (errno.ENOTDIR, errno.EEXIST):
-        return "a file is in the way: move it or choose another --workdir"
-    return "choose another --workdir"
+def fix(code: int | None) -> str:
+    """What helps where the system refuses with this code; "" where nothing is known to."""
+    return _FIXES.get(code or 0, "")

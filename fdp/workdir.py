@@ -5,8 +5,6 @@ the segments of its training.
 segments.json holds every record, and which steps of which arm were trained by it."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -24,7 +22,7 @@ from fdp import config as fdp_config
 from fdp import process
 from fdp.config import FREE_KEYS, UserError, declared
 from fdp.data.tokenizer import is_path
-from fdp.files import write_atomic
+from fdp.files import lock, write_atomic
 
 # Settings of JAX that change numbers.
 SETTINGS = (
@@ -50,14 +48,13 @@ def locked(workdir: Path) -> Iterator[None]:
     path = workdir / "lock"
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if not lock(file, wait=False):
                 holder = file.read().strip() or "another process"
                 raise UserError(
                     f"{workdir} is in use by {holder}: wait for it, stop it, or choose another "
                     "--workdir"
-                ) from error
+                )
+        except OSError as error:
             warnings.warn(
                 f"{path} cannot be locked ({error.strerror}): nothing keeps a second run out of "
                 f"{workdir}",

@@ -300,7 +300,7 @@ def test_a_full_disk_is_one_clear_line_and_costs_no_checkpoint(
     assert "Traceback" not in full.outcome.err
     (line,) = [x for x in full.outcome.err.splitlines() if x.startswith("error: ")]
     assert line.startswith(f"error: saving checkpoint {workdir / 'checkpoints' / 'mdlm-s0'}/")
-    assert "File too large (EFBIG). Fix: free space there" in line
+    assert "File too large (EFBIG). Fix: raise the limit of a file's size" in line
     before = stages["killed in a save"].saved
     assert full.saved == before
     assert f"resumed at step {before[-1]} of {STEPS}" in stages["stopped"].outcome.out

@@ -5,11 +5,9 @@ loss weights, images with labels, pairs. `Examples` are one split of the data, a
 
 Legend: B batch size, L sequence length (data.seq_len), N windows, T tokens."""
 
-import atexit
 import functools
 import hashlib
 import os
-import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ import numpy as np
 
 from fdp.config import PACKINGS, closest
 from fdp.data.pretrained import pretrained
-from fdp.data.shards import Damaged, usable
+from fdp.data.shards import Damaged, temporary, usable
 from fdp.data.text import Corpus, Documents, load_corpus, n_validation, split_documents
 from fdp.data.tokenizer import Tokenizer, build_tokenizer, check_rows, is_path
 from fdp.data.tokens import TokenFile, token_file
@@ -311,15 +309,7 @@ def default_cache_dir() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdp"
     except RuntimeError:
-        return _without_a_home()
-
-
-@functools.cache
-def _without_a_home() -> Path:
-    warnings.warn("no home folder: nothing is cached; set XDG_CACHE_HOME=DIR", stacklevel=3)
-    made = tempfile.TemporaryDirectory(prefix="fdp-cache-", ignore_cleanup_errors=True)
-    atexit.register(made.cleanup)
-    return Path(made.name)
+        return temporary("this user has no home folder")
 
 
 def load_text(

@@ -6,7 +6,7 @@ replaced after every shard, so that after kill -9 it names whole shards only."""
 
 import atexit
 import errno
-import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fdp.files import write_atomic
+from fdp.files import lock, write_atomic
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 BLOCK = 1 << 20  # bytes read at once
@@ -155,40 +155,41 @@ def opened(owner: object, path: Path) -> int:
 
 
 @contextmanager
-def locked(stem: Path) -> Iterator[None]:
+def locked(stem: Path, wait: bool = True) -> Iterator[bool]:
     """Alone with the file of this name: another process that makes it is waited for. A killed one
-    holds nothing. Some file systems of clusters know no locks: there nobody is waited for."""
+    holds nothing. Without `wait`: whether this process is alone with it.
+
+    Some file systems of clusters know no locks: there nobody is waited for, and nobody is known to
+    be alone."""
     with open(stem.with_suffix(".lock"), "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            alone = lock(file, wait)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if wait and error.errno not in NO_LOCKS:
                 raise
-        yield
-
-
-def is_locked(stem: Path) -> bool:
-    """Whether a process is in `locked` of this name now."""
-    with open(stem.with_suffix(".lock"), "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-        return False
+            alone = False
+        yield alone
 
 
 def usable(folder: Path) -> Path:
-    """`folder`, made if needed, or a temporary one, with a warning, where nothing can be written
-    into it."""
+    """`folder`, made if needed, or a temporary one where nothing can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        other = Path(tempfile.mkdtemp(prefix="fdp-"))
-        atexit.register(shutil.rmtree, other, ignore_errors=True)
-        warnings.warn(f"keeping nothing in the cache {folder}: {error}", stacklevel=3)
-        return other
+        return temporary(f"{folder} cannot be written ({error.strerror})")
+
+
+@functools.cache
+def temporary(why: str) -> Path:
+    """A folder in place of the cache, which is gone at the end of the process; a warning, and one
+    folder, for each reason."""
+    fix = "let XDG_CACHE_HOME name a folder that can be written"
+    warnings.warn(f"nothing is cached, for {why}: {fix}", stacklevel=3)
+    made = tempfile.TemporaryDirectory(prefix="fdp-cache-", ignore_cleanup_errors=True)
+    atexit.register(made.cleanup)
+    return Path(made.name)
 
 
 def check_room(folder: Path, needed: int, what: str, equation: str) -> None:

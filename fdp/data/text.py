@@ -19,16 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fdp.data.shards import (
-    Damaged,
-    Shards,
-    check_room,
-    is_locked,
-    locked,
-    opened,
-    progress_bar,
-    read,
-)
+from fdp.data.shards import Damaged, Shards, check_room, locked, opened, progress_bar, read
 from fdp.data.sources import Source, source_of
 from fdp.files import write_atomic
 
@@ -193,12 +184,12 @@ def _read(source: Source, folder: Path) -> dict[str, Any]:
 def _sweep(folder: Path) -> None:
     """Remove what killed processes have left of sources that cannot be gone on with."""
     for path in folder.glob("reading-*.bin"):
-        lock = folder / path.name.replace("reading", "source")
-        if is_locked(lock):  # being read, maybe by this process, which makes the file anew
-            continue
-        left = Shards(path)
-        if not left.about:
-            left.remove()
+        # Alone until it is removed: else another process might begin to write it meanwhile. This
+        # process is not alone with the one that it is about to make anew.
+        with locked(folder / path.name.replace("reading", "source"), wait=False) as alone:
+            left = Shards(path)
+            if alone and not left.about:
+                left.remove()
 
 
 def _write(source: Source, shards: Shards) -> tuple[np.ndarray, bytes]:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdp.data import batches, text
+from fdp.data import shards, text
 from fdp.data.batches import (
     Arrays,
     Data,
@@ -459,8 +459,9 @@ def test_load_text_reports_and_caches(corpus_file, tmp_path, monkeypatch):
 def test_unusable_cache_folder_only_warns(corpus_file, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.warns(UserWarning, match="keeping nothing in the cache .*File exists"):
+    with pytest.warns(UserWarning, match=r"nothing is cached, for .*file cannot be .*File exists"):
         assert len(load_text(corpus_file, "byte", 0, 16, 0.2, 0, blocked).train) > 0
+    assert shards.usable(blocked) == shards.usable(blocked), "one folder for all arms"
 
 
 def test_short_splits_say_which(corpus_file, tmp_path):
@@ -490,7 +491,7 @@ def test_a_user_without_a_home_gets_a_temporary_cache(monkeypatch: pytest.Monkey
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", none)
-    batches._without_a_home.cache_clear()
-    with pytest.warns(UserWarning, match="no home folder: nothing is cached; set XDG_CACHE_HOME"):
-        folder = batches.default_cache_dir()
-    assert folder.is_dir() and batches.default_cache_dir() == folder
+    shards.temporary.cache_clear()
+    with pytest.warns(UserWarning, match="nothing is cached, for this user has no home folder"):
+        folder = default_cache_dir()
+    assert folder.is_dir() and default_cache_dir() == folder
