@@ -18,6 +18,10 @@ DATA_AXES = ("dp", "ep", "cp")  # along these, tokens differ and parameters are 
 AnyMesh = Mesh | AbstractMesh  # programs are built, and lowered, without devices too
 
 
+# On a loaded machine a device may come to a collective later than the 40 s after which XLA aborts.
+LATE = "--xla_cpu_collective_call_terminate_timeout_seconds"
+
+
 def use_virtual_devices(n: int) -> None:
     """Make `n` virtual CPU devices; a no-op when a real accelerator has enough. Call before the
     first JAX computation.
@@ -25,6 +29,9 @@ def use_virtual_devices(n: int) -> None:
     Raises RuntimeError if the CPU backend already exists with fewer devices.
     """
     os.environ.setdefault("NPROC", str(max(32, 2 * n)))
+    given = os.environ.get("XLA_FLAGS", "")
+    if LATE not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {LATE}=600".strip()
     try:
         jax.config.update("jax_num_cpu_devices", n)
     except RuntimeError as error:

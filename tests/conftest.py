@@ -13,6 +13,10 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fdp" / "xla-tests"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# On a loaded machine a device may come to a collective later than the 40 s after which XLA aborts.
+LATE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+if LATE not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LATE}"
 
 import jax
 import pytest
@@ -28,8 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of processes that tests start
         if jax.__version_info__ < (0, 11):  # newer ones know no other emitters of fusions
-            given = os.environ.get("XLA_FLAGS", "")  # read when the first program is compiled
-            os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_use_fusion_emitters=false"
+            # Read when the first program is compiled.
+            os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(scope="session", autouse=True)
