@@ -138,13 +138,19 @@ def load_data(c: ml_collections.ConfigDict) -> Data:
         )
     )
     # The main process fills the cache, then the others read it. Each host may have its own.
-    main = process.decided(lambda: read().sha256)
-    if read().sha256 != main:
-        raise config.UserError(
-            f"data.source={d.source!r} holds sha256 {main[:12]} in process 0, and "
-            f"{read().sha256[:12]} in this one: give every host the same files"
-        )
+    main = process.decided(lambda: _hashes(read()))
+    for name, there, here in zip(("source", "tokenizer"), main, _hashes(read()), strict=True):
+        if there != here:
+            raise config.UserError(
+                f"data.{name}={d[name]!r} holds sha256 {there[:12]} in process 0, and {here[:12]} "
+                "in this one: give every host the same files"
+            )
     return read()
+
+
+def _hashes(data: Data) -> list[str]:
+    """Of the text and of the map to tokens."""
+    return [data.sha256, getattr(data.tokenizer, "fingerprint", "")]
 
 
 def _ids(data: ml_collections.ConfigDict) -> int:

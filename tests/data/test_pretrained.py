@@ -80,6 +80,26 @@ def test_too_many_ids_are_refused_before_a_corpus_is_read(published, tmp_path, m
     assert load_data(c).tokenizer.vocab_size == n
 
 
+@pytest.mark.parametrize("other", [0, 1])
+def test_hosts_with_another_text_or_tokenizer_are_refused(published, tmp_path, monkeypatch, other):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("\f".join(f"{i} {TEXT[1]}" for i in range(9)))
+    c = base()
+    c.data.update(source=str(tmp_path / "text.txt"), tokenizer=published, seq_len=4)
+
+    def main(f):
+        found = f()
+        found[other] = "0" * 64
+        return found
+
+    monkeypatch.setattr("fdp.process.decided", main)
+    name = ("source", "tokenizer")[other]
+    with pytest.raises(
+        UserError, match=rf"data\.{name}=.* sha256 0{{12}} in process 0, and \w{{12}} "
+    ):
+        load_data(c)
+
+
 def test_a_workdir_belongs_to_the_tokenizer_too(published):
     """The file may be another one by the next start."""
     c = base()
