@@ -44,7 +44,7 @@ from fdp.models.shape import ModelShape
 from fdp.models.transformer import Transformer, transformer
 from fdp.parallel.masks import Mask
 from fdp.state import ONCE, TrainState
-from fdp.workdir import Record, bind
+from fdp.workdir import Record, bind, locked
 
 ORIGIN = "huggingface.json"  # of a workdir: config.json, formats of the tensors, ignored fields
 BUFFERS = ("rotary_emb.inv_freq",)  # tensors of old checkpoints that are no parameters
@@ -447,7 +447,8 @@ def run_import(directory: str, f: flags.FlagValues) -> None:
     mesh, workdir = make_mesh(c.mesh), command.folder(f.workdir)
     variables = place(model_of(c), source.rules, source.tensors, mesh, c.train.zero, c.seeds[0])
     arms = f.arm or ["model"]
-    save(workdir, c, source, variables, arms)
+    with locked(workdir):
+        save(workdir, c, source, variables, arms)
     count = sum(x.size for x in jax.tree.leaves(variables["params"]))
     print(f"read      {source.config['model_type']}, {count:,} parameters, of {directory}")
     print(f"wrote     step 0 of {', '.join(arms)} for seeds {list(c.seeds)} in {workdir}")

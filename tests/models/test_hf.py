@@ -34,6 +34,7 @@ from fdp.mesh import AXES, make_mesh
 from fdp.models import hf, hf_config, hf_files, hf_names, module
 from fdp.models.shape import ModelShape
 from fdp.state import StateSpecs
+from fdp.workdir import locked
 
 FILE = json.loads((Path(__file__).parent / "hf.json").read_text())
 FAMILIES: dict[str, Any] = FILE["families"]
@@ -266,6 +267,9 @@ def test_import_writes_what_training_restores_and_export_gives_it_back(
     assert "model-s0/0 is damaged: state/d/" in capsys.readouterr().err
     assert command("import", str(source), f"--workdir={w}") == 1
     assert "holds checkpoints: choose another --workdir" in capsys.readouterr().err
+    with locked(Path(w)):
+        assert command("import", str(source), f"--workdir={w}", "--arm=other") == 1
+    assert "is in use by process" in capsys.readouterr().err
     assert command("import", str(source)) == 1 and command("import") == 1
     said = capsys.readouterr().err
     assert "name it in --workdir=W" in said and "export WORKDIR DIR" in said
