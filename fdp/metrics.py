@@ -34,11 +34,12 @@ def _plain(value: Any) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The parsed lines, as an editor may have left them: with a byte order mark or blank lines. A
-    last line without a newline is dropped: it was cut by kill -9."""
+    """The parsed lines, as an editor may have left them: with a byte order mark, blank lines, or no
+    newline at the end. A last line that kill -9 has cut is dropped."""
     rows = []
     text = path.read_text(encoding="utf-8-sig") if path.exists() else ""
-    for number, line in enumerate(text.split("\n")[:-1], 1):
+    *lines, last = text.split("\n")
+    for number, line in enumerate([*lines, last] if _is_whole(last) else lines, 1):
         if not line.strip():
             continue
         try:
@@ -48,6 +49,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
                 f"{path} line {number} is not JSON ({error}): delete that line"
             ) from error
     return rows
+
+
+def _is_whole(line: str | bytes) -> bool:
+    """Whether a row is complete: its closing bracket is what is written last."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -83,15 +92,22 @@ class MetricsWriter:
         self._shapes: dict[str, tuple[int, ...]] = {}
         if process.main():
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self._drop_half_line()
+            self._end_last_line()
 
-    def _drop_half_line(self) -> None:
-        """Cut a half-written last line, so that the next row starts a line of its own."""
-        if self.path.exists():
-            content = self.path.read_bytes()
-            end = content.rfind(b"\n") + 1
-            if end < len(content):
-                os.truncate(self.path, end)
+    def _end_last_line(self) -> None:
+        """Cut a half-written last line, or end a whole one, so that the next row starts a line of
+        its own."""
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end == len(content):
+            return
+        if _is_whole(content[end:]):
+            with open(self.path, "ab") as file:
+                file.write(b"\n")
+        else:
+            os.truncate(self.path, end)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one row; `metrics` are numbers and arrays, non-finite ones are kept. Raises
@@ -183,7 +199,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.total, self.start, self.desc, self.clock = total, start, desc, clock
-        shown = sys.stderr if process.main() else open(os.devnull, "w")  # noqa: SIM115
+        shown = sys.stderr if process.main() else process.nowhere()
         self.stream = shown if stream is None else stream
         self._step = start
         self._first: tuple[float, int] | None = None

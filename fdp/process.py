@@ -17,13 +17,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import jax
 import numpy as np
 from jax._src import distributed  # the key-value store has no public name yet
 from jax.experimental import multihost_utils
 
+from fdp import command
 from fdp.keys import UserError
 
 VARIABLES = ("FDP_COORDINATOR", "FDP_PROCESSES", "FDP_PROCESS")
@@ -59,7 +60,7 @@ def start(devices: int) -> None:
     if jax.config.values["jax_num_cpu_devices"] < 1:
         use_virtual_devices(-(-devices // distributed.global_state.num_processes))
     if not main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # banner and progress come once
+        sys.stdout = nowhere()  # banner and progress come once
     global _watch
     _watch = _Watch()
     _watch.start()
@@ -140,6 +141,11 @@ def main() -> bool:
     return distributed.global_state.process_id == 0
 
 
+def nowhere() -> TextIO:
+    """Where the other processes write what the main one prints, in any locale."""
+    return open(os.devnull, "w", encoding="utf-8", errors="replace")
+
+
 def _client() -> Any:
     return distributed.global_state.client
 
@@ -159,7 +165,8 @@ def decided(f: Callable[[], Any]) -> Any:
     try:
         value = f()
     except Exception as error:
-        _client().key_value_set(key, json.dumps({"error": str(error)}))
+        text = command.told(error).removeprefix("error: ") or str(error)
+        _client().key_value_set(key, json.dumps({"error": text}))
         raise
     _client().key_value_set(key, json.dumps({"value": value}))
     return value

@@ -151,7 +151,9 @@ def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
         arms = build_arms(config, study, mesh)
         every = [arm for seeds in arms.values() for arm in seeds]
         record = record_of(config, every, versions())
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise fdp_config.UserError(command_line.os_text(error)) from error
+    except ValueError as error:
         raise fdp_config.UserError(str(error)) from error
     run = Run(config, mesh, workdir, arms)
     with contextlib.ExitStack() as held:

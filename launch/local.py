@@ -54,7 +54,8 @@ def environment(number: int, processes: int, devices: int, port: int) -> dict[st
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONUNBUFFERED": "1",
     }
-    return os.environ | told
+    # Where there is an accelerator, every process would take all of it.
+    return {"JAX_PLATFORMS": "cpu"} | os.environ | told
 
 
 def start(words: Sequence[str], processes: int, devices: int, logs: Path) -> list[Process]:

@@ -31,7 +31,7 @@ PARTITION = flags.DEFINE_string("partition", None, "Slurm's partition; default: 
 ACCOUNT = flags.DEFINE_string("account", None, "Slurm's account; default: the user's own")
 PRINT = flags.DEFINE_bool("print", False, "print the script and submit nothing")
 
-RESTARTS = 20  # after the death of a process; after SIGTERM there is no limit
+RESTARTS = 20  # starts of the job, after which the death of a process ends it; SIGTERM never does
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ exit $status
 def gpus_of(topology: str) -> int:
     """GPUs of a node of `hardware.topology`, such as h100:8 or h100:4x8."""
     last = topology.partition(":")[2].rpartition("x")[2]
-    if not last.isdecimal() or topology.startswith("v"):
+    if not last.isdecimal() or topology.startswith(("v", "tpu")):
         raise UserError(
             f"hardware.topology={topology!r} names no node with GPUs: say how many it has, such as "
             "--gpus=8"

@@ -204,10 +204,11 @@ def test_arrays_survive_and_keep_their_shape_within_an_arm_also_after_a_resume(t
 
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_what_an_editor_adds_costs_no_row(start: str, end: str, tmp_path) -> None:
+@pytest.mark.parametrize("last", [True, False])
+def test_what_an_editor_changes_costs_no_row(start: str, end: str, last: bool, tmp_path) -> None:
     rows = [json.dumps({"arm": "a", "seed": 0, "step": step, "loss": 5.0}) for step in (10, 20)]
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes((start + f"{end}{end}".join(rows) + f"{end} {end}").encode())
+    path.write_bytes((start + f"{end}{end}".join(rows) + f"{end} {end}" * last).encode())
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
     writer = MetricsWriter(tmp_path, "a", 0)
     writer.resume(10)

@@ -1,18 +1,21 @@
 """Start, agreement, and arrays in and out of several processes."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from fdp import process
+from fdp import command, process
 from fdp.keys import UserError
 from fdp.mesh import make_mesh
 from fdp.sharding import shardings
-from launch import local
+from launch import local, slurm
 
 P = jax.sharding.PartitionSpec
 
@@ -68,6 +71,29 @@ def test_one_process_decides_alone() -> None:
         process.failed(KeyError("as it was"))
 
 
+def test_the_text_of_the_main_process_is_that_of_all(monkeypatch) -> None:
+    """Processes that fail alike say it once, so the others must have the same text."""
+    posted: dict[str, str] = {}
+    monkeypatch.setattr(process, "count", lambda: 2)
+    monkeypatch.setattr(
+        process, "_client", lambda: SimpleNamespace(key_value_set=posted.__setitem__)
+    )
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a")
+
+    with pytest.raises(OSError, match="runs/a") as error:
+        process.decided(full)
+    (said,) = (json.loads(text) for text in posted.values())
+    assert f"error: {said['error']}" == command.told(error.value)
+
+
+def test_the_other_processes_print_any_character() -> None:
+    code = "from fdp import process; process.nowhere().write(chr(8804) + chr(0xDCFF))"
+    told = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=told, check=True)
+
+
 def test_arrays_go_in_and_come_out_whole() -> None:
     mesh = make_mesh({"pp": 1, "dp": 2, "ep": 1, "cp": 1, "tp": 4})
     x = np.arange(32.0).reshape(8, 4)
@@ -82,7 +108,11 @@ def test_arrays_go_in_and_come_out_whole() -> None:
     np.testing.assert_array_equal(same["x"], x)
 
 
-def test_each_process_is_told_who_it_is() -> None:
+def test_each_process_is_told_who_it_is(monkeypatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert local.environment(0, 2, 4, 999)["JAX_PLATFORMS"] == "tpu"
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert local.environment(0, 2, 4, 999)["JAX_PLATFORMS"] == "cpu"
     told = local.environment(1, 2, 4, 999)
     assert [told[name] for name in process.VARIABLES] == ["localhost:999", "2", "1"]
     assert told["JAX_NUM_CPU_DEVICES"] == "4" and told["PATH"] == os.environ["PATH"]
@@ -113,6 +143,13 @@ def test_a_batch_script_asks_for_a_signal_and_runs_again(tmp_path) -> None:
         ran = subprocess.run(["bash", "-c", tools + script], env={"SLURM_JOB_ID": "7"}, check=False)
         assert ran.returncode == int(status)
         assert (said.read_text() == "requeue 7\n") if again else not said.exists()
+
+
+@pytest.mark.parametrize("topology", ["", "v5p:4x4x4", "tpu7x:2x2x2"])
+def test_a_batch_script_asks_for_the_gpus_of_a_node(topology) -> None:
+    assert slurm.gpus_of("h100:8") == slurm.gpus_of("h100:4x8") == 8
+    with pytest.raises(UserError, match="names no node with GPUs: say how many it has"):
+        slurm.gpus_of(topology)
 
 
 def test_a_batch_script_for_other_devices_than_the_mesh_is_refused() -> None:
