@@ -1,7 +1,8 @@
 """What all commands share: flags, one line for a mistake, exit status, characters of the terminal.
 
 Exit status: 0 done; 1 after one `error:` line; 130 after Ctrl-C and 143 after SIGTERM, the state
-saved. Imports neither jax nor flax: mistakes show themselves at once."""
+saved; 75 after the death of another process (fdp.process); 141 where nobody reads the output on.
+Imports neither jax nor flax: mistakes show themselves at once."""
 
 import codecs
 import contextlib

@@ -231,12 +231,11 @@ class _Run:
         self.start = 0
 
     def close(self) -> None:
-        """Finish writing."""
-        self.trace.close()
-        try:
-            self.writer.close()
-        finally:
-            self.checkpoints.close()
+        """Finish writing. What cannot be written costs nothing that can."""
+        with contextlib.ExitStack() as closing:
+            closing.callback(self.checkpoints.close)
+            closing.callback(self.writer.close)
+            closing.callback(self.trace.close)
 
     def train(self, stop: StopSignal) -> TrainState:
         """The state after the last step."""
