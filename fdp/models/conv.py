@@ -14,7 +14,7 @@ from jax import lax
 
 from fdp.collectives import index, shift, size
 from fdp.count.counts import PERMUTE, REDUCE, Counts, Degrees, Ledger, Rows, Work
-from fdp.models.layers import hidden_bytes, normal
+from fdp.models.layers import normal
 from fdp.models.module import Module, compact
 from fdp.models.shape import ModelShape
 from fdp.parallel.context.layouts import SequenceLayout
@@ -89,18 +89,21 @@ class ShortConvolution(Module):
     """y[p] = Σ_d w[d] · x[p - d], d < `taps`, for every channel: [B, L, D] → [B, L, D].
 
     Positions before the sequence, or before the document where `segment` is given, count as zero.
+    `axis`: the mesh axis over which the channels are sharded.
     Raises ValueError for runs shorter than the halo (`hops`), and for rows of a cache, which lack
     their neighbours."""
 
     taps: int
     layout: SequenceLayout
+    axis: str | None = None
 
     @compact
     def __call__(self, x_BxLxD: Array, index_L: Array, segment_BxL: Array | None = None) -> Array:
         if index_L.ndim == 2:
             raise ValueError(refuse_cache(self.taps))
         B, L, D = x_BxLxD.shape
-        w_WxD = self.weight("w", normal(self.taps**-0.5), (self.taps, D), (None, None))
+        channels = (self.taps, D * size(self.axis or ()))
+        w_WxD = self.weight("w", normal(self.taps**-0.5), channels, (None, self.axis))
         w_WxD = w_WxD.astype(x_BxLxD.dtype)
         shape = runs(self.layout, L, size("cp"))
 
@@ -124,24 +127,30 @@ class ShortConvolution(Module):
             out = out + w_WxD[d] * jnp.where(seen, tap(d, x), 0)
         return out.reshape(B, L, D)
 
-    def counts(self, shape: ModelShape, rows: Rows, degrees: Degrees) -> Counts:
-        """Counts of a filter of the model's width. The halo of document ids is shared by all
-        layers. The gradient of the weights is reduced over tp, because the activations vary over
-        tp."""
+    def counts(
+        self, shape: ModelShape, rows: Rows, degrees: Degrees, channels: int | None = None
+    ) -> Counts:
+        """Counts of a filter of `channels` (None: the model's width), of all devices. The halo of
+        document ids is shared by all layers. The gradient of weights that are not sharded is
+        reduced over tp, because the activations vary over tp."""
         at = self.layout, rows.length // degrees["cp"], degrees["cp"], self.taps - 1
+        channels = shape.width if channels is None else channels
+        local = channels // (degrees[self.axis] if self.axis else 1)
 
         def ledger(wire: int) -> Ledger:
             return Ledger(degrees).put(PERMUTE, ("cp",), wire)
 
-        halo = halo_bytes(*at, rows.batch * shape.width * shape.itemsize)
-        back = ledger(halo).add(REDUCE, ("tp",), 4 * self.taps * shape.width)
+        halo = halo_bytes(*at, rows.batch * local * shape.itemsize)
+        back = ledger(halo)
+        if self.axis is None:
+            back.add(REDUCE, ("tp",), 4 * self.taps * channels)
         ids = halo_bytes(*at, rows.batch * 4) if rows.segments else 0
         return Counts(
-            self.taps * shape.width,
+            self.taps * channels,
             Work(sent=ledger(halo).sent),
             Work(sent=back.sent),
             once=ledger(ids).sent,
-            saved=hidden_bytes(shape, rows, degrees)[1],
+            saved=rows.tokens(degrees) * local * shape.itemsize,
         )
 
 

@@ -1,0 +1,166 @@
+"""Gated DeltaNet (Yang, Kautz and Hatamizadeh 2024, arXiv 2412.06464): linear attention whose state
+forgets at a learned rate and corrects what it holds under a key.
+
+A head keeps a matrix S and reads it with q:
+
+    S_t = a_t (I - b_t k_t k_tᵀ) S_{t-1} + b_t k_t v_tᵀ,    o_t = S_tᵀ q_t.
+
+The map is affine in S, so any range of tokens collapses to one pair (A, B) with S ← A S + B, and
+ranges are composed in order (`fdp.parallel.context.state`). Inside a chunk the products of
+I - b k kᵀ are written as a triangular solve (the WY form of Yang et al. 2024, arXiv 2406.06484).
+
+Legend: B sequences, L positions (local over cp), H heads (local over tp), K key dim, V value dim, N
+chunks, C positions of a chunk, M columns of a state."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from fdp.collectives import vary_like
+
+Array = jax.Array
+
+
+class Tokens(NamedTuple):
+    """What the recurrence reads of each token.
+
+    q, k: [B, L, H, K]; v: [B, L, H, V]; log_decay: log a ≤ 0, and beta: b, both f32 [B, L, H].
+    fresh: bool [B, L], whether the token begins a document, so that the state before it is zero;
+    None: only the first may."""
+
+    q: Array
+    k: Array
+    v: Array
+    log_decay: Array
+    beta: Array
+    fresh: Array | None = None
+
+
+class Chunk(NamedTuple):
+    """The chunks of a sequence, [N, B, H, …]: everything of the recurrence that does not read the
+    state.
+
+    solved: values after the solve, [C, V]; drawn: what they lose per state, [C, K]; read: decayed
+    queries, [C, K]; near: weights of the chunk's own tokens, [C, C]; write: decayed keys, [C, K];
+    keep: the decay of the state over the chunk, a scalar."""
+
+    solved: Array
+    drawn: Array
+    read: Array
+    near: Array
+    write: Array
+    keep: Array
+
+
+def recur(tokens: Tokens, state_BxHxKxV: Array) -> tuple[Array, Array]:
+    """The recurrence token by token, for decoding: (outputs f32 [B, L, H, V], the last state)."""
+
+    def step(state: Array, at: Tokens) -> tuple[Array, Array]:
+        state = state * jnp.exp(at.log_decay)[..., None, None]
+        if at.fresh is not None:
+            state = jnp.where(at.fresh[:, None, None, None], 0, state)
+        held = jnp.einsum("bhkv,bhk->bhv", state, at.k)
+        correction = at.beta[..., None] * (at.v - held)
+        state = state + at.k[..., None] * correction[..., None, :]
+        return state, jnp.einsum("bhkv,bhk->bhv", state, at.q)
+
+    first = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    state, out_LxBxHxV = jax.lax.scan(step, state_BxHxKxV, first)
+    return jnp.moveaxis(out_LxBxHxV, 0, 1), state
+
+
+def prepare(tokens: Tokens, chunk: int) -> Chunk:
+    """The chunks of `chunk` positions each. Raises ValueError where they do not divide the
+    sequence."""
+    B, L, H, _ = tokens.k.shape
+    if L % chunk:
+        raise ValueError(
+            f"{L} positions of a device are not divisible by chunks of {chunk}: set a chunk of "
+            f"{max(c for c in range(1, min(chunk, L) + 1) if L % c == 0)}"
+        )
+
+    def cut(x: Array) -> Array:  # [B, L, H, …] → [N, B, H, C, …]
+        x = x.astype(jnp.float32).reshape(B, L // chunk, chunk, H, *x.shape[3:])
+        return jnp.moveaxis(x, (1, 3), (0, 2))
+
+    q, k, v, log_decay, beta = (cut(x) for x in tokens[:5])
+    total = jnp.cumsum(log_decay, -1)
+    order = jnp.arange(chunk)
+    past, since = order[:, None] >= order, jnp.exp(total)
+    keep, after = jnp.exp(total[..., -1]), jnp.exp(total[..., -1:] - total)
+    if tokens.fresh is not None:
+        document = jnp.cumsum(tokens.fresh.reshape(B, L // chunk, chunk), -1)
+        document = jnp.moveaxis(document, 1, 0)[:, :, None]
+        past = past & (document[..., None] == document[..., None, :])
+        since, after = (
+            jnp.where(document == 0, since, 0),
+            jnp.where(document == document[..., -1:], after, 0),
+        )
+        keep = jnp.where(document[..., -1] == 0, keep, 0)
+    # Exponents of future tokens are positive and may overflow: they are masked before.
+    decay = jnp.where(past, jnp.exp(jnp.where(past, total[..., None] - total[..., None, :], 0)), 0)
+    strict = jnp.where(order[:, None] > order, decay, 0)
+    kk = jnp.einsum("nbhck,nbhdk->nbhcd", k, k)
+    system = jnp.eye(chunk) + beta[..., None] * strict * kk
+    right = jnp.concatenate([beta[..., None] * v, (beta * since)[..., None] * k], -1)
+    solved = solve_triangular(system, right, lower=True, unit_diagonal=True)
+    near = decay * jnp.einsum("nbhck,nbhdk->nbhcd", q, k)
+    V = v.shape[-1]
+    read, write = q * since[..., None], k * after[..., None]
+    return Chunk(solved[..., :V], solved[..., V:], read, near, write, keep)
+
+
+def scan(chunks: Chunk, state_BxHxKxV: Array) -> tuple[Array, Array]:
+    """(outputs f32 [B, L, H, V], the last state) from the state before the first chunk."""
+
+    def step(state: Array, c: Chunk) -> tuple[Array, Array]:
+        values = c.solved - c.drawn @ state
+        out = c.read @ state + c.near @ values
+        return _advance(state, c, values), out
+
+    state, out = jax.lax.scan(step, vary_like(state_BxHxKxV, chunks.solved), chunks)
+    N, B, H, C, V = out.shape
+    return jnp.moveaxis(out, (0, 2), (1, 3)).reshape(B, N * C, H, V), state
+
+
+def affine(chunks: Chunk) -> Array:
+    """[A | B] of the map S → A S + B of all chunks: f32 [B, H, K, K + V]."""
+    _, B, H, _, V = chunks.solved.shape
+    K = chunks.drawn.shape[-1]
+    start = jnp.concatenate([jnp.eye(K), jnp.zeros((K, V))], -1)
+    start = vary_like(jnp.broadcast_to(start, (B, H, K, K + V)), chunks.solved)
+
+    def step(state: Array, c: Chunk) -> tuple[Array, None]:
+        values = jnp.pad(c.solved, [(0, 0)] * 3 + [(K, 0)]) - c.drawn @ state
+        return _advance(state, c, values), None
+
+    return jax.lax.scan(step, start, chunks)[0]
+
+
+def compose(later: Array, earlier: Array) -> Array:
+    """[A | B] of the map `earlier`, then `later`; both [..., K, K + V]."""
+    K = later.shape[-2]
+    found = later[..., :K] @ earlier
+    return found.at[..., K:].add(later[..., K:])
+
+
+def apply(both: Array, state: Array) -> Array:
+    """A S + B for [A | B]: [..., K, V]."""
+    K = both.shape[-2]
+    return both[..., :K] @ state + both[..., K:]
+
+
+def _advance(state: Array, c: Chunk, values: Array) -> Array:
+    return c.keep[..., None, None] * state + jnp.swapaxes(c.write, -1, -2) @ values
+
+
+def fold(maps: Array, state: Array, count: Array) -> Array:
+    """`state` after the first `count` (traced) of the maps [n, …, K, K + V]."""
+
+    def step(state: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
+        number, both = at
+        return jnp.where(number < count, apply(both, state), state), None
+
+    return jax.lax.scan(step, state, (jnp.arange(maps.shape[0]), maps))[0]

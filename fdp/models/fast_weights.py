@@ -1,0 +1,219 @@
+"""Fast weights: small models inside a layer that are trained on the sequence as it is read
+(test-time training).
+
+Two kinds. `swiglu_scan` is LaCT (Zhang et al. 2025, arXiv 2505.23884): a SwiGLU network, one update
+for a large chunk, applied to a chunk before it is updated on it. `linear_scan` is TTT-Linear (Sun
+et al. 2024, arXiv 2407.04620, section 2): a linear map, gradient descent on every token of a small
+mini-batch from the weights at its start, in the dual form.
+
+A device may hold a part of each chunk: `Sharing` then adds up devices BEFORE momentum and
+orthogonalisation, as the latter is not linear.
+
+Legend: B sequences, L positions of a device, H heads, K head dim (of keys and values), F hidden
+width of the fast network, N chunks, C positions of a device in a chunk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fdp.collectives import vary_like
+
+Array = jax.Array
+Total = Callable[[Array], Array]
+
+# (a, b, c) of the quintic a X + b X Xᵀ X + c (X Xᵀ)² X, step after step, as in the released code of
+# LaCT: the singular values of X go to about 1.
+QUINTICS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+class FastWeights(NamedTuple):
+    """Of f(x) = down (silu(gate x) * up x): gate, up [..., H, F, K], down [..., H, K, F]."""
+
+    gate: Array
+    up: Array
+    down: Array
+
+
+class Read(NamedTuple):
+    """What the layer reads of each token: q, k, v [B, L, H, K], learning rates of (gate, up, down)
+    f32 [B, L, H, 3], and momentum f32 [B, L, H] or None."""
+
+    q: Array
+    k: Array
+    v: Array
+    rates: Array
+    momentum: Array | None = None
+
+
+def apply(weights: FastWeights, q_BxHxCxK: Array) -> Array:
+    """f(q): [B, H, C, K]."""
+    gate = jnp.einsum("bhfk,bhck->bhcf", weights.gate, q_BxHxCxK)
+    up = jnp.einsum("bhfk,bhck->bhcf", weights.up, q_BxHxCxK)
+    return jnp.einsum("bhkf,bhcf->bhck", weights.down, jax.nn.silu(gate) * up)
+
+
+def step(weights: FastWeights, k: Array, v: Array, rates_BxHxCx3: Array) -> FastWeights:
+    """Minus the gradient of the loss -Σ ⟨f(k), v⟩ over the tokens of a chunk, each weighted by its
+    rates."""
+    gate = jnp.einsum("bhfk,bhck->bhcf", weights.gate, k)
+    up = jnp.einsum("bhfk,bhck->bhcf", weights.up, k)
+    back = jnp.einsum("bhkf,bhck->bhcf", weights.down, v)
+    chance = jax.nn.sigmoid(gate)
+    open_ = gate * chance
+    for_gate, for_up, for_down = (rates_BxHxCx3[..., i, None] for i in range(3))
+    slope = back * up * chance * (1 + gate * (1 - chance))
+    return FastWeights(
+        jnp.einsum("bhcf,bhck->bhfk", slope, for_gate * k),
+        jnp.einsum("bhcf,bhck->bhfk", back * open_, for_up * k),
+        jnp.einsum("bhck,bhcf->bhkf", v, for_down * open_ * up),
+    )
+
+
+def orthogonal(x: Array) -> Array:
+    """Five Newton-Schulz steps on matrices [..., m, n]: U Vᵀ of their singular vectors, about. A
+    zero matrix stays zero. Source: Jordan et al. 2024 (Muon)."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = jnp.swapaxes(x, -1, -2) if tall else x
+    # The square root has no gradient at 0.
+    square = jnp.sum(x * x, (-2, -1), keepdims=True)
+    x = x * jax.lax.rsqrt(square + 1e-14)
+    for a, b, c in QUINTICS:
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def renormalised(w: Array, norms: Array) -> Array:
+    """`w` with rows of the lengths `norms` [..., 1]."""
+    return w * norms * jax.lax.rsqrt(jnp.sum(w * w, -1, keepdims=True) + 1e-10)
+
+
+def row_norms(w: Array) -> Array:
+    """Lengths of the rows: [..., 1]."""
+    return jnp.sqrt(jnp.sum(w * w, -1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How devices that hold parts of each chunk make one update of it.
+
+    `total`: sums arrays over the devices; it may keep a share of the heads (dim 1). `spread`: from
+    that share to all heads. `devices`: how many there are."""
+
+    total: Total = lambda x: x
+    spread: Total = lambda x: x
+    devices: int = 1
+
+
+ALONE = Sharing()
+
+
+def swiglu_scan(
+    read: Read,
+    first: FastWeights,
+    chunk: int,
+    orthogonalise: Callable[[Array], Array] | None = None,
+    sharing: Sharing = ALONE,
+) -> tuple[Array, FastWeights]:
+    """(outputs f32 [B, L, H, K], the weights after the last chunk but one).
+
+    `first`: [H, …], the weights before the first token. `chunk`: C, positions of THIS device in a
+    chunk. Every chunk is read with the weights of the chunks before it; the last one, which may be
+    shorter, is read only. `orthogonalise`: of each summed update, for example `orthogonal`
+    (Muon)."""
+    B, L, H, K = read.k.shape
+    updates = max(-(-L // chunk) - 1, 0)
+    norms = FastWeights(*(row_norms(w) for w in first))
+    weights = FastWeights(*(_everywhere(w, read.k) for w in first))
+    shared = jax.eval_shape(lambda w: FastWeights(*map(sharing.total, w)), weights)
+    velocity = FastWeights(*(vary_like(jnp.zeros(w.shape), read.k) for w in shared))
+    heads = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1), read)
+
+    def update(weights: FastWeights, velocity: FastWeights, at: Read) -> tuple[Any, Any]:
+        gained = [sharing.total(g) for g in step(weights, at.k, at.v, at.rates)]
+        if at.momentum is not None:
+            kept = sharing.total(at.momentum.sum(-1))[..., None, None] / (chunk * sharing.devices)
+            gained = [g + kept * m for g, m in zip(gained, velocity, strict=True)]
+        moved = gained if orthogonalise is None else map(orthogonalise, gained)
+        parts = zip(weights, map(sharing.spread, moved), norms, strict=True)
+        new = FastWeights(*(vary_like(renormalised(w + d, n), read.k) for w, d, n in parts))
+        return new, FastWeights(*(vary_like(g, read.k) for g in gained))
+
+    def one(memory: tuple[Any, Any], at: Read) -> tuple[tuple[Any, Any], Array]:
+        # The sum over devices does not read q: it may travel while the chunk is read.
+        return update(*memory, at), apply(memory[0], at.q)
+
+    cut, parts = updates * chunk, []
+    if updates:
+
+        def chunked(x: Array) -> Array:
+            return jnp.moveaxis(x[:, :, :cut].reshape(B, H, updates, chunk, *x.shape[3:]), 2, 0)
+
+        start = (weights, velocity)
+        (weights, _), out = jax.lax.scan(one, start, jax.tree.map(chunked, heads))
+        parts.append(jnp.moveaxis(out, 0, 2).reshape(B, H, cut, K))
+    parts.append(apply(weights, heads.q[:, :, cut:]))
+    return jnp.moveaxis(jnp.concatenate(parts, 2), 1, 2), weights
+
+
+def _everywhere(w: Array, like: Array) -> Array:
+    """Weights of every sequence of a batch: [B, …]."""
+    batched = jnp.broadcast_to(w, (like.shape[0], *w.shape)).astype(jnp.float32)
+    return vary_like(batched, like)
+
+
+class Linear(NamedTuple):
+    """The linear fast model z = k W + bias: weight [..., H, K, K], bias [..., H, K]."""
+
+    weight: Array
+    bias: Array
+
+
+def normed(z: Array, scale: Array, shift: Array) -> Array:
+    """Layer norm over the last dim."""
+    centred = z - z.mean(-1, keepdims=True)
+    return scale * centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6) + shift
+
+
+def linear_scan(
+    q: Array, k: Array, v: Array, rates_BxLxH: Array, first: Linear, norm: tuple, batch: int
+) -> tuple[Array, Linear]:
+    """(outputs f32 [B, L, H, K], the weights after the last token) of TTT-Linear.
+
+    The loss of a token is ½ |LN(k W + bias) - (v - k)|², with LN of scale and shift `norm`, [H, K]
+    each. Each token of a mini-batch takes its own step from the weights at the start of the
+    mini-batch: output t has seen the steps of the mini-batch up to t. `rates_BxLxH`: step sizes."""
+    B, L, H, K = k.shape
+    scale, shift = (x[:, None].astype(jnp.float32) for x in norm)
+
+    def chunked(x: Array) -> Array:  # [B, L, H, …] → [N, B, H, C, …]
+        x = x.astype(jnp.float32).reshape(B, L // batch, batch, H, *x.shape[3:])
+        return jnp.moveaxis(x, (1, 3), (0, 2))
+
+    past = jnp.tril(jnp.ones((batch, batch)))
+
+    def one(fast: Linear, at: tuple[Array, ...]) -> tuple[Linear, Array]:
+        q, k, v, rates = at
+
+        def loss(z: Array) -> Array:
+            return 0.5 * jnp.sum((normed(z, scale, shift) - (v - k)) ** 2)
+
+        g = jax.grad(loss)(k @ fast.weight + fast.bias[:, :, None])
+        weighted = rates[..., None] * g
+        z = q @ fast.weight + fast.bias[:, :, None]
+        z = z - (past * (q @ jnp.swapaxes(k, -1, -2))) @ weighted - past @ weighted
+        new = Linear(fast.weight - jnp.swapaxes(k, -1, -2) @ weighted, fast.bias - weighted.sum(2))
+        return new, q + normed(z, scale, shift)
+
+    start = Linear(*(_everywhere(w, k) for w in first))
+    fast, out = jax.lax.scan(one, start, tuple(chunked(x) for x in (q, k, v, rates_BxLxH)))
+    return jnp.moveaxis(out, (0, 2), (1, 3)).reshape(B, L, H, K), fast

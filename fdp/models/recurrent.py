@@ -1,0 +1,411 @@
+"""Mixing layers with a state of fixed size, in place of attention: Gated DeltaNet, LaCT and
+TTT-Linear.
+
+All project, filter and activate queries, keys and values in the same way, and norm, gate and
+project what they read. Heads are sharded over tp, the sequence over cp by a `StatePlan`.
+
+Legend: B sequences, L positions (local over cp), D width, H heads (local over tp), K head dim, F
+hidden width of a fast network."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from fdp.collectives import size, vary_like
+from fdp.count.counts import (
+    EXCHANGE,
+    GATHER,
+    REDUCE,
+    SCATTER,
+    Counts,
+    Degrees,
+    Ledger,
+    Rows,
+    Sent,
+    Work,
+    merged,
+)
+from fdp.models import delta, fast_weights
+from fdp.models.attention import Where
+from fdp.models.conv import ShortConvolution, hops
+from fdp.models.fast_weights import FastWeights, Linear, Read, Sharing
+from fdp.models.layers import (
+    Reduction,
+    enter_tp,
+    entered,
+    hidden_bytes,
+    leave_tp,
+    left,
+    normal,
+    ones,
+    rotary,
+    zeros,
+)
+from fdp.models.module import Module, compact
+from fdp.models.shape import ModelShape
+from fdp.parallel.context import state
+from fdp.parallel.context.state import StatePlan
+
+Array = jax.Array
+FIRST_RATE = 1e-3  # of a fast network, before training
+
+
+class StateLayer(Module):
+    """What the layers below share: [B, L, D] → [B, L, D]. `chunk`: positions of a chunk, on all
+    devices."""
+
+    shape: ModelShape
+    plan: StatePlan = StatePlan()
+    chunk: int = 16
+    reduction: Reduction | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The plans that this layer can follow."""
+        raise NotImplementedError
+
+    @property
+    def resets(self) -> bool:
+        """Whether the state can begin afresh at each document; on one device of cp."""
+        return False
+
+    def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
+        """What is read, [B, L, H, K], of activated q, k, v [B, L, H, K]."""
+        raise NotImplementedError
+
+    @compact
+    def __call__(self, x_BxLxD: Array, where: Where, given: object = None) -> Array:
+        s, dtype = self.shape, jnp.dtype(self.shape.dtype)
+        D, H, K = s.width, s.heads, s.head_dim
+        heads, deep = (None, "tp", None), normal(D**-0.5)
+        w_qkv = self.weight("w_qkv", deep, (3, D, H, K), (None, *heads)).astype(dtype)
+        w_gate = self.weight("w_gate", deep, (D, H, K), heads).astype(dtype)
+        w_o = self.weight("w_o", normal((H * K) ** -0.5), (H, K, D), ("tp", None, None))
+        scale = self.weight("scale", ones, (H, K), ("tp", None), decay=False)
+
+        if where.segment is not None and not self.resets:
+            raise ValueError(
+                f"{type(self).__name__} keeps its state across documents: set data.packing=stream"
+            )
+        x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
+        q, k, v = (
+            self._near(name, jnp.einsum("bld,dhk->blhk", x_BxLxD, w_qkv[i]), where)
+            for i, name in enumerate("qkv")
+        )
+        out = self.mix(_unit(q), _unit(k), v, x_BxLxD, where).astype(jnp.float32)
+        out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + s.epsilon) * scale
+        gate = jax.nn.silu(jnp.einsum("bld,dhk->blhk", x_BxLxD, w_gate))
+        partial = jnp.einsum("blhk,hkd->bld", out.astype(dtype) * gate, w_o.astype(dtype))
+        return leave_tp(partial, s.sequence_parallel, self.reduction, "attention")
+
+    def _near(self, name: str, x_BxLxHxK: Array, where: Where) -> Array:
+        """After a short convolution of its own and SiLU."""
+        if self.shape.conv:
+            B, L, *shape = x_BxLxHxK.shape
+            filter = ShortConvolution(
+                self.shape.conv, self.plan.layout, axis="tp", name=f"conv_{name}"
+            )
+            x_BxLxHxK = filter(x_BxLxHxK.reshape(B, L, -1), where.index, where.segment)
+            x_BxLxHxK = x_BxLxHxK.reshape(B, L, *shape)
+        return jax.nn.silu(x_BxLxHxK)
+
+    def head_scalars(self, name: str, x_BxLxD: Array, many: int) -> Array:
+        """`many` numbers for each token and head: f32 [B, L, H, many]."""
+        D, H = self.shape.width, self.shape.heads
+        w = self.weight(name, normal(D**-0.5), (D, H, many), (None, "tp", None))
+        return jnp.einsum("bld,dhn->blhn", x_BxLxD.astype(jnp.float32), w)
+
+    def work(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Counts of `mix` alone."""
+        raise NotImplementedError
+
+    def counts(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Projections, filters, and the counts of `work`."""
+        s, tp = self.shape, degrees["tp"]
+        H, K = s.heads, s.head_dim
+        into, out = 4 * s.width * H * K, H * K * s.width
+        enter, enter_back = entered(s, rows, degrees)
+        leave, leave_back = left(s, rows, degrees, self.reduction)
+        last = Work(2 * rows.positions * out, sent=leave)
+        forward = Work(2 * rows.positions * into, sent=enter) + last
+        between, inside = hidden_bytes(s, rows, degrees)
+        heads = rows.tokens(degrees) * H * K // tp
+        found = Counts(
+            into + out + H * K,
+            forward,
+            forward.backward(merged(enter_back, leave_back)),
+            last,
+            saved=between + inside + heads * (5 * s.itemsize + 4 * 4),
+            kept=between + 4 * heads * s.itemsize,
+        )
+        if s.conv:
+            filter = ShortConvolution(s.conv, self.plan.layout, axis="tp", parent=None)
+            found = sum([filter.counts(s, rows, degrees, H * K)] * 3, found)
+        return found + self.work(rows, degrees)
+
+    def _scalars(self, many: int, rows: Rows) -> Counts:
+        """Of `head_scalars`."""
+        weights = self.shape.width * self.shape.heads * many
+        forward = Work(2 * rows.positions * weights)
+        return Counts(weights, forward, forward.backward({}))
+
+    def _exchange(self, scalars: int, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
+        """Bytes of plan `heads`, (forward, backward): q, k, v and what is read, and `scalars`
+        numbers for each token and head."""
+        s, cp = self.shape, degrees["cp"]
+        heads = rows.tokens(degrees) * s.heads // degrees["tp"]
+        local = heads * (4 * s.head_dim * s.itemsize + 4 * scalars)
+        sent = Ledger(degrees).put(EXCHANGE, ("cp",), local * (cp - 1) // cp if cp > 1 else 0).sent
+        return sent, sent
+
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """Raises ValueError for a plan, chunk or layout that these degrees cannot run."""
+        cp = degrees["cp"]
+        if cp == 1:
+            return
+        name = type(self).__name__
+        if self.plan.kind not in self.kinds:
+            raise ValueError(
+                f"{name} does not run plan {self.plan.kind}: choose {' or '.join(self.kinds)}"
+            )
+        self.plan.check(self.shape.heads // degrees["tp"], length, degrees, self.chunk)
+        if self.shape.conv:
+            hops(self.plan.layout, length // cp, cp, self.shape.conv - 1)
+
+
+class GatedDeltaNet(StateLayer):
+    """The gated delta rule (`fdp.models.delta`). The decay of a head is exp(-A · softplus(x w +
+    bias)), A and the bias learned, as in the paper's released code."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("affine", "heads")
+
+    @property
+    def resets(self) -> bool:
+        return size("cp") == 1
+
+    def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
+        H = self.shape.heads
+        pace = self.weight("pace", _spread(1.0, 16.0), (H,), ("tp",), decay=False)
+        bias = self.weight("bias", _inverse_softplus(1e-3, 0.1), (H,), ("tp",), decay=False)
+        found = self.head_scalars("w_state", x_BxLxD, 2)
+        log_decay = -jnp.exp(pace) * jax.nn.softplus(found[..., 0] + bias)
+        beta = jax.nn.sigmoid(found[..., 1])
+        tokens = delta.Tokens(q, k, v, log_decay, beta, _fresh(where.segment))
+        if self.plan.kind == "heads" and size("cp") > 1:
+            return state.by_heads(self._alone, self.plan.layout, *tokens[:5])
+        chunks = delta.prepare(tokens, self._local(q.shape[1]))
+        start = vary_like(_empty(q, v), chunks.solved)
+        if size("cp") > 1:
+            start = state.before(delta.affine(chunks), start, delta.fold)
+        return delta.scan(chunks, start)[0]
+
+    def work(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Two products of each token with its chunk, one with the chunk's values, three with the
+        state; the triangular solve is no product, its gradient is one. Over cp, the maps of the
+        parts cost more, and go around once."""
+        s, cp, tp = self.shape, degrees["cp"], degrees["tp"]
+        H, K, C = s.heads, s.head_dim, self._local(rows.length // self._ways(cp))
+        flops = rows.positions * H * 6 * K * (C + K)
+        solve = rows.positions * H * 4 * C * K
+        there, back, again = Ledger(degrees), Ledger(degrees), Work()
+        if self.plan.kind == "heads":
+            sent, sent_back = self._exchange(2, rows, degrees)
+        else:
+            shard = rows.batch * H // tp * 2 * K * K * 4
+            sent = there.add(GATHER, ("cp",), shard).sent
+            sent_back = back.add(SCATTER, ("cp",), shard).sent
+            if cp > 1:
+                maps = 8 * rows.positions * H * K * K + 2 * rows.batch * H * cp * cp * K**3
+                again = Work(3 * maps, batched=3 * maps)
+        forward = Work(flops, batched=flops, sent=sent)
+        more = Work(solve, batched=solve)
+        chunks = rows.length // C // cp * rows.batch * H // tp
+        saved = 4 * chunks * (6 * C * K + 3 * C * C + K * K)
+        own = Counts(2 * H, forward, forward.backward(sent_back) + more, again=again, saved=saved)
+        return own + self._scalars(2, rows)
+
+    def _ways(self, cp: int) -> int:
+        """Devices that hold a part of the sequence in the scan."""
+        return 1 if self.plan.kind == "heads" else cp
+
+    def _local(self, length: int) -> int:
+        return min(self.chunk, length)
+
+    def _alone(self, *tokens: Array) -> Array:
+        q, _, v, *_ = tokens
+        chunks = delta.prepare(delta.Tokens(*tokens), self._local(q.shape[1]))
+        return delta.scan(chunks, _empty(q, v))[0]
+
+
+class LaCT(StateLayer):
+    """A fast SwiGLU network trained on large chunks (`fdp.models.fast_weights`). `hidden`: F over
+    K. `muon`: whether updates are orthogonalised. Queries and keys are rotated after their norm."""
+
+    hidden: int = 2
+    muon: bool = False
+    momentum: bool = True
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("tokens", "tokens+ns", "heads")
+
+    def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
+        s = self.shape
+        H, K, F = s.heads, s.head_dim, s.head_dim * self.hidden
+        axes = ("tp", None, None)
+        first = FastWeights(
+            self.weight("fast_gate", normal(K**-0.5), (H, F, K), axes, decay=False),
+            self.weight("fast_up", normal(K**-0.5), (H, F, K), axes, decay=False),
+            self.weight("fast_down", normal(F**-0.5), (H, K, F), axes, decay=False),
+        )
+        found = self.head_scalars("w_state", x_BxLxD, 4)
+        rates = jax.nn.softplus(found[..., :3] + _softplus_inverse(FIRST_RATE))
+        momentum = jax.nn.sigmoid(found[..., 3])
+        if where.position is not None:
+            q, k = (rotary(x, where.position, s.rope_base, s.rope_scaling) for x in (q, k))
+        tokens = (q, k, v, rates) + ((momentum,) if self.momentum else ())
+        if self.plan.kind == "heads":
+            first = FastWeights(*map(state.own_heads, first))
+            run = functools.partial(self._scan, first, self.chunk, Sharing())
+            return state.by_heads(run, self.plan.layout, *tokens)
+        cp = size("cp")
+        if self.plan.kind == "tokens":
+            sharing = Sharing(state.total, devices=cp)
+        else:
+            sharing = Sharing(state.gather_heads, state.spread_heads, cp)
+        return self._scan(first, self.chunk // cp, sharing, *tokens)
+
+    def work(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Reading a chunk is three products, an update six more; the last chunk is only read. Over
+        cp, either heads are exchanged or every update is summed, its gradient too."""
+        s, cp, tp = self.shape, degrees["cp"], degrees["tp"]
+        H, K, F = s.heads, s.head_dim, s.head_dim * self.hidden
+        updates = max(-(-rows.length // self.chunk) - 1, 0)
+        flops = 6 * F * K * H * (rows.positions + 2 * rows.batch * updates * self.chunk)
+        polish = 0
+        if self.muon:
+            few, many = sorted((K, F))
+            polish = 15 * rows.batch * H * updates * (4 * few * few * many + 2 * few**3)
+        forward = Work(flops + polish, batched=flops + polish)
+        heads = rows.batch * H // tp
+        sent, again = self._sent(updates, heads, rows, degrees), Work()
+        if self.plan.kind == "tokens":  # every device orthogonalises the whole sum
+            again = Work(3 * polish * (cp - 1), batched=3 * polish * (cp - 1))
+        forward, backward = replace(forward, sent=sent[0]), forward.backward(sent[1])
+        saved = 4 * heads // self._ways(cp) * (updates + 1) * 6 * F * K
+        own = Counts(3 * H * F * K, forward, backward, again=again, saved=saved)
+        return own + self._scalars(4, rows)
+
+    def _ways(self, cp: int) -> int:
+        """Devices that share out the heads in the scan."""
+        return cp if self.plan.kind == "heads" else 1
+
+    def _sent(self, updates: int, heads: int, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
+        """Bytes over cp, (forward, backward)."""
+        if self.plan.kind == "heads":
+            return self._exchange(3 + self.momentum, rows, degrees)
+        weights = 3 * heads * self.shape.head_dim**2 * self.hidden * 4
+        momentum = 4 * heads * self.momentum
+        there, back = Ledger(degrees), Ledger(degrees)
+        if self.plan.kind == "tokens":
+            there.add(REDUCE, ("cp",), weights + momentum, updates)
+            return there.sent, back.add(REDUCE, ("cp",), weights + momentum, updates).sent
+        cp = degrees["cp"]
+        there.add(SCATTER, ("cp",), (weights + momentum) / cp, updates)
+        there.add(GATHER, ("cp",), weights / cp, updates)
+        back.add(GATHER, ("cp",), (weights + momentum) / cp, updates)
+        return there.sent, back.add(SCATTER, ("cp",), weights / cp, updates).sent
+
+    def _scan(self, first: FastWeights, chunk: int, sharing: Sharing, *tokens: Array) -> Array:
+        orthogonalise = fast_weights.orthogonal if self.muon else None
+        return fast_weights.swiglu_scan(Read(*tokens), first, chunk, orthogonalise, sharing)[0]
+
+
+class TTTLinear(StateLayer):
+    """A linear map trained token by token in mini-batches of `chunk` (`fdp.models.fast_weights`).
+    Over cp it can only share out heads: its mini-batches depend on each other."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("heads",)
+
+    def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
+        H, K = self.shape.heads, self.shape.head_dim
+        axes = ("tp", None)
+        first = Linear(
+            self.weight("fast", normal(0.02), (H, K, K), ("tp", None, None), decay=False),
+            self.weight("fast_bias", zeros, (H, K), axes, decay=False),
+        )
+        norm = (
+            self.weight("norm_scale", ones, (H, K), axes, decay=False),
+            self.weight("norm_shift", zeros, (H, K), axes, decay=False),
+        )
+        rates = jax.nn.sigmoid(self.head_scalars("w_state", x_BxLxD, 1)[..., 0])
+        if self.plan.kind == "heads":
+            first, norm = jax.tree.map(state.own_heads, (first, norm))
+
+        def run(q: Array, k: Array, v: Array, rates: Array) -> Array:
+            batch = min(self.chunk, q.shape[1])
+            return fast_weights.linear_scan(q, k, v, rates, first, norm, batch)[0]
+
+        return state.by_heads(run, self.plan.layout, q, k, v, rates)
+
+    def work(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Three products with the weights and three inside the mini-batch, of which the mask's has
+        one gradient."""
+        s = self.shape
+        H, K, C = s.heads, s.head_dim, min(self.chunk, rows.length)
+        flops, mask = rows.positions * H * 6 * K * (C + K), rows.positions * H * 2 * C * K
+        sent, sent_back = self._exchange(1, rows, degrees)
+        forward = Work(flops, batched=flops, sent=sent)
+        backward = forward.backward(sent_back) - Work(mask, batched=mask)
+        heads = rows.batch * H // degrees["tp"] // degrees["cp"]
+        saved = 4 * heads * (rows.length // C * K * K + rows.length * (8 * K + C))
+        own = Counts(H * K * (K + 3), forward, backward, saved=saved)
+        return own + self._scalars(1, rows)
+
+
+def _unit(x_BxLxHxK: Array) -> Array:
+    """Vectors of length 1."""
+    x = x_BxLxHxK.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)).astype(x_BxLxHxK.dtype)
+
+
+def _fresh(segment_BxL: Array | None) -> Array | None:
+    """Where a document begins: bool [B, L]."""
+    if segment_BxL is None:
+        return None
+    return jnp.pad(segment_BxL[:, 1:] != segment_BxL[:, :-1], ((0, 0), (1, 0)))
+
+
+def _empty(q: Array, v: Array) -> Array:
+    B, _, H, K = q.shape
+    return jnp.zeros((B, H, K, v.shape[-1]))
+
+
+def _softplus_inverse(y: Array | float) -> Array:
+    return y + jnp.log(-jnp.expm1(-jnp.asarray(y, jnp.float32)))
+
+
+def _spread(low: float, high: float) -> Callable[..., Array]:
+    """Initialises with the logarithm of a uniform draw."""
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        return jnp.log(jax.random.uniform(key, shape, minval=low, maxval=high))
+
+    return init
+
+
+def _inverse_softplus(low: float, high: float) -> Callable[..., Array]:
+    """Initialises so that softplus gives a log-uniform draw."""
+
+    def init(key: Array, shape: tuple[int, ...]) -> Array:
+        drawn = jax.random.uniform(key, shape, minval=jnp.log(low), maxval=jnp.log(high))
+        return _softplus_inverse(jnp.exp(drawn))
+
+    return init

@@ -1,0 +1,365 @@
+"""Layers with a state: chunks against recurrences, updates against autodiff, causality, and every
+plan over cp against one device.
+
+Legend: B sequences, L positions, H heads, K key dim, V value dim, F fast width.
+"""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from build import experiment, tiny, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from fdp.collectives import psum, shard_map
+from fdp.count import bytes as closed
+from fdp.count import flops, hlo, jaxpr
+from fdp.count.compare import Comparison
+from fdp.count.compare import outcome as outcome_of
+from fdp.count.step import microbatch
+from fdp.mesh import AXES, make_mesh
+from fdp.models import delta, module
+from fdp.models import fast_weights as fast
+from fdp.models.attention import Where
+from fdp.models.fast_weights import FastWeights, Linear, Read
+from fdp.models.layers import SwiGLU
+from fdp.models.recurrent import GatedDeltaNet, LaCT, TTTLinear
+from fdp.models.shape import ModelShape
+from fdp.models.stack import Block, layer
+from fdp.parallel.context import layouts
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
+from fdp.parallel.context.state import StatePlan
+from fdp.step import TrainStep
+
+B, L, H, K, V, F = 2, 24, 2, 4, 6, 8
+rng = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+# Gated DeltaNet
+# -------------------------------------------------------------------------------------------------
+
+TOKENS = delta.Tokens(
+    unit(normal(B, L, H, K)),
+    unit(normal(B, L, H, K)),
+    normal(B, L, H, V),
+    -np.logaddexp(0, normal(B, L, H)),
+    1 / (1 + np.exp(-normal(B, L, H))),
+)
+FRESH = np.zeros((B, L), bool)
+FRESH[0, [5, 6, 13]] = FRESH[1, 0] = True
+STATE = normal(B, H, K, V)
+
+
+def part(tokens: delta.Tokens, start: int, stop: int) -> delta.Tokens:
+    return jax.tree.map(lambda x: x[:, start:stop], tokens)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("fresh", [None, FRESH], ids=["stream", "documents"])
+def test_chunks_equal_the_recurrence(fresh):
+    tokens = TOKENS._replace(fresh=fresh)
+    want = delta.recur(tokens, STATE)
+    for chunk in (1, 8, 24):
+        got = delta.scan(delta.prepare(tokens, chunk), STATE)
+        chex.assert_trees_all_close(got, want, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.fast
+def test_a_document_reads_nothing_of_the_one_before():
+    tokens = TOKENS._replace(fresh=FRESH)
+    out, _ = delta.scan(delta.prepare(tokens, 8), STATE)
+    alone = part(TOKENS, 13, 24)
+    want, _ = delta.recur(alone, jnp.zeros_like(STATE))
+    np.testing.assert_allclose(out[0, 13:], want[0], atol=2e-6)
+
+
+@pytest.mark.fast
+@settings(deadline=None, max_examples=3)
+@given(st.lists(st.integers(0, L), min_size=1, max_size=3).map(sorted))
+def test_maps_of_parts_compose_in_order_to_the_map_of_the_whole(cuts):
+    ends = [0, *cuts, L]
+    maps = [
+        delta.affine(delta.prepare(part(TOKENS, a, b), 1))
+        for a, b in itertools.pairwise(ends)
+        if b > a
+    ]
+    whole = functools.reduce(lambda earlier, later: delta.compose(later, earlier), maps)
+    _, want = delta.recur(TOKENS, STATE)
+    np.testing.assert_allclose(delta.apply(whole, STATE), want, atol=5e-6)
+    folded = delta.fold(jnp.stack(maps), STATE, jnp.asarray(len(maps)))
+    np.testing.assert_allclose(folded, want, atol=5e-6)
+    if len(maps) > 1:  # the order matters
+        wrong = functools.reduce(delta.compose, maps)
+        assert np.abs(delta.apply(wrong, STATE) - want).max() > 1e-3
+
+
+@pytest.mark.fast
+def test_chunks_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"24 positions .* chunks of 7: set a chunk of 6"):
+        delta.prepare(TOKENS, 7)
+
+
+# Fast weights
+# -------------------------------------------------------------------------------------------------
+
+WEIGHTS = FastWeights(0.5 * normal(H, F, K), 0.5 * normal(H, F, K), 0.4 * normal(H, K, F))
+READ = Read(
+    unit(normal(B, L, H, K)),
+    unit(normal(B, L, H, K)),
+    normal(B, L, H, K),
+    np.abs(normal(B, L, H, 3)) * 0.1,
+    1 / (1 + np.exp(-normal(B, L, H))),
+)
+
+
+def batched(weights: FastWeights) -> FastWeights:
+    return FastWeights(*(np.broadcast_to(w, (B, *w.shape)) for w in weights))
+
+
+def by_head(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 2, 1)
+
+
+@pytest.mark.fast
+def test_an_update_is_minus_the_gradient_of_the_loss():
+    k, v = by_head(READ.k), by_head(READ.v)
+    grads = jax.grad(lambda w: -(fast.apply(w, k) * v).sum())(batched(WEIGHTS))
+    got = fast.step(batched(WEIGHTS), k, v, np.ones((B, H, L, 3), np.float32))
+    chex.assert_trees_all_close(got, jax.tree.map(jnp.negative, grads), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("polish", [None, fast.orthogonal], ids=["plain", "muon"])
+def test_a_rate_of_zero_changes_nothing(polish):
+    out, weights = fast.swiglu_scan(READ._replace(rates=0 * READ.rates), WEIGHTS, 8, polish)
+    want = fast.apply(batched(WEIGHTS), by_head(READ.q))
+    np.testing.assert_allclose(by_head(out), want, atol=1e-6)
+    chex.assert_trees_all_close(weights, batched(WEIGHTS), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.fast
+def test_a_chunk_is_read_before_it_is_learnt_from_and_its_order_is_free():
+    out, weights = fast.swiglu_scan(READ, WEIGHTS, 8, fast.orthogonal)
+    first = fast.apply(batched(WEIGHTS), by_head(READ.q)[:, :, :8])
+    np.testing.assert_allclose(by_head(out)[:, :, :8], first, atol=1e-6)
+    order = np.r_[np.random.default_rng(1).permutation(8), 8:L]
+    moved, same = fast.swiglu_scan(
+        jax.tree.map(lambda x: x[:, order], READ), WEIGHTS, 8, fast.orthogonal
+    )
+    np.testing.assert_allclose(moved, out[:, order], atol=1e-5)
+    chex.assert_trees_all_close(same, weights, atol=1e-5)
+    # A longer chunk than the sequence is only read; a part of a chunk at the end, too.
+    alone, untouched = fast.swiglu_scan(READ, WEIGHTS, L, fast.orthogonal)
+    np.testing.assert_allclose(by_head(alone), fast.apply(batched(WEIGHTS), by_head(READ.q)))
+    chex.assert_trees_all_equal(untouched, batched(WEIGHTS))
+    short = jax.tree.map(lambda x: x[:, :21], READ)
+    np.testing.assert_allclose(
+        fast.swiglu_scan(short, WEIGHTS, 8, fast.orthogonal)[0], out[:, :21], atol=1e-6
+    )
+
+
+@pytest.mark.fast
+def test_orthogonal_matrices_come_out_and_the_sum_comes_first():
+    a, b = normal(3, 16, 8), normal(3, 16, 8)
+    values = np.linalg.svd(fast.orthogonal(a), compute_uv=False)
+    assert (np.abs(values - 1) < 0.15).all()
+    whole, parts = fast.orthogonal(a + b), fast.orthogonal(a) + fast.orthogonal(b)
+    assert np.linalg.norm(parts - whole) > 0.3 * np.linalg.norm(whole)
+    assert not np.asarray(fast.orthogonal(0 * a)).any()
+    assert np.isfinite(jax.grad(lambda x: fast.orthogonal(x).sum())(0 * a)).all()
+
+
+@pytest.mark.fast
+def test_the_dual_form_is_a_step_on_every_token():
+    q, k, v = (np.asarray(x)[:1, :16, :1] for x in READ[:3])
+    rates = np.abs(normal(1, 16, 1))
+    first = Linear(0.3 * normal(1, K, K), 0.3 * normal(1, K))
+    norm = 1 + 0.1 * normal(1, K), 0.1 * normal(1, K)
+    got, last = fast.linear_scan(q, k, v, rates, first, norm, 8)
+
+    def loss(model: Linear, t: int) -> jax.Array:
+        z = fast.normed(k[0, t, 0] @ model.weight + model.bias, norm[0][0], norm[1][0])
+        return 0.5 * ((z - (v - k)[0, t, 0]) ** 2).sum()
+
+    start = now = Linear(first.weight[0], first.bias[0])
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    for t in range(16):
+        start = now if t % 8 == 0 else start
+        g, rate = gradient(start, t), rates[0, t, 0]
+        now = Linear(now.weight - rate * g.weight, now.bias - rate * g.bias)
+        z = fast.normed(q[0, t, 0] @ now.weight + now.bias, norm[0][0], norm[1][0])
+        np.testing.assert_allclose(got[0, t, 0], q[0, t, 0] + z, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(last.weight[0, 0], now.weight, rtol=1e-4, atol=1e-5)
+
+
+# Layers
+# -------------------------------------------------------------------------------------------------
+
+SHAPE = ModelShape(layers=1, width=12, heads=8, kv_heads=8, head_dim=4, ffn=8, vocab=8, conv=3)
+S = 32
+X, TARGET = normal(B, S, 12), normal(B, S, 12)
+SHARED = SequenceLayout("striped", 2)  # chunks of 8 on four devices
+LAYERS = {
+    "gdn, affine": (GatedDeltaNet, "affine", CONTIGUOUS, {}),
+    "lact, tokens": (LaCT, "tokens", SHARED, {"muon": True}),
+    "lact, tokens+ns": (LaCT, "tokens+ns", SHARED, {}),
+    "ttt, heads": (TTTLinear, "heads", ZIGZAG, {}),
+}
+
+
+def make(name: str):
+    cls, kind, layout, more = LAYERS[name]
+    return cls(SHAPE, StatePlan(kind, layout), 8, **more)
+
+
+def where(layout: SequenceLayout, length: int) -> Where:
+    at = layouts.positions(layout, length)
+    return Where(at, at)
+
+
+def outcome(layer, params, x, target):
+    """((loss, y), gradients) of this device's share."""
+
+    def loss(params):
+        y, _, _ = module.run(layer, {"params": params}, x, where(layer.plan.layout, x.shape[1]))
+        return psum(((y - target) ** 2).sum(), "cp"), y
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@functools.cache
+def one_device(name: str):
+    layer = make(name).clone(plan=StatePlan("heads"))
+    params = module.init(layer, jax.random.key(0), X, where(CONTIGUOUS, S))["params"]
+    run = jax.jit(functools.partial(outcome, layer), compiler_options=hlo.QUICK)
+    return params, jax.device_get(run(params, X, TARGET))
+
+
+@pytest.mark.parametrize("name", ["gdn, affine", "lact, tokens", "ttt, heads"])
+def test_every_plan_equals_one_device(name):
+    layer, (params, ((want_loss, want), want_grads)) = make(name), one_device(name)
+    degrees = dict.fromkeys(AXES, 1) | {"cp": 4}
+    layer.check(B, S, degrees)
+    mesh, order = make_mesh(degrees), layouts.permutation(layer.plan.layout, S, 4)
+    specs = module.abstract(layer, X, where(CONTIGUOUS, S))[1]["params"]
+    of_x = P(None, "cp")
+    f = shard_map(
+        functools.partial(outcome, layer), mesh, (specs, of_x, of_x), ((P(), of_x), specs)
+    )
+    run = jax.jit(f, compiler_options=hlo.QUICK)
+    (loss, y), grads = jax.device_get(run(params, X[:, order], TARGET[:, order]))
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    np.testing.assert_allclose(y, want[:, order], rtol=1e-4, atol=1e-5)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(want_grads))
+    chex.assert_trees_all_close(grads, want_grads, rtol=1e-3, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", ["gdn, affine", "lact, tokens", "ttt, heads"])
+def test_no_output_depends_on_a_later_token(name):
+    layer, (params, ((_, y), _)) = make(name).clone(plan=StatePlan("heads")), one_device(name)
+    later = X.copy()
+    later[:, 19] += 1
+    run = jax.jit(functools.partial(outcome, layer), compiler_options=hlo.QUICK)
+    (_, moved), _ = run(params, later, TARGET)
+    np.testing.assert_array_equal(moved[:, :19], y[:, :19])
+    assert np.abs(moved[:, 24:] - y[:, 24:]).max() > 1e-4
+
+
+REFUSED = [
+    (GatedDeltaNet, "tokens", SHARED, 8, "GatedDeltaNet does not run plan tokens: choose affine"),
+    (GatedDeltaNet, "affine", ZIGZAG, 8, "the zigzag layout deals them out"),
+    (LaCT, "tokens", CONTIGUOUS, 8, "later tokens would be read first; .* chunk / cp = 2"),
+    (LaCT, "tokens", SHARED, 6, "a chunk of 6 tokens is not divisible by cp = 4, .* chunk of 8"),
+    (LaCT, "tokens", SequenceLayout("striped", 3), 12, r"set data.seq_len=36"),
+    (LaCT, "heads", CONTIGUOUS, 8, r"heads / tp = 6 are not divisible by cp = 4, .*heads=8"),
+]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("cls", "kind", "layout", "chunk", "message"), REFUSED)
+def test_plans_that_cannot_run_are_refused(cls, kind, layout, chunk, message):
+    shape = SHAPE if kind != "heads" else ModelShape(1, 12, 6, 6, 4, 8, 8)
+    layer = cls(shape, StatePlan(kind, layout), chunk)
+    with pytest.raises(ValueError, match=message):
+        layer.check(B, S, dict.fromkeys(AXES, 1) | {"cp": 4})
+
+
+@pytest.mark.fast
+def test_documents_begin_afresh_or_are_refused():
+    at, layer, params = jnp.arange(S), make("gdn, affine"), one_device("gdn, affine")[0]
+    segment = jnp.asarray([[0] * 9 + [1] * 23, [0] * 32])
+    y, _, _ = module.run(layer, {"params": params}, X, Where(at, at, segment))
+    alone, _, _ = module.run(
+        layer.clone(chunk=23), {"params": params}, X[:1, 9:], where(CONTIGUOUS, 23)
+    )
+    np.testing.assert_allclose(y[:1, 9:], alone, atol=1e-5)
+    whole, _, _ = module.run(layer, {"params": params}, X, where(CONTIGUOUS, S))
+    assert np.abs(whole[0, 9:] - y[0, 9:]).max() > 1e-3  # without the reset
+    with pytest.raises(ValueError, match="LaCT keeps its state across documents"):
+        module.init(make("lact, tokens"), jax.random.key(0), X, Where(at, at, segment))
+
+
+@pytest.mark.fast
+def test_an_unknown_plan_is_refused():
+    with pytest.raises(ValueError, match="state plan 'ring' is unknown: tokens, tokens"):
+        StatePlan("ring")
+
+
+# Counts
+# -------------------------------------------------------------------------------------------------
+
+MIXED = {"dp": 2, "cp": 2, "tp": 2}
+
+
+def program_of(name: str, degrees: dict[str, int]) -> TrainStep:
+    """A model of two such layers on random tokens."""
+    overrides = {f"mesh.{axis}": n for axis, n in degrees.items()}
+    c = tiny(**overrides, **{"model.conv": 3, "objective.name": "autoregressive"})
+    cls, kind, layout, more = LAYERS[name]
+    if layout.kind == "striped":  # chunks of 8
+        layout = SequenceLayout("striped", 8 // degrees.get("cp", 1))
+    mixing = layer(cls, plan=StatePlan(kind, layout), chunk=8, **more)
+    e = experiment(c)
+    block = layer(Block, mixing=mixing, ffn=layer(SwiGLU))
+    model = e.model.clone(pattern=(block,), layout=layout)
+    return TrainStep(replace(e, model=model), make_mesh(c.mesh))
+
+
+@pytest.mark.parametrize("name", ["gdn, affine", "lact, tokens+ns"])
+def test_a_model_trains_as_one_device_and_sends_what_the_layers_state(name):
+    alone, p = program_of(name, {}), program_of(name, MIXED)
+    variables = jax.device_get(alone.init(0).variables)
+    batch = {"tokens": tokens(tiny())}
+    want, got = (outcome_of(one, variables, batch) for one in (alone, p))
+    formula = dict(closed.traffic(p))
+    found = Comparison.of(name, got, want, formula)
+    assert found.output_error <= 1e-6 and found.gradient_error <= 5e-6
+    assert not found.mismatches()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", LAYERS)
+def test_flops_equal_the_jaxpr(name):
+    p = program_of(name, {})
+    state, batch = p.abstract_arguments()
+    variables = {"params": state.params, "state": state.model}
+    noised = jax.eval_shape(lambda b: p.corrupt(b, jax.random.key(0)), batch)
+    traced = jax.jit(p.grads).trace(variables, noised)
+    assert jaxpr.dot_flops(traced.jaxpr) == flops.train_step(p)
+    count = sum(x.size for x in jax.tree.leaves(p.specs.shapes))
+    assert count == microbatch(p.experiment, 0).parameters
