@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chex
@@ -305,6 +306,22 @@ def test_a_nan_loss_stops_with_step_loss_and_fix_and_the_checkpoint_survives(
     assert resumed == [4]
     assert_bitwise_equal(arm.trained_on_host.variables, uninterrupted[1])
     assert rows(tmp_path) == uninterrupted[0]
+
+
+def test_a_trace_that_cannot_be_written_leaves_no_checkpoint_unfinished() -> None:
+    closed: list[str] = []
+
+    def full() -> None:
+        raise OSError("no space left")
+
+    run: Any = SimpleNamespace(
+        trace=SimpleNamespace(close=full),
+        writer=SimpleNamespace(close=lambda: closed.append("rows")),
+        checkpoints=SimpleNamespace(close=lambda: closed.append("checkpoints")),
+    )
+    with pytest.raises(OSError, match="no space left"):
+        loop._Run.close(run)
+    assert closed == ["rows", "checkpoints"]
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
