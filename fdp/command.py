@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -35,7 +37,9 @@ Parser = Callable[[list[str]], list[str]]
 def launch(main: Main, parse: Parser | None = None, *more: type[Exception]) -> None:
     """Run a command: `parse` (default: absl's flags), then `main`; exits with its status. `more`:
     exceptions of `main` whose message is for the user."""
+    signals.exit_at_once("\nstopped")
     use_any_encoding()
+    warnings.showwarning = _warn  # type: ignore[assignment]
 
     def parsed(argv: list[str]) -> list[str]:
         with one_line():
@@ -48,6 +52,11 @@ def launch(main: Main, parse: Parser | None = None, *more: type[Exception]) -> N
             return status
 
     app.run(called, flags_parser=parsed)
+
+
+def _warn(message: Warning | str, *where: Any) -> None:
+    """A warning as one line, without the place in the code that gave it."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

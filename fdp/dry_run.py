@@ -78,7 +78,7 @@ def target_of(topology: str, degrees: Mapping[str, int]) -> Target:
     except ValueError as error:
         raise UserError(f"hardware.topology: {error}") from error
     note = (
-        f"the compiler for {name} is not installed (pip install 'fdp[aot]'): lowered abstractly, "
+        f"the compiler for {name} is not installed (pip install -e '.[aot]'): lowered abstractly, "
         "nothing compiled"
     )
     return Target(abstract_mesh(degrees), chip(name), note)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fdp import process
 from fdp.files import write_atomic
+from fdp.keys import UserError
 
 _TAGS = ("arm", "seed", "step")
 
@@ -43,12 +44,27 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} line {number} is not JSON ({error}): delete that line"
             ) from error
+        if not _is_row(row):
+            raise UserError(
+                f"{path} line {number} is no row of metrics, which names an arm, a seed and a "
+                "step: delete that line"
+            )
+        rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("arm"), str)
+        and isinstance(row.get("seed"), int)
+        and isinstance(row.get("step"), int)
+    )
 
 
 def _is_whole(line: str | bytes) -> bool:
@@ -63,7 +79,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Rows of workdir/metrics.jsonl in the order of writing, non-finite numbers as floats; [] where
     there is none.
 
-    Raises ValueError naming the line when a line other than a half-written last one is not JSON.
+    Raises UserError naming the line when one other than a half-written last one is no row.
     """
     rows = _lines(Path(workdir) / "metrics.jsonl")
     return [{k: v if k == "arm" else _number(v) for k, v in row.items()} for row in rows]

@@ -1,5 +1,5 @@
-"""SIGTERM and Ctrl-C: a flag where a step must end first, an exception elsewhere, and the exit
-status that schedulers and shells expect.
+"""SIGTERM, Ctrl-C and the end of the terminal: a flag where a step must end first, an exception
+elsewhere, and the exit status that schedulers and shells expect.
 
 Handlers belong to the main thread. In another one, and in a notebook's kernel outside a run,
 nothing is changed: whoever started the thread decides what a signal does."""
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+# Of a scheduler, of Ctrl-C, and of a terminal that is closed.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -25,7 +26,8 @@ class Interrupted(BaseException):
 
 
 def exit_status(number: int) -> int:
-    """Of a process that signal `number` ended: 143 after SIGTERM, 130 after Ctrl-C."""
+    """Of a process that signal `number` ended: 143 after SIGTERM, 130 after Ctrl-C, 129 after the
+    end of its terminal."""
     return 128 + number
 
 
@@ -83,17 +85,27 @@ class StopSignal:
         _put_back(self._previous)
 
 
-def exit_at_once() -> None:
-    """From here on a signal ends the process without a word: nothing is left to be saved, and
-    threads that are joined at the end of the interpreter may take their time."""
-    _install(lambda number, frame: os._exit(exit_status(number)))
+def exit_at_once(text: str = "") -> None:
+    """From here on a signal ends the process, after a line of `text`: nothing is left to be saved,
+    or nothing has begun. While modules are imported an exception may be swallowed; at the end of
+    the interpreter, threads that are joined may take their time."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if text:
+            say(text)
+        os._exit(exit_status(number))
+
+    _install(end)
 
 
 def _install(handler: Handler) -> dict[int, Any]:
     """The handlers that were there before; {} outside the main thread, where nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    return {number: signal.signal(number, handler) for number in STOPS}
+    # Under nohup the end of the terminal is ignored, and stays so.
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    stops = [n for n in STOPS if n != signal.SIGHUP or not ignored]
+    return {number: signal.signal(number, handler) for number in stops}
 
 
 def _put_back(previous: dict[int, Any]) -> None:

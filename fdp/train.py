@@ -2,6 +2,11 @@
 [--config.key=…]
 """
 
+if __name__ == "__main__":  # before the imports below, which take a second
+    from fdp import signals
+
+    signals.exit_at_once("\nstopped")
+
 import logging
 import math
 import os

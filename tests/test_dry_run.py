@@ -36,7 +36,9 @@ def test_without_a_compiler_the_program_is_counted_and_the_note_says_so(
     monkeypatch.setattr(aot, "available", lambda platform: False)
     dry_run.dry_run(config("topic1", "pod"))
     out = capsys.readouterr().out
-    assert "pip install 'fdp[aot]'" in out and "lowered abstractly" in out and "not compiled" in out
+    assert (
+        "pip install -e '.[aot]'" in out and "lowered abstractly" in out and "not compiled" in out
+    )
     for word in ("parameters", "optimizer", "activations", "bytes per axis", "FLOPs", "fits"):
         assert word in out
 

@@ -1,6 +1,6 @@
 """Compile for TPU slices and H100 nodes that are not present, and read what the compiler found.
 
-The compilers come with pip packages (`pip install 'fdp[aot]'`); no accelerator, driver or CUDA
+The compilers come with pip packages (`pip install -e '.[aot]'`); no accelerator, driver or CUDA
 library is needed. A compiled program can be inspected (text, memory, overflow of HBM) but not run,
 and without a device nothing is autotuned. The result is therefore evidence of what compiles, fits
 and overlaps, never a timing.
@@ -97,7 +97,8 @@ def _parsed(platform_topology: str) -> tuple[str, list[int]]:
     if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", shape) or (
         name in _GPU and shape.count("x") > 1
     ):
-        raise ValueError(f"topology {platform_topology!r} is not of the form {example!r}")
+        alone = f" or {name + ':8'!r}" if name in _GPU else ""
+        raise ValueError(f"topology {platform_topology!r} is not of the form {example!r}{alone}")
     return name, [int(side) for side in shape.split("x")]
 
 
@@ -111,7 +112,7 @@ def topology_devices(platform_topology: str) -> "list[jax.Device]":
     if not available(name):
         package = _PACKAGES["tpu" if name in _TPU else "cuda"]
         raise ImportError(
-            f"compiling for {name} needs the package {package}: pip install 'fdp[aot]'"
+            f"compiling for {name} needs the package {package}: pip install -e '.[aot]'"
         )
     prepare_environment()
     from jax.experimental import topologies

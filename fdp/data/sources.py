@@ -222,7 +222,7 @@ def _unbroken(source: str, rows: Any) -> Iterator[Any]:
 def _load(source: str, name: str, config: str | None, split: str, streaming: bool) -> Any:
     """A data set of Hugging Face. Code that comes with one is never run: versions from HF_MAJOR on
     cannot, those before ask on stdin."""
-    install = "pip install 'fdp[hf]'"
+    install = "pip install -e '.[hf]'"
     logging.getLogger("datasets").setLevel(logging.WARNING)  # it would tell the version of JAX
     try:
         import datasets

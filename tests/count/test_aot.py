@@ -45,11 +45,11 @@ def test_missing_compiler_is_reported_not_raised(monkeypatch):
     for platform in ("tpu", "cuda", "v5e", "h100:8"):
         assert not aot.available(platform)
     with pytest.raises(
-        ImportError, match=r"compiling for v5p needs the package libtpu: pip install 'fdp\[aot\]'"
+        ImportError, match=r"compiling for v5p needs the package libtpu: pip install -e '\.\[aot\]'"
     ):
         aot.topology_devices("v5p:4x4x4")
     with pytest.raises(
-        ImportError, match=r"needs the package jax_plugins.xla_cuda13: pip install 'fdp\[aot\]'"
+        ImportError, match=r"needs the package jax_plugins.xla_cuda13: pip install -e '\.\[aot\]'"
     ):
         aot.topology_devices("h100:8")
 

@@ -456,7 +456,7 @@ def test_parquet_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(NotText, match=r"not Parquet \(damaged: .*fetch it again"):
         read_corpus(str(path))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"needs pyarrow: pip install 'fdp\[hf\]'"):
+    with pytest.raises(UserError, match=r"needs pyarrow: pip install -e '\.\[hf\]'"):
         read_corpus(str(path))
 
 

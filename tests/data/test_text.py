@@ -204,7 +204,7 @@ def test_hugging_face_errors(monkeypatch):
         with pytest.raises(ValueError, match=r"must read hf:<name>"):
             read_corpus(source)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if not installed
-    with pytest.raises(UserError, match=r"pip install 'fdp\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[hf\]'"):
         read_corpus("hf:name")
     rows = Rows({"body": ["x"], "id": ["1"]})
     monkeypatch.setitem(sys.modules, "datasets", hugging_face(lambda *a, **k: rows))

@@ -342,7 +342,7 @@ def memory(found: Mapping[str, Temporaries] | None) -> list[Row]:
     metrics = "temporaries of forward and backward, the worst of two shapes", "the same"
     limits = "ratio <= 0.25", "ratio <= 1.5"
     if found is None:
-        needs = "needs the H100 compiler: pip install 'fdp[aot]'"
+        needs = "needs the H100 compiler: pip install -e '.[aot]'"
         both = zip(claims, metrics, limits, strict=True)
         return [Row.untestable(c, m, "B", limit, "compiled", needs) for c, m, limit in both]
     rows = []
@@ -363,7 +363,7 @@ def beside(found: Mapping[str, Overlap]) -> Row:
     claim = "the shared expert stands between start and done of a ragged all-to-all"
     metric, limit = "ragged all-to-alls of a layer with its product between", "value >= 1"
     if "h100" not in found:
-        needs = "needs the H100 compiler: pip install 'fdp[aot]'"
+        needs = "needs the H100 compiler: pip install -e '.[aot]'"
         return Row.untestable(claim, metric, "", limit, "compiled", needs)
     each = (f"{n}: {o.apart} of {o.total} asynchronous, {o.beside} so" for n, o in found.items())
     note = f"forward and backward, two nodes of eight devices: {'; '.join(each)}"

@@ -93,5 +93,5 @@ def _check_data(c: ml_collections.ConfigDict) -> None:
     if c.data.source in RECALL:
         raise UserError(
             f"data.source={c.data.source!r} weighs answers, and this topic judges whole texts: set "
-            "data.source=kjv"
+            "data.source=bible"
         )

@@ -126,7 +126,7 @@ def test_what_stands_beside_the_exchange_is_a_row_that_can_fail() -> None:
     for found, verdict in ((hidden, "holds"), (alone, "fails")):
         row = rows.beside({"h100": found, "v5p": alone})
         assert row.verdict == verdict and "v5p: 0 of 8 asynchronous" in row.note
-    assert "fdp[aot]" in rows.beside({"v5p": alone}).note
+    assert ".[aot]" in rows.beside({"v5p": alone}).note
 
 
 def test_a_probe_reads_what_is_there_and_nothing_else() -> None:
