@@ -46,6 +46,15 @@ def test_what_a_user_can_fix_is_one_line_and_status_1(error, line, capsys) -> No
     assert capsys.readouterr().err == f"{line}\n"
 
 
+def test_a_warning_is_one_line() -> None:
+    code = (
+        "import warnings\nfrom fdp import command\n"
+        "command.launch(lambda argv: warnings.warn('a\\nb', stacklevel=1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "warning: a b\n")
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ValueError, match="a bug"), command.one_line(OtherError):
         raise ValueError("a bug")

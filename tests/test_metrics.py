@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from fdp.keys import UserError
 from fdp.metrics import ImpossibleSpeed, MetricsWriter, Progress, read_metrics, throughput
 from fdp.tensorboard import Events
 
@@ -129,6 +130,13 @@ def test_half_written_last_line_is_dropped_and_not_glued_to_the_next(tmp_path):
 def test_damage_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"arm": "a", "seed": 0, "step": 1}\nbroken\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl line 2 is not JSON"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "null", '"x"', '{"arm": "a", "seed": 0, "step": "1"}'])
+def test_a_line_that_is_no_row_is_named(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    with pytest.raises(UserError, match=r"line 1 is no row of metrics, .*: delete that line"):
         read_metrics(tmp_path)
 
 

@@ -23,6 +23,28 @@ def usual():
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_before_anything_has_begun_a_signal_is_a_line_and_a_status(number, status) -> None:
+    code = (
+        "import signal\nfrom fdp import signals\nsignals.exit_at_once('stopped')\n"
+        f"try: signal.raise_signal({int(number)})\n"
+        "except BaseException: pass\n"  # as an import may do
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "stopped\n")
+
+
+def test_under_nohup_the_end_of_the_terminal_changes_nothing() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert not stop.requested
+    with interruptible():
+        signal.raise_signal(signal.SIGHUP)
+
+
 def test_a_second_signal_does_what_it_did_before(capfd) -> None:
     with StopSignal() as stop:
         assert not stop.requested
