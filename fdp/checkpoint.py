@@ -196,6 +196,9 @@ class Checkpoints:
         except Exception as error:
             path = self.directory / str(self._pending)
             self._pending = None
+            with contextlib.suppress(Exception):
+                # Its other threads may still write: their errors would be those of the next save.
+                self._manager.wait_until_finished()
             if process.main():
                 for rest in self.directory.glob(f"*{_UNFINISHED}*"):
                     shutil.rmtree(rest, ignore_errors=True)

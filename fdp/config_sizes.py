@@ -17,7 +17,7 @@ MAX_BYTES = 2**43  # of one device: neither a device nor a host holds 8 TiB
 
 
 @dataclass(frozen=True)
-class Size:
+class LowerBound:
     """`what` takes `count` bytes a device by `equation`, in which the key `lower` decides."""
 
     what: str
@@ -26,7 +26,7 @@ class Size:
     lower: str
 
 
-def refuse(c: Any, limit: float, whose: str, more: Iterator[Size] | tuple[()] = ()) -> None:
+def refuse(c: Any, limit: float, whose: str, more: Iterator[LowerBound] | tuple[()] = ()) -> None:
     """Raise UserError for the first size above `limit` bytes, which `whose` describes. `more`: of a
     topic."""
     for size in (*sizes(c), *more):
@@ -54,7 +54,7 @@ def amount(count: float) -> str:
     return f"{count / 2**30:.3g} GiB"
 
 
-def sizes(c: Any) -> Iterator[Size]:
+def sizes(c: Any) -> Iterator[LowerBound]:
     """Of state, experts, a batch between blocks, and what is drawn at the end of an arm."""
     yield _state(c)
     if c.model.moe.experts:
@@ -64,7 +64,7 @@ def sizes(c: Any) -> Iterator[Size]:
         return
     m, mesh, t = c.model, c.mesh, c.train
     ways = mesh.dp * mesh.ep * mesh.cp * t.microbatches
-    yield Size(
+    yield LowerBound(
         "the residual streams",
         "4·batch·seq_len·width/(dp·ep·cp·microbatches) bytes = "
         f"4·{t.batch}·{c.data.seq_len}·{m.width}/({mesh.dp}·{mesh.ep}·{mesh.cp}·{t.microbatches})",
@@ -74,10 +74,10 @@ def sizes(c: Any) -> Iterator[Size]:
     yield sequences(c, "eval.samples", c.eval.samples)
 
 
-def sequences(c: Any, key: str, n: int) -> Size:
+def sequences(c: Any, key: str, n: int) -> LowerBound:
     """`n` sequences that go through the model at once, over the data axes."""
     m, mesh, length = c.model, c.mesh, c.data.seq_len
-    return Size(
+    return LowerBound(
         f"the residual streams of {key}",
         f"4·{key.split('.')[-1]}·seq_len·width/(dp·ep·cp) bytes = 4·{n}·{length}·{m.width}/"
         f"({mesh.dp}·{mesh.ep}·{mesh.cp})",
@@ -86,10 +86,10 @@ def sequences(c: Any, key: str, n: int) -> Size:
     )
 
 
-def pictures(c: Any, key: str, n: int) -> Size:
+def pictures(c: Any, key: str, n: int) -> LowerBound:
     """`n` images of float32 at once, over the data axes."""
     x, mesh = c.model.image, c.mesh
-    return Size(
+    return LowerBound(
         f"the images of {key}",
         f"4·{key.split('.')[-1]}·size²·channels/(dp·ep·cp) bytes = 4·{n}·{x.size}²·{x.channels}/"
         f"({mesh.dp}·{mesh.ep}·{mesh.cp})",
@@ -98,7 +98,7 @@ def pictures(c: Any, key: str, n: int) -> Size:
     )
 
 
-def _state(c: Any) -> Size:
+def _state(c: Any) -> LowerBound:
     """Parameters and AdamW's moments outside experts, on the stage of pp that holds the
     embedding."""
     m, mesh, t = c.model, c.mesh, c.train
@@ -117,7 +117,7 @@ def _state(c: Any) -> Size:
                      {f"model.{name}": usual.get(name, 4) for name in names})  # fmt: skip
     stages = f"/{mesh.pp}" if mesh.pp > 1 else ""
     conv = f" + {m.layers}·{m.conv}·{m.head_dim}" if m.conv else ""
-    return Size(
+    return LowerBound(
         "parameters and AdamW's moments",
         f"12·({tables:g}·vocab·width + (layers·width·(2·head_dim·(heads + kv_heads) + {gates}·ffn)"
         f"{' + layers·conv·head_dim' if conv else ''}){'/pp' if stages else ''}"
@@ -129,28 +129,28 @@ def _state(c: Any) -> Size:
     )
 
 
-def _experts(c: Any) -> Iterator[Size]:
+def _experts(c: Any) -> Iterator[LowerBound]:
     m, moe, mesh, t = c.model, c.model.moe, c.mesh, c.train
     layers = (m.layers - moe.first_dense) / moe.every / mesh.pp
     shards = mesh.ep * mesh.tp * (mesh.dp if t.zero else 1)
     keys = {"experts": moe.experts, "ffn": moe.ffn}
     lower = _largest({f"model.moe.{k}": v for k, v in keys.items()},
                      {"model.moe.experts": 16, "model.moe.ffn": 128})  # fmt: skip
-    yield Size(
+    yield LowerBound(
         "experts and AdamW's moments",
         "12·layers·experts·3·width·ffn bytes over ep·tp (and dp with train.zero) = "
         f"12·{layers:g}·{moe.experts}·3·{m.width}·{moe.ffn}/{shards}",
         12 * layers * moe.experts * 3 * m.width * moe.ffn / shards,
         lower,
     )
-    yield Size(
+    yield LowerBound(
         "shared experts and AdamW's moments",
         f"12·layers·shared·3·width·ffn bytes over tp = 12·{layers:g}·{moe.shared}·3·{m.width}·"
         f"{moe.ffn}/{mesh.tp * (mesh.dp if t.zero else 1)}",
         12 * layers * moe.shared * 3 * m.width * moe.ffn / (mesh.tp * (mesh.dp if t.zero else 1)),
         "model.moe.shared",
     )
-    yield Size(
+    yield LowerBound(
         "loads in noise bins",
         f"4·layers·bins·experts bytes = 4·{layers:g}·{moe.bins}·{moe.experts}",
         4 * layers * moe.bins * moe.experts,
@@ -158,19 +158,19 @@ def _experts(c: Any) -> Iterator[Size]:
     )
 
 
-def _images(c: Any) -> Iterator[Size]:
+def _images(c: Any) -> Iterator[LowerBound]:
     m, x, mesh, t = c.model, c.model.image, c.mesh, c.train
     yield pictures(c, "train.batch", t.batch)
     tokens = (x.size // x.patch) ** 2 + x.registers
     ways = mesh.dp * mesh.ep * mesh.cp * t.microbatches
-    yield Size(
+    yield LowerBound(
         "the residual streams",
         "4·batch·((size/patch)² + registers)·width/(dp·ep·cp·microbatches) bytes = "
         f"4·{t.batch}·(({x.size}/{x.patch})² + {x.registers})·{m.width}/{ways}",
         4 * t.batch * tokens * m.width / ways,
         "train.batch, model.image.registers or model.image.size",
     )
-    yield Size(
+    yield LowerBound(
         "labels and AdamW's moments",
         f"12·(classes + 1)·width bytes = 12·({x.classes} + 1)·{m.width}",
         12 * (x.classes + 1) * m.width,

@@ -28,7 +28,7 @@ from fdp.price.hardware import detect
 from fdp.profile import StepTrace
 from fdp.signals import StopSignal
 from fdp.state import TrainState, all_finite, moved_bytes, remesh
-from fdp.workdir import Ledger
+from fdp.workdir import SegmentLog
 
 
 class Stopped(Exception):
@@ -189,7 +189,7 @@ def restore_or_init(arm: Arm, checkpoints: Checkpoints) -> tuple[int, TrainState
 
 
 def fit(
-    arm: Arm, workdir: Path, segments: Segments | None = None, ledger: Ledger | None = None
+    arm: Arm, workdir: Path, segments: Segments | None = None, ledger: SegmentLog | None = None
 ) -> None:
     """Train `arm` to its last step, resuming from the workdir; the final state is kept on the host.
     `segments`: by default one, of the arm's own program. `ledger`: is told what trains from which
@@ -221,7 +221,7 @@ class _Run:
     """Training of one arm, from the state in the workdir to the last step. `now` is the running
     segment."""
 
-    def __init__(self, arm: Arm, workdir: Path, segments: Segments, ledger: Ledger | None):
+    def __init__(self, arm: Arm, workdir: Path, segments: Segments, ledger: SegmentLog | None):
         self.segments, self.now, self.ledger = segments, Segment(0, arm), ledger
         self.arm, self.fit, self.started = arm, arm.experiment.fit, time.perf_counter()
         folder = workdir / "checkpoints" / arm.label

@@ -26,7 +26,7 @@ from fdp.parallel.pipeline.executor import scheduled
 from fdp.study.cache import Cache
 from fdp.study.measure import Part, clock, perform
 from fdp.study.report import VERDICTS, BadReport, Report, devices, versions
-from fdp.workdir import Ledger, Record, check, locked, record_of
+from fdp.workdir import SegmentLog, Record, check, locked, record_of
 
 
 @dataclasses.dataclass
@@ -160,7 +160,7 @@ def _run(config: ml_collections.ConfigDict, workdir: Path) -> None:
         # After everything that can refuse a config: a mistake must leave nothing behind.
         for line in process.decided(lambda: _enter(held, run, record)):
             print(f"changed   {line}")
-        _run_alone(run, study, Ledger(workdir, record))
+        _run_alone(run, study, SegmentLog(workdir, record))
 
 
 def _enter(held: contextlib.ExitStack, run: Run, record: Record) -> list[str]:
@@ -171,7 +171,7 @@ def _enter(held: contextlib.ExitStack, run: Run, record: Record) -> list[str]:
     return changed
 
 
-def _run_alone(run: Run, study: ModuleType, ledger: Ledger) -> None:
+def _run_alone(run: Run, study: ModuleType, ledger: SegmentLog) -> None:
     """What follows once no other run can write in the workdir."""
     workdir, every = run.workdir, [arm for seeds in run.arms.values() for arm in seeds]
     _check_imported(workdir, every)
@@ -206,7 +206,7 @@ def _check_imported(workdir: Path, arms: list[Arm]) -> None:
         )
 
 
-def _train(arms: list[Arm], workdir: Path, ledger: Ledger) -> None:
+def _train(arms: list[Arm], workdir: Path, ledger: SegmentLog) -> None:
     """Every arm in turn, with the time that is left for all of them."""
     saved = [_newest(workdir, arm) for arm in arms]
     todo = [arm.experiment.fit.steps - step for arm, step in zip(arms, saved, strict=True)]

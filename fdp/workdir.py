@@ -160,7 +160,7 @@ def check(workdir: Path, record: Record, allow_other: bool = False) -> list[str]
     Returns what changed and may: versions and, with `allow_other`, all else. Raises UserError
     naming the keys and facts that differ."""
     new, path = record.to_json(), workdir / "config.json"
-    found, bound, ledger = [], path.exists(), Ledger(workdir, record)
+    found, bound, ledger = [], path.exists(), SegmentLog(workdir, record)
     if bound:
         try:
             found.append(("", _read(path)))
@@ -220,7 +220,7 @@ def bind(workdir: Path, record: Record, allow_other: bool = False) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-class Ledger:
+class SegmentLog:
     """Which record trained which steps, in workdir/segments.json. Nothing is written before a step
     is about to be trained, so that a start that fails changes nothing."""
 

@@ -26,7 +26,7 @@ from fdp.loop import Segment, Stopped, fit
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
 from fdp.state import all_finite
-from fdp.workdir import Ledger, Record
+from fdp.workdir import SegmentLog, Record
 
 STEPS = 12
 
@@ -348,13 +348,13 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
 def test_a_checkpoint_knows_its_run_and_a_start_that_trains_nothing_is_no_segment(
     tmp_path: Path,
 ) -> None:
-    ledger = Ledger(tmp_path, Record({"train.lr": 3e-2}, "aaa"))
+    ledger = SegmentLog(tmp_path, Record({"train.lr": 3e-2}, "aaa"))
     fit(arm_of(), tmp_path, ledger=ledger)
     meta = tmp_path / "checkpoints" / "toy-s0" / str(STEPS) / "meta" / "metadata"
     assert json.loads(meta.read_text())["run"] == ledger.record
     assert [(s["arm"], s["first"], s["mesh"]["dp"]) for s in ledger.segments] == [("toy-s0", 0, 2)]
     before = (tmp_path / "config.json").read_bytes()
-    later = Ledger(tmp_path, Record({"train.lr": 1e-2}, "bbb"))
+    later = SegmentLog(tmp_path, Record({"train.lr": 1e-2}, "bbb"))
     fit(arm_of(), tmp_path, ledger=later)
     assert (tmp_path / "config.json").read_bytes() == before
     found = rows(tmp_path)

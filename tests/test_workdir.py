@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from fdp.keys import UserError
-from fdp.workdir import Ledger, Record, bind, check, locked, record_of
+from fdp.workdir import SegmentLog, Record, bind, check, locked, record_of
 
 pytestmark = pytest.mark.fast
 FACTS = {"jax_enable_x64": False, "corpus of ar": "a" * 64}
@@ -122,7 +122,7 @@ def test_two_seeds_of_one_random_key_are_one(tmp_path) -> None:
 
 def test_the_ledger_names_what_trained_which_steps(tmp_path) -> None:
     mesh, label = {"dp": 8}, "ar-s0"
-    first = Ledger(tmp_path, BASE)
+    first = SegmentLog(tmp_path, BASE)
     assert not list(tmp_path.iterdir()), "a start that fails leaves nothing"
     first.begin(label, 0, mesh)
     first.begin(label, 4, mesh)  # resumed
@@ -131,10 +131,10 @@ def test_the_ledger_names_what_trained_which_steps(tmp_path) -> None:
     stored(tmp_path, BASE)
     with pytest.raises(UserError, match=r"train.lr: 0.003 -> 0.001"):
         check(tmp_path, changed)
-    second = Ledger(tmp_path, changed)
+    second = SegmentLog(tmp_path, changed)
     second.begin(label, 4, {"dp": 2})
     assert check(tmp_path, changed) == [], "the older checkpoint is known"
-    assert Ledger(tmp_path, changed).told([label, "x-s0"]) == [
+    assert SegmentLog(tmp_path, changed).told([label, "x-s0"]) == [
         "ar-s0: from step 0 by config aaa; from step 4 by config bbb (train.lr: 0.003 -> 0.001; "
         "jax: '0.10.2' -> '0.12.0'; mesh: dp8 -> dp2)"
     ]
@@ -145,16 +145,16 @@ def test_the_ledger_names_what_trained_which_steps(tmp_path) -> None:
         check(tmp_path, changed)
     second.path.write_text("[]")
     with pytest.raises(UserError, match=r"segments.json is not a file of fdp .* move it away"):
-        Ledger(tmp_path, changed)
+        SegmentLog(tmp_path, changed)
 
 
 def test_a_finished_run_keeps_its_config_and_the_report_says_that_another_one_reports(
     tmp_path,
 ) -> None:
-    Ledger(tmp_path, BASE).begin("ar-s0", 0, {"dp": 8})
+    SegmentLog(tmp_path, BASE).begin("ar-s0", 0, {"dp": 8})
     reported = other("ccc", train__batch=64)
     assert check(tmp_path, reported, allow_other=True) == ["train.batch: 32 -> 64"]
-    assert Ledger(tmp_path, reported).told(["ar-s0"]) == [
+    assert SegmentLog(tmp_path, reported).told(["ar-s0"]) == [
         "ar-s0: from step 0 by config aaa; reported by config ccc (train.batch: 32 -> 64)"
     ]
     assert json.loads((tmp_path / "config.json").read_text())["config_hash"] == "aaa"

@@ -20,7 +20,7 @@ import numpy as np
 
 from fdp.config import PACKINGS, closest
 from fdp.data.pretrained import pretrained
-from fdp.data.shards import Damaged, temporary, usable
+from fdp.data.shards import DamagedShards, temporary, usable
 from fdp.data.text import Corpus, Documents, load_corpus, n_validation, split_documents
 from fdp.data.tokenizer import Tokenizer, build_tokenizer, check_rows, is_path
 from fdp.data.tokens import TokenFile, token_file
@@ -349,7 +349,7 @@ def load_text(
 
     try:
         return data(again=False)
-    except Damaged as error:
+    except DamagedShards as error:
         warnings.warn(f"reading {source} again: {error}", stacklevel=2)
         return data(again=True)
 

@@ -30,7 +30,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 BLOCK = 1 << 20  # bytes read at once
 
 
-class Damaged(Exception):
+class DamagedShards(Exception):
     """A file of shards is not what its index says."""
 
 
@@ -93,7 +93,7 @@ class Shards:
         self._write_index()
 
     def mend(self, i: int, parts: Iterable[bytes]) -> None:
-        """Write shard `i` again. Raises Damaged where it is not what it was."""
+        """Write shard `i` again. Raises DamagedShards where it is not what it was."""
         size, digest = self.rows[i]
         start, done, found = sum(size for size, _ in self.rows[:i]), 0, hashlib.sha256()
         with open(self.bin, "r+b" if self.bin.exists() else "x+b") as file:
@@ -107,7 +107,7 @@ class Shards:
             file.flush()
             os.fsync(file.fileno())
         if (done, found.hexdigest()) != (size, digest):
-            raise Damaged(f"shard {i} of {self.bin} became another when it was made again")
+            raise DamagedShards(f"shard {i} of {self.bin} became another when it was made again")
 
     def finish(self, **about: Any) -> None:
         """Say that this is all; `about` is kept in the index."""
@@ -129,17 +129,17 @@ class Shards:
             with open(self.bin, "rb") as file:
                 for block in read(file.fileno(), start, size):
                     digest.update(block)
-        except (OSError, Damaged):
+        except (OSError, DamagedShards):
             return ""
         return digest.hexdigest()
 
 
 def read(descriptor: int, start: int, size: int) -> Iterator[bytes]:
-    """`size` bytes from `start` on, in blocks. Raises Damaged where the file ends before."""
+    """`size` bytes from `start` on, in blocks. Raises DamagedShards where the file ends before."""
     while size:
         block = os.pread(descriptor, min(size, BLOCK), start)
         if not block:
-            raise Damaged(f"{size} bytes are missing")
+            raise DamagedShards(f"{size} bytes are missing")
         yield block
         start, size = start + len(block), size - len(block)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fdp.data.shards import Damaged, Shards, check_room, locked, opened, progress_bar, read
+from fdp.data.shards import DamagedShards, Shards, check_room, locked, opened, progress_bar, read
 from fdp.data.sources import Source, source_of
 from fdp.files import write_atomic
 
@@ -71,16 +71,16 @@ class Corpus:
     notes: tuple[str, ...] = ()  # what was read, and what was left out
 
     def documents(self) -> Documents:
-        """The documents, whose file is checked first. Raises Damaged where it is not whole."""
+        """The documents; raises DamagedShards where their file is not whole."""
         stem = self.folder / f"text-{self.sha256[:16]}"
         shards = Shards(stem)
         try:
             index = np.load(stem.with_suffix(".npy"), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise Damaged(f"{stem}.npy: {error}") from error
+            raise DamagedShards(f"{stem}.npy: {error}") from error
         found = hashlib.sha256(index.tobytes()).hexdigest()
         if shards.about.get("documents") != found or shards.damaged():
-            raise Damaged(f"{shards.bin} is damaged")
+            raise DamagedShards(f"{shards.bin} is damaged")
         return Documents(shards.bin, *index)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fdp.data.shards import Damaged, Shards, check_room, locked, opened, progress_bar, read
+from fdp.data.shards import DamagedShards, Shards, check_room, locked, opened, progress_bar, read
 from fdp.data.text import Documents
 from fdp.data.tokenizer import Tokenizer, pieces
 
@@ -48,7 +48,7 @@ def token_file(
     there, gone on with where it is not whole, and mended where it is damaged.
 
     `name` identifies the documents; they are called for only where tokens are made.
-    Raises OSError for a disk that is full, Damaged where the documents cannot be read."""
+    Raises OSError for a disk that is full, DamagedShards where the documents cannot be read."""
     key = hashlib.sha256(f"{name} {tokenizer.fingerprint} {SHARD}".encode()).hexdigest()
     stem = folder / f"tokens-{key[:16]}"
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
@@ -72,7 +72,7 @@ def _mend(
     try:
         for i in bad:
             shards.mend(i, _tokens(documents, ranges[i], tokenizer, dtype))
-    except (Damaged, IndexError):  # an index of something else
+    except (DamagedShards, IndexError):  # an index of something else
         shards.remove()
 
 

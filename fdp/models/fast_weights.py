@@ -2,7 +2,7 @@
 (test-time training).
 
 Two kinds. `swiglu_scan` is LaCT (Zhang et al. 2025, arXiv 2505.23884): a SwiGLU network, one update
-for a large chunk, applied to a chunk before it is updated on it. `linear_scan` is TTT-Linear (Sun
+for a large chunk, applied to a chunk before it is updated on it. `linear_scan` is TTT-FastLinear (Sun
 et al. 2024, arXiv 2407.04620, section 2): a linear map, gradient descent on every token of a small
 mini-batch from the weights at its start, in the dual form.
 
@@ -171,7 +171,7 @@ def _everywhere(w: Array, like: Array) -> Array:
     return vary_like(batched, like)
 
 
-class Linear(NamedTuple):
+class FastLinear(NamedTuple):
     """The linear fast model z = k W + bias: weight [..., H, K, K], bias [..., H, K]."""
 
     weight: Array
@@ -185,9 +185,9 @@ def normed(z: Array, scale: Array, shift: Array) -> Array:
 
 
 def linear_scan(
-    q: Array, k: Array, v: Array, rates_BxLxH: Array, first: Linear, norm: tuple, batch: int
-) -> tuple[Array, Linear]:
-    """(outputs f32 [B, L, H, K], the weights after the last token) of TTT-Linear.
+    q: Array, k: Array, v: Array, rates_BxLxH: Array, first: FastLinear, norm: tuple, batch: int
+) -> tuple[Array, FastLinear]:
+    """(outputs f32 [B, L, H, K], the weights after the last token) of TTT-FastLinear.
 
     The loss of a token is ½ |LN(k W + bias) - (v - k)|², with LN of scale and shift `norm`, [H, K]
     each. Each token of a mini-batch takes its own step from the weights at the start of the
@@ -201,7 +201,7 @@ def linear_scan(
 
     past = jnp.tril(jnp.ones((batch, batch)))
 
-    def one(fast: Linear, at: tuple[Array, ...]) -> tuple[Linear, Array]:
+    def one(fast: FastLinear, at: tuple[Array, ...]) -> tuple[FastLinear, Array]:
         q, k, v, rates = at
 
         def loss(z: Array) -> Array:
@@ -211,9 +211,11 @@ def linear_scan(
         weighted = rates[..., None] * g
         z = q @ fast.weight + fast.bias[:, :, None]
         z = z - (past * (q @ jnp.swapaxes(k, -1, -2))) @ weighted - past @ weighted
-        new = Linear(fast.weight - jnp.swapaxes(k, -1, -2) @ weighted, fast.bias - weighted.sum(2))
+        new = FastLinear(
+            fast.weight - jnp.swapaxes(k, -1, -2) @ weighted, fast.bias - weighted.sum(2)
+        )
         return new, q + normed(z, scale, shift)
 
-    start = Linear(*(_everywhere(w, k) for w in first))
+    start = FastLinear(*(_everywhere(w, k) for w in first))
     fast, out = jax.lax.scan(one, start, tuple(chunked(x) for x in (q, k, v, rates_BxLxH)))
     return jnp.moveaxis(out, (0, 2), (1, 3)).reshape(B, L, H, K), fast

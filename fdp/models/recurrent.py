@@ -1,5 +1,5 @@
 """Mixing layers with a state of fixed size, in place of attention: Gated DeltaNet, LaCT and
-TTT-Linear.
+TTT-FastLinear.
 
 All project, filter and activate queries, keys and values in the same way, and norm, gate and
 project what they read. Heads are sharded over tp, the sequence over cp by a `StatePlan`.
@@ -31,7 +31,7 @@ from fdp.count.counts import (
 from fdp.models import delta, fast_weights
 from fdp.models.attention import Where
 from fdp.models.conv import ShortConvolution, hops
-from fdp.models.fast_weights import FastWeights, Linear, Read, Sharing
+from fdp.models.fast_weights import FastWeights, FastLinear, Read, Sharing
 from fdp.models.layers import (
     Reduction,
     enter_tp,
@@ -337,7 +337,7 @@ class TTTLinear(StateLayer):
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         H, K = self.shape.heads, self.shape.head_dim
         axes = ("tp", None)
-        first = Linear(
+        first = FastLinear(
             self.weight("fast", normal(0.02), (H, K, K), ("tp", None, None), decay=False),
             self.weight("fast_bias", zeros, (H, K), axes, decay=False),
         )

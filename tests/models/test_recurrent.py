@@ -28,7 +28,7 @@ from fdp.mesh import AXES, make_mesh
 from fdp.models import delta, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
-from fdp.models.fast_weights import FastWeights, Linear, Read
+from fdp.models.fast_weights import FastWeights, FastLinear, Read
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet, LaCT, TTTLinear
 from fdp.models.shape import ModelShape
@@ -188,20 +188,20 @@ def test_orthogonal_matrices_come_out_and_the_sum_comes_first():
 def test_the_dual_form_is_a_step_on_every_token():
     q, k, v = (np.asarray(x)[:1, :16, :1] for x in READ[:3])
     rates = np.abs(normal(1, 16, 1))
-    first = Linear(0.3 * normal(1, K, K), 0.3 * normal(1, K))
+    first = FastLinear(0.3 * normal(1, K, K), 0.3 * normal(1, K))
     norm = 1 + 0.1 * normal(1, K), 0.1 * normal(1, K)
     got, last = fast.linear_scan(q, k, v, rates, first, norm, 8)
 
-    def loss(model: Linear, t: int) -> jax.Array:
+    def loss(model: FastLinear, t: int) -> jax.Array:
         z = fast.normed(k[0, t, 0] @ model.weight + model.bias, norm[0][0], norm[1][0])
         return 0.5 * ((z - (v - k)[0, t, 0]) ** 2).sum()
 
-    start = now = Linear(first.weight[0], first.bias[0])
+    start = now = FastLinear(first.weight[0], first.bias[0])
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     for t in range(16):
         start = now if t % 8 == 0 else start
         g, rate = gradient(start, t), rates[0, t, 0]
-        now = Linear(now.weight - rate * g.weight, now.bias - rate * g.bias)
+        now = FastLinear(now.weight - rate * g.weight, now.bias - rate * g.bias)
         z = fast.normed(q[0, t, 0] @ now.weight + now.bias, norm[0][0], norm[1][0])
         np.testing.assert_allclose(got[0, t, 0], q[0, t, 0] + z, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(last.weight[0, 0], now.weight, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from fdp.config_sizes import Size, sequences
+from fdp.config_sizes import LowerBound, sequences
 from fdp.data.recall import RECALL
 from fdp.keys import UserError, count, flag, section, words
 
@@ -21,7 +21,7 @@ SECTIONS = {
 }
 
 
-def sizes(c: ml_collections.ConfigDict) -> Iterator[Size]:
+def sizes(c: ml_collections.ConfigDict) -> Iterator[LowerBound]:
     """Of the sequences that are profiled at once."""
     yield sequences(c, "profile.sequences", c.profile.sequences)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from fdp.config_sizes import Size, sequences
+from fdp.config_sizes import LowerBound, sequences
 from fdp.keys import UserError, at_least, count, section, words
 
 # How an arm differs from a token's choice without any balance: keys of `model.moe`.
@@ -43,7 +43,7 @@ SECTIONS = {
 }
 
 
-def sizes(c: ml_collections.ConfigDict) -> Iterator[Size]:
+def sizes(c: ml_collections.ConfigDict) -> Iterator[LowerBound]:
     """Of the sequences that are drawn at once."""
     yield sequences(c, "router.sequences", c.router.sequences)
 

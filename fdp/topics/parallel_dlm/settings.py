@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from fdp.config_sizes import Size, sequences
+from fdp.config_sizes import LowerBound, sequences
 from fdp.data.recall import RECALL
 from fdp.keys import UserError, at_least, count, section, words
 
@@ -45,7 +45,7 @@ SECTIONS = {
 }
 
 
-def sizes(c: ml_collections.ConfigDict) -> Iterator[Size]:
+def sizes(c: ml_collections.ConfigDict) -> Iterator[LowerBound]:
     """Of the sequences that are drawn at once."""
     yield sequences(c, "sampling.sequences", c.sampling.sequences)
 

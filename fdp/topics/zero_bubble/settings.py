@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import ml_collections
 
 from fdp.config_images import IMAGE_MODELS
-from fdp.config_sizes import Size, pictures
+from fdp.config_sizes import LowerBound, pictures
 from fdp.keys import UserError, at_least, count, section, words
 
 FILLERS = ("none", "stable", "larger")
@@ -26,7 +26,7 @@ SECTIONS = {
 }
 
 
-def sizes(c: ml_collections.ConfigDict) -> Iterator[Size]:
+def sizes(c: ml_collections.ConfigDict) -> Iterator[LowerBound]:
     """Of the images that are judged and averaged at once."""
     yield pictures(c, "images.references", c.images.references)
     yield pictures(c, "images.samples", c.images.samples)
