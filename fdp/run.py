@@ -26,7 +26,7 @@ from fdp.parallel.pipeline.executor import scheduled
 from fdp.study.cache import Cache
 from fdp.study.measure import Part, clock, perform
 from fdp.study.report import VERDICTS, BadReport, Report, devices, versions
-from fdp.workdir import SegmentLog, Record, check, locked, record_of
+from fdp.workdir import Record, SegmentLog, check, locked, record_of
 
 
 @dataclasses.dataclass

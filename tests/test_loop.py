@@ -26,7 +26,7 @@ from fdp.loop import Segment, Stopped, fit
 from fdp.mesh import make_mesh
 from fdp.metrics import read_metrics
 from fdp.state import all_finite
-from fdp.workdir import SegmentLog, Record
+from fdp.workdir import Record, SegmentLog
 
 STEPS = 12
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from fdp.keys import UserError
-from fdp.workdir import SegmentLog, Record, bind, check, locked, record_of
+from fdp.workdir import Record, SegmentLog, bind, check, locked, record_of
 
 pytestmark = pytest.mark.fast
 FACTS = {"jax_enable_x64": False, "corpus of ar": "a" * 64}

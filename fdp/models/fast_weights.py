@@ -2,7 +2,7 @@
 (test-time training).
 
 Two kinds. `swiglu_scan` is LaCT (Zhang et al. 2025, arXiv 2505.23884): a SwiGLU network, one update
-for a large chunk, applied to a chunk before it is updated on it. `linear_scan` is TTT-FastLinear (Sun
+for a large chunk, applied to a chunk before it is updated on it. `linear_scan` is TTT-Linear (Sun
 et al. 2024, arXiv 2407.04620, section 2): a linear map, gradient descent on every token of a small
 mini-batch from the weights at its start, in the dual form.
 
@@ -187,7 +187,7 @@ def normed(z: Array, scale: Array, shift: Array) -> Array:
 def linear_scan(
     q: Array, k: Array, v: Array, rates_BxLxH: Array, first: FastLinear, norm: tuple, batch: int
 ) -> tuple[Array, FastLinear]:
-    """(outputs f32 [B, L, H, K], the weights after the last token) of TTT-FastLinear.
+    """(outputs f32 [B, L, H, K], the weights after the last token) of TTT-Linear.
 
     The loss of a token is ½ |LN(k W + bias) - (v - k)|², with LN of scale and shift `norm`, [H, K]
     each. Each token of a mini-batch takes its own step from the weights at the start of the

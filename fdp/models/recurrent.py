@@ -1,5 +1,5 @@
 """Mixing layers with a state of fixed size, in place of attention: Gated DeltaNet, LaCT and
-TTT-FastLinear.
+TTT-Linear.
 
 All project, filter and activate queries, keys and values in the same way, and norm, gate and
 project what they read. Heads are sharded over tp, the sequence over cp by a `StatePlan`.
@@ -31,7 +31,7 @@ from fdp.count.counts import (
 from fdp.models import delta, fast_weights
 from fdp.models.attention import Where
 from fdp.models.conv import ShortConvolution, hops
-from fdp.models.fast_weights import FastWeights, FastLinear, Read, Sharing
+from fdp.models.fast_weights import FastLinear, FastWeights, Read, Sharing
 from fdp.models.layers import (
     Reduction,
     enter_tp,

@@ -28,7 +28,7 @@ from fdp.mesh import AXES, make_mesh
 from fdp.models import delta, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
-from fdp.models.fast_weights import FastWeights, FastLinear, Read
+from fdp.models.fast_weights import FastLinear, FastWeights, Read
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet, LaCT, TTTLinear
 from fdp.models.shape import ModelShape
