@@ -26,7 +26,7 @@ from fdp.keys import UserError
 NODES = flags.DEFINE_integer("nodes", 1, "number of nodes", lower_bound=1)
 GPUS = flags.DEFINE_integer("gpus", None, "GPUs of a node; default: of hardware.topology")
 TIME = flags.DEFINE_string("time", "24:00:00", "time limit of one start, as Slurm writes it")
-WARNING = flags.DEFINE_integer("warning", 120, "seconds between SIGTERM and the limit", 10)
+WARNING = flags.DEFINE_integer("warning", 300, "seconds between SIGTERM and the limit", 10)
 PARTITION = flags.DEFINE_string("partition", None, "Slurm's partition; default: that of the site")
 ACCOUNT = flags.DEFINE_string("account", None, "Slurm's account; default: the user's own")
 PRINT = flags.DEFINE_bool("print", False, "print the script and submit nothing")

@@ -132,7 +132,7 @@ def slurm_script(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_a_batch_script_asks_for_a_signal_and_runs_again(tmp_path) -> None:
     file, workdir = "--config=configs/topic1.py:h100", f"--workdir={tmp_path / 'a b'}"
     script = slurm_script(file, "--nodes=2", workdir, "--print").stdout
-    for line in ("nodes=2", "ntasks-per-node=1", "signal=TERM@120", "requeue"):
+    for line in ("nodes=2", "ntasks-per-node=1", "signal=TERM@300", "requeue"):
         assert f"#SBATCH --{line}\n" in script
     assert f"fdp.train {file} --config.mesh.dp=2 '{workdir}'\n" in script
     # The script with srun and scontrol that only say what they are given.
