@@ -28,7 +28,7 @@ FILE_DOCUMENTS = 40
 # A larger file is read in blocks, which are cut one by one: no file has to fit into memory.
 LARGE = 32 << 20  # bytes
 
-NAMED = 3  # files that an account names
+NAMED = 8  # files that an account names, one of every reason first
 
 
 @dataclass

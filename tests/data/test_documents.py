@@ -338,7 +338,7 @@ def test_folder_says_what_it_left_out(folder, monkeypatch):
     }
     (line,) = inputs.notes()
     assert line.startswith("5 files read (1 as gz, 1 as utf-16); 10 left out: ")
-    assert line.endswith(" and 7 more")
+    assert line.endswith(" and 2 more")
     assert (
         read_corpus(str(folder)).notes[1] == "1 of 5 documents are copies of others, and left out"
     )
