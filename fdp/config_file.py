@@ -15,7 +15,7 @@ import ml_collections
 from absl import flags
 
 from fdp import config
-from fdp.keys import UserError, shown
+from fdp.keys import UserError, closest, shown
 
 
 def start(topic: str, variant: str) -> ml_collections.ConfigDict:
@@ -46,12 +46,17 @@ def llama_like(
 # --------------------------------------------------------------------------------------------------
 
 
+ASKED = "name a file, such as --config=configs/topic1.py:tiny"
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser for a command with the flag --config. Raises UserError for every mistake; a bug
     inside a config file keeps its traceback."""
     flags.FLAGS.set_default("verbosity", -1)  # warnings: libraries narrate at absl's default
     logging.getLogger("absl").setLevel(logging.ERROR)  # of ml_collections: the line below says it
     file = _named(argv)
+    if file:
+        _check_file(Path(file.split(":")[0]))
     try:
         with beside(file):
             rest = flags.FLAGS(argv)
@@ -60,8 +65,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         return rest
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         _raise_own(file, error)
-        if file and "must have a value" in str(error):  # get_config() made none
-            _check_type(file, flags.FLAGS["config"].value)
+        if "--config must have a value" in str(error):
+            if not file:
+                raise UserError(f"there is no --config: {ASKED}") from error
+            _check_type(file, flags.FLAGS["config"].value)  # get_config() made none
         told = error.args[0] if isinstance(error, KeyError) else error
         raise UserError(refused_override(argv) or str(told)) from error
 
@@ -109,6 +116,16 @@ def _named(argv: list[str]) -> str:
     return found[-1] if found else ""
 
 
+def _check_file(path: Path) -> None:
+    """Raises UserError where no config file is at `path`."""
+    if path.is_dir():
+        raise UserError(f"--config={path} is a folder: {ASKED}")
+    if not path.exists():
+        there = [p.name for p in path.parent.glob("*.py") if p.name != "__init__.py"]
+        near = f"{closest(path.name, there)}" if there else ASKED
+        raise UserError(f"--config={path}: there is no such file: {near}")
+
+
 def _check_type(file: str, value: Any) -> None:
     getattr(value, "topic", "")  # a file that is not there shows itself, as OSError
     if not isinstance(value, ml_collections.ConfigDict):
@@ -134,6 +151,11 @@ def _raise_own(file: str, error: BaseException | None) -> None:
             continue
         if not place:
             raise cause from None
+        if "has no attribute 'get_config'" in str(cause):
+            raise UserError(
+                f"{file} has no get_config(variant): it makes the config, from "
+                "fdp.config_file.start(topic, variant) on"
+            ) from cause
         raise UserError(f"{place}: {type(cause).__name__}: {cause}") from cause
 
 

@@ -346,7 +346,7 @@ WRONG_FILES = {
     ),
     "a number": (BASE.format("", "return 5"), r"get_config\(\) returned 5: return the config"),
     "a dict": (BASE.format("", "return {'topic': ''}"), r"returned {'topic': ''}: return the"),
-    "no function": ("x = 1\n", "has no attribute 'get_config'"),
+    "no function": ("x = 1\n", r"a\.py has no get_config\(variant\): it makes the config"),
 }
 
 

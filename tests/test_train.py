@@ -380,9 +380,11 @@ def test_the_workdir_of_another_config_is_refused_unless_allowed(
 
 
 def test_no_config_is_one_error_line_and_help_shows_three_flags() -> None:
-    assert (
-        refused([]) == "error: flag --config=None: Flag --config must have a value other than None."
-    )
+    asked = "name a file, such as --config=configs/topic1.py:tiny"
+    assert refused([]) == f"error: there is no --config: {asked}"
+    assert refused(["--config=configs"]) == f"error: --config=configs is a folder: {asked}"
+    gone = "error: --config=configs/topic0.py: there is no such file: did you mean 'topic"
+    assert refused(["--config=configs/topic0.py:tiny"]).startswith(gone)
     shown = train(["--help"])
     own = shown.out.split("/train.py:\n")[1].split("\n\n")[0]
     assert re.findall(r"^  --(\S+):", own, re.MULTILINE) == ["config", "[no]dry_run", "workdir"]
