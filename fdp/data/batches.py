@@ -427,12 +427,12 @@ def _check_batch(examples: Examples, batch_size: int) -> None:
         fits = max(examples.n_tokens // batch_size, 1)
         raise ValueError(
             f"a batch of {batch_size} sequences of {examples.seq_len} tokens is longer than the "
-            f"{examples.what} ({examples.n_tokens:,} tokens, {n} sequences): set train.batch={n}, "
-            f"data.seq_len={2 ** (fits.bit_length() - 1)} or {examples.fix}"
+            f"{examples.what} ({examples.n_tokens:,} tokens, {n} sequences): one of "
+            f"train.batch ≤ {n}, data.seq_len ≤ {2 ** (fits.bit_length() - 1)}, or {examples.fix}"
         )
     raise ValueError(
         f"a batch of {batch_size} examples is larger than the {examples.what} ({n} examples): "
-        f"set train.batch={n} or {examples.fix}"
+        f"set train.batch ≤ {n}, or {examples.fix}"
     )
 
 

@@ -146,7 +146,7 @@ def test_batch_errors():
             ValueError,
             match=r"a batch of 11 sequences of 4 tokens is longer than the corpus "
             r"\(40 tokens, 10 sequences\): "
-            r"set train\.batch=10, data\.seq_len=2 or use a larger corpus",
+            r"one of train\.batch ≤ 10, data\.seq_len ≤ 2, or use a larger corpus",
         ):
             call()
     for call in (lambda: batch(w, 0, 0, 0), lambda: eval_batches(w, 0, 1)):
@@ -228,7 +228,7 @@ def test_images_are_batched_like_text():
     with pytest.raises(
         ValueError,
         match=r"a batch of 11 examples is larger than the image set \(10 examples\): "
-        r"set train\.batch=10 or render more images",
+        r"set train\.batch ≤ 10, or render more images",
     ):
         batch(images, 0, 11, 0)
 

@@ -314,7 +314,7 @@ def test_every_process_must_read_the_same_text(source, tmp_path, monkeypatch):
     c.data.update(source=str(source), seq_len=8)
     monkeypatch.setattr(process, "decided", lambda f: f())
     sha256 = load_data(c).sha256
-    monkeypatch.setattr(process, "decided", lambda f: "0" * 64)  # what process 0 says
+    monkeypatch.setattr(process, "decided", lambda f: ["0" * 64, f()[1]])  # process 0 says
     with pytest.raises(
         UserError, match=rf"holds sha256 0{{12}} in process 0, and {sha256[:12]} in this one: give"
     ):
