@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,12 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
 
 
+def _not_an_orbax_task(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    files_of_error = [frame.filename for frame in traceback.extract_tb(trace)]
+    return not any("/orbax/" in text for text in (*files_of_error, record.getMessage()))
+
+
 @dataclasses.dataclass(frozen=True)
 class _WithoutClosedLoops:
     """A `sys.unraisablehook` that leaves out callbacks of a closed event loop."""
@@ -45,6 +52,8 @@ def mute_orbax() -> None:
     option for that. Calling it twice changes nothing."""
     # Four tracebacks. absl has one verbosity for the whole process, so a filter is needed.
     logging.getLogger("absl").addFilter(_not_from_orbax)
+    # And one for every task whose error nobody reads, whenever that task is collected.
+    logging.getLogger("asyncio").addFilter(_not_an_orbax_task)
     # TensorStore reports the other arrays of that save to an event loop that is closed by then.
     if not isinstance(sys.unraisablehook, _WithoutClosedLoops):
         sys.unraisablehook = _WithoutClosedLoops(sys.unraisablehook)
