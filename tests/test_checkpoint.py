@@ -3,6 +3,7 @@ what went wrong.
 """
 
 import errno
+import logging
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fdp.checkpoint import CheckpointError, Checkpoints
+from fdp.checkpoint import CheckpointError, Checkpoints, mute_orbax
 from fdp.mesh import AXES, make_mesh
 
 META = {"config": {"train.lr": 3e-3}}
@@ -385,6 +386,14 @@ def test_a_disk_that_is_full_for_the_checksums_makes_no_step(checkpoints, monkey
     checkpoints.save(2, small, {})
     checkpoints.wait()
     assert checkpoints.latest_step() == 2
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("place", "kept"), [("/orbax/checkpoint/x.py", False), ("/a/x.py", True)])
+def test_only_tasks_of_orbax_are_left_out(place, kept, caplog):
+    mute_orbax()
+    logging.getLogger("asyncio").error("Task exception was never retrieved: running at %s", place)
+    assert bool(caplog.records) is kept
 
 
 @pytest.mark.fast
