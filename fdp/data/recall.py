@@ -296,10 +296,15 @@ def task_of(source: str, seq_len: int) -> RecallTask:
 
 
 def recall_data(source: str, seq_len: int, train: int = 8192, val: int = 256) -> Data:
+    """`task_data` of the task of `data.source` at this length."""
+    return task_data(task_of(source, seq_len), train, val)
+
+
+def task_data(task: RecallTask, train: int = 8192, val: int = 256) -> Data:
     """Sequences of a recall task in place of a corpus; only the answers carry loss.
 
-    Fields: "tokens", int32 [B, L]; "weights", f32 [B, L]: 1 on scored answers, else 0."""
-    task = task_of(source, seq_len)
+    `train`, `val`: numbers of sequences, of seeds 0 and 1. Fields: "tokens", int32 [B, L];
+    "weights", f32 [B, L]: 1 on scored answers, else 0."""
     token_bytes = [f"{i} ".encode() for i in range(task.vocab - 1)]
     tokenizer = Tokenizer(
         len(token_bytes),

@@ -15,6 +15,7 @@ from fdp.data.recall import (
     WordNeedle,
     accuracy,
     recall_data,
+    task_data,
     task_of,
 )
 
@@ -198,6 +199,15 @@ def test_impossible_tasks_name_the_equation_and_a_fix_that_works(task, wrong, me
         fixed = task(**{**wrong, field: int(value)})
         tokens, mask = fixed.sample(0, 0, 2)
         assert tokens.shape == (2, fixed.length) and mask.any()
+
+
+def test_a_topic_may_choose_its_own_task_as_a_corpus() -> None:
+    task = AssociativeRecall(64, pairs=4, vocab=64)
+    chosen, stock = task_data(task, train=4, val=2), recall_data("mqar", 64, train=4, val=2)
+    assert chosen.sha256 == stock.sha256 and chosen.name == repr(task)
+    other = task_data(AssociativeRecall(64, pairs=8, vocab=64), train=4, val=2)
+    assert other.train.take([0])["weights"].sum() == 8
+    assert stock.train.take([0])["weights"].sum() == 4
 
 
 @pytest.mark.parametrize("source", RECALL)
