@@ -11,14 +11,16 @@ V vocabulary."""
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from fdp.data.batches import Arrays, Batch, Data
-from fdp.data.tokenizer import Tokenizer, decoder
-
-Sample = tuple[np.ndarray, np.ndarray]
+from fdp.data.ruler import Sample
+from fdp.data.ruler_text import ByteNeedle, TextTask
+from fdp.data.sources import source_of
+from fdp.data.tokenizer import Tokenizer, build_tokenizer, decoder
 
 
 class RecallTask(Protocol):
@@ -232,6 +234,21 @@ def accuracy(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.n
     tokens[b, i + 1].
 
     Raises ValueError for shapes that differ, a scored last position or no scored position."""
+    right_BxL, scored_BxL = _right(predictions_BxL, tokens_BxL, mask_BxL)
+    return float(right_BxL[scored_BxL].mean())
+
+
+def exact(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray) -> float:
+    """Share of the sequences of which ALL scored tokens are predicted correctly. Arguments and
+    errors of `accuracy`; sequences without a scored token are left out."""
+    right_BxL, scored_BxL = _right(predictions_BxL, tokens_BxL, mask_BxL)
+    return float((right_BxL | ~scored_BxL).all(1)[scored_BxL.any(1)].mean())
+
+
+def _right(
+    predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each token but the first is predicted, and whether it is scored."""
     predictions_BxL, tokens_BxL, mask_BxL = map(np.asarray, (predictions_BxL, tokens_BxL, mask_BxL))
     shapes = [list(x.shape) for x in (predictions_BxL, tokens_BxL, mask_BxL)]
     if shapes[0] != shapes[1] or shapes[1] != shapes[2] or len(shapes[0]) != 2:
@@ -243,8 +260,7 @@ def accuracy(predictions_BxL: np.ndarray, tokens_BxL: np.ndarray, mask_BxL: np.n
         raise ValueError("the last position has no next token to score: set mask[:, -1] = 0")
     if not mask_BxL.any():
         raise ValueError("no position is scored: the mask is all zero")
-    right_BxL = predictions_BxL[:, :-1] == tokens_BxL[:, 1:]
-    return float(right_BxL[mask_BxL[:, :-1] > 0].mean())
+    return predictions_BxL[:, :-1] == tokens_BxL[:, 1:], mask_BxL[:, :-1] > 0
 
 
 def _at_least_one(**values: int) -> None:
@@ -279,12 +295,12 @@ def _last_scored(batch: int, length: int, answers: int) -> np.ndarray:
     return mask_BxL
 
 
-RECALL = ("mqar", "needle", "induction")  # data.source
+RECALL = ("mqar", "needle", "induction", "kjv_needle")  # data.source
 
 
 def task_of(source: str, seq_len: int) -> RecallTask:
-    """The recall task of `data.source` at this length: seq_len/16 pairs, a needle, or a segment of
-    seq_len/8."""
+    """The recall task of `data.source` at this length: seq_len/16 pairs, a needle of ids or of
+    bytes, or a segment of seq_len/8."""
     vocab = max(64, seq_len // 8 + 1)
     if source == "mqar":
         return AssociativeRecall(seq_len, pairs=max(seq_len // 16, 1), vocab=vocab)
@@ -292,6 +308,8 @@ def task_of(source: str, seq_len: int) -> RecallTask:
         return WordNeedle(seq_len, vocab)
     if source == "induction":
         return InductionHeads(seq_len, segment=max(seq_len // 8, 2), vocab=vocab)
+    if source == "kjv_needle":
+        return ByteNeedle(seq_len)
     raise ValueError(f"recall task {source!r} is unknown: {', '.join(RECALL)}")
 
 
@@ -305,24 +323,29 @@ def task_data(task: RecallTask, train: int = 8192, val: int = 256) -> Data:
 
     `train`, `val`: numbers of sequences, of seeds 0 and 1. Fields: "tokens", int32 [B, L];
     "weights", f32 [B, L]: 1 on scored answers, else 0."""
-    token_bytes = [f"{i} ".encode() for i in range(task.vocab - 1)]
-    tokenizer = Tokenizer(
-        len(token_bytes),
-        lambda texts: [np.array(t.split(), np.int32) for t in texts],
-        decoder(token_bytes),
-        repr(task),
-    )
     parts = [_weighted(*task.sample(0, 0, train)), _weighted(*task.sample(1, 0, val))]
     content = b"".join(part[field].tobytes() for part in parts for field in sorted(part))
     fix = "choose another data.source"
     return Data(
         name=repr(task),
         sha256=hashlib.sha256(content).hexdigest(),
-        licence="made here",
-        tokenizer=tokenizer,
+        licence=source_of("bible").licence if isinstance(task, TextTask) else "made here",
+        tokenizer=_tokenizer(task),
         train=Arrays(parts[0], "training sequences", fix),
         val=Arrays(parts[1], "validation sequences", fix),
         dims=dict.fromkeys(parts[0], ("batch", "sequence")),
+    )
+
+
+def _tokenizer(task: RecallTask) -> Tokenizer:
+    if isinstance(task, TextTask):
+        return build_tokenizer("byte", task.vocab, list, "", Path())
+    token_bytes = [f"{i} ".encode() for i in range(task.vocab - 1)]
+    return Tokenizer(
+        len(token_bytes),
+        lambda texts: [np.array(t.split(), np.int32) for t in texts],
+        decoder(token_bytes),
+        repr(task),
     )
 
 

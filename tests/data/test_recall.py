@@ -212,8 +212,11 @@ def test_a_topic_may_choose_its_own_task_as_a_corpus() -> None:
 
 @pytest.mark.parametrize("source", RECALL)
 def test_recall_as_a_corpus_holds_whole_sequences_and_weighs_answers_only(source: str) -> None:
-    data = recall_data(source, 64, train=16, val=8)
-    task = task_of(source, 64)
+    length, vocab, context = {"needle": (64, 64, 2), "kjv_needle": (128, 257, 20)}.get(
+        source, (64, 64, 1)
+    )
+    data = recall_data(source, length, train=16, val=8)
+    task = task_of(source, length)
     for split, seed, n in ((data.train, 0, 16), (data.val, 1, 8)):
         tokens, mask = task.sample(seed, 0, n)
         got = split.take(range(n))
@@ -221,16 +224,18 @@ def test_recall_as_a_corpus_holds_whole_sequences_and_weighs_answers_only(source
         np.testing.assert_array_equal(got["tokens"], tokens)
         np.testing.assert_array_equal(got["weights"][:, 1:], mask[:, :-1])
         assert not got["weights"][:, 0].any() and got["tokens"].max() < data.tokenizer.n_data
-        reader = np.roll(earlier_continuation(tokens, 2 if source == "needle" else 1), 1, axis=1)
+        reader = np.roll(earlier_continuation(tokens, context), 1, axis=1)
         assert (reader == tokens)[got["weights"] > 0].all(), "what is weighed can be looked up"
     assert dict(data.dims) == dict.fromkeys(("tokens", "weights"), ("batch", "sequence"))
-    assert data.seq_len == 64
-    assert data.tokenizer.n_data == task.vocab == 64 and data.name == repr(task)
-    assert data.sha256 != recall_data(source, 32, train=16, val=8).sha256
+    assert data.seq_len == length
+    assert data.tokenizer.n_data == task.vocab == vocab and data.name == repr(task)
+    assert data.sha256 != recall_data(source, 2 * length, train=16, val=8).sha256
     with pytest.raises(ValueError, match=r"larger than the validation sequences .* another data"):
         eval_batches(data.val, 9, 1)
 
 
 def test_an_unknown_recall_task_is_refused() -> None:
-    with pytest.raises(ValueError, match="recall task 'copy' is unknown: mqar, needle, induction"):
+    with pytest.raises(
+        ValueError, match="recall task 'copy' is unknown: mqar, needle, induction, kjv"
+    ):
         task_of("copy", 64)
