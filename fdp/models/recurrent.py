@@ -47,11 +47,13 @@ Array = jax.Array
 
 class StateLayer(Module):
     """What the layers below share: [B, L, D] → [B, L, D]. `chunk`: positions of a chunk, on all
-    devices."""
+    devices. `gate`: whether what is read is multiplied by SiLU of a projection, as published; small
+    models learn to recall sooner without."""
 
     shape: ModelShape
     plan: StatePlan = StatePlan()
     chunk: int = 16
+    gate: bool = True
     reduction: Reduction | None = None
 
     @property
@@ -74,7 +76,6 @@ class StateLayer(Module):
         D, H, K = s.width, s.heads, s.head_dim
         heads, deep = (None, "tp", None), normal(D**-0.5)
         w_qkv = self.weight("w_qkv", deep, (3, D, H, K), (None, *heads)).astype(dtype)
-        w_gate = self.weight("w_gate", deep, (D, H, K), heads).astype(dtype)
         w_o = self.weight("w_o", normal((H * K) ** -0.5), (H, K, D), ("tp", None, None))
         scale = self.weight("scale", ones, (H, K), ("tp", None), decay=False)
 
@@ -89,8 +90,11 @@ class StateLayer(Module):
         )
         out = self.mix(_unit(q), _unit(k), v, x_BxLxD, where).astype(jnp.float32)
         out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + s.epsilon) * scale
-        gate = jax.nn.silu(jnp.einsum("bld,dhk->blhk", x_BxLxD, w_gate))
-        partial = jnp.einsum("blhk,hkd->bld", out.astype(dtype) * gate, w_o.astype(dtype))
+        out = out.astype(dtype)
+        if self.gate:
+            w_gate = self.weight("w_gate", deep, (D, H, K), heads).astype(dtype)
+            out = out * jax.nn.silu(jnp.einsum("bld,dhk->blhk", x_BxLxD, w_gate))
+        partial = jnp.einsum("blhk,hkd->bld", out, w_o.astype(dtype))
         return leave_tp(partial, s.sequence_parallel, self.reduction, "attention")
 
     def _near(self, name: str, x_BxLxHxK: Array, where: Where) -> Array:
@@ -118,7 +122,7 @@ class StateLayer(Module):
         """Projections, filters, and the counts of `work`."""
         s, tp = self.shape, degrees["tp"]
         H, K = s.heads, s.head_dim
-        into, out = 4 * s.width * H * K, H * K * s.width
+        into, out = (3 + self.gate) * s.width * H * K, H * K * s.width
         enter, enter_back = entered(s, rows, degrees)
         leave, leave_back = left(s, rows, degrees, self.reduction)
         last = Work(2 * rows.positions * out, sent=leave)
@@ -130,8 +134,8 @@ class StateLayer(Module):
             forward,
             forward.backward(merged(enter_back, leave_back)),
             last,
-            saved=between + inside + heads * (5 * s.itemsize + 4 * 4),
-            kept=between + 4 * heads * s.itemsize,
+            saved=between + inside + heads * ((4 + self.gate) * s.itemsize + 4 * 4),
+            kept=between + (3 + self.gate) * heads * s.itemsize,
         )
         if s.conv:
             filter = ShortConvolution(s.conv, self.plan.layout, axis="tp", parent=None)
@@ -170,7 +174,10 @@ class StateLayer(Module):
 
 class GatedDeltaNet(StateLayer):
     """The gated delta rule (`fdp.models.delta`). The decay of a head is exp(-A · softplus(x w +
-    bias)), A and the bias learned, as in the paper's released code."""
+    bias)), A and the bias learned, as in the paper's released code. `decay`: range of
+    softplus(bias) before training; published values forget within tens of tokens."""
+
+    decay: tuple[float, float] = (1e-3, 0.1)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -183,7 +190,7 @@ class GatedDeltaNet(StateLayer):
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         H = self.shape.heads
         pace = self.weight("pace", _spread(1.0, 16.0), (H,), ("tp",), decay=False)
-        bias = self.weight("bias", _inverse_softplus(1e-3, 0.1), (H,), ("tp",), decay=False)
+        bias = self.weight("bias", _inverse_softplus(*self.decay), (H,), ("tp",), decay=False)
         found = self.head_scalars("w_state", x_BxLxD, 2)
         log_decay = -jnp.exp(pace) * jax.nn.softplus(found[..., 0] + bias)
         beta = jax.nn.sigmoid(found[..., 1])

@@ -19,14 +19,16 @@ from fdp.models.recurrent import StateLayer, softplus_inverse
 from fdp.parallel.context import state
 
 Array = jax.Array
-FIRST_RATE = 1e-3  # of a fast network, before training
 
 
 class LaCT(StateLayer):
     """A fast SwiGLU network trained on large chunks (`fdp.models.fast_weights`). `hidden`: F over
-    K. `muon`: whether updates are orthogonalised. Queries and keys are rotated after their norm."""
+    K. `rate`: of its training, before the model's own. `muon`: whether updates are orthogonalised.
+    `rotate`: whether queries and keys are rotated by their positions after their norm."""
 
     hidden: int = 2
+    rate: float = 1e-3
+    rotate: bool = True
     muon: bool = False
     momentum: bool = True
 
@@ -44,9 +46,9 @@ class LaCT(StateLayer):
             self.weight("fast_down", normal(F**-0.5), (H, K, F), axes, decay=False),
         )
         found = self.head_scalars("w_state", x_BxLxD, 4)
-        rates = jax.nn.softplus(found[..., :3] + softplus_inverse(FIRST_RATE))
+        rates = jax.nn.softplus(found[..., :3] + softplus_inverse(self.rate))
         momentum = jax.nn.sigmoid(found[..., 3])
-        if where.position is not None:
+        if self.rotate and where.position is not None:
             q, k = (rotary(x, where.position, s.rope_base, s.rope_scaling) for x in (q, k))
         tokens = (q, k, v, rates) + ((momentum,) if self.momentum else ())
         if self.plan.kind == "heads":

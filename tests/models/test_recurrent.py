@@ -217,7 +217,7 @@ X, TARGET = normal(B, S, 12), normal(B, S, 12)
 SHARED = SequenceLayout("striped", 2)  # chunks of 8 on four devices
 LAYERS = {
     "gdn, affine": (GatedDeltaNet, "affine", CONTIGUOUS, {}),
-    "lact, tokens": (LaCT, "tokens", SHARED, {"muon": True}),
+    "lact, tokens": (LaCT, "tokens", SHARED, {"muon": True, "gate": False}),
     "lact, tokens+ns": (LaCT, "tokens+ns", SHARED, {}),
     "ttt, heads": (TTTLinear, "heads", ZIGZAG, {}),
 }
