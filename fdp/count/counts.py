@@ -138,7 +138,8 @@ class Counts:
     `last`: the part of the forward pass that only yields the output; rematerialisation omits it
     where nothing reads the output. `again`: what else is computed and sent again. `once`: bytes
     that all layers share, sent once a pass. `saved`: bytes kept for the backward pass. `kept`:
-    bytes kept under remat="dots". `live`: other bytes of a layer that is being recomputed."""
+    bytes kept under remat="dots". `live`: other bytes of a layer, or of a part of it, that is being
+    recomputed."""
 
     parameters: int = 0
     forward: Work = Work()
@@ -192,10 +193,10 @@ class Counts:
         """These layers scanned over `periods` (over pp), each rematerialised on its own. `remat`:
         none | dots | full. `inputs`: bytes of a period's input."""
         local = periods // pp
-        again, saved, live = Work(), self.saved, 0
+        again, saved, live = Work(), self.saved, self.live
         if remat != "none":
             again = self.forward - self.last
-            live, saved = self.saved, inputs
+            live, saved = self.live + self.saved, inputs
         if remat == "dots":
             again = replace(again, flops=again.batched, replicated=0)
             saved = inputs + self.kept

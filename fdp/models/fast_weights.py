@@ -9,9 +9,13 @@ mini-batch from the weights at its start, in the dual form.
 A device may hold a part of each chunk: `Sharing` then adds up devices BEFORE momentum and
 orthogonalisation, as the latter is not linear.
 
+The weights of every chunk are kept for the backward pass, or only those of every `group`-th one,
+and what the others need is computed again.
+
 Legend: B sequences, L positions of a device, H heads, K head dim (of keys and values), F hidden
 width of the fast network, N chunks, C positions of a device in a chunk."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,19 +121,46 @@ class Sharing:
 ALONE = Sharing()
 
 
+def grouped_scan(step: Callable[..., Any], start: Any, xs: Any, group: int) -> tuple[Any, Any]:
+    """`lax.scan(step, start, xs)` that keeps the carry of every `group`-th step for the backward
+    pass, and computes a group of steps again there. 0: every step keeps all it needs."""
+    if not group:
+        return jax.lax.scan(step, start, xs)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # a scan's body is not merged with others
+    def steps(carry: Any, xs: Any) -> tuple[Any, Any]:
+        return jax.lax.scan(step, carry, xs)
+
+    def run(carry: Any, part: slice, size: int) -> tuple[Any, Any]:
+        cut = jax.tree.map(lambda x: x[part].reshape(-1, size, *x.shape[1:]), xs)
+        carry, out = jax.lax.scan(steps, carry, cut)
+        return carry, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), out)
+
+    n, outs = jax.tree.leaves(xs)[0].shape[0], []
+    rest = n % group
+    if n >= group:
+        start, out = run(start, slice(n - rest), group)
+        outs.append(out)
+    if rest:
+        start, out = run(start, slice(n - rest, n), rest)
+        outs.append(out)
+    return start, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outs)
+
+
 def swiglu_scan(
     read: Read,
     first: FastWeights,
     chunk: int,
     orthogonalise: Callable[[Array], Array] | None = None,
     sharing: Sharing = ALONE,
+    group: int = 0,
 ) -> tuple[Array, FastWeights]:
     """(outputs f32 [B, L, H, K], the weights after the last chunk but one).
 
     `first`: [H, …], the weights before the first token. `chunk`: C, positions of THIS device in a
     chunk. Every chunk is read with the weights of the chunks before it; the last one, which may be
     shorter, is read only. `orthogonalise`: of each summed update, for example `orthogonal`
-    (Muon)."""
+    (Muon). `group`: chunks, of `grouped_scan`."""
     B, L, H, K = read.k.shape
     updates = max(-(-L // chunk) - 1, 0)
     norms = FastWeights(*(row_norms(w) for w in first))
@@ -159,10 +190,39 @@ def swiglu_scan(
             return jnp.moveaxis(x[:, :, :cut].reshape(B, H, updates, chunk, *x.shape[3:]), 2, 0)
 
         start = (weights, velocity)
-        (weights, _), out = jax.lax.scan(one, start, jax.tree.map(chunked, heads))
+        (weights, _), out = grouped_scan(one, start, jax.tree.map(chunked, heads), group)
         parts.append(jnp.moveaxis(out, 0, 2).reshape(B, H, cut, K))
     parts.append(apply(weights, heads.q[:, :, cut:]))
     return jnp.moveaxis(jnp.concatenate(parts, 2), 1, 2), weights
+
+
+def scan_memory(
+    length: int,
+    chunk: int,
+    K: int,
+    F: int,
+    *,
+    momentum: bool,
+    orthogonalise: bool,
+    group: int = 0,
+    share: float = 1,
+) -> tuple[int, int]:
+    """Numbers of `swiglu_scan` for one head of one sequence: those that it keeps for its backward
+    pass, and those of a group of chunks that is computed again there.
+
+    `length`, `chunk`: positions of a device. `share`: of the heads, that it orthogonalises."""
+    updates = max(-(-length // chunk) - 1, 0)
+    weights, few = 3 * F * K, min(F, K)
+    each = chunk * (20 * F + 5 * K + 3) + 3 * weights + 4 * F + 2 * K
+    each += momentum * (int(share * weights) + 1)
+    if orthogonalise:
+        each += int(share * (11 * weights + 45 * few * few + 6))
+    read = (length - updates * chunk) * (6 * F + K) + weights
+    if not group:
+        return updates * each + read, 0
+    kept = -(-updates // group) * (weights + momentum * int(share * weights))
+    kept += updates * chunk * (3 * K + 3 + momentum)
+    return kept + read, min(group, updates) * each
 
 
 def _everywhere(w: Array, like: Array) -> Array:

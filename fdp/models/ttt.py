@@ -24,13 +24,16 @@ Array = jax.Array
 class LaCT(StateLayer):
     """A fast SwiGLU network trained on large chunks (`fdp.models.fast_weights`). `hidden`: F over
     K. `rate`: of its training, before the model's own. `muon`: whether updates are orthogonalised.
-    `rotate`: whether queries and keys are rotated by their positions after their norm."""
+    `rotate`: whether queries and keys are rotated by their positions after their norm. `group`: the
+    backward pass computes so many chunks again from the weights before them; 0: it keeps what it
+    needs of every chunk."""
 
     hidden: int = 2
     rate: float = 1e-3
     rotate: bool = True
     muon: bool = False
     momentum: bool = True
+    group: int = 0
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -78,10 +81,37 @@ class LaCT(StateLayer):
         sent, again = self._sent(updates, heads, rows, degrees), Work()
         if self.plan.kind == "tokens":  # every device orthogonalises the whole sum
             again = Work(3 * polish * (cp - 1), batched=3 * polish * (cp - 1))
+        if self.group:
+            again += self._again(rows.batch * H * updates, polish, sent[0], cp)
         forward, backward = replace(forward, sent=sent[0]), forward.backward(sent[1])
-        saved = 4 * heads // self._ways(cp) * (updates + 1) * 6 * F * K
-        own = Counts(3 * H * F * K, forward, backward, again=again, saved=saved)
+        ways = self._ways(cp)
+        saved, live = (4 * heads // ways * x for x in self._kept(rows.length * ways // cp, cp))
+        own = Counts(3 * H * F * K, forward, backward, again=again, saved=saved, live=live)
         return own + self.scalars(4, rows)
+
+    def _again(self, updates: int, polish: int, sent: Sent, cp: int) -> Work:
+        """What groups compute again: all of `updates` but the last product of reading. The exchange
+        of heads is outside them."""
+        F, K = self.shape.head_dim * self.hidden, self.shape.head_dim
+        if self.plan.kind == "tokens":
+            polish *= cp
+        flops = 16 * F * K * updates * self.chunk + polish
+        return Work(flops, batched=flops, sent={} if self.plan.kind == "heads" else sent)
+
+    def _kept(self, length: int, cp: int) -> tuple[int, int]:
+        """Numbers that a head of a sequence of `length` positions of a device keeps: for the
+        backward pass, and of a group."""
+        K = self.shape.head_dim
+        return fast_weights.scan_memory(
+            length,
+            self.chunk if self.plan.kind == "heads" else self.chunk // cp,
+            K,
+            K * self.hidden,
+            momentum=self.momentum,
+            orthogonalise=self.muon,
+            group=self.group,
+            share=1 / cp if self.plan.kind == "tokens+ns" else 1,
+        )
 
     def _ways(self, cp: int) -> int:
         """Devices that share out the heads in the scan."""
@@ -105,7 +135,10 @@ class LaCT(StateLayer):
 
     def _scan(self, first: FastWeights, chunk: int, sharing: Sharing, *tokens: Array) -> Array:
         orthogonalise = fast_weights.orthogonal if self.muon else None
-        return fast_weights.swiglu_scan(Read(*tokens), first, chunk, orthogonalise, sharing)[0]
+        read = Read(*tokens)
+        return fast_weights.swiglu_scan(
+            read, first, chunk, orthogonalise, sharing, group=self.group
+        )[0]
 
 
 class TTTLinear(StateLayer):

@@ -175,6 +175,40 @@ def test_a_chunk_is_read_before_it_is_learnt_from_and_its_order_is_free():
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize(
+    ("polish", "momentum"), [(None, True), (fast.orthogonal, False)], ids=["plain", "muon"]
+)
+def test_the_backward_pass_keeps_what_the_formula_says(polish, momentum):
+    read = READ if momentum else READ._replace(momentum=None)
+    first = 4 * H * (3 * F * K + 2 * (2 * F + K))  # the first weights and the lengths of their rows
+    for length, chunk, group in ((24, 4, 0), (22, 4, 3)):
+        part = jax.tree.map(lambda x: x[:, :length], read)  # noqa: B023
+
+        def kept(read: Read, weights: FastWeights) -> object:
+            run = functools.partial(fast.swiglu_scan, group=group)  # noqa: B023
+            return jax.vjp(lambda *a: run(*a, chunk, polish)[0], read, weights)[1]  # noqa: B023
+
+        found = jax.tree.leaves(jax.eval_shape(kept, part, WEIGHTS))
+        flags = {"momentum": momentum, "orthogonalise": polish is not None}
+        saved, live = fast.scan_memory(length, chunk, K, F, group=group, **flags)
+        assert sum(x.size * 4 for x in found) == 4 * B * H * saved + first
+        every, _ = fast.scan_memory(length, chunk, K, F, **flags)
+        assert not group or max(saved, live) < every
+
+
+@pytest.mark.fast
+def test_groups_of_chunks_change_no_value():
+    def loss(read: Read, weights: FastWeights, group: int) -> tuple[jax.Array, jax.Array]:
+        out, last = fast.swiglu_scan(read, weights, 4, group=group)
+        return (out**2).sum() + (last.down**3).sum(), out
+
+    run = jax.grad(loss, (0, 1), has_aux=True)
+    run = jax.jit(run, static_argnums=2, compiler_options=hlo.QUICK)
+    want, got = run(READ, WEIGHTS, 0), run(READ, WEIGHTS, 2)  # two, two and one
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.fast
 def test_orthogonal_matrices_come_out_and_the_sum_comes_first():
     a, b = normal(3, 16, 8), normal(3, 16, 8)
     values = np.linalg.svd(fast.orthogonal(a), compute_uv=False)
@@ -218,7 +252,7 @@ SHARED = SequenceLayout("striped", 2)  # chunks of 8 on four devices
 LAYERS = {
     "gdn, affine": (GatedDeltaNet, "affine", CONTIGUOUS, {}),
     "lact, tokens": (LaCT, "tokens", SHARED, {"muon": True, "gate": False}),
-    "lact, tokens+ns": (LaCT, "tokens+ns", SHARED, {}),
+    "lact, tokens+ns": (LaCT, "tokens+ns", SHARED, {"group": 3}),
     "ttt, heads": (TTTLinear, "heads", ZIGZAG, {}),
 }
 
@@ -361,6 +395,8 @@ def test_flops_equal_the_jaxpr(name):
     variables = {"params": state.params, "state": state.model}
     noised = jax.eval_shape(lambda b: p.corrupt(b, jax.random.key(0)), batch)
     traced = jax.jit(p.grads).trace(variables, noised)
-    assert jaxpr.dot_flops(traced.jaxpr) == flops.train_step(p)
+    assert jaxpr.dot_flops(traced.jaxpr) == flops.executed(p)
+    groups = "group" in LAYERS[name][3]
+    assert (flops.executed(p) > flops.train_step(p)) == groups
     count = sum(x.size for x in jax.tree.leaves(p.specs.shapes))
     assert count == microbatch(p.experiment, 0).parameters
