@@ -1,0 +1,170 @@
+"""The models that topic 12 compares: one shape, other mixing layers, on several tasks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import ml_collections
+
+from fdp.data.recall import RECALL, AssociativeRecall, RecallTask, WordNeedle, task_data, task_of
+from fdp.experiment import Experiment, standard
+from fdp.models.attention import Attention, Softmax
+from fdp.models.layers import SwiGLU
+from fdp.models.recurrent import GatedDeltaNet
+from fdp.models.stack import Block, Layer, layer
+from fdp.models.ttt import LaCT, TTTLinear
+from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
+from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.context.state import StatePlan
+from fdp.parallel.masks import Mask
+from fdp.topics.ttt_cp.settings import ARMS, CHUNKED
+from fdp.topics.ttt_cp.tasks import MixedPairs
+
+NEEDLE, TEXT = 128, 256  # positions of their sequences
+SLOW = (1e-5, 1e-3)  # decay of Gated DeltaNet before training: it remembers all of a short sequence
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """An arm: layers `kind`, one of settings.ARMS, on a task. `number`: the size n of a state, 48
+    n² bytes (task `capacity`), or the tokens of a chunk (task `chunk`)."""
+
+    kind: str
+    task: str = "main"
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the arm."""
+        parts = [] if self.task == "main" else [self.task]
+        return "-".join([*parts, self.kind, *([str(self.number)] if self.number else [])])
+
+
+def cases(c: ml_collections.ConfigDict) -> dict[str, MemoryCase]:
+    """All arms of a config, by name."""
+    m = c.memory
+    found = [MemoryCase(kind) for kind in m.arms]
+    found += [MemoryCase(kind, "needle") for kind in m.needle]
+    found += [MemoryCase(kind, "text") for kind in m.text]
+    found += [MemoryCase(kind, "capacity", n) for kind in m.capacity for n in m.sizes]
+    found += [MemoryCase(kind, "chunk", n) for kind in CHUNKED for n in m.chunks]
+    return {case.name: case for case in found}
+
+
+def recall_task(case: MemoryCase, c: ml_collections.ConfigDict) -> RecallTask | None:
+    """What the arm is asked, or None for text. Eight tokens of a sequence for each pair."""
+    length = c.data.seq_len
+    if case.task == "needle":
+        return WordNeedle(NEEDLE, 64)
+    if case.task == "capacity":
+        return MixedPairs(length, tuple(c.memory.pairs), 64)
+    if case.task == "text" or c.data.source not in RECALL:
+        return None
+    if c.data.source == "mqar":
+        pairs = max(length // 8, 1)
+        return AssociativeRecall(length, pairs, max(64, 2 * pairs + 1))
+    return task_of(c.data.source, length)
+
+
+def layout_of(kinds: tuple[str, ...], chunk: int, cp: int) -> SequenceLayout:
+    """Every chunk on all devices where a LaCT layer is among `kinds`, else parts in order."""
+    shared = cp > 1 and any(kind.startswith("lact") for kind in kinds)
+    return SequenceLayout("striped", max(chunk // cp, 1)) if shared else CONTIGUOUS
+
+
+def mixing(
+    kind: str, layout: SequenceLayout, m: ml_collections.ConfigDict, state: str = ""
+) -> Layer:
+    """The mixing layer of a name in settings.ARMS. `state`: a plan in place of the layer's own.
+    Layers with a state go without their output gate: at this size they learn sooner."""
+    ring = CommPlan("ring", layout=layout)
+    if kind == "attention":
+        return layer(Attention, core=Softmax(Mask("causal"), ring))
+    if kind == "window":
+        gather = CommPlan("all_gather", layout=layout)
+        return layer(Attention, core=Softmax(Mask("causal", window=m.window), gather))
+    at = {"chunk": m.chunk, "gate": False}
+    if kind == "gdn":
+        own = "affine" if layout == CONTIGUOUS else "heads"
+        return layer(GatedDeltaNet, plan=StatePlan(state or own, layout), decay=SLOW, **at)
+    if kind == "ttt_linear":
+        return layer(TTTLinear, plan=StatePlan("heads", layout), **at)
+    muon = kind == "lact_muon"
+    plan = StatePlan(state or ("tokens+ns" if muon else "tokens"), layout)
+    fast = {"hidden": m.hidden, "rate": m.rate, "muon": muon, "rotate": False}
+    return layer(LaCT, plan=plan, **at, **fast)
+
+
+def arm(kind: str, base: Experiment, m: ml_collections.ConfigDict, state: str = "") -> Experiment:
+    """`base` with the mixing layers of `kind`. `state`: the plan of its layers with a state."""
+    kinds = ARMS[kind]
+    layout = layout_of(kinds, m.chunk, base.degrees["cp"])
+    blocks = [layer(Block, mixing=mixing(k, layout, m, state), ffn=layer(SwiGLU)) for k in kinds]
+    return replace(base, model=base.model.clone(pattern=tuple(blocks), layout=layout))
+
+
+def arms_of(c: ml_collections.ConfigDict) -> dict[str, Experiment]:
+    """All arms of a config."""
+    base = lru_cache(lambda task: standard(_of_task(task, c)))
+    return {name: _experiment(case, base(case.task), c) for name, case in cases(c).items()}
+
+
+def _of_task(task: str, c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of a task's arms."""
+    own = c.copy_and_resolve_references()
+    if task == "needle":
+        own.data.update(source="needle", seq_len=NEEDLE)
+    if task == "text":
+        own.data.update(source="bible", tokenizer="byte", seq_len=TEXT)
+        wide = c.memory.width
+        own.model.update(width=wide, head_dim=wide // c.model.heads, ffn=2 * wide, vocab=264)
+        own.train.lr = c.train.lr / 2
+    if c.data.source == "blank":
+        own.data.source = "blank"
+    return own
+
+
+def _experiment(case: MemoryCase, base: Experiment, c: ml_collections.ConfigDict) -> Experiment:
+    task, m, fit = recall_task(case, c), c.memory.copy_and_resolve_references(), base.fit
+    if task is not None and base.data.name != "blank":
+        # No sequence is seen twice: small models learn few ones by heart.
+        fresh = task_data(task, train=fit.steps * fit.batch)
+        base = replace(base, data=fresh)
+    if case.task in ("capacity", "chunk"):
+        base = _resized(base, layers=1)
+    if case.task == "capacity":
+        base = _resized(base, **sized(case.kind, case.number))
+        m.hidden = 1
+    if case.task == "chunk":
+        m.chunk = case.number
+    return arm(case.kind, base, m)
+
+
+def sized(kind: str, n: int) -> dict[str, int]:
+    """Heads and head dim for a state of 48 n² bytes: 2 heads of n for LaCT, whose fast network of
+    width n has weights and momentum of 6 n² numbers a head; 3 heads of 2n for the others."""
+    return {"heads": 2, "head_dim": n} if kind == "lact" else {"heads": 3, "head_dim": 2 * n}
+
+
+def _resized(base: Experiment, **dims: int) -> Experiment:
+    if "heads" in dims:
+        dims["kv_heads"] = dims["heads"]
+    shape = replace(base.model.shape, **dims)
+    return replace(base, model=base.model.clone(shape=shape))
+
+
+def on_mesh(
+    c: ml_collections.ConfigDict, kind: str, degrees: Mapping[str, int], state: str
+) -> Experiment:
+    """A small experiment of `kind` on `degrees`, in float32, for proofs; blank data, as only
+    programs and random tokens are compared."""
+    small = c.copy_and_resolve_references()
+    small.mesh.update(dict(degrees))
+    small.model.update(
+        layers=len(ARMS[kind]), width=32, heads=8, kv_heads=8, head_dim=8, ffn=32, vocab=64
+    )
+    small.model.dtype = "float32"
+    small.memory.update(arms=(kind,), needle=(), text=(), capacity=(), chunks=())
+    small.data.update(source="blank", tokenizer="bpe", vocab=62, seq_len=4 * c.memory.chunk)
+    small.train.update(batch=8, zero=0, microbatches=1)
+    return arm(kind, standard(small), small.memory, state)

@@ -1,0 +1,86 @@
+"""Configuration of topic 12: which layers are compared, and how large their chunks are. Imports
+neither jax nor flax."""
+
+import ml_collections
+
+from fdp.data.recall import RECALL
+from fdp.keys import UserError, at_least, count, integers, positive, section, words
+
+# The layers of one period of each arm; "1to3": one layer of attention to three with a state.
+ARMS = {
+    "attention": ("attention",),
+    "window": ("window",),
+    "gdn": ("gdn",),
+    "ttt_linear": ("ttt_linear",),
+    "lact": ("lact",),
+    "lact_muon": ("lact_muon",),
+    "gdn_1to1": ("gdn", "attention"),
+    "gdn_1to3": ("gdn", "gdn", "attention", "gdn"),
+    "lact_1to1": ("lact", "attention"),
+    "lact_1to3": ("lact", "lact", "attention", "lact"),
+}
+SIZED = ("gdn", "ttt_linear", "lact")  # kinds whose state can be made as large as another's
+CHUNKED = ("lact",)  # kinds that read a chunk before they learn from it
+
+SECTIONS = {
+    "memory": section(
+        arms=words(("attention", "gdn", "lact"), tuple(ARMS), "layers in place of attention"),
+        needle=words((), tuple(ARMS), "arms that are also trained on needles"),
+        text=words((), tuple(ARMS), "arms that are also trained on the King James Bible"),
+        capacity=words((), SIZED, "layers whose pairs are counted against bytes of state"),
+        sizes=integers(2, (), "of their states: 48 n² bytes"),
+        pairs=integers(1, (4, 8, 16), "of the sequences that count"),
+        chunks=integers(1, (), "chunks that LaCT is also trained with", "tokens"),
+        chunk=count(16, "read and learnt from at once; divisible by cp", "tokens"),
+        hidden=count(2, "width of a fast network over the head dim"),
+        rate=positive(0.3, "of a fast network, before its own"),
+        window=count(8, "of the arm `window`", "tokens"),
+        width=at_least(8, 64, "of the models of text"),
+        sequences=count(64, "fresh ones whose answers are judged", "sequences", high=4096),
+    )
+}
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+    """Raise UserError for periods that do not divide the layers, and for objectives, data and
+    lengths that the layers cannot take."""
+    m = c.memory
+    for arm in (*m.arms, *m.needle, *m.text):
+        period = len(ARMS[arm])
+        if c.model.layers % period:
+            raise UserError(
+                f"model.layers={c.model.layers} is not divisible by the {period} layers of a "
+                f"period of {arm}: set model.layers={-(-c.model.layers // period) * period}"
+            )
+    if c.objective.name != "autoregressive":
+        raise UserError(
+            f"objective.name={c.objective.name!r}: the layers of this topic read the past; set "
+            "objective.name=autoregressive"
+        )
+    _check_lengths(c)
+
+
+def _check_lengths(c: ml_collections.ConfigDict) -> None:
+    m, length = c.memory, c.data.seq_len
+    if length % m.chunk:
+        raise UserError(
+            f"data.seq_len={length} is not divisible by memory.chunk={m.chunk}: set "
+            f"data.seq_len={-(-length // m.chunk) * m.chunk}"
+        )
+    if m.chunk % c.mesh.cp and any(k.startswith("lact") for a in m.arms for k in ARMS[a]):
+        raise UserError(
+            f"memory.chunk={m.chunk} is not divisible by mesh.cp={c.mesh.cp}, which shares out "
+            f"every chunk: set memory.chunk={-(-m.chunk // c.mesh.cp) * c.mesh.cp}"
+        )
+    if m.capacity and not m.sizes:
+        raise UserError("memory.capacity needs sizes: set memory.sizes=(4, 8)")
+    if m.capacity and 4 * max(m.pairs) > length:
+        raise UserError(
+            f"memory.pairs={m.pairs}: {max(m.pairs)} pairs need 4 · {max(m.pairs)} tokens > "
+            f"data.seq_len={length}: set data.seq_len={4 * max(m.pairs)}"
+        )
+    if m.chunks and c.data.source not in (*RECALL, "blank"):
+        raise UserError(
+            f"memory.chunks={m.chunks} compares recall, and data.source={c.data.source} asks for "
+            "none: set data.source=mqar, or memory.chunks=()"
+        )

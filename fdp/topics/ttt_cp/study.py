@@ -1,0 +1,25 @@
+"""Topic 12: what does a nonlinear update of the state buy in recall, and what does it cost on the
+wire?"""
+
+import ml_collections
+
+from fdp.experiment import Experiment
+from fdp.run import Run
+from fdp.study.report import Report
+from fdp.topics.ttt_cp import arms as models
+from fdp.topics.ttt_cp import counted, exact, recall
+
+QUESTION = (
+    "What does a nonlinear update of the state buy in recall, and what does it cost on the wire?"
+)
+
+
+def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
+    """The same shape with the mixing layers of each arm, on each of its tasks."""
+    return models.arms_of(config)
+
+
+def study(run: Run) -> Report:
+    """Recall, exactness, cost."""
+    config = run.config
+    return run.report(*recall.parts(run), *exact.parts(config), *counted.parts(config))
