@@ -1,0 +1,143 @@
+"""How each layer of a hybrid communicates over the same devices: a plan and a layout of each.
+
+What a layer costs under a plan is given as a value, from the layer's own counts; here it becomes
+seconds, and the cheapest path through the layers is found. Hidden states may change layout between
+two layers, at the price of an all-to-all each way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fdp.count.counts import EXCHANGE
+from fdp.parallel.context.layouts import SequenceLayout
+from fdp.parallel.context.planner_time import Machine
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """`times` dependent collectives that send `wire` bytes of a device in all, while it computes
+    `hidden` FLOPs that do not wait for them."""
+
+    op: str
+    wire: float
+    times: int = 1
+    hidden: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerOption:
+    """One way to run a layer, forward and backward. `flops`: of the busiest device. `memory`: bytes
+    that a device keeps for the backward pass."""
+
+    plan: str
+    layout: SequenceLayout
+    flops: float
+    transfers: tuple[Transfer, ...] = ()
+    memory: float = 0.0
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a device sends."""
+        return sum(t.wire for t in self.transfers)
+
+    @property
+    def steps(self) -> int:
+        """Dependent collectives."""
+        return sum(t.times for t in self.transfers)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """`count` devices that share one sequence, and `memory` bytes that a layer may keep on each."""
+
+    machine: Machine
+    count: int
+    memory: float = float("inf")
+
+    def compute(self, option: LayerOption) -> float:
+        """Seconds of the busiest device without any wait."""
+        return option.flops / self._rate
+
+    def exposed(self, option: LayerOption) -> float:
+        """Seconds of transfers that compute does not hide."""
+        return sum(
+            max(0.0, self._send(t.op, t.wire, t.times) - t.hidden / self._rate)
+            for t in option.transfers
+        )
+
+    def seconds(self, option: LayerOption) -> float:
+        """Of a layer, forward and backward."""
+        return self.compute(option) + self.exposed(option)
+
+    def move(self, hidden: float) -> float:
+        """Seconds in which hidden states, `hidden` bytes of a device, change layout, forward and
+        backward."""
+        return 2 * self._send(EXCHANGE, self.moved(hidden) / 2, 1)
+
+    def moved(self, hidden: float) -> float:
+        """Bytes that a device sends for such a change, forward and backward."""
+        return 2 * hidden * (self.count - 1) / self.count
+
+    @property
+    def _rate(self) -> float:
+        return float(self.machine.flops)
+
+    def _send(self, op: str, wire: float, times: int) -> float:
+        return times * float(self.machine.send(op, wire / times, self.count)[0])
+
+
+@dataclass(frozen=True)
+class HybridPlan:
+    """An option of every layer, and the seconds of all layers and of the moves between them."""
+
+    layers: tuple[LayerOption, ...]
+    seconds: float
+
+    @property
+    def moves(self) -> int:
+        """Changes of layout."""
+        pairs = zip(self.layers, self.layers[1:], strict=False)
+        return sum(a.layout != b.layout for a, b in pairs)
+
+
+def price(layers: Sequence[LayerOption], on: Devices, hidden: float) -> HybridPlan:
+    """The price of one option a layer."""
+    found = HybridPlan(tuple(layers), sum(map(on.seconds, layers)))
+    return HybridPlan(found.layers, found.seconds + found.moves * on.move(hidden))
+
+
+def best(options: Sequence[Sequence[LayerOption]], on: Devices, hidden: float) -> HybridPlan:
+    """The cheapest path: `options` of every layer, `hidden` bytes of hidden states of a device. The
+    first and the last layout are free. Raises ValueError where nothing of a layer fits."""
+    move = on.move(hidden)
+    paths: dict[SequenceLayout, tuple[float, tuple[LayerOption, ...]]] = {}
+    for layer, every in enumerate(options):
+        fits = [option for option in every if option.memory <= on.memory]
+        if not fits:
+            least = min((o.memory for o in every), default=float("inf"))
+            raise ValueError(
+                f"layer {layer} keeps at least {least / 2**30:.2f} GiB of a device > "
+                f"{on.memory / 2**30:.2f} GiB: take more devices, or a shorter sequence"
+            )
+        cheapest: dict[SequenceLayout, LayerOption] = {}
+        for option in sorted(fits, key=on.seconds, reverse=True):
+            cheapest[option.layout] = option
+        paths = {
+            at: _arrive(paths, at, option, on.seconds(option), move)
+            for at, option in cheapest.items()
+        }
+    return price(min(paths.values(), key=lambda path: path[0])[1], on, hidden)
+
+
+def _arrive(
+    paths: dict[SequenceLayout, tuple[float, tuple[LayerOption, ...]]],
+    at: SequenceLayout,
+    option: LayerOption,
+    seconds: float,
+    move: float,
+) -> tuple[float, tuple[LayerOption, ...]]:
+    """The cheapest path to a layer that runs `option`."""
+    if not paths:
+        return seconds, (option,)
+    costs = {before: cost + (before != at) * move for before, (cost, _) in paths.items()}
+    before = min(costs, key=costs.__getitem__)
+    return costs[before] + seconds, (*paths[before][1], option)
