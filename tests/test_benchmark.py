@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import pipeline, plain_transformer, step
+from benchmarks import pipeline, plain_transformer, step, ttt
 from fdp.mesh import make_mesh
 from fdp.step import TrainStep
 
@@ -117,3 +117,23 @@ def test_a_benchmark_of_nothing_is_refused(args: str, said: str, capsys) -> None
     with pytest.raises(SystemExit):
         pipeline.main([args])
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["plain", "muon"])
+def test_the_plain_scan_is_the_same_computation(muon: bool) -> None:
+    read, weights = ttt.lact_arrays(24, 2, 4, 8)
+    ours, plain = (jax.jit(f, static_argnums=(0, 1)) for f in (ttt.ours, ttt.plain))
+    arrays = (*read, *weights)
+    want, got = plain(8, muon, *arrays), ours(8, muon, *arrays)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    still = ours(8, muon, *read._replace(rates=0 * read.rates), *weights)
+    assert np.abs(got - still).max() > 1e-4  # it learns
+
+
+def test_a_row_is_judged_by_its_median() -> None:
+    ratios = np.array([1.0, 1.04, 9.0])
+    assert ttt.Judged("", "", ratios, 1.05).holds and ttt.Judged("", "", ratios, 1, True).holds
+    assert not ttt.Judged("", "", ratios, 1.03).holds
+    assert ttt.Judged("a", "b", ratios[:1], 5, True).cells() == ("a", "b", "1.000", "≥ 5", "fails")
+    with pytest.raises(SystemExit):
+        ttt.main(["--repeats=0"])
