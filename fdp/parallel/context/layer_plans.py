@@ -7,6 +7,8 @@ two layers, at the price of an all-to-all each way."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fdp.count.counts import EXCHANGE
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.planner_time import Machine
@@ -79,7 +81,7 @@ class Devices:
 
     @property
     def _rate(self) -> float:
-        return float(self.machine.flops)
+        return float(np.atleast_1d(self.machine.flops)[0])
 
     def _send(self, op: str, wire: float, times: int) -> float:
         return times * float(self.machine.send(op, wire / times, self.count)[0])

@@ -7,7 +7,7 @@ from fdp.experiment import Experiment
 from fdp.run import Run
 from fdp.study.report import Report
 from fdp.topics.ttt_cp import arms as models
-from fdp.topics.ttt_cp import counted, exact, recall
+from fdp.topics.ttt_cp import counted, exact, planned, recall
 
 QUESTION = (
     "What does a nonlinear update of the state buy in recall, and what does it cost on the wire?"
@@ -22,4 +22,6 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
 def study(run: Run) -> Report:
     """Recall, exactness, cost."""
     config = run.config
-    return run.report(*recall.parts(run), *exact.parts(config), *counted.parts(config))
+    return run.report(
+        *recall.parts(run), *exact.parts(config), *counted.parts(config), *planned.parts(config)
+    )

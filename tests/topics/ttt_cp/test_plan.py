@@ -1,0 +1,99 @@
+"""Plans of hybrids, the baselines beside them, and the command."""
+
+import pytest
+from absl import flags
+
+from fdp.keys import UserError
+from fdp.parallel.context.planner_machine import INFINIBAND
+from fdp.topics.ttt_cp import plan, planned
+from fdp.topics.ttt_cp.planned import HybridJob
+
+
+def test_no_baseline_is_ahead_of_the_plan():
+    gains = planned.cells()
+    assert len(gains) == 24
+    assert min(gains.values()) >= -1e-12
+
+
+def test_the_busiest_device_of_a_causal_mask():
+    contiguous = planned._seen(planned.CONTIGUOUS, 64, 4, 1)
+    assert contiguous * 64 == 48 + 17 / 2  # positions 48 … 63 see 49 … 64 keys
+    assert planned._seen(planned.ZIGZAG, 64, 4, 1) * 64 == 65 / 2
+    assert planned._seen(planned.CONTIGUOUS, 64, 4, 4) * 64 == 65 / 2
+
+
+def test_bytes_of_an_option_are_those_of_the_layer():
+    job = HybridJob(1024, 4096, 4, 512)
+    found = {o.plan: o for o in planned.options("attention", job, False)[0]}
+    unit = 2 * 1024 * 2 * 128 * 2  # keys and values of 1,024 positions, two heads of 128, bf16
+    assert found["all_gather"].wire == 2 * 3 * unit
+    assert found["ring"].steps == 2 * 3
+
+
+def test_a_single_chunk_has_no_update_to_hide():
+    job = HybridJob(1024, 4096, 2, 4096)
+    made = planned._layer("lact", planned.StatePlan(), job)
+    assert planned.reading(made, job) == 0
+
+
+def test_sums_hide_from_some_chunk_on():
+    least, reached, found = planned.exposed(INFINIBAND)
+    assert found[2048] > 0.03 and 2048 < least < reached
+    assert sorted(found.values(), reverse=True)[0] == found[2048]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("gnd*3", "--layers=gnd*3: 'gnd' is no layer; did you mean 'gdn'?"),
+        ("gdn*0", "--layers=gdn*0: '0' in 'gdn*0' is not 1 to 256: write gdn*3"),
+        ("gdn*200,gdn*99", "--layers=gdn*200,gdn*99 are 299 layers > 256: plan one period"),
+    ],
+)
+def test_bad_layers(text, error):
+    with pytest.raises(UserError) as found:
+        plan.layers(text)
+    assert str(found.value) == error
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("h100:1", "--cluster=h100:1 is 1 group(s) of 1 chip(s): take one group of at least 2"),
+        ("h1000:8", "--cluster=h1000:8: unknown chip 'h1000': did you mean 'h100'?"),
+        ("v5p:4x4", "--cluster=v5p:4x4: no held-out error of collectives on v5p"),
+    ],
+)
+def test_bad_clusters(text, error):
+    with pytest.raises(UserError) as found:
+        plan.on(text)
+    assert str(found.value).startswith(error)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error"),
+    [
+        ((1000, 4096, 512), "--width=1000 is not divisible by heads of 512"),
+        ((1024, 4097, 512), "--seq=4097 is not divisible by 2·devices = 16"),
+        ((1024, 4096, 500), "--chunk=500 must be divisible by 8 devices and divide --seq=4096"),
+    ],
+)
+def test_bad_sizes_name_a_fix_that_works(sizes, error):
+    with pytest.raises(UserError) as found:
+        plan.job_of(*sizes, 8)
+    said = str(found.value)
+    assert said.startswith(error)
+    key, number = said.rpartition("set --")[2].split("=")
+    fixed = dict(zip(("width", "seq", "chunk"), sizes, strict=True)) | {key: int(number)}
+    plan.job_of(*fixed.values(), 8)
+
+
+def test_the_command_prints_plans_moves_and_reasons(capsys, monkeypatch):
+    values = flags.FlagValues()
+    plan.declare(values)
+    values(["plan", "--layers=gdn,attention", "--width=1024", "--seq=65536", "--cluster=h100:1x4"])
+    monkeypatch.setattr(flags, "FLAGS", values)
+    plan.main(["plan"])
+    said = capsys.readouterr().out
+    assert "affine" in said and "moves between layouts" in said
+    assert "gdn, affine zigzag: the affine plan composes ranges of positions" in said
