@@ -175,6 +175,20 @@ def test_a_chunk_is_read_before_it_is_learnt_from_and_its_order_is_free():
 
 
 @pytest.mark.fast
+def test_a_sequence_that_is_not_finite_spoils_no_other():
+    run = functools.partial(fast.swiglu_scan, chunk=8, orthogonalise=fast.orthogonal)
+    run = jax.jit(run, compiler_options=hlo.QUICK)
+    spoilt = READ._replace(v=READ.v.copy())
+    spoilt.v[0, 3] = np.nan
+    (want, kept), (out, weights) = run(READ, WEIGHTS), run(spoilt, WEIGHTS)
+    np.testing.assert_array_equal(out[0, :8], want[0, :8])  # read before it is learnt from
+    assert np.isnan(out[0, 8:]).all()
+    np.testing.assert_array_equal(out[1], want[1])
+    for got, before in zip(weights, kept, strict=True):
+        np.testing.assert_array_equal(got[1], before[1])
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("polish", "momentum"), [(None, True), (fast.orthogonal, False)], ids=["plain", "muon"]
 )
