@@ -42,6 +42,12 @@ def test_sums_hide_from_some_chunk_on():
     assert sorted(found.values(), reverse=True)[0] == found[2048]
 
 
+def test_pictures_mark_moves_and_the_least_chunk():
+    plans = planned.plan_drawn()["plan of a hybrid"].axes[0]
+    assert len(plans.patches) == 2 * len(planned.HYBRIDS[2])
+    assert len(planned.shares_drawn()["exposed against chunk"].axes[0].lines) == 4
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
