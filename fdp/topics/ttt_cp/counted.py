@@ -3,6 +3,7 @@
 Legend: S positions, c tokens of a chunk, d head dim."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import ml_collections
 
@@ -28,6 +29,7 @@ def parts(config: ml_collections.ConfigDict) -> list[Part]:
     """Rows and pictures; nothing is run."""
     return [
         derive("linear", config, rows=linear, group="Cost"),
+        derive("polish", config.memory.hidden, rows=polished, group="Cost"),
         derive("wire", config.memory.hidden, rows=wire, plot=drawn, group="Cost"),
     ]
 
@@ -101,6 +103,40 @@ def wire(_: object = None) -> list[Row]:
             note=f"{at}, 1M tokens, c = 2,048: {affine / 2**20:.0f} MiB, {small / 2**30:.2f} GiB",
         ),
     ]
+
+
+def polished(_: object = None) -> list[Row]:
+    """How much faster the busiest of eight devices is than one device alone, with Muon, by FLOPs:
+    every device orthogonalises the whole update, or its own heads."""
+    shape = replace(LARGE, heads=CP, kv_heads=CP, head_dim=LARGE.width // CP)
+    chunk, length = 2048, 2**22
+    layout = SequenceLayout("striped", chunk // CP)
+    v = 5 * shape.head_dim / chunk
+    closed = {
+        "tokens": (1 + v) / (1 / CP + v),
+        "tokens+ns": (1 + v) / (1 / CP + v / min(shape.heads, CP)),
+    }
+    rows = []
+    for kind, expected in closed.items():
+        layer = LaCT(shape, StatePlan(kind, layout), chunk, hidden=1, muon=True, parent=None)
+        one = dict.fromkeys(AXES, 1)
+        # Products of activations with activations: the fast network and its update.
+        alone, shared = (layer.work(Rows(1, length, 0), one | {"cp": cp}) for cp in (1, CP))
+        again = shared.again.batched / 3  # of forward and backward
+        faster = alone.forward.batched / ((shared.forward.batched + again) / CP)
+        where = "all of it everywhere" if kind == "tokens" else "shared out by heads"
+        rows.append(
+            Row.judged(
+                f"Newton-Schulz, {where}, costs what its formula says",
+                "|speed-up by FLOPs / closed form - 1|",
+                abs(faster / expected - 1),
+                "",
+                "<= 0.01",
+                "counted",
+                note=f"cp {CP}, {CP} heads of {shape.head_dim}, c = {chunk}: {faster:.2f} ×",
+            )
+        )
+    return rows
 
 
 def drawn(_: object = None) -> Mapping[str, object]:
