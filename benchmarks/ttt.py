@@ -5,9 +5,8 @@ recurrence, and how time and memory grow with the length and with cp.
     python -m benchmarks.ttt --repeats=41    # narrower intervals
 
 Every contender gets the same arrays. Times as `timing` takes them, forward and backward; memory is
-the compiler's plan of temporaries, which holds what is kept for the backward pass. Leave NPROC
-unset: with more threads than cores, the triangular solve waits for them. Exit status 1: a threshold
-is missed.
+the compiler's plan of temporaries, which holds what is kept for the backward pass. Exit status 1: a
+threshold is missed.
 
 Legend: B sequences, S positions, H heads, K head dim, F hidden width, C positions of a chunk."""
 

@@ -29,11 +29,16 @@ def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
 def _cpu(c: ml_collections.ConfigDict) -> None:
     # Eight pairs of 31 keys and 32 values; a convolution lets a key carry the token before it.
     c.data.update(source="mqar", seq_len=64, vocab=64)
-    c.model.update(layers=4, width=32, heads=4, kv_heads=4, head_dim=16, ffn=64, vocab=72, conv=4)
-    c.train.update(steps=400, batch=16, lr=1e-2)
+    c.model.update(layers=2, width=32, heads=2, kv_heads=2, head_dim=16, ffn=64, vocab=72, conv=4)
+    c.train.update(steps=1000, batch=16, lr=2e-2)
     c.eval.update(every=0, batches=4, samples=1)
-    arms = ("attention", "window", "gdn", "ttt_linear", "lact", "lact_1to3")
-    c.memory.update(arms=arms, needle=("attention", "lact", "lact_1to3"), sequences=128)
+    c.memory.update(
+        arms=("attention", "window", "gdn", "ttt_linear", "lact", "lact_1to1"),
+        needle=("attention", "window", "gdn", "lact", "lact_1to1"),
+        capacity=("gdn", "ttt_linear", "lact"),
+        sizes=(4, 8, 16),
+        sequences=128,
+    )
     c.checkpoint.every = 200
 
 
@@ -41,23 +46,20 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
     c.model.layers = 1
     c.train.update(steps=20, batch=8, warmup=5)
-    c.memory.update(arms=("attention", "gdn", "lact"), needle=(), sequences=16)
+    c.memory.update(arms=("attention", "gdn", "lact"), needle=(), capacity=(), sequences=16)
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
-    c.data.seq_len = 128
-    c.train.steps = 800
+    c.model.layers, c.train.steps = 4, 1500
     c.seeds = (0, 1, 2)
     hybrids = ("gdn_1to1", "gdn_1to3", "lact_1to1", "lact_1to3")
     c.memory.update(
         arms=("attention", "window", "gdn", "ttt_linear", "lact", "lact_muon", *hybrids),
         needle=("attention", "window", "gdn", "lact", *hybrids),
         text=("attention", "gdn", "lact", "lact_1to3"),
-        capacity=("gdn", "ttt_linear", "lact"),
         sizes=(2, 4, 8, 16),
-        pairs=(4, 8, 16, 24, 31),
-        chunks=(16, 32),
+        chunks=(8, 16),
     )
 
 
@@ -84,5 +86,5 @@ def _pod(c: ml_collections.ConfigDict) -> None:
     llama_like(c.model, layers=24, width=2048, heads=32, kv_heads=32, vocab=32_768)
     c.data.seq_len = 131_072
     c.train.update(batch=4, zero=3)
-    c.memory.chunk = 16_384
+    c.memory.update(arms=("gdn",), chunk=64)
     c.hardware.topology = "v5p:4x4x8"

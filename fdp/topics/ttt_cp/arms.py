@@ -20,7 +20,7 @@ from fdp.parallel.masks import Mask
 from fdp.topics.ttt_cp.settings import ARMS, CHUNKED
 from fdp.topics.ttt_cp.tasks import MixedPairs
 
-NEEDLE, TEXT = 128, 256  # positions of their sequences
+NEEDLE, TEXT = 64, 256  # positions of their sequences
 SLOW = (1e-5, 1e-3)  # decay of Gated DeltaNet before training: it remembers all of a short sequence
 
 
