@@ -7,7 +7,7 @@ Gated DeltaNet at equal bytes of state (`full` decides; expected to fail or to b
     python -m fdp.train --config=configs/topic12.py        # ≤ 10 min on 2 cores, 8 virtual devices
     python -m fdp.train --config=configs/topic12.py:tiny   # ≤ 60 s
     python -m fdp.train --config=configs/topic12.py:full   # three seeds; resumable
-    python -m fdp.train --config=configs/topic12.py:pod --dry_run
+    python -m fdp.train --config=configs/topic12.py:pod --dry_run   # 1M tokens on 16 H100 nodes
     python -m fdp.train --config=configs/topic12.py \\
         --config.mesh.cp=4 --config.mesh.dp=2               # one variation: the same losses
 """
@@ -84,7 +84,7 @@ def _pod(c: ml_collections.ConfigDict) -> None:
     _large(c)
     c.mesh.update(dp=4, cp=8, tp=4)
     llama_like(c.model, layers=24, width=2048, heads=32, kv_heads=32, vocab=32_768)
-    c.data.seq_len = 131_072
+    c.data.seq_len = 1_048_576
     c.train.update(batch=4, zero=3)
-    c.memory.update(arms=("gdn",), chunk=64)
-    c.hardware.topology = "v5p:4x4x8"
+    c.memory.update(arms=("lact_1to3",), chunk=16_384)
+    c.hardware.topology = "h100:16x8"

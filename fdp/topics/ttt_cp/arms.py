@@ -114,6 +114,7 @@ def _of_task(task: str, c: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     own = c.copy_and_resolve_references()
     if task == "needle":
         own.data.update(source="needle", seq_len=NEEDLE)
+        own.train.lr = c.train.lr / 4  # at the rate for pairs, attention stays at chance
     if task == "text":
         own.data.update(source="bible", tokenizer="byte", seq_len=TEXT)
         wide = c.memory.width

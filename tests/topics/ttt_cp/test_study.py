@@ -43,7 +43,7 @@ def test_states_of_a_size_have_equal_bytes():
 
 
 @pytest.mark.parametrize(
-    "shares, expected",
+    ("shares", "expected"),
     [
         ([1.0, 1.0, 1.0], 16),
         ([1.0, 0.95, 0.85], 8 * 2**0.5),
@@ -107,7 +107,7 @@ def test_an_arm_is_a_kind_on_a_task():
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"memory.arms": ("lact_1to3",)}, r"model\.layers=2 .* 4 layers .*: set model\.layers=4"),
         ({"objective.name": "mdlm"}, "the layers of this topic read the past"),
