@@ -7,7 +7,7 @@ A head keeps a matrix S and reads it with q:
 
 The map is affine in S, so any range of tokens collapses to one pair (A, B) with S ← A S + B, and
 ranges are composed in order (`fdp.parallel.context.state`). Inside a chunk the products of
-I - b k kᵀ are written as a triangular solve (the WY form of Yang et al. 2024, arXiv 2406.06484).
+I - b k kᵀ are written as a triangular system (the WY form of Yang et al. 2024, arXiv 2406.06484).
 
 Legend: B sequences, L positions (local over cp), H heads (local over tp), K key dim, V value dim, N
 chunks, C positions of a chunk, M columns of a state."""
@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from fdp.collectives import vary_like
 
@@ -103,13 +102,41 @@ def prepare(tokens: Tokens, chunk: int) -> Chunk:
     decay = jnp.where(past, jnp.exp(jnp.where(past, total[..., None] - total[..., None, :], 0)), 0)
     strict = jnp.where(order[:, None] > order, decay, 0)
     kk = jnp.einsum("nbhck,nbhdk->nbhcd", k, k)
-    system = jnp.eye(chunk) + beta[..., None] * strict * kk
     right = jnp.concatenate([beta[..., None] * v, (beta * since)[..., None] * k], -1)
-    solved = solve_triangular(system, right, lower=True, unit_diagonal=True)
+    solved = unit_inverse(beta[..., None] * strict * kk) @ right
     near = decay * jnp.einsum("nbhck,nbhdk->nbhcd", q, k)
     V = v.shape[-1]
     read, write = q * since[..., None], k * after[..., None]
     return Chunk(solved[..., :V], solved[..., V:], read, near, write, keep)
+
+
+def unit_inverse(below: Array) -> Array:
+    """(I + below)⁻¹ of strictly lower triangular matrices [..., C, C], by blocks of twice the size
+    in turn: products alone, which every backend batches well. A triangular solve is a loop over
+    rows on a TPU, and its threads wait for each other on a CPU."""
+    *batch, C, _ = below.shape
+    size = 1 << (C - 1).bit_length()
+    below = jnp.pad(below, [(0, 0)] * len(batch) + [(0, size - C)] * 2)
+    inverse = jnp.ones((*batch, size, 1, 1))
+    block = 1
+    while block < size:
+        # [[A, 0], [L, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹ L A⁻¹, D⁻¹]] for every pair of blocks.
+        pairs = size // (2 * block)
+        tiles = below.reshape(*batch, pairs, 2, block, pairs, 2, block)
+        corner = jnp.einsum("...ixiy->...ixy", tiles[..., :, 1, :, :, 0, :])
+        first, last = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+        corner = corner if block == 1 else last @ corner @ first
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+        lower = jnp.concatenate([-corner, last], -1)
+        inverse = jnp.concatenate([upper, lower], -2)
+        block *= 2
+    return inverse[..., 0, :C, :C]
+
+
+def inverse_flops(chunk: int) -> int:
+    """Of the products of `unit_inverse`: two of s³ for each pair of blocks of s = 2, 4, …"""
+    size = 1 << (chunk - 1).bit_length()
+    return max(2 * size * (size * size - 4) // 3, 0)
 
 
 def scan(chunks: Chunk, state_BxHxKxV: Array) -> tuple[Array, Array]:

@@ -204,13 +204,13 @@ class GatedDeltaNet(StateLayer):
         return delta.scan(chunks, start)[0]
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Two products of each token with its chunk, one with the chunk's values, three with the
-        state; the triangular solve is no product, its gradient is one. Over cp, the maps of the
-        parts cost more, and go around once."""
+        """Two products of each token with its chunk, one with the chunk's values and two with the
+        inverse of its system, three with the state; and the inverse. Over cp, the maps of the parts
+        cost more, and go around once."""
         s, cp, tp = self.shape, degrees["cp"], degrees["tp"]
         H, K, C = s.heads, s.head_dim, self._local(rows.length // self._ways(cp))
-        flops = rows.positions * H * 6 * K * (C + K)
-        solve = rows.positions * H * 4 * C * K
+        flops = rows.positions * H * (10 * C * K + 6 * K * K)
+        flops += rows.positions // C * H * delta.inverse_flops(C)
         there, back, again = Ledger(degrees), Ledger(degrees), Work()
         if self.plan.kind == "heads":
             sent, sent_back = self.exchange(2, rows, degrees)
@@ -222,10 +222,9 @@ class GatedDeltaNet(StateLayer):
                 maps = 8 * rows.positions * H * K * K + 2 * rows.batch * H * cp * cp * K**3
                 again = Work(3 * maps, batched=3 * maps)
         forward = Work(flops, batched=flops, sent=sent)
-        more = Work(solve, batched=solve)
         chunks = rows.length // C // cp * rows.batch * H // tp
         saved = 4 * chunks * (6 * C * K + 3 * C * C + K * K)
-        own = Counts(2 * H, forward, forward.backward(sent_back) + more, again=again, saved=saved)
+        own = Counts(2 * H, forward, forward.backward(sent_back), again=again, saved=saved)
         return own + self.scalars(2, rows)
 
     def _ways(self, cp: int) -> int:
