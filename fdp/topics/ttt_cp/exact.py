@@ -28,7 +28,7 @@ PROOFS: tuple[Proof, ...] = (
     ("lact_muon", "tokens+ns", {"cp": 4}),
     ("ttt_linear", "heads", {"cp": 4}),
     ("lact_1to1", "tokens", {"cp": 4}),
-    ("gdn_1to1", "affine", {"pp": 2, "cp": 2}),
+    ("gdn_1to1", "affine", {"dp": 2, "cp": 2, "tp": 2}),
 )
 SOME = (PROOFS[1], PROOFS[6])  # of the smallest variant
 
