@@ -173,6 +173,7 @@ def swiglu_scan(
         gained = [sharing.total(g) for g in step(weights, at.k, at.v, at.rates)]
         if at.momentum is not None:
             kept = sharing.total(at.momentum.sum(-1))[..., None, None] / (chunk * sharing.devices)
+            kept = vary_like(kept, velocity.gate)  # once: its gradient is summed once, not thrice
             gained = [g + kept * m for g, m in zip(gained, velocity, strict=True)]
         moved = gained if orthogonalise is None else map(orthogonalise, gained)
         parts = zip(weights, map(sharing.spread, moved), norms, strict=True)

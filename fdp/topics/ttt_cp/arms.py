@@ -158,11 +158,11 @@ def on_mesh(
     c: ml_collections.ConfigDict, kind: str, degrees: Mapping[str, int], state: str
 ) -> Experiment:
     """A small experiment of `kind` on `degrees`, in float32, for proofs; blank data, as only
-    programs and random tokens are compared."""
+    programs and random tokens are compared. Two periods: a loop of one trip is no loop to XLA."""
     small = c.copy_and_resolve_references()
     small.mesh.update(dict(degrees))
     small.model.update(
-        layers=len(ARMS[kind]), width=32, heads=8, kv_heads=8, head_dim=8, ffn=32, vocab=64
+        layers=2 * len(ARMS[kind]), width=32, heads=8, kv_heads=8, head_dim=8, ffn=32, vocab=64
     )
     small.model.dtype = "float32"
     small.memory.update(arms=(kind,), needle=(), text=(), capacity=(), chunks=())
