@@ -30,8 +30,10 @@ def needles(
     every = np.atleast_1d(axes)
     for ax, (kind, share) in zip(every, shares.items(), strict=True):
         image = ax.imshow(100 * np.asarray(share), vmin=0, vmax=100, aspect="auto", cmap="viridis")
-        ax.set_xticks(range(len(depths)), [f"{d:g}" for d in depths])
+        ends = [0, len(depths) // 2, len(depths) - 1]
+        ax.set_xticks(ends, [f"{depths[i]:g}" for i in ends])
         ax.set_yticks(range(len(lengths)), [str(n) for n in lengths])
+        ax.grid(visible=False)
         ax.set(title=kind, xlabel="depth")
     every[0].set_ylabel("tokens")
     fig.colorbar(image, ax=list(every), label="right, %")
@@ -48,7 +50,8 @@ def capacity(by_kind: Mapping[str, Mapping[int, np.ndarray]], pairs: Sequence[in
             ax.plot(pairs, means, "o-", color=COLOURS[i], label=f"{48 * n * n:,} bytes")
             # The keys of all heads: the pairs that a matrix can hold exactly.
             keys = 2 * n if kind == "lact" else 6 * n
-            ax.axvline(min(keys, 1.3 * pairs[-1]), color=COLOURS[i], linestyle=":")
+            if keys <= pairs[-1]:
+                ax.axvline(keys, color=COLOURS[i], linestyle=":")
         reference(ax, 90, "90 %")
         ax.set(title=kind, xlabel="pairs", ylim=(0, 105))
     every[0].set_ylabel("right answers, %")
