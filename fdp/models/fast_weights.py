@@ -96,9 +96,24 @@ def orthogonal(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def renormalised(w: Array, norms: Array) -> Array:
-    """`w` with rows of the lengths `norms` [..., 1]."""
-    return w * norms * jax.lax.rsqrt(jnp.sum(w * w, -1, keepdims=True) + 1e-10)
+def moved(w: Array, by: Array, norms: Array) -> Array:
+    """`w + by` with rows of the lengths `norms` [..., 1], which those of `w` have. A row that `by`
+    leaves where it is keeps its bits."""
+    new = w + by
+    scale = norms * jax.lax.rsqrt(jnp.sum(new * new, -1, keepdims=True) + 1e-10)
+    return new * _or_one(scale, jnp.any(by != 0, -1, keepdims=True))
+
+
+@jax.custom_jvp
+def _or_one(scale: Array, where: Array) -> Array:
+    """`scale`, and exactly 1 where not `where`: it is 1 up to rounding there, so its derivative
+    stays."""
+    return jnp.where(where, scale, 1)
+
+
+@_or_one.defjvp
+def _or_one_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    return _or_one(*primals), tangents[0]
 
 
 def row_norms(w: Array) -> Array:
@@ -175,9 +190,9 @@ def swiglu_scan(
             kept = sharing.total(at.momentum.sum(-1))[..., None, None] / (chunk * sharing.devices)
             kept = vary_like(kept, velocity.gate)  # once: its gradient is summed once, not thrice
             gained = [g + kept * m for g, m in zip(gained, velocity, strict=True)]
-        moved = gained if orthogonalise is None else map(orthogonalise, gained)
-        parts = zip(weights, map(sharing.spread, moved), norms, strict=True)
-        new = FastWeights(*(vary_like(renormalised(w + d, n), read.k) for w, d, n in parts))
+        steps = gained if orthogonalise is None else map(orthogonalise, gained)
+        parts = zip(weights, map(sharing.spread, steps), norms, strict=True)
+        new = FastWeights(*(vary_like(moved(w, d, n), read.k) for w, d, n in parts))
         return new, FastWeights(*(vary_like(g, read.k) for g in gained))
 
     def one(memory: tuple[Any, Any], at: Read) -> tuple[tuple[Any, Any], Array]:
@@ -214,7 +229,7 @@ def scan_memory(
     `length`, `chunk`: positions of a device. `share`: of the heads, that it orthogonalises."""
     updates = max(-(-length // chunk) - 1, 0)
     weights, few = 3 * F * K, min(F, K)
-    each = chunk * (20 * F + 5 * K + 3) + 3 * weights + 4 * F + 2 * K
+    each = chunk * (20 * F + 5 * K + 3) + 2 * weights + 6 * F + 3 * K
     each += momentum * (int(share * weights) + 1)
     if orthogonalise:
         each += int(share * (11 * weights + 45 * few * few + 6))
