@@ -136,6 +136,27 @@ class Sharing:
 ALONE = Sharing()
 
 
+def learn(
+    weights: FastWeights,
+    velocity: FastWeights,
+    gained: FastWeights,
+    momentum_BxH: Array | None,
+    norms: FastWeights,
+    orthogonalise: Callable[[Array], Array] | None = None,
+    spread: Total = ALONE.spread,
+) -> tuple[FastWeights, FastWeights]:
+    """(weights, velocity) after an update by `gained`, the summed `step` of a chunk, with what
+    remains of the last velocity. `norms`: `row_norms` of the first weights."""
+    if momentum_BxH is not None:
+        # Once: its gradient is summed over devices once, not for each matrix.
+        kept = vary_like(momentum_BxH[..., None, None], velocity.gate)
+        gained = FastWeights(*(g + kept * m for g, m in zip(gained, velocity, strict=True)))
+    steps = gained if orthogonalise is None else map(orthogonalise, gained)
+    parts = zip(weights, map(spread, steps), norms, strict=True)
+    new = FastWeights(*(vary_like(moved(w, d, n), w) for w, d, n in parts))
+    return new, FastWeights(*(vary_like(g, m) for g, m in zip(gained, velocity, strict=True)))
+
+
 def grouped_scan(step: Callable[..., Any], start: Any, xs: Any, group: int) -> tuple[Any, Any]:
     """`lax.scan(step, start, xs)` that keeps the carry of every `group`-th step for the backward
     pass, and computes a group of steps again there. 0: every step keeps all it needs."""
@@ -185,15 +206,11 @@ def swiglu_scan(
     heads = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1), read)
 
     def update(weights: FastWeights, velocity: FastWeights, at: Read) -> tuple[Any, Any]:
-        gained = [sharing.total(g) for g in step(weights, at.k, at.v, at.rates)]
+        gained = FastWeights(*map(sharing.total, step(weights, at.k, at.v, at.rates)))
+        kept = None
         if at.momentum is not None:
-            kept = sharing.total(at.momentum.sum(-1))[..., None, None] / (chunk * sharing.devices)
-            kept = vary_like(kept, velocity.gate)  # once: its gradient is summed once, not thrice
-            gained = [g + kept * m for g, m in zip(gained, velocity, strict=True)]
-        steps = gained if orthogonalise is None else map(orthogonalise, gained)
-        parts = zip(weights, map(sharing.spread, steps), norms, strict=True)
-        new = FastWeights(*(vary_like(moved(w, d, n), read.k) for w, d, n in parts))
-        return new, FastWeights(*(vary_like(g, read.k) for g in gained))
+            kept = sharing.total(at.momentum.sum(-1)) / (chunk * sharing.devices)
+        return learn(weights, velocity, gained, kept, norms, orthogonalise, sharing.spread)
 
     def one(memory: tuple[Any, Any], at: Read) -> tuple[tuple[Any, Any], Array]:
         # The sum over devices does not read q: it may travel while the chunk is read.
