@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fdp.count.counts import EXCHANGE
+from fdp.parallel.context import planner_search
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.planner_time import Machine
 
@@ -110,36 +111,21 @@ def price(layers: Sequence[LayerOption], on: Devices, hidden: float) -> HybridPl
 def best(options: Sequence[Sequence[LayerOption]], on: Devices, hidden: float) -> HybridPlan:
     """The cheapest path: `options` of every layer, `hidden` bytes of hidden states of a device. The
     first and the last layout are free. Raises ValueError where nothing of a layer fits."""
-    move = on.move(hidden)
-    paths: dict[SequenceLayout, tuple[float, tuple[LayerOption, ...]]] = {}
-    for layer, every in enumerate(options):
-        fits = [option for option in every if option.memory <= on.memory]
-        if not fits:
-            least = min((o.memory for o in every), default=float("inf"))
+    places = list(dict.fromkeys(option.layout for of in options for option in of))
+    fits = [[option for option in of if option.memory <= on.memory] for of in options]
+    for layer, of in enumerate(fits):
+        if not of:
+            least = min((o.memory for o in options[layer]), default=float("inf"))
             raise ValueError(
                 f"layer {layer} keeps at least {least / 2**30:.2f} GiB of a device > "
                 f"{on.memory / 2**30:.2f} GiB: take more devices, or a shorter sequence"
             )
-        cheapest: dict[SequenceLayout, LayerOption] = {}
-        for option in sorted(fits, key=on.seconds, reverse=True):
-            cheapest[option.layout] = option
-        paths = {
-            at: _arrive(paths, at, option, on.seconds(option), move)
-            for at, option in cheapest.items()
-        }
-    return price(min(paths.values(), key=lambda path: path[0])[1], on, hidden)
-
-
-def _arrive(
-    paths: dict[SequenceLayout, tuple[float, tuple[LayerOption, ...]]],
-    at: SequenceLayout,
-    option: LayerOption,
-    seconds: float,
-    move: float,
-) -> tuple[float, tuple[LayerOption, ...]]:
-    """The cheapest path to a layer that runs `option`."""
-    if not paths:
-        return seconds, (option,)
-    costs = {before: cost + (before != at) * move for before, (cost, _) in paths.items()}
-    before = min(costs, key=costs.__getitem__)
-    return costs[before] + seconds, (*paths[before][1], option)
+    priced = [
+        [{o: ((on.seconds(o), o.wire), 0.0) for o in of if o.layout == at} for at in places]
+        for of in fits
+    ]
+    move = on.move(hidden), on.moved(hidden)
+    between = {(a, b): move for a in range(len(places)) for b in range(len(places)) if a != b}
+    found = planner_search.cheapest(priced, between)
+    assert found is not None  # nothing is limited
+    return price([option for _, option in found], on, hidden)

@@ -5,8 +5,9 @@ Without the limit this is Viterbi's algorithm over layouts. With it, a path is a
 its busiest devices compute in all, so every layout keeps the paths that none beats in both cost and
 compute: exact while there are at most MOST of them, which thins out the near ties beyond."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.planner_price import Price
@@ -15,15 +16,19 @@ from fdp.parallel.context.planner_problem import Priced, Problem
 MOST = 2000
 ROUNDING = 1e-9
 Cost = tuple[float, float]  # the objective, and what decides between equals
+Choice = TypeVar("Choice", bound=Hashable)
+# What a layer may run in one layout: its cost, and seconds of its busiest device where these are
+# limited (else 0).
+Options = Mapping[Choice, tuple[Cost, float]]
 
 
 @dataclass(frozen=True)
-class _Path:
+class _Path(Generic[Choice]):
     cost: Cost
     busy: float  # seconds of the busiest device in every layer, added up; 0 where there is no limit
     at: int
-    plan: CommPlan | None
-    before: "_Path | None"
+    choice: Choice | None
+    before: "_Path[Choice] | None"
 
 
 def best_path(
@@ -48,32 +53,45 @@ def best_path(
 
     every = [[found for at in layer for found in at.values()] for layer in runs]
     mean = sum(busy(found[0]) / found[0].imbalance for found in every)
-    least = [min(map(busy, found)) for found in every]
     limit = problem.balance * mean * (1 + ROUNDING) if limited else 0.0
-    paths = [_Path((0.0, 0.0), 0.0, -1, None, None)]
-    for layer, places in enumerate(runs):
+    judged = [
+        [{plan: (problem.value(one), busy(one)) for plan, one in at.items()} for at in layer]
+        for layer in runs
+    ]
+    found = cheapest(judged, between, limit)
+    if found is None:
+        least = sum(min(map(busy, of_layer)) for of_layer in every)
+        raise ValueError(
+            f"max/mean FLOPs are at least {least / mean:.2f}, more than {problem.balance:.2f}"
+        )
+    return found
+
+
+def cheapest(
+    options: Sequence[Sequence[Options[Choice]]],
+    between: Mapping[tuple[int, int], Cost],
+    limit: float = 0.0,
+) -> list[tuple[int, Choice]] | None:
+    """(layout, choice) of every layer, at the least cost; None where every path is busier than
+    `limit`.
+
+    options[layer][layout], of every layer some; between[a, b]: as in `best_path`, 0 where it is
+    left out."""
+    least = [min(busy for at in layer for _, busy in at.values()) for layer in options]
+    paths: list[_Path[Choice]] = [_Path((0.0, 0.0), 0.0, -1, None, None)]
+    for layer, places in enumerate(options):
         room = limit - sum(least[layer + 1 :])
         grown = []
         for at, found in enumerate(places):
             arrived = [_step(path, at, between.get((path.at, at), (0.0, 0.0))) for path in paths]
             added = (
-                _Path(
-                    _add(path.cost, problem.value(one)),
-                    path.busy + busy(one),
-                    at,
-                    plan,
-                    path.before,
-                )
+                _Path(_add(path.cost, cost), path.busy + busy, at, choice, path.before)
                 for path in _undominated(arrived)
-                for plan, one in found.items()
+                for choice, (cost, busy) in found.items()
             )
             grown += _undominated(path for path in added if path.busy <= room)
         paths = grown
-    if not paths:
-        raise ValueError(
-            f"max/mean FLOPs are at least {sum(least) / mean:.2f}, more than {problem.balance:.2f}"
-        )
-    return _unwind(min(paths, key=lambda path: path.cost))
+    return _unwind(min(paths, key=lambda path: path.cost)) if paths else None
 
 
 def _runs(priced: Priced) -> dict[CommPlan, Price]:
@@ -84,14 +102,15 @@ def _add(a: Cost, b: Cost) -> Cost:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _step(path: _Path, at: int, cost: Cost) -> _Path:
+def _step(path: _Path[Choice], at: int, cost: Cost) -> _Path[Choice]:
     """`path` before a layer in layout `at`."""
-    return _Path(_add(path.cost, cost), path.busy, at, None, path if path.plan else None)
+    before = path if path.choice is not None else None
+    return _Path(_add(path.cost, cost), path.busy, at, None, before)
 
 
-def _undominated(paths: Iterable[_Path]) -> list[_Path]:
+def _undominated(paths: Iterable[_Path[Choice]]) -> list[_Path[Choice]]:
     """Paths that none beats in cost and compute, the cheapest first."""
-    kept: list[_Path] = []
+    kept: list[_Path[Choice]] = []
     for path in sorted(paths, key=lambda path: (path.cost, path.busy)):
         if not kept or path.busy < kept[-1].busy:
             kept.append(path)
@@ -102,10 +121,10 @@ def _undominated(paths: Iterable[_Path]) -> list[_Path]:
     )
 
 
-def _unwind(path: _Path) -> list[tuple[int, CommPlan]]:
+def _unwind(path: _Path[Choice]) -> list[tuple[int, Choice]]:
     found = []
-    step: _Path | None = path
-    while step is not None and step.plan is not None:
-        found.append((step.at, step.plan))
+    step: _Path[Choice] | None = path
+    while step is not None and step.choice is not None:
+        found.append((step.at, step.choice))
         step = step.before
     return found[::-1]
