@@ -78,14 +78,16 @@ def _seconds(of: Fitted, op: str, wire: float, ranks: int, inner: int) -> np.nda
     # twice.
     operand = wire if op == PERMUTE else wire * ranks / (ranks - 1) / (2 if op == REDUCE else 1)
     nominal = float(network.collective_time(OPS[op], operand, ranks, local, of.chip, fit))
+    if of.errors is none:  # of a chip without measured collectives, too
+        return np.atleast_1d(nominal)
     small, crosses = operand < network.SMALL, local < ranks
     p90 = network.held_out_error(of.chip, small, crosses)[1]
     return nominal * of.errors((op, ranks, inner, small), p90)
 
 
 def machine(fabric: Fabric, chip: str = "h100", errors: Errors = none) -> Machine:
-    """Attention at the fitted share of the chip's peak and a network. Raises ValueError for a chip
-    that was not measured."""
+    """Attention at the fitted share of the chip's peak and a network. Raises ValueError for an
+    unknown chip; with `errors`, so does sending on one that was not measured."""
     rate = hardware.chip(chip).peak_bf16_flops * inference.coefficient("attention", chip)
     return Machine(rate / errors("attention", ATTENTION_ERROR), Fitted(fabric, chip, errors))
 

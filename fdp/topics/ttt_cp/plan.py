@@ -16,7 +16,7 @@ from fdp.keys import UserError, closest
 from fdp.parallel.context import layer_plans
 from fdp.parallel.context.layer_plans import Devices, HybridPlan, LayerOption
 from fdp.parallel.context.planner_machine import Fabric
-from fdp.price import hardware, network
+from fdp.price import hardware
 from fdp.topics.ttt_cp import planned
 from fdp.topics.ttt_cp.planned import HEAD, KINDS, LARGE_HEAD, HybridJob
 
@@ -32,7 +32,13 @@ def declare(values: flags.FlagValues) -> None:
     number("width", 4096, "of the hidden states", flag_values=values)
     number("seq", 2**20, "tokens of the sequence", flag_values=values)
     number("chunk", 16_384, "of LaCT, in tokens", flag_values=values)
-    word("cluster", "h100:2x8", "chip:nodes x chips, one kind of GPU", flag_values=values)
+    number("window", 4096, "positions that a layer of kind window reads", flag_values=values)
+    word(
+        "cluster",
+        "h100:2x8",
+        "nodes x chips of one kind, or a TPU slice v5p:4x4",
+        flag_values=values,
+    )
 
 
 def layers(text: str) -> tuple[str, ...]:
@@ -52,11 +58,11 @@ def layers(text: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def on(text: str) -> Devices:
-    """The devices of --cluster. Raises UserError for chips without measured collectives."""
+def on(text: str) -> tuple[Devices, str]:
+    """The devices of --cluster, and what their prices rest on. Raises UserError for what is no
+    cluster of one chip."""
     try:
         cluster = hardware.cluster(text)
-        network.held_out_error(cluster.chip.name, small=False)
     except ValueError as error:
         raise UserError(f"--cluster={text}: {error}") from error
     if len(cluster.groups) > 1 or cluster.size < 2:
@@ -64,11 +70,12 @@ def on(text: str) -> Devices:
             f"--cluster={text} is {len(cluster.groups)} group(s) of {cluster.size} chip(s): take "
             "one group of at least 2, such as h100:2x8"
         )
-    fabric = Fabric("cluster", cluster.groups[0].chips)
-    return planned.devices(fabric, cluster.size, cluster.chip.name)
+    group, chip = cluster.groups[0], cluster.chip.name
+    devices = planned.devices(Fabric("cluster", group.chips), cluster.size, chip)
+    return devices, planned.evidence(group.count > 1, chip)
 
 
-def job_of(width: int, length: int, chunk: int, count: int) -> HybridJob:
+def job_of(width: int, length: int, chunk: int, count: int, window: int = 4096) -> HybridJob:
     """The job of the flags. Raises UserError where sizes do not divide."""
     if not 0 < width <= WIDEST or width % LARGE_HEAD:
         fix = min(max(-(-width // LARGE_HEAD), 1) * LARGE_HEAD, WIDEST)
@@ -89,7 +96,11 @@ def job_of(width: int, length: int, chunk: int, count: int) -> HybridJob:
             f"--chunk={chunk} must be divisible by {count} devices and divide --seq={length}: set "
             f"--chunk={_chunk(chunk, length, count)}"
         )
-    return HybridJob(width, length, count, chunk)
+    if not 0 < window <= length:
+        raise UserError(
+            f"--window={window} is not within 1 to --seq={length}: set --window={min(4096, length)}"
+        )
+    return HybridJob(width, length, count, chunk, window)
 
 
 def _chunk(chunk: int, length: int, count: int) -> int:
@@ -102,8 +113,8 @@ def main(argv: list[str]) -> None:
     """Print the plan of every layer, and why the others lost."""
     command.refuse_arguments(argv)
     values = flags.FLAGS
-    kinds, devices = layers(values.layers), on(values.cluster)
-    job = job_of(values.width, values.seq, values.chunk, devices.count)
+    kinds, (devices, evidence) = layers(values.layers), on(values.cluster)
+    job = job_of(values.width, values.seq, values.chunk, devices.count, values.window)
     every = planned.choices(kinds, job)
     try:
         found = layer_plans.best(every, devices, job.hidden)
@@ -113,9 +124,11 @@ def main(argv: list[str]) -> None:
     moved = found.moves * devices.moved(job.hidden) / 2**20
     cost = 1e3 * found.moves * devices.move(job.hidden)
     print(f"\n{found.moves} moves between layouts: {moved:,.0f} MiB of a device, {cost:.4g} ms")
-    print(f"{1e3 * found.seconds:,.4g} ms in all, simulated; {planned.evidence(True)}")
+    print(f"{1e3 * found.seconds:,.4g} ms in all, simulated; {evidence}")
     for name, plan in planned.baselines(every, devices, job.hidden).items():
         print(f"{name} in one layout: {100 * (plan.seconds / found.seconds - 1):+.1f} %")
+    for name, plan in planned.all_attention(job, len(kinds), devices).items():
+        print(f"attention in every layer, {name}: {1e3 * plan.seconds:,.4g} ms")
     print("\nWhy others lost")
     chunked = any(kind.startswith("lact") for kind in kinds)
     for kind in dict.fromkeys(kinds):

@@ -67,13 +67,56 @@ def test_bad_layers(text, error):
     [
         ("h100:1", "--cluster=h100:1 is 1 group(s) of 1 chip(s): take one group of at least 2"),
         ("h1000:8", "--cluster=h1000:8: unknown chip 'h1000': did you mean 'h100'?"),
-        ("v5p:4x4", "--cluster=v5p:4x4: no held-out error of collectives on v5p"),
+        (
+            "h100:1x8+a100:1x8",
+            "--cluster=h100:1x8+a100:1x8 is 2 group(s) of 16 chip(s): take one group of at least 2",
+        ),
+        ("v5p:4by4", "--cluster=v5p:4by4: cluster 'v5p:4by4': 'v5p:4by4' is not chip:AxB"),
     ],
 )
 def test_bad_clusters(text, error):
     with pytest.raises(UserError) as found:
         plan.on(text)
     assert str(found.value).startswith(error)
+
+
+def test_prices_of_a_torus_say_that_nothing_was_measured():
+    devices, evidence = plan.on("v5p:4x4")
+    assert devices.count == 16 and devices.move(2.0**30) > 0
+    assert "nothing was measured on v5p" in evidence and "one axis of a torus" in evidence
+    assert "|error|" in plan.on("h100:2x8")[1]
+
+
+def test_windows_fetch_only_what_they_reach():
+    job = HybridJob(1024, 4096, 4, 512, window=700)
+    found = {(o.plan, o.layout.kind): o for o in planned.options("window", job, False)[0]}
+    whole = {(o.plan, o.layout.kind): o for o in planned.options("attention", job, False)[0]}
+    near = found["ring hops=1", "contiguous"]
+    assert near.wire == whole["ring", "contiguous"].wire / 3 and near.steps == 2
+    assert near.flops < whole["ring", "zigzag"].flops
+    # Positions 3,072 … 4,095 see 700 keys each, the first 700 fewer.
+    assert planned._seen(planned.CONTIGUOUS, 4096, 4, 1, 700) * 4096 == 700
+    assert planned._seen(planned.CONTIGUOUS, 4096, 4, 4, 700) * 4096 == 700 - 700 * 699 / 2 / 4096
+
+
+def test_attention_in_every_layer_takes_longer_the_fewer_a_hybrid_keeps():
+    found = planned.over_attention()
+    for name in ("ring", "best USP"):
+        low = [found[name, many][0] for many in (1, 3, 7)]
+        assert 1 < low[0] < low[1] < low[2] < 8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error"),
+    [
+        ((1024, 4096, 512, 8, 0), "--window=0 is not within 1 to --seq=4096: set --window=4096"),
+        ((1024, 512, 512, 8, 513), "--window=513 is not within 1 to --seq=512: set --window=512"),
+    ],
+)
+def test_bad_windows(sizes, error):
+    with pytest.raises(UserError) as found:
+        plan.job_of(*sizes)
+    assert str(found.value) == error
 
 
 @pytest.mark.parametrize(
@@ -97,9 +140,11 @@ def test_bad_sizes_name_a_fix_that_works(sizes, error):
 def test_the_command_prints_plans_moves_and_reasons(capsys, monkeypatch):
     values = flags.FlagValues()
     plan.declare(values)
-    values(["plan", "--layers=gdn,attention", "--width=1024", "--seq=65536", "--cluster=h100:1x4"])
+    sizes = ["--width=1024", "--seq=65536", "--cluster=h100:1x4"]
+    values(["plan", "--layers=gdn,window,attention", *sizes])
     monkeypatch.setattr(flags, "FLAGS", values)
     plan.main(["plan"])
     said = capsys.readouterr().out
+    assert "ring hops=1" in said and "attention in every layer, best USP" in said
     assert "affine" in said and "moves between layouts" in said
     assert "gdn, affine zigzag: the affine plan composes ranges of positions" in said
