@@ -148,14 +148,13 @@ class StateLayer(Module):
         forward = Work(2 * rows.positions * weights)
         return Counts(weights, forward, forward.backward({}))
 
-    def exchange(self, scalars: int, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
-        """Bytes of plan `heads`, (forward, backward): q, k, v and what is read, and `scalars`
-        numbers for each token and head."""
-        s, cp = self.shape, degrees["cp"]
+    def exchange(self, scalars: int, rows: Rows, degrees: Degrees) -> Sent:
+        """Bytes of the exchange of heads, forward and again backward: q, k, v and what is read, and
+        `scalars` numbers for each token and head."""
+        s, u = self.shape, self.plan.ways(degrees["cp"])
         heads = rows.tokens(degrees) * s.heads // degrees["tp"]
         local = heads * (4 * s.head_dim * s.itemsize + 4 * scalars)
-        sent = Ledger(degrees).put(EXCHANGE, ("cp",), local * (cp - 1) // cp if cp > 1 else 0).sent
-        return sent, sent
+        return Ledger(degrees).put(EXCHANGE, ("cp",), local * (u - 1) // u).sent
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError for a plan, chunk or layout that these degrees cannot run."""
@@ -213,7 +212,7 @@ class GatedDeltaNet(StateLayer):
         flops += rows.positions // C * H * delta.inverse_flops(C)
         there, back, again = Ledger(degrees), Ledger(degrees), Work()
         if self.plan.kind == "heads":
-            sent, sent_back = self.exchange(2, rows, degrees)
+            sent = sent_back = self.exchange(2, rows, degrees)
         else:
             shard = rows.batch * H // tp * 2 * K * K * 4
             sent = there.add(GATHER, ("cp",), shard).sent

@@ -27,6 +27,7 @@ from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, Stack, layer
 from fdp.parallel.context import layouts
 from fdp.parallel.context.plan import CommPlan
+from fdp.parallel.context.state import StatePlan
 from fdp.parallel.masks import Mask
 
 Array = jax.Array
@@ -220,18 +221,26 @@ class Transformer(Module):
     @property
     def parts(self) -> dict[str, int]:
         """Devices of the parts into which plans split an axis: those of cp that share heads or
-        sequences, by the first block's plan, and those of ep that form a node. 1: no split."""
-        plan = getattr(_core_of(self.pattern[0]), "plan", None)
+        sequences, the fewest of a block that splits, and those of ep that form a node. 1: no
+        split."""
+        splits = [n for n in map(_head_split, self.pattern) if n > 1]
         ffns = [dict(block.fields).get("ffn") for block in self.pattern]
         nodes = [f.cls.parts(dict(f.fields)) for f in ffns if f and hasattr(f.cls, "parts")]
-        split = plan.head_split if isinstance(plan, CommPlan) else 1
-        return {"cp": split, "ep": max(nodes, default=1)}
+        return {"cp": min(splits, default=1), "ep": max(nodes, default=1)}
 
 
 def _core_of(block: Layer) -> Any:
     """The attention core of a block; None for other mixing layers."""
     mixing = dict(block.fields).get("mixing")
     return dict(mixing.fields).get("core") if isinstance(mixing, Layer) else None
+
+
+def _head_split(block: Layer) -> int:
+    """Devices of cp that share heads or sequences, by the plan of a block; 1: none."""
+    mixing = dict(block.fields).get("mixing")
+    fields = dict(mixing.fields) if isinstance(mixing, Layer) else {}
+    plan = fields.get("plan", getattr(fields.get("core"), "plan", None))
+    return plan.head_split if isinstance(plan, CommPlan | StatePlan) else 1
 
 
 def attention_block(core: Core, ffn: Layer | None = None) -> Layer:

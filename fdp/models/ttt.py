@@ -9,8 +9,20 @@ from dataclasses import replace
 
 import jax
 
-from fdp.collectives import size
-from fdp.count.counts import GATHER, REDUCE, SCATTER, Counts, Degrees, Ledger, Rows, Sent, Work
+from fdp.collectives import psum, size
+from fdp.count.counts import (
+    EXCHANGE,
+    GATHER,
+    REDUCE,
+    SCATTER,
+    Counts,
+    Degrees,
+    Ledger,
+    Rows,
+    Sent,
+    Work,
+    merged,
+)
 from fdp.models import fast_weights
 from fdp.models.attention import Where
 from fdp.models.fast_weights import FastLinear, FastWeights, Read, Sharing
@@ -37,7 +49,7 @@ class LaCT(StateLayer):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return ("tokens", "tokens+ns", "heads")
+        return ("tokens", "tokens+ns", "heads", "heads+tokens")
 
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         s = self.shape
@@ -54,20 +66,17 @@ class LaCT(StateLayer):
         if self.rotate and where.position is not None:
             q, k = (rotary(x, where.position, s.rope_base, s.rope_scaling) for x in (q, k))
         tokens = (q, k, v, rates) + ((momentum,) if self.momentum else ())
-        if self.plan.kind == "heads":
-            first = FastWeights(*map(state.own_heads, first))
-            run = functools.partial(self._scan, first, self.chunk, Sharing())
-            return state.by_heads(run, self.plan.layout, *tokens)
-        cp = size("cp")
-        if self.plan.kind == "tokens":
-            sharing = Sharing(state.total, devices=cp)
-        else:
-            sharing = Sharing(state.gather_heads, state.spread_heads, cp)
-        return self._scan(first, self.chunk // cp, sharing, *tokens)
+        outer, inner = self.plan.axes()
+        sharing = Sharing(lambda x: psum(x, outer), devices=size(outer))
+        if self.plan.kind == "tokens+ns":
+            sharing = Sharing(state.gather_heads, state.spread_heads, size(outer))
+        first = FastWeights(*(state.own_heads(w, inner) for w in first))
+        run = functools.partial(self._scan, first, self.chunk // size(outer), sharing)
+        return state.by_heads(run, self.plan.layout, *tokens, among=inner)
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Reading a chunk is three products, an update six more; the last chunk is only read. Over
-        cp, either heads are exchanged or every update is summed, its gradient too."""
+        cp, heads are exchanged, or every update is summed, its gradient too, or both."""
         s, cp, tp = self.shape, degrees["cp"], degrees["tp"]
         H, K, F = s.heads, s.head_dim, s.head_dim * self.hidden
         updates = max(-(-rows.length // self.chunk) - 1, 0)
@@ -78,33 +87,32 @@ class LaCT(StateLayer):
             polish = 15 * rows.batch * H * updates * (4 * few * few * many + 2 * few**3)
         forward = Work(flops + polish, batched=flops + polish)
         heads = rows.batch * H // tp
-        sent, again = self._sent(updates, heads, rows, degrees), Work()
-        if self.plan.kind == "tokens":  # every device orthogonalises the whole sum
-            again = Work(3 * polish * (cp - 1), batched=3 * polish * (cp - 1))
+        sent, ways = self._sent(updates, heads, rows, degrees), self.plan.ways(cp)
+        # The devices that share out a chunk all orthogonalise the whole sum.
+        alike = 1 if self.plan.kind == "tokens+ns" else cp // ways
+        again = Work(3 * polish * (alike - 1), batched=3 * polish * (alike - 1))
         if self.group:
-            again += self._again(rows.batch * H * updates, polish, sent[0], cp)
+            again += self._again(rows.batch * H * updates, polish * alike, sent[0])
         forward, backward = replace(forward, sent=sent[0]), forward.backward(sent[1])
-        ways = self._ways(cp)
-        saved, live = (4 * heads // ways * x for x in self._kept(rows.length * ways // cp, cp))
+        saved, live = (4 * heads // ways * x for x in self._kept(rows.length, cp))
         own = Counts(3 * H * F * K, forward, backward, again=again, saved=saved, live=live)
         return own + self.scalars(4, rows)
 
-    def _again(self, updates: int, polish: int, sent: Sent, cp: int) -> Work:
+    def _again(self, updates: int, polish: int, sent: Sent) -> Work:
         """What groups compute again: all of `updates` but the last product of reading. The exchange
         of heads is outside them."""
         F, K = self.shape.head_dim * self.hidden, self.shape.head_dim
-        if self.plan.kind == "tokens":
-            polish *= cp
         flops = 16 * F * K * updates * self.chunk + polish
-        return Work(flops, batched=flops, sent={} if self.plan.kind == "heads" else sent)
+        inside = {key: wire for key, wire in sent.items() if key[0] != EXCHANGE}
+        return Work(flops, batched=flops, sent=inside)
 
     def _kept(self, length: int, cp: int) -> tuple[int, int]:
-        """Numbers that a head of a sequence of `length` positions of a device keeps: for the
+        """Numbers that a head of a sequence of `length` keeps on a device that has it: for the
         backward pass, and of a group."""
-        K = self.shape.head_dim
+        K, parts = self.shape.head_dim, cp // self.plan.ways(cp)
         return fast_weights.scan_memory(
-            length,
-            self.chunk if self.plan.kind == "heads" else self.chunk // cp,
+            length // parts,
+            self.chunk // parts,
             K,
             K * self.hidden,
             momentum=self.momentum,
@@ -113,25 +121,21 @@ class LaCT(StateLayer):
             share=1 / cp if self.plan.kind == "tokens+ns" else 1,
         )
 
-    def _ways(self, cp: int) -> int:
-        """Devices that share out the heads in the scan."""
-        return cp if self.plan.kind == "heads" else 1
-
     def _sent(self, updates: int, heads: int, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
         """Bytes over cp, (forward, backward)."""
-        if self.plan.kind == "heads":
-            return self.exchange(3 + self.momentum, rows, degrees)
         weights = 3 * heads * self.shape.head_dim**2 * self.hidden * 4
-        momentum = 4 * heads * self.momentum
+        momentum, cp = 4 * heads * self.momentum, degrees["cp"]
         there, back = Ledger(degrees), Ledger(degrees)
-        if self.plan.kind == "tokens":
-            there.add(REDUCE, ("cp",), weights + momentum, updates)
-            return there.sent, back.add(REDUCE, ("cp",), weights + momentum, updates).sent
-        cp = degrees["cp"]
-        there.add(SCATTER, ("cp",), (weights + momentum) / cp, updates)
-        there.add(GATHER, ("cp",), weights / cp, updates)
-        back.add(GATHER, ("cp",), (weights + momentum) / cp, updates)
-        return there.sent, back.add(SCATTER, ("cp",), weights / cp, updates).sent
+        if self.plan.kind == "tokens+ns":
+            there.add(SCATTER, ("cp",), (weights + momentum) / cp, updates)
+            there.add(GATHER, ("cp",), weights / cp, updates)
+            back.add(GATHER, ("cp",), (weights + momentum) / cp, updates)
+            return there.sent, back.add(SCATTER, ("cp",), weights / cp, updates).sent
+        exchanged, ways = self.exchange(3 + self.momentum, rows, degrees), self.plan.ways(cp)
+        parts = cp // ways
+        summed = updates * (weights + momentum) / ways * 2 * (parts - 1) / parts
+        sums = there.put(REDUCE, ("cp",), summed).sent
+        return merged(exchanged, sums), merged(exchanged, sums)
 
     def _scan(self, first: FastWeights, chunk: int, sharing: Sharing, *tokens: Array) -> Array:
         orthogonalise = fast_weights.orthogonal if self.muon else None
@@ -176,9 +180,9 @@ class TTTLinear(StateLayer):
         s = self.shape
         H, K, C = s.heads, s.head_dim, min(self.chunk, rows.length)
         flops, mask = rows.positions * H * 6 * K * (C + K), rows.positions * H * 2 * C * K
-        sent, sent_back = self.exchange(1, rows, degrees)
+        sent = self.exchange(1, rows, degrees)
         forward = Work(flops, batched=flops, sent=sent)
-        backward = forward.backward(sent_back) - Work(mask, batched=mask)
+        backward = forward.backward(sent) - Work(mask, batched=mask)
         heads = rows.batch * H // degrees["tp"] // degrees["cp"]
         saved = 4 * heads * (rows.length // C * K * K + rows.length * (8 * K + C))
         own = Counts(H * K * (K + 3), forward, backward, saved=saved)

@@ -279,13 +279,18 @@ LAYERS = {
     "gdn, affine": (GatedDeltaNet, "affine", CONTIGUOUS, {}),
     "lact, tokens": (LaCT, "tokens", SHARED, {"muon": True, "gate": False}),
     "lact, tokens+ns": (LaCT, "tokens+ns", SHARED, {"group": 3}),
+    "lact, heads+tokens": (LaCT, "heads+tokens", SHARED, {}),
     "ttt, heads": (TTTLinear, "heads", ZIGZAG, {}),
 }
 
 
 def make(name: str):
     cls, kind, layout, more = LAYERS[name]
-    return cls(SHAPE, StatePlan(kind, layout), 8, **more)
+    return cls(SHAPE, plan_of(kind, layout), 8, **more)
+
+
+def plan_of(kind: str, layout: SequenceLayout) -> StatePlan:
+    return StatePlan(kind, layout, 2 if kind == "heads+tokens" else 1)
 
 
 def where(layout: SequenceLayout, length: int) -> Where:
@@ -348,6 +353,8 @@ REFUSED = [
     (LaCT, "tokens", SHARED, 6, "a chunk of 6 tokens is not divisible by cp = 4, .* chunk of 8"),
     (LaCT, "tokens", SequenceLayout("striped", 3), 12, r"set data.seq_len=36"),
     (LaCT, "heads", CONTIGUOUS, 8, r"heads / tp = 6 are not divisible by cp = 4, .*heads=8"),
+    (LaCT, "heads+tokens", CONTIGUOUS, 8, "later tokens would be read first; .* chunk / cp = 2"),
+    (TTTLinear, "heads+tokens", SHARED, 8, "TTTLinear does not run plan heads.tokens"),
 ]
 
 
@@ -355,9 +362,25 @@ REFUSED = [
 @pytest.mark.parametrize(("cls", "kind", "layout", "chunk", "message"), REFUSED)
 def test_plans_that_cannot_run_are_refused(cls, kind, layout, chunk, message):
     shape = SHAPE if kind != "heads" else ModelShape(1, 12, 6, 6, 4, 8, 8)
-    layer = cls(shape, StatePlan(kind, layout), chunk)
+    layer = cls(shape, plan_of(kind, layout), chunk)
     with pytest.raises(ValueError, match=message):
         layer.check(B, S, dict.fromkeys(AXES, 1) | {"cp": 4})
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("heads", "split", "message"),
+    [
+        (3, 2, "heads / tp = 3 are not divisible by head_split = 2, .* set model.heads=4"),
+        (8, 3, "cp = 4 is not head_split = 3 times 2 or more .*: use a power of two below 4"),
+        (8, 4, "cp = 4 is not head_split = 4 times 2 or more devices that share tokens"),
+    ],
+)
+def test_splits_that_cannot_run_are_refused(heads, split, message):
+    with pytest.raises(ValueError, match=message):
+        StatePlan("heads+tokens", SHARED, split).check(
+            heads, S, dict.fromkeys(AXES, 1) | {"cp": 4}, 8
+        )
 
 
 @pytest.mark.fast
@@ -379,6 +402,9 @@ def test_documents_begin_afresh_or_are_refused():
 def test_an_unknown_plan_is_refused():
     with pytest.raises(ValueError, match="state plan 'ring' is unknown: tokens, tokens"):
         StatePlan("ring")
+    for kind, split in (("heads+tokens", 1), ("tokens", 2)):
+        with pytest.raises(ValueError, match=r"heads.tokens splits heads among 2 devices or more"):
+            StatePlan(kind, SHARED, split)
 
 
 # Counts
@@ -394,19 +420,32 @@ def program_of(name: str, degrees: dict[str, int]) -> TrainStep:
     cls, kind, layout, more = LAYERS[name]
     if layout.kind == "striped":  # chunks of 8
         layout = SequenceLayout("striped", 8 // degrees.get("cp", 1))
-    mixing = layer(cls, plan=StatePlan(kind, layout), chunk=8, **more)
+    mixing = layer(cls, plan=plan_of(kind, layout), chunk=8, **more)
     e = experiment(c)
     block = layer(Block, mixing=mixing, ffn=layer(SwiGLU))
     model = e.model.clone(pattern=(block,), layout=layout)
     return TrainStep(replace(e, model=model), make_mesh(c.mesh))
 
 
-@pytest.mark.parametrize("name", ["gdn, affine", "lact, tokens+ns"])
-def test_a_model_trains_as_one_device_and_sends_what_the_layers_state(name):
-    alone, p = program_of(name, {}), program_of(name, MIXED)
-    variables = jax.device_get(alone.init(0).variables)
-    batch = {"tokens": tokens(tiny())}
-    want, got = (outcome_of(one, variables, batch) for one in (alone, p))
+@functools.cache
+def trained(name: str):
+    """(variables, outcome) on one device."""
+    p = program_of(name, {})
+    variables = jax.device_get(p.init(0).variables)
+    return variables, outcome_of(p, variables, {"tokens": tokens(tiny())})
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "degrees"),  # `same` computes the same on one device
+    [
+        ("gdn, affine", "gdn, affine", MIXED),
+        ("lact, tokens+ns", "lact, tokens+ns", MIXED),
+        ("lact, heads+tokens", "lact, tokens+ns", {"dp": 2, "cp": 4}),
+    ],
+)
+def test_a_model_trains_as_one_device_and_sends_what_the_layers_state(name, same, degrees):
+    p, (variables, want) = program_of(name, degrees), trained(same)
+    got = outcome_of(p, variables, {"tokens": tokens(tiny())})
     formula = dict(closed.traffic(p))
     found = Comparison.of(name, got, want, formula)
     assert found.output_error <= 1e-6 and found.gradient_error <= 5e-6

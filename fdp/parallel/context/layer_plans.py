@@ -18,12 +18,15 @@ from fdp.parallel.context.planner_time import Machine
 @dataclass(frozen=True)
 class Transfer:
     """`times` dependent collectives that send `wire` bytes of a device in all, while it computes
-    `hidden` FLOPs that do not wait for them."""
+    `hidden` FLOPs that do not wait for them. Each is among `ranks` devices (0: all), with `inner`
+    of others between neighbours."""
 
     op: str
     wire: float
     times: int = 1
     hidden: float = 0.0
+    ranks: int = 0
+    inner: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,7 @@ class Devices:
 
     def exposed(self, option: LayerOption) -> float:
         """Seconds of transfers that compute does not hide."""
-        return sum(
-            max(0.0, self._send(t.op, t.wire, t.times) - t.hidden / self._rate)
-            for t in option.transfers
-        )
+        return sum(max(0.0, self._send(t) - t.hidden / self._rate) for t in option.transfers)
 
     def seconds(self, option: LayerOption) -> float:
         """Of a layer, forward and backward."""
@@ -74,7 +74,7 @@ class Devices:
     def move(self, hidden: float) -> float:
         """Seconds in which hidden states, `hidden` bytes of a device, change layout, forward and
         backward."""
-        return 2 * self._send(EXCHANGE, self.moved(hidden) / 2, 1)
+        return 2 * self._send(Transfer(EXCHANGE, self.moved(hidden) / 2))
 
     def moved(self, hidden: float) -> float:
         """Bytes that a device sends for such a change, forward and backward."""
@@ -84,8 +84,9 @@ class Devices:
     def _rate(self) -> float:
         return float(np.atleast_1d(self.machine.flops)[0])
 
-    def _send(self, op: str, wire: float, times: int) -> float:
-        return times * float(self.machine.send(op, wire / times, self.count)[0])
+    def _send(self, t: Transfer) -> float:
+        sent = self.machine.send(t.op, t.wire / t.times, t.ranks or self.count, t.inner)
+        return t.times * float(sent[0])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@
 - `tokens+ns`: the same, but the sum is scattered over heads, each device orthogonalises its own,
   and the results are gathered: the same bytes, less work;
 - `heads`: an all-to-all gives each device the whole sequence of some heads;
+- `heads+tokens`: cp = r · u; u neighbours (the trailing sub-axes) exchange heads for positions, and
+  the r groups sum each update of their heads;
 - `affine`: for states that change by affine maps; each device exchanges the map of its part of the
   sequence (contiguous layout) once.
 
@@ -14,26 +16,42 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fdp.collectives import all_gather, all_to_all, index, psum, reduce_scatter, size
+from fdp.collectives import Axes, all_gather, all_to_all, index, reduce_scatter, size, split
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 
 Array = jax.Array
-KINDS = ("tokens", "tokens+ns", "heads", "affine")
+KINDS = ("tokens", "tokens+ns", "heads", "heads+tokens", "affine")
 
 
 @dataclass(frozen=True)
 class StatePlan:
-    """What a layer with a state sends over cp (`kind`), and which positions a device holds. Raises
-    ValueError for an unknown kind."""
+    """What a layer with a state sends over cp (`kind`), and which positions a device holds.
+    `head_split`: u, the devices that share out heads, of plan heads+tokens; 1 otherwise. Raises
+    ValueError for an unknown kind, and for a split that it does not make."""
 
     kind: str = "heads"
     layout: SequenceLayout = CONTIGUOUS
+    head_split: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"state plan {self.kind!r} is unknown: {', '.join(KINDS)}")
+        if (self.head_split == 1) == (self.kind == "heads+tokens"):
+            raise ValueError(
+                f"state plan {self.kind} with head_split = {self.head_split}: heads+tokens splits "
+                "heads among 2 devices or more, other plans leave it at 1"
+            )
+
+    def ways(self, cp: int) -> int:
+        """Devices that share out the heads, and hold the same positions."""
+        return cp if self.kind == "heads" else min(self.head_split, cp)
+
+    def axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The bound names of cp as (those that share out positions, those that share out heads)."""
+        return split("cp", self.ways(size("cp")))
 
     def check(self, heads: int, length: int, degrees: Mapping[str, int], chunk: int) -> None:
         """Raises ValueError, with equation, values and fix, where `heads` (of a device of tp),
@@ -47,13 +65,21 @@ class StatePlan:
                 f"the affine plan composes ranges of positions, and the {self.layout.kind} layout "
                 "deals them out: set context.layout=contiguous"
             )
-        if self.kind in ("heads", "tokens+ns") and heads % cp:
+        u = self.head_split
+        if self.kind == "heads+tokens" and (cp % u or u == cp):
             raise ValueError(
-                f"heads / tp = {heads} are not divisible by cp = {cp}, which plan {self.kind} "
-                f"shares them among: set model.heads={-(-heads // cp) * cp * degrees['tp']}, or "
+                f"cp = {cp} is not head_split = {u} times 2 or more devices that share tokens: use "
+                f"a power of two below {cp}, or plan heads"
+            )
+        among = cp if self.kind == "tokens+ns" else self.ways(cp)
+        if heads % among:
+            name = f"head_split = {u}" if self.kind == "heads+tokens" else f"cp = {cp}"
+            raise ValueError(
+                f"heads / tp = {heads} are not divisible by {name}, which plan {self.kind} shares "
+                f"them among: set model.heads={-(-heads // among) * among * degrees['tp']}, or "
                 "another plan"
             )
-        if self.kind.startswith("tokens"):
+        if "tokens" in self.kind:
             self._check_chunk(chunk, length, cp)
 
     def _check_chunk(self, chunk: int, length: int, cp: int) -> None:
@@ -85,30 +111,31 @@ def spread_heads(x: Array) -> Array:
     return all_gather(x, "cp", dim=1)
 
 
-def total(x: Array) -> Array:
-    """The sum over cp."""
-    return psum(x, "cp")
+def by_heads(
+    run: Callable[..., Array], layout: SequenceLayout, *tokens: Array, among: Axes = "cp"
+) -> Array:
+    """`run` on a share of the heads, and on all positions that the u devices `among` (the trailing
+    sub-axes of cp) hold: the whole sequence, or every chunk's share of a striped layout.
 
-
-def by_heads(run: Callable[..., Array], layout: SequenceLayout, *tokens: Array) -> Array:
-    """`run` on the whole sequence and a share of the heads.
-
-    `tokens`: arrays [B, L, H, …]; `run` takes them as [B, S, H/n, …], in the order of positions,
+    `tokens`: arrays [B, L, H, …]; `run` takes them as [B, u·L, H/u, …], in the order of positions,
     and returns such an array; the result is [B, L, H, …], in the dtype of the first."""
-    cp = size("cp")
-    if cp == 1:
+    u = size(among)
+    if u == 1:
         return run(*tokens)
-    order = layouts.permutation(layout, tokens[0].shape[1] * cp, cp)
-    back = layouts.inverse(order)
-    whole = [all_to_all(x, "cp", split_dim=2, concat_dim=1)[:, back] for x in tokens]
-    out = run(*whole)[:, order].astype(tokens[0].dtype)
-    return all_to_all(out, "cp", split_dim=1, concat_dim=2)
+    count = tokens[0].shape[1]
+    # In stripes, every group holds its positions in the order of the first one.
+    held = layouts.permutation(layout, count * size("cp"), size("cp"))[: u * count]
+    back = np.argsort(held)
+    whole = [all_to_all(x, among, split_dim=2, concat_dim=1)[:, back] for x in tokens]
+    out = run(*whole)[:, np.argsort(back)].astype(tokens[0].dtype)
+    return all_to_all(out, among, split_dim=1, concat_dim=2)
 
 
-def own_heads(x: Array) -> Array:
-    """This device's share of the heads of a parameter, [H, …] → [H/n, …]."""
-    share = x.shape[0] // size("cp")
-    return jax.lax.dynamic_slice_in_dim(x, index("cp") * share, share) if size("cp") > 1 else x
+def own_heads(x: Array, among: Axes = "cp") -> Array:
+    """This device's share of the heads of a parameter, [H, …] → [H/u, …] for u devices."""
+    u = size(among)
+    share = x.shape[0] // u
+    return jax.lax.dynamic_slice_in_dim(x, index(among) * share, share) if u > 1 else x
 
 
 def before(map_BxH: Array, start: Array, fold: Callable[[Array, Array, Array], Array]) -> Array:

@@ -90,7 +90,8 @@ def mixing(
     if kind == "ttt_linear":
         return layer(TTTLinear, plan=StatePlan("heads", layout), **at)
     muon = kind == "lact_muon"
-    plan = StatePlan(state or ("tokens+ns" if muon else "tokens"), layout)
+    own = state or ("tokens+ns" if muon else "tokens")
+    plan = StatePlan(own, layout, 2 if own == "heads+tokens" else 1)
     fast = {"hidden": m.hidden, "rate": m.rate, "muon": muon, "rotate": False}
     return layer(LaCT, plan=plan, **at, **fast)
 

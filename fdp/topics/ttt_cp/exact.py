@@ -25,6 +25,7 @@ PROOFS: tuple[Proof, ...] = (
     ("lact", "tokens", {"cp": 8}),
     ("lact", "tokens+ns", {"dp": 2, "cp": 2, "tp": 2}),
     ("lact", "heads", {"cp": 4}),
+    ("lact", "heads+tokens", {"dp": 2, "cp": 4}),
     ("lact_muon", "tokens+ns", {"cp": 4}),
     ("ttt_linear", "heads", {"cp": 4}),
     ("lact_1to1", "tokens", {"cp": 4}),

@@ -48,6 +48,7 @@ FIXED = {
 FAMILIES = FIXED | {
     "tp": ("tp",),
     "parts of the sequence": ("ring", "all_gather", "usp", "affine", "tokens", "tokens+ns"),
+    "two levels": ("usp", "affine", "heads+tokens"),
 }
 Priced = tuple[list[LayerOption], dict[str, str]]
 
@@ -95,7 +96,7 @@ def options(kind: str, job: HybridJob, chunked: bool) -> Priced:
         try:
             found.append(price(kind, plan, job))
         except ValueError as error:
-            lost[f"{plan[0]} {plan[1].kind}"] = str(error)
+            lost[f"{_named(plan[0], plan[2])} {plan[1].kind}"] = str(error)
     return found, lost
 
 
@@ -104,14 +105,20 @@ def _plans(
 ) -> Iterator[tuple[str, SequenceLayout, int]]:
     """(plan, layout, devices that share heads)."""
     yield "tp", CONTIGUOUS, job.devices
+    splits = [u for u in range(2, job.devices) if job.devices % u == 0]
     for at in places:
         if kind in ATTENTION:
             yield from (("ring", at, 1), ("all_gather", at, 1), ("ulysses", at, job.devices))
-            splits = (u for u in range(2, job.devices) if job.devices % u == 0)
             yield from (("usp", at, u) for u in splits)
         else:
             made = _layer(kind, StatePlan(), job)
-            yield from ((plan, at, 1) for plan in made.kinds)
+            yield from ((plan, at, 1) for plan in made.kinds if plan != "heads+tokens")
+            if "heads+tokens" in made.kinds:
+                yield from (("heads+tokens", at, u) for u in splits)
+
+
+def _named(plan: str, u: int) -> str:
+    return f"{plan} u={u}" if plan in ("usp", "heads+tokens") else plan
 
 
 def _attention(kind: str, way: tuple[str, SequenceLayout, int], job: HybridJob) -> LayerOption:
@@ -133,9 +140,9 @@ def _attention(kind: str, way: tuple[str, SequenceLayout, int], job: HybridJob) 
         (made.backward.sent, inner.backward.flops + inner.again.flops),
     ):
         behind = {op: work * seen / n * share for op, share in hidden.items() if plan != "tp"}
-        transfers += _transfers(sent, {PERMUTE: hops, EXCHANGE: 2}, behind)
+        transfers += _transfers(sent, {PERMUTE: hops, EXCHANGE: 2}, behind, n, over_cp.head_split)
     skipped = inner.executed(degrees) * (1 - seen)
-    name = f"usp u={u}" if plan == "usp" else plan
+    name = _named(plan, u)
     if over_cp.hops is not None:
         name += f" hops={hops}"
     flops = (made.executed(degrees) - skipped) / n
@@ -154,23 +161,25 @@ def _over_cp(plan: str, layout: SequenceLayout, u: int, mask: Mask, job: HybridJ
 
 
 def _state(kind: str, way: tuple[str, SequenceLayout, int], job: HybridJob) -> LayerOption:
-    plan, layout, _ = way
+    plan, layout, u = way
     degrees = job.degrees("tp" if plan == "tp" else "cp")
-    made = _layer(kind, StatePlan("heads" if plan == "tp" else plan, layout), job)
+    shared = u if plan == "heads+tokens" else 1
+    made = _layer(kind, StatePlan("heads" if plan == "tp" else plan, layout, shared), job)
     _check_heads(plan, made.shape.heads, job)
     made.check(1, job.length, degrees)
     rows = Rows(1, job.length, 0)
     found = made.counts(rows, degrees)
     times, hidden = {EXCHANGE: 2}, {}
-    if plan.startswith("tokens"):
+    if "tokens" in plan:
         updates = max(-(-job.length // job.chunk) - 1, 1)
         times |= {REDUCE: updates, SCATTER: updates, GATHER: updates}
         share = reading(made, job) / job.devices
         hidden = {REDUCE: share, SCATTER: share / 2, GATHER: share / 2}
     passes = (found.forward.sent, found.backward.sent, found.again.sent)
-    transfers = [t for sent in passes for t in _transfers(sent, times, hidden)]
+    among = job.devices, shared
+    transfers = [t for sent in passes for t in _transfers(sent, times, hidden, *among)]
     flops = found.executed(degrees) / job.devices
-    return LayerOption(plan, layout, flops, tuple(transfers), found.saved + found.live)
+    return LayerOption(_named(plan, u), layout, flops, tuple(transfers), found.saved + found.live)
 
 
 def reading(made: StateLayer, job: HybridJob) -> float:
@@ -197,11 +206,17 @@ def _check_heads(plan: str, heads: int, job: HybridJob) -> None:
         )
 
 
-def _transfers(sent: Sent, times: Mapping[str, int], hidden: Mapping[str, float]) -> list[Transfer]:
-    return [
-        Transfer(op, wire, max(times.get(op, 1), 1), hidden.get(op, 0.0))
-        for (op, _), wire in sent.items()
-    ]
+def _transfers(
+    sent: Sent, times: Mapping[str, int], hidden: Mapping[str, float], n: int, u: int
+) -> list[Transfer]:
+    """`u` > 1: neighbours exchange heads, and everything else is sent among n / u groups of them.
+    Heads may also be exchanged among all `n` devices."""
+    found = []
+    for (op, _), wire in sent.items():
+        inside = op == EXCHANGE and u > 1
+        among = (u, 1) if inside else (n // u, u)
+        found.append(Transfer(op, wire, max(times.get(op, 1), 1), hidden.get(op, 0.0), *among))
+    return found
 
 
 @lru_cache

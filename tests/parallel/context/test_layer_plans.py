@@ -17,10 +17,10 @@ LAYOUTS = (CONTIGUOUS, ZIGZAG, SequenceLayout("striped", 4))
 
 @dataclass(frozen=True)
 class Wire:
-    """A byte takes a second, and a collective two more."""
+    """A byte takes a second among four neighbours, and a collective two more."""
 
     def seconds(self, op: str, wire: float, ranks: int, inner: int) -> float:
-        return 2 + wire
+        return 2 + wire * inner * 4 / ranks
 
 
 ON = Devices(Machine(10.0, Wire()), 4)
@@ -32,6 +32,11 @@ def test_seconds_add_work_and_what_it_does_not_hide():
     assert ON.exposed(option) == 3 * (2 + 2) + 2 * (2 + 4) - 70 / 10
     assert ON.seconds(option) == 20 + ON.exposed(option)
     assert (option.wire, option.steps) == (14, 5)
+
+
+def test_transfers_are_among_their_own_devices():
+    among = LayerOption("usp", ZIGZAG, 0, (Transfer(EXCHANGE, 6, 2, ranks=2, inner=2),))
+    assert ON.exposed(among) == 2 * (2 + 3 * 2 * 4 / 2)
 
 
 def test_compute_hides_no_more_than_the_transfer():

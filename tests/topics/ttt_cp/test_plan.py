@@ -3,6 +3,7 @@
 import pytest
 from absl import flags
 
+from fdp.count.counts import EXCHANGE, REDUCE
 from fdp.keys import UserError
 from fdp.parallel.context.planner_machine import INFINIBAND
 from fdp.topics.ttt_cp import plan, planned
@@ -78,6 +79,17 @@ def test_bad_clusters(text, error):
     with pytest.raises(UserError) as found:
         plan.on(text)
     assert str(found.value).startswith(error)
+
+
+def test_two_levels_exchange_among_neighbours_and_sum_among_their_groups():
+    job = HybridJob(4096, 2**15, 4, 8192)
+    found = {o.plan: o for o in planned.options("lact", job, True)[0]}
+    one, two = found["tokens"], found["heads+tokens u=2"]
+    among = {t.op: (t.ranks, t.inner, t.times) for t in two.transfers}
+    assert among == {EXCHANGE: (2, 1, 2), REDUCE: (2, 2, 3)}
+    sums = {o.plan: sum(t.wire for t in o.transfers if t.op == REDUCE) for o in (one, two)}
+    # Half of the heads, among two: 1 · ½ instead of 2 · ¾ of all.
+    assert sums["heads+tokens u=2"] == sums["tokens"] / 3
 
 
 def test_prices_of_a_torus_say_that_nothing_was_measured():
