@@ -67,6 +67,12 @@ def test_a_layer_changes_layout_only_where_that_pays():
     assert layer_plans.best(there_and_back, ON, 100.0).moves == 0
 
 
+def test_a_plan_costs_its_layers_and_its_moves():
+    flops = ((CONTIGUOUS, 10), (ZIGZAG, 20), (ZIGZAG, 30))
+    found = layer_plans.price([LayerOption("a", at, n) for at, n in flops], ON, 8.0)
+    assert found.moves == 1 and found.seconds == 1 + 2 + 3 + ON.move(8.0)
+
+
 def test_what_does_not_fit_is_no_option():
     small = Devices(ON.machine, 4, memory=2**30)
     large = LayerOption("heads", ZIGZAG, 1, memory=2**31)
