@@ -4,31 +4,24 @@
 
 Legend: B images, H rows, W columns, C channels."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 os.environ.setdefault("NPROC", "64")  # before jax, as in `fdp.train`
 
-import jax
-import ml_collections
 import numpy as np
 
 from fdp import command, train
-from fdp import config as fdp_config
-from fdp.arm import Arm
-from fdp.checkpoint import Checkpoints
 from fdp.keys import INT32, UserError, closest
-from fdp.mesh import AXES, make_mesh
 from fdp.objectives import ImageObjective
-from fdp.run import study_of, use_compilation_cache
+from fdp.run import use_compilation_cache
 from fdp.sampling.draw import draw_images
 from fdp.sampling.image import SAMPLERS
+from fdp.trained import config_of, restored
 
 MOST = 4096  # images of one call
 MOST_STEPS = 10_000
@@ -46,52 +39,6 @@ def declare(values: flags.FlagValues) -> None:
     number("seed", 0, "of the noise", flag_values=values)
     word("arm", None, "arm and seed, such as uniform-s0; default the first", flag_values=values)
     word("out", None, "file; default WORKDIR/samples/<label>.png", flag_values=values)
-
-
-def config_of(workdir: Path) -> ml_collections.ConfigDict:
-    """The config that a run was started with, on one device. Raises UserError where there is none,
-    or where it is of another version."""
-    path = workdir / "config.json"
-    try:
-        flat = json.loads(path.read_text(encoding="utf8"))["config"]
-        c = fdp_config.base(**fdp_config.topic_sections(flat["topic"]))
-        with c.unlocked():
-            c.update_from_flattened_dict(
-                {k: tuple(v) if isinstance(v, list) else v for k, v in flat.items()}
-            )
-            c.mesh.update(dict.fromkeys(AXES, 1))
-            c.checkpoint.allow_config_change = False
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}: name the workdir of a run, such as runs/topic8-cpu"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no config of this version of fdp: {error}") from error
-    fdp_config.validate(c)
-    return c
-
-
-def restored(c: ml_collections.ConfigDict, workdir: Path, label: str | None) -> tuple[Arm, Any]:
-    """(arm, variables) of the newest checkpoint. Raises UserError for an arm that is not there or
-    has no checkpoint."""
-    experiments = study_of(c.topic).arms(c)
-    labels = [f"{name}-s{seed}" for name in experiments for seed in c.seeds]
-    label = label or labels[0]
-    if label not in labels:
-        raise UserError(f"--arm={label} is unknown: {closest(label, labels)}")
-    name, _, seed = label.rpartition("-s")
-    e = experiments[name]
-    alone = replace(e, degrees=dict.fromkeys(AXES, 1), zero=0)
-    arm = Arm.of(name, alone, make_mesh(alone.degrees, jax.devices()[:1])).with_seed(int(seed))
-    folder = workdir / "checkpoints" / label
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not there: train the run first")
-    checkpoints = Checkpoints(folder, read_only=True)
-    found = checkpoints.restore(arm.program.specs.abstract_state(), arm.init)
-    checkpoints.close()
-    if found is None:
-        raise UserError(f"{folder} has no checkpoint: train the run first")
-    return arm, found[1].variables
 
 
 def labels_of(text: str, classes: int, n: int) -> list[int]:
@@ -133,7 +80,7 @@ def generate(workdir: Path, f: flags.FlagValues) -> Path:
     _check(f)
     c = config_of(workdir)
     use_compilation_cache()
-    arm, variables = restored(c, workdir, f.arm)
+    arm, variables, _ = restored(c, workdir, f.arm)
     if not isinstance(arm.objective, ImageObjective):
         raise UserError(
             f"{workdir} holds a model of tokens (objective.name={c.objective.name!r}): this "

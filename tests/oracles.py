@@ -14,12 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.collectives import vary_like
 from fdp.data.synthetic import NEVER
-from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.parallel.tensor import vocab_gather
-from fdp.sampling.autoregressive import next_token
+from fdp.sampling.autoregressive import write
 from fdp.sampling.noise import Draw
 
 
@@ -146,20 +144,8 @@ def sample_cached(
             "a cache filled from left to right needs a causal model: under "
             f"{model.softmax.mask} later tokens would change the keys of earlier ones"
         )
-    ids_B, variables = draw.sample_ids_B, {"params": params}
-    batch = len(ids_B)
-    noise_B = vary_like(jnp.zeros(batch), ids_B)
-
-    def body(i: jax.Array, carry: tuple) -> tuple:
-        tokens_BxL, last_B, cache = carry
-        args = (model, variables, last_B[:, None], noise_B, jnp.full((batch, 1), i))
-        hidden_Bx1xD, _, cache = module.run(*args, method="hidden", cache=cache)
-        logits_BxV, _, _ = module.run(model, variables, hidden_Bx1xD[:, 0], method="outputs")
-        token_B = next_token(logits_BxV, draw, i)
-        return tokens_BxL.at[:, i].set(token_B), token_B, cache
-
-    first_B = vary_like(jnp.full(batch, bos, jnp.int32), ids_B)
-    tokens_BxL = vary_like(jnp.zeros((batch, draw.length), jnp.int32), ids_B)
-    cache, _ = model.decode_state(batch, draw.length)
-    carry = (tokens_BxL, first_B, cache)
-    return jax.lax.fori_loop(0, draw.length, body, carry)[0], {"nfe": jnp.int32(draw.length)}
+    ids_B = draw.sample_ids_B
+    cache, _ = model.decode_state(len(ids_B), draw.length)
+    bos_B = jnp.full(len(ids_B), bos, jnp.int32)
+    tokens_BxL, _ = write(model, {"params": params}, cache, bos_B, 0, draw)
+    return tokens_BxL, {"nfe": jnp.int32(draw.length)}

@@ -179,7 +179,7 @@ class Attention(Module):
 
     Where a cache is kept, a pass over all rows stores rotated keys and values in it. A pass over
     rows at given indices ([B, L]) replaces the keys and values of those rows and attends to the
-    whole cache."""
+    whole cache; with a convolution these must be the rows that follow."""
 
     shape: ModelShape
     core: Core
@@ -310,9 +310,13 @@ class Attention(Module):
         if not isinstance(self.core, CachedCore):
             raise ValueError(f"{type(self.core).__name__} has no cached decoding: use Softmax")
         self.core.check_cache()
-        if self.shape.conv:
-            raise ValueError(conv.refuse_cache(self.shape.conv))
+        self._check_order()
         return self.core
+
+    def _check_order(self) -> None:
+        mask = getattr(self.core, "mask", None)
+        if self.shape.conv and getattr(mask, "kind", None) != "causal":
+            raise ValueError(conv.refuse_cache(self.shape.conv))
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError for sizes that the core or the convolution cannot run on these
@@ -338,11 +342,15 @@ class Attention(Module):
         """(zeros, PartitionSpecs) of an empty cache for `batch` sequences of `length`.
 
         {"k", "v"} of [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over
-        tp. Raises ValueError for a model with a convolution, which has no cached decoding."""
+        tp; with a convolution, "conv": its last positions. Raises ValueError for a convolution
+        under a mask that is not causal."""
         s = self.shape
-        if s.conv:
-            raise ValueError(conv.refuse_cache(s.conv))
+        self._check_order()
         shape = (batch, length, s.kv_heads // size("tp"), s.head_dim)
         zeros = vary(jnp.zeros(shape, jnp.dtype(s.dtype)), (*BATCH_AXES, "tp"))
         spec = PartitionSpec(BATCH_AXES, None, "tp", None)
-        return {"k": zeros, "v": zeros}, {"k": spec, "v": spec}
+        state, specs = {"k": zeros, "v": zeros}, {"k": spec, "v": spec}
+        if s.conv:
+            filter = ShortConvolution(s.conv, self.core.layout, parent=None)
+            state["conv"], specs["conv"] = filter.decode_state(batch, s.width, jnp.dtype(s.dtype))
+        return state, specs

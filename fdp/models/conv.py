@@ -8,12 +8,16 @@ before a run are its halo.
 Legend: B sequences, L positions (local over cp), D width, W taps, R runs of a device, N positions
 of a run, T positions of a halo."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from fdp.collectives import index, shift, size
+from fdp.collectives import index, shift, size, vary, vary_like
 from fdp.count.counts import PERMUTE, REDUCE, Counts, Degrees, Ledger, Rows, Work
+from fdp.mesh import BATCH_AXES
 from fdp.models.layers import normal
 from fdp.models.module import Module, compact
 from fdp.models.shape import ModelShape
@@ -89,9 +93,9 @@ class ShortConvolution(Module):
     """y[p] = Σ_d w[d] · x[p - d], d < `taps`, for every channel: [B, L, D] → [B, L, D].
 
     Positions before the sequence, or before the document where `segment` is given, count as zero.
-    `axis`: the mesh axis over which the channels are sharded.
-    Raises ValueError for runs shorter than the halo (`hops`), and for rows of a cache, which lack
-    their neighbours."""
+    `axis`: the mesh axis over which the channels are sharded. Where a cache is kept, it holds the
+    last positions, and rows of indices [B, L] must be those that follow.
+    Raises ValueError for runs shorter than the halo (`hops`)."""
 
     taps: int
     layout: SequenceLayout
@@ -99,22 +103,26 @@ class ShortConvolution(Module):
 
     @compact
     def __call__(self, x_BxLxD: Array, index_L: Array, segment_BxL: Array | None = None) -> Array:
-        if index_L.ndim == 2:
-            raise ValueError(refuse_cache(self.taps))
         B, L, D = x_BxLxD.shape
         channels = (self.taps, D * size(self.axis or ()))
         w_WxD = self.weight("w", normal(self.taps**-0.5), channels, (None, self.axis))
         w_WxD = w_WxD.astype(x_BxLxD.dtype)
-        shape = runs(self.layout, L, size("cp"))
+        cached = index_L.ndim == 2
+        shape = (1, L) if cached else runs(self.layout, L, size("cp"))
 
         def with_halo(x: Array) -> Array:
             return jnp.concatenate([before(x, self.layout, self.taps - 1), x], axis=2)
 
-        x = with_halo(x_BxLxD.reshape(B, *shape, D))
+        if cached:
+            tail = vary_like(self.cached("tail"), x_BxLxD)
+            x = jnp.concatenate([tail, x_BxLxD], axis=1)[:, None]
+        else:
+            x = with_halo(x_BxLxD.reshape(B, *shape, D))
+        self.cache("tail", x[:, -1, 1 - self.taps :])
         segment = None
         if segment_BxL is not None:
             segment = with_halo(segment_BxL.reshape(B, *shape, 1))
-        index = index_L.reshape(*shape, 1)
+        index = index_L.reshape(*index_L.shape[:-1], *shape, 1)
 
         def tap(d: int, y: Array) -> Array:
             return lax.slice_in_dim(y, self.taps - 1 - d, self.taps - 1 - d + shape[1], axis=2)
@@ -126,6 +134,13 @@ class ShortConvolution(Module):
                 seen = seen & (tap(d, segment) == tap(0, segment))
             out = out + w_WxD[d] * jnp.where(seen, tap(d, x), 0)
         return out.reshape(B, L, D)
+
+    def decode_state(self, batch: int, channels: int, dtype: Any) -> tuple[Any, Any]:
+        """(zeros, PartitionSpecs) of the positions before the first: {"tail"} of [B, T, D].
+        `channels`: D of a device. Every device of tp holds its own, also of equal channels."""
+        tail = jnp.zeros((batch, self.taps - 1, channels), dtype)
+        spec = PartitionSpec(BATCH_AXES, None, "tp")
+        return {"tail": vary(tail, (*BATCH_AXES, "tp"))}, {"tail": spec}
 
     def counts(
         self, shape: ModelShape, rows: Rows, degrees: Degrees, channels: int | None = None
@@ -155,8 +170,9 @@ class ShortConvolution(Module):
 
 
 def refuse_cache(taps: int) -> str:
-    """The error message for cached decoding with a convolution."""
+    """The error message for decoding with a cache whose rows come in any order."""
     return (
-        f"model.conv = {taps} has no cached decoding: rows of a cache do not hold the {taps - 1} "
-        "positions before them; set model.conv=0 or sample without a cache"
+        f"model.conv = {taps} has no cached decoding under a mask that is not causal: its rows are "
+        f"computed again in any order, without the {taps - 1} positions before each; set "
+        "model.conv=0 or sample without a cache"
     )

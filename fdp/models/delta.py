@@ -152,6 +152,21 @@ def scan(chunks: Chunk, state_BxHxKxV: Array) -> tuple[Array, Array]:
     return jnp.moveaxis(out, (0, 2), (1, 3)).reshape(B, N * C, H, V), state
 
 
+def read_on(tokens: Tokens, state_BxHxKxV: Array, chunk: int) -> tuple[Array, Array]:
+    """As `recur`, whole chunks at a time."""
+    L, outs = tokens.k.shape[1], []
+    cut = L - L % chunk
+    if cut:
+        first = jax.tree.map(lambda x: x[:, :cut], tokens)
+        out, state_BxHxKxV = scan(prepare(first, chunk), state_BxHxKxV)
+        outs.append(out)
+    if cut < L:
+        rest = jax.tree.map(lambda x: x[:, cut:].astype(jnp.float32), tokens)
+        out, state_BxHxKxV = recur(rest, vary_like(state_BxHxKxV, tokens.k))
+        outs.append(out)
+    return jnp.concatenate(outs, 1), state_BxHxKxV
+
+
 def affine(chunks: Chunk) -> Array:
     """[A | B] of the map S → A S + B of all chunks: f32 [B, H, K, K + V]."""
     _, B, H, _, V = chunks.solved.shape

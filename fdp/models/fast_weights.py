@@ -200,7 +200,7 @@ def swiglu_scan(
     B, L, H, K = read.k.shape
     updates = max(-(-L // chunk) - 1, 0)
     norms = FastWeights(*(row_norms(w) for w in first))
-    weights = FastWeights(*(_everywhere(w, read.k) for w in first))
+    weights = FastWeights(*(everywhere(w, read.k) for w in first))
     shared = jax.eval_shape(lambda w: FastWeights(*map(sharing.total, w)), weights)
     velocity = FastWeights(*(vary_like(jnp.zeros(w.shape), read.k) for w in shared))
     heads = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1), read)
@@ -258,7 +258,7 @@ def scan_memory(
     return kept + read, min(group, updates) * each
 
 
-def _everywhere(w: Array, like: Array) -> Array:
+def everywhere(w: Array, like: Array) -> Array:
     """Weights of every sequence of a batch: [B, …]."""
     batched = jnp.broadcast_to(w, (like.shape[0], *w.shape)).astype(jnp.float32)
     return vary_like(batched, like)
@@ -309,6 +309,6 @@ def linear_scan(
         )
         return new, q + normed(z, scale, shift)
 
-    start = FastLinear(*(_everywhere(w, k) for w in first))
+    start = FastLinear(*(everywhere(w, k) for w in first))
     fast, out = jax.lax.scan(one, start, tuple(chunked(x) for x in (q, k, v, rates_BxLxH)))
     return jnp.moveaxis(out, (0, 2), (1, 3)).reshape(B, L, H, K), fast

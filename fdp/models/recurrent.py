@@ -7,11 +7,13 @@ project what they read. Heads are sharded over tp, the sequence over cp by a `St
 Legend: B sequences, L positions (local over cp), D width, H heads (local over tp), K head dim."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from fdp.collectives import size, vary_like
+from fdp.collectives import size, vary, vary_like
 from fdp.count.counts import (
     EXCHANGE,
     GATHER,
@@ -24,6 +26,7 @@ from fdp.count.counts import (
     Work,
     merged,
 )
+from fdp.mesh import BATCH_AXES
 from fdp.models import delta
 from fdp.models.attention import Where
 from fdp.models.conv import ShortConvolution, hops
@@ -37,7 +40,7 @@ from fdp.models.layers import (
     normal,
     ones,
 )
-from fdp.models.module import Module, compact
+from fdp.models.module import CACHE, Module, compact
 from fdp.models.shape import ModelShape
 from fdp.parallel.context import state
 from fdp.parallel.context.state import StatePlan
@@ -69,6 +72,34 @@ class StateLayer(Module):
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         """What is read, [B, L, H, K], of activated q, k, v [B, L, H, K]."""
         raise NotImplementedError
+
+    def memory(self, batch: int) -> tuple[Any, Any]:
+        """(what is kept between the tokens of decoding, PartitionSpecs): arrays of a device, [B, H,
+        …]. Their values before the first token are the layer's own."""
+        raise NotImplementedError
+
+    def recalled(self, first: Callable[[], Any], where: Where) -> tuple[Any, Array | int] | None:
+        """(the memory before these tokens, the number of tokens before them), or None where no
+        cache is kept. `first()`: the memory before all tokens. Rows of a cache follow the last
+        ones, equally many in every sequence."""
+        if self.is_initializing() or not self.is_mutable_collection(CACHE):
+            if where.index.ndim == 2:
+                self.cached("memory")  # says what is missing
+            return None
+        if size("cp") > 1:
+            raise ValueError(
+                f"decoding keeps states of whole sequences, and cp = {size('cp')}: set mesh.cp=1 "
+                "and give its devices to dp or tp"
+            )
+        if where.index.ndim == 1:
+            return first(), 0
+        seen = where.index[0, 0]
+        begun = jax.tree.map(
+            lambda old, new: jnp.where(seen == 0, new, vary_like(old, new)),
+            self.cached("memory"),
+            first(),
+        )
+        return begun, seen
 
     @compact
     def __call__(self, x_BxLxD: Array, where: Where, given: object = None) -> Array:
@@ -107,6 +138,19 @@ class StateLayer(Module):
             x_BxLxHxK = filter(x_BxLxHxK.reshape(B, L, -1), where.index, where.segment)
             x_BxLxHxK = x_BxLxHxK.reshape(B, L, *shape)
         return jax.nn.silu(x_BxLxHxK)
+
+    def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
+        """(zeros, PartitionSpecs) of an empty cache, of the same size for every `length`: the
+        `memory` and the last positions of the convolutions."""
+        s, (memory, specs) = self.shape, self.memory(batch)
+        axes = (*BATCH_AXES, "tp")
+        state: dict[str, Any] = {"memory": jax.tree.map(lambda x: vary(x, axes), memory)}
+        shards: dict[str, Any] = {"memory": specs}
+        for name in ("conv_q", "conv_k", "conv_v") if s.conv else ():
+            filter = ShortConvolution(s.conv, self.plan.layout, axis="tp", parent=None)
+            channels = s.heads * s.head_dim // size("tp")
+            state[name], shards[name] = filter.decode_state(batch, channels, jnp.dtype(s.dtype))
+        return state, shards
 
     def head_scalars(self, name: str, x_BxLxD: Array, many: int) -> Array:
         """`many` numbers for each token and head: f32 [B, L, H, many]."""
@@ -194,6 +238,11 @@ class GatedDeltaNet(StateLayer):
         log_decay = -jnp.exp(pace) * jax.nn.softplus(found[..., 0] + bias)
         beta = jax.nn.sigmoid(found[..., 1])
         tokens = delta.Tokens(q, k, v, log_decay, beta, _fresh(where.segment))
+        recalled = self.recalled(lambda: _empty(q, v), where)
+        if recalled is not None:
+            out, memory = delta.read_on(tokens, recalled[0], self.chunk)
+            self.cache("memory", memory)
+            return out
         if self.plan.kind == "heads" and size("cp") > 1:
             return state.by_heads(self._alone, self.plan.layout, *tokens[:5])
         chunks = delta.prepare(tokens, self._local(q.shape[1]))
@@ -201,6 +250,11 @@ class GatedDeltaNet(StateLayer):
         if size("cp") > 1:
             start = state.before(delta.affine(chunks), start, delta.fold)
         return delta.scan(chunks, start)[0]
+
+    def memory(self, batch: int) -> tuple[Any, Any]:
+        """The matrix of every head, [B, H, K, K]."""
+        H, K = self.shape.heads // size("tp"), self.shape.head_dim
+        return jnp.zeros((batch, H, K, K)), PartitionSpec(BATCH_AXES, "tp", None, None)
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Two products of each token with its chunk, one with the chunk's values and two with the

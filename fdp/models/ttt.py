@@ -6,8 +6,11 @@ hidden width of a fast network."""
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from fdp.collectives import psum, size
 from fdp.count.counts import (
@@ -23,8 +26,10 @@ from fdp.count.counts import (
     Work,
     merged,
 )
-from fdp.models import fast_weights
+from fdp.mesh import BATCH_AXES
+from fdp.models import fast_rows, fast_weights
 from fdp.models.attention import Where
+from fdp.models.fast_rows import LinearMemory
 from fdp.models.fast_weights import FastLinear, FastWeights, Read, Sharing
 from fdp.models.layers import normal, ones, rotary, zeros
 from fdp.models.recurrent import StateLayer, softplus_inverse
@@ -66,6 +71,13 @@ class LaCT(StateLayer):
         if self.rotate and where.position is not None:
             q, k = (rotary(x, where.position, s.rope_base, s.rope_scaling) for x in (q, k))
         tokens = (q, k, v, rates) + ((momentum,) if self.momentum else ())
+        recalled = self.recalled(lambda: self._before(first, q), where)
+        if recalled is not None:
+            norms = FastWeights(*map(fast_weights.row_norms, first))
+            read, polish = Read(*tokens), fast_weights.orthogonal if self.muon else None
+            out, memory = fast_rows.swiglu_rows(read, *recalled, self.chunk, norms, polish)
+            self.cache("memory", memory)
+            return out
         outer, inner = self.plan.axes()
         sharing = Sharing(lambda x: psum(x, outer), devices=size(outer))
         if self.plan.kind == "tokens+ns":
@@ -73,6 +85,19 @@ class LaCT(StateLayer):
         first = FastWeights(*(state.own_heads(w, inner) for w in first))
         run = functools.partial(self._scan, first, self.chunk // size(outer), sharing)
         return state.by_heads(run, self.plan.layout, *tokens, among=inner)
+
+    def _before(self, first: FastWeights, like: Array) -> fast_rows.SwigluMemory:
+        """The memory before the first token."""
+        every = FastWeights(*(fast_weights.everywhere(w, like) for w in first))
+        return fast_rows.swiglu_memory(every, self.momentum)
+
+    def memory(self, batch: int) -> tuple[Any, Any]:
+        """Weights, velocity and steps so far of every head."""
+        H, K = self.shape.heads // size("tp"), self.shape.head_dim
+        F = K * self.hidden
+        up, down = jnp.zeros((batch, H, F, K)), jnp.zeros((batch, H, K, F))
+        found = fast_rows.swiglu_memory(FastWeights(up, up, down), self.momentum)
+        return found, jax.tree.map(_by_head, found)
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Reading a chunk is three products, an update six more; the last chunk is only read. Over
@@ -165,6 +190,17 @@ class TTTLinear(StateLayer):
             self.weight("norm_shift", zeros, (H, K), axes, decay=False),
         )
         rates = jax.nn.sigmoid(self.head_scalars("w_state", x_BxLxD, 1)[..., 0])
+
+        def before() -> LinearMemory:
+            every = FastLinear(*(fast_weights.everywhere(w, q) for w in first))
+            return LinearMemory(every, every)
+
+        recalled = self.recalled(before, where)
+        if recalled is not None:
+            tokens = q, k, v, rates
+            out, memory = fast_rows.linear_rows(tokens, *recalled, self.chunk, norm)
+            self.cache("memory", memory)
+            return out
         if self.plan.kind == "heads":
             first, norm = jax.tree.map(state.own_heads, (first, norm))
 
@@ -173,6 +209,13 @@ class TTTLinear(StateLayer):
             return fast_weights.linear_scan(q, k, v, rates, first, norm, batch)[0]
 
         return state.by_heads(run, self.plan.layout, q, k, v, rates)
+
+    def memory(self, batch: int) -> tuple[Any, Any]:
+        """Map and bias of every head, twice."""
+        H, K = self.shape.heads // size("tp"), self.shape.head_dim
+        one = FastLinear(jnp.zeros((batch, H, K, K)), jnp.zeros((batch, H, K)))
+        found = LinearMemory(one, one)
+        return found, jax.tree.map(_by_head, found)
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Three products with the weights and three inside the mini-batch, of which the mask's has
@@ -187,3 +230,7 @@ class TTTLinear(StateLayer):
         saved = 4 * heads * (rows.length // C * K * K + rows.length * (8 * K + C))
         own = Counts(H * K * (K + 3), forward, backward, saved=saved)
         return own + self.scalars(1, rows)
+
+
+def _by_head(x_BxH: Array) -> PartitionSpec:
+    return PartitionSpec(BATCH_AXES, "tp", *[None] * (x_BxH.ndim - 2))

@@ -1,13 +1,17 @@
-"""Autoregressive sampling by one forward pass of the whole static-length prefix per token.
+"""Autoregressive sampling: by one forward pass of the whole static-length prefix per token
+(`sample`), or by a cache of what was read (`read`, `write`), which gives the same ids.
 
-Shapes: B samples, L positions, V vocabulary (tp: V/tp)."""
+Shapes: B samples, L positions, R rows, V vocabulary (tp: V/tp)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fdp.collectives import vary_like
+from fdp.models import module
+from fdp.models.transformer import Transformer
 from fdp.parallel.tensor import suppress
 from fdp.sampling.noise import Draw, categorical, position_keys
 
@@ -35,3 +39,48 @@ def next_token(logits_BxV: jax.Array, draw: Draw, i: jax.Array) -> jax.Array:
     """Token i of every sample: int32 [B]."""
     keys = position_keys(draw.key, draw.sample_ids_B, 0, i[None])[:, 0]
     return categorical(keys, suppress(logits_BxV, draw.n_ids), draw.temperature)
+
+
+def read(
+    model: Transformer,
+    variables: Mapping[str, Any],
+    cache: Any,
+    inputs_BxR: jax.Array,
+    start: jax.Array | int,
+) -> tuple[jax.Array, Any]:
+    """(logits [B, V/tp] of the token after these inputs, the cache with them), for a causal model.
+
+    `cache`: of `model.decode_state`, after `start` inputs: the start token, then tokens. Raises
+    ValueError for layers without cached decoding and under cp > 1."""
+    index_BxR = jnp.broadcast_to(start + jnp.arange(inputs_BxR.shape[1]), inputs_BxR.shape)
+    noise_B = vary_like(jnp.zeros(len(inputs_BxR)), inputs_BxR)
+    args = model, variables, inputs_BxR, noise_B, index_BxR
+    hidden_BxRxD, _, cache = module.run(*args, method="hidden", cache=cache)
+    return module.run(model, variables, hidden_BxRxD[:, -1], method="outputs")[0], cache
+
+
+def write(
+    model: Transformer,
+    variables: Mapping[str, Any],
+    cache: Any,
+    last_B: jax.Array,
+    start: jax.Array | int,
+    draw: Draw,
+) -> tuple[jax.Array, Any]:
+    """(the next `draw.length` tokens, int32 [B, L], the cache without the last of them), one row a
+    token.
+
+    `cache`: as in `read`, after `start` inputs; `last_B`: the input that follows them, after which
+    to write. Token i of a sample has the noise that it has in `sample`."""
+    batch = len(last_B)
+    tokens_BxL = vary_like(jnp.zeros((batch, draw.length), jnp.int32), draw.sample_ids_B)
+
+    def body(i: jax.Array, carry: tuple) -> tuple:
+        tokens_BxL, last_B, cache = carry
+        logits_BxV, cache = read(model, variables, cache, last_B[:, None], start + i)
+        token_B = next_token(logits_BxV, draw, start + i)
+        return tokens_BxL.at[:, i].set(token_B), token_B, cache
+
+    carry = tokens_BxL, vary_like(last_B, draw.sample_ids_B), cache
+    tokens_BxL, _, cache = jax.lax.fori_loop(0, draw.length, body, carry)
+    return tokens_BxL, cache

@@ -173,5 +173,7 @@ def test_what_it_cannot_do_is_refused(wrong: dict, message: str) -> None:
 
 def test_cached_decoding_is_refused() -> None:
     model = experiment(tiny(**{"model.conv": 4})).model
-    with pytest.raises(ValueError, match=r"model.conv = 4 has no cached decoding: .*set model.con"):
+    with pytest.raises(
+        ValueError, match=r"model.conv = 4 has no cached decoding under a mask .*set model.con"
+    ):
         model.decode_state(1, 32)
