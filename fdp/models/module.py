@@ -105,9 +105,9 @@ class Module(nn.Module):
         if self.is_mutable_collection(PENALTY) and not self.is_initializing():
             self.put_variable(PENALTY, name, value)
 
-    def cached(self, name: str) -> Array:
-        """The value stored under `name` in the cache. Raises ValueError where no writable cache
-        holds it."""
+    def cached(self, name: str) -> Any:
+        """The array, or the tree of arrays, stored under `name` in the cache. Raises ValueError
+        where no writable cache holds it."""
         if not (self.has_variable(CACHE, name) and self.is_mutable_collection(CACHE)):
             raise ValueError(
                 f"no cache holds {name!r}: give `run` the cache of a pass with keep_cache=True or "
@@ -115,8 +115,9 @@ class Module(nn.Module):
             )
         return self.get_variable(CACHE, name)
 
-    def cache(self, name: str, value: Array) -> None:
-        """Store `value` for the next decoding step; does nothing where no cache is kept."""
+    def cache(self, name: str, value: Any) -> None:
+        """Store an array, or a tree of arrays, for the next decoding step; does nothing where no
+        cache is kept."""
         if self.is_mutable_collection(CACHE) and not self.is_initializing():
             self.put_variable(CACHE, name, value)
 
