@@ -39,7 +39,7 @@ def config_of(workdir: Path) -> ml_collections.ConfigDict:
     return c
 
 
-class Trained(NamedTuple):
+class TrainedArm(NamedTuple):
     """An arm, and what it has learnt: {"params", "state"} after `step` steps."""
 
     arm: Arm
@@ -52,7 +52,7 @@ def labels_of(c: ml_collections.ConfigDict) -> list[str]:
     return [f"{name}-s{seed}" for name in study_of(c.topic).arms(c) for seed in c.seeds]
 
 
-def restored(c: ml_collections.ConfigDict, workdir: Path, label: str | None) -> Trained:
+def restored(c: ml_collections.ConfigDict, workdir: Path, label: str | None) -> TrainedArm:
     """The newest checkpoint of an arm (None: the first). Raises UserError for an arm that is not
     there or has no checkpoint."""
     experiments = study_of(c.topic).arms(c)
@@ -72,4 +72,4 @@ def restored(c: ml_collections.ConfigDict, workdir: Path, label: str | None) -> 
     checkpoints.close()
     if found is None:
         raise UserError(f"{folder} has no checkpoint: train the run first")
-    return Trained(arm, found[1].variables, found[0])
+    return TrainedArm(arm, found[1].variables, found[0])
