@@ -338,8 +338,8 @@ MUTATIONS = (
     Mutation(
         "Newton-Schulz before the sum over devices",
         "models/ttt.py",
-        "sharing = Sharing(state.total, devices=cp)",
-        "sharing = Sharing(lambda x: x, state.total, cp)",
+        "sharing = Sharing(lambda x: psum(x, outer), devices=size(outer))",
+        "sharing = Sharing(lambda x: x, lambda x: psum(x, outer), size(outer))",
         f"{STATES}test_every_plan_equals_one_device[lact, tokens]",
     ),
     Mutation(
@@ -382,9 +382,32 @@ MUTATIONS = (
     Mutation(
         "every device takes the first heads of a parameter",
         "parallel/context/state.py",
-        'jax.lax.dynamic_slice_in_dim(x, index("cp") * share, share)',
-        'jax.lax.dynamic_slice_in_dim(x, 0 * index("cp"), share)',
+        "jax.lax.dynamic_slice_in_dim(x, index(among) * share, share)",
+        "jax.lax.dynamic_slice_in_dim(x, 0 * index(among), share)",
         f"{STATES}test_every_plan_equals_one_device[ttt, heads]",
+    ),
+    Mutation(
+        "every device of a wavefront begins with the first weights",
+        "parallel/context/state.py",
+        "jnp.where(me == 0, a, b)",
+        "jnp.where(me >= 0, a, b)",
+        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
+        "[ttt, wavefront]",
+    ),
+    Mutation(
+        "a wavefront hands on weights once a piece, not in every tick",
+        "models/ttt.py",
+        "heads // m * ticks * K",
+        "heads // m * m * K",
+        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
+        "[ttt, wavefront]",
+    ),
+    Mutation(
+        "steps of a chain take no time",
+        "parallel/context/layer_plans.py",
+        "option.chain * self.step)",
+        "0.0)",
+        f"{PLANS}test_steps_of_a_chain_take_their_time_at_least",
     ),
     Mutation(
         "the sign of TTT-Linear's steps",
@@ -439,8 +462,8 @@ MUTATIONS = (
     Mutation(
         "compute hides more than a transfer takes",
         "parallel/context/layer_plans.py",
-        "max(0.0, self._send(t.op, t.wire, t.times) - t.hidden / self._rate)",
-        "self._send(t.op, t.wire, t.times) - t.hidden / self._rate",
+        "max(0.0, self._send(t) - t.hidden / self._rate)",
+        "self._send(t) - t.hidden / self._rate",
         f"{PLANS}test_compute_hides_no_more_than_the_transfer",
     ),
     Mutation(

@@ -210,7 +210,8 @@ class StateLayer(Module):
             raise ValueError(
                 f"{name} does not run plan {self.plan.kind}: choose {' or '.join(self.kinds)}"
             )
-        self.plan.check(self.shape.heads // degrees["tp"], length, degrees, self.chunk)
+        heads = self.shape.heads // degrees["tp"]
+        self.plan.check(batch, heads, length, degrees, self.chunk)
         if self.shape.conv:
             hops(self.plan.layout, length // cp, cp, self.shape.conv - 1)
 

@@ -16,6 +16,7 @@ from fdp.collectives import psum, size
 from fdp.count.counts import (
     EXCHANGE,
     GATHER,
+    PERMUTE,
     REDUCE,
     SCATTER,
     Counts,
@@ -172,11 +173,11 @@ class LaCT(StateLayer):
 
 class TTTLinear(StateLayer):
     """A linear map trained token by token in mini-batches of `chunk` (`fdp.models.fast_weights`).
-    Over cp it can only share out heads: its mini-batches depend on each other."""
+    Its mini-batches depend on each other: over cp it shares out heads, or runs as a wavefront."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return ("heads",)
+        return ("heads", "wavefront")
 
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         H, K = self.shape.heads, self.shape.head_dim
@@ -208,7 +209,15 @@ class TTTLinear(StateLayer):
             batch = min(self.chunk, q.shape[1])
             return fast_weights.linear_scan(q, k, v, rates, first, norm, batch)[0]
 
+        if self.plan.kind == "wavefront" and size("cp") > 1:
+            return state.wavefront(self._piece, self.plan.pieces, first, norm, q, k, v, rates)
         return state.by_heads(run, self.plan.layout, q, k, v, rates)
+
+    def _piece(
+        self, first: FastLinear, norm: Any, q: Array, k: Array, v: Array, rates: Array
+    ) -> tuple[Array, FastLinear]:
+        out, last = fast_weights.linear_scan(q, k, v, rates, first, norm, self.chunk)
+        return out, FastLinear(*(w[0] for w in last))
 
     def memory(self, batch: int) -> tuple[Any, Any]:
         """Map and bias of every head, twice."""
@@ -219,16 +228,23 @@ class TTTLinear(StateLayer):
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Three products with the weights and three inside the mini-batch, of which the mask's has
-        one gradient."""
+        one gradient. A wavefront hands on weights in every tick, and computes in all of them."""
         s = self.shape
         H, K, C = s.heads, s.head_dim, min(self.chunk, rows.length)
         flops, mask = rows.positions * H * 6 * K * (C + K), rows.positions * H * 2 * C * K
         sent = self.exchange(1, rows, degrees)
         forward = Work(flops, batched=flops, sent=sent)
         backward = forward.backward(sent) - Work(mask, batched=mask)
-        heads = rows.batch * H // degrees["tp"] // degrees["cp"]
-        saved = 4 * heads * (rows.length // C * K * K + rows.length * (8 * K + C))
-        own = Counts(H * K * (K + 3), forward, backward, saved=saved)
+        heads, again = rows.batch * H // degrees["tp"], Work()
+        saved = 4 * heads * (rows.length // C * K * K + rows.length * (8 * K + C)) // degrees["cp"]
+        if self.plan.kind == "wavefront" and degrees["cp"] > 1:
+            ticks, m = self.plan.ticks(degrees["cp"]), self.plan.pieces
+            wire = 4 * heads // m * ticks * K * (K + 1)
+            sent = Ledger(degrees).put(PERMUTE, ("cp",), wire).sent
+            idle = (forward.flops + backward.flops) * (ticks - m) // m
+            forward, backward = replace(forward, sent=sent), replace(backward, sent=sent)
+            again, saved = Work(idle, batched=idle), saved * ticks // m
+        own = Counts(H * K * (K + 3), forward, backward, again=again, saved=saved)
         return own + self.scalars(1, rows)
 
 

@@ -281,6 +281,7 @@ LAYERS = {
     "lact, tokens+ns": (LaCT, "tokens+ns", SHARED, {"group": 3}),
     "lact, heads+tokens": (LaCT, "heads+tokens", SHARED, {}),
     "ttt, heads": (TTTLinear, "heads", ZIGZAG, {}),
+    "ttt, wavefront": (TTTLinear, "wavefront", CONTIGUOUS, {}),
 }
 
 
@@ -290,7 +291,8 @@ def make(name: str):
 
 
 def plan_of(kind: str, layout: SequenceLayout) -> StatePlan:
-    return StatePlan(kind, layout, 2 if kind == "heads+tokens" else 1)
+    u, m = (2 if kind == "heads+tokens" else 1), (4 if kind == "wavefront" else 1)
+    return StatePlan(kind, layout, u, m)
 
 
 def where(layout: SequenceLayout, length: int) -> Where:
@@ -355,6 +357,8 @@ REFUSED = [
     (LaCT, "heads", CONTIGUOUS, 8, r"heads / tp = 6 are not divisible by cp = 4, .*heads=8"),
     (LaCT, "heads+tokens", CONTIGUOUS, 8, "later tokens would be read first; .* chunk / cp = 2"),
     (TTTLinear, "heads+tokens", SHARED, 8, "TTTLinear does not run plan heads.tokens"),
+    (TTTLinear, "wavefront", ZIGZAG, 8, "one range of positions to the next, and the zigzag"),
+    (TTTLinear, "wavefront", CONTIGUOUS, 16, "32 tokens / cp = 4 .* mini-batches of 16, .*_len=64"),
 ]
 
 
@@ -379,7 +383,7 @@ def test_plans_that_cannot_run_are_refused(cls, kind, layout, chunk, message):
 def test_splits_that_cannot_run_are_refused(heads, split, message):
     with pytest.raises(ValueError, match=message):
         StatePlan("heads+tokens", SHARED, split).check(
-            heads, S, dict.fromkeys(AXES, 1) | {"cp": 4}, 8
+            B, heads, S, dict.fromkeys(AXES, 1) | {"cp": 4}, 8
         )
 
 
@@ -405,6 +409,10 @@ def test_an_unknown_plan_is_refused():
     for kind, split in (("heads+tokens", 1), ("tokens", 2)):
         with pytest.raises(ValueError, match=r"heads.tokens splits heads among 2 devices or more"):
             StatePlan(kind, SHARED, split)
+    with pytest.raises(ValueError, match="heads with pieces = 2: wavefront has 1 or more"):
+        StatePlan("heads", pieces=2)
+    with pytest.raises(ValueError, match=r"2 sequences · 3 heads = 6 .* pieces = 4 .* pieces=3"):
+        StatePlan("wavefront", pieces=4).check(B, 3, S, dict.fromkeys(AXES, 1) | {"cp": 4}, 8)
 
 
 # Counts
@@ -441,7 +449,9 @@ def trained(name: str):
         ("gdn, affine", "gdn, affine", MIXED),
         ("lact, tokens+ns", "lact, tokens+ns", MIXED),
         ("lact, heads+tokens", "lact, tokens+ns", {"dp": 2, "cp": 4}),
+        ("ttt, wavefront", "ttt, heads", {"tp": 2, "cp": 4}),
     ],
+    ids=["gdn, affine", "lact, tokens+ns", "lact, heads+tokens", "ttt, wavefront"],
 )
 def test_a_model_trains_as_one_device_and_sends_what_the_layers_state(name, same, degrees):
     p, (variables, want) = program_of(name, degrees), trained(same)

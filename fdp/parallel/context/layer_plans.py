@@ -31,14 +31,17 @@ class Transfer:
 
 @dataclass(frozen=True)
 class LayerOption:
-    """One way to run a layer, forward and backward. `flops`: of the busiest device. `memory`: bytes
-    that a device keeps for the backward pass."""
+    """One way to run a layer, forward and backward. `flops`: of the busiest device; `chained` of
+    them are in `chain` steps that wait for each other. `memory`: bytes that a device keeps for the
+    backward pass."""
 
     plan: str
     layout: SequenceLayout
     flops: float
     transfers: tuple[Transfer, ...] = ()
     memory: float = 0.0
+    chained: float = 0.0
+    chain: int = 0
 
     @property
     def wire(self) -> float:
@@ -53,15 +56,18 @@ class LayerOption:
 
 @dataclass(frozen=True)
 class Devices:
-    """`count` devices that share one sequence, and `memory` bytes that a layer may keep on each."""
+    """`count` devices that share one sequence, and `memory` bytes that a layer may keep on each.
+    `step`: seconds that a step of a chain takes at least."""
 
     machine: Machine
     count: int
     memory: float = float("inf")
+    step: float = 0.0
 
     def compute(self, option: LayerOption) -> float:
-        """Seconds of the busiest device without any wait."""
-        return option.flops / self._rate
+        """Seconds of the busiest device without any wait for others."""
+        chained = max(option.chained / self._rate, option.chain * self.step)
+        return (option.flops - option.chained) / self._rate + chained
 
     def exposed(self, option: LayerOption) -> float:
         """Seconds of transfers that compute does not hide."""

@@ -6,6 +6,9 @@
 - `heads`: an all-to-all gives each device the whole sequence of some heads;
 - `heads+tokens`: cp = r · u; u neighbours (the trailing sub-axes) exchange heads for positions, and
   the r groups sum each update of their heads;
+- `wavefront`: each device runs its part of the sequence (contiguous layout) for one piece of the
+  heads after the other, and hands the state on to its right neighbour: m pieces on n devices take
+  m + n - 1 ticks;
 - `affine`: for states that change by affine maps; each device exchanges the map of its part of the
   sequence (contiguous layout) once.
 
@@ -13,28 +16,41 @@ Legend: B sequences, L positions of a device, H heads, S all positions, n device
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fdp.collectives import Axes, all_gather, all_to_all, index, reduce_scatter, size, split
+from fdp.collectives import (
+    Axes,
+    all_gather,
+    all_to_all,
+    index,
+    reduce_scatter,
+    shift,
+    size,
+    split,
+    vary_like,
+)
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 
 Array = jax.Array
-KINDS = ("tokens", "tokens+ns", "heads", "heads+tokens", "affine")
+KINDS = ("tokens", "tokens+ns", "heads", "heads+tokens", "wavefront", "affine")
 
 
 @dataclass(frozen=True)
 class StatePlan:
     """What a layer with a state sends over cp (`kind`), and which positions a device holds.
-    `head_split`: u, the devices that share out heads, of plan heads+tokens; 1 otherwise. Raises
-    ValueError for an unknown kind, and for a split that it does not make."""
+    `head_split`: u, the devices that share out heads, of plan heads+tokens; 1 otherwise. `pieces`:
+    m, into which plan wavefront cuts sequences and heads; 1 otherwise. Raises ValueError for an
+    unknown kind, and for a split that it does not make."""
 
     kind: str = "heads"
     layout: SequenceLayout = CONTIGUOUS
     head_split: int = 1
+    pieces: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -43,6 +59,11 @@ class StatePlan:
             raise ValueError(
                 f"state plan {self.kind} with head_split = {self.head_split}: heads+tokens splits "
                 "heads among 2 devices or more, other plans leave it at 1"
+            )
+        if self.pieces < 1 or (self.pieces > 1 and self.kind != "wavefront"):
+            raise ValueError(
+                f"state plan {self.kind} with pieces = {self.pieces}: wavefront has 1 or more, "
+                "other plans 1"
             )
 
     def ways(self, cp: int) -> int:
@@ -53,9 +74,16 @@ class StatePlan:
         """The bound names of cp as (those that share out positions, those that share out heads)."""
         return split("cp", self.ways(size("cp")))
 
-    def check(self, heads: int, length: int, degrees: Mapping[str, int], chunk: int) -> None:
-        """Raises ValueError, with equation, values and fix, where `heads` (of a device of tp),
-        sequences of `length` or chunks of `chunk` positions cannot be shared by cp devices."""
+    def ticks(self, cp: int) -> int:
+        """Of a wavefront over `cp` devices."""
+        return self.pieces + cp - 1
+
+    def check(
+        self, batch: int, heads: int, length: int, degrees: Mapping[str, int], chunk: int
+    ) -> None:
+        """Raises ValueError, with equation, values and fix, where `batch` sequences of `length`,
+        `heads` (of a device of tp) or chunks of `chunk` positions cannot be shared by cp
+        devices."""
         cp = degrees["cp"]
         if cp == 1:
             return
@@ -65,6 +93,8 @@ class StatePlan:
                 f"the affine plan composes ranges of positions, and the {self.layout.kind} layout "
                 "deals them out: set context.layout=contiguous"
             )
+        if self.kind == "wavefront":
+            self._check_wavefront(batch, heads, length, cp, chunk)
         u = self.head_split
         if self.kind == "heads+tokens" and (cp % u or u == cp):
             raise ValueError(
@@ -81,6 +111,25 @@ class StatePlan:
             )
         if "tokens" in self.kind:
             self._check_chunk(chunk, length, cp)
+
+    def _check_wavefront(self, batch: int, heads: int, length: int, cp: int, chunk: int) -> None:
+        if self.layout != CONTIGUOUS:
+            raise ValueError(
+                "the wavefront plan hands the state from one range of positions to the next, and "
+                f"the {self.layout.kind} layout deals them out: set context.layout=contiguous"
+            )
+        if length % (cp * chunk):
+            raise ValueError(
+                f"{length} tokens / cp = {cp} are not divisible by mini-batches of {chunk}, which "
+                "plan wavefront keeps whole: set data.seq_len="
+                f"{-(-length // (cp * chunk)) * cp * chunk}"
+            )
+        if batch * heads % self.pieces:
+            fix = max(m for m in range(1, self.pieces) if batch * heads % m == 0)
+            raise ValueError(
+                f"{batch} sequences · {heads} heads = {batch * heads} are not divisible by pieces "
+                f"= {self.pieces} of plan wavefront: set pieces={fix}"
+            )
 
     def _check_chunk(self, chunk: int, length: int, cp: int) -> None:
         if chunk % cp:
@@ -136,6 +185,38 @@ def own_heads(x: Array, among: Axes = "cp") -> Array:
     u = size(among)
     share = x.shape[0] // u
     return jax.lax.dynamic_slice_in_dim(x, index(among) * share, share) if u > 1 else x
+
+
+def wavefront(
+    run: Callable[..., tuple[Array, Any]], pieces: int, start: Any, fixed: Any, *tokens: Array
+) -> Array:
+    """`run` on all positions in order, for one of m = `pieces` pieces of sequences and heads after
+    the other: device i runs piece p at tick p + i. [B, L, H, …] → [B, L, H, …].
+
+    `start`, `fixed`: pytrees [H, …], the states before the first position and what else belongs to
+    a head. `run(state, fixed, *tokens)` takes those of a piece, [G, …] with G = B·H / m, and tokens
+    [1, L, G, …]; it returns what is read, and the state after the last position."""
+    B, _, H = tokens[0].shape[:3]
+    me, shape = jnp.asarray(index("cp")), (pieces, B * H // pieces)
+    # Before and after its pieces, a device repeats one, and nobody reads what comes out.
+    at = jnp.clip(jnp.arange(pieces + size("cp") - 1) - me, 0, pieces - 1)
+
+    def by_tick(x_BxH: Array) -> Array:
+        return x_BxH.reshape(*shape, *x_BxH.shape[2:])[at]
+
+    every = jax.tree.map(lambda x: by_tick(jnp.broadcast_to(x, (B, *x.shape))), (start, fixed))
+    cut = [by_tick(jnp.moveaxis(x, 2, 1)) for x in tokens]
+
+    def tick(arrived: Any, now: Any) -> tuple[Any, Array]:
+        (first, fixed), parts = now
+        state = jax.tree.map(lambda a, b: jnp.where(me == 0, a, b), first, arrived)
+        out, state = run(state, fixed, *(jnp.moveaxis(x, 1, 0)[None] for x in parts))
+        return jax.tree.map(lambda x: shift(x, "cp", cyclic=False), state), out[0]
+
+    nothing = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape[1:]), cut[0]), every[0])
+    _, outs = jax.lax.scan(tick, nothing, (every, cut))
+    out = jnp.moveaxis(jax.lax.dynamic_slice_in_dim(outs, me, pieces), 2, 1)
+    return jnp.moveaxis(out.reshape(B, H, *out.shape[2:]), 1, 2)
 
 
 def before(map_BxH: Array, start: Array, fold: Callable[[Array, Array, Array], Array]) -> Array:

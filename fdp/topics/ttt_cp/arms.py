@@ -88,12 +88,17 @@ def mixing(
         own = "affine" if layout == CONTIGUOUS else "heads"
         return layer(GatedDeltaNet, plan=StatePlan(state or own, layout), decay=SLOW, **at)
     if kind == "ttt_linear":
-        return layer(TTTLinear, plan=StatePlan("heads", layout), **at)
+        return layer(TTTLinear, plan=_plan(state or "heads", layout), **at)
     muon = kind == "lact_muon"
-    own = state or ("tokens+ns" if muon else "tokens")
-    plan = StatePlan(own, layout, 2 if own == "heads+tokens" else 1)
+    plan = _plan(state or ("tokens+ns" if muon else "tokens"), layout)
     fast = {"hidden": m.hidden, "rate": m.rate, "muon": muon, "rotate": False}
     return layer(LaCT, plan=plan, **at, **fast)
+
+
+def _plan(kind: str, layout: SequenceLayout) -> StatePlan:
+    """Two devices that share heads where there are two levels, a wavefront of eight pieces."""
+    u, pieces = 2 if kind == "heads+tokens" else 1, 8 if kind == "wavefront" else 1
+    return StatePlan(kind, layout, u, pieces)
 
 
 def arm(kind: str, base: Experiment, m: ml_collections.ConfigDict, state: str = "") -> Experiment:

@@ -28,6 +28,7 @@ PROOFS: tuple[Proof, ...] = (
     ("lact", "heads+tokens", {"dp": 2, "cp": 4}),
     ("lact_muon", "tokens+ns", {"cp": 4}),
     ("ttt_linear", "heads", {"cp": 4}),
+    ("ttt_linear", "wavefront", {"cp": 4, "tp": 2}),
     ("lact_1to1", "tokens", {"cp": 4}),
     ("gdn_1to1", "affine", {"dp": 2, "cp": 2, "tp": 2}),
 )

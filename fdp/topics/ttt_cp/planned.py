@@ -19,6 +19,7 @@ from fdp.count.context import hop_count
 from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, Rows, Sent
 from fdp.mesh import AXES
 from fdp.models.attention import Attention, Softmax
+from fdp.models.fast_weights import QUINTICS
 from fdp.models.recurrent import GatedDeltaNet, StateLayer
 from fdp.models.shape import ModelShape
 from fdp.models.ttt import LaCT, TTTLinear
@@ -29,7 +30,7 @@ from fdp.parallel.context.plan import CommPlan, needed_hops
 from fdp.parallel.context.planner_machine import INFINIBAND, NVLINK, Fabric, machine
 from fdp.parallel.context.state import StatePlan
 from fdp.parallel.masks import Mask
-from fdp.price import hardware, network
+from fdp.price import hardware, inference, network
 from fdp.study.figures import figure, legend
 from fdp.study.measure import Part, derive
 from fdp.study.report import Row
@@ -41,14 +42,12 @@ LENGTHS, FABRICS, CP = (2**17, 2**20), (NVLINK, INFINIBAND), 8
 PERIODS = 4  # of a judged hybrid: the first and last layouts are free, those between are not
 HEAD, LARGE_HEAD = 128, 512  # of LaCT: its state is a network of a whole head
 # Plans of the baselines: by type of layer, and of one family.
-FIXED = {
-    "ring + affine": ("ring", "affine", "heads", "tokens", "tokens+ns"),
-    "all-to-all": ("ulysses", "heads"),
-}
+PARTS = ("affine", "tokens", "tokens+ns", "wavefront")
+FIXED = {"ring + affine": ("ring", "heads", *PARTS), "all-to-all": ("ulysses", "heads")}
 FAMILIES = FIXED | {
     "tp": ("tp",),
-    "parts of the sequence": ("ring", "all_gather", "usp", "affine", "tokens", "tokens+ns"),
-    "two levels": ("usp", "affine", "heads+tokens"),
+    "parts of the sequence": ("ring", "all_gather", "usp", *PARTS),
+    "two levels": ("usp", "affine", "heads+tokens", "wavefront"),
 }
 Priced = tuple[list[LayerOption], dict[str, str]]
 
@@ -103,7 +102,7 @@ def options(kind: str, job: HybridJob, chunked: bool) -> Priced:
 def _plans(
     kind: str, job: HybridJob, places: Sequence[SequenceLayout]
 ) -> Iterator[tuple[str, SequenceLayout, int]]:
-    """(plan, layout, devices that share heads)."""
+    """(plan, layout, devices that share heads or pieces of a wavefront)."""
     yield "tp", CONTIGUOUS, job.devices
     splits = [u for u in range(2, job.devices) if job.devices % u == 0]
     for at in places:
@@ -112,13 +111,16 @@ def _plans(
             yield from (("usp", at, u) for u in splits)
         else:
             made = _layer(kind, StatePlan(), job)
-            yield from ((plan, at, 1) for plan in made.kinds if plan != "heads+tokens")
-            if "heads+tokens" in made.kinds:
-                yield from (("heads+tokens", at, u) for u in splits)
+            # Two levels of devices that share heads, and pieces of a wavefront, in some sizes.
+            halves = [made.shape.heads >> i for i in range(made.shape.heads.bit_length())]
+            sizes = {"heads+tokens": splits, "wavefront": [m for m in halves if m > 1]}
+            for plan in made.kinds:
+                yield from ((plan, at, many) for many in sizes.get(plan, [1]))
 
 
-def _named(plan: str, u: int) -> str:
-    return f"{plan} u={u}" if plan in ("usp", "heads+tokens") else plan
+def _named(plan: str, many: int) -> str:
+    letter = {"usp": "u", "heads+tokens": "u", "wavefront": "m"}.get(plan)
+    return f"{plan} {letter}={many}" if letter else plan
 
 
 def _attention(kind: str, way: tuple[str, SequenceLayout, int], job: HybridJob) -> LayerOption:
@@ -161,32 +163,49 @@ def _over_cp(plan: str, layout: SequenceLayout, u: int, mask: Mask, job: HybridJ
 
 
 def _state(kind: str, way: tuple[str, SequenceLayout, int], job: HybridJob) -> LayerOption:
-    plan, layout, u = way
-    degrees = job.degrees("tp" if plan == "tp" else "cp")
-    shared = u if plan == "heads+tokens" else 1
-    made = _layer(kind, StatePlan("heads" if plan == "tp" else plan, layout, shared), job)
+    plan, layout, many = way
+    degrees, n = job.degrees("tp" if plan == "tp" else "cp"), job.devices
+    u, pieces = (many if plan == name else 1 for name in ("heads+tokens", "wavefront"))
+    made = _layer(kind, StatePlan("heads" if plan == "tp" else plan, layout, u, pieces), job)
     _check_heads(plan, made.shape.heads, job)
     made.check(1, job.length, degrees)
     rows = Rows(1, job.length, 0)
     found = made.counts(rows, degrees)
-    times, hidden = {EXCHANGE: 2}, {}
+    times, hidden = {EXCHANGE: 2, PERMUTE: made.plan.ticks(n)}, {}
     if "tokens" in plan:
         updates = max(-(-job.length // job.chunk) - 1, 1)
         times |= {REDUCE: updates, SCATTER: updates, GATHER: updates}
-        share = reading(made, job) / job.devices
+        share = reading(made, job) / n
         hidden = {REDUCE: share, SCATTER: share / 2, GATHER: share / 2}
     passes = (found.forward.sent, found.backward.sent, found.again.sent)
-    among = job.devices, shared
-    transfers = [t for sent in passes for t in _transfers(sent, times, hidden, *among)]
-    flops = found.executed(degrees) / job.devices
-    return LayerOption(_named(plan, u), layout, flops, tuple(transfers), found.saved + found.live)
+    transfers = [t for sent in passes for t in _transfers(sent, times, hidden, n, u)]
+    inner = made.work(rows, degrees).executed(degrees) - _scalars(made, rows)
+    costs = found.executed(degrees) / n, tuple(transfers), found.saved + found.live
+    return LayerOption(_named(plan, many), layout, *costs, inner / n, _chain(made, plan, job))
+
+
+def _chain(made: StateLayer, plan: str, job: HybridJob) -> int:
+    """Steps that wait for each other, forward and backward: chunks, and the products of
+    Newton-Schulz in each."""
+    chunks, n = -(-job.length // made.chunk), job.devices
+    if plan == "affine":  # the map of the device's range, those of all, and what is read
+        return 2 * (2 * (chunks // n) + n)
+    if plan == "wavefront":
+        return 2 * made.plan.ticks(n) * (chunks // n)
+    return 2 * chunks * (1 + 3 * len(QUINTICS) * getattr(made, "muon", False))
+
+
+def _scalars(made: StateLayer, rows: Rows) -> int:
+    """FLOPs of the numbers that a layer computes of each token and head."""
+    many = {GatedDeltaNet: 2, TTTLinear: 1, LaCT: 4}[type(made)]
+    return made.scalars(many, rows).flops
 
 
 def reading(made: StateLayer, job: HybridJob) -> float:
     """FLOPs of all devices that read the chunks: what does not wait for the sum of an update. A
     single chunk is only read."""
     alone, one = dict.fromkeys(AXES, 1), Rows(1, job.chunk, 0)
-    each = made.work(one, alone).forward.flops - made.scalars(4, one).forward.flops
+    each = made.work(one, alone).forward.flops - _scalars(made, one) // 3
     return each * max(job.length // job.chunk - 1, 0)
 
 
@@ -254,8 +273,9 @@ def uniform(
 
 
 def devices(fabric: Fabric, count: int, chip: str = "h100") -> Devices:
-    """Chips of one kind. A layer may keep what a chip holds: layers are recomputed one by one."""
-    return Devices(machine(fabric, chip), count, hardware.chip(chip).hbm_bytes)
+    """Chips of one kind. A layer may keep what a chip holds: layers are recomputed one by one. A
+    step of a chain takes a kernel, at least."""
+    return Devices(machine(fabric, chip), count, hardware.chip(chip).hbm_bytes, inference.KERNEL)
 
 
 def baselines(
@@ -300,7 +320,8 @@ def evidence(crosses: bool, chip: str = "h100") -> str:
         )
         if hardware.chip(chip).scale_out_bandwidth is None:
             links += ", one axis of a torus"
-    return f"{links}, {rate / 1e12:.0f} TFLOP/s"
+    step = f"dependent steps of at least {1e6 * inference.KERNEL:.0f} µs"
+    return f"{links}, {rate / 1e12:.0f} TFLOP/s; {step}"
 
 
 def cells() -> dict[tuple[tuple[str, ...], int, str], float]:

@@ -34,6 +34,12 @@ def test_seconds_add_work_and_what_it_does_not_hide():
     assert (option.wire, option.steps) == (14, 5)
 
 
+def test_steps_of_a_chain_take_their_time_at_least():
+    slow = Devices(ON.machine, 4, step=3)
+    assert slow.seconds(LayerOption("heads", ZIGZAG, 200, chained=50, chain=4)) == 15 + 4 * 3
+    assert slow.seconds(LayerOption("heads", ZIGZAG, 200, chained=150, chain=4)) == 20
+
+
 def test_transfers_are_among_their_own_devices():
     among = LayerOption("usp", ZIGZAG, 0, (Transfer(EXCHANGE, 6, 2, ranks=2, inner=2),))
     assert ON.exposed(among) == 2 * (2 + 3 * 2 * 4 / 2)

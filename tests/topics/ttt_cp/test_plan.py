@@ -92,6 +92,17 @@ def test_two_levels_exchange_among_neighbours_and_sum_among_their_groups():
     assert sums["heads+tokens u=2"] == sums["tokens"] / 3
 
 
+def test_a_wavefront_computes_in_every_tick_and_waits_for_each():
+    job = HybridJob(4096, 2**15, 4, 8192)
+    found = {o.plan: o for o in planned.options("ttt_linear", job, False)[0]}
+    heads, wave = found["heads"], found["wavefront m=8"]
+    ticks = 8 + 4 - 1
+    assert wave.chained == pytest.approx(heads.chained * ticks / 8)
+    assert (heads.chain, wave.chain) == (2 * 2**15 // 16, 2 * ticks * 2**15 // 4 // 16)
+    assert wave.steps == 2 * ticks
+    assert wave.wire == 2 * ticks * 4 * 4 * 128 * (128 + 1)  # four heads of f32 weights and biases
+
+
 def test_prices_of_a_torus_say_that_nothing_was_measured():
     devices, evidence = plan.on("v5p:4x4")
     assert devices.count == 16 and devices.move(2.0**30) > 0
