@@ -78,10 +78,10 @@ def psum(x: Any, axes: Axes) -> Any:
     return lax.psum(vary(x, axes), names) if names else x
 
 
-def broadcast(x: jax.Array, axis: str, holder: int) -> jax.Array:
-    """What device `holder` of `axis` has, on all of them and typed equal over it. Its transpose
+def broadcast(x: jax.Array, axes: Axes, holder: int) -> jax.Array:
+    """What device `holder` of `axes` has, on all of them and typed equal over them. Its transpose
     gives the holder the cotangent."""
-    return psum(jnp.where(index(axis) == holder, x, 0), axis) if bound(axis) else x
+    return psum(jnp.where(index(axes) == holder, x, 0), axes) if bound(axes) else x
 
 
 def pmax(x: jax.Array, axes: Axes) -> jax.Array:

@@ -85,13 +85,15 @@ def prepare(tokens: Tokens, chunk: int) -> Chunk:
         return jnp.moveaxis(x, (1, 3), (0, 2))
 
     q, k, v, log_decay, beta = (cut(x) for x in tokens[:5])
-    total = jnp.cumsum(log_decay, -1)
     order = jnp.arange(chunk)
-    past, since = order[:, None] >= order, jnp.exp(total)
-    keep, after = jnp.exp(total[..., -1]), jnp.exp(total[..., -1:] - total)
+    past, fresh = order[:, None] >= order, None
     if tokens.fresh is not None:
-        document = jnp.cumsum(tokens.fresh.reshape(B, L // chunk, chunk), -1)
-        document = jnp.moveaxis(document, 1, 0)[:, :, None]
+        fresh = jnp.moveaxis(tokens.fresh.reshape(B, L // chunk, 1, chunk), 1, 0)
+    total = _running(log_decay, fresh)
+    since, keep = jnp.exp(total), jnp.exp(total[..., -1])
+    after = jnp.exp(total[..., -1:] - total)
+    if fresh is not None:
+        document = jnp.cumsum(fresh, -1)
         past = past & (document[..., None] == document[..., None, :])
         since, after = (
             jnp.where(document == 0, since, 0),
@@ -108,6 +110,19 @@ def prepare(tokens: Tokens, chunk: int) -> Chunk:
     V = v.shape[-1]
     read, write = q * since[..., None], k * after[..., None]
     return Chunk(solved[..., :V], solved[..., V:], read, near, write, keep)
+
+
+def _running(x: Array, fresh: Array | None) -> Array:
+    """Sums up to each position of the last dim, which begin again where `fresh`: then not even
+    their rounding depends on what was before."""
+    if fresh is None:
+        return jnp.cumsum(x, -1)
+
+    def add(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jnp.where(later[1], later[0], earlier[0] + later[0]), earlier[1] | later[1]
+
+    start = x, jnp.broadcast_to(fresh, x.shape)
+    return jax.lax.associative_scan(add, start, axis=x.ndim - 1)[0]
 
 
 def unit_inverse(below: Array) -> Array:

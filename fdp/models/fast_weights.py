@@ -12,6 +12,10 @@ orthogonalisation, as the latter is not linear.
 The weights of every chunk are kept for the backward pass, or only those of every `group`-th one,
 and what the others need is computed again.
 
+Of a sequence that holds several documents, chunks stay where they are. A token reads the weights
+that its own document has left, those before the first token where it began in this chunk, and the
+last document of a chunk hands its weights on: each document is read as if it were alone.
+
 Legend: B sequences, L positions of a device, H heads, K head dim (of keys and values), F hidden
 width of the fast network, N chunks, C positions of a device in a chunk."""
 
@@ -126,11 +130,13 @@ class Sharing:
     """How devices that hold parts of each chunk make one update of it.
 
     `total`: sums arrays over the devices; it may keep a share of the heads (dim 1). `spread`: from
-    that share to all heads. `devices`: how many there are."""
+    that share to all heads. `devices`: how many there are. `ends`: what the device with the end
+    of each chunk has."""
 
     total: Total = lambda x: x
     spread: Total = lambda x: x
     devices: int = 1
+    ends: Total = lambda x: x
 
 
 ALONE = Sharing()
@@ -155,6 +161,47 @@ def learn(
     parts = zip(weights, map(spread, steps), norms, strict=True)
     new = FastWeights(*(vary_like(moved(w, d, n), w) for w, d, n in parts))
     return new, FastWeights(*(vary_like(g, m) for g, m in zip(gained, velocity, strict=True)))
+
+
+class ChunkDocuments(NamedTuple):
+    """Ids of the documents of a chunk: `each`, int [B, C], of its tokens; `before`, int [B], of the
+    last token before the chunk; `last`, int [B], of its last token, on any device."""
+
+    each: Array
+    before: Array
+    last: Array
+
+    def earlier(self) -> Array:
+        """Which tokens belong to the document that has left its weights: bool [B, C]."""
+        return self.each == self.before[:, None]
+
+    def learnt(self) -> Array:
+        """Which tokens belong to the document that hands its weights on: bool [B, C]."""
+        return self.each == self.last[:, None]
+
+    def kept(self, carried: Any, first: Any) -> Any:
+        """What the last document starts from: `carried`, or `first` where it began in the chunk."""
+        same = self.before == self.last
+
+        def one(x: Array, y: Array) -> Array:
+            return jnp.where(same.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+        return jax.tree.map(one, carried, first)
+
+
+def documents_of(
+    segment_BxL: Array, chunk: int, updates: int, ends: Total = ALONE.ends
+) -> tuple[ChunkDocuments, Array]:
+    """(documents of the first `updates` chunks, [N, …]; which of the tokens after them belong to
+    the document that has left its weights, bool [B, …]). All of the first chunk read the first
+    weights, so any id is right before it. Other arguments as in `swiglu_scan` and `Sharing`."""
+    B, cut = segment_BxL.shape[0], updates * chunk
+    last_BxN = ends(segment_BxL[:, chunk - 1 : cut : chunk])
+    before_BxN = jnp.concatenate([last_BxN[:, :1], last_BxN], 1)
+    each = segment_BxL[:, :cut].reshape(B, updates, chunk)
+    found = ChunkDocuments(each, before_BxN[:, :-1], last_BxN)
+    found = ChunkDocuments(*(jnp.moveaxis(vary_like(x, segment_BxL), 1, 0) for x in found))
+    return found, segment_BxL[:, cut:] == before_BxN[:, -1:]
 
 
 def grouped_scan(step: Callable[..., Any], start: Any, xs: Any, group: int) -> tuple[Any, Any]:
@@ -190,20 +237,26 @@ def swiglu_scan(
     orthogonalise: Callable[[Array], Array] | None = None,
     sharing: Sharing = ALONE,
     group: int = 0,
+    segment_BxL: Array | None = None,
 ) -> tuple[Array, FastWeights]:
     """(outputs f32 [B, L, H, K], the weights after the last chunk but one).
 
     `first`: [H, …], the weights before the first token. `chunk`: C, positions of THIS device in a
     chunk. Every chunk is read with the weights of the chunks before it; the last one, which may be
     shorter, is read only. `orthogonalise`: of each summed update, for example `orthogonal`
-    (Muon). `group`: chunks, of `grouped_scan`."""
+    (Muon). `group`: chunks, of `grouped_scan`. `segment_BxL`: ids of documents."""
     B, L, H, K = read.k.shape
     updates = max(-(-L // chunk) - 1, 0)
+    # Once: their gradients are summed over devices once, not after every chunk.
+    first = FastWeights(*(vary_like(w, read.k) for w in first))
     norms = FastWeights(*(row_norms(w) for w in first))
-    weights = FastWeights(*(everywhere(w, read.k) for w in first))
-    shared = jax.eval_shape(lambda w: FastWeights(*map(sharing.total, w)), weights)
-    velocity = FastWeights(*(vary_like(jnp.zeros(w.shape), read.k) for w in shared))
+    start = FastWeights(*(everywhere(w, read.k) for w in first))
+    shared = jax.eval_shape(lambda w: FastWeights(*map(sharing.total, w)), start)
+    still = FastWeights(*(vary_like(jnp.zeros(w.shape), read.k) for w in shared))
     heads = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1), read)
+    documents, earlier = None, None
+    if segment_BxL is not None and updates:
+        documents, earlier = documents_of(segment_BxL, chunk, updates, sharing.ends)
 
     def update(weights: FastWeights, velocity: FastWeights, at: Read) -> tuple[Any, Any]:
         gained = FastWeights(*map(sharing.total, step(weights, at.k, at.v, at.rates)))
@@ -212,20 +265,32 @@ def swiglu_scan(
             kept = sharing.total(at.momentum.sum(-1)) / (chunk * sharing.devices)
         return learn(weights, velocity, gained, kept, norms, orthogonalise, sharing.spread)
 
-    def one(memory: tuple[Any, Any], at: Read) -> tuple[tuple[Any, Any], Array]:
-        # The sum over devices does not read q: it may travel while the chunk is read.
-        return update(*memory, at), apply(memory[0], at.q)
+    def read_by(weights: FastWeights, q: Array, earlier: Array | None) -> Array:
+        out = apply(weights, q)
+        if earlier is None:
+            return out
+        return jnp.where(earlier[:, None, :, None], out, apply(start, q))
 
-    cut, parts = updates * chunk, []
+    def one(memory: tuple[Any, Any], at: tuple[Read, ChunkDocuments | None]) -> tuple[Any, Array]:
+        (part, of), carried, earlier = at, memory, None
+        if of is not None:
+            # Momentum needs no mask: a document that began in this chunk has no velocity.
+            rates = jnp.where(of.learnt()[:, None, :, None], part.rates, 0)
+            part, carried = part._replace(rates=rates), of.kept(memory, (start, still))
+            earlier = of.earlier()
+        # The sum over devices does not read q: it may travel while the chunk is read.
+        return update(*carried, part), read_by(memory[0], part.q, earlier)
+
+    cut, parts, weights = updates * chunk, [], start
     if updates:
 
         def chunked(x: Array) -> Array:
             return jnp.moveaxis(x[:, :, :cut].reshape(B, H, updates, chunk, *x.shape[3:]), 2, 0)
 
-        start = (weights, velocity)
-        (weights, _), out = grouped_scan(one, start, jax.tree.map(chunked, heads), group)
+        xs = jax.tree.map(chunked, heads), documents
+        (weights, _), out = grouped_scan(one, (start, still), xs, group)
         parts.append(jnp.moveaxis(out, 0, 2).reshape(B, H, cut, K))
-    parts.append(apply(weights, heads.q[:, :, cut:]))
+    parts.append(read_by(weights, heads.q[:, :, cut:], earlier))
     return jnp.moveaxis(jnp.concatenate(parts, 2), 1, 2), weights
 
 
@@ -239,20 +304,27 @@ def scan_memory(
     orthogonalise: bool,
     group: int = 0,
     share: float = 1,
-) -> tuple[int, int]:
+    documents: bool = False,
+) -> tuple[float, float]:
     """Numbers of `swiglu_scan` for one head of one sequence: those that it keeps for its backward
-    pass, and those of a group of chunks that is computed again there.
+    pass, and those of a group of chunks that is computed again there. A truth value is a quarter of
+    a number; ids of documents, which heads share, are left out.
 
     `length`, `chunk`: positions of a device. `share`: of the heads, that it orthogonalises."""
     updates = max(-(-length // chunk) - 1, 0)
     weights, few = 3 * F * K, min(F, K)
-    each = chunk * (20 * F + 5 * K + 3) + 2 * weights + 6 * F + 3 * K
+    each: float = chunk * (20 * F + 5 * K + 3) + 2 * weights + 6 * F + 3 * K
     each += momentum * (int(share * weights) + 1)
     if orthogonalise:
         each += int(share * (11 * weights + 45 * few * few + 6))
-    read = (length - updates * chunk) * (6 * F + K) + weights
+    rest = length - updates * chunk
+    read: float = rest * (6 * F + K) + weights
+    if documents and updates:
+        memory = weights * (1 + momentum * share)
+        each += chunk * 6 * F + weights + (memory + chunk * (3 + K)) / 4
+        read += rest * (6 * F + K / 4) + memory
     if not group:
-        return updates * each + read, 0
+        return updates * each + read + 3 * chunk * (documents and updates > 0), 0
     kept = -(-updates // group) * (weights + momentum * int(share * weights))
     kept += updates * chunk * (3 * K + 3 + momentum)
     return kept + read, min(group, updates) * each
@@ -278,15 +350,27 @@ def normed(z: Array, scale: Array, shift: Array) -> Array:
 
 
 def linear_scan(
-    q: Array, k: Array, v: Array, rates_BxLxH: Array, first: FastLinear, norm: tuple, batch: int
+    q: Array,
+    k: Array,
+    v: Array,
+    rates_BxLxH: Array,
+    first: FastLinear,
+    norm: tuple,
+    batch: int,
+    segment_BxL: Array | None = None,
 ) -> tuple[Array, FastLinear]:
     """(outputs f32 [B, L, H, K], the weights after the last token) of TTT-Linear.
 
     The loss of a token is ½ |LN(k W + bias) - (v - k)|², with LN of scale and shift `norm`, [H, K]
     each. Each token of a mini-batch takes its own step from the weights at the start of the
-    mini-batch: output t has seen the steps of the mini-batch up to t. `rates_BxLxH`: step sizes."""
+    mini-batch: output t has seen the steps of the mini-batch up to t, and of its own document.
+    `rates_BxLxH`: step sizes. `segment_BxL`: ids of documents."""
     B, L, H, K = k.shape
     scale, shift = (x[:, None].astype(jnp.float32) for x in norm)
+    start = FastLinear(*(everywhere(w, k) for w in first))
+    documents = None
+    if segment_BxL is not None:
+        documents, _ = documents_of(segment_BxL, batch, L // batch)
 
     def chunked(x: Array) -> Array:  # [B, L, H, …] → [N, B, H, C, …]
         x = x.astype(jnp.float32).reshape(B, L // batch, batch, H, *x.shape[3:])
@@ -294,21 +378,31 @@ def linear_scan(
 
     past = jnp.tril(jnp.ones((batch, batch)))
 
-    def one(fast: FastLinear, at: tuple[Array, ...]) -> tuple[FastLinear, Array]:
-        q, k, v, rates = at
+    def mapped(fast: FastLinear, x: Array, of: ChunkDocuments | None) -> Array:
+        z = x @ fast.weight + fast.bias[:, :, None]
+        if of is None:
+            return z
+        return jnp.where(of.earlier()[:, None, :, None], z, mapped(start, x, None))
+
+    def one(fast: FastLinear, at: tuple[tuple, ChunkDocuments | None]) -> tuple[FastLinear, Array]:
+        (q, k, v, rates), of = at
 
         def loss(z: Array) -> Array:
             return 0.5 * jnp.sum((normed(z, scale, shift) - (v - k)) ** 2)
 
-        g = jax.grad(loss)(k @ fast.weight + fast.bias[:, :, None])
-        weighted = rates[..., None] * g
-        z = q @ fast.weight + fast.bias[:, :, None]
-        z = z - (past * (q @ jnp.swapaxes(k, -1, -2))) @ weighted - past @ weighted
+        weighted = rates[..., None] * jax.grad(loss)(mapped(fast, k, of))
+        seen, z = past, mapped(fast, q, of)
+        if of is not None:
+            seen = past * (of.each[:, None, :, None] == of.each[:, None, None])
+        z = z - (seen * (q @ jnp.swapaxes(k, -1, -2))) @ weighted - seen @ weighted
+        if of is not None:
+            weighted = jnp.where(of.learnt()[:, None, :, None], weighted, 0)
+            fast = of.kept(fast, start)
         new = FastLinear(
             fast.weight - jnp.swapaxes(k, -1, -2) @ weighted, fast.bias - weighted.sum(2)
         )
         return new, q + normed(z, scale, shift)
 
-    start = FastLinear(*(everywhere(w, k) for w in first))
-    fast, out = jax.lax.scan(one, start, tuple(chunked(x) for x in (q, k, v, rates_BxLxH)))
+    xs = tuple(chunked(x) for x in (q, k, v, rates_BxLxH)), documents
+    fast, out = jax.lax.scan(one, start, xs)
     return jnp.moveaxis(out, (0, 2), (1, 3)).reshape(B, L, H, K), fast

@@ -6,6 +6,7 @@ project what they read. Heads are sharded over tp, the sequence over cp by a `St
 
 Legend: B sequences, L positions (local over cp), D width, H heads (local over tp), K head dim."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from fdp.collectives import size, vary, vary_like
+from fdp.collectives import index, size, vary, vary_like
 from fdp.count.counts import (
     EXCHANGE,
     GATHER,
+    PERMUTE,
     SCATTER,
     Counts,
     Degrees,
@@ -29,7 +31,7 @@ from fdp.count.counts import (
 from fdp.mesh import BATCH_AXES
 from fdp.models import delta
 from fdp.models.attention import Where
-from fdp.models.conv import ShortConvolution, hops
+from fdp.models.conv import ShortConvolution, before, halo_bytes, hops
 from fdp.models.layers import (
     Reduction,
     enter_tp,
@@ -49,9 +51,11 @@ Array = jax.Array
 
 
 class StateLayer(Module):
-    """What the layers below share: [B, L, D] → [B, L, D]. `chunk`: positions of a chunk, on all
-    devices. `gate`: whether what is read is multiplied by SiLU of a projection, as published; small
-    models learn to recall sooner without."""
+    """What the layers below share: [B, L, D] → [B, L, D]. Each document is read as if it were
+    alone, in the chunks of the sequence.
+
+    `chunk`: positions of a chunk, on all devices. `gate`: whether what is read is multiplied by
+    SiLU of a projection, as published; small models learn to recall sooner without."""
 
     shape: ModelShape
     plan: StatePlan = StatePlan()
@@ -63,11 +67,6 @@ class StateLayer(Module):
     def kinds(self) -> tuple[str, ...]:
         """The plans that this layer can follow."""
         raise NotImplementedError
-
-    @property
-    def resets(self) -> bool:
-        """Whether the state can begin afresh at each document; on one device of cp."""
-        return False
 
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         """What is read, [B, L, H, K], of activated q, k, v [B, L, H, K]."""
@@ -91,6 +90,11 @@ class StateLayer(Module):
                 f"decoding keeps states of whole sequences, and cp = {size('cp')}: set mesh.cp=1 "
                 "and give its devices to dp or tp"
             )
+        if where.segment is not None:
+            raise ValueError(
+                "a row of a cache is one sequence, and these rows hold documents: give each "
+                "document a row of its own"
+            )
         if where.index.ndim == 1:
             return first(), 0
         seen = where.index[0, 0]
@@ -110,10 +114,6 @@ class StateLayer(Module):
         w_o = self.weight("w_o", normal((H * K) ** -0.5), (H, K, D), ("tp", None, None))
         scale = self.weight("scale", ones, (H, K), ("tp", None), decay=False)
 
-        if where.segment is not None and not self.resets:
-            raise ValueError(
-                f"{type(self).__name__} keeps its state across documents: set data.packing=stream"
-            )
         x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
         q, k, v = (
             self._near(name, jnp.einsum("bld,dhk->blhk", x_BxLxD, w_qkv[i]), where)
@@ -151,6 +151,14 @@ class StateLayer(Module):
             channels = s.heads * s.head_dim // size("tp")
             state[name], shards[name] = filter.decode_state(batch, channels, jnp.dtype(s.dtype))
         return state, shards
+
+    def segments(self, where: Where) -> Array | None:
+        """Document ids of all positions whose heads are shared out, as `state.by_heads` has them;
+        None where there are no documents."""
+        _, inner = self.plan.axes()
+        if where.segment is None:
+            return None
+        return state.in_order(where.segment, self.plan.layout, inner)
 
     def head_scalars(self, name: str, x_BxLxD: Array, many: int) -> Array:
         """`many` numbers for each token and head: f32 [B, L, H, many]."""
@@ -200,6 +208,12 @@ class StateLayer(Module):
         local = heads * (4 * s.head_dim * s.itemsize + 4 * scalars)
         return Ledger(degrees).put(EXCHANGE, ("cp",), local * (u - 1) // u).sent
 
+    def ids(self, rows: Rows, degrees: Degrees) -> Sent:
+        """Bytes of `segments`, which all layers share."""
+        others = self.plan.ways(degrees["cp"]) - 1
+        ids = 4 * rows.tokens(degrees) if rows.segments else 0
+        return Ledger(degrees).put(GATHER, ("cp",), others * ids).sent
+
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError for a plan, chunk or layout that these degrees cannot run."""
         cp = degrees["cp"]
@@ -227,10 +241,6 @@ class GatedDeltaNet(StateLayer):
     def kinds(self) -> tuple[str, ...]:
         return ("affine", "heads")
 
-    @property
-    def resets(self) -> bool:
-        return size("cp") == 1
-
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         H = self.shape.heads
         pace = self.weight("pace", _spread(1.0, 16.0), (H,), ("tp",), decay=False)
@@ -238,14 +248,16 @@ class GatedDeltaNet(StateLayer):
         found = self.head_scalars("w_state", x_BxLxD, 2)
         log_decay = -jnp.exp(pace) * jax.nn.softplus(found[..., 0] + bias)
         beta = jax.nn.sigmoid(found[..., 1])
-        tokens = delta.Tokens(q, k, v, log_decay, beta, _fresh(where.segment))
+        tokens = delta.Tokens(q, k, v, log_decay, beta)
         recalled = self.recalled(lambda: _empty(q, v), where)
         if recalled is not None:
             out, memory = delta.read_on(tokens, recalled[0], self.chunk)
             self.cache("memory", memory)
             return out
         if self.plan.kind == "heads" and size("cp") > 1:
-            return state.by_heads(self._alone, self.plan.layout, *tokens[:5])
+            run = functools.partial(self._alone, _fresh(self.segments(where)))
+            return state.by_heads(run, self.plan.layout, *tokens[:5])
+        tokens = tokens._replace(fresh=_fresh(where.segment, self._previous(where.segment)))
         chunks = delta.prepare(tokens, self._local(q.shape[1]))
         start = vary_like(_empty(q, v), chunks.solved)
         if size("cp") > 1:
@@ -268,17 +280,22 @@ class GatedDeltaNet(StateLayer):
         there, back, again = Ledger(degrees), Ledger(degrees), Work()
         if self.plan.kind == "heads":
             sent = sent_back = self.exchange(2, rows, degrees)
+            once = self.ids(rows, degrees)
         else:
             shard = rows.batch * H // tp * 2 * K * K * 4
             sent = there.add(GATHER, ("cp",), shard).sent
             sent_back = back.add(SCATTER, ("cp",), shard).sent
+            ids = 4 * rows.batch if rows.segments else 0
+            halo = halo_bytes(self.plan.layout, rows.length // cp, cp, self._reach, ids)
+            once = Ledger(degrees).put(PERMUTE, ("cp",), halo).sent
             if cp > 1:
                 maps = 8 * rows.positions * H * K * K + 2 * rows.batch * H * cp * cp * K**3
                 again = Work(3 * maps, batched=3 * maps)
         forward = Work(flops, batched=flops, sent=sent)
         chunks = rows.length // C // cp * rows.batch * H // tp
         saved = 4 * chunks * (6 * C * K + 3 * C * C + K * K)
-        own = Counts(2 * H, forward, forward.backward(sent_back), again=again, saved=saved)
+        back_too = forward.backward(sent_back)
+        own = Counts(2 * H, forward, back_too, again=again, once=once, saved=saved)
         return own + self.scalars(2, rows)
 
     def _ways(self, cp: int) -> int:
@@ -288,10 +305,24 @@ class GatedDeltaNet(StateLayer):
     def _local(self, length: int) -> int:
         return min(self.chunk, length)
 
-    def _alone(self, *tokens: Array) -> Array:
+    def _alone(self, fresh: Array | None, *tokens: Array) -> Array:
         q, _, v, *_ = tokens
-        chunks = delta.prepare(delta.Tokens(*tokens), self._local(q.shape[1]))
+        read = delta.Tokens(*tokens)._replace(fresh=fresh)
+        chunks = delta.prepare(read, self._local(q.shape[1]))
         return delta.scan(chunks, _empty(q, v))[0]
+
+    @property
+    def _reach(self) -> int:
+        """Positions of the halo of ids: those that the convolution asks for, at least one."""
+        return max(self.shape.conv - 1, 1)
+
+    def _previous(self, segment_BxL: Array | None) -> Array | None:
+        """The document before the first position of this device: [B, 1]; None on the first."""
+        if segment_BxL is None or size("cp") == 1:
+            return None
+        B, L = segment_BxL.shape
+        halo = before(segment_BxL.reshape(B, 1, L, 1), self.plan.layout, self._reach)[:, 0, -1]
+        return jnp.where(index("cp") == 0, segment_BxL[:, :1], halo)
 
 
 def _unit(x_BxLxHxK: Array) -> Array:
@@ -300,11 +331,13 @@ def _unit(x_BxLxHxK: Array) -> Array:
     return (x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-6)).astype(x_BxLxHxK.dtype)
 
 
-def _fresh(segment_BxL: Array | None) -> Array | None:
-    """Where a document begins: bool [B, L]."""
+def _fresh(segment_BxL: Array | None, before_Bx1: Array | None = None) -> Array | None:
+    """Where a document begins that is not the first: bool [B, L]. `before_Bx1`: the document before
+    these positions; None: there is none."""
     if segment_BxL is None:
         return None
-    return jnp.pad(segment_BxL[:, 1:] != segment_BxL[:, :-1], ((0, 0), (1, 0)))
+    before_Bx1 = segment_BxL[:, :1] if before_Bx1 is None else before_Bx1
+    return segment_BxL != jnp.concatenate([before_Bx1, segment_BxL[:, :-1]], 1)
 
 
 def _empty(q: Array, v: Array) -> Array:

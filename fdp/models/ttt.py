@@ -80,11 +80,13 @@ class LaCT(StateLayer):
             self.cache("memory", memory)
             return out
         outer, inner = self.plan.axes()
-        sharing = Sharing(lambda x: psum(x, outer), devices=size(outer))
+        parts, ends = size(outer), functools.partial(state.of_the_last, among=outer)
+        sharing = Sharing(lambda x: psum(x, outer), devices=parts, ends=ends)
         if self.plan.kind == "tokens+ns":
-            sharing = Sharing(state.gather_heads, state.spread_heads, size(outer))
+            sharing = Sharing(state.gather_heads, state.spread_heads, parts, ends)
         first = FastWeights(*(state.own_heads(w, inner) for w in first))
-        run = functools.partial(self._scan, first, self.chunk // size(outer), sharing)
+        segment = self.segments(where)
+        run = functools.partial(self._scan, first, self.chunk // parts, sharing, segment)
         return state.by_heads(run, self.plan.layout, *tokens, among=inner)
 
     def _before(self, first: FastWeights, like: Array) -> fast_rows.SwigluMemory:
@@ -101,12 +103,14 @@ class LaCT(StateLayer):
         return found, jax.tree.map(_by_head, found)
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Reading a chunk is three products, an update six more; the last chunk is only read. Over
-        cp, heads are exchanged, or every update is summed, its gradient too, or both."""
+        """Reading a chunk is three products, an update six more; the last chunk is only read. With
+        documents, all is also read with the first weights. Over cp, heads are exchanged, or every
+        update is summed, its gradient too, or both."""
         s, cp, tp = self.shape, degrees["cp"], degrees["tp"]
         H, K, F = s.heads, s.head_dim, s.head_dim * self.hidden
         updates = max(-(-rows.length // self.chunk) - 1, 0)
-        flops = 6 * F * K * H * (rows.positions + 2 * rows.batch * updates * self.chunk)
+        reads = 2 if rows.segments and updates else 1
+        flops = 6 * F * K * H * (reads * rows.positions + 2 * rows.batch * updates * self.chunk)
         polish = 0
         if self.muon:
             few, many = sorted((K, F))
@@ -118,21 +122,37 @@ class LaCT(StateLayer):
         alike = 1 if self.plan.kind == "tokens+ns" else cp // ways
         again = Work(3 * polish * (alike - 1), batched=3 * polish * (alike - 1))
         if self.group:
-            again += self._again(rows.batch * H * updates, polish * alike, sent[0])
+            again += self._again(rows.batch * H * updates, polish * alike, reads, sent[0])
         forward, backward = replace(forward, sent=sent[0]), forward.backward(sent[1])
-        saved, live = (4 * heads // ways * x for x in self._kept(rows.length, cp))
-        own = Counts(3 * H * F * K, forward, backward, again=again, saved=saved, live=live)
+        kept = self._kept(rows.length, cp, rows.segments)
+        saved, live = (int(4 * heads // ways * x) for x in kept)
+        own = Counts(
+            3 * H * F * K,
+            forward,
+            backward,
+            again=again,
+            once=self._ids(updates, rows, degrees),
+            saved=saved,
+            live=live,
+        )
         return own + self.scalars(4, rows)
 
-    def _again(self, updates: int, polish: int, sent: Sent) -> Work:
-        """What groups compute again: all of `updates` but the last product of reading. The exchange
-        of heads is outside them."""
+    def _ids(self, updates: int, rows: Rows, degrees: Degrees) -> Sent:
+        """Bytes of ids of documents: those of `segments`, and the last one of each chunk."""
+        parts = degrees["cp"] // self.plan.ways(degrees["cp"])
+        ends = 4 * rows.batch * updates if rows.segments else 0
+        last = Ledger(degrees).put(REDUCE, ("cp",), ends * 2 * (parts - 1) / parts).sent
+        return merged(self.ids(rows, degrees), last)
+
+    def _again(self, updates: int, polish: int, reads: int, sent: Sent) -> Work:
+        """What groups compute again: all of `updates` but the last product of each of the `reads`.
+        The exchange of heads is outside them."""
         F, K = self.shape.head_dim * self.hidden, self.shape.head_dim
-        flops = 16 * F * K * updates * self.chunk + polish
+        flops = (12 + 4 * reads) * F * K * updates * self.chunk + polish
         inside = {key: wire for key, wire in sent.items() if key[0] != EXCHANGE}
         return Work(flops, batched=flops, sent=inside)
 
-    def _kept(self, length: int, cp: int) -> tuple[int, int]:
+    def _kept(self, length: int, cp: int, documents: bool) -> tuple[float, float]:
         """Numbers that a head of a sequence of `length` keeps on a device that has it: for the
         backward pass, and of a group."""
         K, parts = self.shape.head_dim, cp // self.plan.ways(cp)
@@ -145,6 +165,7 @@ class LaCT(StateLayer):
             orthogonalise=self.muon,
             group=self.group,
             share=1 / cp if self.plan.kind == "tokens+ns" else 1,
+            documents=documents,
         )
 
     def _sent(self, updates: int, heads: int, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
@@ -163,11 +184,17 @@ class LaCT(StateLayer):
         sums = there.put(REDUCE, ("cp",), summed).sent
         return merged(exchanged, sums), merged(exchanged, sums)
 
-    def _scan(self, first: FastWeights, chunk: int, sharing: Sharing, *tokens: Array) -> Array:
+    def _scan(
+        self,
+        first: FastWeights,
+        chunk: int,
+        sharing: Sharing,
+        segment: Array | None,
+        *tokens: Array,
+    ) -> Array:
         orthogonalise = fast_weights.orthogonal if self.muon else None
-        read = Read(*tokens)
         return fast_weights.swiglu_scan(
-            read, first, chunk, orthogonalise, sharing, group=self.group
+            Read(*tokens), first, chunk, orthogonalise, sharing, self.group, segment
         )[0]
 
 
@@ -204,12 +231,18 @@ class TTTLinear(StateLayer):
             return out
         if self.plan.kind == "heads":
             first, norm = jax.tree.map(state.own_heads, (first, norm))
+        segment = self.segments(where)
 
         def run(q: Array, k: Array, v: Array, rates: Array) -> Array:
             batch = min(self.chunk, q.shape[1])
-            return fast_weights.linear_scan(q, k, v, rates, first, norm, batch)[0]
+            return fast_weights.linear_scan(q, k, v, rates, first, norm, batch, segment)[0]
 
         if self.plan.kind == "wavefront" and size("cp") > 1:
+            if segment is not None:
+                raise ValueError(
+                    f"plan wavefront hands on the weights of one document, and cp = {size('cp')} "
+                    "devices hold parts of many: use plan heads, or set data.packing=stream"
+                )
             return state.wavefront(self._piece, self.plan.pieces, first, norm, q, k, v, rates)
         return state.by_heads(run, self.plan.layout, q, k, v, rates)
 
@@ -228,15 +261,18 @@ class TTTLinear(StateLayer):
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Three products with the weights and three inside the mini-batch, of which the mask's has
-        one gradient. A wavefront hands on weights in every tick, and computes in all of them."""
+        one gradient. With documents, two more with the first weights. A wavefront hands on weights
+        in every tick, and computes in all of them."""
         s = self.shape
         H, K, C = s.heads, s.head_dim, min(self.chunk, rows.length)
         flops, mask = rows.positions * H * 6 * K * (C + K), rows.positions * H * 2 * C * K
+        flops += rows.positions * H * 4 * K * K * rows.segments
         sent = self.exchange(1, rows, degrees)
         forward = Work(flops, batched=flops, sent=sent)
         backward = forward.backward(sent) - Work(mask, batched=mask)
         heads, again = rows.batch * H // degrees["tp"], Work()
-        saved = 4 * heads * (rows.length // C * K * K + rows.length * (8 * K + C)) // degrees["cp"]
+        starts = rows.length // C * (1 + rows.segments)  # weights: carried, and begun from
+        saved = 4 * heads * (starts * K * K + rows.length * (8 * K + C)) // degrees["cp"]
         if self.plan.kind == "wavefront" and degrees["cp"] > 1:
             ticks, m = self.plan.ticks(degrees["cp"]), self.plan.pieces
             wire = 4 * heads // m * ticks * K * (K + 1)
@@ -244,7 +280,8 @@ class TTTLinear(StateLayer):
             idle = (forward.flops + backward.flops) * (ticks - m) // m
             forward, backward = replace(forward, sent=sent), replace(backward, sent=sent)
             again, saved = Work(idle, batched=idle), saved * ticks // m
-        own = Counts(H * K * (K + 3), forward, backward, again=again, saved=saved)
+        once = self.ids(rows, degrees)
+        own = Counts(H * K * (K + 3), forward, backward, again=again, once=once, saved=saved)
         return own + self.scalars(1, rows)
 
 

@@ -388,21 +388,6 @@ def test_splits_that_cannot_run_are_refused(heads, split, message):
 
 
 @pytest.mark.fast
-def test_documents_begin_afresh_or_are_refused():
-    at, layer, params = jnp.arange(S), make("gdn, affine"), one_device("gdn, affine")[0]
-    segment = jnp.asarray([[0] * 9 + [1] * 23, [0] * 32])
-    y, _, _ = module.run(layer, {"params": params}, X, Where(at, at, segment))
-    alone, _, _ = module.run(
-        layer.clone(chunk=23), {"params": params}, X[:1, 9:], where(CONTIGUOUS, 23)
-    )
-    np.testing.assert_allclose(y[:1, 9:], alone, atol=1e-5)
-    whole, _, _ = module.run(layer, {"params": params}, X, where(CONTIGUOUS, S))
-    assert np.abs(whole[0, 9:] - y[0, 9:]).max() > 1e-3  # without the reset
-    with pytest.raises(ValueError, match="LaCT keeps its state across documents"):
-        module.init(make("lact, tokens"), jax.random.key(0), X, Where(at, at, segment))
-
-
-@pytest.mark.fast
 def test_an_unknown_plan_is_refused():
     with pytest.raises(ValueError, match="state plan 'ring' is unknown: tokens, tokens"):
         StatePlan("ring")

@@ -26,6 +26,7 @@ from fdp.collectives import (
     Axes,
     all_gather,
     all_to_all,
+    broadcast,
     index,
     reduce_scatter,
     shift,
@@ -160,6 +161,26 @@ def spread_heads(x: Array) -> Array:
     return all_gather(x, "cp", dim=1)
 
 
+def of_the_last(x: Array, among: Axes = "cp") -> Array:
+    """What the last device of `among` has."""
+    return broadcast(x, among, size(among) - 1)
+
+
+def _order(layout: SequenceLayout, length: int, u: int) -> np.ndarray:
+    """Where the u · `length` positions of u neighbours are, in the order of positions. In stripes,
+    every group holds its positions in the order of the first one."""
+    held = layouts.permutation(layout, length * size("cp"), size("cp"))[: u * length]
+    return np.argsort(held)
+
+
+def in_order(x_BxL: Array, layout: SequenceLayout, among: Axes = "cp") -> Array:
+    """[B, u·L] of the u devices `among`, as `by_heads` has them."""
+    u = size(among)
+    if u == 1:
+        return x_BxL
+    return all_gather(x_BxL, among, dim=1)[:, _order(layout, x_BxL.shape[1], u)]
+
+
 def by_heads(
     run: Callable[..., Array], layout: SequenceLayout, *tokens: Array, among: Axes = "cp"
 ) -> Array:
@@ -171,10 +192,7 @@ def by_heads(
     u = size(among)
     if u == 1:
         return run(*tokens)
-    count = tokens[0].shape[1]
-    # In stripes, every group holds its positions in the order of the first one.
-    held = layouts.permutation(layout, count * size("cp"), size("cp"))[: u * count]
-    back = np.argsort(held)
+    back = _order(layout, tokens[0].shape[1], u)
     whole = [all_to_all(x, among, split_dim=2, concat_dim=1)[:, back] for x in tokens]
     out = run(*whole)[:, np.argsort(back)].astype(tokens[0].dtype)
     return all_to_all(out, among, split_dim=1, concat_dim=2)

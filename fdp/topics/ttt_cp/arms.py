@@ -73,16 +73,21 @@ def layout_of(kinds: tuple[str, ...], chunk: int, cp: int) -> SequenceLayout:
 
 
 def mixing(
-    kind: str, layout: SequenceLayout, m: ml_collections.ConfigDict, state: str = ""
+    kind: str,
+    layout: SequenceLayout,
+    m: ml_collections.ConfigDict,
+    state: str = "",
+    packed: bool = False,
 ) -> Layer:
     """The mixing layer of a name in settings.ARMS. `state`: a plan in place of the layer's own.
-    Layers with a state go without their output gate: at this size they learn sooner."""
+    `packed`: whether a sequence holds documents, which layers with a state see by themselves. The
+    latter go without their output gate: at this size they learn sooner."""
     ring = CommPlan("ring", layout=layout)
     if kind == "attention":
-        return layer(Attention, core=Softmax(Mask("causal"), ring))
+        return layer(Attention, core=Softmax(Mask("causal", packed=packed), ring))
     if kind == "window":
         gather = CommPlan("all_gather", layout=layout)
-        return layer(Attention, core=Softmax(Mask("causal", window=m.window), gather))
+        return layer(Attention, core=Softmax(Mask("causal", m.window, packed), gather))
     at = {"chunk": m.chunk, "gate": False}
     if kind == "gdn":
         own = "affine" if layout == CONTIGUOUS else "heads"
@@ -105,7 +110,9 @@ def arm(kind: str, base: Experiment, m: ml_collections.ConfigDict, state: str = 
     """`base` with the mixing layers of `kind`. `state`: the plan of its layers with a state."""
     kinds = ARMS[kind]
     layout = layout_of(kinds, m.chunk, base.degrees["cp"])
-    blocks = [layer(Block, mixing=mixing(k, layout, m, state), ffn=layer(SwiGLU)) for k in kinds]
+    packed = "segments" in base.data.dims
+    mixed = [mixing(k, layout, m, state, packed) for k in kinds]
+    blocks = [layer(Block, mixing=one, ffn=layer(SwiGLU)) for one in mixed]
     return replace(base, model=base.model.clone(pattern=tuple(blocks), layout=layout))
 
 
