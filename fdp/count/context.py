@@ -81,13 +81,14 @@ def repetition(plan: CommPlan, kv_heads: int) -> int:
 def forward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic:
     """Wire bytes of `fdp.parallel.context.attend`, forward, by collective, without `label_bytes`.
 
-    Ring (r-1)·rho units; all-gather cp-1; head split (u-1)/u·(G+rho), batch split (u-1)/u·(G+1),
-    with G = H/K. Raises ValueError for a refused plan."""
+    Ring (r-1)·rho units, a hop of a causal window less (`CommPlan.tails`); all-gather cp-1; head
+    split (u-1)/u·(G+rho), batch split (u-1)/u·(G+1), with G = H/K. Raises ValueError for a refused
+    plan."""
     shape.check(plan, mask)
     rho = repetition(plan, shape.kv_heads)
     out = {GATHER: (shape.cp - 1) * shape.unit if plan.kind == "all_gather" else 0.0}
     out[EXCHANGE] = _exchanged(plan, shape)
-    out[PERMUTE] = hop_count(plan, shape.cp) * rho * shape.unit
+    out[PERMUTE] = _fetched(plan, shape, mask) * rho * shape.unit
     return live(out)
 
 
@@ -119,8 +120,18 @@ def backward_bytes(plan: CommPlan, shape: AttentionShape, mask: Mask) -> Traffic
     unit_and_gradient = shape.unit * (1 + ACCUMULATOR / shape.itemsize)
     out = {SCATTER: (shape.cp - 1) * shape.unit if plan.kind == "all_gather" else 0.0}
     out[EXCHANGE] = _exchanged(plan, shape)
-    out[PERMUTE] = hop_count(plan, shape.cp) * rho * unit_and_gradient
+    out[PERMUTE] = _fetched(plan, shape, mask) * rho * unit_and_gradient
     return live(out)
+
+
+def _fetched(plan: CommPlan, shape: AttentionShape, mask: Mask) -> float:
+    """Keys that a ring fetches, in those of a member: its hops, or the parts of them that a window
+    reaches."""
+    hops, r = hop_count(plan, shape.cp), plan.ring_degree(shape.cp)
+    if plan.hops is None or hops == r - 1:
+        return hops
+    length = shape.seq_len // r
+    return sum(plan.tails(mask, length)) / length
 
 
 def _exchanged(plan: CommPlan, shape: AttentionShape) -> float:

@@ -179,7 +179,8 @@ def test_command_prints_every_plan_and_says_what_is_refused(
         for line in out.splitlines()
         if "contiguous" in line
     }
-    assert " 1.000 " in lines["ring",] and "67.1" in lines["ring",]  # one hop
+    # One hop, of 4,095 of the 16,384 keys of a device.
+    assert " 0.250 " in lines["ring",] and "16.8" in lines["ring",]
     assert "4.375" in lines["ulysses", "u=8"]
     assert "refused (batch u=2 contiguous" in out and "raise train.batch" in out
 

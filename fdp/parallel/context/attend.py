@@ -126,7 +126,8 @@ def _exchange_and_ring(
     if r > 1:
         position_rxL = None if position_S is None else position_S.reshape(r, -1)
         members = RingLabels(position_rxL, segment_BxS)
-        out_BxLxHxC = ring_attention(Ring(mask, ring_axes, plan.hops), q_BxLxHxC, kv, members)
+        ring = Ring(mask, ring_axes, plan.hops, plan.tails(mask, kv.shape[2]))
+        out_BxLxHxC = ring_attention(ring, q_BxLxHxC, kv, members)
     else:
         segment = None if segment_BxS is None else segment_BxS[:, 0]
         labels = position_S, position_S, segment, segment

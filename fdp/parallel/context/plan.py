@@ -46,6 +46,15 @@ class CommPlan:
         """r: devices of one ring (1 for plans without a ring)."""
         return cp // self.head_split if self.kind in RINGS else 1
 
+    def tails(self, mask: Mask, length: int) -> tuple[int, ...]:
+        """How many of the `length` positions of a ring member each hop fetches: all, but under a
+        causal window, where a member holds consecutive positions, only the last that it reaches."""
+        whole = self.layout != CONTIGUOUS or mask.kind != "causal" or not mask.window
+        hops, reach = self.hops or (), mask.window - 1
+        return tuple(
+            length if whole else max(min(length, reach - (o - 1) * length), 0) for o in hops
+        )
+
 
 _REFUSED = {
     (

@@ -4,8 +4,8 @@
 Keys and values circulate as one array kv [2, B, L, K, C], so a hop is one permute. The forward pass
 makes r-1 hops. The backward pass makes r-1 hops of keys and r-1 of their gradients in float32. The
 gradient of a device's keys starts on the next device and ends at home. A plan with few hops fetches
-each of them directly. Residuals (queries, keys, values, output, log-sum-exp) are local: O(S/cp) for
-any ring.
+each of them directly, and of a causal window only the keys that it reaches. Residuals (queries,
+keys, values, output, log-sum-exp) are local: O(S/cp) for any ring.
 
 Legend: B sequences, L positions of one ring member, r ring members, H query heads, K key/value
 heads, C head_dim."""
@@ -28,17 +28,21 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Ring:
-    """What is known before tracing: the mask, the mesh axes of the ring (outermost first) and the
-    offsets that are fetched (None: all)."""
+    """What is known before tracing: the mask, the mesh axes of the ring (outermost first), the
+    offsets that are fetched (None: all), and how many of the last positions of each."""
 
     mask: Mask
     axes: tuple[str, ...]
     hops: tuple[int, ...] | None
+    tails: tuple[int, ...] = ()
 
     @property
-    def jumps(self) -> tuple[int, ...] | None:
-        """Offsets to fetch directly, one by one; None when the keys go round the whole ring."""
-        return None if self.hops is None or len(self.hops) == size(self.axes) - 1 else self.hops
+    def jumps(self) -> list[tuple[int, int]] | None:
+        """(offset, positions) to fetch directly, one by one; None when the keys go round the whole
+        ring."""
+        if self.hops is None or len(self.hops) == size(self.axes) - 1:
+            return None
+        return [(o, tail) for o, tail in zip(self.hops, self.tails, strict=True) if tail]
 
     def shift(self, x: Array, by: int = 1) -> Array:
         """What the member `by` places before this one holds."""
@@ -53,11 +57,14 @@ class RingLabels(NamedTuple):
     position_rxL: Array | None
     segment_BxrxL: Array | None
 
-    def member(self, i: Any) -> tuple[Array | None, Array | None]:
-        """Positions [L] and segments [B, L] of ring member i."""
+    def member(self, i: Any, tail: int = 0) -> tuple[Array | None, Array | None]:
+        """Positions [L] and segments [B, L] of ring member i; of the last `tail` alone where that
+        is not 0."""
 
         def take(x: Array | None, axis: int) -> Array | None:
-            return None if x is None else lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
+            if x is None:
+                return None
+            return lax.dynamic_index_in_dim(x, i, axis, keepdims=False)[..., -tail:]
 
         return take(self.position_rxL, 0), take(self.segment_BxrxL, 1)
 
@@ -84,14 +91,14 @@ def _forward(ring: Ring, q: Array, kv: Array, members: RingLabels) -> tuple[Arra
     q_position, q_segment = members.member(here)
 
     def block(kv: Array, offset: Any) -> tuple[Array, Array]:
-        k_position, k_segment = members.member((here - offset) % n)
+        k_position, k_segment = members.member((here - offset) % n, kv.shape[2])
         labels = (q_position, k_position, q_segment, k_segment)
         return attend(q, kv[0], kv[1], ring.mask, *labels, out_type=jnp.float32)
 
     if ring.jumps is not None:
         state = block(kv, 0)
-        for offset in ring.jumps:
-            state = merge_lse(*state, *block(ring.shift(kv, offset), offset))
+        for offset, tail in ring.jumps:
+            state = merge_lse(*state, *block(ring.shift(kv[:, :, -tail:], offset), offset))
         return state
 
     def turn(carry: Any, offset: Array) -> tuple[Any, None]:
@@ -124,7 +131,7 @@ def _ring_backward(ring: Ring, residuals: Any, dout: Array) -> tuple[Array, Arra
 
     def block(kv: Array, offset: Any) -> tuple[Array, Array]:
         """(dq, dkv) that the keys of the member `offset` places before contribute."""
-        k_position, k_segment = members.member((here - offset) % n)
+        k_position, k_segment = members.member((here - offset) % n, kv.shape[2])
         labels = (q_position, k_position, q_segment, k_segment)
         dq, dk, dv = attend_backward(q, kv[0], kv[1], out, lse, dout, ring.mask, *labels)
         return dq, jnp.stack([dk, dv])
@@ -135,9 +142,9 @@ def _ring_backward(ring: Ring, residuals: Any, dout: Array) -> tuple[Array, Arra
 
 def _jumps_backward(ring: Ring, n: int, kv: Array, block: Any) -> tuple[Array, Array]:
     dq, dkv = block(kv, 0)
-    for offset in ring.jumps or ():
-        more, back = block(ring.shift(kv, offset), offset)
-        dq, dkv = dq + more, dkv + ring.shift(back, n - offset)
+    for offset, tail in ring.jumps or ():
+        more, back = block(ring.shift(kv[:, :, -tail:], offset), offset)
+        dq, dkv = dq + more, dkv.at[:, :, -tail:].add(ring.shift(back, n - offset))
     return dq, dkv
 
 

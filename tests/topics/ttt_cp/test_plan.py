@@ -115,7 +115,8 @@ def test_windows_fetch_only_what_they_reach():
     found = {(o.plan, o.layout.kind): o for o in planned.options("window", job, False)[0]}
     whole = {(o.plan, o.layout.kind): o for o in planned.options("attention", job, False)[0]}
     near = found["ring hops=1", "contiguous"]
-    assert near.wire == whole["ring", "contiguous"].wire / 3 and near.steps == 2
+    # One hop of three, of the last 699 keys of 1,024.
+    assert near.wire == whole["ring", "contiguous"].wire / 3 * 699 / 1024 and near.steps == 2
     assert near.flops < whole["ring", "zigzag"].flops
     # Positions 3,072 … 4,095 see 700 keys each, the first 700 fewer.
     assert planned._seen(planned.CONTIGUOUS, 4096, 4, 1, 700) * 4096 == 700
