@@ -13,6 +13,7 @@ from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.stack import Block, Layer, layer
 from fdp.models.ttt import LaCT, TTTLinear
+from fdp.models.two_memories import TwoMemories
 from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.state import StatePlan
@@ -94,10 +95,13 @@ def mixing(
         return layer(GatedDeltaNet, plan=StatePlan(state or own, layout), decay=SLOW, **at)
     if kind == "ttt_linear":
         return layer(TTTLinear, plan=_plan(state or "heads", layout), **at)
+    fast = {"hidden": m.hidden, "rate": m.rate, "rotate": False}
+    if kind == "two_memories":  # whole segments on every device
+        near = {"near": m.near, "reset": m.chunk}
+        return layer(TwoMemories, plan=_plan(state or "heads", layout), **at, **fast, **near)
     muon = kind == "lact_muon"
     plan = _plan(state or ("tokens+ns" if muon else "tokens"), layout)
-    fast = {"hidden": m.hidden, "rate": m.rate, "muon": muon, "rotate": False}
-    return layer(LaCT, plan=plan, **at, **fast)
+    return layer(LaCT, plan=plan, muon=muon, **at, **fast)
 
 
 def _plan(kind: str, layout: SequenceLayout) -> StatePlan:

@@ -14,13 +14,14 @@ ARMS = {
     "ttt_linear": ("ttt_linear",),
     "lact": ("lact",),
     "lact_muon": ("lact_muon",),
+    "two_memories": ("two_memories",),
     "gdn_1to1": ("gdn", "attention"),
     "gdn_1to3": ("gdn", "gdn", "attention", "gdn"),
     "lact_1to1": ("lact", "attention"),
     "lact_1to3": ("lact", "lact", "attention", "lact"),
 }
 SIZED = ("gdn", "ttt_linear", "lact")  # kinds whose state can be made as large as another's
-CHUNKED = ("lact",)  # kinds that read a chunk before they learn from it
+CHUNKED = ("lact", "two_memories")  # kinds that read a chunk before they learn from it
 
 SECTIONS = {
     "memory": section(
@@ -30,8 +31,9 @@ SECTIONS = {
         capacity=words((), SIZED, "layers whose pairs are counted against bytes of state"),
         sizes=integers(2, (), "of their states: 48 n² bytes"),
         pairs=integers(1, (4, 8, 16), "of the sequences that count"),
-        chunks=integers(1, (), "chunks that LaCT is also trained with", "tokens"),
+        chunks=integers(1, (), "chunks that LaCT and two memories are also trained with", "tokens"),
         chunk=count(16, "read and learnt from at once; divisible by cp", "tokens"),
+        near=count(4, "mini-batch of the near one of two memories; divides the chunk", "tokens"),
         hidden=count(2, "width of a fast network over the head dim"),
         rate=positive(0.3, "of a fast network, before its own"),
         window=count(8, "of the arm `window`", "tokens"),
@@ -72,6 +74,14 @@ def _check_lengths(c: ml_collections.ConfigDict) -> None:
             f"memory.chunk={m.chunk} is not divisible by mesh.cp={c.mesh.cp}, which shares out "
             f"every chunk: set memory.chunk={-(-m.chunk // c.mesh.cp) * c.mesh.cp}"
         )
+    both = "two_memories" in (*m.arms, *m.needle, *m.text)
+    for chunk in (*m.chunks, *((m.chunk,) if both else ())):
+        if chunk % m.near:
+            fix = max(n for n in range(1, m.near) if chunk % n == 0)
+            raise UserError(
+                f"a chunk of {chunk} tokens is not divisible by memory.near={m.near}, the "
+                f"mini-batches of two memories: set memory.near={fix}"
+            )
     if m.capacity and not m.sizes:
         raise UserError("memory.capacity needs sizes: set memory.sizes=(4, 8)")
     if m.capacity and 4 * max(m.pairs) > length:

@@ -119,6 +119,10 @@ def test_an_arm_is_a_kind_on_a_task():
         ({"memory.sizes": ()}, r"memory\.capacity needs sizes"),
         ({"memory.pairs": (4, 20)}, r"20 pairs need 4 · 20 tokens > .*: set data\.seq_len=80"),
         (
+            {"memory.arms": ("two_memories",), "memory.near": 6},
+            r"chunk of 16 tokens .* memory\.near=6, .*: set memory\.near=4",
+        ),
+        (
             {"memory.chunks": (8,), "data.source": "bible"},
             r"memory\.chunks=\(8,\) compares recall, .* set data\.source=mqar",
         ),

@@ -1,0 +1,99 @@
+"""Two memories in one layer (after TNT, arXiv 2511.07343): one that learns from large chunks, and a
+near one that learns from small mini-batches and begins anew every few tokens.
+
+The first cannot see what stands in its own chunk; the near one can, and no segment of it waits for
+another: they run side by side, and over cp a device reads its own. Both read the same queries, keys
+and values, and what they read is added.
+
+Legend: B sequences, L positions (local over cp), R positions of a segment of the near memory, H
+heads (local over tp), K head dim."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from fdp.collectives import size
+from fdp.count.counts import Counts, Degrees, Rows, Work
+from fdp.models import fast_weights
+from fdp.models.attention import Where
+from fdp.models.conv import runs
+from fdp.models.fast_weights import FastLinear
+from fdp.models.layers import normal, ones, zeros
+from fdp.models.ttt import LaCT
+
+Array = jax.Array
+
+
+class TwoMemories(LaCT):
+    """LaCT, and beside it TTT-Linear in mini-batches of `near`, with its first weights again at
+    every `reset`-th position. Raises ValueError for segments that lie on several devices, and where
+    a cache is kept."""
+
+    near: int = 4
+    reset: int = 16
+
+    def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
+        far = super().mix(q, k, v, x_BxLxD, where)
+        H, K = self.shape.heads, self.shape.head_dim
+        axes = ("tp", None)
+        first = FastLinear(
+            self.weight("near", normal(0.02), (H, K, K), ("tp", None, None), decay=False),
+            self.weight("near_bias", zeros, (H, K), axes, decay=False),
+        )
+        norm = (
+            self.weight("norm_scale", ones, (H, K), axes, decay=False),
+            self.weight("norm_shift", zeros, (H, K), axes, decay=False),
+        )
+        rates = jax.nn.sigmoid(self.head_scalars("w_near", x_BxLxD, 1)[..., 0])
+        B, L = rates.shape[:2]
+        self._check_reset(L * size("cp"), size("cp"))
+
+        def cut(x_BxL: Array) -> Array:  # every segment is a sequence
+            return x_BxL.reshape(B * L // self.reset, self.reset, *x_BxL.shape[2:])
+
+        segment = None if where.segment is None else cut(where.segment)
+        q, k, v, rates = map(cut, (q, k, v, rates))
+        read, _ = fast_weights.linear_scan(q, k, v, rates, first, norm, self.near, segment)
+        return far + read.reshape(far.shape).astype(far.dtype)
+
+    def recalled(self, first: Any, where: Where) -> None:
+        """None. Raises ValueError where a cache is kept."""
+        if super().recalled(first, where) is not None:
+            raise ValueError(
+                "TwoMemories has no cached decoding: sample without a cache, or train LaCT"
+            )
+
+    def work(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Those of LaCT; of the near memory, those of TTT-Linear, which sends nothing."""
+        H, K, C = self.shape.heads, self.shape.head_dim, self.near
+        flops, mask = rows.positions * H * 6 * K * (C + K), rows.positions * H * 2 * C * K
+        flops += rows.positions * H * 4 * K * K * rows.segments
+        forward = Work(flops, batched=flops)
+        heads = rows.batch * H // degrees["tp"]
+        starts = rows.length // C * (1 + rows.segments)
+        saved = 4 * heads * (starts * K * K + rows.length * (8 * K + C)) // degrees["cp"]
+        backward = forward.backward({}) - Work(mask, batched=mask)
+        near = Counts(H * K * (K + 3), forward, backward, saved=saved)
+        return super().work(rows, degrees) + near + self.scalars(1, rows)
+
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """As of LaCT. Raises ValueError for segments that lie on several devices, too."""
+        super().check(batch, length, degrees)
+        self._check_reset(length, degrees["cp"])
+
+    def _check_reset(self, length: int, cp: int) -> None:
+        if self.reset % self.near:
+            raise ValueError(
+                f"a segment of {self.reset} tokens is not divisible by mini-batches of "
+                f"{self.near}: set reset={-(-self.reset // self.near) * self.near}"
+            )
+        _, held = runs(self.plan.layout, length // cp, cp)
+        if held % self.reset:
+            fits = [r for r in range(self.near, held + 1, self.near) if held % r == 0]
+            fix = f"set reset={fits[-1]}" if fits else "lower mesh.cp"
+            raise ValueError(
+                f"the near memory begins anew every {self.reset} tokens, and a device holds "
+                f"{held} neighbours of {length} tokens on cp = {cp} ({self.plan.layout.kind}): "
+                f"{fix}, or use the contiguous layout"
+            )
