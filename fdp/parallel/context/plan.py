@@ -200,15 +200,19 @@ def needed_hops(
 
     The ring is that of cp/head_split devices, each with the positions of head_split neighbours."""
     r = cp // head_split
-    groups = [np.sort(p) for p in layouts.permutation(layout, seq_len, cp).reshape(r, -1)]
     reach = mask.window - 1 if mask.window else seq_len
-    ahead = 0 if mask.kind == "causal" else reach
-
-    def sees(q: np.ndarray, k: np.ndarray) -> bool:
-        return bool(
-            (np.searchsorted(k, q - reach) < np.searchsorted(k, q + ahead, side="right")).any()
-        )
-
-    return tuple(
-        o for o in range(1, r) if any(sees(groups[i], groups[(i - o) % r]) for i in range(r))
-    )
+    slots = layouts.inverse(layouts.permutation(layout, seq_len, cp))
+    owner_S = slots // (seq_len // r)
+    # Runs of consecutive positions of one owner, and from each to the one `far` runs on.
+    first_R = np.flatnonzero(np.diff(owner_S, prepend=-1))
+    last_R, owner_R = np.append(first_R[1:], seq_len) - 1, owner_S[first_R]
+    found: set[int] = set()
+    for far in range(1, len(first_R)):
+        near = first_R[far:] - last_R[:-far] <= reach
+        if not near.any() or len(found) == r - 1:
+            break
+        before = np.unique((owner_R[far:] - owner_R[:-far])[near] % r)
+        found |= {int(o) for o in before if o}
+        if mask.kind != "causal":
+            found |= {int(-o % r) for o in before if o}
+    return tuple(sorted(found))

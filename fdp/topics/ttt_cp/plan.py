@@ -96,11 +96,9 @@ def job_of(width: int, length: int, chunk: int, count: int, window: int = 4096) 
             f"--chunk={chunk} must be divisible by {count} devices and divide --seq={length}: set "
             f"--chunk={_chunk(chunk, length, count)}"
         )
-    if not 0 < window <= length:
-        raise UserError(
-            f"--window={window} is not within 1 to --seq={length}: set --window={min(4096, length)}"
-        )
-    return HybridJob(width, length, count, chunk, window)
+    if window < 1:
+        raise UserError(f"--window={window} reads no position: set --window={min(4096, length)}")
+    return HybridJob(width, length, count, chunk, min(window, length))
 
 
 def _chunk(chunk: int, length: int, count: int) -> int:

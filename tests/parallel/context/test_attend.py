@@ -8,6 +8,7 @@ Legend: B sequences, S positions, H query heads, K key heads, C head_dim; arrays
 layers."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import jax
@@ -246,6 +247,19 @@ WINDOWS = [
     ("ring", LAYOUTS[1], "causal window", None),
     ("usp2", LAYOUTS[0], "causal window", (1,)),
 ]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_needed_hops_are_those_of_all_pairs_of_positions(layout: SequenceLayout, kind: str) -> None:
+    for window, u in itertools.product((0, 1, 2, 5, 9, 17), (1, 2)):
+        r = 8 // u
+        owner = layouts.inverse(layouts.permutation(layout, S, 8)) // (S // r)
+        far = np.arange(S)[:, None] - np.arange(S)
+        seen = (abs(far) < (window or S)) & ((far >= 0) | (kind == "bidirectional"))
+        offsets = {int((owner[q] - owner[k]) % r) for q, k in np.argwhere(seen)} - {0}
+        assert needed_hops(Mask(kind, window=window), layout, S, 8, u) == tuple(sorted(offsets))
 
 
 @pytest.mark.parametrize(("name", "layout", "mask", "hops"), WINDOWS)

@@ -130,17 +130,10 @@ def test_attention_in_every_layer_takes_longer_the_fewer_a_hybrid_keeps():
         assert 1 < low[0] < low[1] < low[2] < 8
 
 
-@pytest.mark.parametrize(
-    ("sizes", "error"),
-    [
-        ((1024, 4096, 512, 8, 0), "--window=0 is not within 1 to --seq=4096: set --window=4096"),
-        ((1024, 512, 512, 8, 513), "--window=513 is not within 1 to --seq=512: set --window=512"),
-    ],
-)
-def test_bad_windows(sizes, error):
-    with pytest.raises(UserError) as found:
-        plan.job_of(*sizes)
-    assert str(found.value) == error
+def test_a_window_of_no_position_is_refused_and_a_long_one_is_the_whole():
+    with pytest.raises(UserError, match=r"--window=0 reads no position: set --window=512"):
+        plan.job_of(1024, 512, 512, 8, 0)
+    assert plan.job_of(1024, 512, 512, 8, 4096).window == 512
 
 
 @pytest.mark.parametrize(
