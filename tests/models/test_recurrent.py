@@ -447,15 +447,28 @@ def test_a_model_trains_as_one_device_and_sends_what_the_layers_state(name, same
     assert not found.mismatches()
 
 
+def traced_flops(p: TrainStep) -> int:
+    """Of a device."""
+    state, batch = p.abstract_arguments()
+    variables = {"params": state.params, "state": state.model}
+    noised = jax.eval_shape(lambda b: p.corrupt(b, jax.random.key(0)), batch)
+    return jaxpr.dot_flops(jax.jit(p.grads).trace(variables, noised).jaxpr)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["lact, tokens", "lact, heads+tokens", "ttt, wavefront"])
+def test_devices_compute_what_the_plan_makes_them_compute_alike(name):
+    p = program_of(name, {"cp": 4})
+    assert 4 * traced_flops(p) == flops.executed(p)
+    # Newton-Schulz of a sum on every device, ticks of a wavefront without a piece.
+    assert (flops.executed(p) > flops.train_step(p)) == (name != "lact, heads+tokens")
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("name", LAYERS)
 def test_flops_equal_the_jaxpr(name):
     p = program_of(name, {})
-    state, batch = p.abstract_arguments()
-    variables = {"params": state.params, "state": state.model}
-    noised = jax.eval_shape(lambda b: p.corrupt(b, jax.random.key(0)), batch)
-    traced = jax.jit(p.grads).trace(variables, noised)
-    assert jaxpr.dot_flops(traced.jaxpr) == flops.executed(p)
+    assert traced_flops(p) == flops.executed(p)
     groups = "group" in LAYERS[name][3]
     assert (flops.executed(p) > flops.train_step(p)) == groups
     count = sum(x.size for x in jax.tree.leaves(p.specs.shapes))
