@@ -35,8 +35,10 @@ def _cpu(c: ml_collections.ConfigDict) -> None:
     c.memory.update(
         arms=("attention", "window", "gdn", "ttt_linear", "lact", "lact_1to1"),
         needle=("attention", "window", "gdn", "lact", "lact_1to1"),
+        kjv=("gdn",),
         capacity=("gdn", "ttt_linear", "lact"),
-        sizes=(4, 8, 16),
+        sizes=(4, 6, 8, 16),
+        chunks=(8, 32),
         sequences=128,
     )
     c.checkpoint.every = 200
@@ -46,7 +48,9 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
     c.model.layers = 1
     c.train.update(steps=20, batch=8, warmup=5)
-    c.memory.update(arms=("attention", "gdn", "lact"), needle=(), capacity=(), sequences=16)
+    c.memory.update(
+        arms=("attention", "gdn", "lact"), needle=(), kjv=(), capacity=(), chunks=(), sequences=16
+    )
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
@@ -55,11 +59,19 @@ def _full(c: ml_collections.ConfigDict) -> None:
     c.seeds = (0, 1, 2)
     hybrids = ("gdn_1to1", "gdn_1to3", "lact_1to1", "lact_1to3")
     c.memory.update(
-        arms=("attention", "window", "gdn", "ttt_linear", "lact", "lact_muon", *hybrids),
-        needle=("attention", "window", "gdn", "lact", *hybrids),
+        arms=(
+            "attention",
+            "window",
+            "gdn",
+            "ttt_linear",
+            "lact",
+            "lact_muon",
+            "two_memories",
+            *hybrids,
+        ),
+        needle=("attention", "window", "gdn", "lact", "lact_1to3"),
+        kjv=("attention", "gdn", "lact", "lact_1to3"),
         text=("attention", "gdn", "lact", "lact_1to3"),
-        sizes=(2, 4, 8, 16),
-        chunks=(8, 16),
     )
 
 

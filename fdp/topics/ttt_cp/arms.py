@@ -7,6 +7,7 @@ from functools import lru_cache
 import ml_collections
 
 from fdp.data.recall import RECALL, AssociativeRecall, RecallTask, WordNeedle, task_data, task_of
+from fdp.data.ruler_text import ByteNeedle
 from fdp.experiment import Experiment, standard
 from fdp.models.attention import Attention, Softmax
 from fdp.models.layers import SwiGLU
@@ -21,7 +22,7 @@ from fdp.parallel.masks import Mask
 from fdp.topics.ttt_cp.settings import ARMS, CHUNKED
 from fdp.topics.ttt_cp.tasks import MixedPairs
 
-NEEDLE, TEXT = 64, 256  # positions of their sequences
+NEEDLE, KJV, TEXT = 64, 128, 256  # positions of their sequences
 SLOW = (1e-5, 1e-3)  # decay of Gated DeltaNet before training: it remembers all of a short sequence
 
 
@@ -46,6 +47,7 @@ def cases(c: ml_collections.ConfigDict) -> dict[str, MemoryCase]:
     m = c.memory
     found = [MemoryCase(kind) for kind in m.arms]
     found += [MemoryCase(kind, "needle") for kind in m.needle]
+    found += [MemoryCase(kind, "kjv") for kind in m.kjv]
     found += [MemoryCase(kind, "text") for kind in m.text]
     found += [MemoryCase(kind, "capacity", n) for kind in m.capacity for n in m.sizes]
     found += [MemoryCase(kind, "chunk", n) for kind in CHUNKED for n in m.chunks]
@@ -57,6 +59,8 @@ def recall_task(case: MemoryCase, c: ml_collections.ConfigDict) -> RecallTask | 
     length = c.data.seq_len
     if case.task == "needle":
         return WordNeedle(NEEDLE, 64)
+    if case.task == "kjv":
+        return ByteNeedle(KJV)
     if case.task == "capacity":
         return MixedPairs(length, tuple(c.memory.pairs), 64)
     if case.task == "text" or c.data.source not in RECALL:
@@ -132,11 +136,12 @@ def _of_task(task: str, c: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     if task == "needle":
         own.data.update(source="needle", seq_len=NEEDLE)
         own.train.lr = c.train.lr / 4  # at the rate for pairs, attention stays at chance
-    if task == "text":
-        own.data.update(source="bible", tokenizer="byte", seq_len=TEXT)
+    if task in ("kjv", "text"):
+        source, length = {"kjv": ("kjv_needle", KJV), "text": ("bible", TEXT)}[task]
+        own.data.update(source=source, tokenizer="byte", seq_len=length)
         wide = c.memory.width
         own.model.update(width=wide, head_dim=wide // c.model.heads, ffn=2 * wide, vocab=264)
-        own.train.lr = c.train.lr / 2
+        own.train.lr = c.train.lr / 4
     if c.data.source == "blank":
         own.data.source = "blank"
     return own
@@ -182,7 +187,7 @@ def on_mesh(
         layers=2 * len(ARMS[kind]), width=32, heads=8, kv_heads=8, head_dim=8, ffn=32, vocab=64
     )
     small.model.dtype = "float32"
-    small.memory.update(arms=(kind,), needle=(), text=(), capacity=(), chunks=())
+    small.memory.update(arms=(kind,), needle=(), kjv=(), text=(), capacity=(), chunks=())
     small.data.update(source="blank", tokenizer="bpe", vocab=62, seq_len=4 * c.memory.chunk)
     small.train.update(batch=8, zero=0, microbatches=1)
     return arm(kind, standard(small), small.memory, state)

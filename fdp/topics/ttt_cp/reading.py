@@ -214,9 +214,9 @@ def _checksum(variables: Any) -> str:
 
 
 def _first_of_text(reader: Reader) -> str | None:
-    """The first arm that was trained on text; None: there is none."""
+    """The first arm that was trained on bytes; None: there is none."""
     c: ml_collections.ConfigDict = reader.config
-    labels = [n for n in labels_of(c) if n.startswith("text-")]
+    labels = [n for n in labels_of(c) if n.startswith(("kjv-", "text-"))]
     return labels[0] if labels else None
 
 

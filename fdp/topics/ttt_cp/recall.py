@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from fdp.data.recall import WordNeedle
+from fdp.data.ruler_text import ByteNeedle
 from fdp.run import Run
 from fdp.study.claims import validation_loss
 from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Row
 from fdp.topics.ttt_cp import figures
-from fdp.topics.ttt_cp.arms import NEEDLE, MemoryCase, cases, recall_task
+from fdp.topics.ttt_cp.arms import KJV, NEEDLE, MemoryCase, cases, recall_task
 from fdp.topics.ttt_cp.settings import ARMS
 from fdp.topics.ttt_cp.tasks import MixedPairs, answered, found_at
 
@@ -30,7 +31,9 @@ def parts(run: Run) -> list[Part]:
         by_task.setdefault(case.task, {})[name] = case
     found: list[Part] = []
     for task, some in by_task.items():
-        judge = {"text": _text, "capacity": _capacity, "needle": _needle}.get(task, _answers)
+        judge = {"text": _text, "capacity": _capacity, "needle": _needle, "kjv": _needle}.get(
+            task, _answers
+        )
         if task in ("main", "chunk") and recall_task(next(iter(some.values())), run.config) is None:
             judge = _text
         found += judge(run, some)
@@ -93,15 +96,21 @@ def recall_rows(shares: Shares, note: str, task: str = "pairs") -> list[Row]:
 def chunk_rows(
     some: Mapping[str, MemoryCase], shares: Shares, smallest: int, note: str
 ) -> list[Row]:
-    """What each kind loses from its smallest chunk to its largest, in points."""
-    rows = []
+    """What each kind loses from its smallest chunk to its largest, in points; two memories against
+    one."""
+    rows, lost = [], {}
     for kind in dict.fromkeys(case.kind for case in some.values()):
         own = {case.number: shares[name] for name, case in some.items() if case.kind == kind}
         small, large = min(own), max(own)
         points = [100 * (a - b) for a, b in zip(own[small], own[large], strict=True)]
         claim = f"{kind} with chunks of {large} recalls nearly what it does with {small}"
-        metric = "points of right answers lost"
+        metric, lost[kind] = "points of right answers lost", points
         rows.append(Row.judged(claim, metric, points, "points", "<= 5", "measured", note=note))
+    if "two_memories" in lost and min(lost.get("lact", [0])) > 0:
+        claim = "two memories lose at most half of what one loses to large chunks"
+        both = [a / b for a, b in zip(lost["two_memories"], lost["lact"], strict=True)]
+        metric = "points that they lose over those that LaCT loses"
+        rows.append(Row.judged(claim, metric, both, "of 1", "<= 0.5", "measured", note=note))
     return rows
 
 
@@ -113,27 +122,30 @@ def _needle(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
     """Needles at every depth, also in longer sequences than those of training."""
     m = run.config.memory
     longer = LONGER[: 1 if run.config.variant == "tiny" else None]
-    tasks = tuple(WordNeedle(NEEDLE * n, 64) for n in longer)
+    bible = next(iter(some.values())).task == "kjv"
+    length, what = (KJV, "digits of a needle in the Bible") if bible else (NEEDLE, "needles")
+    tasks = tuple(ByteNeedle(KJV * n) if bible else WordNeedle(NEEDLE * n, 64) for n in longer)
     found = [
         measure(f"needles {name}", found_at, each(run.arms[name]), tasks, DEPTHS, m.sequences)
         for name in some
     ]
     reach = m.window * run.config.model.layers
     note = (
-        f"{_about(run, tasks[0].chance)}; needle at the start of {NEEDLE} tokens, beyond the "
+        f"{_about(run, tasks[0].chance)}; needle at the start of {length} tokens, beyond the "
         f"{reach} that {run.config.model.layers} windows of {m.window} reach"
     )
     kinds = [case.kind for case in some.values()]
 
     def rows(*heat: list[Any]) -> list[Row]:
         far = {k: [float(h[0][0]) for h in seeds] for k, seeds in zip(kinds, heat, strict=True)}
-        return [*recall_rows(far, note, "needles"), *least_attention(far, note)]
+        return [*recall_rows(far, note, what), *least_attention(far, note)]
 
     def plot(*heat: list[Any]) -> Any:
         means = {k: np.mean(seeds, 0) for k, seeds in zip(kinds, heat, strict=True)}
-        return figures.needles(means, [NEEDLE * n for n in longer], DEPTHS)
+        return figures.needles(means, [length * n for n in longer], DEPTHS)
 
-    return [*found, derive("needles", *found, rows=rows, plot=plot, group="Needles")]
+    name, group = ("needles bible", "The Bible") if bible else ("needles", "Needles")
+    return [*found, derive(name, *found, rows=rows, plot=plot, group=group)]
 
 
 def least_attention(far: Shares, note: str) -> list[Row]:

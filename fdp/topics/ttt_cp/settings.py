@@ -27,10 +27,12 @@ SECTIONS = {
     "memory": section(
         arms=words(("attention", "gdn", "lact"), tuple(ARMS), "layers in place of attention"),
         needle=words((), tuple(ARMS), "arms that are also trained on needles"),
+        kjv=words((), tuple(ARMS), "arms that also find needles in the Bible, in bytes"),
         text=words((), tuple(ARMS), "arms that are also trained on the King James Bible"),
         capacity=words((), SIZED, "layers whose pairs are counted against bytes of state"),
         sizes=integers(2, (), "of their states: 48 n² bytes"),
-        pairs=integers(1, (4, 8, 16), "of the sequences that count"),
+        # Fewer are asked in the first chunk, which LaCT reads before it has learnt anything.
+        pairs=integers(1, (8, 12, 16), "of the sequences that count"),
         chunks=integers(1, (), "chunks that LaCT and two memories are also trained with", "tokens"),
         chunk=count(16, "read and learnt from at once; divisible by cp", "tokens"),
         near=count(4, "mini-batch of the near one of two memories; divides the chunk", "tokens"),
@@ -47,7 +49,7 @@ def check(c: ml_collections.ConfigDict) -> None:
     """Raise UserError for periods that do not divide the layers, and for objectives, data and
     lengths that the layers cannot take."""
     m = c.memory
-    for arm in (*m.arms, *m.needle, *m.text):
+    for arm in (*m.arms, *m.needle, *m.kjv, *m.text):
         period = len(ARMS[arm])
         if c.model.layers % period:
             raise UserError(
@@ -74,7 +76,7 @@ def _check_lengths(c: ml_collections.ConfigDict) -> None:
             f"memory.chunk={m.chunk} is not divisible by mesh.cp={c.mesh.cp}, which shares out "
             f"every chunk: set memory.chunk={-(-m.chunk // c.mesh.cp) * c.mesh.cp}"
         )
-    both = "two_memories" in (*m.arms, *m.needle, *m.text)
+    both = "two_memories" in (*m.arms, *m.needle, *m.kjv, *m.text)
     for chunk in (*m.chunks, *((m.chunk,) if both else ())):
         if chunk % m.near:
             fix = max(n for n in range(1, m.near) if chunk % n == 0)

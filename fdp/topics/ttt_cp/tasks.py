@@ -2,7 +2,7 @@
 
 Legend: B sequences, L positions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
-from fdp.data.recall import AssociativeRecall, RecallTask, accuracy
+from fdp.data.recall import AssociativeRecall, RecallTask, WordNeedle, accuracy
+from fdp.data.ruler_text import ByteNeedle
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.objectives.base import TokenObjective
@@ -57,11 +58,17 @@ def answered(arm: Arm, tasks: tuple[RecallTask, ...], sequences: int) -> list[fl
 
 
 def found_at(
-    arm: Arm, tasks: tuple[Any, ...], depths: tuple[float, ...], sequences: int
+    arm: Arm, tasks: tuple[WordNeedle | ByteNeedle, ...], depths: tuple[float, ...], sequences: int
 ) -> list[list[float]]:
     """The same for needles at `depths` (0: the start of the haystack, 1: its end): a list for each
     task."""
-    return [[_share(arm, *t.sample(JUDGE, 0, sequences, d)) for d in depths] for t in tasks]
+    return [[_share(arm, *_at(t, sequences, d)) for d in depths] for t in tasks]
+
+
+def _at(task: WordNeedle | ByteNeedle, sequences: int, depth: float) -> Any:
+    if isinstance(task, WordNeedle):
+        return task.sample(JUDGE, 0, sequences, depth)
+    return replace(task, depth=depth).sample(JUDGE, 0, sequences)
 
 
 def _share(arm: Arm, tokens_BxL: np.ndarray, scored_BxL: np.ndarray) -> float:

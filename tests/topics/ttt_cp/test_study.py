@@ -10,6 +10,7 @@ from fdp.topics.ttt_cp.arms import MemoryCase, cases, recall_task, sized
 from fdp.topics.ttt_cp.counted import polished, wire
 from fdp.topics.ttt_cp.recall import (
     capacity_rows,
+    chunk_rows,
     held,
     lact_or_gdn,
     least_attention,
@@ -100,7 +101,7 @@ def test_counted_rows_hold():
 def test_an_arm_is_a_kind_on_a_task():
     names = list(cases(get_config("full")))
     assert len(set(names)) == len(names)
-    assert {"lact", "needle-lact", "text-lact", "capacity-lact-8", "chunk-lact-16"} <= set(names)
+    assert {"lact", "needle-lact", "text-lact", "capacity-lact-8", "chunk-lact-32"} <= set(names)
     c = get_config("cpu")
     assert recall_task(MemoryCase("lact", "text"), c) is None
     assert recall_task(MemoryCase("lact"), c).pairs == 8
@@ -119,7 +120,7 @@ def test_an_arm_is_a_kind_on_a_task():
         ({"memory.sizes": ()}, r"memory\.capacity needs sizes"),
         ({"memory.pairs": (4, 20)}, r"20 pairs need 4 · 20 tokens > .*: set data\.seq_len=80"),
         (
-            {"memory.arms": ("two_memories",), "memory.near": 6},
+            {"memory.arms": ("two_memories",), "memory.chunks": (), "memory.near": 6},
             r"chunk of 16 tokens .* memory\.near=6, .*: set memory\.near=4",
         ),
         (
@@ -135,3 +136,13 @@ def test_refused(changes, message):
         c[section][name] = value
     with pytest.raises(UserError, match=message):
         validate(c)
+
+
+def test_two_memories_are_judged_by_what_one_loses():
+    some = {
+        f"{k}-{n}": MemoryCase(k, "chunk", n) for k in ("lact", "two_memories") for n in (8, 32)
+    }
+    shares = {"lact-8": [0.9], "lact-32": [0.4], "two_memories-8": [0.95], "two_memories-32": [0.8]}
+    *_, both = chunk_rows(some, shares, 16, "")
+    assert both.verdict == "holds" and both.value == pytest.approx(0.3)
+    assert len(chunk_rows(some, shares | {"lact-32": [0.9]}, 16, "")) == 2  # nothing to halve
