@@ -38,7 +38,6 @@ def _cpu(c: ml_collections.ConfigDict) -> None:
         kjv=("gdn",),
         capacity=("gdn", "ttt_linear", "lact"),
         sizes=(4, 6, 8, 16),
-        chunks=(8, 32),
         sequences=128,
     )
     c.checkpoint.every = 200
@@ -48,9 +47,7 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
     c.model.layers = 1
     c.train.update(steps=20, batch=8, warmup=5)
-    c.memory.update(
-        arms=("attention", "gdn", "lact"), needle=(), kjv=(), capacity=(), chunks=(), sequences=16
-    )
+    c.memory.update(arms=("attention", "gdn", "lact"), needle=(), kjv=(), capacity=(), sequences=16)
 
 
 def _full(c: ml_collections.ConfigDict) -> None:
@@ -72,6 +69,7 @@ def _full(c: ml_collections.ConfigDict) -> None:
         needle=("attention", "window", "gdn", "lact", "lact_1to3"),
         kjv=("attention", "gdn", "lact", "lact_1to3"),
         text=("attention", "gdn", "lact", "lact_1to3"),
+        chunks=(8, 32),
     )
 
 

@@ -98,7 +98,10 @@ def mixing(
         own = "affine" if layout == CONTIGUOUS else "heads"
         return layer(GatedDeltaNet, plan=StatePlan(state or own, layout), decay=SLOW, **at)
     if kind == "ttt_linear":
-        return layer(TTTLinear, plan=_plan(state or "heads", layout), **at)
+        own = "wavefront" if layout == CONTIGUOUS else "heads"
+        # Half a chunk, where it has one, so that eight devices share 64 tokens.
+        small = at | {"chunk": m.chunk // (2 - m.chunk % 2)}
+        return layer(TTTLinear, plan=_plan(state or own, layout), **small)
     fast = {"hidden": m.hidden, "rate": m.rate, "rotate": False}
     if kind == "two_memories":  # whole segments on every device
         near = {"near": m.near, "reset": m.chunk}
@@ -109,8 +112,8 @@ def mixing(
 
 
 def _plan(kind: str, layout: SequenceLayout) -> StatePlan:
-    """Two devices that share heads where there are two levels, a wavefront of eight pieces."""
-    u, pieces = 2 if kind == "heads+tokens" else 1, 8 if kind == "wavefront" else 1
+    """Two devices that share heads where there are two levels, a wavefront of four pieces."""
+    u, pieces = 2 if kind == "heads+tokens" else 1, 4 if kind == "wavefront" else 1
     return StatePlan(kind, layout, u, pieces)
 
 
