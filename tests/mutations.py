@@ -36,6 +36,7 @@ MOE, ROUTER = "tests/models/test_moe.py::", "tests/models/test_router.py::"
 PLANNER = "tests/parallel/context/test_planner.py::"
 PIPELINE = "tests/parallel/pipeline/"
 STATES, PARITY = "tests/models/test_recurrent.py::", "tests/models/test_state_parity.py::"
+DOCUMENTS = "tests/models/test_recurrent_documents.py::"
 PLANS = "tests/parallel/context/test_layer_plans.py::"
 MUTATIONS = (
     Mutation(
@@ -253,8 +254,8 @@ MUTATIONS = (
     Mutation(
         "a token of a chunk does not read itself",
         "models/delta.py",
-        "past, since = order[:, None] >= order, jnp.exp(total)",
-        "past, since = order[:, None] > order, jnp.exp(total)",
+        "past, fresh = order[:, None] >= order, None",
+        "past, fresh = order[:, None] > order, None",
         f"{STATES}test_chunks_equal_the_recurrence[stream]",
     ),
     Mutation(
@@ -316,8 +317,8 @@ MUTATIONS = (
     Mutation(
         "a chunk is updated on before it is read",
         "models/fast_weights.py",
-        "return update(*memory, at), apply(memory[0], at.q)",
-        "return (new := update(*memory, at)), apply(new[0], at.q)",
+        "return update(*carried, part), read_by(memory[0], part.q, earlier)",
+        "return (new := update(*carried, part)), read_by(new[0], part.q, earlier)",
         f"{STATES}test_no_output_depends_on_a_later_token[lact, tokens]",
     ),
     Mutation(
@@ -336,10 +337,39 @@ MUTATIONS = (
         f"{PARITY}test_the_chunks_of_lact",
     ),
     Mutation(
+        "the weights of LaCT are kept across documents",
+        "models/fast_weights.py",
+        "return jax.tree.map(one, carried, first)",
+        "return carried",
+        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone",
+    ),
+    Mutation(
+        "a document hands on what was learnt from the one before it in the chunk",
+        "models/fast_weights.py",
+        "rates = jnp.where(of.learnt()[:, None, :, None], part.rates, 0)",
+        "rates = part.rates",
+        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone",
+    ),
+    Mutation(
+        "a document that begins in a chunk is read with the weights of another",
+        "models/fast_weights.py",
+        "return jnp.where(earlier[:, None, :, None], out, apply(start, q))",
+        "return out",
+        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone",
+    ),
+    Mutation(
+        "every device takes its own last token for the last of the chunk",
+        "models/ttt.py",
+        "functools.partial(state.of_the_last, among=outer)",
+        "lambda x: x",
+        f"{DOCUMENTS}test_documents_over_cp_equal_one_device_and_their_ids_are_counted"
+        "[lact, tokens]",
+    ),
+    Mutation(
         "Newton-Schulz before the sum over devices",
         "models/ttt.py",
-        "sharing = Sharing(lambda x: psum(x, outer), devices=size(outer))",
-        "sharing = Sharing(lambda x: x, lambda x: psum(x, outer), size(outer))",
+        "Sharing(lambda x: psum(x, outer), devices=parts, ends=ends)",
+        "Sharing(lambda x: x, lambda x: psum(x, outer), parts, ends)",
         f"{STATES}test_every_plan_equals_one_device[lact, tokens]",
     ),
     Mutation(
