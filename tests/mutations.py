@@ -322,6 +322,42 @@ MUTATIONS = (
         f"{STATES}test_no_output_depends_on_a_later_token[lact, tokens]",
     ),
     Mutation(
+        "fast weights are kept across documents",
+        "models/fast_weights.py",
+        "same = self.before == self.last",
+        "same = self.last == self.last",
+        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone[lact]",
+    ),
+    Mutation(
+        "a token reads what another document has left",
+        "models/fast_weights.py",
+        "return self.each == self.before[:, None]",
+        "return self.each == self.each",
+        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone[lact]",
+    ),
+    Mutation(
+        "all documents of a mini-batch move the weights that are handed on",
+        "models/fast_weights.py",
+        "return self.each == self.last[:, None]",
+        "return self.each == self.each",
+        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone[ttt]",
+    ),
+    Mutation(
+        "every device takes the last document of its own part of a chunk",
+        "parallel/context/state.py",
+        "return broadcast(x, among, size(among) - 1)",
+        "return x",
+        f"{DOCUMENTS}test_documents_over_cp_equal_one_device_and_their_ids_are_counted"
+        "[lact, tokens]",
+    ),
+    Mutation(
+        "the near one of two memories never begins anew",
+        "models/two_memories.py",
+        "x_BxL.reshape(B * L // self.reset, self.reset, *x_BxL.shape[2:])",
+        "x_BxL",
+        "tests/models/test_two_memories.py::test_what_is_read_is_the_sum_of_both_parts",
+    ),
+    Mutation(
         "rows take the length 1 instead of their first",
         "models/fast_weights.py",
         "scale = norms * jax.lax.rsqrt",
