@@ -457,16 +457,14 @@ MUTATIONS = (
         "parallel/context/state.py",
         "jnp.where(me == 0, a, b)",
         "jnp.where(me >= 0, a, b)",
-        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
-        "[ttt, wavefront]",
+        f"{STATES}test_every_plan_equals_one_device[ttt, wavefront]",
     ),
     Mutation(
         "a wavefront hands on weights once a piece, not in every tick",
         "models/ttt.py",
         "heads // m * ticks * K",
         "heads // m * m * K",
-        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
-        "[ttt, wavefront]",
+        f"{STATES}test_every_plan_equals_one_device[ttt, wavefront]",
     ),
     Mutation(
         "steps of a chain take no time",

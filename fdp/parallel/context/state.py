@@ -222,7 +222,12 @@ def wavefront(
     def by_tick(x_BxH: Array) -> Array:
         return x_BxH.reshape(*shape, *x_BxH.shape[2:])[at]
 
-    every = jax.tree.map(lambda x: by_tick(jnp.broadcast_to(x, (B, *x.shape))), (start, fixed))
+    def of_sequences(
+        x_H: Array,
+    ) -> Array:  # varying first: its gradient is summed once, not B times
+        return jnp.broadcast_to(vary_like(x_H, tokens[0]), (B, *x_H.shape))
+
+    every = jax.tree.map(lambda x: by_tick(of_sequences(x)), (start, fixed))
     cut = [by_tick(jnp.moveaxis(x, 2, 1)) for x in tokens]
 
     def tick(arrived: Any, now: Any) -> tuple[Any, Array]:
