@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fdp.collectives import size
 from fdp.count.counts import Counts, Degrees, Rows, Work
@@ -35,9 +34,7 @@ class TwoMemories(LaCT):
     reset: int = 16
 
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
-        far = super().mix(q, k, v, x_BxLxD, where).astype(jnp.float32)
-        # Of length 1 a number, as what the near one reads: f(q) is some thirty times less at first.
-        far = far * jax.lax.rsqrt((far * far).mean(-1, keepdims=True) + self.shape.epsilon)
+        far = super().mix(q, k, v, x_BxLxD, where)
         H, K = self.shape.heads, self.shape.head_dim
         axes = ("tp", None)
         first = FastLinear(
@@ -58,7 +55,7 @@ class TwoMemories(LaCT):
         segment = None if where.segment is None else cut(where.segment)
         q, k, v, rates = map(cut, (q, k, v, rates))
         read, _ = fast_weights.linear_scan(q, k, v, rates, first, norm, self.near, segment)
-        return far + read.reshape(far.shape)
+        return far + read.reshape(far.shape).astype(far.dtype)
 
     def recalled(self, first: Any, where: Where) -> None:
         """None. Raises ValueError where a cache is kept."""
