@@ -373,35 +373,6 @@ MUTATIONS = (
         f"{PARITY}test_the_chunks_of_lact",
     ),
     Mutation(
-        "the weights of LaCT are kept across documents",
-        "models/fast_weights.py",
-        "return jax.tree.map(one, carried, first)",
-        "return carried",
-        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone",
-    ),
-    Mutation(
-        "a document hands on what was learnt from the one before it in the chunk",
-        "models/fast_weights.py",
-        "rates = jnp.where(of.learnt()[:, None, :, None], part.rates, 0)",
-        "rates = part.rates",
-        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone",
-    ),
-    Mutation(
-        "a document that begins in a chunk is read with the weights of another",
-        "models/fast_weights.py",
-        "return jnp.where(earlier[:, None, :, None], out, apply(start, q))",
-        "return out",
-        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone",
-    ),
-    Mutation(
-        "every device takes its own last token for the last of the chunk",
-        "models/ttt.py",
-        "functools.partial(state.of_the_last, among=outer)",
-        "lambda x: x",
-        f"{DOCUMENTS}test_documents_over_cp_equal_one_device_and_their_ids_are_counted"
-        "[lact, tokens]",
-    ),
-    Mutation(
         "Newton-Schulz before the sum over devices",
         "models/ttt.py",
         "Sharing(lambda x: psum(x, outer), devices=parts, ends=ends)",
@@ -444,6 +415,14 @@ MUTATIONS = (
         "split_dim=2, concat_dim=1)[:, back] for x in tokens]",
         "split_dim=2, concat_dim=1) for x in tokens]",
         f"{STATES}test_every_plan_equals_one_device[ttt, heads]",
+    ),
+    Mutation(
+        "every device of a wavefront begins with the first weights",
+        "parallel/context/state.py",
+        "jnp.where(me == 0, a, b), first, arrived",
+        "jnp.where(me >= 0, a, b), first, arrived",
+        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
+        "[ttt, wavefront]",
     ),
     Mutation(
         "every device takes the first heads of a parameter",
