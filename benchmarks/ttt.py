@@ -38,10 +38,13 @@ from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet, StateLayer
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, layer
-from fdp.models.ttt import LaCT
+from fdp.models.transformer import Transformer
+from fdp.models.ttt import LaCT, TTTLinear
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.state import StatePlan
+from fdp.sampling import autoregressive
+from fdp.sampling.noise import Draw
 from fdp.step import TrainStep
 
 Array = jax.Array
@@ -144,7 +147,7 @@ def delta_chunks(repeats: int, S: int = 1024, H: int = 4, K: int = 64) -> Judged
 # -------------------------------------------------------------------------------------------------
 
 SHAPE = {"layers": 2, "width": 128, "heads": 2, "kv_heads": 2, "ffn": 256, "vocab": 256}
-LAYERS = {"LaCT": (LaCT, 64), "GDN": (GatedDeltaNet, 64)}
+LAYERS = {"LaCT": (LaCT, 64), "GDN": (GatedDeltaNet, 64), "TTT-Linear": (TTTLinear, 16)}
 
 
 def step_of(name: str, S: int) -> tuple[Any, tuple[Any, ...]]:
@@ -168,6 +171,34 @@ def growth(repeats: int, S: int = 1024) -> list[Judged]:
         short, long = (seconds[str(n)] for n in (S, 4 * S))
         detail = f"{name}, S {S}: {1e3 * np.median(short):.0f} ms"
         rows.append(Judged("step at 4 S / at S", detail, long / short, 4.4))
+    return rows
+
+
+def decoding(repeats: int, many: int = 16) -> list[Judged]:
+    """Time of tokens at 64K of a text over that at 1K."""
+    rows = []
+    for name, (cls, chunk) in LAYERS.items():
+        shape = ModelShape(**SHAPE, head_dim=64, conv=4)
+        block = layer(Block, mixing=layer(cls, chunk=chunk), ffn=layer(SwiGLU))
+        model = Transformer(shape, (block,))
+        example = {"inputs": jnp.zeros((1, 1), jnp.int32), "noise": jnp.zeros(1)}
+        variables = module.init(model, jax.random.key(0), example)
+        cache, _ = model.decode_state(1, 1)
+        draw = Draw(jax.random.key(1), jnp.zeros(1, jnp.int32), many, SHAPE["vocab"])
+
+        def run(variables: Any, cache: Any, start: Array, model=model, draw=draw) -> Array:
+            last = jnp.zeros(1, jnp.int32)
+            return autoregressive.write(model, variables, cache, last, start, draw)[0]
+
+        starts = {str(n): jnp.asarray(n) for n in (2**10, 2**16)}
+        program = jax.jit(run).lower(variables, cache, starts["1024"]).compile()
+        calls = {n: (program, (variables, cache, start)) for n, start in starts.items()}
+        seconds = time_interleaved(calls, repeats)
+        each = 1e3 * np.median(seconds["1024"]) / many
+        detail = f"{name}, {many} tokens of {each:.2f} ms"
+        rows.append(
+            Judged("token after 64K / after 1K", detail, seconds["65536"] / seconds["1024"], 1.1)
+        )
     return rows
 
 
@@ -232,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         memory,
         lambda: [delta_chunks(args.repeats)],
         lambda: growth(args.repeats),
+        lambda: decoding(args.repeats),
         lambda: scans(args.repeats),
     )
     for part in parts:

@@ -7,6 +7,7 @@ Gated DeltaNet at equal bytes of state (`full` decides; expected to fail or to b
     python -m fdp.train --config=configs/topic12.py        # ≤ 10 min on 2 cores, 8 virtual devices
     python -m fdp.train --config=configs/topic12.py:tiny   # ≤ 60 s
     python -m fdp.train --config=configs/topic12.py:full   # three seeds; resumable
+    python -m fdp.topics.ttt_cp.read runs/topic12-cpu book.txt --save=book.npz   # then ask it
     python -m fdp.train --config=configs/topic12.py:pod --dry_run   # 1M tokens on 16 H100 nodes
     python -m fdp.train --config=configs/topic12.py \\
         --config.mesh.cp=4 --config.mesh.dp=2               # one variation: the same losses

@@ -5,6 +5,7 @@ Legend: B sequences, L positions (local over cp), D width, H heads (local over t
 hidden width of a fast network."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +102,14 @@ class LaCT(StateLayer):
         up, down = jnp.zeros((batch, H, F, K)), jnp.zeros((batch, H, K, F))
         found = fast_rows.swiglu_memory(FastWeights(up, up, down), self.momentum)
         return found, jax.tree.map(_by_head, found)
+
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """As of all layers with a state; raises ValueError for a negative `group`, too."""
+        if self.group < 0:
+            raise ValueError(
+                f"group = {self.group} chunks to compute again: set 0, which keeps all, or more"
+            )
+        super().check(batch, length, degrees)
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Reading a chunk is three products, an update six more; the last chunk is only read. With
@@ -258,6 +267,16 @@ class TTTLinear(StateLayer):
         one = FastLinear(jnp.zeros((batch, H, K, K)), jnp.zeros((batch, H, K)))
         found = LinearMemory(one, one)
         return found, jax.tree.map(_by_head, found)
+
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """As of all layers with a state; raises ValueError for a length that is not whole
+        mini-batches, too."""
+        if length % min(self.chunk, length):
+            raise ValueError(
+                f"{length} tokens are not divisible by mini-batches of {self.chunk}: set "
+                f"data.seq_len={-(-length // self.chunk) * self.chunk}"
+            )
+        super().check(batch, length, degrees)
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Three products with the weights and three inside the mini-batch, of which the mask's has

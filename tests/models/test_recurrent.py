@@ -402,6 +402,14 @@ def test_splits_that_cannot_run_are_refused(heads, split, message):
 
 
 @pytest.mark.fast
+def test_groups_and_mini_batches_that_cannot_run_are_refused():
+    one, shape = dict.fromkeys(AXES, 1), ModelShape(1, 8, 2, 2, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"group = -1 chunks .* set 0"):
+        LaCT(shape, group=-1, parent=None).check(1, 24, one)
+    with pytest.raises(ValueError, match=r"24 tokens .* mini-batches of 16: set data.seq_len=32"):
+        TTTLinear(shape, chunk=16, parent=None).check(1, 24, one)
+
+
 def test_an_unknown_plan_is_refused():
     with pytest.raises(ValueError, match="state plan 'ring' is unknown: tokens, tokens"):
         StatePlan("ring")
