@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from build import experiment, tiny, tokens
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -67,8 +67,40 @@ FRESH[0, [5, 6, 13]] = FRESH[1, 0] = True
 STATE = normal(B, H, K, V)
 
 
+FEW = 8  # positions of the first sequence and head
+
+
 def part(tokens: delta.Tokens, start: int, stop: int) -> delta.Tokens:
     return jax.tree.map(lambda x: x[:, start:stop], tokens)
+
+
+@functools.cache
+def map_of(start: int, stop: int) -> jax.Array:
+    """Of the positions `start` … `stop` of FEW; of none, the identity [I | 0]."""
+    if start == stop:
+        return jnp.eye(K, K + V)[None, None]
+    few = jax.tree.map(lambda x: x[:1, :, :1], part(TOKENS, start, stop))
+    return map_of_chunks(few)
+
+
+@jax.jit
+def map_of_chunks(tokens: delta.Tokens) -> jax.Array:
+    return delta.affine(delta.prepare(tokens, 1))
+
+
+@functools.cache
+def last_state() -> jax.Array:
+    few = jax.tree.map(lambda x: x[:1, :, :1], part(TOKENS, 0, FEW))
+    return delta.recur(few, STATE[:1, :1])[1]
+
+
+@jax.jit
+def composed(maps: list[jax.Array], start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The state after all `maps`: composed, composed in the wrong order, folded."""
+    whole = functools.reduce(lambda earlier, later: delta.compose(later, earlier), maps)
+    wrong = functools.reduce(delta.compose, maps)
+    folded = delta.fold(jnp.stack(maps), start, jnp.asarray(len(maps)))
+    return delta.apply(whole, start), delta.apply(wrong, start), folded
 
 
 @pytest.mark.fast
@@ -91,23 +123,18 @@ def test_a_document_reads_nothing_of_the_one_before():
 
 
 @pytest.mark.fast
-@settings(deadline=None, max_examples=3)
-@given(st.lists(st.integers(0, L), min_size=1, max_size=3).map(sorted))
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, FEW), min_size=3, max_size=3).map(sorted))
+@example([0, 3, 3])
+@example([5, FEW, FEW])
 def test_maps_of_parts_compose_in_order_to_the_map_of_the_whole(cuts):
-    ends = [0, *cuts, L]
-    maps = [
-        delta.affine(delta.prepare(part(TOKENS, a, b), 1))
-        for a, b in itertools.pairwise(ends)
-        if b > a
-    ]
-    whole = functools.reduce(lambda earlier, later: delta.compose(later, earlier), maps)
-    _, want = delta.recur(TOKENS, STATE)
-    np.testing.assert_allclose(delta.apply(whole, STATE), want, atol=5e-6)
-    folded = delta.fold(jnp.stack(maps), STATE, jnp.asarray(len(maps)))
+    maps = [map_of(a, b) for a, b in itertools.pairwise([0, *cuts, FEW])]
+    whole, wrong, folded = composed(maps, STATE[:1, :1])
+    want = last_state()
+    np.testing.assert_allclose(whole, want, atol=5e-6)
     np.testing.assert_allclose(folded, want, atol=5e-6)
-    if len(maps) > 1:  # the order matters
-        wrong = functools.reduce(delta.compose, maps)
-        assert np.abs(delta.apply(wrong, STATE) - want).max() > 1e-3
+    if len({0, *cuts, FEW}) > 2:  # the order matters
+        assert np.abs(wrong - want).max() > 1e-3
 
 
 @pytest.mark.fast
@@ -399,6 +426,15 @@ def test_splits_that_cannot_run_are_refused(heads, split, message):
         StatePlan("heads+tokens", SHARED, split).check(
             B, heads, S, dict.fromkeys(AXES, 1) | {"cp": 4}, 8
         )
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("cp", "split"), [(2, 2), (6, 2), (6, 3), (12, 4), (12, 6)])
+def test_devices_that_are_no_power_of_two_times_two_are_not_split(cp, split):
+    plan = StatePlan("heads+tokens", SequenceLayout("striped", 1), split)
+    degrees = dict.fromkeys(AXES, 1) | {"cp": cp}
+    with pytest.raises(ValueError, match=f"cp = {cp} .*both powers of two: use plan tokens or hea"):
+        plan.check(B, 12, 4 * cp, degrees, cp)
 
 
 @pytest.mark.fast

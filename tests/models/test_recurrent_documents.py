@@ -52,7 +52,7 @@ def lengths(*of: int) -> np.ndarray:
 # fills a chunk and leaves it.
 SEGMENT = np.stack([lengths(5, 11, 2, 3, 19), lengths(8, 1, 17, 14)])
 DOCUMENTS = [(b, d) for b in range(B) for d in range(SEGMENT[b].max() + 1)]
-Q, KEY = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (normal(B, L, H, K),) * 2)
+Q, KEY = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in normal(2, B, L, H, K))
 VALUE, RATE = normal(B, L, H, K), 1 / (1 + np.exp(-normal(B, L, H)))
 
 

@@ -143,8 +143,12 @@ def _check_split(plan: CommPlan, cp: int, heads: int, kv_heads: int, batch: int)
     if plan.kind not in ("ulysses", "usp", "batch") and u != 1:
         raise ValueError(f"plan {plan.kind} splits no heads: head_split = {u} must be 1")
     if u < 1 or cp % u:
+        fix = f"set head_split={cp}" if cp & (cp - 1) else f"use a power of two up to {cp}"
+        raise ValueError(f"cp = {cp} is not divisible by head_split = {u}: {fix}")
+    if 1 < u < cp and cp & (cp - 1):
         raise ValueError(
-            f"cp = {cp} is not divisible by head_split = {u}: use a power of two up to {cp}"
+            f"cp = {cp} is no power of two, so the mesh does not split it into head_split = {u} "
+            f"and rings of {cp // u}: set head_split={cp}, or use plan ring"
         )
     if plan.kind == "batch":
         if batch % u:

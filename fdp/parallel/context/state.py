@@ -97,10 +97,12 @@ class StatePlan:
         if self.kind == "wavefront":
             self._check_wavefront(batch, heads, length, cp, chunk)
         u = self.head_split
-        if self.kind == "heads+tokens" and (cp % u or u == cp):
+        if self.kind == "heads+tokens" and (cp & (cp - 1) or u & (u - 1) or not 1 < u < cp):
+            splits = cp > 2 and not cp & (cp - 1)
+            fix = f"a power of two below {cp}, or plan heads" if splits else "plan tokens or heads"
             raise ValueError(
-                f"cp = {cp} is not head_split = {u} times 2 or more devices that share tokens: use "
-                f"a power of two below {cp}, or plan heads"
+                f"cp = {cp} is not head_split = {u} times 2 or more devices that share tokens, "
+                f"both powers of two: use {fix}"
             )
         among = cp if self.kind == "tokens+ns" else self.ways(cp)
         if heads % among:

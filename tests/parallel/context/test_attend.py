@@ -509,6 +509,8 @@ REFUSED = [
     (CommPlan("usp", 4), Mask(), {"heads": 2}, "heads = 2"),
     (CommPlan("ulysses", 4), Mask(), {}, "set head_split=8"),
     (CommPlan("usp", 3), Mask(), {}, "cp = 8 is not divisible by head_split = 3"),
+    (CommPlan("usp", 2), Mask(), {"cp": 6, "seq_len": 96}, "cp = 6 is no power of two"),
+    (CommPlan("usp", 4), Mask(), {"cp": 6, "seq_len": 96}, r"head_split = 4: set head_split=6"),
     (CommPlan("usp", 2), Mask(), {"heads": 6, "kv_heads": 3}, "one must divide the other"),
     (CommPlan("ring", 2), Mask(), {}, "splits no heads"),
     (CommPlan("batch", 8), Mask(), {}, r"4 sequence\(s\) .*head_split = 8"),

@@ -165,3 +165,12 @@ def test_the_command_prints_plans_moves_and_reasons(capsys, monkeypatch):
     assert "ring hops=1" in said and "attention in every layer, best USP" in said
     assert "affine" in said and "moves between layouts" in said
     assert "gdn, affine zigzag: the affine plan composes ranges of positions" in said
+
+
+def test_devices_are_split_into_powers_of_two_only():
+    job = HybridJob(4096, 3 * 2**13, 12, 1536)
+    for kind, name in (("attention", "usp"), ("lact", "heads+tokens")):
+        found, refused = planned.options(kind, job, True)
+        assert not [o.plan for o in found if o.plan.startswith(name)]
+        for u in (2, 3, 4, 6):
+            assert any(key.startswith(f"{name} u={u} ") for key in refused), (name, u)
