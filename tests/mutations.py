@@ -455,8 +455,8 @@ MUTATIONS = (
     Mutation(
         "the sign of TTT-Linear's steps",
         "models/fast_weights.py",
-        "fast.weight - jnp.swapaxes(k, -1, -2) @ weighted",
-        "fast.weight + jnp.swapaxes(k, -1, -2) @ weighted",
+        "fast.weight - jnp.swapaxes(k, -1, -2) @ steps",
+        "fast.weight + jnp.swapaxes(k, -1, -2) @ steps",
         f"{STATES}test_the_dual_form_is_a_step_on_every_token",
     ),
     Mutation(

@@ -14,7 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import vary_like
-from fdp.models.fast_weights import FastLinear, FastWeights, Read, apply, learn, normed, step
+from fdp.models.fast_weights import (
+    FastLinear,
+    FastWeights,
+    Read,
+    apply,
+    learn,
+    linear,
+    linear_read,
+    linear_steps,
+    norm_of_heads,
+    step,
+    stepped,
+)
 
 Array = jax.Array
 
@@ -87,22 +99,17 @@ def linear_rows(
     """(outputs f32 [B, L, H, K], the memory after these tokens), as `linear_scan` has them.
 
     `tokens`: its q, k, v and rates. `seen`: tokens before these, in every sequence."""
-    scale, shift = (x[:, None].astype(jnp.float32) for x in norm)
+    norm = norm_of_heads(norm)
 
     def one(memory: LinearMemory, at: tuple[Any, Array]) -> tuple[LinearMemory, Array]:
         (q, k, v, rates), full = at
         start, now = memory
-
-        def loss(z: Array) -> Array:
-            return 0.5 * jnp.sum((normed(z, scale, shift) - (v - k)) ** 2)
-
-        g = jax.grad(loss)(k @ start.weight + start.bias[:, :, None])
-        weighted, keys = rates[..., None] * g, jnp.swapaxes(k, -1, -2)
+        steps = linear_steps(linear(start, k), k, v, rates, norm)
         past = jnp.tril(jnp.ones((q.shape[2],) * 2))
-        z = q @ now.weight + now.bias[:, :, None] - (past * (q @ keys) + past) @ weighted
-        now = FastLinear(now.weight - keys @ weighted, now.bias - weighted.sum(2))
+        out = linear_read(linear(now, q), q, k, steps, past, norm)
+        now = stepped(now, k, steps)
         start = jax.tree.map(lambda new, old: jnp.where(full, new, old), now, start)
-        return LinearMemory(start, now), q + normed(z, scale, shift)
+        return LinearMemory(start, now), out
 
     return _scan(one, memory, tokens, seen, batch)
 

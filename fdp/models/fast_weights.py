@@ -343,10 +343,43 @@ class FastLinear(NamedTuple):
     bias: Array
 
 
+def norm_of_heads(norm_HxK: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Scale and shift as `linear_steps` and `linear_read` take them."""
+    scale, shift = (x[:, None].astype(jnp.float32) for x in norm_HxK)
+    return scale, shift
+
+
 def normed(z: Array, scale: Array, shift: Array) -> Array:
     """Layer norm over the last dim."""
     centred = z - z.mean(-1, keepdims=True)
     return scale * centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6) + shift
+
+
+def linear(fast: FastLinear, x_BxHxCxK: Array) -> Array:
+    """x W + bias."""
+    return x_BxHxCxK @ fast.weight + fast.bias[:, :, None]
+
+
+def linear_steps(z: Array, k: Array, v: Array, rates_BxHxC: Array, norm: tuple) -> Array:
+    """The step of every token of a mini-batch: its rate times the gradient, at its `z`, of the loss
+    ½ |LN(z) - (v - k)|². z, k, v: [B, H, C, K]; `norm`: scale and shift of LN, [H, 1, K] each."""
+
+    def loss(z: Array) -> Array:
+        return 0.5 * jnp.sum((normed(z, *norm) - (v - k)) ** 2)
+
+    return rates_BxHxC[..., None] * jax.grad(loss)(z)
+
+
+def linear_read(z: Array, q: Array, k: Array, steps: Array, seen_CxC: Array, norm: tuple) -> Array:
+    """What `q` reads: `z`, of the weights before some `steps`, after those that `seen` [..., C, C]
+    names for each token (the dual form)."""
+    z = z - (seen_CxC * (q @ jnp.swapaxes(k, -1, -2))) @ steps - seen_CxC @ steps
+    return q + normed(z, *norm)
+
+
+def stepped(fast: FastLinear, k: Array, steps: Array) -> FastLinear:
+    """The weights after the `steps` of tokens `k`."""
+    return FastLinear(fast.weight - jnp.swapaxes(k, -1, -2) @ steps, fast.bias - steps.sum(2))
 
 
 def linear_scan(
@@ -366,7 +399,7 @@ def linear_scan(
     mini-batch: output t has seen the steps of the mini-batch up to t, and of its own document.
     `rates_BxLxH`: step sizes. `segment_BxL`: ids of documents."""
     B, L, H, K = k.shape
-    scale, shift = (x[:, None].astype(jnp.float32) for x in norm)
+    norm = norm_of_heads(norm)
     start = FastLinear(*(everywhere(w, k) for w in first))
     documents = None
     if segment_BxL is not None:
@@ -379,29 +412,21 @@ def linear_scan(
     past = jnp.tril(jnp.ones((batch, batch)))
 
     def mapped(fast: FastLinear, x: Array, of: ChunkDocuments | None) -> Array:
-        z = x @ fast.weight + fast.bias[:, :, None]
+        z = linear(fast, x)
         if of is None:
             return z
         return jnp.where(of.earlier()[:, None, :, None], z, mapped(start, x, None))
 
     def one(fast: FastLinear, at: tuple[tuple, ChunkDocuments | None]) -> tuple[FastLinear, Array]:
         (q, k, v, rates), of = at
-
-        def loss(z: Array) -> Array:
-            return 0.5 * jnp.sum((normed(z, scale, shift) - (v - k)) ** 2)
-
-        weighted = rates[..., None] * jax.grad(loss)(mapped(fast, k, of))
-        seen, z = past, mapped(fast, q, of)
+        steps, seen = linear_steps(mapped(fast, k, of), k, v, rates, norm), past
         if of is not None:
             seen = past * (of.each[:, None, :, None] == of.each[:, None, None])
-        z = z - (seen * (q @ jnp.swapaxes(k, -1, -2))) @ weighted - seen @ weighted
+        out = linear_read(mapped(fast, q, of), q, k, steps, seen, norm)
         if of is not None:
-            weighted = jnp.where(of.learnt()[:, None, :, None], weighted, 0)
+            steps = jnp.where(of.learnt()[:, None, :, None], steps, 0)
             fast = of.kept(fast, start)
-        new = FastLinear(
-            fast.weight - jnp.swapaxes(k, -1, -2) @ weighted, fast.bias - weighted.sum(2)
-        )
-        return new, q + normed(z, scale, shift)
+        return stepped(fast, k, steps), out
 
     xs = tuple(chunked(x) for x in (q, k, v, rates_BxLxH)), documents
     fast, out = jax.lax.scan(one, start, xs)

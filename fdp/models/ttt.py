@@ -35,6 +35,7 @@ from fdp.models.fast_rows import LinearMemory
 from fdp.models.fast_weights import FastLinear, FastWeights, Read, Sharing
 from fdp.models.layers import normal, ones, rotary, zeros
 from fdp.models.recurrent import StateLayer, softplus_inverse
+from fdp.models.shape import ModelShape
 from fdp.parallel.context import state
 
 Array = jax.Array
@@ -207,6 +208,34 @@ class LaCT(StateLayer):
         )[0]
 
 
+def linear_weights(layer: StateLayer, name: str) -> tuple[FastLinear, tuple[Array, Array]]:
+    """(map and bias before the first token, scale and shift of the norm) of a fast linear map of
+    every head: parameters of `layer`, the first two under `name`."""
+    H, K = layer.shape.heads, layer.shape.head_dim
+    axes = ("tp", None)
+    first = FastLinear(
+        layer.weight(name, normal(0.02), (H, K, K), ("tp", None, None), decay=False),
+        layer.weight(f"{name}_bias", zeros, (H, K), axes, decay=False),
+    )
+    scale = layer.weight("norm_scale", ones, (H, K), axes, decay=False)
+    return first, (scale, layer.weight("norm_shift", zeros, (H, K), axes, decay=False))
+
+
+def linear_work(shape: ModelShape, batch: int, rows: Rows, degrees: Degrees) -> Counts:
+    """Of the parameters of `linear_weights` and of `linear_scan` in mini-batches of `batch`, no
+    bytes sent: three products with the weights and three inside the mini-batch, of which the mask's
+    has one gradient. With documents, two more with the first weights."""
+    H, K = shape.heads, shape.head_dim
+    flops, mask = rows.positions * H * 6 * K * (batch + K), rows.positions * H * 2 * batch * K
+    flops += rows.positions * H * 4 * K * K * rows.segments
+    forward = Work(flops, batched=flops)
+    backward = forward.backward({}) - Work(mask, batched=mask)
+    heads = rows.batch * H // degrees["tp"]
+    starts = rows.length // batch * (1 + rows.segments)  # weights: carried, and begun from
+    saved = 4 * heads * (starts * K * K + rows.length * (8 * K + batch)) // degrees["cp"]
+    return Counts(H * K * (K + 3), forward, backward, saved=saved)
+
+
 class TTTLinear(StateLayer):
     """A linear map trained token by token in mini-batches of `chunk` (`fdp.models.fast_weights`).
     Its mini-batches depend on each other: over cp it shares out heads, or runs as a wavefront."""
@@ -216,16 +245,7 @@ class TTTLinear(StateLayer):
         return ("heads", "wavefront")
 
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
-        H, K = self.shape.heads, self.shape.head_dim
-        axes = ("tp", None)
-        first = FastLinear(
-            self.weight("fast", normal(0.02), (H, K, K), ("tp", None, None), decay=False),
-            self.weight("fast_bias", zeros, (H, K), axes, decay=False),
-        )
-        norm = (
-            self.weight("norm_scale", ones, (H, K), axes, decay=False),
-            self.weight("norm_shift", zeros, (H, K), axes, decay=False),
-        )
+        first, norm = linear_weights(self, "fast")
         rates = jax.nn.sigmoid(self.head_scalars("w_state", x_BxLxD, 1)[..., 0])
 
         def before() -> LinearMemory:
@@ -279,28 +299,25 @@ class TTTLinear(StateLayer):
         super().check(batch, length, degrees)
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
-        """Three products with the weights and three inside the mini-batch, of which the mask's has
-        one gradient. With documents, two more with the first weights. A wavefront hands on weights
-        in every tick, and computes in all of them."""
-        s = self.shape
-        H, K, C = s.heads, s.head_dim, min(self.chunk, rows.length)
-        flops, mask = rows.positions * H * 6 * K * (C + K), rows.positions * H * 2 * C * K
-        flops += rows.positions * H * 4 * K * K * rows.segments
-        sent = self.exchange(1, rows, degrees)
-        forward = Work(flops, batched=flops, sent=sent)
-        backward = forward.backward(sent) - Work(mask, batched=mask)
-        heads, again = rows.batch * H // degrees["tp"], Work()
-        starts = rows.length // C * (1 + rows.segments)  # weights: carried, and begun from
-        saved = 4 * heads * (starts * K * K + rows.length * (8 * K + C)) // degrees["cp"]
+        """Those of `linear_work`. A wavefront hands on weights in every tick, and computes in all
+        of them."""
+        own = linear_work(self.shape, min(self.chunk, rows.length), rows, degrees)
+        sent, again, saved = self.exchange(1, rows, degrees), Work(), own.saved
         if self.plan.kind == "wavefront" and degrees["cp"] > 1:
             ticks, m = self.plan.ticks(degrees["cp"]), self.plan.pieces
+            heads, K = rows.batch * self.shape.heads // degrees["tp"], self.shape.head_dim
             wire = 4 * heads // m * ticks * K * (K + 1)
             sent = Ledger(degrees).put(PERMUTE, ("cp",), wire).sent
-            idle = (forward.flops + backward.flops) * (ticks - m) // m
-            forward, backward = replace(forward, sent=sent), replace(backward, sent=sent)
+            idle = (own.forward.flops + own.backward.flops) * (ticks - m) // m
             again, saved = Work(idle, batched=idle), saved * ticks // m
-        once = self.ids(rows, degrees)
-        own = Counts(H * K * (K + 3), forward, backward, again=again, once=once, saved=saved)
+        own = replace(
+            own,
+            forward=replace(own.forward, sent=sent),
+            backward=replace(own.backward, sent=sent),
+            again=again,
+            once=self.ids(rows, degrees),
+            saved=saved,
+        )
         return own + self.scalars(1, rows)
 
 

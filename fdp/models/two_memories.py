@@ -14,13 +14,11 @@ from typing import Any
 import jax
 
 from fdp.collectives import size
-from fdp.count.counts import Counts, Degrees, Rows, Work
+from fdp.count.counts import Counts, Degrees, Rows
 from fdp.models import fast_weights
 from fdp.models.attention import Where
 from fdp.models.conv import runs
-from fdp.models.fast_weights import FastLinear
-from fdp.models.layers import normal, ones, zeros
-from fdp.models.ttt import LaCT
+from fdp.models.ttt import LaCT, linear_weights, linear_work
 
 Array = jax.Array
 
@@ -35,16 +33,7 @@ class TwoMemories(LaCT):
 
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         far = super().mix(q, k, v, x_BxLxD, where)
-        H, K = self.shape.heads, self.shape.head_dim
-        axes = ("tp", None)
-        first = FastLinear(
-            self.weight("near", normal(0.02), (H, K, K), ("tp", None, None), decay=False),
-            self.weight("near_bias", zeros, (H, K), axes, decay=False),
-        )
-        norm = (
-            self.weight("norm_scale", ones, (H, K), axes, decay=False),
-            self.weight("norm_shift", zeros, (H, K), axes, decay=False),
-        )
+        first, norm = linear_weights(self, "near")
         rates = jax.nn.sigmoid(self.head_scalars("w_near", x_BxLxD, 1)[..., 0])
         B, L = rates.shape[:2]
         self._check_reset(L * size("cp"), size("cp"))
@@ -66,15 +55,7 @@ class TwoMemories(LaCT):
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Those of LaCT; of the near memory, those of TTT-Linear, which sends nothing."""
-        H, K, C = self.shape.heads, self.shape.head_dim, self.near
-        flops, mask = rows.positions * H * 6 * K * (C + K), rows.positions * H * 2 * C * K
-        flops += rows.positions * H * 4 * K * K * rows.segments
-        forward = Work(flops, batched=flops)
-        heads = rows.batch * H // degrees["tp"]
-        starts = rows.length // C * (1 + rows.segments)
-        saved = 4 * heads * (starts * K * K + rows.length * (8 * K + C)) // degrees["cp"]
-        backward = forward.backward({}) - Work(mask, batched=mask)
-        near = Counts(H * K * (K + 3), forward, backward, saved=saved)
+        near = linear_work(self.shape, self.near, rows, degrees)
         return super().work(rows, degrees) + near + self.scalars(1, rows)
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:

@@ -29,8 +29,8 @@ def parts(config: ml_collections.ConfigDict) -> list[Part]:
     """Rows and pictures; nothing is run."""
     return [
         derive("linear", config, rows=linear, group="Cost"),
-        derive("polish", config.memory.hidden, rows=polished, group="Cost"),
-        derive("wire", config.memory.hidden, rows=wire, plot=drawn, group="Cost"),
+        derive("polish", rows=polished, group="Cost"),
+        derive("wire", rows=wire, plot=drawn, group="Cost"),
     ]
 
 
@@ -74,7 +74,7 @@ def delta() -> GatedDeltaNet:
     return GatedDeltaNet(LARGE, StatePlan("affine"), 64, parent=None)
 
 
-def wire(_: object = None) -> list[Row]:
+def wire() -> list[Row]:
     """Where summing updates and exchanging heads send equally, and what an affine state sends."""
     chunk = 3 * LARGE.head_dim * CP
     length = chunk * (MILLION // chunk)
@@ -105,7 +105,7 @@ def wire(_: object = None) -> list[Row]:
     ]
 
 
-def polished(_: object = None) -> list[Row]:
+def polished() -> list[Row]:
     """How much faster the busiest of eight devices is than one device alone, with Muon, by FLOPs:
     every device orthogonalises the whole update, or its own heads."""
     shape = replace(LARGE, heads=CP, kv_heads=CP, head_dim=LARGE.width // CP)
@@ -139,7 +139,7 @@ def polished(_: object = None) -> list[Row]:
     return rows
 
 
-def drawn(_: object = None) -> Mapping[str, object]:
+def drawn() -> Mapping[str, object]:
     """Bytes against the chunk."""
     chunks = [2**n for n in range(9, 20)]
     fig, axes = figure(width=7.0)

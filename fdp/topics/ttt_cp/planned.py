@@ -10,9 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
-import ml_collections
 import numpy as np
 
 from fdp.count.context import hop_count
@@ -363,7 +361,7 @@ def exposed(fabric: Fabric) -> tuple[float, float, dict[int, float]]:
     return least, least / (fit.all_gather * (1.0 if inside else fit.scale_out)), found
 
 
-def hidden_sums(_: Any = None) -> list[Row]:
+def hidden_sums() -> list[Row]:
     """What compute does not hide from c* on."""
     rows = []
     for fabric in FABRICS:
@@ -386,7 +384,7 @@ def hidden_sums(_: Any = None) -> list[Row]:
     return rows
 
 
-def judged(_: Any = None) -> list[Row]:
+def judged() -> list[Row]:
     """Whether the planner is ever behind, and how often it is well ahead."""
     gains = list(cells().values())
     share = sum(gain >= 0.1 for gain in gains) / len(gains)
@@ -434,7 +432,7 @@ def _against_attention(note: str) -> Row:
     )
 
 
-def shares_drawn(_: Any = None) -> Mapping[str, object]:
+def shares_drawn() -> Mapping[str, object]:
     """The exposed share against the chunk, c* marked."""
     fig, axes = figure(width=7.0)
     for i, fabric in enumerate(FABRICS):
@@ -452,7 +450,7 @@ def shares_drawn(_: Any = None) -> Mapping[str, object]:
     return {"exposed against chunk": fig}
 
 
-def plan_drawn(_: Any = None) -> Mapping[str, object]:
+def plan_drawn() -> Mapping[str, object]:
     """Seconds of each layer of a hybrid, with its plan; a line where the layout changes."""
     kinds, fabric, job = HYBRIDS[2], INFINIBAND, HybridJob(4096, LENGTHS[0], CP)
     on = devices(fabric, CP)
@@ -474,10 +472,9 @@ def plan_drawn(_: Any = None) -> Mapping[str, object]:
     return {"plan of a hybrid": fig}
 
 
-def parts(config: ml_collections.ConfigDict) -> list[Part]:
+def parts() -> list[Part]:
     """Rows; nothing is run."""
-    hidden = config.memory.hidden
     return [
-        derive("planned", hidden, rows=judged, plot=plan_drawn, group="Cost"),
-        derive("hidden sums", hidden, rows=hidden_sums, plot=shares_drawn, group="Cost"),
+        derive("planned", rows=judged, plot=plan_drawn, group="Cost"),
+        derive("hidden sums", rows=hidden_sums, plot=shares_drawn, group="Cost"),
     ]

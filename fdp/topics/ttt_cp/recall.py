@@ -63,7 +63,7 @@ def _answers(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
     def rows(*shares: list[list[float]]) -> list[Row]:
         means = {n: [s[0] for s in seeds] for n, seeds in zip(some, shares, strict=True)}
         if sent == "chunk":
-            return chunk_rows(some, means, run.config.memory.chunk, note)
+            return chunk_rows(some, means, note)
         return recall_rows(means, note)
 
     def plot(*shares: list[list[float]]) -> Any:
@@ -93,9 +93,7 @@ def recall_rows(shares: Shares, note: str, task: str = "pairs") -> list[Row]:
     return rows
 
 
-def chunk_rows(
-    some: Mapping[str, MemoryCase], shares: Shares, smallest: int, note: str
-) -> list[Row]:
+def chunk_rows(some: Mapping[str, MemoryCase], shares: Shares, note: str) -> list[Row]:
     """What each kind loses from its smallest chunk to its largest, in points; two memories against
     one."""
     rows, lost = [], {}
@@ -274,7 +272,7 @@ def _text(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
     found = [
         measure(f"validation loss {name}", validation_loss, each(run.arms[name])) for name in some
     ]
-    kinds = [case.kind for case in some.values()]
+    kinds, task = [case.kind for case in some.values()], next(iter(some.values())).task
     note = f"{len(run.config.seeds)} seed(s), {run.config.train.steps} steps"
 
     def rows(*losses: list[float]) -> list[Row]:
@@ -297,4 +295,4 @@ def _text(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
             for kind, values in by_kind.items()
         ]
 
-    return [*found, derive(f"loss {kinds[0]}", *found, rows=rows, group="Text")]
+    return [*found, derive(f"loss {task}", *found, rows=rows, group="Text")]

@@ -23,5 +23,5 @@ def study(run: Run) -> Report:
     """Recall, exactness, cost."""
     config = run.config
     return run.report(
-        *recall.parts(run), *exact.parts(config), *counted.parts(config), *planned.parts(config)
+        *recall.parts(run), *exact.parts(config), *counted.parts(config), *planned.parts()
     )

@@ -1,5 +1,7 @@
 """What topic 12 makes of its measurements, and what it refuses."""
 
+import types
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from fdp.topics.ttt_cp.recall import (
     held,
     lact_or_gdn,
     least_attention,
+    parts,
     recall_rows,
     slope,
     state_bytes,
@@ -143,6 +146,15 @@ def test_two_memories_are_judged_by_what_one_loses():
         f"{k}-{n}": MemoryCase(k, "chunk", n) for k in ("lact", "two_memories") for n in (8, 32)
     }
     shares = {"lact-8": [0.9], "lact-32": [0.4], "two_memories-8": [0.95], "two_memories-32": [0.8]}
-    *_, both = chunk_rows(some, shares, 16, "")
+    *_, both = chunk_rows(some, shares, "")
     assert both.verdict == "holds" and both.value == pytest.approx(0.3)
-    assert len(chunk_rows(some, shares | {"lact-32": [0.9]}, 16, "")) == 2  # nothing to halve
+    assert len(chunk_rows(some, shares | {"lact-32": [0.9]}, "")) == 2  # nothing to halve
+
+
+def test_parts_have_names_of_their_own_where_all_arms_read_text():
+    c = get_config("cpu")
+    c.data.source, c.memory.chunks, c.memory.text = "bible", (), c.memory.arms
+    run = types.SimpleNamespace(config=c, arms=dict.fromkeys(cases(c), ()))
+    names = [part.name for part in parts(run)]
+    assert {"loss main", "loss text"} <= set(names)
+    assert len(set(names)) == len(names)
