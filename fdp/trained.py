@@ -47,17 +47,15 @@ class TrainedArm(NamedTuple):
     step: int
 
 
-def labels_of(c: ml_collections.ConfigDict) -> list[str]:
-    """Arms and seeds of a config, such as gdn-s0."""
-    return [f"{name}-s{seed}" for name in study_of(c.topic).arms(c) for seed in c.seeds]
-
-
-def restored(c: ml_collections.ConfigDict, workdir: Path, label: str | None) -> TrainedArm:
-    """The newest checkpoint of an arm (None: the first). Raises UserError for an arm that is not
-    there or has no checkpoint."""
+def restored(
+    c: ml_collections.ConfigDict, workdir: Path, label: str | None, prefer: tuple[str, ...] = ()
+) -> TrainedArm:
+    """The newest checkpoint of an arm and seed, such as gdn-s0. None: of the first whose name
+    begins with one of `prefer`, or else the first. Raises UserError for an arm that is not there or
+    has no checkpoint."""
     experiments = study_of(c.topic).arms(c)
-    labels = labels_of(c)
-    label = label or labels[0]
+    labels = [f"{name}-s{seed}" for name in experiments for seed in c.seeds]
+    label = label or next((x for x in labels if x.startswith(prefer)), labels[0])
     if label not in labels:
         raise UserError(f"--arm={label} is unknown: {closest(label, labels)}")
     name, _, seed = label.rpartition("-s")

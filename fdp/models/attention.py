@@ -328,8 +328,7 @@ class Attention(Module):
 
     def _check_conv(self, length: int, cp: int) -> None:
         taps, rule = self.shape.conv, getattr(getattr(self.core, "mask", None), "rule", None)
-        if taps < 2:
-            raise ValueError(f"model.conv = {taps} taps mix no positions: set 0, or 2 or more")
+        conv.check_taps(taps)
         if rule is not None:
             raise ValueError(
                 f"model.conv = {taps} mixes neighbours of one sequence, and the input under the "

@@ -118,7 +118,7 @@ class ShortConvolution(Module):
             x = jnp.concatenate([tail, x_BxLxD], axis=1)[:, None]
         else:
             x = with_halo(x_BxLxD.reshape(B, *shape, D))
-        self.cache("tail", x[:, -1, 1 - self.taps :])
+        self.cache("tail", x[:, -1, x.shape[2] - self.taps + 1 :])
         segment = None
         if segment_BxL is not None:
             segment = with_halo(segment_BxL.reshape(B, *shape, 1))
@@ -167,6 +167,12 @@ class ShortConvolution(Module):
             once=ledger(ids).sent,
             saved=rows.tokens(degrees) * local * shape.itemsize,
         )
+
+
+def check_taps(taps: int) -> None:
+    """Raises ValueError for a filter of one tap."""
+    if taps == 1:
+        raise ValueError("model.conv = 1 taps mix no positions: set 0, or 2 or more")
 
 
 def refuse_cache(taps: int) -> str:

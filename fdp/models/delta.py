@@ -90,17 +90,17 @@ def prepare(tokens: Tokens, chunk: int) -> Chunk:
     if tokens.fresh is not None:
         fresh = jnp.moveaxis(tokens.fresh.reshape(B, L // chunk, 1, chunk), 1, 0)
     total = _running(log_decay, fresh)
-    since, keep = jnp.exp(total), jnp.exp(total[..., -1])
-    after = jnp.exp(total[..., -1:] - total)
+    since, keep, rest = jnp.exp(total), jnp.exp(total[..., -1]), total[..., -1:] - total
+    after = jnp.exp(rest)
+    # Exponents of future tokens and of other documents are positive and may overflow: they are
+    # masked before.
     if fresh is not None:
         document = jnp.cumsum(fresh, -1)
         past = past & (document[..., None] == document[..., None, :])
-        since, after = (
-            jnp.where(document == 0, since, 0),
-            jnp.where(document == document[..., -1:], after, 0),
-        )
+        last = document == document[..., -1:]
+        since = jnp.where(document == 0, since, 0)
+        after = jnp.where(last, jnp.exp(jnp.where(last, rest, 0)), 0)
         keep = jnp.where(document[..., -1] == 0, keep, 0)
-    # Exponents of future tokens are positive and may overflow: they are masked before.
     decay = jnp.where(past, jnp.exp(jnp.where(past, total[..., None] - total[..., None, :], 0)), 0)
     strict = jnp.where(order[:, None] > order, decay, 0)
     kk = jnp.einsum("nbhck,nbhdk->nbhcd", k, k)

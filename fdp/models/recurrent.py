@@ -31,7 +31,7 @@ from fdp.count.counts import (
 from fdp.mesh import BATCH_AXES
 from fdp.models import delta
 from fdp.models.attention import Where
-from fdp.models.conv import ShortConvolution, before, halo_bytes, hops
+from fdp.models.conv import ShortConvolution, before, check_taps, halo_bytes, hops
 from fdp.models.layers import (
     Reduction,
     enter_tp,
@@ -217,6 +217,7 @@ class StateLayer(Module):
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError for a plan, chunk or layout that these degrees cannot run."""
         cp = degrees["cp"]
+        check_taps(self.shape.conv)
         if cp == 1:
             return
         name = type(self).__name__

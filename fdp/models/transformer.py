@@ -201,7 +201,7 @@ class Transformer(Module):
         exact."""
         if self.reduction is not None or self.lead:
             return False
-        cores = [(block, _core_of(block)) for block in self.pattern]
+        cores = [(block, core_of(block)) for block in self.pattern]
         return all(isinstance(c, Softmax) and block == attention_block(c) for block, c in cores)
 
     @property
@@ -213,7 +213,7 @@ class Transformer(Module):
     def softmax(self) -> Softmax:
         """The softmax core of the first block. Raises ValueError for other mixing layers and
         cores."""
-        core = _core_of(self.pattern[0])
+        core = core_of(self.pattern[0])
         if not isinstance(core, Softmax):
             raise ValueError(f"the model needs softmax attention in its first block, not {core}")
         return core
@@ -229,7 +229,7 @@ class Transformer(Module):
         return {"cp": min(splits, default=1), "ep": max(nodes, default=1)}
 
 
-def _core_of(block: Layer) -> Any:
+def core_of(block: Layer) -> Any:
     """The attention core of a block; None for other mixing layers."""
     mixing = dict(block.fields).get("mixing")
     return dict(mixing.fields).get("core") if isinstance(mixing, Layer) else None

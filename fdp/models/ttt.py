@@ -71,6 +71,12 @@ class LaCT(StateLayer):
         found = self.head_scalars("w_state", x_BxLxD, 4)
         rates = jax.nn.softplus(found[..., :3] + softplus_inverse(self.rate))
         momentum = jax.nn.sigmoid(found[..., 3])
+        if self.rotate and where.segment is not None:
+            raise ValueError(
+                "LaCT with rotate=True turns keys by their place in the row, and what its network "
+                "makes of them depends on it, so a document would depend on where it lies: set "
+                "rotate=False, or data.packing=stream"
+            )
         if self.rotate and where.position is not None:
             q, k = (rotary(x, where.position, s.rope_base, s.rope_scaling) for x in (q, k))
         tokens = (q, k, v, rates) + ((momentum,) if self.momentum else ())
@@ -238,6 +244,7 @@ def linear_work(shape: ModelShape, batch: int, rows: Rows, degrees: Degrees) -> 
 
 class TTTLinear(StateLayer):
     """A linear map trained token by token in mini-batches of `chunk` (`fdp.models.fast_weights`).
+    The step of a token is a learned sigmoid; the paper's is head_dim times smaller at first.
     Its mini-batches depend on each other: over cp it shares out heads, or runs as a wavefront."""
 
     @property

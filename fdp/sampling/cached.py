@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from fdp.collectives import vary_like
 from fdp.models import module
-from fdp.models.transformer import Transformer
+from fdp.models.transformer import Transformer, core_of
 from fdp.parallel.tensor import suppress
 from fdp.sampling.masked import choose, initial_state
 from fdp.sampling.noise import categorical, position_keys, uniform
@@ -48,6 +48,12 @@ class BlockDecoder:
             raise ValueError(
                 f"blocks are denoised by a bidirectional model, not under {self.model.softmax.mask}"
             )
+        for block in self.model.pattern:
+            if core_of(block) is None:
+                raise ValueError(
+                    f"rows are denoised in any order, again and again, and {block} is no attention:"
+                    " its state would learn them twice; use attention in every layer"
+                )
         if self.block < 1 or self.per_step < 1:
             raise ValueError(
                 f"block and per_step must be at least 1, not {self.block} and {self.per_step}"

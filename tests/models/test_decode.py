@@ -172,6 +172,9 @@ def test_refusals():
     index = jnp.zeros((B, 1), jnp.int32)
     with pytest.raises(ValueError, match=r"no cache holds .*decode_state"):
         module.run(model, {"params": params}, IDS[:, :1], NOISE, index, method="hidden")
+    one = model.clone(shape=replace(model.shape, conv=1))
+    with pytest.raises(ValueError, match=r"conv = 1 taps mix no positions: set 0"):
+        one.check(B, {"inputs": IDS}, dict.fromkeys(AXES, 1))
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"cp": 2})
     _, specs = builders.shapes_and_specs(model, L)
     f = shard_map(

@@ -298,3 +298,26 @@ def test_a_model_reads_documents_on_a_mixed_mesh_as_on_one_device(name):
     found = Comparison.of(name, got, want, dict(closed.traffic(p)))
     assert found.output_error <= 1e-6 and found.gradient_error <= 5e-6, found
     assert not found.mismatches()
+
+
+@pytest.mark.fast
+def test_decay_before_a_document_overflows_no_gradient():
+    """exp of what a document before has forgotten is infinite in a chunk of 64 positions."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (1, 64, 1, 4)) for key in keys)
+    fresh = jnp.zeros((1, 64), bool).at[0, 62].set(True)
+
+    def read(decay):
+        tokens = delta.Tokens(q, k, v, decay, jnp.full((1, 64, 1), 0.5), fresh)
+        return delta.scan(delta.prepare(tokens, 64), jnp.zeros((1, 1, 4, 4)))[0].sum()
+
+    assert np.isfinite(jax.grad(read)(jnp.full((1, 64, 1), -2.0))).all()
+
+
+@pytest.mark.fast
+def test_turned_keys_and_documents_are_refused():
+    mixing = LaCT(ModelShape(1, 8, 2, 2, 4, 8, 8), chunk=8)
+    at = jnp.arange(16)
+    where = Where(at, at, jnp.zeros((1, 16), jnp.int32))
+    with pytest.raises(ValueError, match="would depend on where it lies: set rotate=False"):
+        module.init(mixing, jax.random.key(0), jnp.zeros((1, 16, 8)), where)

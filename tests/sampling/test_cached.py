@@ -16,6 +16,9 @@ from oracles import sample_cached
 from fdp.collectives import shard_map
 from fdp.mesh import AXES, make_mesh
 from fdp.models import module
+from fdp.models.layers import SwiGLU
+from fdp.models.recurrent import GatedDeltaNet
+from fdp.models.stack import Block, layer
 from fdp.sampling import autoregressive, cached, masked
 from fdp.sampling.noise import Draw
 
@@ -180,6 +183,11 @@ def test_bad_arguments():
     causal, _ = build("causal")
     with pytest.raises(ValueError, match="bidirectional model, not under Mask"):
         cached.BlockDecoder(causal, N_IDS, 4)
+    mixed = how.model.clone(
+        pattern=(*how.model.pattern, layer(Block, mixing=layer(GatedDeltaNet), ffn=layer(SwiGLU)))
+    )
+    with pytest.raises(ValueError, match=r"GatedDeltaNet.* is no attention: .* every layer"):
+        cached.BlockDecoder(mixed, N_IDS, 4)
     with pytest.raises(ValueError, match="at least 1, not 0 and 1"):
         dataclasses.replace(how, block=0)
     with pytest.raises(ValueError, match=r"10 % 4 = 2, .* set length=12"):

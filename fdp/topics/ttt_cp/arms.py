@@ -1,11 +1,14 @@
 """The models that topic 12 compares: one shape, other mixing layers, on several tasks."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import ml_collections
 
+from fdp.data.batches import Data
 from fdp.data.recall import RECALL, AssociativeRecall, RecallTask, WordNeedle, task_data, task_of
 from fdp.data.ruler_text import ByteNeedle
 from fdp.experiment import Experiment, standard
@@ -19,10 +22,9 @@ from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.state import StatePlan
 from fdp.parallel.masks import Mask
-from fdp.topics.ttt_cp.settings import ARMS, CHUNKED
+from fdp.topics.ttt_cp.settings import ARMS, CHUNKED, KJV, NEEDLE, TEXT
 from fdp.topics.ttt_cp.tasks import MixedPairs
 
-NEEDLE, KJV, TEXT = 64, 128, 256  # positions of their sequences
 SLOW = (1e-5, 1e-3)  # decay of Gated DeltaNet before training: it remembers all of a short sequence
 
 
@@ -96,13 +98,15 @@ def mixing(
     at = {"chunk": m.chunk, "gate": False}
     if kind == "gdn":
         own = "affine" if layout == CONTIGUOUS else "heads"
-        return layer(GatedDeltaNet, plan=StatePlan(state or own, layout), decay=SLOW, **at)
+        # Its result does not depend on the chunk, and its memory grows with it.
+        near = at | {"chunk": math.gcd(m.chunk, 64)}
+        return layer(GatedDeltaNet, plan=StatePlan(state or own, layout), decay=SLOW, **near)
     if kind == "ttt_linear":
-        own = "wavefront" if layout == CONTIGUOUS else "heads"
+        own = "wavefront" if layout == CONTIGUOUS and not packed else "heads"
         # Half a chunk, where it has one, so that eight devices share 64 tokens.
-        small = at | {"chunk": m.chunk // (2 - m.chunk % 2)}
+        small = at | {"chunk": math.gcd(m.chunk // (2 - m.chunk % 2), 16)}
         return layer(TTTLinear, plan=_plan(state or own, layout), **small)
-    fast = {"hidden": m.hidden, "rate": m.rate, "rotate": False}
+    fast = {"hidden": m.hidden, "rate": m.rate, "rotate": False, "group": m.group}
     if kind == "two_memories":  # whole segments on every device
         near = {"near": m.near, "reset": m.chunk}
         return layer(TwoMemories, plan=_plan(state or "heads", layout), **at, **fast, **near)
@@ -136,6 +140,8 @@ def arms_of(c: ml_collections.ConfigDict) -> dict[str, Experiment]:
 def _of_task(task: str, c: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The config of a task's arms."""
     own = c.copy_and_resolve_references()
+    if task != "main":  # the other tasks' settings are not for these data
+        own.memory.update(needle=(), kjv=(), text=(), capacity=(), chunks=())
     if task == "needle":
         own.data.update(source="needle", seq_len=NEEDLE)
         own.train.lr = c.train.lr / 4  # at the rate for pairs, attention stays at chance
@@ -154,8 +160,8 @@ def _experiment(case: MemoryCase, base: Experiment, c: ml_collections.ConfigDict
     task, m, fit = recall_task(case, c), c.memory.copy_and_resolve_references(), base.fit
     if task is not None and base.data.name != "blank":
         # No sequence is seen twice: small models learn few ones by heart.
-        fresh = task_data(task, train=fit.steps * fit.batch)
-        base = replace(base, data=fresh)
+        data = _fresh(task, fit.steps * fit.batch)  # type: ignore[arg-type]
+        base = replace(base, data=data)
     if case.task in ("capacity", "chunk"):
         base = _resized(base, layers=1)
     if case.task == "capacity":
@@ -164,6 +170,12 @@ def _experiment(case: MemoryCase, base: Experiment, c: ml_collections.ConfigDict
     if case.task == "chunk":
         m.chunk = case.number
     return arm(case.kind, base, m)
+
+
+@lru_cache(maxsize=8)
+def _fresh(task: Any, train: int) -> Data:
+    """The data of a task, which all its arms share."""
+    return task_data(task, train)
 
 
 def sized(kind: str, n: int) -> dict[str, int]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from tqdm import tqdm
 
@@ -23,9 +22,10 @@ from fdp.data.decode import decode
 from fdp.keys import UserError
 from fdp.sampling import autoregressive
 from fdp.sampling.noise import Draw
-from fdp.trained import TrainedArm, config_of, labels_of, restored
+from fdp.trained import TrainedArm, config_of, restored
 
 BLOCKS = (1024, 32, 1)  # inputs of a pass: a program each, so any number is soon read
+BYTES = ("kjv-", "text-")  # arms that read bytes
 KIND = "state of a text, version 1"
 AGAIN = "read the text again with python -m fdp.topics.ttt_cp.read"
 
@@ -55,7 +55,7 @@ class Reader:
                 f"{workdir} is a run of topic {self.config.topic}: this command reads with an arm "
                 "of topic ttt_cp, such as runs/topic12-cpu"
             )
-        self.trained: TrainedArm = restored(self.config, workdir, label or _first_of_text(self))
+        self.trained: TrainedArm = restored(self.config, workdir, label, BYTES)
         self.label = f"{self.trained.arm.name}-s{self.trained.arm.experiment.fit.seed}"
         tokenizer = self.trained.arm.data.tokenizer
         assert tokenizer is not None, "data of ids have a tokenizer"
@@ -211,13 +211,6 @@ def _checksum(variables: Any) -> str:
     for name, x in _named(variables):
         found.update(name.encode() + np.asarray(x).tobytes())
     return found.hexdigest()[:16]
-
-
-def _first_of_text(reader: Reader) -> str | None:
-    """The first arm that was trained on bytes; None: there is none."""
-    c: ml_collections.ConfigDict = reader.config
-    labels = [n for n in labels_of(c) if n.startswith(("kjv-", "text-"))]
-    return labels[0] if labels else None
 
 
 _read = jax.jit(autoregressive.read, static_argnums=0)

@@ -12,8 +12,8 @@ from fdp.study.claims import validation_loss
 from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Row
 from fdp.topics.ttt_cp import figures
-from fdp.topics.ttt_cp.arms import KJV, NEEDLE, MemoryCase, cases, recall_task
-from fdp.topics.ttt_cp.settings import ARMS
+from fdp.topics.ttt_cp.arms import MemoryCase, cases, recall_task
+from fdp.topics.ttt_cp.settings import ARMS, KJV, NEEDLE
 from fdp.topics.ttt_cp.tasks import MixedPairs, answered, found_at
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

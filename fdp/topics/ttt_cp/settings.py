@@ -1,6 +1,9 @@
 """Configuration of topic 12: which layers are compared, and how large their chunks are. Imports
 neither jax nor flax."""
 
+import math
+import warnings
+
 import ml_collections
 
 from fdp.data.recall import RECALL
@@ -23,6 +26,8 @@ ARMS = {
 SIZED = ("gdn", "ttt_linear", "lact")  # kinds whose state can be made as large as another's
 CHUNKED = ("lact", "two_memories")  # kinds that read a chunk before they learn from it
 
+NEEDLE, KJV, TEXT = 64, 128, 256  # positions of the sequences of these tasks
+
 SECTIONS = {
     "memory": section(
         arms=words(("attention", "gdn", "lact"), tuple(ARMS), "layers in place of attention"),
@@ -36,6 +41,7 @@ SECTIONS = {
         chunks=integers(1, (), "chunks that LaCT and two memories are also trained with", "tokens"),
         chunk=count(16, "read and learnt from at once; divisible by cp", "tokens"),
         near=count(4, "mini-batch of the near one of two memories; divides the chunk", "tokens"),
+        group=at_least(0, 0, "chunks of LaCT computed again in the backward pass; 0: none"),
         hidden=count(2, "width of a fast network over the head dim"),
         rate=positive(0.3, "of a fast network, before its own"),
         window=count(8, "of the arm `window`", "tokens"),
@@ -71,12 +77,34 @@ def _check_lengths(c: ml_collections.ConfigDict) -> None:
             f"data.seq_len={length} is not divisible by memory.chunk={m.chunk}: set "
             f"data.seq_len={-(-length // m.chunk) * m.chunk}"
         )
-    if m.chunk % c.mesh.cp and any(k.startswith("lact") for a in m.arms for k in ARMS[a]):
-        raise UserError(
-            f"memory.chunk={m.chunk} is not divisible by mesh.cp={c.mesh.cp}, which shares out "
-            f"every chunk: set memory.chunk={-(-m.chunk // c.mesh.cp) * c.mesh.cp}"
+    for name, own in (("needle", NEEDLE), ("kjv", KJV), ("text", TEXT)):
+        if m[name] and own % m.chunk:
+            raise UserError(
+                f"memory.{name} has sequences of {own} tokens, not divisible by memory.chunk="
+                f"{m.chunk}: set memory.chunk={math.gcd(own, m.chunk)}, or memory.{name}=()"
+            )
+    for chunk in m.chunks:
+        if length % chunk:
+            raise UserError(
+                f"data.seq_len={length} is not divisible by {chunk} of memory.chunks={m.chunks}: "
+                f"set {math.gcd(length, chunk)} in its place"
+            )
+    every = (*m.arms, *m.needle, *m.kjv, *m.text)
+    lact = any(k.startswith("lact") for a in every for k in ARMS[a]) or "lact" in m.capacity
+    shared = [("memory.chunk", m.chunk)] if lact else []
+    for name, chunk in [*shared, *(("memory.chunks", n) for n in m.chunks)]:
+        if chunk % c.mesh.cp:
+            raise UserError(
+                f"{name}={chunk} is not divisible by mesh.cp={c.mesh.cp}, which shares out every "
+                f"chunk: set {name}={-(-chunk // c.mesh.cp) * c.mesh.cp}"
+            )
+    if lact and m.chunk >= length:
+        warnings.warn(
+            f"a chunk of {m.chunk} tokens holds all {length} of a sequence (data.seq_len): LaCT "
+            "reads it with its first weights, and learns nothing from it",
+            stacklevel=2,
         )
-    both = "two_memories" in (*m.arms, *m.needle, *m.kjv, *m.text)
+    both = "two_memories" in every
     for chunk in (*m.chunks, *((m.chunk,) if both else ())):
         if chunk % m.near:
             fix = max(n for n in range(1, m.near) if chunk % n == 0)

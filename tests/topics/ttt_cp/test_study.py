@@ -8,6 +8,7 @@ import pytest
 from configs.topic12 import get_config
 from fdp.config import validate
 from fdp.keys import UserError
+from fdp.topics.ttt_cp import study
 from fdp.topics.ttt_cp.arms import MemoryCase, cases, recall_task, sized
 from fdp.topics.ttt_cp.counted import polished, wire
 from fdp.topics.ttt_cp.recall import (
@@ -101,6 +102,21 @@ def test_counted_rows_hold():
     assert {row.verdict for row in [*polished(), *wire()]} == {"holds"}
 
 
+@pytest.mark.parametrize("variant", ["cpu", "full"])
+def test_every_arm_of_a_variant_can_be_built(variant):
+    c = get_config(variant)
+    c.train.steps = 1
+    c.data.val_fraction = 0.01
+    assert set(study.arms(c)) == set(cases(c))
+
+
+def test_a_chunk_of_the_whole_sequence_is_said():
+    c = get_config("tiny")
+    c.memory.chunk = 64
+    with pytest.warns(UserWarning, match="a chunk of 64 tokens holds all 64 .* learns nothing"):
+        validate(c)
+
+
 def test_an_arm_is_a_kind_on_a_task():
     names = list(cases(get_config("full")))
     assert len(set(names)) == len(names)
@@ -121,6 +137,15 @@ def test_an_arm_is_a_kind_on_a_task():
             r"memory\.chunk=2 .* mesh\.cp=4.*: set memory\.chunk=4",
         ),
         ({"memory.sizes": ()}, r"memory\.capacity needs sizes"),
+        (
+            {"data.seq_len": 128, "memory.chunk": 128},
+            r"memory\.needle has sequences of 64 tokens, .*=128: set memory\.chunk=64",
+        ),
+        ({"memory.chunks": (8, 24)}, r"seq_len=64 is not divisible by 24 of .*: set 8 in"),
+        (
+            {"memory.chunks": (4,), "mesh.cp": 8},
+            r"memory\.chunks=4 is not divisible by mesh\.cp=8, .*: set memory\.chunks=8",
+        ),
         ({"memory.pairs": (4, 20)}, r"20 pairs need 4 · 20 tokens > .*: set data\.seq_len=80"),
         (
             {"memory.arms": ("two_memories",), "memory.chunks": (), "memory.near": 6},
