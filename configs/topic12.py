@@ -4,7 +4,7 @@ Claims: every plan of Gated DeltaNet, TTT-Linear and LaCT equals one device and 
 closed formula says; their cost is linear in the length; LaCT recalls at least 5 points more than
 Gated DeltaNet at equal bytes of state (`full` decides; expected to fail or to be undecided).
 
-    python -m fdp.train --config=configs/topic12.py        # 10 to 15 min on 2 cores, 8 virtual devices
+    python -m fdp.train --config=configs/topic12.py        # 10 to 15 min on 2 cores
     python -m fdp.train --config=configs/topic12.py:tiny   # ≤ 60 s
     python -m fdp.train --config=configs/topic12.py:full   # three seeds; resumable
     python -m fdp.topics.ttt_cp.read runs/topic12-cpu book.txt --save=book.npz   # then ask it
