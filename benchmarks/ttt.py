@@ -34,12 +34,13 @@ from fdp.mesh import AXES, make_mesh, use_virtual_devices
 from fdp.models import delta, module
 from fdp.models.attention import Where
 from fdp.models.fast_weights import FastWeights, Read, orthogonal, swiglu_scan
+from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet, StateLayer
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, layer
 from fdp.models.transformer import Transformer
-from fdp.models.ttt import LaCT, TTTLinear
+from fdp.models.ttt import TTTLinear
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.state import StatePlan

@@ -374,7 +374,7 @@ MUTATIONS = (
     ),
     Mutation(
         "Newton-Schulz before the sum over devices",
-        "models/ttt.py",
+        "models/lact.py",
         "Sharing(lambda x: psum(x, outer), devices=parts, ends=ends)",
         "Sharing(lambda x: x, lambda x: psum(x, outer), parts, ends)",
         f"{STATES}test_every_plan_equals_one_device[lact, tokens]",
@@ -475,7 +475,7 @@ MUTATIONS = (
     ),
     Mutation(
         "updates of a sequence are counted once, not once a chunk",
-        "models/ttt.py",
+        "models/lact.py",
         "updates = max(-(-rows.length // self.chunk) - 1, 0)",
         "updates = min(max(-(-rows.length // self.chunk) - 1, 0), 1)",
         f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"

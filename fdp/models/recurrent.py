@@ -1,5 +1,5 @@
 """Mixing layers with a state of fixed size, in place of attention: what they share, and Gated
-DeltaNet. `fdp.models.ttt` has the others.
+DeltaNet. `fdp.models.lact` and `fdp.models.ttt` have the others.
 
 All project, filter and activate queries, keys and values in the same way, and norm, gate and
 project what they read. Heads are sharded over tp, the sequence over cp by a `StatePlan`.
@@ -368,3 +368,8 @@ def _inverse_softplus(low: float, high: float) -> Callable[..., Array]:
         return softplus_inverse(jnp.exp(drawn))
 
     return init
+
+
+def by_head(x_BxH: Array) -> PartitionSpec:
+    """PartitionSpec of what every sequence and head has."""
+    return PartitionSpec(BATCH_AXES, "tp", *[None] * (x_BxH.ndim - 2))

@@ -18,7 +18,8 @@ from fdp.count.counts import Counts, Degrees, Rows
 from fdp.models import fast_weights
 from fdp.models.attention import Where
 from fdp.models.conv import runs
-from fdp.models.ttt import LaCT, linear_weights, linear_work
+from fdp.models.lact import LaCT
+from fdp.models.ttt import linear_weights, linear_work
 
 Array = jax.Array
 

@@ -20,10 +20,11 @@ from fdp.collectives import shard_map
 from fdp.mesh import AXES, BATCH_AXES, make_mesh
 from fdp.models import module
 from fdp.models.attention import Attention, Softmax
+from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.stack import Block, Layer, layer
-from fdp.models.ttt import LaCT, TTTLinear
+from fdp.models.ttt import TTTLinear
 from fdp.parallel.masks import Mask
 from fdp.sampling import autoregressive
 from fdp.sampling.noise import Draw

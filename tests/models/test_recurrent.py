@@ -30,11 +30,12 @@ from fdp.models import delta, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
 from fdp.models.fast_weights import FastLinear, FastWeights, Read
+from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, layer
-from fdp.models.ttt import LaCT, TTTLinear
+from fdp.models.ttt import TTTLinear
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.state import StatePlan

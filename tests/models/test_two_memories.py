@@ -20,8 +20,9 @@ from fdp.count.counts import REDUCE, Ledger, Rows, merged
 from fdp.mesh import AXES, make_mesh
 from fdp.models import module
 from fdp.models.attention import Where
+from fdp.models.lact import LaCT
 from fdp.models.shape import ModelShape
-from fdp.models.ttt import LaCT, TTTLinear
+from fdp.models.ttt import TTTLinear
 from fdp.models.two_memories import TwoMemories
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout

@@ -13,10 +13,11 @@ from fdp.data.recall import RECALL, AssociativeRecall, RecallTask, WordNeedle, t
 from fdp.data.ruler_text import ByteNeedle
 from fdp.experiment import Experiment, standard
 from fdp.models.attention import Attention, Softmax
+from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.stack import Block, Layer, layer
-from fdp.models.ttt import LaCT, TTTLinear
+from fdp.models.ttt import TTTLinear
 from fdp.models.two_memories import TwoMemories
 from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.plan import CommPlan

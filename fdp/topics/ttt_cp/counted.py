@@ -9,9 +9,9 @@ import ml_collections
 
 from fdp.count.counts import EXCHANGE, GATHER, REDUCE, Counts, Rows
 from fdp.mesh import AXES
+from fdp.models.lact import LaCT
 from fdp.models.recurrent import GatedDeltaNet, StateLayer
 from fdp.models.shape import ModelShape
-from fdp.models.ttt import LaCT
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.state import StatePlan
 from fdp.study.figures import figure, legend

@@ -18,9 +18,10 @@ from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, Rows, S
 from fdp.mesh import AXES
 from fdp.models.attention import Attention, Softmax
 from fdp.models.fast_weights import QUINTICS
+from fdp.models.lact import LaCT
 from fdp.models.recurrent import GatedDeltaNet, StateLayer
 from fdp.models.shape import ModelShape
-from fdp.models.ttt import LaCT, TTTLinear
+from fdp.models.ttt import TTTLinear
 from fdp.parallel.context import layer_plans, layouts
 from fdp.parallel.context.layer_plans import Devices, HybridPlan, LayerOption, Transfer
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout

@@ -1,0 +1,209 @@
+"""LaCT: a fast SwiGLU network that is trained on large chunks of the sequence as it reads them
+(Zhang et al. 2025, arXiv 2505.23884).
+
+Legend: B sequences, L positions (local over cp), D width, H heads (local over tp), K head dim, F
+hidden width of the fast network."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fdp.collectives import psum, size
+from fdp.count.counts import (
+    EXCHANGE,
+    GATHER,
+    REDUCE,
+    SCATTER,
+    Counts,
+    Degrees,
+    Ledger,
+    Rows,
+    Sent,
+    Work,
+    merged,
+)
+from fdp.models import fast_rows, fast_weights
+from fdp.models.attention import Where
+from fdp.models.fast_weights import FastWeights, Read, Sharing
+from fdp.models.layers import normal, rotary
+from fdp.models.recurrent import StateLayer, by_head, softplus_inverse
+from fdp.parallel.context import state
+
+Array = jax.Array
+
+
+class LaCT(StateLayer):
+    """A fast SwiGLU network trained on large chunks (`fdp.models.fast_weights`). `hidden`: F over
+    K. `rate`: of its training, before the model's own. `muon`: whether updates are orthogonalised.
+    `rotate`: whether queries and keys are rotated by their positions after their norm. `group`: the
+    backward pass computes so many chunks again from the weights before them; 0: it keeps what it
+    needs of every chunk."""
+
+    hidden: int = 2
+    rate: float = 1e-3
+    rotate: bool = True
+    muon: bool = False
+    momentum: bool = True
+    group: int = 0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("tokens", "tokens+ns", "heads", "heads+tokens")
+
+    def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
+        s = self.shape
+        H, K, F = s.heads, s.head_dim, s.head_dim * self.hidden
+        axes = ("tp", None, None)
+        first = FastWeights(
+            self.weight("fast_gate", normal(K**-0.5), (H, F, K), axes, decay=False),
+            self.weight("fast_up", normal(K**-0.5), (H, F, K), axes, decay=False),
+            self.weight("fast_down", normal(F**-0.5), (H, K, F), axes, decay=False),
+        )
+        found = self.head_scalars("w_state", x_BxLxD, 4)
+        rates = jax.nn.softplus(found[..., :3] + softplus_inverse(self.rate))
+        momentum = jax.nn.sigmoid(found[..., 3])
+        if self.rotate and where.segment is not None:
+            raise ValueError(
+                "LaCT with rotate=True turns keys by their place in the row, and what its network "
+                "makes of them depends on it, so a document would depend on where it lies: set "
+                "rotate=False, or data.packing=stream"
+            )
+        if self.rotate and where.position is not None:
+            q, k = (rotary(x, where.position, s.rope_base, s.rope_scaling) for x in (q, k))
+        tokens = (q, k, v, rates) + ((momentum,) if self.momentum else ())
+        recalled = self.recalled(lambda: self._before(first, q), where)
+        if recalled is not None:
+            norms = FastWeights(*map(fast_weights.row_norms, first))
+            read, polish = Read(*tokens), fast_weights.orthogonal if self.muon else None
+            out, memory = fast_rows.swiglu_rows(read, *recalled, self.chunk, norms, polish)
+            self.cache("memory", memory)
+            return out
+        outer, inner = self.plan.axes()
+        parts, ends = size(outer), functools.partial(state.of_the_last, among=outer)
+        sharing = Sharing(lambda x: psum(x, outer), devices=parts, ends=ends)
+        if self.plan.kind == "tokens+ns":
+            sharing = Sharing(state.gather_heads, state.spread_heads, parts, ends)
+        first = FastWeights(*(state.own_heads(w, inner) for w in first))
+        segment = self.segments(where)
+        run = functools.partial(self._scan, first, self.chunk // parts, sharing, segment)
+        return state.by_heads(run, self.plan.layout, *tokens, among=inner)
+
+    def _before(self, first: FastWeights, like: Array) -> fast_rows.SwigluMemory:
+        """The memory before the first token."""
+        every = FastWeights(*(fast_weights.everywhere(w, like) for w in first))
+        return fast_rows.swiglu_memory(every, self.momentum)
+
+    def memory(self, batch: int) -> tuple[Any, Any]:
+        """Weights, velocity and steps so far of every head."""
+        H, K = self.shape.heads // size("tp"), self.shape.head_dim
+        F = K * self.hidden
+        up, down = jnp.zeros((batch, H, F, K)), jnp.zeros((batch, H, K, F))
+        found = fast_rows.swiglu_memory(FastWeights(up, up, down), self.momentum)
+        return found, jax.tree.map(by_head, found)
+
+    def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
+        """As of all layers with a state; raises ValueError for a negative `group`, too."""
+        if self.group < 0:
+            raise ValueError(
+                f"group = {self.group} chunks to compute again: set 0, which keeps all, or more"
+            )
+        super().check(batch, length, degrees)
+
+    def work(self, rows: Rows, degrees: Degrees) -> Counts:
+        """Reading a chunk is three products, an update six more; the last chunk is only read. With
+        documents, all is also read with the first weights. Over cp, heads are exchanged, or every
+        update is summed, its gradient too, or both."""
+        s, cp, tp = self.shape, degrees["cp"], degrees["tp"]
+        H, K, F = s.heads, s.head_dim, s.head_dim * self.hidden
+        updates = max(-(-rows.length // self.chunk) - 1, 0)
+        reads = 2 if rows.segments and updates else 1
+        flops = 6 * F * K * H * (reads * rows.positions + 2 * rows.batch * updates * self.chunk)
+        polish = 0
+        if self.muon:
+            few, many = sorted((K, F))
+            polish = 15 * rows.batch * H * updates * (4 * few * few * many + 2 * few**3)
+        forward = Work(flops + polish, batched=flops + polish)
+        heads = rows.batch * H // tp
+        sent, ways = self._sent(updates, heads, rows, degrees), self.plan.ways(cp)
+        # The devices that share out a chunk all orthogonalise the whole sum.
+        alike = 1 if self.plan.kind == "tokens+ns" else cp // ways
+        again = Work(3 * polish * (alike - 1), batched=3 * polish * (alike - 1))
+        if self.group:
+            again += self._again(rows.batch * H * updates, polish * alike, reads, sent[0])
+        forward, backward = replace(forward, sent=sent[0]), forward.backward(sent[1])
+        kept = self._kept(rows.length, cp, rows.segments)
+        saved, live = (int(4 * heads // ways * x) for x in kept)
+        own = Counts(
+            3 * H * F * K,
+            forward,
+            backward,
+            again=again,
+            once=self._ids(updates, rows, degrees),
+            saved=saved,
+            live=live,
+        )
+        return own + self.scalars(4, rows)
+
+    def _ids(self, updates: int, rows: Rows, degrees: Degrees) -> Sent:
+        """Bytes of ids of documents: those of `segments`, and the last one of each chunk."""
+        parts = degrees["cp"] // self.plan.ways(degrees["cp"])
+        ends = 4 * rows.batch * updates if rows.segments else 0
+        last = Ledger(degrees).put(REDUCE, ("cp",), ends * 2 * (parts - 1) / parts).sent
+        return merged(self.ids(rows, degrees), last)
+
+    def _again(self, updates: int, polish: int, reads: int, sent: Sent) -> Work:
+        """What groups compute again: all of `updates` but the last product of each of the `reads`.
+        The exchange of heads is outside them."""
+        F, K = self.shape.head_dim * self.hidden, self.shape.head_dim
+        flops = (12 + 4 * reads) * F * K * updates * self.chunk + polish
+        inside = {key: wire for key, wire in sent.items() if key[0] != EXCHANGE}
+        return Work(flops, batched=flops, sent=inside)
+
+    def _kept(self, length: int, cp: int, documents: bool) -> tuple[float, float]:
+        """Numbers that a head of a sequence of `length` keeps on a device that has it: for the
+        backward pass, and of a group."""
+        K, parts = self.shape.head_dim, cp // self.plan.ways(cp)
+        return fast_weights.scan_memory(
+            length // parts,
+            self.chunk // parts,
+            K,
+            K * self.hidden,
+            momentum=self.momentum,
+            orthogonalise=self.muon,
+            group=self.group,
+            share=1 / cp if self.plan.kind == "tokens+ns" else 1,
+            documents=documents,
+        )
+
+    def _sent(self, updates: int, heads: int, rows: Rows, degrees: Degrees) -> tuple[Sent, Sent]:
+        """Bytes over cp, (forward, backward)."""
+        weights = 3 * heads * self.shape.head_dim**2 * self.hidden * 4
+        momentum, cp = 4 * heads * self.momentum, degrees["cp"]
+        there, back = Ledger(degrees), Ledger(degrees)
+        if self.plan.kind == "tokens+ns":
+            there.add(SCATTER, ("cp",), (weights + momentum) / cp, updates)
+            there.add(GATHER, ("cp",), weights / cp, updates)
+            back.add(GATHER, ("cp",), (weights + momentum) / cp, updates)
+            return there.sent, back.add(SCATTER, ("cp",), weights / cp, updates).sent
+        exchanged, ways = self.exchange(3 + self.momentum, rows, degrees), self.plan.ways(cp)
+        parts = cp // ways
+        summed = updates * (weights + momentum) / ways * 2 * (parts - 1) / parts
+        sums = there.put(REDUCE, ("cp",), summed).sent
+        return merged(exchanged, sums), merged(exchanged, sums)
+
+    def _scan(
+        self,
+        first: FastWeights,
+        chunk: int,
+        sharing: Sharing,
+        segment: Array | None,
+        *tokens: Array,
+    ) -> Array:
+        orthogonalise = fast_weights.orthogonal if self.muon else None
+        return fast_weights.swiglu_scan(
+            Read(*tokens), first, chunk, orthogonalise, sharing, self.group, segment
+        )[0]
