@@ -2,30 +2,14 @@
 
     python tests/mutations.py
 
-makes each mistake in a copy of the package and expects that its test fails there.
+makes each mistake in a copy of the package and expects that its test fails there. Those of layers
+with a state are in mutations_state.py.
 """
 
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """`old` becomes `new` in fdp/`file`; `test` fails then."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    test: str
-
+from mutating import Mutation, healthy, survives
+from mutations_state import STATE
 
 OPTIMIZER, TOY, HOOKS = (
     "tests/test_optimizer.py::",
@@ -35,10 +19,7 @@ OPTIMIZER, TOY, HOOKS = (
 MOE, ROUTER = "tests/models/test_moe.py::", "tests/models/test_router.py::"
 PLANNER = "tests/parallel/context/test_planner.py::"
 PIPELINE = "tests/parallel/pipeline/"
-STATES, PARITY = "tests/models/test_recurrent.py::", "tests/models/test_state_parity.py::"
-DOCUMENTS = "tests/models/test_recurrent_documents.py::"
-PLANS = "tests/parallel/context/test_layer_plans.py::"
-MUTATIONS = (
+CORE = (
     Mutation(
         "balance statistics of this rank alone",
         "models/moe.py",
@@ -237,331 +218,16 @@ MUTATIONS = (
         "before, grads = self.held[u], self.grads[k][u]",
         "tests/test_mpmd_steps.py::test_three_ways_to_clip",
     ),
-    Mutation(
-        "the state of Gated DeltaNet is kept across documents, token by token",
-        "models/delta.py",
-        "state = jnp.where(at.fresh[:, None, None, None], 0, state)",
-        "state = state",
-        f"{STATES}test_chunks_equal_the_recurrence[documents]",
-    ),
-    Mutation(
-        "the state of Gated DeltaNet is kept across documents of a chunk",
-        "models/delta.py",
-        "keep = jnp.where(document[..., -1] == 0, keep, 0)",
-        "keep = keep",
-        f"{STATES}test_chunks_equal_the_recurrence[documents]",
-    ),
-    Mutation(
-        "a token of a chunk does not read itself",
-        "models/delta.py",
-        "past, fresh = order[:, None] >= order, None",
-        "past, fresh = order[:, None] > order, None",
-        f"{STATES}test_chunks_equal_the_recurrence[stream]",
-    ),
-    Mutation(
-        "a token corrects what the state held before it decayed",
-        "models/delta.py",
-        'held = jnp.einsum("bhkv,bhk->bhv", state, at.k)',
-        'held = jnp.einsum("bhkv,bhk->bhv", state / jnp.exp(at.log_decay)[..., None, None], at.k)',
-        f"{PARITY}test_the_gated_delta_rule[token by token]",
-    ),
-    Mutation(
-        "maps are composed in the wrong order",
-        "models/delta.py",
-        "found = later[..., :K] @ earlier",
-        "found = earlier[..., :K] @ later",
-        f"{STATES}test_maps_of_parts_compose_in_order_to_the_map_of_the_whole",
-    ),
-    Mutation(
-        "the maps of devices are applied in the wrong order",
-        "parallel/context/state.py",
-        'maps = all_gather(map_BxH[None], "cp", dim=0)',
-        'maps = all_gather(map_BxH[None], "cp", dim=0)[::-1]',
-        f"{STATES}test_every_plan_equals_one_device[gdn, affine]",
-    ),
-    Mutation(
-        "a device applies its own map before it starts",
-        "models/delta.py",
-        "jnp.where(number < count, apply(both, state), state)",
-        "jnp.where(number <= count, apply(both, state), state)",
-        f"{STATES}test_every_plan_equals_one_device[gdn, affine]",
-    ),
-    Mutation(
-        "decay and rate of Gated DeltaNet change places",
-        "models/recurrent.py",
-        "beta = jax.nn.sigmoid(found[..., 1])",
-        "beta = jax.nn.sigmoid(found[..., 0])",
-        f"{PARITY}test_the_layer_of_gated_deltanet",
-    ),
-    Mutation(
-        "the sign of an update",
-        "models/fast_weights.py",
-        "new = w + by",
-        "new = w - by",
-        f"{PARITY}test_the_chunks_of_lact",
-    ),
-    Mutation(
-        "the sign of the gradient of fast weights",
-        "models/fast_weights.py",
-        'back = jnp.einsum("bhkf,bhck->bhcf", weights.down, v)',
-        'back = -jnp.einsum("bhkf,bhck->bhcf", weights.down, v)',
-        f"{STATES}test_an_update_is_minus_the_gradient_of_the_loss",
-    ),
-    Mutation(
-        "the rates of gate, up and down change places",
-        "models/fast_weights.py",
-        "(rates_BxHxCx3[..., i, None] for i in range(3))",
-        "(rates_BxHxCx3[..., 2 - i, None] for i in range(3))",
-        f"{PARITY}test_the_chunks_of_lact",
-    ),
-    Mutation(
-        "a chunk is updated on before it is read",
-        "models/fast_weights.py",
-        "return update(*carried, part), read_by(memory[0], part.q, earlier)",
-        "return (new := update(*carried, part)), read_by(new[0], part.q, earlier)",
-        f"{STATES}test_no_output_depends_on_a_later_token[lact, tokens]",
-    ),
-    Mutation(
-        "fast weights are kept across documents",
-        "models/fast_weights.py",
-        "same = self.before == self.last",
-        "same = self.last == self.last",
-        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone[lact]",
-    ),
-    Mutation(
-        "a token reads what another document has left",
-        "models/fast_weights.py",
-        "return self.each == self.before[:, None]",
-        "return self.each == self.each",
-        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone[lact]",
-    ),
-    Mutation(
-        "all documents of a mini-batch move the weights that are handed on",
-        "models/fast_weights.py",
-        "return self.each == self.last[:, None]",
-        "return self.each == self.each",
-        f"{DOCUMENTS}test_a_document_is_read_as_if_it_were_alone[ttt]",
-    ),
-    Mutation(
-        "every device takes the last document of its own part of a chunk",
-        "parallel/context/state.py",
-        "return broadcast(x, among, size(among) - 1)",
-        "return x",
-        f"{DOCUMENTS}test_documents_over_cp_equal_one_device_and_their_ids_are_counted"
-        "[lact, tokens]",
-    ),
-    Mutation(
-        "the near one of two memories never begins anew",
-        "models/two_memories.py",
-        "x_BxL.reshape(B * L // self.reset, self.reset, *x_BxL.shape[2:])",
-        "x_BxL",
-        "tests/models/test_two_memories.py::test_what_is_read_is_the_sum_of_both_parts",
-    ),
-    Mutation(
-        "rows take the length 1 instead of their first",
-        "models/fast_weights.py",
-        "scale = norms * jax.lax.rsqrt",
-        "scale = jax.lax.rsqrt",
-        f"{PARITY}test_the_chunks_of_lact",
-    ),
-    Mutation(
-        "the velocity is what Newton-Schulz made of it",
-        "models/fast_weights.py",
-        "FastWeights(*(vary_like(g, m) for g, m in zip(gained, velocity, strict=True)))",
-        "FastWeights(*(vary_like((orthogonalise or jnp.asarray)(g), m) "
-        "for g, m in zip(gained, velocity, strict=True)))",
-        f"{PARITY}test_the_chunks_of_lact",
-    ),
-    Mutation(
-        "Newton-Schulz before the sum over devices",
-        "models/lact.py",
-        "Sharing(lambda x: psum(x, outer), devices=parts, ends=ends)",
-        "Sharing(lambda x: x, lambda x: psum(x, outer), parts, ends)",
-        f"{STATES}test_every_plan_equals_one_device[lact, tokens]",
-    ),
-    Mutation(
-        "the momentum of a device's own tokens",
-        "models/fast_weights.py",
-        "kept = sharing.total(at.momentum.sum(-1)) / (chunk * sharing.devices)",
-        "kept = at.momentum.mean(-1)",
-        f"{STATES}test_every_plan_equals_one_device[lact, tokens]",
-    ),
-    Mutation(
-        "the mean of the updates of devices instead of their sum",
-        "models/fast_weights.py",
-        "gained = FastWeights(*map(sharing.total, step(weights, at.k, at.v, at.rates)))",
-        "gained = FastWeights(*(sharing.total(g) / sharing.devices for g in "
-        "step(weights, at.k, at.v, at.rates)))",
-        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
-        "[lact, tokens+ns]",
-    ),
-    Mutation(
-        "tokens of a chunk in the contiguous layout",
-        "parallel/context/state.py",
-        'if self.layout.kind != "striped" or self.layout.block * cp != chunk:',
-        'if self.layout.kind == "zigzag":',
-        f"{STATES}test_plans_that_cannot_run_are_refused",
-    ),
-    Mutation(
-        "the affine plan in a layout that deals positions out",
-        "parallel/context/state.py",
-        'if self.kind == "affine" and self.layout != CONTIGUOUS:',
-        'if self.kind == "affine" and self.layout.kind == "striped":',
-        f"{STATES}test_plans_that_cannot_run_are_refused",
-    ),
-    Mutation(
-        "heads see the sequence in the order of the layout",
-        "parallel/context/state.py",
-        "split_dim=2, concat_dim=1)[:, back] for x in tokens]",
-        "split_dim=2, concat_dim=1) for x in tokens]",
-        f"{STATES}test_every_plan_equals_one_device[ttt, heads]",
-    ),
-    Mutation(
-        "every device of a wavefront begins with the first weights",
-        "parallel/context/state.py",
-        "jnp.where(me == 0, a, b), first, arrived",
-        "jnp.where(me >= 0, a, b), first, arrived",
-        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
-        "[ttt, wavefront]",
-    ),
-    Mutation(
-        "every device takes the first heads of a parameter",
-        "parallel/context/state.py",
-        "jax.lax.dynamic_slice_in_dim(x, index(among) * share, share)",
-        "jax.lax.dynamic_slice_in_dim(x, 0 * index(among), share)",
-        f"{STATES}test_every_plan_equals_one_device[ttt, heads]",
-    ),
-    Mutation(
-        "every device of a wavefront begins with the first weights",
-        "parallel/context/state.py",
-        "jnp.where(me == 0, a, b)",
-        "jnp.where(me >= 0, a, b)",
-        f"{STATES}test_every_plan_equals_one_device[ttt, wavefront]",
-    ),
-    Mutation(
-        "a wavefront hands on weights once a piece, not in every tick",
-        "models/ttt.py",
-        "heads // m * ticks * K",
-        "heads // m * m * K",
-        f"{STATES}test_every_plan_equals_one_device[ttt, wavefront]",
-    ),
-    Mutation(
-        "steps of a chain take no time",
-        "parallel/context/layer_plans.py",
-        "option.chain * self.step)",
-        "0.0)",
-        f"{PLANS}test_steps_of_a_chain_take_their_time_at_least",
-    ),
-    Mutation(
-        "the sign of TTT-Linear's steps",
-        "models/fast_weights.py",
-        "fast.weight - jnp.swapaxes(k, -1, -2) @ steps",
-        "fast.weight + jnp.swapaxes(k, -1, -2) @ steps",
-        f"{STATES}test_the_dual_form_is_a_step_on_every_token",
-    ),
-    Mutation(
-        "a token of TTT-Linear reads later steps of its mini-batch",
-        "models/fast_weights.py",
-        "past = jnp.tril(jnp.ones((batch, batch)))",
-        "past = jnp.ones((batch, batch))",
-        f"{STATES}test_no_output_depends_on_a_later_token[ttt, heads]",
-    ),
-    Mutation(
-        "a scan's FLOPs without its trip count",
-        "count/jaxpr.py",
-        'return eqn.params["length"]',
-        "return 1",
-        f"{STATES}test_flops_equal_the_jaxpr[lact, tokens]",
-    ),
-    Mutation(
-        "updates of a sequence are counted once, not once a chunk",
-        "models/lact.py",
-        "updates = max(-(-rows.length // self.chunk) - 1, 0)",
-        "updates = min(max(-(-rows.length // self.chunk) - 1, 0), 1)",
-        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
-        "[lact, tokens+ns]",
-    ),
-    Mutation(
-        "the cheapest path does not see the price of a move",
-        "parallel/context/layer_plans.py",
-        "move = on.move(hidden), on.moved(hidden)",
-        "move = 0.0, 0.0",
-        f"{PLANS}test_a_layer_changes_layout_only_where_that_pays",
-    ),
-    Mutation(
-        "a plan's price leaves out its moves",
-        "parallel/context/layer_plans.py",
-        "found.seconds + found.moves * on.move(hidden)",
-        "found.seconds",
-        f"{PLANS}test_a_plan_costs_its_layers_and_its_moves",
-    ),
-    Mutation(
-        "the dearest options are chosen",
-        "parallel/context/layer_plans.py",
-        "[{o: ((on.seconds(o), o.wire), 0.0)",
-        "[{o: ((-on.seconds(o), o.wire), 0.0)",
-        f"{PLANS}test_the_best_path_is_that_of_trying_all",
-    ),
-    Mutation(
-        "compute hides more than a transfer takes",
-        "parallel/context/layer_plans.py",
-        "max(0.0, self._send(t) - t.hidden / self._rate)",
-        "self._send(t) - t.hidden / self._rate",
-        f"{PLANS}test_compute_hides_no_more_than_the_transfer",
-    ),
-    Mutation(
-        "a layer takes more memory than there is",
-        "parallel/context/layer_plans.py",
-        "if option.memory <= on.memory]",
-        "if option.memory >= 0]",
-        f"{PLANS}test_what_does_not_fit_is_no_option",
-    ),
 )
-
-
-def copied(folder: Path) -> None:
-    """What the tests need, in `folder`."""
-    for name in ("fdp", "tests", "configs"):
-        unread = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, folder / name, ignore=unread)
-    shutil.copy(ROOT / "pyproject.toml", folder)
-
-
-def tested(folder: Path, *tests: str) -> subprocess.CompletedProcess:
-    """Outcome of `tests` on the copy."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
-def survives(mutation: Mutation) -> str:
-    """What speaks against the tests: "" when the mutation's test notices it."""
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        copied(folder)
-        path = folder / "fdp" / mutation.file
-        text = path.read_text()
-        if text.count(mutation.old) != 1:
-            return (
-                f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times, not once"
-            )
-        path.write_text(text.replace(mutation.old, mutation.new))
-        done = tested(folder, mutation.test)
-    noticed = done.returncode == 1 and f"FAILED {mutation.test}" in done.stdout
-    return "" if noticed else f"{mutation.test} does not notice:\n{done.stdout[-1000:]}"
-
-
-def healthy() -> str:
-    """What speaks against the copy itself: "" when all tests named here pass without a mutation."""
-    with tempfile.TemporaryDirectory() as made:
-        copied(Path(made))
-        done = tested(Path(made), *{m.test: None for m in MUTATIONS})
-    return "" if done.returncode == 0 else done.stdout[-3000:]
+MUTATIONS = (*CORE, *STATE)
 
 
 if __name__ == "__main__":
     wrong = 0
-    for name, found in [("no mutation", healthy()), *((m.name, survives(m)) for m in MUTATIONS)]:
+    for name, found in [
+        ("no mutation", healthy(MUTATIONS)),
+        *((m.name, survives(m)) for m in MUTATIONS),
+    ]:
         wrong += bool(found)
         print(f"{'SURVIVES' if found else 'ok':9}{name}{found and ': ' + found}", flush=True)
     sys.exit(wrong > 0)
