@@ -215,14 +215,14 @@ STATE = (
     ),
     Mutation(
         "the sign of TTT-Linear's steps",
-        "models/fast_weights.py",
+        "models/fast_linear.py",
         "fast.weight - jnp.swapaxes(k, -1, -2) @ steps",
         "fast.weight + jnp.swapaxes(k, -1, -2) @ steps",
         f"{STATES}test_the_dual_form_is_a_step_on_every_token",
     ),
     Mutation(
         "a token of TTT-Linear reads later steps of its mini-batch",
-        "models/fast_weights.py",
+        "models/fast_linear.py",
         "past = jnp.tril(jnp.ones((batch, batch)))",
         "past = jnp.ones((batch, batch))",
         f"{STATES}test_no_output_depends_on_a_later_token[ttt, heads]",

@@ -1,5 +1,5 @@
 """Fast weights that read tokens as they arrive, one or many at a time, for decoding
-(`fdp.models.fast_weights` has the scans of whole sequences).
+(`fdp.models.fast_weights` and `fdp.models.fast_linear` have the scans of whole sequences).
 
 What is kept is of fixed size, whatever the chunk: a chunk's update is a sum over its tokens, each
 at the weights before the chunk, so the unfinished chunk is kept as the sum so far. Tokens are cut
@@ -14,19 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import vary_like
-from fdp.models.fast_weights import (
+from fdp.models.fast_linear import (
     FastLinear,
-    FastWeights,
-    Read,
-    apply,
-    learn,
     linear,
     linear_read,
     linear_steps,
     norm_of_heads,
-    step,
     stepped,
 )
+from fdp.models.fast_weights import FastWeights, Read, apply, learn, step
 
 Array = jax.Array
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from fdp.collectives import size
 from fdp.count.counts import PERMUTE, Counts, Degrees, Ledger, Rows, Work
-from fdp.models import fast_rows, fast_weights
+from fdp.models import fast_linear, fast_rows
 from fdp.models.attention import Where
+from fdp.models.fast_linear import FastLinear
 from fdp.models.fast_rows import LinearMemory
-from fdp.models.fast_weights import FastLinear
+from fdp.models.fast_weights import everywhere
 from fdp.models.layers import normal, ones, zeros
 from fdp.models.recurrent import StateLayer, by_head
 from fdp.models.shape import ModelShape
@@ -53,7 +54,7 @@ def linear_work(shape: ModelShape, batch: int, rows: Rows, degrees: Degrees) -> 
 
 
 class TTTLinear(StateLayer):
-    """A linear map trained token by token in mini-batches of `chunk` (`fdp.models.fast_weights`).
+    """A linear map trained token by token in mini-batches of `chunk` (`fdp.models.fast_linear`).
     The step of a token is a learned sigmoid; the paper's is head_dim times smaller at first.
     Its mini-batches depend on each other: over cp it shares out heads, or runs as a wavefront."""
 
@@ -66,7 +67,7 @@ class TTTLinear(StateLayer):
         rates = jax.nn.sigmoid(self.head_scalars("w_state", x_BxLxD, 1)[..., 0])
 
         def before() -> LinearMemory:
-            every = FastLinear(*(fast_weights.everywhere(w, q) for w in first))
+            every = FastLinear(*(everywhere(w, q) for w in first))
             return LinearMemory(every, every)
 
         recalled = self.recalled(before, where)
@@ -81,7 +82,7 @@ class TTTLinear(StateLayer):
 
         def run(q: Array, k: Array, v: Array, rates: Array) -> Array:
             batch = min(self.chunk, q.shape[1])
-            return fast_weights.linear_scan(q, k, v, rates, first, norm, batch, segment)[0]
+            return fast_linear.linear_scan(q, k, v, rates, first, norm, batch, segment)[0]
 
         if self.plan.kind == "wavefront" and size("cp") > 1:
             if segment is not None:
@@ -95,7 +96,7 @@ class TTTLinear(StateLayer):
     def _piece(
         self, first: FastLinear, norm: Any, q: Array, k: Array, v: Array, rates: Array
     ) -> tuple[Array, FastLinear]:
-        out, last = fast_weights.linear_scan(q, k, v, rates, first, norm, self.chunk)
+        out, last = fast_linear.linear_scan(q, k, v, rates, first, norm, self.chunk)
         return out, FastLinear(*(w[0] for w in last))
 
     def memory(self, batch: int) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ import jax
 
 from fdp.collectives import size
 from fdp.count.counts import Counts, Degrees, Rows
-from fdp.models import fast_weights
+from fdp.models import fast_linear
 from fdp.models.attention import Where
 from fdp.models.conv import runs
 from fdp.models.lact import LaCT
@@ -44,7 +44,7 @@ class TwoMemories(LaCT):
 
         segment = None if where.segment is None else cut(where.segment)
         q, k, v, rates = map(cut, (q, k, v, rates))
-        read, _ = fast_weights.linear_scan(q, k, v, rates, first, norm, self.near, segment)
+        read, _ = fast_linear.linear_scan(q, k, v, rates, first, norm, self.near, segment)
         return far + read.reshape(far.shape).astype(far.dtype)
 
     def recalled(self, first: Any, where: Where) -> None:

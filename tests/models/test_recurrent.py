@@ -26,10 +26,11 @@ from fdp.count.compare import outcome as outcome_of
 from fdp.count.counts import REDUCE, Ledger, Rows, merged
 from fdp.count.step import microbatch
 from fdp.mesh import AXES, factor, make_mesh
-from fdp.models import delta, module
+from fdp.models import delta, fast_linear, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
-from fdp.models.fast_weights import FastLinear, FastWeights, Read
+from fdp.models.fast_linear import FastLinear
+from fdp.models.fast_weights import FastWeights, Read
 from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
@@ -280,10 +281,10 @@ def test_the_dual_form_is_a_step_on_every_token():
     rates = np.abs(normal(1, 16, 1))
     first = FastLinear(0.3 * normal(1, K, K), 0.3 * normal(1, K))
     norm = 1 + 0.1 * normal(1, K), 0.1 * normal(1, K)
-    got, last = fast.linear_scan(q, k, v, rates, first, norm, 8)
+    got, last = fast_linear.linear_scan(q, k, v, rates, first, norm, 8)
 
     def loss(model: FastLinear, t: int) -> jax.Array:
-        z = fast.normed(k[0, t, 0] @ model.weight + model.bias, norm[0][0], norm[1][0])
+        z = fast_linear.normed(k[0, t, 0] @ model.weight + model.bias, norm[0][0], norm[1][0])
         return 0.5 * ((z - (v - k)[0, t, 0]) ** 2).sum()
 
     start = now = FastLinear(first.weight[0], first.bias[0])
@@ -292,7 +293,7 @@ def test_the_dual_form_is_a_step_on_every_token():
         start = now if t % 8 == 0 else start
         g, rate = gradient(start, t), rates[0, t, 0]
         now = FastLinear(now.weight - rate * g.weight, now.bias - rate * g.bias)
-        z = fast.normed(q[0, t, 0] @ now.weight + now.bias, norm[0][0], norm[1][0])
+        z = fast_linear.normed(q[0, t, 0] @ now.weight + now.bias, norm[0][0], norm[1][0])
         np.testing.assert_allclose(got[0, t, 0], q[0, t, 0] + z, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(last.weight[0, 0], now.weight, rtol=1e-4, atol=1e-5)
 

@@ -22,10 +22,11 @@ from fdp.count.compare import Comparison, sent
 from fdp.count.compare import outcome as outcome_of
 from fdp.count.counts import REDUCE, Ledger, Rows, merged
 from fdp.mesh import AXES, make_mesh
-from fdp.models import delta, module
+from fdp.models import delta, fast_linear, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
-from fdp.models.fast_weights import FastLinear, FastWeights, Read
+from fdp.models.fast_linear import FastLinear
+from fdp.models.fast_weights import FastWeights, Read
 from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
@@ -73,7 +74,7 @@ def lact(tokens: tuple, segment: Any) -> jax.Array:
 
 def ttt(tokens: tuple, segment: Any) -> jax.Array:
     q, k, v, _, rates = tokens
-    return fast.linear_scan(q, k, v, rates, LINEAR, NORM, CHUNK, segment)[0]
+    return fast_linear.linear_scan(q, k, v, rates, LINEAR, NORM, CHUNK, segment)[0]
 
 
 def gdn(tokens: tuple, segment: Any) -> jax.Array:

@@ -25,10 +25,11 @@ import numpy as np
 import pytest
 
 from fdp.count import hlo
-from fdp.models import delta, module
+from fdp.models import delta, fast_linear, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
-from fdp.models.fast_weights import FastLinear, FastWeights, Read
+from fdp.models.fast_linear import FastLinear
+from fdp.models.fast_weights import FastWeights, Read
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.shape import ModelShape
 
@@ -149,7 +150,7 @@ def test_the_mini_batches_of_ttt_linear() -> None:
         rates = jax.nn.sigmoid(jnp.einsum("bld,hdo->blh", x["x"], x["learnable_ttt_lr/kernel"]))
         first = FastLinear(x["ttt_dense_0"], x["ttt_bias_0"][:, 0])
         norm = x["ttt_norm/scale"], x["ttt_norm/bias"]
-        return fast.linear_scan(x["q"], x["k"], x["v"], rates, first, norm, 8)[0]
+        return fast_linear.linear_scan(x["q"], x["k"], x["v"], rates, first, norm, 8)[0]
 
     out, grads = outcome(run, given, at["c"])
     assert error(out, at["out"]) < 2e-6
