@@ -53,8 +53,8 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
 
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
-    c.model.layers, c.train.steps = 4, 1500
-    c.seeds = (0, 1, 2)
+    c.model.layers, c.train.steps = 4, 800
+    c.seeds = (0, 1, 2)  # of pairs
     hybrids = ("gdn_1to1", "gdn_1to3", "lact_1to1", "lact_1to3")
     c.memory.update(
         arms=(
@@ -68,6 +68,7 @@ def _full(c: ml_collections.ConfigDict) -> None:
             *hybrids,
         ),
         needle=("attention", "window", "gdn", "lact", "lact_1to3"),
+        pairs=(8, 12, 16, 24),
         kjv=("attention", "gdn", "lact", "lact_1to3"),
         text=("attention", "gdn", "lact", "lact_1to3"),
         chunks=(8, 32),

@@ -23,7 +23,7 @@ from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.state import StatePlan
 from fdp.parallel.masks import Mask
-from fdp.topics.ttt_cp.settings import ARMS, CHUNKED, KJV, NEEDLE, TEXT
+from fdp.topics.ttt_cp.settings import ARMS, CHUNKED, IDS, KJV, NEEDLE, TEXT
 from fdp.topics.ttt_cp.tasks import MixedPairs
 
 SLOW = (1e-5, 1e-3)  # decay of Gated DeltaNet before training: it remembers all of a short sequence
@@ -65,7 +65,7 @@ def recall_task(case: MemoryCase, c: ml_collections.ConfigDict) -> RecallTask | 
     if case.task == "kjv":
         return ByteNeedle(KJV)
     if case.task == "capacity":
-        return MixedPairs(length, tuple(c.memory.pairs), 64)
+        return MixedPairs(4 * max(c.memory.pairs), tuple(c.memory.pairs), IDS)
     if case.task == "text" or c.data.source not in RECALL:
         return None
     if c.data.source == "mqar":
@@ -146,6 +146,8 @@ def _of_task(task: str, c: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     if task == "needle":
         own.data.update(source="needle", seq_len=NEEDLE)
         own.train.lr = c.train.lr / 4  # at the rate for pairs, attention stays at chance
+    if task == "capacity":
+        own.data.seq_len = 4 * max(c.memory.pairs)
     if task in ("kjv", "text"):
         source, length = {"kjv": ("kjv_needle", KJV), "text": ("bible", TEXT)}[task]
         own.data.update(source=source, tokenizer="byte", seq_len=length)

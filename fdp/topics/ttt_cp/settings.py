@@ -26,7 +26,8 @@ ARMS = {
 SIZED = ("gdn", "ttt_linear", "lact")  # kinds whose state can be made as large as another's
 CHUNKED = ("lact", "two_memories")  # kinds that read a chunk before they learn from it
 
-NEEDLE, KJV, TEXT = 64, 128, 256  # positions of the sequences of these tasks
+NEEDLE, KJV, TEXT = 64, 128, 128  # positions of the sequences of these tasks
+IDS, KEYS = 64, 31  # of sequences with several numbers of pairs
 
 SECTIONS = {
     "memory": section(
@@ -37,7 +38,7 @@ SECTIONS = {
         capacity=words((), SIZED, "layers whose pairs are counted against bytes of state"),
         sizes=integers(2, (), "of their states: 48 n² bytes"),
         # Fewer are asked in the first chunk, which LaCT reads before it has learnt anything.
-        pairs=integers(1, (8, 12, 16), "of the sequences that count"),
+        pairs=integers(1, (8, 12, 16), "of the sequences that count, of 4 tokens for the most"),
         chunks=integers(1, (), "chunks that LaCT and two memories are also trained with", "tokens"),
         chunk=count(16, "read and learnt from at once; divisible by cp", "tokens"),
         near=count(4, "mini-batch of the near one of two memories; divides the chunk", "tokens"),
@@ -114,10 +115,17 @@ def _check_lengths(c: ml_collections.ConfigDict) -> None:
             )
     if m.capacity and not m.sizes:
         raise UserError("memory.capacity needs sizes: set memory.sizes=(4, 8)")
-    if m.capacity and 4 * max(m.pairs) > length:
+    if m.capacity and 4 * max(m.pairs) % m.chunk:
+        fix = -(-4 * max(m.pairs) // m.chunk) * m.chunk // 4
         raise UserError(
-            f"memory.pairs={m.pairs}: {max(m.pairs)} pairs need 4 · {max(m.pairs)} tokens > "
-            f"data.seq_len={length}: set data.seq_len={4 * max(m.pairs)}"
+            f"memory.pairs={m.pairs}: {max(m.pairs)} pairs take 4 · {max(m.pairs)} tokens, not "
+            f"divisible by memory.chunk={m.chunk}: ask for {fix} at most, or set memory.chunk="
+            f"{math.gcd(4 * max(m.pairs), m.chunk)}"
+        )
+    if m.capacity and max(m.pairs) > KEYS:
+        raise UserError(
+            f"memory.pairs={m.pairs}: {max(m.pairs)} pairs of different keys > the {KEYS} keys "
+            f"among {IDS} ids: ask for {KEYS} at most"
         )
     if m.chunks and c.data.source not in (*RECALL, "blank"):
         raise UserError(

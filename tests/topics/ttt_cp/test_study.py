@@ -146,7 +146,11 @@ def test_an_arm_is_a_kind_on_a_task():
             {"memory.chunks": (4,), "mesh.cp": 8},
             r"memory\.chunks=4 is not divisible by mesh\.cp=8, .*: set memory\.chunks=8",
         ),
-        ({"memory.pairs": (4, 20)}, r"20 pairs need 4 · 20 tokens > .*: set data\.seq_len=80"),
+        (
+            {"memory.pairs": (4, 18)},
+            r"18 pairs take 4 · 18 tokens, not divis.*: ask for 20 at most",
+        ),
+        ({"memory.pairs": (4, 32)}, r"32 pairs of different keys > the 31 keys among 64 ids"),
         (
             {"memory.arms": ("two_memories",), "memory.chunks": (), "memory.near": 6},
             r"chunk of 16 tokens .* memory\.near=6, .*: set memory\.near=4",
