@@ -87,8 +87,9 @@ def _large(c: ml_collections.ConfigDict) -> None:
 def _h100(c: ml_collections.ConfigDict) -> None:
     _large(c)
     llama_like(c.model, layers=12, width=768, heads=6, kv_heads=6, vocab=32_768)
-    c.data.seq_len = 32_768
-    c.train.batch = 2
+    c.data.update(source="bible+stdlib", seq_len=32_768)
+    c.train.update(batch=2, steps=2000, warmup=200)
+    c.memory.arms = ("lact_1to3",)
     c.hardware.topology = "h100:1"
 
 

@@ -153,8 +153,8 @@ OBJECTIVE = section(
 DATA = section(
     source=string(
         "bible",
-        "bible | stdlib | markov | two_regimes | mqar | needle | induction | kjv_needle | blank | "
-        "hf:<name> | path; images: openmoji | mnist | gaussians",
+        "bible | stdlib | bible+stdlib | markov | two_regimes | mqar | needle | induction | "
+        "kjv_needle | blank | hf:<name> | path; images: openmoji | mnist | gaussians",
     ),
     tokenizer=choice(
         "bpe",

@@ -6,6 +6,7 @@ import ast
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import logging
 import platform
 import re
@@ -19,7 +20,7 @@ from typing import Any
 from fdp.data.documents import Inputs, documents_of, files_below, files_of
 from fdp.keys import UserError
 
-SOURCES = ("bible", "stdlib", "hf:<name>")
+SOURCES = ("bible", "stdlib", "bible+stdlib", "hf:<name>")
 
 HF_MAJOR = 4  # of the package datasets
 
@@ -64,7 +65,8 @@ class Source:
 def source_of(name: str) -> Source:
     """The source that `name` stands for.
 
-    `bible` (King James, one document a chapter), `stdlib` (Python sources, one a file),
+    `bible` (King James, one document a chapter), `stdlib` (Python sources, one a file), both of
+    them (`bible+stdlib`),
     `hf:<name>[:<config>[:<split>[:<text column>]]]` (Hugging Face, one a row; split and column
     default to `train` and `text`), or a path (see documents.documents_of). Errors:
     FileNotFoundError for an unknown source, ValueError for a malformed one, UserError with the pip
@@ -76,6 +78,8 @@ def source_of(name: str) -> Source:
     if name == "stdlib":
         known = f"stdlib of Python {platform.python_version()}"
         return Source(known, "PSF-2.0", state_of(name, _stdlib_files()), _stdlib)
+    if name == "bible+stdlib":
+        return _joined(source_of("bible"), source_of("stdlib"))
     if name == "hf" or name.startswith("hf:"):
         return _hugging_face(name)
     path = Path(name).expanduser()
@@ -89,6 +93,22 @@ def source_of(name: str) -> Source:
     inputs = Inputs()
     state = state_of(str(path.absolute()), files_of(path))
     return Source(name, OWNER, state, lambda: documents_of(path, inputs), inputs)
+
+
+def _joined(*parts: Source) -> Source:
+    """The documents of `parts`, one source after the other."""
+    states = [part.state for part in parts]
+    state = State(
+        hashlib.sha256(" ".join(s.key for s in states).encode()).hexdigest(),
+        max(s.changed for s in states),
+        sum(s.n_bytes for s in states),
+    )
+    return Source(
+        " + ".join(part.name for part in parts),
+        " + ".join(part.licence for part in parts),
+        state,
+        lambda: itertools.chain.from_iterable(part.documents() for part in parts),
+    )
 
 
 def state_of(name: str, files: Iterable[Path]) -> State:

@@ -53,6 +53,14 @@ def test_bible_package_has_another_layout(monkeypatch, tmp_path):
         read_corpus("bible")
 
 
+def test_two_sources_are_one_after_the_other():
+    both = sources.source_of("bible+stdlib")
+    bible, stdlib = sources.source_of("bible"), sources.source_of("stdlib")
+    assert list(both.documents()) == [*bible.documents(), *stdlib.documents()]
+    assert both.state.n_bytes == bible.state.n_bytes + stdlib.state.n_bytes
+    assert len({s.state.key[:16] for s in (both, bible, stdlib)}) == 3
+
+
 def test_stdlib_is_source_code():
     stdlib = read_corpus("stdlib")
     assert len(stdlib.documents) > 300
@@ -128,7 +136,8 @@ def test_bad_jsonl_names_the_line(tmp_path, line, message):
 def test_missing_path_names_it_and_the_closest_source(tmp_path):
     missing = tmp_path / "no.txt"
     with pytest.raises(
-        FileNotFoundError, match=r"no\.txt.*sources are bible, stdlib, hf:<name> and paths of text$"
+        FileNotFoundError,
+        match=r"no\.txt.*sources are bible, stdlib, bible\+stdlib, hf:<name> and paths of text$",
     ):
         read_corpus(str(missing))
     with pytest.raises(FileNotFoundError, match=r"data\.source='bibel'.*did you mean 'bible'\?"):
