@@ -56,6 +56,27 @@ STATE = (
         f"{STATES}test_every_plan_equals_one_device[gdn, affine]",
     ),
     Mutation(
+        "a prefix scan composes maps in the wrong order",
+        "parallel/context/state.py",
+        "compose(seen, arrived)",
+        "compose(arrived, seen)",
+        f"{STATES}test_a_prefix_scan_composes_the_maps_of_any_number_of_devices[7]",
+    ),
+    Mutation(
+        "a range of a prefix scan overlaps the one that it is composed with",
+        "parallel/context/state.py",
+        'arrived = shift(sent, "cp", width + 1, cyclic=False)',
+        'arrived = shift(sent, "cp", max(width, 1), cyclic=False)',
+        f"{STATES}test_a_prefix_scan_composes_the_maps_of_any_number_of_devices[7]",
+    ),
+    Mutation(
+        "the first devices of a prefix scan read from the last ones",
+        "parallel/context/state.py",
+        'state = shift(apply(map_BxH, constant(seen)), "cp", width + 1, cyclic=False)',
+        'state = shift(apply(map_BxH, constant(seen)), "cp", width + 1)',
+        f"{STATES}test_a_prefix_scan_composes_the_maps_of_any_number_of_devices[3]",
+    ),
+    Mutation(
         "decay and rate of Gated DeltaNet change places",
         "models/recurrent.py",
         "beta = jax.nn.sigmoid(found[..., 1])",
@@ -174,8 +195,8 @@ STATE = (
     Mutation(
         "the affine plan in a layout that deals positions out",
         "parallel/context/state.py",
-        'if self.kind == "affine" and self.layout != CONTIGUOUS:',
-        'if self.kind == "affine" and self.layout.kind == "striped":',
+        'if self.kind.startswith("affine") and self.layout != CONTIGUOUS:',
+        'if self.kind.startswith("affine") and self.layout.kind == "striped":',
         f"{STATES}test_plans_that_cannot_run_are_refused",
     ),
     Mutation(

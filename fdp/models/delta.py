@@ -203,6 +203,11 @@ def compose(later: Array, earlier: Array) -> Array:
     return found.at[..., K:].add(later[..., K:])
 
 
+def constant(both: Array) -> Array:
+    """B of [A | B]: what the map makes of a state of zeros, [..., K, V]."""
+    return both[..., both.shape[-2] :]
+
+
 def apply(both: Array, state: Array) -> Array:
     """A S + B for [A | B]: [..., K, V]."""
     K = both.shape[-2]
@@ -221,3 +226,10 @@ def fold(maps: Array, state: Array, count: Array) -> Array:
         return jnp.where(number < count, apply(both, state), state), None
 
     return jax.lax.scan(step, state, (jnp.arange(maps.shape[0]), maps))[0]
+
+
+def scan_products(devices: int) -> int:
+    """FLOPs over K³ of a head and device in `state.scanned_before`, V = K: none in the first step,
+    two compositions of 4 in each further one, but two applications of 2 in the last."""
+    steps = (devices - 1).bit_length()
+    return max(8 * (steps - 2) + 4, 0)

@@ -240,7 +240,7 @@ class GatedDeltaNet(StateLayer):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return ("affine", "heads")
+        return ("affine", "affine+scan", "heads")
 
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         H = self.shape.heads
@@ -262,7 +262,12 @@ class GatedDeltaNet(StateLayer):
         chunks = delta.prepare(tokens, self._local(q.shape[1]))
         start = vary_like(_empty(q, v), chunks.solved)
         if size("cp") > 1:
-            start = state.before(delta.affine(chunks), start, delta.fold)
+            whole = delta.affine(chunks)
+            if self.plan.kind == "affine+scan":
+                parts = delta.compose, delta.apply, delta.constant
+                start = state.scanned_before(whole, *parts)
+            else:
+                start = state.before(whole, start, delta.fold)
         return delta.scan(chunks, start)[0]
 
     def memory(self, batch: int) -> tuple[Any, Any]:
@@ -273,24 +278,23 @@ class GatedDeltaNet(StateLayer):
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Two products of each token with its chunk, one with the chunk's values and two with the
         inverse of its system, three with the state; and the inverse. Over cp, the maps of the parts
-        cost more, and go around once."""
+        cost more, and go around: once, or composed in every step of a scan, the last one without
+        the columns that nobody reads."""
         s, cp, tp = self.shape, degrees["cp"], degrees["tp"]
         H, K, C = s.heads, s.head_dim, self._local(rows.length // self._ways(cp))
         flops = rows.positions * H * (10 * C * K + 6 * K * K)
         flops += rows.positions // C * H * delta.inverse_flops(C)
-        there, back, again = Ledger(degrees), Ledger(degrees), Work()
+        again = Work()
         if self.plan.kind == "heads":
             sent = sent_back = self.exchange(2, rows, degrees)
             once = self.ids(rows, degrees)
         else:
-            shard = rows.batch * H // tp * 2 * K * K * 4
-            sent = there.add(GATHER, ("cp",), shard).sent
-            sent_back = back.add(SCATTER, ("cp",), shard).sent
+            sent, sent_back, products = self._maps(rows.batch * H // tp, degrees)
             ids = 4 * rows.batch if rows.segments else 0
             halo = halo_bytes(self.plan.layout, rows.length // cp, cp, self._reach, ids)
             once = Ledger(degrees).put(PERMUTE, ("cp",), halo).sent
             if cp > 1:
-                maps = 8 * rows.positions * H * K * K + 2 * rows.batch * H * cp * cp * K**3
+                maps = 8 * rows.positions * H * K * K + rows.batch * H * cp * products * K**3
                 again = Work(3 * maps, batched=3 * maps)
         forward = Work(flops, batched=flops, sent=sent)
         chunks = rows.length // C // cp * rows.batch * H // tp
@@ -298,6 +302,17 @@ class GatedDeltaNet(StateLayer):
         back_too = forward.backward(sent_back)
         own = Counts(2 * H, forward, back_too, again=again, once=once, saved=saved)
         return own + self.scalars(2, rows)
+
+    def _maps(self, heads: int, degrees: Degrees) -> tuple[Sent, Sent, int]:
+        """Of the maps of `heads` of a device: bytes over cp (forward, backward), and the FLOPs over
+        K³ of each head with which a device finds the state before its part."""
+        cp, of_state = degrees["cp"], 4 * heads * self.shape.head_dim**2
+        there, back, steps = Ledger(degrees), Ledger(degrees), self.plan.scan_steps(cp)
+        if self.plan.kind == "affine+scan":
+            sent = there.put(PERMUTE, ("cp",), max(2 * steps - 1, 0) * of_state).sent
+            return sent, sent, delta.scan_products(cp)
+        there.add(GATHER, ("cp",), 2 * of_state)
+        return there.sent, back.add(SCATTER, ("cp",), 2 * of_state).sent, 2 * cp
 
     def _ways(self, cp: int) -> int:
         """Devices that hold a part of the sequence in the scan."""

@@ -23,7 +23,7 @@ from fdp.count import bytes as closed
 from fdp.count import flops, hlo, jaxpr
 from fdp.count.compare import Comparison, mismatches, sent
 from fdp.count.compare import outcome as outcome_of
-from fdp.count.counts import REDUCE, Ledger, Rows, merged
+from fdp.count.counts import PERMUTE, REDUCE, Ledger, Rows, merged
 from fdp.count.step import microbatch
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.models import delta, fast_linear, module
@@ -37,7 +37,7 @@ from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, layer
 from fdp.models.ttt import TTTLinear
-from fdp.parallel.context import layouts
+from fdp.parallel.context import layouts, state
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.state import StatePlan
 from fdp.step import TrainStep
@@ -137,6 +137,30 @@ def test_maps_of_parts_compose_in_order_to_the_map_of_the_whole(cuts):
     np.testing.assert_allclose(folded, want, atol=5e-6)
     if len({0, *cuts, FEW}) > 2:  # the order matters
         assert np.abs(wrong - want).max() > 1e-3
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("cp", [2, 3, 5, 7])
+def test_a_prefix_scan_composes_the_maps_of_any_number_of_devices(cp):
+    maps, degrees = normal(cp, H, K, K + V), dict.fromkeys(AXES, 1) | {"cp": cp}
+    want = [np.zeros((H, K, V), np.float32)]
+    for both in maps[:-1]:
+        want.append(both[..., :K] @ want[-1] + both[..., K:])
+    mesh = make_mesh(degrees)
+
+    def run(compose):
+        parts = compose, delta.apply, delta.constant
+        f = shard_map(lambda x: state.scanned_before(x, *parts), mesh, P("cp"), P("cp"))
+        return jax.jit(f).lower(maps).compile(hlo.QUICK)
+
+    right = run(delta.compose)
+    np.testing.assert_allclose(right(maps), np.stack(want), rtol=1e-5, atol=1e-4)
+    steps = (cp - 1).bit_length()
+    wire = 4 * H * K * ((steps - 1) * (K + V) + V)
+    assert sent(right, mesh) == Ledger(degrees).put(PERMUTE, ("cp",), wire).sent
+    if cp == 7:  # the order matters
+        wrong = run(lambda later, earlier: delta.compose(earlier, later))(maps)
+        assert np.abs(wrong - np.stack(want)).max() > 0.1
 
 
 @pytest.mark.fast
@@ -307,6 +331,7 @@ X, TARGET = normal(B, S, 12), normal(B, S, 12)
 SHARED = SequenceLayout("striped", 2)  # chunks of 8 on four devices
 LAYERS = {
     "gdn, affine": (GatedDeltaNet, "affine", CONTIGUOUS, {}),
+    "gdn, affine+scan": (GatedDeltaNet, "affine+scan", CONTIGUOUS, {}),
     "lact, tokens": (LaCT, "tokens", SHARED, {"muon": True, "gate": False}),
     "lact, tokens+ns": (LaCT, "tokens+ns", SHARED, {"group": 3}),
     "lact, heads+tokens": (LaCT, "heads+tokens", SHARED, {}),
@@ -316,7 +341,11 @@ LAYERS = {
 
 
 # Plans of one layer: what they compute is compiled for one device once.
-SAME = {"lact, heads+tokens": "lact, tokens", "ttt, wavefront": "ttt, heads"}
+SAME = {
+    "gdn, affine+scan": "gdn, affine",
+    "lact, heads+tokens": "lact, tokens",
+    "ttt, wavefront": "ttt, heads",
+}
 
 
 def make(name: str):
@@ -357,9 +386,10 @@ def one_device(name: str):
 def test_every_plan_equals_one_device(name):
     layer, one = make(name), one_device(SAME.get(name, name))
     params, ((want_loss, want), want_grads) = one
-    degrees = dict.fromkeys(AXES, 1) | {"cp": 4}
+    cp = 8 if name == "gdn, affine+scan" else 4  # fewer steps of a scan compose no maps
+    degrees = dict.fromkeys(AXES, 1) | {"cp": cp}
     layer.check(B, S, degrees)
-    mesh, order = make_mesh(degrees), layouts.permutation(layer.plan.layout, S, 4)
+    mesh, order = make_mesh(degrees), layouts.permutation(layer.plan.layout, S, cp)
     mesh = factor(mesh, "cp") if layer.plan.head_split > 1 else mesh
     specs = module.abstract(layer, X, where(CONTIGUOUS, S))[1]["params"]
     of_x = P(None, "cp")
@@ -394,6 +424,7 @@ def test_no_output_depends_on_a_later_token(name):
 REFUSED = [
     (GatedDeltaNet, "tokens", SHARED, 8, "GatedDeltaNet does not run plan tokens: choose affine"),
     (GatedDeltaNet, "affine", ZIGZAG, 8, "the zigzag layout deals them out"),
+    (GatedDeltaNet, "affine+scan", SHARED, 8, "affine.scan plan .* the striped layout deals them"),
     (LaCT, "tokens", CONTIGUOUS, 8, "later tokens would be read first; .* chunk / cp = 2"),
     (LaCT, "tokens", SHARED, 6, "a chunk of 6 tokens is not divisible by cp = 4, .* chunk of 8"),
     (LaCT, "tokens", SequenceLayout("striped", 3), 12, r"set data.seq_len=36"),
@@ -519,16 +550,25 @@ def traced_flops(p: TrainStep) -> int:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", ["lact, tokens", "lact, heads+tokens", "ttt, wavefront"])
-def test_devices_compute_what_the_plan_makes_them_compute_alike(name):
-    p = program_of(name, {"cp": 4})
-    assert 4 * traced_flops(p) == flops.executed(p)
-    # Newton-Schulz of a sum on every device, ticks of a wavefront without a piece.
+@pytest.mark.parametrize(
+    ("name", "cp"),
+    [
+        ("lact, tokens", 4),
+        ("lact, heads+tokens", 4),
+        ("ttt, wavefront", 4),
+        ("gdn, affine", 4),
+        ("gdn, affine+scan", 8),
+    ],
+)
+def test_devices_compute_what_the_plan_makes_them_compute_alike(name, cp):
+    p = program_of(name, {"cp": cp})
+    assert cp * traced_flops(p) == flops.executed(p)
+    # Newton-Schulz of a sum on every device, ticks of a wavefront without a piece, maps of parts.
     assert (flops.executed(p) > flops.train_step(p)) == (name != "lact, heads+tokens")
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [n for n in LAYERS if n != "gdn, affine+scan"])
 def test_flops_equal_the_jaxpr(name):
     p = program_of(name, {})
     assert traced_flops(p) == flops.executed(p)

@@ -10,7 +10,9 @@
   heads after the other, and hands the state on to its right neighbour: m pieces on n devices take
   m + n - 1 ticks;
 - `affine`: for states that change by affine maps; each device exchanges the map of its part of the
-  sequence (contiguous layout) once.
+  sequence (contiguous layout) once;
+- `affine+scan`: the same maps, but composed on the way, from device to device: a prefix scan in
+  ⌈log₂ n⌉ steps that wait for each other, of one map each, where `affine` receives n - 1 at once.
 
 Legend: B sequences, L positions of a device, H heads, S all positions, n devices of cp."""
 
@@ -38,7 +40,7 @@ from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 
 Array = jax.Array
-KINDS = ("tokens", "tokens+ns", "heads", "heads+tokens", "wavefront", "affine")
+KINDS = ("tokens", "tokens+ns", "heads", "heads+tokens", "wavefront", "affine", "affine+scan")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class StatePlan:
         """Of a wavefront over `cp` devices."""
         return self.pieces + cp - 1
 
+    def scan_steps(self, cp: int) -> int:
+        """Of a prefix scan over `cp` devices."""
+        return (cp - 1).bit_length()
+
     def check(
         self, batch: int, heads: int, length: int, degrees: Mapping[str, int], chunk: int
     ) -> None:
@@ -89,10 +95,10 @@ class StatePlan:
         if cp == 1:
             return
         layouts.check_length(self.layout, length, cp)
-        if self.kind == "affine" and self.layout != CONTIGUOUS:
+        if self.kind.startswith("affine") and self.layout != CONTIGUOUS:
             raise ValueError(
-                f"the affine plan composes ranges of positions, and the {self.layout.kind} layout "
-                "deals them out: set context.layout=contiguous"
+                f"the {self.kind} plan composes ranges of positions, and the {self.layout.kind} "
+                "layout deals them out: set context.layout=contiguous"
             )
         if self.kind == "wavefront":
             self._check_wavefront(batch, heads, length, cp, chunk)
@@ -251,3 +257,32 @@ def before(map_BxH: Array, start: Array, fold: Callable[[Array, Array, Array], A
         return start
     maps = all_gather(map_BxH[None], "cp", dim=0)
     return fold(maps, start, jnp.asarray(index("cp")))
+
+
+def scanned_before(
+    map_BxH: Array,
+    compose: Callable[[Array, Array], Array],
+    apply: Callable[[Array, Array], Array],
+    constant: Callable[[Array], Array],
+) -> Array:
+    """As `before` of a state that starts at zero, by an exclusive prefix scan (Hillis and Steele
+    1986).
+
+    `compose(later, earlier)`: the map of two ranges, `apply(map, state)`, and `constant(map)`, what
+    a map makes of zero. Zeros where no device sends are a map, too: one that forgets. So a range
+    that begins at position 0 is right already, and any number of devices will do."""
+    n = size("cp")
+    if n == 1:
+        return jnp.zeros_like(constant(map_BxH))
+    # `seen`: the map of the `width` devices before this one; with its own map, it is sent on.
+    seen, width = None, 0
+    while 2 * width + 1 < n - 1:
+        sent = map_BxH if seen is None else compose(map_BxH, seen)
+        arrived = shift(sent, "cp", width + 1, cyclic=False)
+        seen = arrived if seen is None else compose(seen, arrived)
+        width = 2 * width + 1
+    # The last range that arrives begins at position 0: of its map, the state is enough.
+    if seen is None:
+        return shift(constant(map_BxH), "cp", cyclic=False)
+    state = shift(apply(map_BxH, constant(seen)), "cp", width + 1, cyclic=False)
+    return apply(seen, state)

@@ -20,6 +20,7 @@ PROOFS: tuple[Proof, ...] = (
     ("gdn", "affine", {"cp": 4}),
     ("gdn", "affine", {"dp": 2, "cp": 2, "tp": 2}),
     ("gdn", "affine", {"cp": 8}),
+    ("gdn", "affine+scan", {"cp": 8}),
     ("gdn", "heads", {"cp": 4}),
     ("lact", "tokens", {"cp": 4}),
     ("lact", "tokens", {"cp": 8}),
@@ -32,7 +33,7 @@ PROOFS: tuple[Proof, ...] = (
     ("lact_1to1", "tokens", {"cp": 4}),
     ("gdn_1to1", "affine", {"dp": 2, "cp": 2, "tp": 2}),
 )
-SOME = (PROOFS[6],)  # of the smallest variant
+SOME = (PROOFS[7],)  # of the smallest variant
 
 
 def parts(config: ml_collections.ConfigDict) -> list[Part]:

@@ -41,12 +41,12 @@ LENGTHS, FABRICS, CP = (2**17, 2**20), (NVLINK, INFINIBAND), 8
 PERIODS = 4  # of a judged hybrid: the first and last layouts are free, those between are not
 HEAD, LARGE_HEAD = 128, 512  # of LaCT: its state is a network of a whole head
 # Plans of the baselines: by type of layer, and of one family.
-PARTS = ("affine", "tokens", "tokens+ns", "wavefront")
+PARTS = ("affine", "affine+scan", "tokens", "tokens+ns", "wavefront")
 FIXED = {"ring + affine": ("ring", "heads", *PARTS), "all-to-all": ("ulysses", "heads")}
 FAMILIES = FIXED | {
     "tp": ("tp",),
     "parts of the sequence": ("ring", "all_gather", "usp", *PARTS),
-    "two levels": ("usp", "affine", "heads+tokens", "wavefront"),
+    "two levels": ("usp", "affine", "affine+scan", "heads+tokens", "wavefront"),
 }
 Priced = tuple[list[LayerOption], dict[str, str]]
 
@@ -170,7 +170,8 @@ def _state(kind: str, way: tuple[str, SequenceLayout, int], job: HybridJob) -> L
     made.check(1, job.length, degrees)
     rows = Rows(1, job.length, 0)
     found = made.counts(rows, degrees)
-    times, hidden = {EXCHANGE: 2, PERMUTE: made.plan.ticks(n)}, {}
+    hops = made.plan.scan_steps(n) if plan == "affine+scan" else made.plan.ticks(n)
+    times, hidden = {EXCHANGE: 2, PERMUTE: hops}, {}
     if "tokens" in plan:
         updates = max(-(-job.length // job.chunk) - 1, 1)
         times |= {REDUCE: updates, SCATTER: updates, GATHER: updates}
@@ -189,6 +190,8 @@ def _chain(made: StateLayer, plan: str, job: HybridJob) -> int:
     chunks, n = -(-job.length // made.chunk), job.devices
     if plan == "affine":  # the map of the device's range, those of all, and what is read
         return 2 * (2 * (chunks // n) + n)
+    if plan == "affine+scan":  # two compositions a step, but in the first
+        return 2 * (2 * (chunks // n) + 2 * (made.plan.scan_steps(n) - 1))
     if plan == "wavefront":
         return 2 * made.plan.ticks(n) * (chunks // n)
     return 2 * chunks * (1 + 3 * len(QUINTICS) * getattr(made, "muon", False))

@@ -103,6 +103,15 @@ def test_a_wavefront_computes_in_every_tick_and_waits_for_each():
     assert wave.wire == 2 * ticks * 4 * 4 * 128 * (128 + 1)  # four heads of f32 weights and biases
 
 
+def test_a_scan_of_maps_sends_fewer_of_them_in_more_steps():
+    found = {o.plan: o for o in planned.options("gdn", HybridJob(4096, 2**17, 8), False)[0]}
+    gather, scan = found["affine"], found["affine+scan"]
+    state = 4 * 32 * 128 * 128  # f32 bytes of 32 heads
+    assert (gather.wire, gather.steps) == (2 * 7 * 2 * state, 2)
+    assert (scan.wire, scan.steps) == (2 * (2 + 2 + 1) * state, 2 * 3)
+    assert gather.chain - scan.chain == 2 * (8 - 2 * 2)
+
+
 def test_prices_of_a_torus_say_that_nothing_was_measured():
     devices, evidence = plan.on("v5p:4x4")
     assert devices.count == 16 and devices.move(2.0**30) > 0
