@@ -98,6 +98,12 @@ def parameters(m: Transformer, length: int, seed: int = 0) -> Any:
     return init(jax.random.key(seed))
 
 
+def drawn(shapes: Any, scale: float = 0.3) -> Any:
+    """Normal numbers in the place of an initialisation, which takes long to compile."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: scale * rng.normal(size=s.shape).astype(np.float32), shapes)
+
+
 def shapes_and_specs(m: Transformer, length: int) -> tuple[Any, Any]:
     """Abstract parameters and their PartitionSpecs."""
     shapes, specs, _ = module.abstract(m, blank_input(length))

@@ -182,8 +182,7 @@ STATE = (
         "gained = FastWeights(*map(sharing.total, step(weights, at.k, at.v, at.rates)))",
         "gained = FastWeights(*(sharing.total(g) / sharing.devices for g in "
         "step(weights, at.k, at.v, at.rates)))",
-        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
-        "[lact, tokens+ns]",
+        f"{STATES}test_every_plan_equals_one_device[lact, tokens+ns]",
     ),
     Mutation(
         "tokens of a chunk in the contiguous layout",
@@ -260,8 +259,7 @@ STATE = (
         "models/lact.py",
         "updates = max(-(-rows.length // self.chunk) - 1, 0)",
         "updates = min(max(-(-rows.length // self.chunk) - 1, 0), 1)",
-        f"{STATES}test_a_model_trains_as_one_device_and_sends_what_the_layers_state"
-        "[lact, tokens+ns]",
+        f"{STATES}test_every_plan_equals_one_device[lact, tokens+ns]",
     ),
     Mutation(
         "the cheapest path does not see the price of a move",

@@ -313,7 +313,8 @@ def test_decay_before_a_document_overflows_no_gradient():
         tokens = delta.Tokens(q, k, v, decay, jnp.full((1, 64, 1), 0.5), fresh)
         return delta.scan(delta.prepare(tokens, 64), jnp.zeros((1, 1, 4, 4)))[0].sum()
 
-    assert np.isfinite(jax.grad(read)(jnp.full((1, 64, 1), -2.0))).all()
+    gradient = jax.jit(jax.grad(read), compiler_options=hlo.QUICK)
+    assert np.isfinite(gradient(jnp.full((1, 64, 1), -2.0))).all()
 
 
 @pytest.mark.fast
@@ -322,4 +323,4 @@ def test_turned_keys_and_documents_are_refused():
     at = jnp.arange(16)
     where = Where(at, at, jnp.zeros((1, 16), jnp.int32))
     with pytest.raises(ValueError, match="would depend on where it lies: set rotate=False"):
-        module.init(mixing, jax.random.key(0), jnp.zeros((1, 16, 8)), where)
+        module.abstract(mixing, jnp.zeros((1, 16, 8)), where)
