@@ -70,6 +70,13 @@ STATE = (
         f"{STATES}test_a_prefix_scan_composes_the_maps_of_any_number_of_devices[7]",
     ),
     Mutation(
+        "the near one of two memories goes on where it begins anew, in decoding",
+        "models/fast_rows.py",
+        "anew = full & (ended % (again[0] // batch) == 0)",
+        "anew = full & (ended < 0)",
+        "tests/models/test_decode.py::test_pieces_of_any_size_are_the_whole_sequence",
+    ),
+    Mutation(
         "the first devices of a prefix scan read from the last ones",
         "parallel/context/state.py",
         'state = shift(apply(map_BxH, constant(seen)), "cp", width + 1, cyclic=False)',

@@ -63,8 +63,8 @@ def swiglu_rows(
 
     `seen`: tokens before these, in every sequence. `norms`: `row_norms` of the first weights."""
 
-    def one(memory: SwigluMemory, at: tuple[Read, Array]) -> tuple[SwigluMemory, Array]:
-        piece, full = at
+    def one(memory: SwigluMemory, at: tuple[Read, Array, Array]) -> tuple[SwigluMemory, Array]:
+        piece, full, _ = at
         weights, velocity, gained, momentum = memory
         out = apply(weights, piece.q)
         more = step(weights, piece.k, piece.v, piece.rates)
@@ -91,21 +91,28 @@ def linear_rows(
     seen: Array | int,
     batch: int,
     norm: tuple[Array, Array],
+    again: tuple[int, LinearMemory] | None = None,
 ) -> tuple[Array, LinearMemory]:
     """(outputs f32 [B, L, H, K], the memory after these tokens), as `linear_scan` has them.
 
-    `tokens`: its q, k, v and rates. `seen`: tokens before these, in every sequence."""
+    `tokens`: its q, k, v and rates. `seen`: tokens before these, in every sequence. `again`: (R,
+    the memory of every sequence that takes this one's place after every R tokens, a multiple of
+    `batch`)."""
     norm = norm_of_heads(norm)
 
-    def one(memory: LinearMemory, at: tuple[Any, Array]) -> tuple[LinearMemory, Array]:
-        (q, k, v, rates), full = at
+    def one(memory: LinearMemory, at: tuple[Any, Array, Array]) -> tuple[LinearMemory, Array]:
+        (q, k, v, rates), full, ended = at
         start, now = memory
         steps = linear_steps(linear(start, k), k, v, rates, norm)
         past = jnp.tril(jnp.ones((q.shape[2],) * 2))
         out = linear_read(linear(now, q), q, k, steps, past, norm)
         now = stepped(now, k, steps)
         start = jax.tree.map(lambda new, old: jnp.where(full, new, old), now, start)
-        return LinearMemory(start, now), out
+        memory = LinearMemory(start, now)
+        if again is not None:
+            anew = full & (ended % (again[0] // batch) == 0)
+            memory = jax.tree.map(lambda new, old: jnp.where(anew, new, old), again[1], memory)
+        return memory, out
 
     return _scan(one, memory, tokens, seen, batch)
 
@@ -113,8 +120,9 @@ def linear_rows(
 def _scan(
     one: Callable[..., Any], memory: Any, tokens_BxLxH: Any, seen: Array | int, chunk: int
 ) -> tuple[Array, Any]:
-    """(outputs [B, L, H, …], the last memory) of `one(memory, (piece, full))` on pieces [B, H, C,
-    …]: `full`, whether a chunk ends with the piece."""
+    """(outputs [B, L, H, …], the last memory) of `one(memory, (piece, full, ended))` on pieces [B,
+    H, C, …]: `full`, whether a chunk ends with the piece, and `ended`, the chunks that then have
+    ended in all."""
     like = jax.tree.leaves(tokens_BxLxH)[0]
     length = like.shape[1]
     size = 1 if length == 1 else chunk  # one token ends no piece before it
@@ -130,9 +138,11 @@ def _scan(
         return jnp.moveaxis(x.reshape(B, pieces, size, *rest), (1, 3), (0, 2))
 
     ends = (jnp.arange(pieces) + 1) * size
-    full = ((seen - offset + ends) % chunk == 0) & (ends <= offset + length)
+    after = seen - offset + ends
+    full = (after % chunk == 0) & (ends <= offset + length)
     memory = jax.tree.map(lambda x: vary_like(x, like), memory)
-    memory, out = jax.lax.scan(one, memory, (jax.tree.map(cut, tokens_BxLxH), full))
+    at = jax.tree.map(cut, tokens_BxLxH), full, after // chunk
+    memory, out = jax.lax.scan(one, memory, at)
     out = jnp.moveaxis(out, (0, 2), (1, 3))  # [B, N, C, H, K]
     out = out.reshape(out.shape[0], pieces * size, *out.shape[3:])
     return jax.lax.dynamic_slice_in_dim(out, offset, length, 1), memory

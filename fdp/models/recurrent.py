@@ -77,13 +77,15 @@ class StateLayer(Module):
         …]. Their values before the first token are the layer's own."""
         raise NotImplementedError
 
-    def recalled(self, first: Callable[[], Any], where: Where) -> tuple[Any, Array | int] | None:
-        """(the memory before these tokens, the number of tokens before them), or None where no
-        cache is kept. `first()`: the memory before all tokens. Rows of a cache follow the last
+    def recalled(
+        self, first: Callable[[], Any], where: Where, name: str = "memory"
+    ) -> tuple[Any, Array | int] | None:
+        """(the memory `name` before these tokens, the number of tokens before them), or None where
+        no cache is kept. `first()`: the memory before all tokens. Rows of a cache follow the last
         ones, equally many in every sequence."""
         if self.is_initializing() or not self.is_mutable_collection(CACHE):
             if where.index.ndim == 2:
-                self.cached("memory")  # says what is missing
+                self.cached(name)  # says what is missing
             return None
         if size("cp") > 1:
             raise ValueError(
@@ -100,7 +102,7 @@ class StateLayer(Module):
         seen = where.index[0, 0]
         begun = jax.tree.map(
             lambda old, new: jnp.where(seen == 0, new, vary_like(old, new)),
-            self.cached("memory"),
+            self.cached(name),
             first(),
         )
         return begun, seen

@@ -38,6 +38,20 @@ def linear_weights(layer: StateLayer, name: str) -> tuple[FastLinear, tuple[Arra
     return first, (scale, layer.weight("norm_shift", zeros, (H, K), axes, decay=False))
 
 
+def linear_memory(first: FastLinear, like_BxLxHxK: Array) -> LinearMemory:
+    """The memory of every sequence before the first token; `first`: the weights of every head."""
+    every = FastLinear(*(everywhere(w, like_BxLxHxK) for w in first))
+    return LinearMemory(every, every)
+
+
+def no_linear_memory(shape: ModelShape, batch: int) -> tuple[LinearMemory, Any]:
+    """(zeros, PartitionSpecs) of such a memory: map and bias of a device's heads, twice."""
+    H, K = shape.heads // size("tp"), shape.head_dim
+    one = FastLinear(jnp.zeros((batch, H, K, K)), jnp.zeros((batch, H, K)))
+    found = LinearMemory(one, one)
+    return found, jax.tree.map(by_head, found)
+
+
 def linear_work(shape: ModelShape, batch: int, rows: Rows, degrees: Degrees) -> Counts:
     """Of the parameters of `linear_weights` and of `linear_scan` in mini-batches of `batch`, no
     bytes sent: three products with the weights and three inside the mini-batch, of which the mask's
@@ -65,12 +79,7 @@ class TTTLinear(StateLayer):
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         first, norm = linear_weights(self, "fast")
         rates = jax.nn.sigmoid(self.head_scalars("w_state", x_BxLxD, 1)[..., 0])
-
-        def before() -> LinearMemory:
-            every = FastLinear(*(everywhere(w, q) for w in first))
-            return LinearMemory(every, every)
-
-        recalled = self.recalled(before, where)
+        recalled = self.recalled(lambda: linear_memory(first, q), where)
         if recalled is not None:
             tokens = q, k, v, rates
             out, memory = fast_rows.linear_rows(tokens, *recalled, self.chunk, norm)
@@ -101,10 +110,7 @@ class TTTLinear(StateLayer):
 
     def memory(self, batch: int) -> tuple[Any, Any]:
         """Map and bias of every head, twice."""
-        H, K = self.shape.heads // size("tp"), self.shape.head_dim
-        one = FastLinear(jnp.zeros((batch, H, K, K)), jnp.zeros((batch, H, K)))
-        found = LinearMemory(one, one)
-        return found, jax.tree.map(by_head, found)
+        return no_linear_memory(self.shape, batch)
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """As of all layers with a state; raises ValueError for a length that is not whole

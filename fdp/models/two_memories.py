@@ -13,21 +13,22 @@ from typing import Any
 
 import jax
 
-from fdp.collectives import size
+from fdp.collectives import size, vary
 from fdp.count.counts import Counts, Degrees, Rows
-from fdp.models import fast_linear
+from fdp.mesh import BATCH_AXES
+from fdp.models import fast_linear, fast_rows
 from fdp.models.attention import Where
 from fdp.models.conv import runs
 from fdp.models.lact import LaCT
-from fdp.models.ttt import linear_weights, linear_work
+from fdp.models.ttt import linear_memory, linear_weights, linear_work, no_linear_memory
 
 Array = jax.Array
+NEAR = "near_memory"  # of the cache
 
 
 class TwoMemories(LaCT):
     """LaCT, and beside it TTT-Linear in mini-batches of `near`, with its first weights again at
-    every `reset`-th position. Raises ValueError for segments that lie on several devices, and where
-    a cache is kept."""
+    every `reset`-th position. Raises ValueError for segments that lie on several devices."""
 
     near: int = 4
     reset: int = 16
@@ -36,6 +37,14 @@ class TwoMemories(LaCT):
         far = super().mix(q, k, v, x_BxLxD, where)
         first, norm = linear_weights(self, "near")
         rates = jax.nn.sigmoid(self.head_scalars("w_near", x_BxLxD, 1)[..., 0])
+        before = linear_memory(first, q)
+        recalled = self.recalled(lambda: before, where, NEAR)
+        if recalled is not None:
+            self._check_batches()
+            tokens, again = (q, k, v, rates), (self.reset, before)
+            read, memory = fast_rows.linear_rows(tokens, *recalled, self.near, norm, again)
+            self.cache(NEAR, memory)
+            return far + read.astype(far.dtype)
         B, L = rates.shape[:2]
         self._check_reset(L * size("cp"), size("cp"))
 
@@ -47,12 +56,12 @@ class TwoMemories(LaCT):
         read, _ = fast_linear.linear_scan(q, k, v, rates, first, norm, self.near, segment)
         return far + read.reshape(far.shape).astype(far.dtype)
 
-    def recalled(self, first: Any, where: Where) -> None:
-        """None. Raises ValueError where a cache is kept."""
-        if super().recalled(first, where) is not None:
-            raise ValueError(
-                "TwoMemories has no cached decoding: sample without a cache, or train LaCT"
-            )
+    def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
+        """As of LaCT, and the map and bias of the near memory, twice."""
+        state, shards = super().decode_state(batch, length)
+        near, specs = no_linear_memory(self.shape, batch)
+        axes = (*BATCH_AXES, "tp")
+        return state | {NEAR: vary(near, axes)}, shards | {NEAR: specs}
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Those of LaCT; of the near memory, those of TTT-Linear, which sends nothing."""
@@ -64,12 +73,15 @@ class TwoMemories(LaCT):
         super().check(batch, length, degrees)
         self._check_reset(length, degrees["cp"])
 
-    def _check_reset(self, length: int, cp: int) -> None:
+    def _check_batches(self) -> None:
         if self.reset % self.near:
             raise ValueError(
                 f"a segment of {self.reset} tokens is not divisible by mini-batches of "
                 f"{self.near}: set reset={-(-self.reset // self.near) * self.near}"
             )
+
+    def _check_reset(self, length: int, cp: int) -> None:
+        self._check_batches()
         _, held = runs(self.plan.layout, length // cp, cp)
         if held % self.reset:
             fits = [r for r in range(self.near, held + 1, self.near) if held % r == 0]

@@ -25,6 +25,7 @@ from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.stack import Block, Layer, layer
 from fdp.models.ttt import TTTLinear
+from fdp.models.two_memories import TwoMemories
 from fdp.parallel.masks import Mask
 from fdp.sampling import autoregressive
 from fdp.sampling.noise import Draw
@@ -35,7 +36,8 @@ IDS = jax.random.randint(jax.random.key(1), (B, L), 0, 16)
 NOISE = jnp.zeros(B)
 STATES = (
     layer(GatedDeltaNet, chunk=CHUNK),
-    layer(LaCT, chunk=CHUNK, rate=0.1, muon=True),
+    # LaCT, and beside it another memory.
+    layer(TwoMemories, chunk=CHUNK, rate=0.1, muon=True, near=2, reset=6),
     layer(TTTLinear, chunk=CHUNK),
 )
 
@@ -157,8 +159,9 @@ def test_tensor_parallel_decoding_is_that_of_one_device():
     got, cache = run(params, IDS)
     near(got, want[:, :12])
     for name in ("0", "1", "2"):  # attention's tail has a copy on every device of tp
-        one, other = (tree["layers"][name]["attention"]["memory"] for tree in (cache, after))
-        all_near(one, other)
+        one, other = (tree["layers"][name]["attention"] for tree in (cache, after))
+        for memory in one.keys() & {"memory", "near_memory"}:
+            all_near(one[memory], other[memory])
 
 
 def test_a_sequence_that_is_not_a_number_spoils_no_other():

@@ -165,6 +165,7 @@ def test_a_cache_holds_no_documents():
 CP, SHARED = 4, SequenceLayout("striped", CHUNK // 4)
 PLANS = {
     "gdn, affine": ("affine", CONTIGUOUS, {"chunk": 5}),
+    "gdn, affine+scan": ("affine+scan", CONTIGUOUS, {"chunk": 5}),
     "gdn, heads": ("heads", ZIGZAG, {}),
     "lact, tokens": ("tokens", SHARED, {}),
     "lact, tokens+ns": ("tokens+ns", SHARED, {"group": 2}),

@@ -161,10 +161,3 @@ def test_segments_that_lie_on_several_devices_are_refused(plan, reset, cp, messa
     chunk = 8 if plan.kind == "tokens" else CHUNK
     with pytest.raises(ValueError, match=message):
         two(plan, chunk, reset).check(B, L, ONE | {"cp": cp})
-
-
-@pytest.mark.fast
-def test_a_cache_is_refused():
-    run = functools.partial(module.run, two(), keep_cache=True)
-    with pytest.raises(ValueError, match="TwoMemories has no cached decoding: sample without"):
-        jax.eval_shape(lambda: run(weights(), X, where()))
