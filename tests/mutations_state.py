@@ -119,6 +119,13 @@ STATE = (
         f"{STATES}test_no_output_depends_on_a_later_token[lact, tokens]",
     ),
     Mutation(
+        "a document that is not finite spoils those after it",
+        "models/recurrent.py",
+        "x_BxLxD = jnp.where(finite_BxLx1, x_BxLxD, 0)",
+        "x_BxLxD = x_BxLxD * 1",
+        f"{DOCUMENTS}test_a_token_is_seen_in_its_own_document_only[gdn]",
+    ),
+    Mutation(
         "fast weights are kept across documents",
         "models/fast_weights.py",
         "same = self.before == self.last",

@@ -52,7 +52,8 @@ Array = jax.Array
 
 class StateLayer(Module):
     """What the layers below share: [B, L, D] → [B, L, D]. Each document is read as if it were
-    alone, in the chunks of the sequence.
+    alone, in the chunks of the sequence. A token of it that is not finite stays so, and no other
+    token reads it.
 
     `chunk`: positions of a chunk, on all devices. `gate`: whether what is read is multiplied by
     SiLU of a projection, as published; small models learn to recall sooner without."""
@@ -117,6 +118,9 @@ class StateLayer(Module):
         scale = self.weight("scale", ones, (H, K), ("tp", None), decay=False)
 
         x_BxLxD = enter_tp(x_BxLxD, s.sequence_parallel)
+        if where.segment is not None:  # chunks hide other documents by products with 0
+            finite_BxLx1 = jnp.isfinite(x_BxLxD).all(-1, keepdims=True)
+            x_BxLxD = jnp.where(finite_BxLx1, x_BxLxD, 0)
         q, k, v = (
             self._near(name, jnp.einsum("bld,dhk->blhk", x_BxLxD, w_qkv[i]), where)
             for i, name in enumerate("qkv")
@@ -128,6 +132,8 @@ class StateLayer(Module):
             w_gate = self.weight("w_gate", deep, (D, H, K), heads).astype(dtype)
             out = out * jax.nn.silu(jnp.einsum("bld,dhk->blhk", x_BxLxD, w_gate))
         partial = jnp.einsum("blhk,hkd->bld", out, w_o.astype(dtype))
+        if where.segment is not None:
+            partial = jnp.where(finite_BxLx1, partial, jnp.nan)
         return leave_tp(partial, s.sequence_parallel, self.reduction, "attention")
 
     def _near(self, name: str, x_BxLxHxK: Array, where: Where) -> Array:

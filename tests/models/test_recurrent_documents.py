@@ -148,6 +148,10 @@ def test_a_token_is_seen_in_its_own_document_only(name):
         moved = run(x + first)
         np.testing.assert_array_equal(np.where(mine, 0, moved), np.where(mine, 0, want))
         assert np.abs(moved - want)[mine[..., 0]].max() > 1e-3
+        # No more of what is not a number, which a product with 0 keeps.
+        spoilt = run(jnp.where(first, jnp.nan, x))
+        np.testing.assert_array_equal(np.where(mine, 0, spoilt), np.where(mine, 0, want))
+        np.testing.assert_array_equal(np.isnan(spoilt), np.broadcast_to(first, x.shape))
 
 
 @pytest.mark.fast
