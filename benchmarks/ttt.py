@@ -30,10 +30,11 @@ from fdp.collectives import shard_map
 from fdp.count import aot
 from fdp.data.batches import blank
 from fdp.experiment import standard
+from fdp.kernels_pallas.newton_schulz import orthogonal
 from fdp.mesh import AXES, make_mesh, use_virtual_devices
 from fdp.models import delta, module
 from fdp.models.attention import Where
-from fdp.models.fast_weights import FastWeights, Read, orthogonal, swiglu_scan
+from fdp.models.fast_weights import FastWeights, Read, swiglu_scan
 from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet, StateLayer

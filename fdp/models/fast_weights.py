@@ -26,19 +26,10 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import vary_like
+from fdp.kernels_pallas import newton_schulz
 
 Array = jax.Array
 Total = Callable[[Array], Array]
-
-# (a, b, c) of the quintic a X + b X Xᵀ X + c (X Xᵀ)² X, step after step, as in the released code of
-# LaCT: the singular values of X go to about 1.
-QUINTICS = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
 
 
 class FastWeights(NamedTuple):
@@ -82,20 +73,6 @@ def step(weights: FastWeights, k: Array, v: Array, rates_BxHxCx3: Array) -> Fast
         jnp.einsum("bhcf,bhck->bhfk", back * open_, for_up * k),
         jnp.einsum("bhck,bhcf->bhkf", v, for_down * open_ * up),
     )
-
-
-def orthogonal(x: Array) -> Array:
-    """Five Newton-Schulz steps on matrices [..., m, n]: U Vᵀ of their singular vectors, about. A
-    zero matrix stays zero. Source: Jordan et al. 2024 (Muon)."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = jnp.swapaxes(x, -1, -2) if tall else x
-    # The square root has no gradient at 0.
-    square = jnp.sum(x * x, (-2, -1), keepdims=True)
-    x = x * jax.lax.rsqrt(square + 1e-14)
-    for a, b, c in QUINTICS:
-        gram = x @ jnp.swapaxes(x, -1, -2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return jnp.swapaxes(x, -1, -2) if tall else x
 
 
 def moved(w: Array, by: Array, norms: Array) -> Array:
@@ -310,11 +287,11 @@ def scan_memory(
 
     `length`, `chunk`: positions of a device. `share`: of the heads, that it orthogonalises."""
     updates = max(-(-length // chunk) - 1, 0)
-    weights, few = 3 * F * K, min(F, K)
+    weights = 3 * F * K
     each: float = chunk * (20 * F + 5 * K + 3) + 2 * weights + 6 * F + 3 * K
     each += momentum * (int(share * weights) + 1)
     if orthogonalise:
-        each += int(share * (11 * weights + 45 * few * few + 6))
+        each += int(share * 3 * newton_schulz.kept(F, K))
     rest = length - updates * chunk
     read: float = rest * (6 * F + K) + weights
     if documents and updates:

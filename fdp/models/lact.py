@@ -26,6 +26,8 @@ from fdp.count.counts import (
     Work,
     merged,
 )
+from fdp.kernels_pallas import newton_schulz
+from fdp.kernels_pallas.newton_schulz import orthogonal
 from fdp.models import fast_rows, fast_weights
 from fdp.models.attention import Where
 from fdp.models.fast_weights import FastWeights, Read, Sharing
@@ -78,7 +80,7 @@ class LaCT(StateLayer):
         recalled = self.recalled(lambda: self._before(first, q), where)
         if recalled is not None:
             norms = FastWeights(*map(fast_weights.row_norms, first))
-            read, polish = Read(*tokens), fast_weights.orthogonal if self.muon else None
+            read, polish = Read(*tokens), orthogonal if self.muon else None
             out, memory = fast_rows.swiglu_rows(read, *recalled, self.chunk, norms, polish)
             self.cache("memory", memory)
             return out
@@ -122,16 +124,17 @@ class LaCT(StateLayer):
         updates = max(-(-rows.length // self.chunk) - 1, 0)
         reads = 2 if rows.segments and updates else 1
         flops = 6 * F * K * H * (reads * rows.positions + 2 * rows.batch * updates * self.chunk)
-        polish = 0
+        polish = retaken = 0
         if self.muon:
-            few, many = sorted((K, F))
-            polish = 15 * rows.batch * H * updates * (4 * few * few * many + 2 * few**3)
+            matrices = 3 * rows.batch * H * updates
+            polish, retaken = (matrices * each for each in newton_schulz.flops(K, F))
         forward = Work(flops + polish, batched=flops + polish)
         heads = rows.batch * H // tp
         sent, ways = self._sent(updates, heads, rows, degrees), self.plan.ways(cp)
         # The devices that share out a chunk all orthogonalise the whole sum.
         alike = 1 if self.plan.kind == "tokens+ns" else cp // ways
-        again = Work(3 * polish * (alike - 1), batched=3 * polish * (alike - 1))
+        more = 3 * polish * (alike - 1) + retaken * alike
+        again = Work(more, batched=more)
         if self.group:
             again += self._again(rows.batch * H * updates, polish * alike, reads, sent[0])
         forward, backward = replace(forward, sent=sent[0]), forward.backward(sent[1])
@@ -203,7 +206,7 @@ class LaCT(StateLayer):
         segment: Array | None,
         *tokens: Array,
     ) -> Array:
-        orthogonalise = fast_weights.orthogonal if self.muon else None
+        orthogonalise = orthogonal if self.muon else None
         return fast_weights.swiglu_scan(
             Read(*tokens), first, chunk, orthogonalise, sharing, self.group, segment
         )[0]

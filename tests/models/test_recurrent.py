@@ -25,6 +25,8 @@ from fdp.count.compare import Comparison, mismatches, sent
 from fdp.count.compare import outcome as outcome_of
 from fdp.count.counts import PERMUTE, REDUCE, Ledger, Rows, merged
 from fdp.count.step import microbatch
+from fdp.kernels_pallas import newton_schulz, walks
+from fdp.kernels_pallas.newton_schulz import orthogonal
 from fdp.mesh import AXES, factor, make_mesh
 from fdp.models import delta, fast_linear, module
 from fdp.models import fast_weights as fast
@@ -179,7 +181,7 @@ READ = Read(
 @pytest.fixture
 def two_steps(monkeypatch):
     """Of Newton-Schulz, no less nonlinear than five, and compiled in less time."""
-    monkeypatch.setattr(fast, "QUINTICS", fast.QUINTICS[-2:])
+    monkeypatch.setattr(newton_schulz, "QUINTICS", newton_schulz.QUINTICS[-2:])
 
 
 def batched(weights: FastWeights) -> FastWeights:
@@ -199,7 +201,7 @@ def test_an_update_is_minus_the_gradient_of_the_loss():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("polish", [None, fast.orthogonal], ids=["plain", "muon"])
+@pytest.mark.parametrize("polish", [None, orthogonal], ids=["plain", "muon"])
 @pytest.mark.usefixtures("two_steps")
 def test_a_rate_of_zero_changes_nothing(polish):
     still = READ._replace(rates=0 * READ.rates)
@@ -225,7 +227,7 @@ def test_a_rate_of_zero_changes_nothing(polish):
 @pytest.mark.fast
 @pytest.mark.usefixtures("two_steps")
 def test_a_chunk_is_read_before_it_is_learnt_from_and_its_order_is_free():
-    run = functools.partial(fast.swiglu_scan, chunk=8, orthogonalise=fast.orthogonal)
+    run = functools.partial(fast.swiglu_scan, chunk=8, orthogonalise=orthogonal)
     run = jax.jit(run, compiler_options=hlo.QUICK)
     out, weights = run(READ, WEIGHTS)
     first = fast.apply(batched(WEIGHTS), by_head(READ.q)[:, :, :8])
@@ -235,7 +237,7 @@ def test_a_chunk_is_read_before_it_is_learnt_from_and_its_order_is_free():
     np.testing.assert_allclose(moved, out[:, order], atol=1e-5)
     chex.assert_trees_all_close(same, weights, atol=1e-5)
     # A longer chunk than the sequence is only read; a part of a chunk at the end, too.
-    alone, untouched = fast.swiglu_scan(READ, WEIGHTS, L, fast.orthogonal)
+    alone, untouched = fast.swiglu_scan(READ, WEIGHTS, L, orthogonal)
     np.testing.assert_allclose(by_head(alone), fast.apply(batched(WEIGHTS), by_head(READ.q)))
     chex.assert_trees_all_equal(untouched, batched(WEIGHTS))
     short = jax.tree.map(lambda x: x[:, :21], READ)
@@ -244,7 +246,7 @@ def test_a_chunk_is_read_before_it_is_learnt_from_and_its_order_is_free():
 
 @pytest.mark.fast
 def test_a_sequence_that_is_not_finite_spoils_no_other():
-    run = functools.partial(fast.swiglu_scan, chunk=8, orthogonalise=fast.orthogonal)
+    run = functools.partial(fast.swiglu_scan, chunk=8, orthogonalise=orthogonal)
     run = jax.jit(run, compiler_options=hlo.QUICK)
     spoilt = READ._replace(v=READ.v.copy())
     spoilt.v[0, 3] = np.nan
@@ -258,9 +260,12 @@ def test_a_sequence_that_is_not_finite_spoils_no_other():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("polish", "momentum"), [(None, True), (fast.orthogonal, False)], ids=["plain", "muon"]
+    ("polish", "momentum", "platform"),
+    [(None, True, "cpu"), (orthogonal, False, "cpu"), (orthogonal, True, "tpu")],
+    ids=["plain", "muon", "muon-tpu"],
 )
-def test_the_backward_pass_keeps_what_the_formula_says(polish, momentum):
+def test_the_backward_pass_keeps_what_the_formula_says(polish, momentum, platform, monkeypatch):
+    monkeypatch.setattr(walks, "platform", lambda: platform)
     read = READ if momentum else READ._replace(momentum=None)
     first = 4 * H * (3 * F * K + 2 * (2 * F + K))  # the first weights and the lengths of their rows
     for length, chunk, group in ((24, 4, 0), (22, 4, 3)):
@@ -291,13 +296,13 @@ def test_groups_of_chunks_change_no_value():
 @pytest.mark.fast
 def test_orthogonal_matrices_come_out_and_the_sum_comes_first():
     a, b = normal(3, 16, 8), normal(3, 16, 8)
-    run = jax.jit(fast.orthogonal, compiler_options=hlo.QUICK)
+    run = jax.jit(orthogonal, compiler_options=hlo.QUICK)
     values = np.linalg.svd(run(a), compute_uv=False)
     assert (np.abs(values - 1) < 0.15).all()
     whole, parts = run(a + b), run(a) + run(b)
     assert np.linalg.norm(parts - whole) > 0.3 * np.linalg.norm(whole)
     assert not np.asarray(run(0 * a)).any()
-    gradient = jax.jit(jax.grad(lambda x: fast.orthogonal(x).sum()))
+    gradient = jax.jit(jax.grad(lambda x: orthogonal(x).sum()))
     assert np.isfinite(gradient(0 * a)).all()
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 
 from fdp.count import hlo
+from fdp.kernels_pallas.newton_schulz import orthogonal
 from fdp.models import delta, fast_linear, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
@@ -132,7 +133,7 @@ def test_the_chunks_of_lact() -> None:
         return fast.swiglu_scan(read, first, 6, orthogonalise)[0]
 
     given = {n: at[n] for n in ("q", "k", "v", "rates", "momentum", "w0", "w1", "w2")}
-    polished, grads = outcome(lambda x: run(x, fast.orthogonal), given, at["c"])
+    polished, grads = outcome(lambda x: run(x, orthogonal), given, at["c"])
     # The published lengths of rows have 1e-5 added to them before they are divided by.
     assert error(polished, at["muon:out"]) < 3e-5
     assert all(error(g, at[f"muon:d{n}"]) < 3e-4 for n, g in grads.items())

@@ -15,9 +15,9 @@ import numpy as np
 
 from fdp.count.context import hop_count
 from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER, Rows, Sent
+from fdp.kernels_pallas.newton_schulz import QUINTICS
 from fdp.mesh import AXES
 from fdp.models.attention import Attention, Softmax
-from fdp.models.fast_weights import QUINTICS
 from fdp.models.lact import LaCT
 from fdp.models.recurrent import GatedDeltaNet, StateLayer
 from fdp.models.shape import ModelShape
