@@ -107,6 +107,10 @@ class LaCT(StateLayer):
         found = fast_rows.swiglu_memory(FastWeights(up, up, down), self.momentum)
         return found, jax.tree.map(by_head, found)
 
+    def handed_on(self, memory: Any) -> Any:
+        """Weights and velocity."""
+        return memory.weights, memory.velocity
+
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """As of all layers with a state; raises ValueError for a negative `group`, too."""
         if self.group < 0:

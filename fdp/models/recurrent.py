@@ -78,6 +78,15 @@ class StateLayer(Module):
         …]. Their values before the first token are the layer's own."""
         raise NotImplementedError
 
+    def handed_on(self, memory: Any) -> Any:
+        """What of `memory` one chunk hands to the next; the rest belongs to an unfinished chunk."""
+        return memory
+
+    def state_bytes(self) -> int:
+        """Of what chunks of a sequence hand on, on all devices. Decoding keeps its `decode_state`,
+        in which the unfinished chunk and the convolutions have their part."""
+        return bytes_of(lambda: self.handed_on(self.memory(1)[0]))
+
     def recalled(
         self, first: Callable[[], Any], where: Where, name: str = "memory"
     ) -> tuple[Any, Array | int] | None:
@@ -391,6 +400,11 @@ def _inverse_softplus(low: float, high: float) -> Callable[..., Array]:
         return softplus_inverse(jnp.exp(drawn))
 
     return init
+
+
+def bytes_of(made: Callable[[], Any]) -> int:
+    """Of the arrays that `made` returns; nothing is computed."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(made)))
 
 
 def by_head(x_BxH: Array) -> PartitionSpec:

@@ -112,6 +112,10 @@ class TTTLinear(StateLayer):
         """Map and bias of every head, twice."""
         return no_linear_memory(self.shape, batch)
 
+    def handed_on(self, memory: Any) -> Any:
+        """Map and bias at the start of the mini-batch."""
+        return memory.start
+
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """As of all layers with a state; raises ValueError for a length that is not whole
         mini-batches, too."""

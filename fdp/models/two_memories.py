@@ -20,6 +20,7 @@ from fdp.models import fast_linear, fast_rows
 from fdp.models.attention import Where
 from fdp.models.conv import runs
 from fdp.models.lact import LaCT
+from fdp.models.recurrent import bytes_of
 from fdp.models.ttt import linear_memory, linear_weights, linear_work, no_linear_memory
 
 Array = jax.Array
@@ -55,6 +56,10 @@ class TwoMemories(LaCT):
         q, k, v, rates = map(cut, (q, k, v, rates))
         read, _ = fast_linear.linear_scan(q, k, v, rates, first, norm, self.near, segment)
         return far + read.reshape(far.shape).astype(far.dtype)
+
+    def state_bytes(self) -> int:
+        """As of LaCT, and of the near memory's map and bias."""
+        return super().state_bytes() + bytes_of(lambda: no_linear_memory(self.shape, 1)[0].start)
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
         """As of LaCT, and the map and bias of the near memory, twice."""

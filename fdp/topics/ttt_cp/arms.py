@@ -16,6 +16,7 @@ from fdp.models.attention import Attention, Softmax
 from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
+from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, layer
 from fdp.models.ttt import TTTLinear
 from fdp.models.two_memories import TwoMemories
@@ -23,7 +24,7 @@ from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.state import StatePlan
 from fdp.parallel.masks import Mask
-from fdp.topics.ttt_cp.settings import ARMS, CHUNKED, IDS, KJV, NEEDLE, TEXT
+from fdp.topics.ttt_cp.settings import ARMS, CHUNKED, IDS, KJV, NEEDLE, SECTIONS, TEXT
 from fdp.topics.ttt_cp.tasks import MixedPairs
 
 SLOW = (1e-5, 1e-3)  # decay of Gated DeltaNet before training: it remembers all of a short sequence
@@ -183,8 +184,17 @@ def _fresh(task: Any, train: int) -> Data:
 
 def sized(kind: str, n: int) -> dict[str, int]:
     """Heads and head dim for a state of 48 n² bytes: 2 heads of n for LaCT, whose fast network of
-    width n has weights and momentum of 6 n² numbers a head; 3 heads of 2n for the others."""
+    width n has weights and momentum of 6 n² numbers a head; 3 heads of 2n for the others, of which
+    TTT-Linear has a bias of 24 n bytes, too."""
     return {"heads": 2, "head_dim": n} if kind == "lact" else {"heads": 3, "head_dim": 2 * n}
+
+
+def state_bytes(kind: str, n: int) -> int:
+    """Of a state of that size (`StateLayer.state_bytes`), float32."""
+    m = ml_collections.ConfigDict({name: key.default for name, key in SECTIONS["memory"].items()})
+    m.hidden, dims = 1, sized(kind, n)
+    shape = ModelShape(1, 8, dims["heads"], dims["heads"], dims["head_dim"], 8, 8)
+    return mixing(kind, CONTIGUOUS, m)(shape, parent=None).state_bytes()
 
 
 def _resized(base: Experiment, **dims: int) -> Experiment:

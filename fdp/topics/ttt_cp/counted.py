@@ -4,15 +4,16 @@ Legend: S positions, c tokens of a chunk, d head dim."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import ml_collections
 
 from fdp.count.counts import EXCHANGE, GATHER, REDUCE, Counts, Rows
 from fdp.mesh import AXES
 from fdp.models.lact import LaCT
-from fdp.models.recurrent import GatedDeltaNet, StateLayer
+from fdp.models.recurrent import GatedDeltaNet, StateLayer, bytes_of
 from fdp.models.shape import ModelShape
-from fdp.parallel.context.layouts import SequenceLayout
+from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.state import StatePlan
 from fdp.study.figures import figure, legend
 from fdp.study.measure import Part, derive
@@ -29,6 +30,8 @@ def parts(config: ml_collections.ConfigDict) -> list[Part]:
     """Rows and pictures; nothing is run."""
     return [
         derive("linear", config, rows=linear, group="Cost"),
+        derive("state", config, rows=constant, group="Cost"),
+        derive("scan", rows=scanned, group="Cost"),
         derive("polish", rows=polished, group="Cost"),
         derive("wire", rows=wire, plot=drawn, group="Cost"),
     ]
@@ -56,9 +59,54 @@ def linear(config: ml_collections.ConfigDict) -> Row:
     )
 
 
-def sent(layer: StateLayer, length: int) -> dict[str, float]:
-    """Forward bytes of a device over cp = 8 by op, of one sequence."""
-    degrees = dict.fromkeys(AXES, 1) | {"cp": CP}
+def constant(config: ml_collections.ConfigDict) -> Row:
+    """Bytes that every layer with a state keeps in decoding, at 1M tokens over those at 1K."""
+    shape, m = ModelShape.of(config.model), config.memory
+    kept = {}
+    for kind in sorted({k for kinds in ARMS.values() for k in kinds} - {"window"}):
+        made = mixing(kind, CONTIGUOUS, m)(shape, parent=None)
+        kept[kind] = [cache_bytes(made, length) for length in (2**10, MILLION)]
+    short, long = kept.pop("attention")
+    said = ", ".join(f"{kind} {at[0]:,}" for kind, at in kept.items())
+    return Row.judged(
+        "the state is of the same bytes at 1M tokens as at 1K",
+        "bytes of the cache of a layer at 1M over those at 1K, largest",
+        max(long / short for short, long in kept.values()),
+        "",
+        "<= 1",
+        "counted",
+        note=f"bytes: {said}; attention's cache {short:,} and {long:,}",
+    )
+
+
+def cache_bytes(made: Any, length: int) -> int:
+    """Of what a layer keeps of a sequence of `length` in decoding."""
+    return bytes_of(lambda: made.decode_state(1, length)[0])
+
+
+def scanned() -> Row:
+    """Bytes of a prefix scan of maps over those of their gather."""
+    shares, said = [], []
+    for cp in (8, 16, 64):
+        scan, gather = (
+            sum(sent(delta(kind), MILLION, cp).values()) for kind in ("affine+scan", "affine")
+        )
+        shares.append(scan / gather)
+        said.append(f"{scan / 2**20:.1f} and {gather / 2**20:.1f} MiB at cp {cp}")
+    return Row.judged(
+        "a prefix scan of affine maps sends at most 40 % of what their gather sends, from cp 8 on",
+        "bytes of Gated DeltaNet's scan over those of its gather, largest",
+        max(shares),
+        "",
+        "<= 0.4",
+        "counted",
+        note=f"{LARGE.name}, forward: {', '.join(said)}; 3, 4 and 6 dependent steps instead of one",
+    )
+
+
+def sent(layer: StateLayer, length: int, cp: int = CP) -> dict[str, float]:
+    """Forward bytes of a device over cp by op, of one sequence."""
+    degrees = dict.fromkeys(AXES, 1) | {"cp": cp}
     found: Counts = layer.work(Rows(1, length, 0), degrees)
     return {op: wire for (op, _), wire in found.forward.sent.items()}
 
@@ -69,9 +117,9 @@ def lact(chunk: int, kind: str = "tokens", hidden: int = 1) -> LaCT:
     return LaCT(LARGE, StatePlan(kind, layout), chunk, hidden=hidden, parent=None)
 
 
-def delta() -> GatedDeltaNet:
+def delta(kind: str = "affine") -> GatedDeltaNet:
     """Gated DeltaNet of the same heads."""
-    return GatedDeltaNet(LARGE, StatePlan("affine"), 64, parent=None)
+    return GatedDeltaNet(LARGE, StatePlan(kind), 64, parent=None)
 
 
 def wire() -> list[Row]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fdp.study.figures import COLOURS, figure, legend, reference
+from fdp.topics.ttt_cp.arms import state_bytes
 
 
 def answers(shares: Mapping[str, Sequence[float]], chance: float) -> Any:
@@ -47,7 +48,7 @@ def capacity(by_kind: Mapping[str, Mapping[int, np.ndarray]], pairs: Sequence[in
     for ax, (kind, by_size) in zip(every, by_kind.items(), strict=True):
         for i, n in enumerate(sorted(by_size)):
             means = 100 * by_size[n].mean(0)
-            ax.plot(pairs, means, "o-", color=COLOURS[i], label=f"{48 * n * n:,} bytes")
+            ax.plot(pairs, means, "o-", color=COLOURS[i], label=f"{state_bytes(kind, n):,} bytes")
             # The keys of all heads: the pairs that a matrix can hold exactly.
             keys = 2 * n if kind == "lact" else 6 * n
             if keys <= pairs[-1]:

@@ -12,7 +12,7 @@ from fdp.study.claims import validation_loss
 from fdp.study.measure import Measurement, Part, derive, each, measure
 from fdp.study.report import Row
 from fdp.topics.ttt_cp import figures
-from fdp.topics.ttt_cp.arms import MemoryCase, cases, recall_task
+from fdp.topics.ttt_cp.arms import MemoryCase, cases, recall_task, state_bytes
 from fdp.topics.ttt_cp.settings import ARMS, KJV, NEEDLE
 from fdp.topics.ttt_cp.tasks import MixedPairs, answered, found_at
 
@@ -195,11 +195,6 @@ def _capacity(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
     return [*found, derive("capacity", *found, rows=rows, plot=plot, group="Capacity")]
 
 
-def state_bytes(n: int) -> int:
-    """Of a state of size n (`arms.sized`), float32."""
-    return 48 * n * n
-
-
 def held(shares_P: np.ndarray, pairs: Sequence[int]) -> float:
     """Pairs up to which 90 % of the answers are right, between the numbers tried: by the
     logarithm; never fewer than half the least or more than the most."""
@@ -212,10 +207,10 @@ def held(shares_P: np.ndarray, pairs: Sequence[int]) -> float:
     return float(np.exp(logs[i - 1] + part * (logs[i] - logs[i - 1])))
 
 
-def slope(by_size: Mapping[int, np.ndarray], pairs: Sequence[int]) -> list[float]:
+def slope(kind: str, by_size: Mapping[int, np.ndarray], pairs: Sequence[int]) -> list[float]:
     """Of log pairs held against log bytes, of every seed."""
     sizes = sorted(by_size)
-    x = np.log([state_bytes(n) for n in sizes])
+    x = np.log([state_bytes(kind, n) for n in sizes])
     seeds = range(len(by_size[sizes[0]]))
     ys = [[np.log(held(by_size[n][seed], pairs)) for n in sizes] for seed in seeds]
     return [float(np.polyfit(x, y, 1)[0]) for y in ys]
@@ -230,10 +225,10 @@ def capacity_rows(
         if len(by_size) < 2:
             continue
         most = {n: np.mean([held(s, pairs) for s in by_size[n]]) for n in sorted(by_size)}
-        told = ", ".join(f"{p:.1f} at {state_bytes(n):,} B" for n, p in most.items())
+        told = ", ".join(f"{p:.1f} at {state_bytes(kind, n):,} B" for n, p in most.items())
         claim = f"{kind} holds more pairs in a larger state"
         metric = "slope of log pairs at 90 % right against log bytes of state"
-        text = claim, metric, slope(by_size, pairs), "", ">= 0.5", "measured"
+        text = claim, metric, slope(kind, by_size, pairs), "", ">= 0.5", "measured"
         rows.append(Row.judged(*text, note=f"{told}; {note}"))
     return rows
 
@@ -254,7 +249,8 @@ def lact_or_gdn(
     n, i = min(fair, key=lambda at: abs(fair[at] - 0.7))
     ours, theirs = by_kind["lact"][n][:, i], by_kind["gdn"][n][:, i]
     told = (
-        f"{state_bytes(n):,} bytes, {pairs[i]} pairs: {ours.mean():.3f} and {theirs.mean():.3f}; "
+        f"{state_bytes('gdn', n):,} bytes, {pairs[i]} pairs: {ours.mean():.3f} and "
+        f"{theirs.mean():.3f}; "
         f"over all {len(fair)} such cells "
         f"{100 * np.mean([by_kind['lact'][a][:, b].mean() - v for (a, b), v in fair.items()]):+.1f}"
         f" points; {note}"

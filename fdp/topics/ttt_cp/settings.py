@@ -69,6 +69,21 @@ def check(c: ml_collections.ConfigDict) -> None:
             "objective.name=autoregressive"
         )
     _check_lengths(c)
+    _check_heads(c)
+
+
+def _check_heads(c: ml_collections.ConfigDict) -> None:
+    """Two memories share out heads over cp: every segment of the near one lies on one device, which
+    sharing out the large chunks would cut."""
+    m, among = c.memory, c.mesh.tp * c.mesh.cp
+    used = "two_memories" in (*m.arms, *m.needle, *m.kjv, *m.text) or m.chunks
+    if used and c.mesh.cp > 1 and c.model.heads % among:
+        heads = -(-c.model.heads // among) * among
+        raise UserError(
+            f"model.heads={c.model.heads} is not divisible by mesh.tp·mesh.cp = {among}, and cp "
+            f"shares out the heads of two memories: set model.heads={heads} and "
+            f"model.kv_heads={heads}, or mesh.cp=1"
+        )
 
 
 def _check_lengths(c: ml_collections.ConfigDict) -> None:

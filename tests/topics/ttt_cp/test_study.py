@@ -9,8 +9,8 @@ from configs.topic12 import get_config
 from fdp.config import validate
 from fdp.keys import UserError
 from fdp.topics.ttt_cp import study
-from fdp.topics.ttt_cp.arms import MemoryCase, cases, recall_task, sized
-from fdp.topics.ttt_cp.counted import polished, wire
+from fdp.topics.ttt_cp.arms import MemoryCase, cases, recall_task, state_bytes
+from fdp.topics.ttt_cp.counted import constant, polished, scanned, wire
 from fdp.topics.ttt_cp.recall import (
     capacity_rows,
     chunk_rows,
@@ -20,7 +20,6 @@ from fdp.topics.ttt_cp.recall import (
     parts,
     recall_rows,
     slope,
-    state_bytes,
 )
 from fdp.topics.ttt_cp.tasks import MixedPairs
 
@@ -40,11 +39,18 @@ def test_sequences_have_each_number_of_pairs_in_turn():
 
 def test_states_of_a_size_have_equal_bytes():
     for n in (4, 8, 16):
-        gdn, lact = sized("gdn", n), sized("lact", n)
-        matrix = 4 * gdn["heads"] * gdn["head_dim"] ** 2
-        # Weights and momentum of three matrices of a network as wide as its head.
-        network = 4 * lact["heads"] * 2 * 3 * lact["head_dim"] ** 2
-        assert matrix == network == state_bytes(n)
+        assert state_bytes("gdn", n) == state_bytes("lact", n) == 48 * n * n
+        assert state_bytes("ttt_linear", n) == 48 * n * n + 24 * n  # and a bias
+
+
+def test_a_state_does_not_grow_and_a_scan_of_maps_sends_what_its_steps_say():
+    row = constant(get_config("cpu"))
+    assert row.value == 1 and row.verdict == "holds"
+    # Two heads of 16, three tails of 3 · 32 numbers; attention has one tail.
+    assert f"gdn {4 * (2 * 16 * 16 + 3 * 3 * 32):,}" in row.note
+    assert f"{4 * (2 * 2**20 + 3) * 32:,}" in row.note
+    row = scanned()
+    assert row.value == 5 / 14 and row.verdict == "holds"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +69,7 @@ def test_pairs_held_are_interpolated_by_the_logarithm(shares, expected):
 def test_slope_is_that_of_pairs_against_bytes():
     whole = {4: [1.0, 0.8, 0.0], 8: [1.0, 1.0, 0.8]}  # 4√2 and 8√2 pairs, four times the bytes
     shares = {n: np.array([s, s]) for n, s in whole.items()}
-    assert slope(shares, PAIRS) == pytest.approx([0.5, 0.5])
+    assert slope("gdn", shares, PAIRS) == pytest.approx([0.5, 0.5])
     (row,) = capacity_rows({"gdn": shares}, PAIRS, "")
     assert row.verdict == "holds" and "5.7 at 768 B" in row.note
     assert not capacity_rows({"gdn": {4: shares[4]}}, PAIRS, "")
@@ -154,6 +160,10 @@ def test_an_arm_is_a_kind_on_a_task():
         (
             {"memory.arms": ("two_memories",), "memory.chunks": (), "memory.near": 6},
             r"chunk of 16 tokens .* memory\.near=6, .*: set memory\.near=4",
+        ),
+        (
+            {"memory.arms": ("two_memories",), "memory.chunks": (), "mesh.cp": 4},
+            r"heads=2 .* mesh\.tp·mesh\.cp = 4, .*: set model\.heads=4 and model\.kv_heads=4, or",
         ),
         (
             {"memory.chunks": (8,), "data.source": "bible"},
