@@ -68,8 +68,7 @@ def orthogonal(x: Array, *, backend: str | None = None, interpret: Any = False) 
 def in_vmem(M: int, N: int, backend: str | None = None) -> bool:
     """Whether the kernels take float32 matrices of this size."""
     few, many = sorted((M, N))
-    # The backward pass holds what enters each step, three operands twice, and a dozen squares at
-    # the most.
+    # The backward pass holds the matrix of a step and three operands twice, and what a step makes.
     held = 4 * (14 * few * many + 12 * few * few)
     return choose_backend(backend) == "tpu" and held <= VMEM
 
@@ -83,11 +82,11 @@ def kept(M: int, N: int) -> int:
 
 
 def flops(M: int, N: int, backend: str | None = None) -> tuple[int, int]:
-    """FLOPs of the products of a matrix: (forward, what the backward pass takes again); its own
-    are twice the former."""
+    """FLOPs of the products of a matrix: (forward, those of the backward pass beyond twice as
+    many)."""
     few, many = sorted((M, N))
-    step, steps = 4 * few * few * many + 2 * few**3, len(QUINTICS)
-    return steps * step, (steps - 1) * step * in_vmem(M, N, backend)
+    forward = len(QUINTICS) * (4 * few * few * many + 2 * few**3)
+    return forward, len(QUINTICS) * 2 * few * few * many * in_vmem(M, N, backend)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -111,33 +110,29 @@ def _forward_kernel(x_ref, y_ref):
 
     def step(i, _):
         x = y_ref[0]
-        a, _, poly = _polynomial(x, i)
-        y_ref[0] = a * x + _times(poly, x)
+        _, poly = _polynomial(x, i)
+        y_ref[0] = _coefficient(i, 0) * x + _times(poly, x)
 
     lax.fori_loop(0, len(QUINTICS), step, None)
 
 
-def _backward_kernel(x_ref, dy_ref, dx_ref, iterates):
-    iterates[0], dx_ref[0] = _scaled(x_ref[0]), dy_ref[0]
+def _backward_kernel(x_ref, dy_ref, dx_ref, iterate):
+    """All steps keep the singular vectors, so their Jacobians have the same eigenvectors and may be
+    applied in any order: in that of the steps, no iterate is kept."""
+    iterate[...], dx_ref[0] = _scaled(x_ref[0]), dy_ref[0]
 
-    def again(i, _):
-        x = iterates[i]
-        a, _, poly = _polynomial(x, i)
-        iterates[i + 1] = a * x + _times(poly, x)
-
-    def back(n, _):
-        i = len(QUINTICS) - 1 - n
-        x, g = iterates[i], dx_ref[0]
-        a, gram, poly = _polynomial(x, i)
-        _, b, c = (_coefficient(i, j) for j in range(3))
+    def step(i, _):
+        x, g = iterate[...], dx_ref[0]
+        a, b, c = (_coefficient(i, j) for j in range(3))
+        gram, poly = _polynomial(x, i)
         # Squares and their gradients are symmetric, so that one product does for two.
         d_poly = _square(g, x)
         d_poly = d_poly + d_poly.T
         through = _product(d_poly, gram, 1, 0)
         dx_ref[0] = a * g + _times(poly, g) + _times(b * d_poly + c * (through + through.T), x)
+        iterate[...] = a * x + _times(poly, x)
 
-    lax.fori_loop(0, len(QUINTICS) - 1, again, None)
-    lax.fori_loop(0, len(QUINTICS), back, None)
+    lax.fori_loop(0, len(QUINTICS), step, None)
     (dx_ref[0],) = jax.vjp(_scaled, x_ref[0])[1](dx_ref[0])
 
 
@@ -154,12 +149,11 @@ def _coefficient(i: Array, j: int) -> Array:
     return value
 
 
-def _polynomial(x: Array, i: Array) -> tuple[Array, Array, Array]:
-    """(a, X Xᵀ, b X Xᵀ + c (X Xᵀ)²) of step i. Matrices are never transposed: Xᵀ X takes the place
-    of X Xᵀ where it is the smaller one."""
-    a, b, c = (_coefficient(i, j) for j in range(3))
+def _polynomial(x: Array, i: Array) -> tuple[Array, Array]:
+    """(X Xᵀ, b X Xᵀ + c (X Xᵀ)²) of step i. Matrices are never transposed: Xᵀ X takes the place of
+    X Xᵀ where it is the smaller one."""
     gram = _square(x, x)
-    return a, gram, b * gram + c * _product(gram, gram, 1, 0)
+    return gram, _coefficient(i, 1) * gram + _coefficient(i, 2) * _product(gram, gram, 1, 0)
 
 
 def _square(a: Array, b: Array) -> Array:
@@ -180,8 +174,7 @@ def _product(a: Array, b: Array, i: int, j: int) -> Array:
 
 
 def _call(kernel: Callable, interpret: Any, *operands: Array) -> Array:
-    """One program a matrix. A backward pass, which has two operands, keeps what enters each
-    step."""
+    """One program a matrix. A backward pass has two operands."""
     (_, M, N), backward = operands[0].shape, len(operands) > 1
     one = pl.BlockSpec((1, M, N), lambda z: (z, 0, 0))
     return pl.pallas_call(
@@ -190,7 +183,7 @@ def _call(kernel: Callable, interpret: Any, *operands: Array) -> Array:
         in_specs=[one] * len(operands),
         out_specs=one,
         out_shape=result(operands[0].shape, jnp.float32, operands[0]),
-        scratch_shapes=[pltpu.VMEM((len(QUINTICS), M, N), jnp.float32)] * backward,
+        scratch_shapes=[pltpu.VMEM((M, N), jnp.float32)] * backward,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=VMEM
         ),
