@@ -236,9 +236,31 @@ STATE = (
     Mutation(
         "a wavefront hands on weights once a piece, not in every tick",
         "models/ttt.py",
-        "heads // m * ticks * K",
-        "heads // m * m * K",
+        "heads // m * ticks * maps",
+        "heads // m * m * maps",
         f"{STATES}test_every_plan_equals_one_device[ttt, wavefront]",
+    ),
+    Mutation(
+        "a part of a wavefront takes the state that arrives for that of its first document",
+        "models/recurrent.py",
+        'jnp.where(index("cp") == 0, segment_BxL[:, :1], halo)',
+        'jnp.where(index("cp") >= 0, segment_BxL[:, :1], halo)',
+        f"{DOCUMENTS}test_documents_over_cp_equal_one_device_and_their_ids_are_counted"
+        "[ttt, wavefront]",
+    ),
+    Mutation(
+        "the steps of TTT-MLP's first map leave GELU out",
+        "models/fast_linear.py",
+        "[*slopes[i - 1](use(back, i, steps[0])), *steps]",
+        "[use(back, i, steps[0]), *steps]",
+        "tests/models/test_fast_linear.py::test_the_dual_form_is_a_step_on_every_token[mlp]",
+    ),
+    Mutation(
+        "the base rate of fast maps is not read",
+        "models/ttt.py",
+        "self.rate * jax.nn.sigmoid(",
+        "jax.nn.sigmoid(",
+        f"{PARITY}test_the_mini_batches_of_ttt[ttt_mlp]",
     ),
     Mutation(
         "steps of a chain take no time",
@@ -250,9 +272,9 @@ STATE = (
     Mutation(
         "the sign of TTT-Linear's steps",
         "models/fast_linear.py",
-        "fast.weight - jnp.swapaxes(k, -1, -2) @ steps",
-        "fast.weight + jnp.swapaxes(k, -1, -2) @ steps",
-        f"{STATES}test_the_dual_form_is_a_step_on_every_token",
+        "fast.weight - jnp.einsum(",
+        "fast.weight + jnp.einsum(",
+        "tests/models/test_fast_linear.py::test_the_dual_form_is_a_step_on_every_token",
     ),
     Mutation(
         "a token of TTT-Linear reads later steps of its mini-batch",

@@ -14,14 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from fdp.collectives import vary_like
-from fdp.models.fast_linear import (
-    FastLinear,
-    linear,
-    linear_read,
-    linear_steps,
-    norm_of_heads,
-    stepped,
-)
+from fdp.models.fast_linear import Maps, maps_read, maps_steps, norm_of_heads, of, stepped
 from fdp.models.fast_weights import FastWeights, Read, apply, learn, step
 
 Array = jax.Array
@@ -38,10 +31,11 @@ class SwigluMemory(NamedTuple):
 
 
 class LinearMemory(NamedTuple):
-    """Of TTT-Linear. start: before the unfinished mini-batch; now: after its tokens so far."""
+    """Of TTT-Linear and TTT-MLP. start: before the unfinished mini-batch; now: after its tokens so
+    far."""
 
-    start: FastLinear
-    now: FastLinear
+    start: Maps
+    now: Maps
 
 
 def swiglu_memory(weights_BxH: FastWeights, momentum: bool) -> SwigluMemory:
@@ -103,10 +97,10 @@ def linear_rows(
     def one(memory: LinearMemory, at: tuple[Any, Array, Array]) -> tuple[LinearMemory, Array]:
         (q, k, v, rates), full, ended = at
         start, now = memory
-        steps = linear_steps(linear(start, k), k, v, rates, norm)
+        inputs, steps = maps_steps(of(start), len(start), k, v, rates, norm)
         past = jnp.tril(jnp.ones((q.shape[2],) * 2))
-        out = linear_read(linear(now, q), q, k, steps, past, norm)
-        now = stepped(now, k, steps)
+        out = maps_read(of(now), q, inputs, steps, past, norm)
+        now = stepped(now, inputs, steps)
         start = jax.tree.map(lambda new, old: jnp.where(full, new, old), now, start)
         memory = LinearMemory(start, now)
         if again is not None:

@@ -165,14 +165,20 @@ class ChunkDocuments(NamedTuple):
 
 
 def documents_of(
-    segment_BxL: Array, chunk: int, updates: int, ends: Total = ALONE.ends
+    segment_BxL: Array,
+    chunk: int,
+    updates: int,
+    ends: Total = ALONE.ends,
+    before_Bx1: Array | None = None,
 ) -> tuple[ChunkDocuments, Array]:
     """(documents of the first `updates` chunks, [N, …]; which of the tokens after them belong to
-    the document that has left its weights, bool [B, …]). All of the first chunk read the first
-    weights, so any id is right before it. Other arguments as in `swiglu_scan` and `Sharing`."""
+    the document that has left its weights, bool [B, …]). `before_Bx1`: the document that has left
+    the weights with which the first chunk begins; None: those are the first ones, so any id is
+    right. Other arguments as in `swiglu_scan` and `Sharing`."""
     B, cut = segment_BxL.shape[0], updates * chunk
     last_BxN = ends(segment_BxL[:, chunk - 1 : cut : chunk])
-    before_BxN = jnp.concatenate([last_BxN[:, :1], last_BxN], 1)
+    before_Bx1 = last_BxN[:, :1] if before_Bx1 is None else before_Bx1
+    before_BxN = jnp.concatenate([before_Bx1, last_BxN], 1)
     each = segment_BxL[:, :cut].reshape(B, updates, chunk)
     found = ChunkDocuments(each, before_BxN[:, :-1], last_BxN)
     found = ChunkDocuments(*(jnp.moveaxis(vary_like(x, segment_BxL), 1, 0) for x in found))

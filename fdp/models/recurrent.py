@@ -231,6 +231,26 @@ class StateLayer(Module):
         ids = 4 * rows.tokens(degrees) if rows.segments else 0
         return Ledger(degrees).put(GATHER, ("cp",), others * ids).sent
 
+    def previous(self, segment_BxL: Array) -> Array:
+        """The document before the first position of this device, in the contiguous layout: [B, 1];
+        on the first device, that of its first position."""
+        if size("cp") == 1:
+            return segment_BxL[:, :1]
+        B, L = segment_BxL.shape
+        halo = before(segment_BxL.reshape(B, 1, L, 1), self.plan.layout, self._reach)[:, 0, -1]
+        return jnp.where(index("cp") == 0, segment_BxL[:, :1], halo)
+
+    def halo_of_ids(self, rows: Rows, degrees: Degrees) -> Sent:
+        """Bytes of `previous`."""
+        cp, ids = degrees["cp"], 4 * rows.batch if rows.segments else 0
+        halo = halo_bytes(self.plan.layout, rows.length // cp, cp, self._reach, ids)
+        return Ledger(degrees).put(PERMUTE, ("cp",), halo).sent
+
+    @property
+    def _reach(self) -> int:
+        """Positions of the halo of ids: those that the convolution asks for, at least one."""
+        return max(self.shape.conv - 1, 1)
+
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """Raises ValueError for a plan, chunk or layout that these degrees cannot run."""
         cp = degrees["cp"]
@@ -275,7 +295,9 @@ class GatedDeltaNet(StateLayer):
         if self.plan.kind == "heads" and size("cp") > 1:
             run = functools.partial(self._alone, _fresh(self.segments(where)))
             return state.by_heads(run, self.plan.layout, *tokens[:5])
-        tokens = tokens._replace(fresh=_fresh(where.segment, self._previous(where.segment)))
+        segment = where.segment
+        last = None if segment is None else self.previous(segment)
+        tokens = tokens._replace(fresh=_fresh(segment, last))
         chunks = delta.prepare(tokens, self._local(q.shape[1]))
         start = vary_like(_empty(q, v), chunks.solved)
         if size("cp") > 1:
@@ -307,9 +329,7 @@ class GatedDeltaNet(StateLayer):
             once = self.ids(rows, degrees)
         else:
             sent, sent_back, products = self._maps(rows.batch * H // tp, degrees)
-            ids = 4 * rows.batch if rows.segments else 0
-            halo = halo_bytes(self.plan.layout, rows.length // cp, cp, self._reach, ids)
-            once = Ledger(degrees).put(PERMUTE, ("cp",), halo).sent
+            once = self.halo_of_ids(rows, degrees)
             if cp > 1:
                 maps = 8 * rows.positions * H * K * K + rows.batch * H * cp * products * K**3
                 again = Work(3 * maps, batched=3 * maps)
@@ -343,19 +363,6 @@ class GatedDeltaNet(StateLayer):
         read = delta.Tokens(*tokens)._replace(fresh=fresh)
         chunks = delta.prepare(read, self._local(q.shape[1]))
         return delta.scan(chunks, _empty(q, v))[0]
-
-    @property
-    def _reach(self) -> int:
-        """Positions of the halo of ids: those that the convolution asks for, at least one."""
-        return max(self.shape.conv - 1, 1)
-
-    def _previous(self, segment_BxL: Array | None) -> Array | None:
-        """The document before the first position of this device: [B, 1]; None on the first."""
-        if segment_BxL is None or size("cp") == 1:
-            return None
-        B, L = segment_BxL.shape
-        halo = before(segment_BxL.reshape(B, 1, L, 1), self.plan.layout, self._reach)[:, 0, -1]
-        return jnp.where(index("cp") == 0, segment_BxL[:, :1], halo)
 
 
 def _unit(x_BxLxHxK: Array) -> Array:

@@ -9,6 +9,7 @@ Legend: B sequences, L positions (local over cp), R positions of a segment of th
 heads (local over tp), K head dim."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -34,9 +35,13 @@ class TwoMemories(LaCT):
     near: int = 4
     reset: int = 16
 
+    @property
+    def _near_widths(self) -> tuple[int, int]:
+        return self.shape.head_dim, self.shape.head_dim
+
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         far = super().mix(q, k, v, x_BxLxD, where)
-        first, norm = linear_weights(self, "near")
+        first, norm = linear_weights(self, "near", self._near_widths)
         rates = jax.nn.sigmoid(self.head_scalars("w_near", x_BxLxD, 1)[..., 0])
         before = linear_memory(first, q)
         recalled = self.recalled(lambda: before, where, NEAR)
@@ -59,18 +64,20 @@ class TwoMemories(LaCT):
 
     def state_bytes(self) -> int:
         """As of LaCT, and of the near memory's map and bias."""
-        return super().state_bytes() + bytes_of(lambda: no_linear_memory(self.shape, 1)[0].start)
+        near = bytes_of(lambda: no_linear_memory(self.shape, self._near_widths, 1)[0].start)
+        return super().state_bytes() + near
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
         """As of LaCT, and the map and bias of the near memory, twice."""
         state, shards = super().decode_state(batch, length)
-        near, specs = no_linear_memory(self.shape, batch)
+        near, specs = no_linear_memory(self.shape, self._near_widths, batch)
         axes = (*BATCH_AXES, "tp")
         return state | {NEAR: vary(near, axes)}, shards | {NEAR: specs}
 
     def work(self, rows: Rows, degrees: Degrees) -> Counts:
         """Those of LaCT; of the near memory, those of TTT-Linear, which sends nothing."""
-        near = linear_work(self.shape, self.near, rows, degrees)
+        cut = replace(rows, batch=rows.batch * rows.length // self.reset, length=self.reset)
+        near = linear_work(self.shape, self._near_widths, self.near, cut, degrees)
         return super().work(rows, degrees) + near + self.scalars(1, rows)
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:

@@ -24,7 +24,7 @@ from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.stack import Block, Layer, layer
-from fdp.models.ttt import TTTLinear
+from fdp.models.ttt import TTTMLP
 from fdp.models.two_memories import TwoMemories
 from fdp.parallel.masks import Mask
 from fdp.sampling import autoregressive
@@ -38,7 +38,7 @@ STATES = (
     layer(GatedDeltaNet, chunk=CHUNK),
     # LaCT, and beside it another memory.
     layer(TwoMemories, chunk=CHUNK, rate=0.1, muon=True, near=2, reset=6),
-    layer(TTTLinear, chunk=CHUNK),
+    layer(TTTMLP, chunk=CHUNK, hidden=2),
 )
 
 

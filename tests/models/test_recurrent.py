@@ -28,17 +28,16 @@ from fdp.count.step import microbatch
 from fdp.kernels_pallas import newton_schulz, walks
 from fdp.kernels_pallas.newton_schulz import orthogonal
 from fdp.mesh import AXES, factor, make_mesh
-from fdp.models import delta, fast_linear, module
+from fdp.models import delta, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
-from fdp.models.fast_linear import FastLinear
 from fdp.models.fast_weights import FastWeights, Read
 from fdp.models.lact import LaCT
 from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, layer
-from fdp.models.ttt import TTTLinear
+from fdp.models.ttt import TTTMLP, TTTLinear
 from fdp.parallel.context import layouts, state
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.state import StatePlan
@@ -306,33 +305,6 @@ def test_orthogonal_matrices_come_out_and_the_sum_comes_first():
     assert np.isfinite(gradient(0 * a)).all()
 
 
-@pytest.mark.fast
-def test_the_dual_form_is_a_step_on_every_token():
-    q, k, v = (np.asarray(x)[:1, :16, :1] for x in READ[:3])
-    rates = np.abs(normal(1, 16, 1))
-    first = FastLinear(0.3 * normal(1, K, K), 0.3 * normal(1, K))
-    norm = 1 + 0.1 * normal(1, K), 0.1 * normal(1, K)
-    got, last = fast_linear.linear_scan(q, k, v, rates, first, norm, 8)
-
-    def read(model: FastLinear, x: jax.Array) -> jax.Array:
-        return fast_linear.normed(x @ model.weight + model.bias, norm[0][0], norm[1][0])
-
-    def loss(model: FastLinear, k: jax.Array, v: jax.Array) -> jax.Array:
-        return 0.5 * ((read(model, k) - (v - k)) ** 2).sum()
-
-    start = now = FastLinear(first.weight[0], first.bias[0])
-    read_by, gradient = jax.jit(read), jax.jit(jax.grad(loss))
-    for t, (q_t, k_t, v_t) in enumerate(zip(q[0, :, 0], k[0, :, 0], v[0, :, 0], strict=True)):
-        start = now if t % 8 == 0 else start
-        g, rate = gradient(start, k_t, v_t), rates[0, t, 0]
-        now = FastLinear(
-            *(np.asarray(w) - rate * np.asarray(by) for w, by in zip(now, g, strict=True))
-        )
-        want = q_t + read_by(now, q_t)
-        np.testing.assert_allclose(got[0, t, 0], want, rtol=2e-4, atol=2e-5)
-    np.testing.assert_allclose(last.weight[0, 0], now.weight, rtol=1e-4, atol=1e-5)
-
-
 # Layers
 # -------------------------------------------------------------------------------------------------
 
@@ -348,6 +320,8 @@ LAYERS = {
     "lact, heads+tokens": (LaCT, "heads+tokens", SHARED, {}),
     "ttt, heads": (TTTLinear, "heads", ZIGZAG, {}),
     "ttt, wavefront": (TTTLinear, "wavefront", CONTIGUOUS, {}),
+    "ttt mlp, heads": (TTTMLP, "heads", ZIGZAG, {"hidden": 2}),
+    "ttt mlp, wavefront": (TTTMLP, "wavefront", CONTIGUOUS, {"hidden": 2}),
 }
 
 
@@ -356,6 +330,7 @@ SAME = {
     "gdn, affine+scan": "gdn, affine",
     "lact, heads+tokens": "lact, tokens+ns",
     "ttt, wavefront": "ttt, heads",
+    "ttt mlp, wavefront": "ttt mlp, heads",
 }
 
 
@@ -399,10 +374,15 @@ def one_device(name: str):
     return run, params, jax.device_get(run(params, X, TARGET))
 
 
-EACH = ["gdn, affine", "lact, tokens", "lact, tokens+ns", "ttt, heads"]
+def slow_mlp(*names: str) -> list:
+    """Those of TTT-MLP are slow: they run what TTT-Linear runs, with a map more."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if "mlp" in n else []) for n in names]
 
 
-@pytest.mark.parametrize("name", [*EACH, *SAME])
+EACH = ["gdn, affine", "lact, tokens", "lact, tokens+ns", "ttt, heads", "ttt mlp, heads"]
+
+
+@pytest.mark.parametrize("name", slow_mlp(*EACH, *SAME))
 @pytest.mark.usefixtures("two_steps")
 def test_every_plan_equals_one_device(name):
     layer, one = make(name), one_device(SAME.get(name, name))
@@ -431,7 +411,9 @@ def test_every_plan_equals_one_device(name):
     )
 
 
-@pytest.mark.parametrize("name", ["gdn, affine", "lact, tokens", "ttt, heads"])
+@pytest.mark.parametrize(
+    "name", slow_mlp("gdn, affine", "lact, tokens", "ttt, heads", "ttt mlp, heads")
+)
 @pytest.mark.usefixtures("two_steps")
 def test_no_output_depends_on_a_later_token(name):
     run, params, ((_, y), _) = one_device(name)
@@ -498,6 +480,8 @@ def test_groups_and_mini_batches_that_cannot_run_are_refused():
         LaCT(shape, group=-1, parent=None).check(1, 24, one)
     with pytest.raises(ValueError, match=r"24 tokens .* mini-batches of 16: set data.seq_len=32"):
         TTTLinear(shape, chunk=16, parent=None).check(1, 24, one)
+    with pytest.raises(ValueError, match=r"rate = -1 makes the loss of a token larger: set 0"):
+        TTTMLP(shape, rate=-1, parent=None).check(1, 16, one)
 
 
 def test_an_unknown_plan_is_refused():

@@ -32,7 +32,7 @@ from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, layer
-from fdp.models.ttt import TTTLinear
+from fdp.models.ttt import TTTMLP, TTTLinear
 from fdp.parallel.context import layouts
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.state import StatePlan
@@ -51,8 +51,8 @@ def lengths(*of: int) -> np.ndarray:
 
 
 # Ends inside a chunk, at a chunk's edge, two in one chunk; a document of one token, and one that
-# fills a chunk and leaves it.
-SEGMENT = np.stack([lengths(5, 11, 2, 3, 19), lengths(8, 1, 17, 14)])
+# fills a chunk and leaves it; one that begins with a device's part.
+SEGMENT = np.stack([lengths(5, 11, 2, 2, 20), lengths(8, 1, 17, 14)])
 DOCUMENTS = [(b, d) for b in range(B) for d in range(SEGMENT[b].max() + 1)]
 Q, KEY = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in normal(2, B, L, H, K))
 VALUE, RATE = normal(B, L, H, K), 1 / (1 + np.exp(-normal(B, L, H)))
@@ -62,7 +62,8 @@ VALUE, RATE = normal(B, L, H, K), 1 / (1 + np.exp(-normal(B, L, H)))
 # -------------------------------------------------------------------------------------------------
 
 WEIGHTS = FastWeights(0.5 * normal(H, F, K), 0.5 * normal(H, F, K), 0.4 * normal(H, K, F))
-LINEAR = FastLinear(0.3 * normal(H, K, K), 0.3 * normal(H, K))
+MLP = tuple(FastLinear(0.3 * normal(H, m, n), 0.3 * normal(H, n)) for m, n in ((K, F), (F, K)))
+LINEAR = (FastLinear(0.3 * normal(H, K, K), 0.3 * normal(H, K)),)
 NORM = 1 + 0.1 * normal(H, K), 0.1 * normal(H, K)
 
 
@@ -72,9 +73,9 @@ def lact(tokens: tuple, segment: Any) -> jax.Array:
     return fast.swiglu_scan(read, WEIGHTS, CHUNK, group=2, segment_BxL=segment)[0]
 
 
-def ttt(tokens: tuple, segment: Any) -> jax.Array:
+def ttt(tokens: tuple, segment: Any, maps: Any = LINEAR) -> jax.Array:
     q, k, v, _, rates = tokens
-    return fast_linear.linear_scan(q, k, v, rates, LINEAR, NORM, CHUNK, segment)[0]
+    return fast_linear.linear_scan(q, k, v, rates, maps, NORM, CHUNK, segment)[0]
 
 
 def gdn(tokens: tuple, segment: Any) -> jax.Array:
@@ -85,6 +86,7 @@ def gdn(tokens: tuple, segment: Any) -> jax.Array:
 
 
 SCANS: dict[str, Callable] = {"lact": lact, "ttt": ttt, "gdn": gdn}
+SCANS["ttt mlp"] = functools.partial(ttt, maps=MLP)
 TOKENS = (Q, KEY, VALUE, 0.5 * RATE, RATE)
 
 
@@ -113,6 +115,7 @@ SHAPE = ModelShape(layers=1, width=8, heads=2, kv_heads=2, head_dim=4, ffn=8, vo
 LAYERS = {
     "lact": (LaCT, {"rate": 0.3, "rotate": False}),
     "ttt": (TTTLinear, {}),
+    "ttt mlp": (TTTMLP, {"hidden": 2}),
     "gdn": (GatedDeltaNet, {}),
 }
 
@@ -128,7 +131,7 @@ def weights(mixing: Any) -> Any:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ["lact", "ttt", "gdn"])
 def test_a_token_is_seen_in_its_own_document_only(name):
     cls, more = LAYERS[name]
     mixing, at, x = cls(SHAPE, chunk=CHUNK, **more), jnp.arange(L), normal(B, L, 8)
@@ -175,8 +178,15 @@ PLANS = {
     "lact, tokens+ns": ("tokens+ns", SHARED, {"group": 2}),
     "lact, heads": ("heads", CONTIGUOUS, {}),
     "ttt, heads": ("heads", SHARED, {}),
+    "ttt, wavefront": ("wavefront", CONTIGUOUS, {"chunk": 5}),
+    "ttt mlp, wavefront": ("wavefront", CONTIGUOUS, {"chunk": 5}),
 }
 X, TARGET = normal(B, L, 8), normal(B, L, 8)
+
+
+def plan_of(kind: str, layout: SequenceLayout) -> StatePlan:
+    u, pieces = (2 if kind == "heads+tokens" else 1), (4 if kind == "wavefront" else 1)
+    return StatePlan(kind, layout, u, pieces)
 
 
 def make(name: str) -> Any:
@@ -184,7 +194,7 @@ def make(name: str) -> Any:
     cls, own = LAYERS[name.split(",")[0]]
     # The halo of ids is the convolution's, where it has one.
     shape = replace(SHAPE, heads=4, kv_heads=4, conv=4 if cls is GatedDeltaNet else 0)
-    return cls(shape, StatePlan(kind, layout), **{"chunk": CHUNK, "gate": False, **own, **more})
+    return cls(shape, plan_of(kind, layout), **{"chunk": CHUNK, "gate": False, **own, **more})
 
 
 def outcome(mixing: Any, variables: Any, x: Any, target: Any, segment: Any) -> Any:
@@ -200,22 +210,23 @@ def outcome(mixing: Any, variables: Any, x: Any, target: Any, segment: Any) -> A
 
 @functools.cache
 def one_device(name: str) -> tuple:
-    """(weights, outcome) of a kind of layer."""
-    mixing = make(f"{name}, heads").clone(plan=StatePlan("heads"))
+    """(weights, outcome) of a layer."""
+    mixing = make(name).clone(plan=StatePlan("heads"))
     variables = weights(mixing)
     run = jax.jit(functools.partial(outcome, mixing), compiler_options=hlo.QUICK)
     return variables, jax.device_get(run(variables, X, TARGET, SEGMENT))
 
 
-def slow_but(fast: str) -> list:
+def slow_but(*fast: str) -> list:
     """All of PLANS, of which the others are slow."""
-    return [pytest.param(n, marks=[] if n == fast else [pytest.mark.slow]) for n in PLANS]
+    return [pytest.param(n, marks=[] if n in fast else [pytest.mark.slow]) for n in PLANS]
 
 
-@pytest.mark.parametrize("name", slow_but("lact, tokens"))
+@pytest.mark.parametrize("name", slow_but("lact, tokens", "ttt, wavefront"))
 def test_documents_over_cp_equal_one_device_and_their_ids_are_counted(name):
     mixing = make(name)
-    variables, ((want_loss, want), want_grads) = one_device(name.split(",")[0])
+    same = name if "wavefront" in name else f"{name.split(',')[0]}, heads"
+    variables, ((want_loss, want), want_grads) = one_device(same)
     degrees = dict.fromkeys(AXES, 1) | {"cp": CP}
     mixing.check(B, L, degrees)
     mesh, order = make_mesh(degrees), layouts.permutation(mixing.plan.layout, L, CP)
@@ -238,17 +249,9 @@ def test_documents_over_cp_equal_one_device_and_their_ids_are_counted(name):
 
 
 @pytest.mark.fast
-def test_a_wavefront_refuses_documents():
-    mixing = make("ttt, heads").clone(plan=StatePlan("wavefront", pieces=4))
-    mesh, at = make_mesh(dict.fromkeys(AXES, 1) | {"cp": CP}), P(None, "cp")
-    run = functools.partial(outcome, mixing)
-    f = shard_map(run, mesh, (P(), at, at, at), ((P(), at), (P(), at)))
-    with pytest.raises(ValueError, match="plan wavefront hands on the weights of one document"):
-        jax.eval_shape(f, shapes(mixing), X, TARGET, SEGMENT)
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize("name", ["gdn, affine", "lact, tokens+ns", "ttt, heads"])
+@pytest.mark.parametrize(
+    "name", ["gdn, affine", "lact, tokens+ns", "ttt, heads", "ttt mlp, wavefront"]
+)
 def test_flops_with_documents_equal_the_jaxpr(name):
     mixing, degrees = make(name), dict.fromkeys(AXES, 1)
     run = functools.partial(outcome, mixing)
@@ -286,8 +289,7 @@ def trained(name: str, degrees: dict[str, int]) -> TrainStep:
     if layout.kind == "striped":
         layout = SequenceLayout("striped", CHUNK // degrees.get("cp", 1))
     cls, own = LAYERS[name.split(",")[0]]
-    plan = StatePlan(kind, layout, 2 if kind == "heads+tokens" else 1)
-    mixing = layer(cls, plan=plan, **{"chunk": CHUNK, **own, **more})
+    mixing = layer(cls, plan=plan_of(kind, layout), **{"chunk": CHUNK, **own, **more})
     e = experiment(c, segments=np.tile(SEGMENT, (4, 1)))
     block = layer(Block, mixing=mixing, ffn=layer(SwiGLU))
     model = e.model.clone(pattern=(block,), layout=layout)

@@ -5,10 +5,10 @@ in torch on a CPU: the recurrence of fla/ops/gated_delta_rule/naive.py, and the 
 fla/layers/gated_deltanet.py (width 16, two heads of 8, expand_v 1, evaluation mode) with its
 kernels in Triton's interpreter. `fixtures/lact.npz`: a1600012888/LaCT (commit 1f84d47),
 block_causal_lact_swiglu of lact_llm/lact_model/ttt_operation.py with chunks of 6, without
-torch.compile and with its Newton-Schulz steps in float32. `fixtures/ttt_linear.npz`:
-test-time-training/ttt-lm-jax (commit 6f529b1), get_eta and ttt of TTTLinear in
-ttt/models/ttt_layer.py with mini-batches of 8, a base rate of head_dim, and learned token factors
-that make 1/i + factor = 1 for every token i of a mini-batch, as ours have no such factor.
+torch.compile and with its Newton-Schulz steps in float32. `fixtures/ttt_linear.npz` and
+`ttt_mlp.npz`: test-time-training/ttt-lm-jax (commit 6f529b1), get_eta and ttt of TTTLinear and
+TTTMLP in ttt/models/ttt_layer.py with mini-batches of 8, a base rate of 1, and learned token
+factors that make 1/i + factor = 1 for every token i of a mini-batch, as ours have no such factor.
 
 Every input and weight is an integer of at most 63 over 64 (over 256, plus 1, for the scale of a
 norm), drawn once. Stored are the integers, the output, and the gradients of Σ c · output as "d…".
@@ -26,13 +26,13 @@ import pytest
 
 from fdp.count import hlo
 from fdp.kernels_pallas.newton_schulz import orthogonal
-from fdp.models import delta, fast_linear, module
+from fdp.models import delta, module
 from fdp.models import fast_weights as fast
 from fdp.models.attention import Where
-from fdp.models.fast_linear import FastLinear
 from fdp.models.fast_weights import FastWeights, Read
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.shape import ModelShape
+from fdp.models.ttt import TTTMLP, TTTLinear
 
 pytestmark = pytest.mark.fast
 Arrays = dict[str, np.ndarray]
@@ -143,15 +143,38 @@ def test_the_chunks_of_lact() -> None:
     assert error(at["plain:out"], at["momentum:out"]) > 0.01
 
 
-def test_the_mini_batches_of_ttt_linear() -> None:
-    at = published("ttt_linear")
+class LinearBare(TTTLinear):
+    """What is read, of given queries, keys and values."""
+
+    @module.compact
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
+        at = jnp.arange(x.shape[1])
+        return self.mix(q, k, v, x, Where(at, at))
+
+
+class MLPBare(TTTMLP):
+    """The same of TTT-MLP."""
+
+    __call__ = LinearBare.__call__
+
+
+@pytest.mark.parametrize("name", ["ttt_linear", "ttt_mlp"])
+def test_the_mini_batches_of_ttt(name: str) -> None:
+    at = published(name)
+    H, K = at["q"].shape[2:]
+    bare = {"ttt_linear": LinearBare, "ttt_mlp": MLPBare}[name]
+    layer = bare(ModelShape(1, H * K, H, H, K, 8, 8), chunk=8, rate=1 / K)
     given = {n: at[n] for n in "xqkv"} | part(at, "w:")
 
     def run(x: Arrays) -> jax.Array:
-        rates = jax.nn.sigmoid(jnp.einsum("bld,hdo->blh", x["x"], x["learnable_ttt_lr/kernel"]))
-        first = FastLinear(x["ttt_dense_0"], x["ttt_bias_0"][:, 0])
-        norm = x["ttt_norm/scale"], x["ttt_norm/bias"]
-        return fast_linear.linear_scan(x["q"], x["k"], x["v"], rates, first, norm, 8)[0]
+        params = {
+            "w_state": jnp.moveaxis(x["learnable_ttt_lr/kernel"], 0, 1),
+            "norm_scale": x["ttt_norm/scale"],
+            "norm_shift": x["ttt_norm/bias"],
+        }
+        for i, own in enumerate(("fast", "fast_1")[: len(layer.widths) - 1]):
+            params |= {own: x[f"ttt_dense_{i}"], f"{own}_bias": x[f"ttt_bias_{i}"][:, 0]}
+        return module.run(layer, {"params": params}, x["q"], x["k"], x["v"], x["x"])[0]
 
     out, grads = outcome(run, given, at["c"])
     assert error(out, at["out"]) < 2e-6

@@ -220,8 +220,9 @@ def wavefront(
     the other: device i runs piece p at tick p + i. [B, L, H, …] → [B, L, H, …].
 
     `start`, `fixed`: pytrees [H, …], the states before the first position and what else belongs to
-    a head. `run(state, fixed, *tokens)` takes those of a piece, [G, …] with G = B·H / m, and tokens
-    [1, L, G, …]; it returns what is read, and the state after the last position."""
+    a head. `run(state, start, fixed, *tokens)` takes the state that arrives and those of a piece,
+    [G, …] with G = B·H / m, and tokens [1, L, G, …]; it returns what is read, and the state after
+    the last position."""
     B, _, H = tokens[0].shape[:3]
     me, shape = jnp.asarray(index("cp")), (pieces, B * H // pieces)
     # Before and after its pieces, a device repeats one, and nobody reads what comes out.
@@ -241,7 +242,7 @@ def wavefront(
     def tick(arrived: Any, now: Any) -> tuple[Any, Array]:
         (first, fixed), parts = now
         state = jax.tree.map(lambda a, b: jnp.where(me == 0, a, b), first, arrived)
-        out, state = run(state, fixed, *(jnp.moveaxis(x, 1, 0)[None] for x in parts))
+        out, state = run(state, first, fixed, *(jnp.moveaxis(x, 1, 0)[None] for x in parts))
         return jax.tree.map(lambda x: shift(x, "cp", cyclic=False), state), out[0]
 
     nothing = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape[1:]), cut[0]), every[0])

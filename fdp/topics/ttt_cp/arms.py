@@ -18,7 +18,7 @@ from fdp.models.layers import SwiGLU
 from fdp.models.recurrent import GatedDeltaNet
 from fdp.models.shape import ModelShape
 from fdp.models.stack import Block, Layer, layer
-from fdp.models.ttt import TTTLinear
+from fdp.models.ttt import TTTMLP, TTTLinear
 from fdp.models.two_memories import TwoMemories
 from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
@@ -103,11 +103,12 @@ def mixing(
         # Its result does not depend on the chunk, and its memory grows with it.
         near = at | {"chunk": math.gcd(m.chunk, 64)}
         return layer(GatedDeltaNet, plan=StatePlan(state or own, layout), decay=SLOW, **near)
-    if kind == "ttt_linear":
-        own = "wavefront" if layout == CONTIGUOUS and not packed else "heads"
+    if kind in ("ttt_linear", "ttt_mlp"):
+        own = "wavefront" if layout == CONTIGUOUS else "heads"
         # Half a chunk, where it has one, so that eight devices share 64 tokens.
         small = at | {"chunk": math.gcd(m.chunk // (2 - m.chunk % 2), 16)}
-        return layer(TTTLinear, plan=_plan(state or own, layout), **small)
+        cls = TTTLinear if kind == "ttt_linear" else TTTMLP
+        return layer(cls, plan=_plan(state or own, layout), **small)
     fast = {"hidden": m.hidden, "rate": m.rate, "rotate": False, "group": m.group}
     if kind == "two_memories":  # whole segments on every device
         near = {"near": m.near, "reset": m.chunk}

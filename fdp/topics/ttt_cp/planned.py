@@ -21,7 +21,7 @@ from fdp.models.attention import Attention, Softmax
 from fdp.models.lact import LaCT
 from fdp.models.recurrent import GatedDeltaNet, StateLayer
 from fdp.models.shape import ModelShape
-from fdp.models.ttt import TTTLinear
+from fdp.models.ttt import TTTMLP, TTTLinear
 from fdp.parallel.context import layer_plans, layouts
 from fdp.parallel.context.layer_plans import Devices, HybridPlan, LayerOption, Transfer
 from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
@@ -34,7 +34,7 @@ from fdp.study.figures import figure, legend
 from fdp.study.measure import Part, derive
 from fdp.study.report import Row
 
-KINDS = ("attention", "window", "gdn", "ttt_linear", "lact", "lact_muon")
+KINDS = ("attention", "window", "gdn", "ttt_linear", "ttt_mlp", "lact", "lact_muon")
 ATTENTION = ("attention", "window")
 HYBRIDS = tuple((state,) * n + ("attention",) for state in ("gdn", "lact_muon") for n in (1, 3, 7))
 LENGTHS, FABRICS, CP = (2**17, 2**20), (NVLINK, INFINIBAND), 8
@@ -199,7 +199,7 @@ def _chain(made: StateLayer, plan: str, job: HybridJob) -> int:
 
 def _scalars(made: StateLayer, rows: Rows) -> int:
     """FLOPs of the numbers that a layer computes of each token and head."""
-    many = {GatedDeltaNet: 2, TTTLinear: 1, LaCT: 4}[type(made)]
+    many = {GatedDeltaNet: 2, TTTLinear: 1, TTTMLP: 1, LaCT: 4}[type(made)]
     return made.scalars(many, rows).flops
 
 
@@ -215,8 +215,9 @@ def _layer(kind: str, plan: StatePlan, job: HybridJob) -> StateLayer:
     shape = job.shape(kind)
     if kind == "gdn":
         return GatedDeltaNet(shape, plan, 64, parent=None)
-    if kind == "ttt_linear":
-        return TTTLinear(shape, plan, 16, parent=None)
+    if kind in ("ttt_linear", "ttt_mlp"):
+        cls = TTTLinear if kind == "ttt_linear" else TTTMLP
+        return cls(shape, plan, 16, parent=None)
     return LaCT(shape, plan, job.chunk, hidden=1, muon=kind == "lact_muon", parent=None)
 
 

@@ -15,6 +15,7 @@ ARMS = {
     "window": ("window",),
     "gdn": ("gdn",),
     "ttt_linear": ("ttt_linear",),
+    "ttt_mlp": ("ttt_mlp",),
     "lact": ("lact",),
     "lact_muon": ("lact_muon",),
     "two_memories": ("two_memories",),
