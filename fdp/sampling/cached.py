@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from fdp.collectives import vary_like
 from fdp.models import module
 from fdp.models.transformer import Transformer, core_of
-from fdp.parallel.tensor import suppress
-from fdp.sampling.masked import choose, initial_state
-from fdp.sampling.noise import categorical, position_keys, uniform
+from fdp.sampling.chain import Chain, initial_state
+from fdp.sampling.noise import Draw
 
 Array = jax.Array
 
@@ -120,13 +119,13 @@ class BlockDecoder:
     ) -> Array:
         variables = {"params": params}
         logits_BxRxV, _, _ = module.run(self.model, variables, rows_BxRxD, method="outputs")
-        keys = position_keys(key, ids_B, step, start + jnp.arange(self.block))
-        token_BxR = categorical(keys, suppress(logits_BxRxV, self.n_ids), self.temperature)
         rows_BxR = jax.lax.dynamic_slice_in_dim(z_BxL, start, self.block, 1)
-        chosen_BxR = choose(uniform(keys), rows_BxR == self.n_ids, self.per_step)
-        return jax.lax.dynamic_update_slice_in_dim(
-            z_BxL, jnp.where(chosen_BxR, token_BxR, rows_BxR), start, 1
-        )
+        draw = Draw(key, ids_B, self.block, self.n_ids, self.temperature, rows_BxR)
+        chain = Chain(draw, "random", self.per_step, start=start)
+        state = chain.begin()
+        state = state._replace(step_B=state.step_B + step)
+        rows_BxR = chain.apply(chain.propose(logits_BxRxV, state), state).z_BxL
+        return jax.lax.dynamic_update_slice_in_dim(z_BxL, rows_BxR, start, 1)
 
 
 def start_state(

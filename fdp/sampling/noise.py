@@ -28,7 +28,7 @@ def position_keys(
     key: jax.Array, sample_ids_B: jax.Array, step: jax.Array | int, positions_P: jax.Array
 ) -> jax.Array:
     """fold_in(fold_in(fold_in(key, sample), step), position) of every pair: raw threefry keys,
-    uint32 [B, P, 2].
+    uint32 [B, P, 2]. `step`: of all samples, or int32 [B].
 
     Sample ids are global (unique over the whole job), so ids do not depend on dp. Raises ValueError
     for a key that is not threefry."""
@@ -39,12 +39,14 @@ def position_keys(
             )
         key = jax.random.key_data(key)
 
-    def one(sample: jax.Array, position: jax.Array) -> jax.Array:
+    def one(sample: jax.Array, step: jax.Array | int, position: jax.Array) -> jax.Array:
         folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), sample)
         return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(folded, step), position))
 
     positions_P = vary_like(positions_P, sample_ids_B)
-    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(sample_ids_B, positions_P)
+    of_samples = 0 if jnp.ndim(step) else None
+    every = jax.vmap(jax.vmap(one, (None, None, 0)), (0, of_samples, None))
+    return every(sample_ids_B, step, positions_P)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """The analytic (Tweedie) sampler for models trained by score entropy (SEDD) under uniform noise.
 
-Conventions of `fdp.sampling.masked`: denoiser signature, keys, sharding and (ids, info) result.
+Conventions of `fdp.sampling.chain`: denoiser signature, keys, sharding and (ids, info) result.
 Shapes: B samples, L positions, V vocabulary (tp: V/tp columns)."""
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fdp.collectives import psum
 from fdp.objectives.noise_schedules import NoiseSchedule
 from fdp.parallel.tensor import NEVER, suppress, vocab_offset
-from fdp.sampling.masked import Denoise, Info, iterate
+from fdp.sampling.chain import Denoise, Info, iterate
 from fdp.sampling.noise import Draw, categorical, uniform
 
 

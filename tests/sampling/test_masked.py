@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from fdp.collectives import index, size
 from fdp.data.synthetic import MarkovChain
 from fdp.objectives.noise_schedules import schedule
-from fdp.sampling import autoregressive, masked, score
+from fdp.parallel.tensor import NEVER
+from fdp.sampling import autoregressive, chain, masked, score
 from fdp.sampling.noise import Draw
 from tests.oracles import EnumerableJoint
 
@@ -50,7 +51,7 @@ def ancestral_law(steps, noise):
     """
     law = start_law()
     for step in range(steps):
-        q, new = float(masked.unmask_prob(noise, step, steps)), np.zeros_like(law)
+        q, new = float(chain.unmask_prob(noise, step, steps)), np.zeros_like(law)
         for row in np.flatnonzero(law):
             kernel = np.ones(1)
             for i, c in enumerate(JOINT.states[row]):
@@ -71,8 +72,8 @@ def reveal_law(order, per_step=1, threshold=None):
     p = np.take_along_axis(np.repeat(JOINT.conditionals, 81, 0), tokens[..., None], -1)[..., 0]
     # A revealed position draws nothing: count each combination of the hidden ones once.
     chance = np.where(hidden, p, tokens == 0).prod(1)
-    scores = masked.ORDERS[order](JOINT.denoiser(states), jnp.asarray(tokens), None)
-    chosen = np.asarray(masked.choose(scores, jnp.asarray(hidden), per_step, threshold))
+    scores = chain.ORDERS[order](JOINT.denoiser(states), jnp.asarray(tokens), None)
+    chosen = np.asarray(chain.choose(scores, jnp.asarray(hidden), per_step, threshold))
     target = JOINT.index(np.where(chosen, tokens, states))
     law = start_law()
     for _ in range(4):
@@ -221,7 +222,7 @@ def test_the_probability_of_unmasking_is_tweedies():
             (-np.log(a) for a in (step / 5, (step + 1) / 5)) if step else (np.inf, -np.log(1 / 5))
         )
         tweedie = np.expm1(before - after) / np.expm1(before) if step else np.exp(-after)
-        assert float(masked.unmask_prob(LINEAR, step, 5)) == pytest.approx(tweedie, abs=1e-6)
+        assert float(chain.unmask_prob(LINEAR, step, 5)) == pytest.approx(tweedie, abs=1e-6)
 
 
 def test_tweedie_uniform_is_the_posterior_of_one_token():
@@ -235,7 +236,7 @@ def test_tweedie_uniform_is_the_posterior_of_one_token():
             jnp.asarray(logits, jnp.float32), jnp.asarray(z), 4, jnp.float32(delta)
         )
         np.testing.assert_allclose(jax.nn.softmax(got)[:4], posterior / posterior.sum(), rtol=1e-5)
-        assert (got[4:] == masked.NEVER).all()
+        assert (got[4:] == NEVER).all()
 
 
 @pytest.mark.parametrize("steps", [1, 6])

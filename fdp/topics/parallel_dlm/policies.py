@@ -27,7 +27,8 @@ from fdp.mesh import AXES, BATCH_AXES, abstract_mesh, make_mesh
 from fdp.models import module
 from fdp.models.shape import ModelShape
 from fdp.parallel.tensor import suppress, vocab_argmax, vocab_logsumexp
-from fdp.sampling.masked import choose, first_hitting, initial_state
+from fdp.sampling.chain import choose, initial_state
+from fdp.sampling.masked import first_hitting
 from fdp.sampling.noise import Draw, categorical, position_keys, uniform
 from fdp.topics.parallel_dlm import settings
 from fdp.topics.parallel_dlm.selective import Policy, StepRows, forward

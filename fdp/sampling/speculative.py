@@ -1,0 +1,381 @@
+"""Speculative decoding of any chain (`fdp.sampling.chain`): steps are drafted, and the verifier
+judges a whole window of states in one batch.
+
+A window holds W states z_0 … z_{W-1}: where a sample is, and what W - 1 drafted steps would make of
+it. The verifier proposes the step after each. A round takes all steps up to the first that was
+drafted otherwise, then the verifier's own: at least one, at most W. How a drafted step is judged:
+
+- `shared`: by the verifier's step with the same noise. The ids are those of `chain.follow`,
+  whatever drafts; nothing about the law has to be trusted.
+- `coupling`: accepted with min(1, p_v/p_d), else drawn from norm(max(p_v - p_d, 0)) (Leviathan et
+  al. 2023, per position). The law is the verifier's, the ids are others. Only for chains in which
+  the noise alone decides which positions a step reveals, and for drafters that state p_d.
+
+`jump` is the lossy third way: several steps at once, judged by edit distance.
+
+The same code runs unsharded and inside shard_map, as chains do.
+
+Shapes: W states of a window, B samples, L positions, V vocabulary (tp: V/tp columns)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from fdp.collectives import psum
+from fdp.mesh import BATCH_AXES
+from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp
+from fdp.sampling.chain import Ancestral, Chain, ChainState, Denoise, Info, Proposal, anywhere
+from fdp.sampling.noise import categorical, uniform
+
+Array = jax.Array
+RULES = ("shared", "coupling")
+DRAFT, ACCEPT, RESIDUAL = 1, 2, 3  # streams of noise that is not the chain's own
+
+
+class Verdict(NamedTuple):
+    """What the verifier said of a window. states, proposal: of every state, [W, B, …]. taken_B:
+    index of the last accepted state. logits_BxLxV: the verifier's at that state."""
+
+    states: ChainState
+    proposal: Proposal
+    taken_B: Array
+    logits_BxLxV: Array
+
+
+class Draft(NamedTuple):
+    """The states after the first of a window, [W - 1, B, …]; logits [W - 1, B, L, V/tp] that their
+    tokens were drawn from, or None; passes: of the draft model. bad: bool [W - 1, B], where it gave
+    no numbers: such a step counts as rejected."""
+
+    states: ChainState
+    logits: Array | None = None
+    passes: int = 0
+    bad: Array | None = None
+
+
+class Drafter(Protocol):
+    """Continues from a state; `verdict` None before the first round."""
+
+    def draft(self, chain: Chain, state: ChainState, verdict: Verdict | None, many: int) -> Draft:
+        """`many` = W - 1 steps from `state`."""
+        ...
+
+
+def at(tree: Any, index_B: Array) -> Any:
+    """Entry index_B[b] of every sample b: [W, B, …] → [B, …]."""
+
+    def one(x: Array) -> Array:
+        shaped = index_B.reshape(1, -1, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, shaped, axis=0)[0]
+
+    return jax.tree.map(one, tree)
+
+
+def walk(
+    chain: Chain, state: ChainState, many: int, propose: Callable[[ChainState], Proposal]
+) -> ChainState:
+    """`many` steps of cheap proposals, [many, B, …]."""
+
+    def step(state: ChainState, _: None) -> tuple[ChainState, ChainState]:
+        state = chain.settle(chain.apply(propose(state), state))
+        return state, state
+
+    return jax.lax.scan(step, state, None, length=many)[1]
+
+
+@dataclass(frozen=True)
+class StaleDrafter:
+    """The verifier's marginals at the last accepted state, drawn from with the noise of each later
+    step: no pass of any model. Before the first round nothing is known, and all states are
+    alike."""
+
+    def draft(self, chain: Chain, state: ChainState, verdict: Verdict | None, many: int) -> Draft:
+        """As of `Drafter`."""
+        if verdict is None:
+            return Draft(_repeated(state, many))
+        logits = verdict.logits_BxLxV
+        return Draft(walk(chain, state, many, lambda s: chain.propose(logits, s)))
+
+
+@dataclass(frozen=True)
+class JacobiDrafter:
+    """What the verifier itself proposed for the same step, at a state that was not quite right
+    (Jacobi iteration along the chain); beyond the last window, its marginals at the last accepted
+    state, as `StaleDrafter`. No pass of any model."""
+
+    def draft(self, chain: Chain, state: ChainState, verdict: Verdict | None, many: int) -> Draft:
+        """As of `Drafter`."""
+        if verdict is None:
+            return Draft(_repeated(state, many))
+        W = many + 1
+        steps_WxB = verdict.states.step_B
+
+        def propose(now: ChainState) -> Proposal:
+            fresh = chain.propose(verdict.logits_BxLxV, now)
+            # The state of the old window whose step this is, if it got that far.
+            same_WxB = steps_WxB == now.step_B
+            found_B = same_WxB.any(0)[:, None]
+            old = at(verdict.proposal, jnp.minimum(same_WxB.argmax(0), W - 1))
+            return Proposal(*(jnp.where(found_B, a, b) for a, b in zip(old, fresh, strict=True)))
+
+        return Draft(walk(chain, state, many, propose))
+
+
+@dataclass(frozen=True, eq=False)
+class RefreshedDrafter:
+    """The verifier's marginals at the new state: one more pass of it a round."""
+
+    denoise: Denoise
+
+    def draft(self, chain: Chain, state: ChainState, verdict: Verdict | None, many: int) -> Draft:
+        """As of `Drafter`."""
+        logits = self.denoise(state.z_BxL, chain.level(state))
+        states = walk(chain, state, many, lambda s: chain.propose(logits, s))
+        return Draft(states, jnp.broadcast_to(logits, (many, *logits.shape)), passes=1)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelDrafter:
+    """Another denoiser (a small model, counts of n-grams, an oracle) that follows the chain by
+    itself. `hint`: it is also given the verifier's logits at the last accepted state (zeros before
+    the first round), as a third argument."""
+
+    denoise: Callable[..., Array]
+    hint: bool = False
+    columns: int = 0  # V/tp, of the zeros
+
+    def draft(self, chain: Chain, state: ChainState, verdict: Verdict | None, many: int) -> Draft:
+        """As of `Drafter`. Tokens are drawn by the chain's own noise."""
+        given: tuple[Array, ...] = ()
+        if self.hint:
+            shape = *state.z_BxL.shape, self.columns
+            given = (jnp.zeros(shape) if verdict is None else verdict.logits_BxLxV,)
+
+        def step(state: ChainState, _: None) -> tuple[ChainState, tuple]:
+            logits = self.denoise(state.z_BxL, chain.level(state), *given)
+            bad_B = psum(jnp.isnan(logits).sum((1, 2)), "tp") > 0
+            after = chain.settle(chain.apply(chain.propose(logits, state), state))
+            return after, (after, logits, bad_B)
+
+        _, (states, logits, bad) = jax.lax.scan(step, state, None, length=many)
+        return Draft(states, logits, many, bad)
+
+
+def _repeated(state: ChainState, many: int) -> ChainState:
+    """The same tokens at each of the next `many` steps."""
+    every = jax.tree.map(lambda x: jnp.broadcast_to(x, (many, *x.shape)), state)
+    later_W = 1 + jnp.arange(many, dtype=jnp.int32)
+    return every._replace(step_B=every.step_B + later_W[:, None])
+
+
+class _Carry(NamedTuple):
+    """Of the rounds: where the samples are, what is drafted, and what was counted."""
+
+    state: ChainState
+    draft: Draft
+    counts: dict[str, Array]
+    more: Array
+
+
+def speculate(
+    chain: Chain, denoise: Denoise, drafter: Drafter, *, window: int, rule: str = "shared"
+) -> tuple[Array, Info]:
+    """(ids int32 [B, L], info). `window`: W, the states that the verifier `denoise` judges at once;
+    `rule`: one of RULES.
+
+    info, int32: "nfe" calls of the verifier; "rounds" [B], those of each sample; "states", those
+    judged for samples that were not finished; "passes" of the draft model; "judged" and "accepted"
+    [steps], drafted steps of the samples by their number; "bad" [steps], drafts without numbers.
+    With `draw.trace`, "trace" [steps, W, B, L] and "taken" [steps, B] hold every round. Raises
+    ValueError for a window below 1, an unknown rule, and a rule that the chain has not."""
+    _check(chain, window, rule)
+    B, S = len(chain.draw.sample_ids_B), chain.steps
+    drafting = replace(chain, stream=DRAFT) if rule == "coupling" else chain
+    state = chain.settle(chain.begin())
+    draft = drafter.draft(drafting, state, None, window - 1)
+    counts = {name: jnp.zeros(S, jnp.int32) for name in ("judged", "accepted", "bad")}
+    counts |= {"states": jnp.int32(0), "nfe": jnp.int32(0), "rounds": jnp.zeros(B, jnp.int32)}
+    if chain.draw.trace:
+        counts["trace"] = jnp.zeros((S, window, *state.z_BxL.shape), jnp.int32)
+        counts["taken"] = jnp.zeros((S, B), jnp.int32)
+
+    def body(carry: _Carry) -> _Carry:
+        states = jax.tree.map(
+            lambda a, b: jnp.concatenate([a[None], b]), carry.state, carry.draft[0]
+        )
+        proposal, logits = verified(chain, denoise, states)
+        if rule == "coupling":
+            proposal = _coupled(chain, states, proposal, logits, carry.draft)
+        after = _every(chain.apply, proposal, states)
+        same = (after.z_BxL[:-1] == states.z_BxL[1:]).all(-1)
+        if carry.draft.bad is not None:
+            same &= ~carry.draft.bad
+        taken_B = jnp.cumprod(same, axis=0, dtype=jnp.int32).sum(0)
+        counts = _counted(chain, carry, states, taken_B)
+        state = chain.settle(at(after, taken_B))
+        verdict = Verdict(states, proposal, taken_B, at(logits, taken_B))
+        draft = drafter.draft(drafting, state, verdict, window - 1)
+        return _Carry(state, draft, counts, anywhere(chain.masked(state)))
+
+    carry = _Carry(state, draft, counts, anywhere(chain.masked(state)))
+    carry = jax.lax.while_loop(lambda c: c.more, body, carry)
+    passes = carry.counts["nfe"] * draft.passes
+    return carry.state.z_BxL, carry.counts | {"passes": passes}
+
+
+def _check(chain: Chain, window: int, rule: str) -> None:
+    if window < 1:
+        raise ValueError(f"a window of {window} states: it holds the current one, so set 1 or more")
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)}")
+    if rule == "coupling" and not chain.by_noise:
+        raise ValueError(
+            f"rule coupling compares tokens at the same positions, and order {chain.order!r}"
+            f"{' with a threshold' if chain.threshold is not None else ''} chooses them by what "
+            "the model says: use rule shared, or order random"
+        )
+
+
+def _every(f: Callable[..., Any], *trees: Any) -> Any:
+    """`f` on all states of a window as one batch: [W, B, …] → [W, B, …]."""
+    W, B = jax.tree.leaves(trees[0])[0].shape[:2]
+    flat = jax.tree.map(lambda x: x.reshape(W * B, *x.shape[2:]), trees)
+    return jax.tree.map(lambda x: x.reshape(W, B, *x.shape[1:]), f(*flat))
+
+
+def verified(chain: Chain, denoise: Denoise, states: ChainState) -> tuple[Proposal, Array]:
+    """(what the verifier proposes at every state, its logits): one call for W · B states."""
+
+    def judge(states: ChainState) -> tuple[Proposal, Array]:
+        logits = denoise(states.z_BxL, chain.level(states))
+        return chain.propose(logits, states), logits
+
+    found: tuple[Proposal, Array] = _every(judge, states)
+    return found
+
+
+def _coupled(
+    chain: Chain, states: ChainState, own: Proposal, logits: Array, draft: Draft
+) -> Proposal:
+    """The verifier's tokens where a draft's are not accepted: from the residual, and its own at the
+    last state."""
+    if draft.logits is None:
+        raise ValueError(
+            "rule coupling needs the law that drafts are drawn from, which stale and Jacobi drafts "
+            "do not state: draft by a model, or by refreshed marginals"
+        )
+
+    def judge(states: ChainState, drafted_BxL: Array, p_logits: Array, q_logits: Array) -> Array:
+        n_ids, temperature = chain.draw.n_ids, chain.draw.temperature
+        if temperature == 0:
+            return own_greedy(p_logits)
+        p, q = (_log_probs(suppress(x, n_ids), temperature) for x in (p_logits, q_logits))
+        ratio = vocab_gather(p, drafted_BxL) - vocab_gather(q, drafted_BxL)
+        accept_BxL = jnp.log(uniform(chain.keys(states, ACCEPT))) < ratio
+        rest = jnp.exp(p) - jnp.exp(q)
+        # Equal laws never reject, but for rounding: then any draw of the verifier will do.
+        none = psum(jnp.maximum(rest, 0).sum(-1), "tp")[..., None] <= 0
+        rest = jnp.where(none, p, jnp.where(rest > 0, jnp.log(jnp.maximum(rest, 1e-38)), NEVER))
+        other_BxL = categorical(chain.keys(states, RESIDUAL), rest)
+        return jnp.where(accept_BxL, drafted_BxL, other_BxL)
+
+    def own_greedy(p_logits: Array) -> Array:
+        return categorical(jnp.zeros((*p_logits.shape[:2], 2), jnp.uint32), p_logits, 0.0)
+
+    before = jax.tree.map(lambda x: x[:-1], states)
+    token = _every(judge, before, draft.states.z_BxL, logits[:-1], draft.logits)
+    return own._replace(token_BxL=jnp.concatenate([token, own.token_BxL[-1:]]))
+
+
+def _log_probs(logits_V: Array, temperature: float) -> Array:
+    scaled = logits_V / temperature
+    return scaled - vocab_logsumexp(scaled)[..., None]
+
+
+def _counted(chain: Chain, carry: _Carry, states: ChainState, taken_B: Array) -> dict[str, Array]:
+    c, W = carry.counts, states.z_BxL.shape[0]
+    live_B = chain.masked(carry.state).any(1)
+    step_WxB = jnp.minimum(states.step_B, chain.steps - 1)[:-1]
+    i_W = jnp.arange(W - 1)[:, None]
+    open_WxB = jax.vmap(lambda s: chain.masked(s).any(1))(states)[:-1] & live_B
+
+    def by_step(flag_WxB: Array) -> Array:
+        found = jnp.zeros(chain.steps, jnp.int32).at[step_WxB].add((flag_WxB & open_WxB) * 1)
+        return psum(found, BATCH_AXES)
+
+    bad = carry.draft.bad
+    new = {
+        "judged": c["judged"] + by_step(i_W <= taken_B),
+        "accepted": c["accepted"] + by_step(i_W < taken_B),
+        "bad": c["bad"] + (0 if bad is None else by_step(bad)),
+        "states": c["states"] + psum(W * live_B.sum(), BATCH_AXES),
+        "nfe": c["nfe"] + 1,
+        "rounds": c["rounds"] + live_B,
+    }
+    if "trace" in c:
+        new["trace"] = c["trace"].at[c["nfe"]].set(states.z_BxL)
+        new["taken"] = c["taken"].at[c["nfe"]].set(taken_B)
+    return new
+
+
+def edit_distance(a_BxL: Array, b_BxL: Array) -> Array:
+    """Insertions, deletions and replacements that turn one row into the other (Levenshtein 1966):
+    int32 [B]."""
+    L = a_BxL.shape[1]
+
+    def row(before_BxL: Array, given: tuple[Array, Array]) -> tuple[Array, None]:
+        i, token_B = given
+        replaced = before_BxL[:, :-1] + (b_BxL != token_B[:, None])
+        best = jnp.minimum(replaced, before_BxL[:, 1:] + 1)
+        best = jnp.concatenate([jnp.broadcast_to(i + 1, (len(best), 1)), best], axis=1)
+        # An insertion costs one: the least of all to the left, and the way there.
+        off = jnp.arange(L + 1)
+        return jax.lax.cummin(best - off, axis=1) + off, None
+
+    first = jnp.broadcast_to(jnp.arange(L + 1, dtype=jnp.int32), (len(a_BxL), L + 1))
+    last, _ = jax.lax.scan(row, first, (jnp.arange(L, dtype=jnp.int32), a_BxL.T))
+    return last[:, -1]
+
+
+def jump(
+    chain: Chain,
+    denoise: Denoise,
+    drafter: Drafter,
+    *,
+    steps: int,
+    tolerance: int,
+    lossy: bool = False,
+) -> tuple[Array, Info]:
+    """(ids, {"nfe", "kept"}) of rounds of `steps` steps at once: the draft's state stands where it
+    lies within `tolerance` edits of the verifier's own leap, else the leap does. Lossless for no
+    tolerance: 0 is the verifier's chain of `steps` tokens a step, a large one the draft's law.
+    "kept": drafted states that stood. Raises ValueError unless `lossy` is set."""
+    if not lossy:
+        raise ValueError(
+            "edit distance changes the law of the samples at any tolerance: set lossy=True, or use "
+            f"one of {', '.join(RULES)}"
+        )
+    if isinstance(chain, Ancestral) or chain.threshold is not None or chain.per_step != 1:
+        raise ValueError("a leap of many steps is of a chain that reveals one token a step")
+    leap = replace(chain, per_step=steps)
+
+    def body(carry: tuple) -> tuple:
+        state, nfe, kept, _ = carry
+        logits = denoise(state.z_BxL, chain.level(state))
+        own = leap.apply(leap.propose(logits, state), state)
+        drafted = drafter.draft(chain, state, None, steps).states
+        theirs = jax.tree.map(lambda x: x[-1], drafted)
+        near_B = edit_distance(own.z_BxL, theirs.z_BxL) <= tolerance
+        z_BxL = jnp.where(near_B[:, None], theirs.z_BxL, own.z_BxL)
+        live_B = chain.masked(state).any(1)
+        state = state._replace(z_BxL=z_BxL, step_B=state.step_B + steps)
+        kept += psum((near_B & live_B).sum(), BATCH_AXES)
+        return state, nfe + 1, kept, anywhere(chain.masked(state))
+
+    state = chain.begin()
+    carry = state, jnp.int32(0), jnp.int32(0), anywhere(chain.masked(state))
+    state, nfe, kept, _ = jax.lax.while_loop(lambda c: c[3], body, carry)
+    return state.z_BxL, {"nfe": nfe, "kept": kept}
