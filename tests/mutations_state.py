@@ -162,6 +162,28 @@ STATE = (
         "tests/models/test_two_memories.py::test_what_is_read_is_the_sum_of_both_parts",
     ),
     Mutation(
+        "weights that grow are learnt from as they are",
+        "models/fast_weights.py",
+        "step(used(weights), at.k, at.v, at.rates)",
+        "step(weights, at.k, at.v, at.rates)",
+        f"{PARITY}test_the_chunks_of_lact",
+    ),
+    Mutation(
+        "all tokens are read before one update on them",
+        "models/fast_weights.py",
+        "jnp.moveaxis(apply(weights, at.q), 1, 2)",
+        "jnp.moveaxis(apply(start, at.q), 1, 2)",
+        "tests/models/test_lact.py::test_in_both_directions_all_tokens_are_learnt_from_before_any_is_read",
+    ),
+    Mutation(
+        "a window sees the empty places before the first token",
+        "models/window.py",
+        "jnp.where(at < 0, first + length, at)",
+        "at",
+        "tests/models/test_decode.py::"
+        "test_a_pass_over_all_rows_keeps_the_state_without_momentum_and_a_window_too",
+    ),
+    Mutation(
         "rows take the length 1 instead of their first",
         "models/fast_weights.py",
         "scale = norms * jax.lax.rsqrt",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fdp.collectives import vary_like
 from fdp.models.fast_linear import Maps, maps_read, maps_steps, norm_of_heads, of, stepped
-from fdp.models.fast_weights import FastWeights, Read, apply, learn, step
+from fdp.models.fast_weights import FastWeights, Read, apply, as_used, learn, step
 
 Array = jax.Array
 
@@ -52,6 +52,7 @@ def swiglu_rows(
     chunk: int,
     norms: FastWeights,
     orthogonalise: Callable[[Array], Array] | None = None,
+    prenorm: bool = False,
 ) -> tuple[Array, SwigluMemory]:
     """(outputs f32 [B, L, H, K], the memory after these tokens), as `swiglu_scan` has them.
 
@@ -60,8 +61,9 @@ def swiglu_rows(
     def one(memory: SwigluMemory, at: tuple[Read, Array, Array]) -> tuple[SwigluMemory, Array]:
         piece, full, _ = at
         weights, velocity, gained, momentum = memory
-        out = apply(weights, piece.q)
-        more = step(weights, piece.k, piece.v, piece.rates)
+        used = as_used(weights, norms if prenorm else None)
+        out = apply(used, piece.q)
+        more = step(used, piece.k, piece.v, piece.rates)
         gained = jax.tree.map(jnp.add, gained, more)
         if momentum is not None and piece.momentum is not None:
             momentum = momentum + piece.momentum.sum(-1)
@@ -69,7 +71,8 @@ def swiglu_rows(
         def finish() -> SwigluMemory:
             kept = None if momentum is None else momentum / chunk
             last = gained if velocity is None else velocity
-            after, velocity_after = learn(weights, last, gained, kept, norms, orthogonalise)
+            lengths = None if prenorm else norms
+            after, velocity_after = learn(weights, last, gained, kept, lengths, orthogonalise)
             empty = swiglu_memory(after, momentum is not None)
             return empty if velocity is None else empty._replace(velocity=velocity_after)
 

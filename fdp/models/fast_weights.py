@@ -75,6 +75,11 @@ def step(weights: FastWeights, k: Array, v: Array, rates_BxHxCx3: Array) -> Fast
     )
 
 
+def rescaled(w: Array, norms: Array) -> Array:
+    """`w` with rows of the lengths `norms` [..., 1]."""
+    return w * (norms * jax.lax.rsqrt(jnp.sum(w * w, -1, keepdims=True) + 1e-10))
+
+
 def moved(w: Array, by: Array, norms: Array) -> Array:
     """`w + by` with rows of the lengths `norms` [..., 1], which those of `w` have. A row that `by`
     leaves where it is keeps its bits."""
@@ -122,20 +127,21 @@ def learn(
     velocity: FastWeights,
     gained: FastWeights,
     momentum_BxH: Array | None,
-    norms: FastWeights,
+    norms: FastWeights | None,
     orthogonalise: Callable[[Array], Array] | None = None,
     spread: Total = ALONE.spread,
 ) -> tuple[FastWeights, FastWeights]:
     """(weights, velocity) after an update by `gained`, the summed `step` of a chunk, with what
-    remains of the last velocity. `norms`: `row_norms` of the first weights."""
+    remains of the last velocity. `norms`: `row_norms` of the first weights; None: rows grow."""
     if momentum_BxH is not None:
         # Once: its gradient is summed over devices once, not for each matrix.
         kept = vary_like(momentum_BxH[..., None, None], velocity.gate)
         gained = FastWeights(*(g + kept * m for g, m in zip(gained, velocity, strict=True)))
     steps = gained if orthogonalise is None else map(orthogonalise, gained)
-    parts = zip(weights, map(spread, steps), norms, strict=True)
-    new = FastWeights(*(vary_like(moved(w, d, n), w) for w, d, n in parts))
-    return new, FastWeights(*(vary_like(g, m) for g, m in zip(gained, velocity, strict=True)))
+    steps = map(spread, steps)
+    new = map(jnp.add, weights, steps) if norms is None else map(moved, weights, steps, norms)
+    after = FastWeights(*map(vary_like, new, weights))
+    return after, FastWeights(*(vary_like(g, m) for g, m in zip(gained, velocity, strict=True)))
 
 
 class ChunkDocuments(NamedTuple):
@@ -211,6 +217,28 @@ def grouped_scan(step: Callable[..., Any], start: Any, xs: Any, group: int) -> t
     return start, jax.tree.map(lambda *ys: jnp.concatenate(ys), *outs)
 
 
+def as_used(weights: FastWeights, norms: FastWeights | None) -> FastWeights:
+    """The weights that are read: with rows of the lengths `norms`; None: as they are."""
+    return weights if norms is None else FastWeights(*map(rescaled, weights, norms))
+
+
+def swiglu_whole(
+    read: Read,
+    first: FastWeights,
+    orthogonalise: Callable[[Array], Array] | None = None,
+    sharing: Sharing = ALONE,
+) -> Array:
+    """As `swiglu_scan`, in both directions: one update on all tokens, with which all are read.
+    Momentum has no last update to keep."""
+    first = FastWeights(*(vary_like(w, read.k) for w in first))
+    start = FastWeights(*(everywhere(w, read.k) for w in first))
+    at = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1), read)
+    gained = FastWeights(*map(sharing.total, step(start, at.k, at.v, at.rates)))
+    norms = FastWeights(*map(row_norms, first))
+    weights, _ = learn(start, gained, gained, None, norms, orthogonalise, sharing.spread)
+    return jnp.moveaxis(apply(weights, at.q), 1, 2)
+
+
 def swiglu_scan(
     read: Read,
     first: FastWeights,
@@ -219,19 +247,24 @@ def swiglu_scan(
     sharing: Sharing = ALONE,
     group: int = 0,
     segment_BxL: Array | None = None,
+    prenorm: bool = False,
 ) -> tuple[Array, FastWeights]:
     """(outputs f32 [B, L, H, K], the weights after the last chunk but one).
 
     `first`: [H, …], the weights before the first token. `chunk`: C, positions of THIS device in a
     chunk. Every chunk is read with the weights of the chunks before it; the last one, which may be
     shorter, is read only. `orthogonalise`: of each summed update, for example `orthogonal`
-    (Muon). `group`: chunks, of `grouped_scan`. `segment_BxL`: ids of documents."""
+    (Muon). `group`: chunks, of `grouped_scan`. `segment_BxL`: ids of documents. `prenorm`: the
+    weights that are kept grow, and rows of their first lengths are read and learnt from; otherwise
+    those are kept."""
     B, L, H, K = read.k.shape
     updates = max(-(-L // chunk) - 1, 0)
     # Once: their gradients are summed over devices once, not after every chunk.
     first = FastWeights(*(vary_like(w, read.k) for w in first))
     norms = FastWeights(*(row_norms(w) for w in first))
     start = FastWeights(*(everywhere(w, read.k) for w in first))
+    used = functools.partial(as_used, norms=norms if prenorm else None)
+    new = used(start)
     shared = jax.eval_shape(lambda w: FastWeights(*map(sharing.total, w)), start)
     still = FastWeights(*(vary_like(jnp.zeros(w.shape), read.k) for w in shared))
     heads = jax.tree.map(lambda x: jnp.moveaxis(x.astype(jnp.float32), 2, 1), read)
@@ -240,17 +273,18 @@ def swiglu_scan(
         documents, earlier = documents_of(segment_BxL, chunk, updates, sharing.ends)
 
     def update(weights: FastWeights, velocity: FastWeights, at: Read) -> tuple[Any, Any]:
-        gained = FastWeights(*map(sharing.total, step(weights, at.k, at.v, at.rates)))
+        gained = FastWeights(*map(sharing.total, step(used(weights), at.k, at.v, at.rates)))
         kept = None
         if at.momentum is not None:
             kept = sharing.total(at.momentum.sum(-1)) / (chunk * sharing.devices)
-        return learn(weights, velocity, gained, kept, norms, orthogonalise, sharing.spread)
+        lengths = None if prenorm else norms
+        return learn(weights, velocity, gained, kept, lengths, orthogonalise, sharing.spread)
 
     def read_by(weights: FastWeights, q: Array, earlier: Array | None) -> Array:
-        out = apply(weights, q)
+        out = apply(used(weights), q)
         if earlier is None:
             return out
-        return jnp.where(earlier[:, None, :, None], out, apply(start, q))
+        return jnp.where(earlier[:, None, :, None], out, apply(new, q))
 
     def one(memory: tuple[Any, Any], at: tuple[Read, ChunkDocuments | None]) -> tuple[Any, Array]:
         (part, of), carried, earlier = at, memory, None
@@ -286,29 +320,46 @@ def scan_memory(
     group: int = 0,
     share: float = 1,
     documents: bool = False,
+    prenorm: bool = False,
 ) -> tuple[float, float]:
     """Numbers of `swiglu_scan` for one head of one sequence: those that it keeps for its backward
     pass, and those of a group of chunks that is computed again there. A truth value is a quarter of
     a number; ids of documents, which heads share, are left out.
 
     `length`, `chunk`: positions of a device. `share`: of the heads, that it orthogonalises."""
-    updates = max(-(-length // chunk) - 1, 0)
-    weights = 3 * F * K
-    each: float = chunk * (20 * F + 5 * K + 3) + 2 * weights + 6 * F + 3 * K
-    each += momentum * (int(share * weights) + 1)
-    if orthogonalise:
-        each += int(share * 3 * newton_schulz.kept(F, K))
+    updates, weights = max(-(-length // chunk) - 1, 0), 3 * F * K
+    normed = weights + 6 * F + 3 * K
+    each = _update_memory(chunk, K, F, momentum, orthogonalise, share) + prenorm * normed
     rest = length - updates * chunk
-    read: float = rest * (6 * F + K) + weights
+    read: float = rest * (6 * F + K) + weights + prenorm * normed
     if documents and updates:
         memory = weights * (1 + momentum * share)
         each += chunk * 6 * F + weights + (memory + chunk * (3 + K)) / 4
-        read += rest * (6 * F + K / 4) + memory
+        read += rest * (6 * F + K / 4) + memory + prenorm * normed
     if not group:
         return updates * each + read + 3 * chunk * (documents and updates > 0), 0
     kept = -(-updates // group) * (weights + momentum * int(share * weights))
     kept += updates * chunk * (3 * K + 3 + momentum)
     return kept + read, min(group, updates) * each
+
+
+def whole_memory(
+    length: int, K: int, F: int, orthogonalise: bool, share: float = 1
+) -> tuple[float, float]:
+    """As `scan_memory`, of `swiglu_whole`."""
+    return _update_memory(length, K, F, False, orthogonalise, share) + 3 * F * K, 0
+
+
+def _update_memory(
+    chunk: int, K: int, F: int, momentum: bool, orthogonalise: bool, share: float
+) -> float:
+    """Numbers that a chunk keeps that is read and learnt from."""
+    weights = 3 * F * K
+    each: float = chunk * (20 * F + 5 * K + 3) + 2 * weights + 6 * F + 3 * K
+    each += momentum * (int(share * weights) + 1)
+    if orthogonalise:
+        each += int(share * 3 * newton_schulz.kept(F, K))
+    return each
 
 
 def everywhere(w: Array, like: Array) -> Array:

@@ -69,9 +69,19 @@ class StateLayer(Module):
         """The plans that this layer can follow."""
         raise NotImplementedError
 
+    @property
+    def shared_chunk(self) -> int:
+        """Positions of a chunk that devices read together; 0: there are no chunks."""
+        return self.chunk
+
     def mix(self, q: Array, k: Array, v: Array, x_BxLxD: Array, where: Where) -> Array:
         """What is read, [B, L, H, K], of activated q, k, v [B, L, H, K]."""
         raise NotImplementedError
+
+    def beside(self, q: Array, k: Array, v: Array, where: Where) -> Array | None:
+        """What is added to the normed and gated read, [B, L, H, K], of q, k, v before their
+        activation; None: nothing."""
+        return None
 
     def memory(self, batch: int) -> tuple[Any, Any]:
         """(what is kept between the tokens of decoding, PartitionSpecs): arrays of a device, [B, H,
@@ -134,19 +144,22 @@ class StateLayer(Module):
             self._near(name, jnp.einsum("bld,dhk->blhk", x_BxLxD, w_qkv[i]), where)
             for i, name in enumerate("qkv")
         )
+        beside = self.beside(q, k, v, where)
+        q, k, v = map(jax.nn.silu, (q, k, v))
         out = self.mix(_unit(q), _unit(k), v, x_BxLxD, where).astype(jnp.float32)
         out = out * jax.lax.rsqrt((out * out).mean(-1, keepdims=True) + s.epsilon) * scale
         out = out.astype(dtype)
         if self.gate:
             w_gate = self.weight("w_gate", deep, (D, H, K), heads).astype(dtype)
             out = out * jax.nn.silu(jnp.einsum("bld,dhk->blhk", x_BxLxD, w_gate))
+        out = out if beside is None else out + beside
         partial = jnp.einsum("blhk,hkd->bld", out, w_o.astype(dtype))
         if where.segment is not None:
             partial = jnp.where(finite_BxLx1, partial, jnp.nan)
         return leave_tp(partial, s.sequence_parallel, self.reduction, "attention")
 
     def _near(self, name: str, x_BxLxHxK: Array, where: Where) -> Array:
-        """After a short convolution of its own and SiLU."""
+        """After a short convolution of its own."""
         if self.shape.conv:
             B, L, *shape = x_BxLxHxK.shape
             filter = ShortConvolution(
@@ -154,7 +167,7 @@ class StateLayer(Module):
             )
             x_BxLxHxK = filter(x_BxLxHxK.reshape(B, L, -1), where.index, where.segment)
             x_BxLxHxK = x_BxLxHxK.reshape(B, L, *shape)
-        return jax.nn.silu(x_BxLxHxK)
+        return x_BxLxHxK
 
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
         """(zeros, PartitionSpecs) of an empty cache, of the same size for every `length`: the
@@ -263,7 +276,7 @@ class StateLayer(Module):
                 f"{name} does not run plan {self.plan.kind}: choose {' or '.join(self.kinds)}"
             )
         heads = self.shape.heads // degrees["tp"]
-        self.plan.check(batch, heads, length, degrees, self.chunk)
+        self.plan.check(batch, heads, length, degrees, self.shared_chunk)
         if self.shape.conv:
             hops(self.plan.layout, length // cp, cp, self.shape.conv - 1)
 

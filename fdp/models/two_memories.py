@@ -81,7 +81,13 @@ class TwoMemories(LaCT):
         return super().work(rows, degrees) + near + self.scalars(1, rows)
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """As of LaCT. Raises ValueError for segments that lie on several devices, too."""
+        """As of LaCT. Raises ValueError for segments that lie on several devices, and for a LaCT
+        that is not causal, too."""
+        if not self.causal:
+            raise ValueError(
+                "TwoMemories with causal=False: its near memory reads the past alone; set "
+                "causal=True, or train LaCT"
+            )
         super().check(batch, length, degrees)
         self._check_reset(length, degrees["cp"])
 

@@ -105,8 +105,10 @@ def test_pieces_of_any_size_are_the_whole_sequence():
     assert np.abs(whole(model, params, wrong)[0][:, -1] - want[:, -1]).max() > 1e-3
 
 
-def test_a_pass_over_all_rows_keeps_the_state_without_momentum_too():
-    model, params = build(layer(LaCT, chunk=CHUNK, rate=0.1, momentum=False))
+def test_a_pass_over_all_rows_keeps_the_state_without_momentum_and_a_window_too():
+    model, params = build(
+        layer(LaCT, chunk=CHUNK, rate=0.1, momentum=False, window=5, prenorm=True)
+    )
     want, after = whole(model, params, IDS[:, :11], True)
     got, cache = in_pieces(model, params, IDS[:, :11], [1] * 11)
     near(got, want)
@@ -114,7 +116,7 @@ def test_a_pass_over_all_rows_keeps_the_state_without_momentum_too():
 
 
 def test_what_is_kept_does_not_grow_with_the_length():
-    model, _ = build(*STATES)
+    model, _ = build(*STATES, layer(LaCT, chunk=CHUNK, window=5))
     sizes = [jax.eval_shape(lambda n=n: model.decode_state(B, n)[0]) for n in (2**10, 2**20)]
     assert sizes[0] == sizes[1]
 

@@ -113,7 +113,7 @@ def test_a_document_is_read_as_if_it_were_alone(name):
 
 SHAPE = ModelShape(layers=1, width=8, heads=2, kv_heads=2, head_dim=4, ffn=8, vocab=8, conv=4)
 LAYERS = {
-    "lact": (LaCT, {"rate": 0.3, "rotate": False}),
+    "lact": (LaCT, {"rate": 0.3, "rotate": False, "window": CHUNK}),
     "ttt": (TTTLinear, {}),
     "ttt mlp": (TTTMLP, {"hidden": 2}),
     "gdn": (GatedDeltaNet, {}),
@@ -325,9 +325,17 @@ def test_decay_before_a_document_overflows_no_gradient():
 
 
 @pytest.mark.fast
-def test_turned_keys_and_documents_are_refused():
+def test_turned_keys_updates_on_all_tokens_and_documents_are_refused():
     mixing = LaCT(ModelShape(1, 8, 2, 2, 4, 8, 8), chunk=8)
     at = jnp.arange(16)
     where = Where(at, at, jnp.zeros((1, 16), jnp.int32))
+    x = jnp.zeros((1, 16, 8))
     with pytest.raises(ValueError, match="would depend on where it lies: set rotate=False"):
-        module.abstract(mixing, jnp.zeros((1, 16, 8)), where)
+        module.abstract(mixing, x, where)
+    whole = mixing.clone(causal=False)
+    with pytest.raises(ValueError, match="one update on a whole sequence, and these rows hold doc"):
+        module.abstract(whole, x, where)
+    variables, alone = shapes(whole), Where(at, at)
+    decode = functools.partial(module.run, whole, keep_cache=True)
+    with pytest.raises(ValueError, match="nothing can be kept for decoding: sample without a cach"):
+        jax.eval_shape(lambda v: decode(v, x, alone), variables)

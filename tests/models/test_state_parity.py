@@ -4,8 +4,8 @@
 in torch on a CPU: the recurrence of fla/ops/gated_delta_rule/naive.py, and the layer of
 fla/layers/gated_deltanet.py (width 16, two heads of 8, expand_v 1, evaluation mode) with its
 kernels in Triton's interpreter. `fixtures/lact.npz`: a1600012888/LaCT (commit 1f84d47),
-block_causal_lact_swiglu of lact_llm/lact_model/ttt_operation.py with chunks of 6, without
-torch.compile and with its Newton-Schulz steps in float32. `fixtures/ttt_linear.npz` and
+block_causal_lact_swiglu of lact_llm/lact_model/ttt_operation.py, plain and prenorm, with chunks of
+6, without torch.compile and with its Newton-Schulz steps in float32. `fixtures/ttt_linear.npz` and
 `ttt_mlp.npz`: test-time-training/ttt-lm-jax (commit 6f529b1), get_eta and ttt of TTTLinear and
 TTTMLP in ttt/models/ttt_layer.py with mini-batches of 8, a base rate of 1, and learned token
 factors that make 1/i + factor = 1 for every token i of a mini-batch, as ours have no such factor.
@@ -126,17 +126,21 @@ def test_the_layer_of_gated_deltanet() -> None:
 def test_the_chunks_of_lact() -> None:
     at = published("lact")
 
-    def run(x: Arrays, orthogonalise: Callable[[jax.Array], jax.Array] | None) -> jax.Array:
+    def run(
+        x: Arrays, orthogonalise: Callable[[jax.Array], jax.Array] | None, prenorm: bool = False
+    ) -> jax.Array:
         # Published rates and matrices are those of gate, down and up.
         read = Read(x["q"], x["k"], x["v"], x["rates"][..., [0, 2, 1]], x["momentum"])
         first = FastWeights(x["w0"], x["w2"], x["w1"])
-        return fast.swiglu_scan(read, first, 6, orthogonalise)[0]
+        return fast.swiglu_scan(read, first, 6, orthogonalise, prenorm=prenorm)[0]
 
     given = {n: at[n] for n in ("q", "k", "v", "rates", "momentum", "w0", "w1", "w2")}
-    polished, grads = outcome(lambda x: run(x, orthogonal), given, at["c"])
-    # The published lengths of rows have 1e-5 added to them before they are divided by.
-    assert error(polished, at["muon:out"]) < 3e-5
-    assert all(error(g, at[f"muon:d{n}"]) < 3e-4 for n, g in grads.items())
+    for kind, prenorm in (("muon", False), ("prenorm", True)):
+        polished, grads = outcome(lambda x: run(x, orthogonal, prenorm), given, at["c"])  # noqa: B023
+        # The published lengths of rows have 1e-5 added to them before they are divided by.
+        assert error(polished, at[f"{kind}:out"]) < 3e-5
+        assert all(error(g, at[f"{kind}:d{n}"]) < 3e-4 for n, g in grads.items())
+    assert error(at["prenorm:out"], at["muon:out"]) > 0.1
     plain = quick(lambda x: run(x, None))
     assert error(plain(given), at["momentum:out"]) < 3e-5
     assert error(plain(given | {"momentum": 0 * at["momentum"]}), at["plain:out"]) < 3e-5

@@ -90,7 +90,7 @@ class StatePlan:
     ) -> None:
         """Raises ValueError, with equation, values and fix, where `batch` sequences of `length`,
         `heads` (of a device of tp) or chunks of `chunk` positions cannot be shared by cp
-        devices."""
+        devices. A `chunk` of 0: all positions are read at once, in any layout."""
         cp = degrees["cp"]
         if cp == 1:
             return
@@ -118,7 +118,7 @@ class StatePlan:
                 f"them among: set model.heads={-(-heads // among) * among * degrees['tp']}, or "
                 "another plan"
             )
-        if "tokens" in self.kind:
+        if "tokens" in self.kind and chunk:
             self._check_chunk(chunk, length, cp)
 
     def _check_wavefront(self, batch: int, heads: int, length: int, cp: int, chunk: int) -> None:

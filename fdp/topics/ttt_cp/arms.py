@@ -115,7 +115,8 @@ def mixing(
         return layer(TwoMemories, plan=_plan(state or "heads", layout), **at, **fast, **near)
     muon = kind == "lact_muon"
     plan = _plan(state or ("tokens+ns" if muon else "tokens"), layout)
-    return layer(LaCT, plan=plan, muon=muon, **at, **fast)
+    window = m.window if kind == "lact_window" else 0
+    return layer(LaCT, plan=plan, muon=muon, window=window, **at, **fast)
 
 
 def _plan(kind: str, layout: SequenceLayout) -> StatePlan:

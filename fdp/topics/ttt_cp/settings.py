@@ -18,6 +18,7 @@ ARMS = {
     "ttt_mlp": ("ttt_mlp",),
     "lact": ("lact",),
     "lact_muon": ("lact_muon",),
+    "lact_window": ("lact_window",),
     "two_memories": ("two_memories",),
     "gdn_1to1": ("gdn", "attention"),
     "gdn_1to3": ("gdn", "gdn", "attention", "gdn"),
@@ -46,7 +47,7 @@ SECTIONS = {
         group=at_least(0, 0, "chunks of LaCT computed again in the backward pass; 0: none"),
         hidden=count(2, "width of a fast network over the head dim"),
         rate=positive(0.3, "of a fast network, before its own"),
-        window=count(8, "of the arm `window`", "tokens"),
+        window=count(8, "of the arms `window` and `lact_window`", "tokens"),
         width=at_least(8, 64, "of the models of text"),
         sequences=count(64, "fresh ones whose answers are judged", "sequences", high=4096),
     )
