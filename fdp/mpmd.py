@@ -58,16 +58,12 @@ class StagedPrograms:
         self.names = [f"stage{i}" for i in range(p)]
         self.groups = groups or divided(dict.fromkeys(self.names, self.step.experiment.degrees))
 
-    def at(self, i: int, specs: Any) -> Any:
-        """Shardings on the mesh of stage i."""
-        return sharding.shardings(self.groups.mesh(self.names[i]), specs)
-
     def placed(self, variables: Any) -> list[Any]:
         """[V]: the variables of every virtual stage on the mesh of its stage: its layers, and all
         that is not stacked."""
         specs, found = self.step.specs.variable_specs(), []
         for u, i in enumerate(self.order.placement.devices):
-            found.append(jax.device_put(part(self.step, variables, u), self.at(i, specs)))
+            found.append(self.groups.place(part(self.step, variables, u), self.names[i], specs))
         return found
 
 
@@ -159,8 +155,7 @@ class StagedRun:
         self.devices, self.last = staged.order.placement.devices, staged.count - 1
         self.programs = programs
         specs = sharding.batch_specs(noised, staged.step.objective.dims), P()
-        stages = range(len(self.names))
-        given = [jax.device_put((noised, count), staged.at(i, specs)) for i in stages]
+        given = [self.groups.place((noised, count), name, specs) for name in self.names]
         self.given = [given[i] for i in self.devices]
         self.placed: dict[int, Any] = {}
         self.params: dict[int, Any] = {}

@@ -130,7 +130,7 @@ class StagedSteps(StagedPrograms):
         stored = Held(specs.stored, specs.state_specs().opt_state)
         whole = Held(state.params, state.opt_state)
         for u, i in enumerate(self.order.placement.devices):
-            found.append(jax.device_put(sliced(whole, shapes, u), self.at(i, stored)))
+            found.append(self.groups.place(sliced(whole, shapes, u), self.names[i], stored))
         return found
 
     def whole(self, held: Sequence[Held]) -> Held:
@@ -191,12 +191,13 @@ class _StepsRun:
         self.staged, self.programs, self.noised = staged, staged.programs, noised
         self.groups, self.names = staged.groups, staged.names
         self.devices, self.count = staged.order.placement.devices, staged.count
-        specs, stages = staged.step.specs.model_specs, range(len(self.names))
+        specs, place = staged.step.specs.model_specs, staged.groups.place
         models = [sliced(model, staged.step.specs.model_shapes, u) for u in range(self.count)]
-        at = [staged.at(i, specs) for i in stages]
-        self.models = [jax.device_put(x, at[i]) for x, i in zip(models, self.devices, strict=True)]
+        self.models = [
+            place(x, self.names[i], specs) for x, i in zip(models, self.devices, strict=True)
+        ]
         none = [np.float32(0)] * self.count
-        self.none = [jax.device_put(none, staged.at(i, P())) for i in stages]
+        self.none = [place(none, name, P()) for name in self.names]
         self.held, self.before = list(held), list(held)
         self.steps: dict[int, StagedRun] = {}
         self.losses: dict[int, dict[int, Any]] = defaultdict(dict)  # by step, virtual stage

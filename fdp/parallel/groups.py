@@ -1,30 +1,38 @@
 """A run's devices in named disjoint groups, each a five-axis mesh of its own.
 
 Programs of different groups run side by side: the host dispatches them without waiting, and a
-thread of each group notes when its programs began and ended. One process holds all devices."""
+thread of each group notes when its programs began and ended. One process holds all devices.
+
+A buffer that another group may still read is never donated: an array that was sent or recorded is
+only dropped. What a program donates stays within its group and is neither."""
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from fdp import sharding
 from fdp.mesh import AXES, degrees_equation, make_mesh
 
-AHEAD = 16  # programs of a group that may wait; virtual devices starve with many more
+AHEAD = 32  # programs and messages that may wait, of all groups: virtual devices deadlock above 35
 
 
 class Event(NamedTuple):
-    """begin, end: seconds of `time.perf_counter`. begin: once the operation is dispatched, its
-    inputs are there and the group's operation before has ended."""
+    """dispatched, begin, end: seconds of `time.perf_counter`. dispatched: when the host called the
+    program, or noted it. begin: once it is dispatched, its inputs are there and the group's
+    operation before has ended. nbytes: of what was sent, each array once, however many devices of
+    the other group hold it."""
 
     group: str
     op: str
-    begin: float
-    end: float
+    begin: float = 0.0
+    end: float = 0.0
+    dispatched: float = 0.0
+    nbytes: int = 0
 
 
 class DeviceGroups:
@@ -42,7 +50,7 @@ class DeviceGroups:
                     )
                 owner[device] = name
         self._lanes: dict[Any, ThreadPoolExecutor] = {}
-        self._waiting: dict[Any, deque[Future]] = {}
+        self._waiting: deque[Future] = deque()  # in the order of dispatch
         self._events: list[Event] = []
 
     def mesh(self, name: str) -> Mesh:
@@ -51,44 +59,58 @@ class DeviceGroups:
             raise ValueError(f"no group {name!r}: choose one of {', '.join(self.meshes)}")
         return self.meshes[name]
 
+    def place(self, tree: Any, name: str, specs: Any) -> Any:
+        """Parameters, state or batches on the mesh of a group, by their PartitionSpecs."""
+        return jax.device_put(tree, sharding.shardings(self.mesh(name), specs))
+
     def send(self, tree: Any, source: str, target: str) -> Any:
         """Arrays of one group, sharded over the other's mesh as they were over their own. The
-        meshes have equal degrees, or the arrays dims that both divide."""
+        meshes have equal degrees, or the arrays dims that both divide. Does not wait."""
         self.mesh(source)
         to = self.mesh(target)
         sent = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(to, x.sharding.spec)), tree)
-        self._note((source, target), Event(source, f"send to {target}", 0, 0), tree, sent)
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(tree))
+        event = Event(source, f"send to {target}", nbytes=nbytes)
+        self._note((source, target), event, tree, sent)
         return sent
+
+    def dispatch(self, name: str, op: str, program: Callable[..., Any], *given: Any) -> Any:
+        """What `program(*given)` of a group will give. Does not wait, but for the oldest program
+        where more than `AHEAD` are under way. No array of `given` may be donated."""
+        self.mesh(name)
+        event = Event(name, op, dispatched=time.perf_counter())
+        out = program(*given)
+        self._note(name, event, given, out)
+        return out
 
     def record(self, name: str, op: str, inputs: Any, outputs: Any) -> None:
         """Note an operation that was just dispatched. No array of `inputs` and `outputs` may be
         donated later on."""
         self.mesh(name)
-        self._note(name, Event(name, op, 0, 0), inputs, outputs)
+        self._note(name, Event(name, op), inputs, outputs)
 
     def events(self) -> list[Event]:
         """All events since the last call, by their begin. Waits for what was dispatched, and
         raises what went wrong there."""
-        for waiting in self._waiting.values():
-            while waiting:
-                self._events.append(waiting.popleft().result())
+        while self._waiting:
+            self._events.append(self._waiting.popleft().result())
         found, self._events = sorted(self._events, key=lambda e: e.begin), []
         return found
 
     def _note(self, lane: Any, event: Event, inputs: Any, outputs: Any) -> None:
-        dispatched = time.perf_counter()
+        event = event._replace(dispatched=event.dispatched or time.perf_counter())
 
         def watch() -> Event:
             jax.block_until_ready(inputs)
-            begin = max(dispatched, time.perf_counter())
+            begin = time.perf_counter()
             jax.block_until_ready(outputs)
             return event._replace(begin=begin, end=time.perf_counter())
 
         if lane not in self._lanes:
-            self._lanes[lane], self._waiting[lane] = ThreadPoolExecutor(1), deque()
-        self._waiting[lane].append(self._lanes[lane].submit(watch))
-        if len(self._waiting[lane]) > AHEAD:
-            self._events.append(self._waiting[lane].popleft().result())
+            self._lanes[lane] = ThreadPoolExecutor(1)
+        self._waiting.append(self._lanes[lane].submit(watch))
+        if len(self._waiting) > AHEAD:
+            self._events.append(self._waiting.popleft().result())
 
 
 def divided(
