@@ -7,7 +7,7 @@ from absl import flags
 from PIL import Image
 
 from configs.topic8 import get_config
-from fdp import config, generate
+from fdp import config, generate, generate_images
 from fdp.arm import Arm
 from fdp.checkpoint import Checkpoints
 from fdp.keys import UserError
@@ -24,10 +24,10 @@ def values(*given: str) -> flags.FlagValues:
 
 
 def test_labels_take_turns() -> None:
-    assert generate.labels_of("7", 10, 3) == [7, 7, 7]
-    assert generate.labels_of("0,7", 10, 3) == [0, 7, 0]
-    assert generate.labels_of("all", 3, 4) == [0, 1, 2, 0]
-    assert generate.labels_of("none", 10, 2) == [10, 10]
+    assert generate_images.labels_of("7", 10, 3) == [7, 7, 7]
+    assert generate_images.labels_of("0,7", 10, 3) == [0, 7, 0]
+    assert generate_images.labels_of("all", 3, 4) == [0, 1, 2, 0]
+    assert generate_images.labels_of("none", 10, 2) == [10, 10]
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,12 @@ def test_labels_take_turns() -> None:
 )
 def test_labels_that_are_refused(text: str, n: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        generate.labels_of(text, 10, n)
+        generate_images.labels_of(text, 10, n)
 
 
 def test_a_page_holds_every_image_in_its_place() -> None:
     images = np.linspace(-1, 1, 5)[:, None, None, None] * np.ones((5, 4, 4, 3))
-    page = generate.page(images)
+    page = generate_images.page(images)
     assert page.shape == (2 * 6, 3 * 6, 3)
     assert page[1, 1, 0] == 0 and page[7, 7, 0] == 255 and page[0, 0, 0] == 255
 
@@ -89,8 +89,12 @@ def test_a_trained_arm_draws_what_is_asked_for(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints" / arm.label)
     checkpoints.save(3, arm.init(), {"mesh": dict(arm.mesh.shape), "fit": {}})
     checkpoints.close()
-    path = generate.generate(tmp_path, values("--label=1,2", "--n=3", "--steps=1"))
+    lines, status = generate.generate(tmp_path, values("--label=1,2", "--n=3", "--steps=1"))
+    path = tmp_path / "samples" / "1-2.png"
+    assert (lines, status) == ([f"wrote     {path}"], 0)
     drawn = np.asarray(Image.open(path))
-    assert drawn.shape == (2 * 18, 2 * 18, 3) and path.name == "1-2.png"
+    assert drawn.shape == (2 * 18, 2 * 18, 3)
     # Three of the four places are taken, with noise.
     assert drawn[1:17, 1:17].std() > 1 and drawn[19:, 19:].min() == 255
+    with pytest.raises(UserError, match=r"--prompt is for text, and arm uniform-s0 makes images"):
+        generate.generate(tmp_path, values("--prompt=a"))

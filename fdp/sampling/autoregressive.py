@@ -1,9 +1,11 @@
 """Autoregressive sampling: by one forward pass of the whole static-length prefix per token
-(`sample`), or by a cache of what was read (`read`, `write`), which gives the same ids.
+(`sample`), by a cache of what was read (`read`, `write`), or as a chain that can be drafted and
+verified (`LeftToRight`). All give the same ids.
 
 Shapes: B samples, L positions, R rows, V vocabulary (tp: V/tp)."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from fdp.collectives import vary_like
 from fdp.models import module
 from fdp.models.transformer import Transformer
 from fdp.parallel.tensor import suppress
+from fdp.sampling.chain import Chain, ChainState
 from fdp.sampling.noise import Draw, categorical, position_keys
 
 
@@ -33,6 +36,18 @@ def sample(
         return tokens_BxL.at[:, i].set(token_B)
 
     return jax.lax.fori_loop(0, draw.length, body, start), {"nfe": jnp.int32(draw.length)}
+
+
+@dataclass(frozen=True, eq=False)
+class LeftToRight(Chain):
+    """`sample` as a chain: the denoiser's logits of a position come from those before it. The noise
+    of a token depends on its position alone, and so not on the length of the prompt."""
+
+    order: str = "left_to_right"
+
+    def keys(self, state: ChainState, stream: int = 0) -> jax.Array:
+        """As of `Chain`, of the same step always."""
+        return super().keys(state._replace(step_B=jnp.zeros_like(state.step_B)), stream)
 
 
 def next_token(logits_BxV: jax.Array, draw: Draw, i: jax.Array) -> jax.Array:

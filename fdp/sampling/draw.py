@@ -16,13 +16,22 @@ from jax.sharding import Mesh, PartitionSpec
 from fdp import process, sharding
 from fdp.collectives import shard_map
 from fdp.experiment import Experiment
+from fdp.keys import UserError
 from fdp.mesh import AXES, BATCH_AXES
 from fdp.models import module
 from fdp.models.module import spec_leaf
-from fdp.objectives import DDPM, Autoregressive, BlockDiffusion, Flow, ImageObjective, SEDDUniform
-from fdp.sampling.autoregressive import sample
+from fdp.objectives import (
+    DDPM,
+    Autoregressive,
+    BlockDiffusion,
+    Flow,
+    ImageObjective,
+    SEDDUniform,
+    TokenObjective,
+)
+from fdp.sampling.autoregressive import LeftToRight, sample
+from fdp.sampling.chain import Chain, Denoise, Info, follow
 from fdp.sampling.image import SAMPLERS, ImageDraw, clipped, guided, karras, straight, strided
-from fdp.sampling.masked import first_hitting
 from fdp.sampling.noise import Draw
 from fdp.sampling.score import analytic_uniform
 
@@ -46,9 +55,14 @@ def draw(e: Experiment, variables: Any, specs: Any, count: int, mesh: Mesh) -> n
     steps as there are positions."""
     mesh = generation_mesh(mesh)
     variables = process.place(variables, sharding.shardings(mesh, specs))
-    ways = mesh.shape["dp"]
+    ways, objective = mesh.shape["dp"], e.objective
+    assert isinstance(objective, TokenObjective)
 
-    sampler = jax.jit(shard_map(_method(e), mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
+    def drawn(variables: Any, ids_B: jax.Array) -> jax.Array:
+        key = jax.random.key(e.fit.seed)
+        return sampled(e, variables, Draw(key, ids_B, e.data.seq_len, objective.n_ids))[0]
+
+    sampler = jax.jit(shard_map(drawn, mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
     return process.fetch(sampler(variables, jnp.arange(-(-count // ways) * ways)))[:count]
 
 
@@ -114,7 +128,7 @@ def _images(job: _ImageJob, variables: Any, key: Any, ids_B: Any, labels_B: Any)
     def predict(variables: Any, noised: Any) -> jax.Array:
         return module.run(model, variables, noised)[0]
 
-    def sampled(variables: Any, key: jax.Array, ids_B: jax.Array, labels_B: jax.Array) -> jax.Array:
+    def drawn(variables: Any, key: jax.Array, ids_B: jax.Array, labels_B: jax.Array) -> jax.Array:
         asked = ImageDraw(key, ids_B, (image.size, image.size, image.channels))
         denoiser = partial(objective.denoiser, partial(predict, variables))
         denoise = guided(denoiser, labels_B, objective.classes, job.guidance)
@@ -122,7 +136,7 @@ def _images(job: _ImageJob, variables: Any, key: Any, ids_B: Any, labels_B: Any)
 
     rows = P(BATCH_AXES)
     given = job.specs.tree, P(), rows, rows
-    return shard_map(sampled, job.mesh, given, rows)(variables, key, ids_B, labels_B)
+    return shard_map(drawn, job.mesh, given, rows)(variables, key, ids_B, labels_B)
 
 
 def noise_levels(objective: ImageObjective, steps: int) -> np.ndarray:
@@ -133,34 +147,64 @@ def noise_levels(objective: ImageObjective, steps: int) -> np.ndarray:
     return straight(steps, 200.0) if isinstance(objective, Flow) else karras(steps, 0.002, 80.0)
 
 
-def _method(e: Experiment) -> Any:
-    """The sampler of the objective: (variables, sample_ids_B) → ids_BxL."""
+def chain_of(e: Experiment, draw: Draw, order: str = "random") -> Chain:
+    """The sampler of an experiment's objective as a chain. `order`: of masked objectives, one of
+    `chain.ORDERS`; random is first-hitting, block by block for block diffusion. Autoregressive
+    ones go from left to right. Raises UserError for an objective without a chain."""
+    objective = e.objective
+    if isinstance(objective, Autoregressive):
+        return LeftToRight(draw)
+    if isinstance(objective, SEDDUniform) or not isinstance(objective, TokenObjective):
+        raise UserError(
+            f"objective {type(objective).__name__} has no chain, because its steps change tokens "
+            "that stand already: take a run of mdlm, sedd_absorbing, block_diffusion or "
+            "autoregressive"
+        )
+    block = objective.block if isinstance(objective, BlockDiffusion) else None
+    return Chain(draw, order, block=block)
+
+
+def denoiser_of(e: Experiment, variables: Any) -> Denoise:
+    """What an experiment's model says of a state (z_BxL, noise_B): logits f32 [B, L, V/tp]. Of an
+    autoregressive one, each position is predicted from those before it."""
     objective: Any = e.objective
-    model, length = e.model, e.data.seq_len
 
-    def run(variables: Any, *args: Any, method: str) -> Any:
-        return module.run(model, variables, *args, method=method)[0]
-
-    def logits_at(variables: Any, ids_BxL: jax.Array, i: jax.Array) -> Any:
-        hidden_BxLxD = run(variables, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
-        return run(variables, hidden_BxLxD[:, i], method="outputs")
-
-    def logits(variables: Any, z_BxL: jax.Array, noise_B: jax.Array) -> Any:
+    def denoise(z_BxL: jax.Array, noise_B: jax.Array) -> jax.Array:
+        length = z_BxL.shape[1]
+        if isinstance(objective, Autoregressive):
+            # What is masked lies behind the positions that are asked for, and must not matter.
+            known_BxL = jnp.where(z_BxL == objective.n_ids, objective.bos, z_BxL)
+            z_BxL = jnp.roll(known_BxL, 1, axis=1).at[:, 0].set(objective.bos)
+            noise_B = jnp.zeros_like(noise_B)
         if isinstance(objective, BlockDiffusion):
             # The clean half is the state itself: a block sees only earlier blocks of it, which are
             # already revealed.
             z_BxL = jnp.concatenate([z_BxL, z_BxL], 1)
-        hidden = run(variables, z_BxL, noise_B, method="hidden")
-        return run(variables, hidden[:, :length], method="outputs")
+        hidden = _run(e, variables, z_BxL, noise_B, method="hidden")
+        return _run(e, variables, hidden[:, :length], method="outputs")
 
-    def sampled(variables: Any, sample_ids_B: jax.Array) -> jax.Array:
-        draw = Draw(jax.random.key(e.fit.seed), sample_ids_B, length, objective.n_ids)
-        if isinstance(objective, Autoregressive):
-            return sample(partial(logits_at, variables), draw, objective.bos)[0]
-        denoise = partial(logits, variables)
-        if isinstance(objective, SEDDUniform):
-            return analytic_uniform(denoise, draw, steps=length, schedule=objective.schedule)[0]
-        block = objective.block if isinstance(objective, BlockDiffusion) else None
-        return first_hitting(denoise, draw, block=block)[0]
+    return denoise
 
-    return sampled
+
+def sampled(
+    e: Experiment, variables: Any, draw: Draw, order: str = "random"
+) -> tuple[jax.Array, Info]:
+    """(ids int32 [B, L], info) by the sampler of the objective: its chain, or as many analytic
+    steps as there are positions for uniform noise."""
+    objective: Any = e.objective
+    if isinstance(objective, SEDDUniform):
+        denoise, schedule = denoiser_of(e, variables), objective.schedule
+        return analytic_uniform(denoise, draw, steps=draw.length, schedule=schedule)
+    if isinstance(objective, Autoregressive) and draw.start_BxL is None:
+        # The ids of the chain, with one position a step through the output head.
+        return sample(partial(_logits_at, e, variables), draw, objective.bos)
+    return follow(chain_of(e, draw, order), denoiser_of(e, variables))
+
+
+def _run(e: Experiment, variables: Any, *args: Any, method: str) -> Any:
+    return module.run(e.model, variables, *args, method=method)[0]
+
+
+def _logits_at(e: Experiment, variables: Any, ids_BxL: jax.Array, i: jax.Array) -> Any:
+    hidden_BxLxD = _run(e, variables, ids_BxL, jnp.zeros(ids_BxL.shape[0]), method="hidden")
+    return _run(e, variables, hidden_BxLxD[:, i], method="outputs")
