@@ -176,7 +176,12 @@ class LaCT(StateLayer):
     def counts(self, rows: Rows, degrees: Degrees) -> Counts:
         """As of all layers with a state, and those of the window."""
         found = super().counts(rows, degrees)
-        return found + self._window().counts(rows, degrees) if self.window else found
+        if not self.window:
+            return found
+        near = self._window().counts(rows, degrees)
+        if self.plan.head_split > 1:  # ids of the neighbours for the state, of all for the window
+            near = replace(near, once=merged(near.once, self.ids(rows, degrees)))
+        return found + near
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """As of all layers with a state; raises ValueError for a negative `group` and for a window
