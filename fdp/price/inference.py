@@ -64,13 +64,16 @@ class Degrees:
 @dataclass(frozen=True)
 class ForwardPass:
     """One step over all requests: `rows` positions of each run, `keys` are attended to, `head_rows`
-    reach the head.
+    reach the head. Of the keys, `prefix` are cached once for every `states` requests in a row, such
+    as the states of a window of speculative decoding.
     """
 
     requests: int
     rows: int
     keys: int
     head_rows: int
+    prefix: int = 0
+    states: int = 1
 
 
 def check(shape: ModelShape, work: ForwardPass, degrees: Degrees) -> None:
@@ -110,6 +113,11 @@ def check(shape: ModelShape, work: ForwardPass, degrees: Degrees) -> None:
             f"1 ≤ head_rows ≤ rows ≤ keys must hold: {work.head_rows}, {work.rows}, {work.keys}; "
             "the cache holds every "
             "row that runs"
+        )
+    if not (0 <= work.prefix <= work.keys - work.rows and work.states >= 1):
+        raise ValueError(
+            f"0 ≤ prefix ≤ keys - rows and states ≥ 1 must hold: prefix = {work.prefix}, keys = "
+            f"{work.keys}, rows = {work.rows}, states = {work.states}; rows that run are no prefix"
         )
 
 
@@ -325,8 +333,10 @@ def _attention(
     queries = (
         2 * b * work.rows * shape.heads * shape.head_dim * shape.itemsize / degrees.tp
     )  # read, and outputs written
-    cached = cache_bytes(shape, work.requests, work.keys, degrees) / shape.layers
-    memory = (queries + cached) / (c.hbm_bandwidth * coefficient("hbm", chip))
+    copies = -(-b // work.states)
+    cached = cache_bytes(shape, b, work.keys - work.prefix, Degrees(degrees.tp, 1))
+    cached += cache_bytes(shape, copies, work.prefix, Degrees(degrees.tp, 1))
+    memory = (queries + cached / shape.layers) / (c.hbm_bandwidth * coefficient("hbm", chip))
     terms["attention compute" if compute > memory else "attention memory"] += shape.layers * max(
         compute, memory
     )

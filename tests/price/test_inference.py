@@ -228,3 +228,20 @@ def test_other_bad_input():
         )
     with pytest.raises(ValueError, match="lack a mixture of 8 experts"):
         inference.check(named("mixtral-8x7b"), ForwardPass(8, 1, 1, 1), Degrees(1, 8))
+
+
+def test_states_of_a_window_read_their_prefix_once():
+    """Memory of attention: queries, each state's own rows, and one prefix for all of a request."""
+    P, R, W = 32_768, 8, 6
+    bytes_of = {}
+    for name, prefix, states in (("own", 0, 1), ("shared", P, W), ("pairs", P, 2)):
+        work = ForwardPass(W, R, P + R, R, prefix, states)
+        terms = inference.price(LLADA_8B, work, Degrees(8, 1), "h100").terms
+        bytes_of[name] = terms["attention memory"]
+    one = inference.cache_bytes(LLADA_8B, 1, P, Degrees(8, 1)) / (
+        hardware.chip("h100").hbm_bandwidth * inference.coefficient("hbm", "h100")
+    )
+    assert bytes_of["own"] - bytes_of["shared"] == pytest.approx((W - 1) * one)
+    assert bytes_of["pairs"] - bytes_of["shared"] == pytest.approx((W // 2 - 1) * one)
+    with pytest.raises(ValueError, match="prefix = 33000, keys = 32776, rows = 8, states = 1"):
+        inference.price(LLADA_8B, ForwardPass(W, R, P + R, R, 33_000), Degrees(8, 1), "h100")
