@@ -93,6 +93,20 @@ class CachedCore(Core, Protocol):
         ...
 
 
+@runtime_checkable
+class PrefixCore(CachedCore, Protocol):
+    """A core whose rows attend to the cache as it was before them, and to one another."""
+
+    def beside(
+        self, q_NxLxHxC: Array, k_NxLxKxC: Array, v: Array, held: tuple[Array, Array], index: Array
+    ) -> Array:
+        """Attention of the rows at `index` [N, L], which follow one another: [N, L, H, C].
+
+        `held`: cached keys and values [B, S, K, C]. N = W·B rows of states, state by state, read
+        the same B sequences of the cache."""
+        ...
+
+
 @dataclass(frozen=True)
 class Softmax:
     """Softmax attention under `mask`, communicating over cp by `plan`. `keeps`: whether a pass that
@@ -264,7 +278,15 @@ class Attention(Module):
         takes it)."""
         if self.is_initializing():  # a core has no parameters, and perhaps no input yet
             return q, None
-        if where.index.ndim == 2:
+        if where.index.ndim == 2 and isinstance(self.core, PrefixCore):
+            beside, held = self.core.beside, self._held(k)
+            if self.is_mutable_collection(CACHE):
+                self._replace_rows(k, v, where.index)
+
+            def mix(v: Array) -> Array:
+                return beside(q, k, v, held, where.index)
+
+        elif where.index.ndim == 2:
             core = self._cached_core()
             k, v = self._replace_rows(k, v, where.index)
 
@@ -290,6 +312,11 @@ class Attention(Module):
             self._cached_core()
             self.cache("k", k_BxLxKxC)
             self.cache("v", v_BxLxKxC)
+
+    def _held(self, like: Array) -> tuple[Array, Array]:
+        """Keys and values of the cache, which the pass may only read."""
+        self._cached_core()
+        return vary_like(self.held("k"), like), vary_like(self.held("v"), like)
 
     def _replace_rows(self, k: Array, v: Array, index_BxL: Array) -> tuple[Array, Array]:
         """Keys and values of the whole cache after those of these rows have been replaced."""

@@ -115,6 +115,14 @@ class Module(nn.Module):
             )
         return self.get_variable(CACHE, name)
 
+    def held(self, name: str) -> Any:
+        """As `cached`, also in a pass that only reads the cache."""
+        if not self.has_variable(CACHE, name):
+            raise ValueError(
+                f"no cache holds {name!r}: give `run` that of the model's decode_state"
+            )
+        return self.get_variable(CACHE, name)
+
     def cache(self, name: str, value: Any) -> None:
         """Store an array, or a tree of arrays, for the next decoding step; does nothing where no
         cache is kept."""
@@ -202,9 +210,11 @@ def run(
     method: str | None = None,
     cache: Any = None,
     keep_cache: bool = False,
+    write: bool = True,
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """(output, aux, cache) of `method`. The cache is {} unless one is given or kept."""
-    out, new = _apply(model, variables, args, method, cache, keep_cache)
+    """(output, aux, cache) of `method`. The cache is {} unless one is given or kept. `write` False:
+    the given cache is only read, by layers that can, and {} is returned for it."""
+    out, new = _apply(model, variables, args, method, cache, keep_cache, write)
     return out, nn.meta.unbox(new.get(AUX, {})), dict(new.get(CACHE, {}))
 
 
@@ -244,9 +254,10 @@ def _apply(
     method: str | None,
     cache: Any = None,
     keep_cache: bool = False,
+    write: bool = True,
 ) -> tuple[Any, Any]:
     given = dict(variables) | ({} if cache is None else {CACHE: cache})
-    mutable = [AUX] + ([CACHE] if keep_cache or cache is not None else [])
+    mutable = [AUX] + ([CACHE] if keep_cache or (write and cache is not None) else [])
     return model.apply(given, *args, mutable=mutable, method=method)
 
 

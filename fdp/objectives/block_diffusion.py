@@ -70,6 +70,22 @@ class BlockDiffusionRule:
 
 
 @dataclass(frozen=True)
+class BlockCausalRule:
+    """What the tokens of a sequence see that is decoded block by block: their own block and all
+    earlier ones. A `masks.Rule`."""
+
+    block: int
+
+    def __call__(self, q_index: Any, k_index: Any) -> Any:
+        """Integers or integer arrays that broadcast → bool."""
+        return k_index // self.block <= q_index // self.block
+
+    def meets(self, q_least: Any, q_most: Any, k_least: Any, k_most: Any) -> Any:
+        """As `Rule.meets`."""
+        return k_least // self.block <= q_most // self.block
+
+
+@dataclass(frozen=True)
 class TwoHalves:
     """Rotary positions of [z ‖ x]: the same in both halves."""
 

@@ -132,8 +132,9 @@ class Chain:
     least one). `block` finishes blocks of that length from left to right (semi-autoregressive; Nie
     et al. 2025, Arriola et al. 2025). `eos`: once it stands behind the prompt with nothing masked
     before it, all that follows is `eos`. `start`: the first position of the rows, which the noise
-    depends on. `stream`: of the noise of tokens, where it must not be the chain's own; 0 is the
-    latter. Raises ValueError for an unknown order or a count below 1."""
+    depends on. `first`: the number of the first step, one for all or int32 [B]. `stream`: of the
+    noise of tokens, where it must not be the chain's own; 0 is the latter. Raises ValueError for an
+    unknown order or a count below 1."""
 
     draw: Draw
     order: str = "top_prob"
@@ -142,6 +143,7 @@ class Chain:
     block: int | None = None
     eos: int | None = None
     start: Array | int = 0
+    first: Array | int = 0
     stream: int = 0
 
     def __post_init__(self) -> None:
@@ -172,7 +174,8 @@ class Chain:
         d = self.draw
         z_BxL = initial_state(d.sample_ids_B, d.length, d.n_ids, d.start_BxL)
         given_B = jnp.cumprod(z_BxL != d.n_ids, axis=1, dtype=jnp.int32).sum(1)
-        first_B = vary_like(jnp.zeros(d.sample_ids_B.shape, jnp.int32), d.sample_ids_B)
+        first_B = jnp.broadcast_to(jnp.int32(self.first), d.sample_ids_B.shape)
+        first_B = vary_like(first_B, d.sample_ids_B)
         return ChainState(d.sample_ids_B, first_B, z_BxL, given_B)
 
     def masked(self, state: ChainState) -> Array:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import psum
+from fdp.collectives import psum, vary_like
 from fdp.mesh import BATCH_AXES
 from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp
 from fdp.sampling.chain import Ancestral, Chain, ChainState, Denoise, Info, Proposal, anywhere
@@ -186,7 +186,8 @@ def speculate(
     """(ids int32 [B, L], info). `window`: W, the states that the verifier `denoise` judges at once;
     `rule`: one of RULES.
 
-    info, int32: "nfe" calls of the verifier; "rounds" [B], those of each sample; "states", those
+    info, int32: "nfe" calls of the verifier; "rounds" [B], those of each sample; "steps" [B], those
+    that it took of the chain; "states", those
     judged for samples that were not finished; "passes" of the draft model; "judged" and "accepted"
     [steps], drafted steps of the samples by their number; "bad" [steps], drafts without numbers.
     With `draw.trace`, "trace" [steps, W, B, L] and "taken" [steps, B] hold every round. Raises
@@ -197,7 +198,9 @@ def speculate(
     state = chain.settle(chain.begin())
     draft = drafter.draft(drafting, state, None, window - 1)
     counts = {name: jnp.zeros(S, jnp.int32) for name in ("judged", "accepted", "bad")}
-    counts |= {"states": jnp.int32(0), "nfe": jnp.int32(0), "rounds": jnp.zeros(B, jnp.int32)}
+    counts |= {name: jnp.int32(0) for name in ("states", "nfe")}
+    none_B = vary_like(jnp.zeros(B, jnp.int32), state.z_BxL)
+    counts |= {"rounds": none_B, "steps": none_B}
     if chain.draw.trace:
         counts["trace"] = jnp.zeros((S, window, *state.z_BxL.shape), jnp.int32)
         counts["taken"] = jnp.zeros((S, B), jnp.int32)
@@ -298,9 +301,10 @@ def _log_probs(logits_V: Array, temperature: float) -> Array:
 def _counted(chain: Chain, carry: _Carry, states: ChainState, taken_B: Array) -> dict[str, Array]:
     c, W = carry.counts, states.z_BxL.shape[0]
     live_B = chain.masked(carry.state).any(1)
-    step_WxB = jnp.minimum(states.step_B, chain.steps - 1)[:-1]
-    i_W = jnp.arange(W - 1)[:, None]
-    open_WxB = jax.vmap(lambda s: chain.masked(s).any(1))(states)[:-1] & live_B
+    step_WxB = jnp.minimum(states.step_B - chain.first, chain.steps - 1)[:-1]
+    i_W = jnp.arange(W)[:, None]
+    every_WxB = jax.vmap(lambda s: chain.masked(s).any(1))(states) & live_B
+    open_WxB = every_WxB[:-1]
 
     def by_step(flag_WxB: Array) -> Array:
         found = jnp.zeros(chain.steps, jnp.int32).at[step_WxB].add((flag_WxB & open_WxB) * 1)
@@ -308,12 +312,13 @@ def _counted(chain: Chain, carry: _Carry, states: ChainState, taken_B: Array) ->
 
     bad = carry.draft.bad
     new = {
-        "judged": c["judged"] + by_step(i_W <= taken_B),
-        "accepted": c["accepted"] + by_step(i_W < taken_B),
+        "judged": c["judged"] + by_step(i_W[:-1] <= taken_B),
+        "accepted": c["accepted"] + by_step(i_W[:-1] < taken_B),
         "bad": c["bad"] + (0 if bad is None else by_step(bad)),
         "states": c["states"] + psum(W * live_B.sum(), BATCH_AXES),
         "nfe": c["nfe"] + 1,
         "rounds": c["rounds"] + live_B,
+        "steps": c["steps"] + (every_WxB & (i_W <= taken_B)).sum(0),
     }
     if "trace" in c:
         new["trace"] = c["trace"].at[c["nfe"]].set(states.z_BxL)
