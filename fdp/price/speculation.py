@@ -25,7 +25,7 @@ import numpy as np
 
 from fdp.keys import UserError
 from fdp.models.shape import ModelShape
-from fdp.price import inference
+from fdp.price import inference, network
 from fdp.price.inference import LLADA_8B, Degrees, ForwardPass, PassTime
 
 CHIP, DEVICES = "h100", 8
@@ -98,6 +98,22 @@ def priced(
         time = inference.fastest(shape, work, degrees, chip)
         found.append(Pass(time.seconds, degrees, time))
     return min(found, key=lambda one: one.seconds)
+
+
+def calibration(chip: str = CHIP) -> str:
+    """What is known of the error of a pass's seconds."""
+    try:
+        (median, p90), small = (
+            inference.matmul_error(chip),
+            network.held_out_error(chip, small=True),
+        )
+    except ValueError as error:
+        return f"not calibrated: {error}"
+    return (
+        f"|error| of the products' seconds: median {median:.0%}, 90 % quantile {p90:.0%}; of "
+        f"collectives below 1 MiB left out of the fit: {small[0]:.0%}, {small[1]:.0%}; attention "
+        "and elementwise kernels: not checked"
+    )
 
 
 def knee(shape: ModelShape, rows: int, tp: int, chip: str = CHIP) -> float:

@@ -107,6 +107,26 @@ def test_schedules_are_those_of_the_event_simulation(flying, replicas):
     assert found.seconds == pytest.approx(simulate.dispatch(tasks, pools).makespan)
 
 
+def test_drafts_ahead_need_the_step_that_the_verifier_takes():
+    """Two windows of three states, drafted in 0.5 s and verified in 1 s; the second is there at
+    1.25 s unless its first step, the third of all, is not what the verifier takes."""
+    plan, right = Schedule(0.25, 1.0, 2, flying=2), np.ones((1, 6), bool)
+    assert played(plan, right).seconds == 2.5
+    right[0, 2] = False
+    assert played(plan, right).seconds == 3.0 == played(replace(plan, flying=1), right).seconds
+
+
+def test_a_first_state_that_is_right_ends_nothing():
+    plan = Schedule(0.5, 1.0, 2, flying=2, first=0.8)
+    found = played(plan, np.ones((1, 3), bool))
+    assert (found.seconds, found.windows, found.firsts) == (2.0, 1, 1)
+
+
+def test_the_error_of_the_prices_is_said():
+    assert "median 9%, 90 % quantile 24%" in speculation.calibration()
+    assert speculation.calibration("v5p").startswith("not calibrated: no measured matmuls")
+
+
 def test_counted_rounds_give_the_path_back():
     right, k = speculation.drawn(0.6, 30, 3), 31
     taken, done = [], np.zeros(3, int)
