@@ -229,10 +229,10 @@ class OverlappedSpeculation:
     def _following(
         self, window: DraftedWindow, drafted: Array, z_BxL: Array, accepted_B: Array
     ) -> DraftedWindow:
-        """The next window: what was drafted, where all before it was accepted and it begins as the
-        verifier goes on, else that state alone."""
+        """The next window: what was drafted where it begins as the verifier goes on, which it does
+        not after an early rejection, else that state alone."""
         accepted_B = accepted_B.astype(jnp.int32)
-        hit_B = (accepted_B == window.count_B) & (drafted[0] == z_BxL).all(-1)
+        hit_B = (drafted[0] == z_BxL).all(-1)
         z_WxBxL = jnp.where(hit_B[:, None], drafted, z_BxL)
         count_B = jnp.where(hit_B, self.window, 1)
         return DraftedWindow(z_WxBxL, window.step_B + accepted_B, count_B.astype(jnp.int32))
