@@ -19,6 +19,7 @@ OPTIMIZER, TOY, HOOKS = (
 MOE, ROUTER = "tests/models/test_moe.py::", "tests/models/test_router.py::"
 PLANNER = "tests/parallel/context/test_planner.py::"
 PIPELINE = "tests/parallel/pipeline/"
+BLOCKS = "tests/sampling/test_block_cache.py::"
 CORE = (
     Mutation(
         "balance statistics of this rank alone",
@@ -217,6 +218,34 @@ CORE = (
         "before, grads = self.before[u], self.grads[k][u]",
         "before, grads = self.held[u], self.grads[k][u]",
         "tests/test_mpmd_steps.py::test_three_ways_to_clip",
+    ),
+    Mutation(
+        "a finished block is not read again by its clean tokens",
+        "sampling/block_cache.py",
+        "lambda: how.fill(variables, at.cache, rows_BxR, at.start), lambda: at.cache",
+        "lambda: at.cache, lambda: at.cache",
+        f"{BLOCKS}test_ids_are_those_of_the_sampler_without_a_cache[jacobi]",
+    ),
+    Mutation(
+        "the prefix holds keys of masked rows",
+        "sampling/block_cache.py",
+        "how.fill(variables, at.cache, rows_BxR, at.start)",
+        "how.fill(variables, at.cache, jnp.full_like(rows_BxR, draw.n_ids), at.start)",
+        f"{BLOCKS}test_ids_are_those_of_the_sampler_without_a_cache[jacobi]",
+    ),
+    Mutation(
+        "every block begins with the noise of step 0",
+        "sampling/block_cache.py",
+        "first=at.step_B",
+        "first=0",
+        f"{BLOCKS}test_ids_are_those_of_the_sampler_without_a_cache[jacobi]",
+    ),
+    Mutation(
+        "a state reads the prefix of another sample",
+        "sampling/block_cache.py",
+        "jnp.moveaxis(x_NxRx.reshape(N // B, B, R, *x_NxRx.shape[2:]), 0, 1)",
+        "x_NxRx.reshape(B, N // B, R, *x_NxRx.shape[2:])",
+        f"{BLOCKS}test_logits_are_those_of_the_model_without_a_cache",
     ),
 )
 MUTATIONS = (*CORE, *STATE)

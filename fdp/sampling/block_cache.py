@@ -15,7 +15,7 @@ Legend: B samples, W states of a window, N = W·B, L positions, R rows of a pass
 query and key/value heads, C head_dim, V vocabulary (tp: V/tp columns)."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,18 @@ class BlockSoftmax(Softmax):
         return merge_lse(own, own_lse, by_state(out), lse)[0].astype(q_NxRxHxC.dtype)
 
 
+def cacheable(model: Any) -> TypeGuard[Transformer]:
+    """Whether `BlockCache` takes a model: it has the attention of block diffusion in every layer,
+    and does not read the noise level."""
+    return (
+        isinstance(model, Transformer)
+        and model.stock
+        and len(set(model.pattern)) == 1
+        and isinstance(model.softmax.mask.rule, BlockDiffusionRule)
+        and not model.shape.time_conditioning
+    )
+
+
 @dataclass(frozen=True)
 class BlockCache:
     """A `model` that block diffusion has trained, read through a cache.
@@ -80,20 +92,20 @@ class BlockCache:
 
     def __post_init__(self) -> None:
         model = self.model
-        rule = model.softmax.mask.rule if model.stock else None
-        if not isinstance(rule, BlockDiffusionRule) or len(set(model.pattern)) > 1:
+        if cacheable(model):
+            return
+        if not model.shape.time_conditioning:
             what = model.softmax.mask if model.stock else model.pattern
             raise ValueError(
                 "finished blocks have final keys and values only where no layer shows them what "
                 f"comes later, and the layers are {what}: train with "
                 "objective.name=block_diffusion and softmax attention, or sample without a cache"
             )
-        if model.shape.time_conditioning:
-            raise ValueError(
-                "keys and values of finished blocks would depend on the noise of the block that is "
-                "decoded, and model.time_conditioning = True: set it to False, or sample without a "
-                "cache"
-            )
+        raise ValueError(
+            "keys and values of finished blocks would depend on the noise of the block that is "
+            "decoded, and model.time_conditioning = True: set it to False, or sample without a "
+            "cache"
+        )
 
     @property
     def block(self) -> int:

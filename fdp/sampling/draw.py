@@ -29,7 +29,9 @@ from fdp.objectives import (
     SEDDUniform,
     TokenObjective,
 )
+from fdp.sampling import block_cache
 from fdp.sampling.autoregressive import LeftToRight, sample
+from fdp.sampling.block_cache import BlockCache, cacheable
 from fdp.sampling.chain import Chain, Denoise, Info, follow
 from fdp.sampling.image import SAMPLERS, ImageDraw, clipped, guided, karras, straight, strided
 from fdp.sampling.noise import Draw
@@ -51,8 +53,8 @@ def draw(e: Experiment, variables: Any, specs: Any, count: int, mesh: Mesh) -> n
     mesh. `variables` {"params", "state"} with their PartitionSpecs; `mesh`: whose devices draw.
 
     Masked objectives use first-hitting (without factorisation error; block by block for block
-    diffusion), autoregressive ones go from left to right, and uniform noise takes as many analytic
-    steps as there are positions."""
+    diffusion, with a cache of finished blocks where the model allows one), autoregressive ones go
+    from left to right, and uniform noise takes as many analytic steps as there are positions."""
     mesh = generation_mesh(mesh)
     variables = process.place(variables, sharding.shardings(mesh, specs))
     ways, objective = mesh.shape["dp"], e.objective
@@ -60,7 +62,11 @@ def draw(e: Experiment, variables: Any, specs: Any, count: int, mesh: Mesh) -> n
 
     def drawn(variables: Any, ids_B: jax.Array) -> jax.Array:
         key = jax.random.key(e.fit.seed)
-        return sampled(e, variables, Draw(key, ids_B, e.data.seq_len, objective.n_ids))[0]
+        asked = Draw(key, ids_B, e.data.seq_len, objective.n_ids)
+        if isinstance(objective, BlockDiffusion) and cacheable(e.model):
+            cache = BlockCache(e.model)
+            return block_cache.sample(cache, variables, chain_of(e, asked))[0]
+        return sampled(e, variables, asked)[0]
 
     sampler = jax.jit(shard_map(drawn, mesh, (specs, P(BATCH_AXES)), P(BATCH_AXES)))
     return process.fetch(sampler(variables, jnp.arange(-(-count // ways) * ways)))[:count]
