@@ -6,7 +6,7 @@ Gated DeltaNet at equal bytes of state (`full` decides; expected to fail or to b
 
     python -m fdp.train --config=configs/topic12.py        # 10 to 15 min on 2 cores
     python -m fdp.train --config=configs/topic12.py:tiny   # ≤ 60 s
-    python -m fdp.train --config=configs/topic12.py:full   # three seeds; resumable
+    python -m fdp.train --config=configs/topic12.py:full   # pairs with three seeds; resumable
     python -m fdp.topics.ttt_cp.read runs/topic12-cpu book.txt --save=book.npz   # then ask it
     python -m fdp.train --config=configs/topic12.py:pod --dry_run   # 1M tokens on 16 H100 nodes
     python -m fdp.train --config=configs/topic12.py \\
@@ -53,8 +53,8 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
 
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
-    c.model.layers, c.train.steps = 4, 800
-    c.seeds = (0, 1, 2)  # of pairs
+    c.model.layers = 4
+    c.seeds = (0, 1, 2)  # of pairs, and of LaCT and Gated DeltaNet at equal bytes
     hybrids = ("gdn_1to1", "gdn_1to3", "lact_1to1", "lact_1to3")
     c.memory.update(
         arms=(

@@ -94,13 +94,18 @@ def banner(arm: Arm) -> str:
     )
 
 
+def seeds_of(study: ModuleType, config: ml_collections.ConfigDict) -> dict[str, tuple[int, ...]]:
+    """{arm: seeds} of the arms that take others than `config.seeds`."""
+    return study.seeds(config) if hasattr(study, "seeds") else {}
+
+
 def build_arms(
     config: ml_collections.ConfigDict, study: ModuleType, mesh: Mesh
 ) -> dict[str, list[Arm]]:
     """Every arm of the study for every seed, built but not trained. A study may have
     `seeds(config)`, {arm: seeds} of the arms that take others than `config.seeds`."""
     arms: dict[str, list[Arm]] = {}
-    seeds = study.seeds(config) if hasattr(study, "seeds") else {}
+    seeds = seeds_of(study, config)
     for name, experiment in study.arms(config).items():
         # An arm may ask for a mesh of its own, such as the one that a planner found for it.
         same = dict(experiment.degrees) == dict(config.mesh)

@@ -13,7 +13,7 @@ from fdp.arm import Arm
 from fdp.checkpoint import Checkpoints
 from fdp.keys import UserError, closest
 from fdp.mesh import AXES, make_mesh
-from fdp.run import study_of
+from fdp.run import seeds_of, study_of
 
 
 def config_of(workdir: Path) -> ml_collections.ConfigDict:
@@ -53,8 +53,9 @@ def restored(
     """The newest checkpoint of an arm and seed, such as gdn-s0. None: of the first whose name
     begins with one of `prefer`, or else the first. Raises UserError for an arm that is not there or
     has no checkpoint."""
-    experiments = study_of(c.topic).arms(c)
-    labels = [f"{name}-s{seed}" for name in experiments for seed in c.seeds]
+    study = study_of(c.topic)
+    experiments, seeds = study.arms(c), seeds_of(study, c)
+    labels = [f"{name}-s{seed}" for name in experiments for seed in seeds.get(name, c.seeds)]
     label = label or next((x for x in labels if x.startswith(prefer)), labels[0])
     if label not in labels:
         raise UserError(f"--arm={label} is unknown: {closest(label, labels)}")

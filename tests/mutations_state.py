@@ -215,10 +215,10 @@ STATE = (
     Mutation(
         "the mean of the updates of devices instead of their sum",
         "models/fast_weights.py",
-        "gained = FastWeights(*map(sharing.total, step(weights, at.k, at.v, at.rates)))",
+        "gained = FastWeights(*map(sharing.total, step(used(weights), at.k, at.v, at.rates)))",
         "gained = FastWeights(*(sharing.total(g) / sharing.devices for g in "
-        "step(weights, at.k, at.v, at.rates)))",
-        f"{STATES}test_every_plan_equals_one_device[lact, tokens+ns]",
+        "step(used(weights), at.k, at.v, at.rates)))",
+        f"{STATES}test_every_plan_equals_one_device[lact, heads+tokens]",
     ),
     Mutation(
         "tokens of a chunk in the contiguous layout",
@@ -315,8 +315,8 @@ STATE = (
     Mutation(
         "updates of a sequence are counted once, not once a chunk",
         "models/lact.py",
-        "updates = max(-(-rows.length // self.chunk) - 1, 0)",
-        "updates = min(max(-(-rows.length // self.chunk) - 1, 0), 1)",
+        "return max(-(-length // self.chunk) - 1, 0), self.chunk",
+        "return min(max(-(-length // self.chunk) - 1, 0), 1), self.chunk",
         f"{STATES}test_every_plan_equals_one_device[lact, tokens+ns]",
     ),
     Mutation(

@@ -33,7 +33,7 @@ from fdp.models.attention import Where
 from fdp.models.fast_weights import FastWeights, Read, Sharing
 from fdp.models.layers import normal, rotary
 from fdp.models.module import CACHE
-from fdp.models.recurrent import StateLayer, by_head, softplus_inverse
+from fdp.models.recurrent import StateLayer, by_head, check_rate, softplus_inverse
 from fdp.models.window import WindowAttention
 from fdp.parallel.context import state
 
@@ -184,8 +184,9 @@ class LaCT(StateLayer):
         return found + near
 
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
-        """As of all layers with a state; raises ValueError for a negative `group` and for a window
-        that is negative or longer than the sequence, too."""
+        """As of all layers with a state; raises ValueError for a negative `rate` or `group` and for
+        a window that is negative or longer than the sequence, too."""
+        check_rate(self.rate)
         if self.window:
             self._window().check(batch, length, degrees)
         if self.group < 0:

@@ -427,6 +427,15 @@ def bytes_of(made: Callable[[], Any]) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(made)))
 
 
+def check_rate(rate: float) -> None:
+    """Raises ValueError for a negative step."""
+    if rate < 0:
+        raise ValueError(
+            f"rate = {rate:g} makes the loss of a token larger: set 0, which learns nothing, or "
+            "more"
+        )
+
+
 def by_head(x_BxH: Array) -> PartitionSpec:
     """PartitionSpec of what every sequence and head has."""
     return PartitionSpec(BATCH_AXES, "tp", *[None] * (x_BxH.ndim - 2))

@@ -20,7 +20,7 @@ from fdp.models.fast_linear import FastLinear, Maps
 from fdp.models.fast_rows import LinearMemory
 from fdp.models.fast_weights import everywhere
 from fdp.models.layers import normal, ones, zeros
-from fdp.models.recurrent import StateLayer, by_head
+from fdp.models.recurrent import StateLayer, by_head, check_rate
 from fdp.models.shape import ModelShape
 from fdp.parallel.context import state
 
@@ -154,11 +154,7 @@ class TTTLinear(StateLayer):
     def check(self, batch: int, length: int, degrees: Mapping[str, int]) -> None:
         """As of all layers with a state; raises ValueError for a length that is not whole
         mini-batches and for a negative `rate`, too."""
-        if self.rate < 0:
-            raise ValueError(
-                f"rate = {self.rate:g} makes the loss of a token larger: set 0, which learns "
-                "nothing, or more"
-            )
+        check_rate(self.rate)
         if length % min(self.chunk, length):
             raise ValueError(
                 f"{length} tokens are not divisible by mini-batches of {self.chunk}: set "

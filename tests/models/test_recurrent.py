@@ -259,9 +259,14 @@ def test_a_sequence_that_is_not_finite_spoils_no_other():
 
 @pytest.mark.fast
 def test_groups_of_chunks_change_no_value():
+    def loss(read: Read, weights: FastWeights, group: int) -> tuple:  # two, two and one
+        found = fast.swiglu_scan(read, weights, 4, group=group)
+        return sum((x**2).sum() for x in jax.tree.leaves(found)), found
+
     @functools.partial(jax.jit, compiler_options=hlo.QUICK)
-    def run(read: Read, weights: FastWeights) -> list:  # two, two and one; over cp, all in one
-        return [fast.swiglu_scan(read, weights, 4, group=group) for group in (0, 2)]
+    def run(read: Read, weights: FastWeights) -> list:
+        grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        return [grad(read, weights, group) for group in (0, 2)]
 
     want, got = run(READ, WEIGHTS)
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
@@ -291,7 +296,12 @@ LAYERS = {
     "gdn, affine": (GatedDeltaNet, "affine", CONTIGUOUS, {}),
     "gdn, affine+scan": (GatedDeltaNet, "affine+scan", CONTIGUOUS, {}),
     "lact, tokens": (LaCT, "tokens", SHARED, {"muon": True, "gate": False}),
-    "lact, tokens+ns": (LaCT, "tokens+ns", SHARED, {"group": 3, "prenorm": True, "window": 8}),
+    "lact, tokens+ns": (
+        LaCT,
+        "tokens+ns",
+        SHARED,
+        {"group": 3, "prenorm": True, "window": 8, "muon": True},
+    ),
     "lact, heads+tokens": (LaCT, "heads+tokens", SHARED, {}),
     "lact, window": (LaCT, "heads+tokens", SHARED, {"window": 3}),
     "lact, whole": (LaCT, "tokens+ns", ZIGZAG, {"causal": False, "muon": True}),

@@ -24,7 +24,7 @@ from fdp.parallel.context.layouts import CONTIGUOUS, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.context.state import StatePlan
 from fdp.parallel.masks import Mask
-from fdp.topics.ttt_cp.settings import ARMS, CHUNKED, IDS, KJV, NEEDLE, SECTIONS, TEXT
+from fdp.topics.ttt_cp.settings import ARMS, CHUNKED, IDS, KJV, NEEDLE, SECTIONS, TEXT, small_chunk
 from fdp.topics.ttt_cp.tasks import MixedPairs
 
 SLOW = (1e-5, 1e-3)  # decay of Gated DeltaNet before training: it remembers all of a short sequence
@@ -59,7 +59,8 @@ def cases(c: ml_collections.ConfigDict) -> dict[str, MemoryCase]:
 
 
 def recall_task(case: MemoryCase, c: ml_collections.ConfigDict) -> RecallTask | None:
-    """What the arm is asked, or None for text. Eight tokens of a sequence for each pair."""
+    """What the arm is asked, or None for text. Eight tokens of a sequence for each pair; of task
+    `capacity`, four for each of the most."""
     length = c.data.seq_len
     if case.task == "needle":
         return WordNeedle(NEEDLE, 64)
@@ -105,8 +106,7 @@ def mixing(
         return layer(GatedDeltaNet, plan=StatePlan(state or own, layout), decay=SLOW, **near)
     if kind in ("ttt_linear", "ttt_mlp"):
         own = "wavefront" if layout == CONTIGUOUS else "heads"
-        # Half a chunk, where it has one, so that eight devices share 64 tokens.
-        small = at | {"chunk": math.gcd(m.chunk // (2 - m.chunk % 2), 16)}
+        small = at | {"chunk": small_chunk(m.chunk)}
         cls = TTTLinear if kind == "ttt_linear" else TTTMLP
         return layer(cls, plan=_plan(state or own, layout), **small)
     fast = {"hidden": m.hidden, "rate": m.rate, "rotate": False, "group": m.group}

@@ -75,7 +75,7 @@ def constant(config: ml_collections.ConfigDict) -> Row:
         "",
         "<= 1",
         "counted",
-        note=f"bytes: {said}; attention's cache {short:,} and {long:,}",
+        note=f"no length enters its shapes; bytes: {said}; attention's cache {short:,}, {long:,}",
     )
 
 

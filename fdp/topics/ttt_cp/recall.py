@@ -40,8 +40,8 @@ def parts(run: Run) -> list[Part]:
     return found
 
 
-def _about(run: Run, chance: float) -> str:
-    many, seeds = run.config.memory.sequences, len(run.config.seeds)
+def _about(run: Run, some: Mapping[str, MemoryCase], chance: float) -> str:
+    many, seeds = run.config.memory.sequences, len(run.arms[next(iter(some))])
     return f"{many} fresh sequences, chance {chance:.3f}, {seeds} seed(s)"
 
 
@@ -58,7 +58,7 @@ def _answers(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
     found = [
         measure(f"answers {name}", answered, each(run.arms[name]), (task,), many) for name in some
     ]
-    note, sent = _about(run, task.chance), first.task
+    note, sent = _about(run, some, task.chance), first.task
 
     def rows(*shares: list[list[float]]) -> list[Row]:
         means = {n: [s[0] for s in seeds] for n, seeds in zip(some, shares, strict=True)}
@@ -129,7 +129,7 @@ def _needle(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
     ]
     reach = m.window * run.config.model.layers
     note = (
-        f"{_about(run, tasks[0].chance)}; needle at the start of {length} tokens, beyond the "
+        f"{_about(run, some, tasks[0].chance)}; needle at the start of {length} tokens, beyond the "
         f"{reach} that {run.config.model.layers} windows of {m.window} reach"
     )
     kinds = [case.kind for case in some.values()]
@@ -176,7 +176,7 @@ def _capacity(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
         measure(f"pairs {name}", answered, each(run.arms[name]), tasks, m.sequences)
         for name in some
     ]
-    note = f"{_about(run, task.chance)}; one layer, {task.length} tokens, pairs {pairs}"
+    note = f"{_about(run, some, task.chance)}; one layer, {task.length} tokens, pairs {pairs}"
 
     def table(shares: Sequence[Any]) -> dict[str, dict[int, np.ndarray]]:
         """[seeds, pairs] of every kind and size."""
@@ -269,7 +269,7 @@ def _text(run: Run, some: Mapping[str, MemoryCase]) -> list[Measurement]:
         measure(f"validation loss {name}", validation_loss, each(run.arms[name])) for name in some
     ]
     kinds, task = [case.kind for case in some.values()], next(iter(some.values())).task
-    note = f"{len(run.config.seeds)} seed(s), {run.config.train.steps} steps"
+    note = f"{len(run.arms[next(iter(some))])} seed(s), {run.config.train.steps} steps"
 
     def rows(*losses: list[float]) -> list[Row]:
         by_kind = dict(zip(kinds, losses, strict=True))

@@ -45,13 +45,19 @@ SECTIONS = {
         chunk=count(16, "read and learnt from at once; divisible by cp", "tokens"),
         near=count(4, "mini-batch of the near one of two memories; divides the chunk", "tokens"),
         group=at_least(0, 0, "chunks of LaCT computed again in the backward pass; 0: none"),
-        hidden=count(2, "width of a fast network over the head dim"),
-        rate=positive(0.3, "of a fast network, before its own"),
+        hidden=count(2, "width of LaCT's fast network over the head dim"),
+        rate=positive(0.3, "of LaCT's fast network, before its own"),
         window=count(8, "of the arms `window` and `lact_window`", "tokens"),
         width=at_least(8, 64, "of the models of text"),
         sequences=count(64, "fresh ones whose answers are judged", "sequences", high=4096),
     )
 }
+
+
+def small_chunk(chunk: int) -> int:
+    """Tokens of a mini-batch of TTT-Linear and TTT-MLP: half a chunk, where it has one, so that
+    eight devices share 64 tokens."""
+    return math.gcd(chunk // (2 - chunk % 2), 16)
 
 
 def check(c: ml_collections.ConfigDict) -> None:
@@ -116,13 +122,14 @@ def _check_lengths(c: ml_collections.ConfigDict) -> None:
                 f"{name}={chunk} is not divisible by mesh.cp={c.mesh.cp}, which shares out every "
                 f"chunk: set {name}={-(-chunk // c.mesh.cp) * c.mesh.cp}"
             )
-    if lact and m.chunk >= length:
+    both = "two_memories" in every
+    longest = max(m.chunk if lact or both else 0, *m.chunks, 0)
+    if longest >= length:
         warnings.warn(
-            f"a chunk of {m.chunk} tokens holds all {length} of a sequence (data.seq_len): LaCT "
+            f"a chunk of {longest} tokens holds all {length} of a sequence (data.seq_len): LaCT "
             "reads it with its first weights, and learns nothing from it",
             stacklevel=2,
         )
-    both = "two_memories" in every
     for chunk in (*m.chunks, *((m.chunk,) if both else ())):
         if chunk % m.near:
             fix = max(n for n in range(1, m.near) if chunk % n == 0)
@@ -130,22 +137,31 @@ def _check_lengths(c: ml_collections.ConfigDict) -> None:
                 f"a chunk of {chunk} tokens is not divisible by memory.near={m.near}, the "
                 f"mini-batches of two memories: set memory.near={fix}"
             )
-    if m.capacity and not m.sizes:
-        raise UserError("memory.capacity needs sizes: set memory.sizes=(4, 8)")
-    if m.capacity and 4 * max(m.pairs) % m.chunk:
-        fix = -(-4 * max(m.pairs) // m.chunk) * m.chunk // 4
-        raise UserError(
-            f"memory.pairs={m.pairs}: {max(m.pairs)} pairs take 4 · {max(m.pairs)} tokens, not "
-            f"divisible by memory.chunk={m.chunk}: ask for {fix} at most, or set memory.chunk="
-            f"{math.gcd(4 * max(m.pairs), m.chunk)}"
-        )
-    if m.capacity and max(m.pairs) > KEYS:
-        raise UserError(
-            f"memory.pairs={m.pairs}: {max(m.pairs)} pairs of different keys > the {KEYS} keys "
-            f"among {IDS} ids: ask for {KEYS} at most"
-        )
+    if m.capacity:
+        _check_pairs(c)
     if m.chunks and c.data.source not in (*RECALL, "blank"):
         raise UserError(
             f"memory.chunks={m.chunks} compares recall, and data.source={c.data.source} asks for "
             "none: set data.source=mqar, or memory.chunks=()"
+        )
+
+
+def _check_pairs(c: ml_collections.ConfigDict) -> None:
+    """Of the sequences of task capacity: four tokens for each of the most pairs."""
+    m, most = c.memory, max(c.memory.pairs)
+    if not m.sizes:
+        raise UserError("memory.capacity needs sizes: set memory.sizes=(4, 8)")
+    if most > KEYS:
+        raise UserError(
+            f"memory.pairs={m.pairs}: {most} pairs of different keys > the {KEYS} keys among "
+            f"{IDS} ids: ask for {KEYS} at most"
+        )
+    whole = math.lcm(m.chunk, 4)
+    if "ttt_linear" in m.capacity and c.mesh.cp > 1:  # a device has whole mini-batches
+        whole = math.lcm(whole, small_chunk(m.chunk) * c.mesh.cp)
+    if 4 * most % whole:
+        fix = max(4 * most // whole, 1) * whole // 4
+        raise UserError(
+            f"memory.pairs={m.pairs}: {most} pairs take 4 · {most} tokens, not divisible by "
+            f"{whole} (memory.chunk={m.chunk}, mesh.cp={c.mesh.cp}): let the most be {fix}"
         )

@@ -20,10 +20,14 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
 
 
 def seeds(config: ml_collections.ConfigDict) -> dict[str, tuple[int, ...]]:
-    """One seed for text and needles, all for pairs, on which the claims rest."""
-    few = ("needle", "kjv", "text")
+    """All for pairs, and for LaCT and Gated DeltaNet at equal bytes; one for the rest."""
+    few = ("needle", "kjv", "text", "chunk")
+
+    def one(case: models.MemoryCase) -> bool:
+        return case.task in few or (case.task == "capacity" and case.kind not in ("lact", "gdn"))
+
     own = models.cases(config)
-    return {name: config.seeds[:1] for name, case in own.items() if case.task in few}
+    return {name: config.seeds[:1] for name, case in own.items() if one(case)}
 
 
 def study(run: Run) -> Report:

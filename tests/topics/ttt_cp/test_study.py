@@ -154,7 +154,7 @@ def test_an_arm_is_a_kind_on_a_task():
         ),
         (
             {"memory.pairs": (4, 18)},
-            r"18 pairs take 4 · 18 tokens, not divis.*: ask for 20 at most",
+            r"18 pairs take 4 · 18 tokens, not divisible by 16 .*: let the most be 16",
         ),
         ({"memory.pairs": (4, 32)}, r"32 pairs of different keys > the 31 keys among 64 ids"),
         (
