@@ -31,14 +31,15 @@ from fdp.price.speculation import (
 )
 
 # (N, W) → rounds of self-drafting: mean of a sample, and mean of the slowest of eight. 64 samples,
-# at N = 256 only 8.
+# from N = 256 on only 8.
 Rounds = Mapping[tuple[int, int], tuple[float, float]]
 MARKOV_ROUNDS: Rounds = {
     (32, 2): (17.22, 17.75), (32, 4): (10.22, 11.38), (32, 8): (7.41, 8.62),
     (32, 16): (6.23, 7.38), (32, 32): (5.78, 7.12),
     (64, 2): (33.34, 34.38), (64, 4): (18.42, 19.88), (64, 8): (11.59, 13.0),
     (64, 16): (8.69, 10.12), (64, 32): (7.14, 8.38), (64, 64): (6.39, 7.75),
-    (256, 8): (36.38, 37.0), (256, 16): (22.0, 23.0),
+    (256, 8): (36.38, 37.0), (256, 16): (22.0, 23.0), (256, 32): (15.5, 17.0),
+    (1024, 8): (131.88, 135.0), (1024, 16): (69.63, 72.0),
 }  # fmt: skip
 LAYERS, RATES, WINDOWS, BATCHES = (1, 4, 16), (0.6, 0.77, 0.9, 0.95), (4, 8, 16), (1, 8)
 PLACES = (Split(1, 7), Split(4, 4), Split(2, 3, 2))
@@ -162,7 +163,7 @@ def drafted(
 
 
 def cells(
-    places: Sequence[Decoding] = (*BLOCKS, WHOLE[0]),
+    places: Sequence[Decoding] = (*BLOCKS, *WHOLE),
     layers: Sequence[int] = LAYERS,
     rates: Sequence[float] = RATES,
     batches: Sequence[int] = BATCHES,
