@@ -303,7 +303,8 @@ class TextWriter:
             return ids_BxL, {"nfe": info["nfe"]}
         chain, denoise = chain_of(e, draw, asked.order), denoiser_of(e, variables[0])
         drafter = self._drafter(variables[1:])
-        return speculate(chain, denoise, drafter, window=self.plan.window)
+        ids_BxL, info = speculate(chain, denoise, drafter, window=self.plan.window)
+        return ids_BxL, {name: info[name] for name in (*COUNTED, "rounds")}
 
     def _drafter(self, variables: Any) -> Drafter:
         assert self.plan is not None
@@ -335,11 +336,12 @@ def table(asked: Asked, written: Written) -> list[str]:
     rounds = info["rounds"][: asked.count]
     judged, accepted = info["judged"].sum(), info["accepted"].sum()
     share = f"{accepted / judged:.0%}" if judged else "none"
-    if info["bad"].any():
+    bad = np.flatnonzero(info["bad"])
+    if asked.draft and bad.size:
+        others = f" and {bad.size - 1} others" if bad.size > 1 else ""
         warnings.warn(
-            f"arm {asked.draft.arm.label if asked.draft else ''} gave numbers that are not finite "
-            f"in steps {', '.join(map(str, np.flatnonzero(info['bad'])))}: its drafts count as "
-            "rejected, and the text is the verifier's",
+            f"arm {asked.draft.arm.label} gave numbers that are not finite in step {bad[0]}{others}"
+            ": its drafts of these count as rejected, and the text is the verifier's",
             stacklevel=2,
         )
     return [
