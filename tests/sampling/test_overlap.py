@@ -73,11 +73,11 @@ def test_ids_are_those_of_the_verifier_alone(name, window, mesh, dp):
     chain = CHAINS[name]
     found = speculation(chain, mesh, window=window, dp=dp).run()
     denoise = functools.partial(exact, 1.0)
-    alone, (one_program, _) = jax.jit(
-        lambda: (follow(chain, denoise)[0], speculate(chain, denoise, StaleDrafter(), window=W))
-    )()
-    np.testing.assert_array_equal(found.ids, alone)
-    np.testing.assert_array_equal(found.ids, one_program)
+    ids = jax.jit(lambda: follow(chain, denoise)[0])()
+    np.testing.assert_array_equal(found.ids, ids)
+    if name == "random":
+        ids = jax.jit(lambda: speculate(chain, denoise, StaleDrafter(), window=window)[0])()
+        np.testing.assert_array_equal(found.ids, ids)
     assert (found.hits_B <= found.rounds_B).all() and found.hits_B.sum() > 0
     assert found.rounds_B.max() <= found.dispatched <= found.rounds_B.max() + 1
     assert found.sent_bytes == found.dispatched * link_bytes(window, B, L, 5)
