@@ -76,10 +76,18 @@ class DeviceGroups:
 
     def dispatch(self, name: str, op: str, program: Callable[..., Any], *given: Any) -> Any:
         """What `program(*given)` of a group will give. Does not wait, but for the oldest program
-        where more than `AHEAD` are under way. No array of `given` may be donated."""
+        where more than `AHEAD` are under way. Raises ValueError where the program donates an array
+        of `given`: another group may still read it."""
         self.mesh(name)
         event = Event(name, op, dispatched=time.perf_counter())
         out = program(*given)
+        gone = [x for x in jax.tree.leaves(given) if isinstance(x, jax.Array) and x.is_deleted()]
+        if gone:
+            raise ValueError(
+                f"{op!r} of group {name!r} donates {len(gone)} of the arrays that it was given, "
+                f"{gone[0].dtype}{list(gone[0].shape)} first, which another group may still read: "
+                "jit it without donate_argnums"
+            )
         self._note(name, event, given, out)
         return out
 

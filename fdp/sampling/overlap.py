@@ -54,7 +54,7 @@ class GroupDenoiser:
 
 class DraftedWindow(NamedTuple):
     """z_WxBxL: ids as they cross the link; step_B: of the first state; count_B: states that hold
-    (1 or W). What lies beyond is judged and ignored."""
+    (1 or W). Where it is 1, all are the first."""
 
     z_WxBxL: Array
     step_B: Array
@@ -92,8 +92,8 @@ def link_bytes(window: int, requests: int, length: int, n_ids: int) -> int:
 class OverlappedSpeculation:
     """Programs of both groups for requests of one shape. `window`: W.
 
-    Raises ValueError for a window below 1, and for requests or states that the data axes of a group
-    do not divide."""
+    Raises ValueError for a window below 1, one group for both, and requests or states that the data
+    axes of a group do not divide."""
 
     def __init__(
         self,
@@ -108,6 +108,11 @@ class OverlappedSpeculation:
         if window < 1:
             raise ValueError(
                 f"a window of {window} states: it holds the current one: set 1 or more"
+            )
+        if verifier.group == draft.group:
+            raise ValueError(
+                f"verifier and draft are both on group {draft.group!r}, where one waits for the "
+                "other: give each a group of its own, or use `speculate`"
             )
         _check_rows(groups, draft.group, "requests", requests)
         _check_rows(groups, verifier.group, f"{window} states · requests", requests, window)
@@ -210,8 +215,8 @@ class OverlappedSpeculation:
         counted)."""
         z_WxBxL = window.z_WxBxL
         after = after.reshape(z_WxBxL.shape)
-        inside = jnp.arange(1, self.window)[:, None] < window.count_B
-        same = (after[:-1] == z_WxBxL[1:]).all(-1) & inside
+        # A state that stands for itself again is not what its step leads to: nothing is accepted.
+        same = (after[:-1] == z_WxBxL[1:]).all(-1)
         taken_B = jnp.cumprod(same, axis=0, dtype=jnp.int32).sum(0)
         reply = at(after, taken_B), (taken_B + 1).astype(LENGTH)
         following = self._following(window, drafted, *reply)
@@ -224,10 +229,10 @@ class OverlappedSpeculation:
     def _following(
         self, window: DraftedWindow, drafted: Array, z_BxL: Array, accepted_B: Array
     ) -> DraftedWindow:
-        """The next window: what was drafted, where all before it was accepted and it begins as the
-        verifier goes on, else that state alone."""
+        """The next window: what was drafted where it begins as the verifier goes on, which it does
+        not after an early rejection, else that state alone."""
         accepted_B = accepted_B.astype(jnp.int32)
-        hit_B = (accepted_B == window.count_B) & (drafted[0] == z_BxL).all(-1)
+        hit_B = (drafted[0] == z_BxL).all(-1)
         z_WxBxL = jnp.where(hit_B[:, None], drafted, z_BxL)
         count_B = jnp.where(hit_B, self.window, 1)
         return DraftedWindow(z_WxBxL, window.step_B + accepted_B, count_B.astype(jnp.int32))

@@ -135,4 +135,7 @@ def test_what_is_refused():
         speculation(CHAINS["random"], {"dp": 5})
     with pytest.raises(ValueError, match=r"'draft': requests = 4 .* dp·ep = 3·1 = 3"):
         speculation(CHAINS["random"], {}, dp=3)
+    run = speculation(CHAINS["random"], {})
+    with pytest.raises(ValueError, match="both on group 'draft'"):
+        OverlappedSpeculation(run.chain, run.draft, run.draft, run.groups, window=W)
     assert wire_dtype(65535).itemsize == 2 and wire_dtype(65536).itemsize == 4
