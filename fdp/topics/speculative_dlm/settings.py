@@ -1,0 +1,71 @@
+"""Configuration of topic 4: which lengths, windows and drafters are counted. Imports neither jax
+nor flax."""
+
+from collections.abc import Iterator
+
+import ml_collections
+
+from fdp.config_sizes import LowerBound, sequences
+from fdp.keys import UserError, at_least, count, integers, section, words
+
+# Shares of the verifier's parameters.
+DRAFTS = {"tenth": 1 / 10, "thirtieth": 1 / 30}
+# Total variation between a noisy oracle and the exact one, on masked rows of the chain's states.
+NOISY = {"noisy 0.07": 0.07, "noisy 0.15": 0.15, "noisy 0.30": 0.30}
+SELF = ("stale", "jacobi", "refreshed")  # what the verifier drafts for itself
+DRAFTERS = (*SELF, *NOISY, "exact")
+# Target → (order, temperature).
+TARGETS = {
+    "first-hitting": ("random", 1.0),
+    "entropy order": ("entropy", 1.0),
+    "temperature 0": ("top_prob", 0.0),
+}
+
+SECTIONS = {
+    "speculation": section(
+        lengths=integers(2, (32, 64, 128), "of the exact verifier's sequences", "tokens"),
+        windows=integers(1, (4, 8, 16), "states judged at once, beside all of a chain", "states"),
+        drafters=words(DRAFTERS, DRAFTERS, "of the exact verifier"),
+        drafts=words(tuple(DRAFTS), tuple(DRAFTS), "trained draft models, by size"),
+        targets=words(tuple(TARGETS), tuple(TARGETS), "chains; lengths and windows vary in one"),
+        sequences=count(64, "of every count", "sequences"),
+        law=at_least(256, 2**18, "draws of every enumerated law", high=2**24),
+    )
+}
+
+
+def sizes(c: ml_collections.ConfigDict) -> Iterator[LowerBound]:
+    """Of the sequences that are drawn at once."""
+    yield sequences(c, "speculation.sequences", c.speculation.sequences)
+
+
+def windows(c: ml_collections.ConfigDict, length: int) -> tuple[int, ...]:
+    """Windows for a chain of `length` steps: none is longer, and the longest holds all of it."""
+    return tuple(sorted({*(min(w, length) for w in c.speculation.windows), length}))
+
+
+def cut(c: ml_collections.ConfigDict) -> str:
+    """What is said of windows that are longer than a chain; "" for none."""
+    s = c.speculation
+    long = sorted({w for w in s.windows for length in s.lengths if w > length})
+    if not long:
+        return ""
+    return (
+        f"speculation.windows={tuple(s.windows)} > steps = speculation.lengths="
+        f"{tuple(s.lengths)}: {', '.join(map(str, long))} cut to the steps there are"
+    )
+
+
+def check(c: ml_collections.ConfigDict) -> None:
+    """Raise UserError for what the study cannot count."""
+    s = c.speculation
+    if c.objective.name != "mdlm":
+        raise UserError(
+            f"objective.name={c.objective.name!r}: the drafts of this topic follow the chain of a "
+            "masked denoiser; set objective.name=mdlm"
+        )
+    if not set(s.drafters) & set(SELF):
+        raise UserError(
+            f"speculation.drafters={tuple(s.drafters)} lacks what drafts are judged against: add "
+            f"one of {', '.join(SELF)}"
+        )
