@@ -19,6 +19,7 @@ from fdp.topics.speculative_dlm.counted import (
     strip,
     trained_rounds,
 )
+from fdp.topics.speculative_dlm.latency import latency_parts
 from fdp.topics.speculative_dlm.settings import NOISY, SELF, cut, windows
 
 __all__ = ["QUESTION", "arms", "study"]
@@ -31,12 +32,13 @@ WIDE = 16  # the window of the claim, beside the whole chain
 
 
 def study(run: Run) -> Report:
-    """Counts of the exact and of the trained verifier, laws, what lossy samplers pay."""
+    """Counts of the exact and of the trained verifier, laws, what lossy samplers pay, seconds."""
     c = run.config
     said = cut(c)
     if said:
         print(f"study     {said}", flush=True)
-    return run.report(*_oracle(c, said), *_trained(run), *_laws(c))
+    priced = latency_parts() if c.variant != "tiny" else []
+    return run.report(*_oracle(c, said), *_trained(run), *_laws(c), *priced)
 
 
 def jobs(c: ml_collections.ConfigDict) -> list[Job]:
