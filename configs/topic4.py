@@ -6,7 +6,7 @@ best self-drafter in a window of 16 states; rule coupling keeps the law, edit di
 tolerance.
 
     python -m fdp.train --config=configs/topic4.py        # planned: ≤ 10 min on 2 idle cores
-    python -m fdp.train --config=configs/topic4.py:tiny   # ≤ 45 s warm
+    python -m fdp.train --config=configs/topic4.py:tiny   # 20 CPU s warm
     python -m fdp.train --config=configs/topic4.py:full   # three seeds; resumable
     python -m fdp.train --config=configs/topic4.py:pod --dry_run
     python -m fdp.train --config=configs/topic4.py \\
