@@ -34,7 +34,7 @@ LEAP = 2  # steps at once there
 TOLERANCES = (0, 1, 2, 3, 4)
 
 
-class Job(NamedTuple):
+class SpeculativeJob(NamedTuple):
     """One speculative run."""
 
     target: str
@@ -108,10 +108,10 @@ def oracle_rounds(job: tuple[str, int, str, int], sequences: int) -> RoundCounts
         return speculate(chain, exact(MARKOV), chosen, window=window)
 
     ids, info = jax.jit(drafted)(jnp.arange(sequences))
-    return _counts(Job(*job), _oracle_alone(target, length, sequences), ids, info)
+    return _counts(SpeculativeJob(*job), _oracle_alone(target, length, sequences), ids, info)
 
 
-def _counts(job: Job, alone: np.ndarray, drawn: jax.Array, info: dict) -> RoundCounts:
+def _counts(job: SpeculativeJob, alone: np.ndarray, drawn: jax.Array, info: dict) -> RoundCounts:
     ids, found = np.asarray(drawn), jax.tree.map(np.asarray, info)
     return RoundCounts(
         *job,
@@ -153,7 +153,7 @@ def trained_rounds(
 
     ids_B = jnp.arange(sequences)
     plain, found = jax.jit(alone)(ids_B, *both), jax.jit(drafted)(ids_B, *both)
-    return _counts(Job(target, length, name, window), np.asarray(plain), *found)
+    return _counts(SpeculativeJob(target, length, name, window), np.asarray(plain), *found)
 
 
 def strip(length: int, window: int) -> np.ndarray:

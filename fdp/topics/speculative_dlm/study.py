@@ -12,7 +12,7 @@ from fdp.study.report import Report
 from fdp.topics.speculative_dlm import figures, rows
 from fdp.topics.speculative_dlm.arms import VERIFIER, arms
 from fdp.topics.speculative_dlm.counted import (
-    Job,
+    SpeculativeJob,
     laws,
     lossy,
     oracle_rounds,
@@ -41,7 +41,7 @@ def study(run: Run) -> Report:
     return run.report(*_oracle(c, said), *_trained(run), *_laws(c), *priced)
 
 
-def jobs(c: ml_collections.ConfigDict) -> list[Job]:
+def jobs(c: ml_collections.ConfigDict) -> list[SpeculativeJob]:
     """Runs of the exact verifier. The first target: all drafters, at the first length with all
     windows, at others with the wide one and all of the chain. Other targets: the first length, all
     of the chain in the window."""
@@ -52,10 +52,10 @@ def jobs(c: ml_collections.ConfigDict) -> list[Job]:
         fitting = windows(c, length)
         few = [w for w in fitting if w in (WIDE, length)]
         for window in fitting if i == 0 else few:
-            found += [Job(first, length, name, window) for name in s.drafters]
+            found += [SpeculativeJob(first, length, name, window) for name in s.drafters]
     length = s.lengths[0]
     some = [n for n in s.drafters if n in SELF or n == next(iter(NOISY))]
-    return found + [Job(t, length, name, length) for t in others for name in some]
+    return found + [SpeculativeJob(t, length, name, length) for t in others for name in some]
 
 
 def _oracle(c: ml_collections.ConfigDict, said: str) -> Iterator[Measurement]:
