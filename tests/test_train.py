@@ -445,7 +445,7 @@ def test_a_bad_corpus_is_one_error_line(tmp_path: Path) -> None:
     absent, empty, short, lopsided = refusals(ONE_AFTER_ANOTHER, commands)
     assert absent.strip() == (
         f"data.source='{paths['absent']}': no such file or folder ({paths['absent']}); "
-        "sources are bible, stdlib, hf:<name> and paths of text"
+        "sources are bible, stdlib, bible+stdlib, hf:<name> and paths of text"
     )
     assert empty.strip() == (
         f"{paths['empty']} is not UTF-8 text (holds no text): write some into it"
