@@ -2,6 +2,7 @@
 leaves nothing on the devices.
 """
 
+import gc
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -148,6 +149,7 @@ def test_two_arms_of_one_run_hold_one_state_at_a_time(tmp_path: Path) -> None:
     state = sum(2 * x.size * x.dtype.itemsize for x in jax.tree.leaves(first.program.specs.shapes))
     one = 3 * state  # parameters and two moments, on two devices
     batches = 4 * 8 * (8 * 3 * 4 + 2) * 4
+    gc.collect()  # what earlier tests left would else be freed, and subtracted, at any time
     start = device_bytes()
     seen: list[int] = []  # before every step
 
