@@ -52,8 +52,8 @@ class ChainState(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """What one step would do: `token_BxL` int32 at every position, and its score f32 [B, L]; higher
-    ones are revealed earlier."""
+    """What one step would do: `token_BxL` int32 at every position that it may reveal, and its score
+    f32 [B, L]; higher ones are revealed earlier."""
 
     token_BxL: Array
     score_BxL: Array
@@ -169,6 +169,12 @@ class Chain:
         """Whether the noise alone decides which positions a step reveals."""
         return self.order in BY_NOISE and self.threshold is None
 
+    @property
+    def _few(self) -> bool:
+        """Whether the positions of a step are `per_step` and known before their tokens."""
+        few = self.threshold is None and self.order != "sampled_prob"
+        return few and self.per_step < self.draw.length
+
     def begin(self) -> ChainState:
         """Before the first step."""
         d = self.draw
@@ -201,15 +207,27 @@ class Chain:
         return position_keys(key, state.ids_B, state.step_B, positions_L)
 
     def propose(self, logits_BxLxV: Array, state: ChainState) -> Proposal:
-        """What the step would do, given the denoiser's logits. Ids ≥ n_ids are never drawn."""
+        """What the step would do, given the denoiser's logits. Ids ≥ n_ids are never drawn. Where
+        the step is known to reveal few positions, tokens of others are 0."""
         keys, temperature = self.keys(state), self.draw.temperature
         logits = suppress(logits_BxLxV, self.draw.n_ids)
         if self.order == "top_prob":  # fewer reductions than token and score on their own
             return Proposal(*categorical_confidence(keys, logits, temperature))
-        token_BxL = categorical(
-            self.keys(state, self.stream) if self.stream else keys, logits, temperature
+        token_keys = self.keys(state, self.stream) if self.stream else keys
+        if not self._few:
+            token_BxL = categorical(token_keys, logits, temperature)
+            return Proposal(token_BxL, ORDERS[self.order](logits, token_BxL, keys))
+        score_BxL = ORDERS[self.order](logits, state.z_BxL, keys)
+        chosen_BxL = self.chosen(Proposal(state.z_BxL, score_BxL), state)
+        # Noise of a whole vocabulary is what a step costs beside the denoiser: only where drawn.
+        at_BxK = jnp.argsort(~chosen_BxL, axis=1)[:, : self.per_step]
+        keys_BxK, logits_BxKxV = (
+            jnp.take_along_axis(x, at_BxK[..., None], axis=1) for x in (token_keys, logits)
         )
-        return Proposal(token_BxL, ORDERS[self.order](logits, token_BxL, keys))
+        drawn_BxK = categorical(keys_BxK, logits_BxKxV, temperature)
+        rows_Bx1 = jnp.arange(at_BxK.shape[0])[:, None]
+        token_BxL = jnp.zeros_like(state.z_BxL).at[rows_Bx1, at_BxK].set(drawn_BxK)
+        return Proposal(token_BxL, score_BxL)
 
     def chosen(self, proposal: Proposal, state: ChainState) -> Array:
         """The positions that the step reveals: bool [B, L]."""
@@ -274,6 +292,11 @@ class Ancestral(Chain):
     def skips(self) -> bool:
         """Those between two reveals."""
         return True
+
+    @property
+    def _few(self) -> bool:
+        """Any number may be due."""
+        return False
 
     def begin(self) -> ChainState:
         """Before the first step."""
