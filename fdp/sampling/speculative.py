@@ -195,7 +195,8 @@ def speculate(
     _check(chain, window, rule)
     B, S = len(chain.draw.sample_ids_B), chain.steps
     drafting = replace(chain, stream=DRAFT) if rule == "coupling" else chain
-    state = chain.settle(chain.begin())
+    # The first state is constant, and XLA would run the first draft's model while it compiles.
+    state = jax.lax.optimization_barrier(chain.settle(chain.begin()))
     draft = drafter.draft(drafting, state, None, window - 1)
     counts = {name: jnp.zeros(S, jnp.int32) for name in ("judged", "accepted", "bad")}
     counts |= {name: jnp.int32(0) for name in ("states", "nfe")}

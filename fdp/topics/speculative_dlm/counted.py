@@ -4,7 +4,7 @@ Shapes: B samples, L positions, S steps, W states of a window."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,37 +15,25 @@ from fdp.arm import Arm
 from fdp.data.synthetic import MarkovChain
 from fdp.sampling.chain import Chain, Denoise, follow
 from fdp.sampling.draw import denoiser_of
-from fdp.sampling.speculative import Drafter, ModelDrafter, jump, speculate
+from fdp.sampling.speculative import Drafter, JacobiDrafter, ModelDrafter, jump, speculate
 from fdp.study.claims import unigram_entropy
 from fdp.topics.speculative_dlm.arms import check_pair
 from fdp.topics.speculative_dlm.drafters import (
-    drafter_of,
+    CountedChain,
+    OneOf,
     empirical,
     exact,
     noisy,
-    self_drafter,
-    sigma_for,
+    self_drafters,
+    sigmas_for,
     target_chain,
 )
+from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY
 
 MARKOV = MarkovChain()
 SMALL, SMALL_LENGTH = MarkovChain(n=3), 4  # all 81 sequences can be enumerated
 LEAP = 2  # steps at once there
 TOLERANCES = (0, 1, 2, 3, 4)
-
-
-class SpeculativeJob(NamedTuple):
-    """One speculative run."""
-
-    target: str
-    length: int
-    drafter: str
-    window: int
-
-    @property
-    def label(self) -> str:
-        """For file names."""
-        return f"{self.target} L{self.length} {self.drafter} W{self.window}"
 
 
 class RoundCounts(NamedTuple):
@@ -90,31 +78,51 @@ class LawDistance(NamedTuple):
     noise: float
 
 
-@lru_cache(maxsize=16)
-def _oracle_alone(target: str, length: int, sequences: int) -> np.ndarray:
-    def alone(ids_B: jax.Array) -> jax.Array:
-        return follow(target_chain(target, ids_B, length, MARKOV.n), exact(MARKOV))[0]
+class SpeculativeGroup(NamedTuple):
+    """Speculative runs of one chain: one program for all drafters."""
 
-    return np.asarray(jax.jit(alone)(jnp.arange(sequences)))
+    target: str
+    length: int
+    window: int
 
 
-def oracle_rounds(job: tuple[str, int, str, int], sequences: int) -> RoundCounts:
+def oracle_rounds(
+    group: tuple[str, int, int], drafters: tuple[str, ...], sequences: int
+) -> list[RoundCounts]:
     """Of the exact verifier of the Markov chain."""
-    target, length, drafter, window = job
-    chosen = drafter_of(drafter, MARKOV, length)
+    target, length, window = group
+    judge = exact(MARKOV)
+    own = self_drafters(judge)
+    deviations = sigmas_for(MARKOV, length, tuple(NOISY.values()))
+    sigma = dict(zip(NOISY, deviations, strict=True)) | {"exact": 0.0}
 
-    def drafted(ids_B: jax.Array) -> tuple:
+    def drafted(ids_B: jax.Array, which: jax.Array, sigma: jax.Array) -> tuple:
+        model = ModelDrafter(noisy(MARKOV, sigma))
         chain = target_chain(target, ids_B, length, MARKOV.n)
-        return speculate(chain, exact(MARKOV), chosen, window=window)
+        return speculate(chain, judge, OneOf(which, [*own.values(), model]), window=window)
 
-    ids, info = jax.jit(drafted)(jnp.arange(sequences))
-    return _counts(SpeculativeJob(*job), _oracle_alone(target, length, sequences), ids, info)
+    def alone(ids_B: jax.Array) -> jax.Array:
+        return follow(target_chain(target, ids_B, length, MARKOV.n), judge)[0]
+
+    ids_B, run = jnp.arange(sequences), jax.jit(drafted)
+    plain = np.asarray(jax.jit(alone)(ids_B))
+    found = []
+    for name in drafters:
+        which = list(own).index(name) if name in own else len(own)
+        drawn = run(ids_B, which, sigma.get(name, 0.0))
+        found.append(_counts(SpeculativeGroup(*group), name, plain, *drawn))
+    return found
 
 
-def _counts(job: SpeculativeJob, alone: np.ndarray, drawn: jax.Array, info: dict) -> RoundCounts:
+def _counts(
+    group: SpeculativeGroup, drafter: str, alone: np.ndarray, drawn: jax.Array, info: dict
+) -> RoundCounts:
     ids, found = np.asarray(drawn), jax.tree.map(np.asarray, info)
     return RoundCounts(
-        *job,
+        group.target,
+        group.length,
+        drafter,
+        group.window,
         rounds_B=found["rounds"],
         accepted_S=found["accepted"],
         judged_S=found["judged"],
@@ -127,42 +135,54 @@ def _counts(job: SpeculativeJob, alone: np.ndarray, drawn: jax.Array, info: dict
 
 
 def trained_rounds(
-    verifier: Arm, draft: Arm, job: tuple[str, str, int], sequences: int
-) -> RoundCounts:
-    """Of a trained verifier; job: (target, drafter, window), where a drafter that is none of the
-    verifier's own is the trained `draft`."""
-    target, name, window = job
-    check_pair(verifier.experiment, draft.experiment)
+    verifier: Arm, drafts: list[Arm], target: str, window: int, drafters: list[str], sequences: int
+) -> list[RoundCounts]:
+    """Of a trained verifier: what it drafts for itself (names in `drafters`, of settings.SELF and
+    BIGRAM), then every trained draft."""
+    for arm in drafts:
+        check_pair(verifier.experiment, arm.experiment)
     length, n_ids = verifier.data.seq_len, verifier.objective.n_ids
     device = jax.local_devices()[0]
-    both = [jax.device_put(a.trained_on_host.variables, device) for a in (verifier, draft)]
+    every = [jax.device_put(a.trained_on_host.variables, device) for a in (verifier, *drafts)]
+    counted = CountedChain(n=n_ids, text=_tokens(verifier))
 
-    def denoisers(of_verifier: dict, of_draft: dict) -> tuple[Denoise, Drafter]:
-        judge = denoiser_of(verifier.experiment, of_verifier)
-        own = self_drafter(name, judge)
-        return judge, own or ModelDrafter(denoiser_of(draft.experiment, of_draft))
+    def drafters_of(judge: Denoise, variables: list[dict]) -> list[Drafter]:
+        own = self_drafters(judge) | {BIGRAM: ModelDrafter(exact(counted))}
+        trained = zip(drafts, variables, strict=True)
+        models = [ModelDrafter(denoiser_of(arm.experiment, given)) for arm, given in trained]
+        return [*(own[name] for name in drafters), *models]
 
-    def alone(ids_B: jax.Array, *variables: dict) -> jax.Array:
+    def alone(ids_B: jax.Array, variables: list[dict]) -> jax.Array:
         chain = target_chain(target, ids_B, length, n_ids)
-        return follow(chain, denoisers(*variables)[0])[0]
+        return follow(chain, denoiser_of(verifier.experiment, variables[0]))[0]
 
-    def drafted(ids_B: jax.Array, *variables: dict) -> tuple:
-        judge, drafter = denoisers(*variables)
+    def drafted(ids_B: jax.Array, variables: list[dict], which: jax.Array) -> tuple:
+        judge = denoiser_of(verifier.experiment, variables[0])
+        drafter = OneOf(which, drafters_of(judge, variables[1:]))
         chain = target_chain(target, ids_B, length, n_ids)
         return speculate(chain, judge, drafter, window=window)
 
-    ids_B = jnp.arange(sequences)
-    plain, found = jax.jit(alone)(ids_B, *both), jax.jit(drafted)(ids_B, *both)
-    return _counts(SpeculativeJob(target, length, name, window), np.asarray(plain), *found)
+    ids_B, run = jnp.arange(sequences), jax.jit(drafted)
+    plain = np.asarray(jax.jit(alone)(ids_B, every))
+    names, group = [*drafters, *(arm.name for arm in drafts)], (target, length, window)
+    return [
+        _counts(SpeculativeGroup(*group), name, plain, *run(ids_B, every, i))
+        for i, name in enumerate(names)
+    ]
+
+
+def _tokens(arm: Arm) -> np.ndarray:
+    """Training sequences that pairs are counted in: at most 2^20 tokens."""
+    train = arm.data.train
+    return np.asarray(train.take(range(min(len(train), 2**20 // arm.data.seq_len)))["tokens"])
 
 
 def strip(length: int, window: int) -> np.ndarray:
     """Accepted drafted steps of every round of one self-correcting sample: int [rounds]."""
-    drafter = drafter_of("jacobi", MARKOV, length)
 
     def drafted(ids_B: jax.Array) -> dict:
         chain = target_chain("first-hitting", ids_B, length, MARKOV.n, trace=True)
-        return speculate(chain, exact(MARKOV), drafter, window=window)[1]
+        return speculate(chain, exact(MARKOV), JacobiDrafter(), window=window)[1]
 
     info = jax.jit(drafted)(jnp.arange(1))
     return np.asarray(info["taken"])[: int(info["nfe"]), 0]
@@ -171,7 +191,8 @@ def strip(length: int, window: int) -> np.ndarray:
 def lossy(sequences: int, length: int) -> list[FrontierPoint]:
     """The exact verifier one token a step, with thresholds, with several tokens a step, and by
     edit distance."""
-    judge, draft = exact(MARKOV), drafter_of("noisy 0.15", MARKOV, length)
+    judge = exact(MARKOV)
+    draft = ModelDrafter(noisy(MARKOV, *sigmas_for(MARKOV, length, (NOISY["noisy 0.15"],))))
 
     def leaps(chain: Chain, tolerance: int) -> tuple:
         return jump(chain, judge, draft, steps=4, tolerance=tolerance, lossy=True)
@@ -217,7 +238,7 @@ def laws(draws: int) -> list[LawDistance]:
     law /= law.sum()
     rng = np.random.default_rng(0)
     noise = np.mean([_variation(rng.multinomial(draws, law) / draws, law) for _ in range(16)])
-    judge, blunt = exact(SMALL), noisy(SMALL, sigma_for(SMALL, L, 0.30))
+    judge, blunt = exact(SMALL), noisy(SMALL, *sigmas_for(SMALL, L, (0.30,)))
     draft = ModelDrafter(blunt)
 
     def leaps(chain: Chain, tolerance: int) -> tuple:

@@ -2,23 +2,26 @@
 
 Shapes: B samples, L positions, V ids; S states of a chain."""
 
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fdp.data.synthetic import MarkovChain
-from fdp.sampling.chain import Chain, Denoise, follow
+from fdp.sampling.chain import Chain, ChainState, Denoise, follow
 from fdp.sampling.noise import Draw
 from fdp.sampling.speculative import (
+    Draft,
     Drafter,
     JacobiDrafter,
-    ModelDrafter,
     RefreshedDrafter,
     StaleDrafter,
+    Verdict,
 )
-from fdp.topics.speculative_dlm.settings import NOISY, TARGETS
+from fdp.topics.speculative_dlm.settings import TARGETS
 
 SEED, ERRORS = 11, 12  # keys of the chain's noise and of a noisy oracle's errors
 CALIBRATED = 256  # states
@@ -29,9 +32,9 @@ def target_chain(
 ) -> Chain:
     """The chain of one of TARGETS. `ids_B`: of samples; an argument of the program, or XLA computes
     their noise while it compiles."""
-    order, temperature = TARGETS[target]
+    order, temperature, threshold = TARGETS[target]
     draw = Draw(jax.random.key(SEED), ids_B, length, n_ids, temperature, trace=trace)
-    return Chain(draw, order)
+    return Chain(draw, order, threshold=threshold)
 
 
 def exact(markov: MarkovChain) -> Denoise:
@@ -54,10 +57,12 @@ def noisy(markov: MarkovChain, sigma: jax.Array | float) -> Denoise:
     return denoise
 
 
-@lru_cache(maxsize=16)
-def sigma_for(markov: MarkovChain, length: int, variation: float) -> float:
-    """The deviation at which a noisy oracle's total variation from the exact law is `variation`, on
-    average over masked rows of states that first-hitting visits."""
+@lru_cache(maxsize=8)
+def sigmas_for(
+    markov: MarkovChain, length: int, variations: tuple[float, ...]
+) -> tuple[float, ...]:
+    """The deviation at which a noisy oracle's total variation from the exact law is each of
+    `variations`, on average over masked rows of states that first-hitting visits."""
 
     @jax.jit
     def visited(ids_B: jax.Array) -> jax.Array:
@@ -76,28 +81,64 @@ def sigma_for(markov: MarkovChain, length: int, variation: float) -> float:
         masked_SxL = z_SxL == markov.n
         return (jnp.abs(p - q).sum(-1) / 2 * masked_SxL).sum() / masked_SxL.sum()
 
-    low, high = 0.0, 16.0
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if measured(z_SxL, middle) < variation else (low, middle)
-    return float(high)
+    def solved(variation: float) -> float:
+        low, high = 0.0, 16.0
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (middle, high) if measured(z_SxL, middle) < variation else (low, middle)
+        return high
+
+    return tuple(map(solved, variations))
 
 
-def drafter_of(name: str, markov: MarkovChain, length: int) -> Drafter:
-    """One of DRAFTERS for the exact verifier."""
-    if name in NOISY:
-        return ModelDrafter(noisy(markov, sigma_for(markov, length, NOISY[name])))
-    return self_drafter(name, exact(markov)) or ModelDrafter(exact(markov))
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """The drafter of number `which`, traced: one program counts all of them."""
+
+    which: jax.Array
+    drafters: Sequence[Drafter]
+
+    def draft(self, chain: Chain, state: ChainState, verdict: Verdict | None, many: int) -> Draft:
+        """As of `Drafter`; without the law that tokens are drawn from."""
+
+        def drawn(drafter: Drafter) -> tuple[ChainState, jax.Array, jax.Array]:
+            found = drafter.draft(chain, state, verdict, many)
+            none_WxB = jnp.zeros((many, len(state.ids_B)), bool)
+            return (
+                found.states,
+                jnp.int32(found.passes),
+                none_WxB if found.bad is None else found.bad,
+            )
+
+        branches = [partial(drawn, drafter) for drafter in self.drafters]
+        states, passes, bad = jax.lax.switch(self.which, branches)
+        return Draft(states, None, passes, bad)
 
 
-def self_drafter(name: str, denoise: Denoise) -> Drafter | None:
-    """What the verifier `denoise` drafts for itself, or None for the name of a draft model."""
-    found: dict[str, Drafter] = {
+def self_drafters(denoise: Denoise) -> dict[str, Drafter]:
+    """What the verifier `denoise` drafts for itself, by the names in settings.SELF."""
+    return {
         "stale": StaleDrafter(),
         "jacobi": JacobiDrafter(),
         "refreshed": RefreshedDrafter(denoise),
     }
-    return found.get(name)
+
+
+@dataclass(frozen=True, eq=False)
+class CountedChain(MarkovChain):
+    """The Markov chain of the pairs of tokens in `text`, every pair counted `prior` times more than
+    seen: its denoiser drafts from the nearest revealed tokens on both sides."""
+
+    text: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    prior: float = 0.1
+
+    @cached_property
+    def transitions(self) -> np.ndarray:
+        """Shares of pairs: f64 [n, n]."""
+        pairs = np.full((self.n, self.n), self.prior)
+        np.add.at(pairs, (self.text[..., :-1].ravel(), self.text[..., 1:].ravel()), 1)
+        found: np.ndarray = pairs / pairs.sum(1, keepdims=True)
+        return found
 
 
 def empirical(ids_BxL: np.ndarray, n: int) -> np.ndarray:

@@ -14,11 +14,14 @@ DRAFTS = {"tenth": 1 / 10, "thirtieth": 1 / 30}
 NOISY = {"noisy 0.07": 0.07, "noisy 0.15": 0.15, "noisy 0.30": 0.30}
 SELF = ("stale", "jacobi", "refreshed")  # what the verifier drafts for itself
 DRAFTERS = (*SELF, *NOISY, "exact")
-# Target → (order, temperature).
-TARGETS = {
-    "first-hitting": ("random", 1.0),
-    "entropy order": ("entropy", 1.0),
-    "temperature 0": ("top_prob", 0.0),
+BIGRAM = "bigram"  # counts of pairs of tokens in the training data
+# Target → (order, temperature, threshold). Stale drafts at temperature 0 are FreeDave's algorithm,
+# alone and on top of threshold decoding.
+TARGETS: dict[str, tuple[str, float, float | None]] = {
+    "first-hitting": ("random", 1.0, None),
+    "entropy order": ("entropy", 1.0, None),
+    "temperature 0": ("top_prob", 0.0, None),
+    "threshold 0.9": ("top_prob", 0.0, 0.9),
 }
 
 SECTIONS = {
@@ -42,6 +45,12 @@ def sizes(c: ml_collections.ConfigDict) -> Iterator[LowerBound]:
 def windows(c: ml_collections.ConfigDict, length: int) -> tuple[int, ...]:
     """Windows for a chain of `length` steps: none is longer, and the longest holds all of it."""
     return tuple(sorted({*(min(w, length) for w in c.speculation.windows), length}))
+
+
+def sequences_at(c: ml_collections.ConfigDict, length: int) -> int:
+    """Fewer of long ones: the states of a chain in one window, of all sequences, grow with the
+    square of the length."""
+    return max(1, c.speculation.sequences * min(64, length) // length)
 
 
 def cut(c: ml_collections.ConfigDict) -> str:

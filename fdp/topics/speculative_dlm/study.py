@@ -1,18 +1,20 @@
 """Topic 4: how much of the chain of a masked diffusion LM can run in parallel without changing an
 id, and what a draft model adds to what the verifier drafts for itself."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import ml_collections
 
 from fdp.run import Run
-from fdp.study.measure import Measurement, Part, derive, each, measure
+from fdp.study.measure import Measurement, Part, derive, measure
 from fdp.study.report import Report
 from fdp.topics.speculative_dlm import figures, rows
 from fdp.topics.speculative_dlm.arms import VERIFIER, arms
 from fdp.topics.speculative_dlm.counted import (
-    SpeculativeJob,
+    RoundCounts,
+    SpeculativeGroup,
     laws,
     lossy,
     oracle_rounds,
@@ -20,7 +22,7 @@ from fdp.topics.speculative_dlm.counted import (
     trained_rounds,
 )
 from fdp.topics.speculative_dlm.latency import latency_parts
-from fdp.topics.speculative_dlm.settings import NOISY, SELF, cut, windows
+from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY, SELF, cut, sequences_at, windows
 
 __all__ = ["QUESTION", "arms", "study"]
 
@@ -41,48 +43,66 @@ def study(run: Run) -> Report:
     return run.report(*_oracle(c, said), *_trained(run), *_laws(c), *priced)
 
 
-def jobs(c: ml_collections.ConfigDict) -> list[SpeculativeJob]:
-    """Runs of the exact verifier. The first target: all drafters, at the first length with all
-    windows, at others with the wide one and all of the chain. Other targets: the first length, all
-    of the chain in the window."""
+def groups(c: ml_collections.ConfigDict) -> list[tuple[SpeculativeGroup, tuple[str, ...]]]:
+    """Runs of the exact verifier and who drafts. The first target: all drafters, at the first
+    length with all windows, at others with the wide one and all of the chain. Other targets: the
+    first length, all of the chain in the window."""
     s = c.speculation
     first, *others = s.targets
     found = []
     for i, length in enumerate(s.lengths):
-        fitting = windows(c, length)
-        few = [w for w in fitting if w in (WIDE, length)]
-        for window in fitting if i == 0 else few:
-            found += [SpeculativeJob(first, length, name, window) for name in s.drafters]
+        for window in windows(c, length):
+            if i == 0 or window in (WIDE, length):
+                found.append((SpeculativeGroup(first, length, window), tuple(s.drafters)))
     length = s.lengths[0]
-    some = [n for n in s.drafters if n in SELF or n == next(iter(NOISY))]
-    return found + [SpeculativeJob(t, length, name, length) for t in others for name in some]
+    some = tuple(n for n in s.drafters if n in SELF or n == next(iter(NOISY)))
+    return found + [(SpeculativeGroup(t, length, length), some) for t in others]
 
 
 def _oracle(c: ml_collections.ConfigDict, said: str) -> Iterator[Measurement]:
-    group, some = "Exact verifier", c.speculation.sequences
-    given = oracle_rounds, each([tuple(j) for j in jobs(c)]), some
-    judged = partial(rows.oracle, said)
-    yield measure("oracle", *given, rows=judged, plot=figures.rounds, raw=rows.table, group=group)
+    found = []
+    for group, drafters in groups(c):
+        name = f"oracle {group.target} L{group.length} W{group.window}"
+        many = sequences_at(c, group.length)
+        found.append(measure(name, oracle_rounds, tuple(group), drafters, many))
+    judged = {
+        "rows": partial(_all, partial(rows.oracle, said)),
+        "plot": partial(_all, figures.rounds),
+    }
+    raw = partial(_all, rows.table)
+    yield derive("rounds", *found, **judged, raw=raw, group="Exact verifier")
     length = c.speculation.lengths[0]
     window = min(WIDE, length)
     drawn = partial(figures.film_strip, window, length)
     yield measure("film strip", strip, length, window, plot=drawn)
 
 
+def _all(f: Callable[[list[RoundCounts]], Any], *groups: list[RoundCounts]) -> Any:
+    """`f` of the counts of all groups."""
+    return f([c for found in groups for c in found])
+
+
 def _trained(run: Run) -> Iterator[Measurement]:
     """Every seed of the verifier with the drafts of the same seed."""
     s, verifiers = run.config.speculation, run.arms[VERIFIER]
     window = min(WIDE, verifiers[0].data.seq_len)
+    own = [*(n for n in s.drafters if n in SELF), BIGRAM]
     for i, verifier in enumerate(verifiers):
-        found = []
-        for name in (*(n for n in s.drafters if n in SELF), *s.drafts):
-            draft = run.arms[name][i] if name in s.drafts else verifier
-            for target in s.targets:
-                given = trained_rounds, verifier, draft, (target, name, window), s.sequences
-                found.append(measure(f"trained {name} {target} {verifier.label}", *given))
-        group = f"Trained verifier, seed {verifier.seed}"
+        drafts = [run.arms[name][i] for name in s.drafts]
+        found = [
+            measure(
+                f"trained {target} {verifier.label}",
+                trained_rounds,
+                *(verifier, drafts, target, window, own, s.sequences),
+            )
+            for target in s.targets
+        ]
         yield derive(
-            f"trained {verifier.label}", found, rows=rows.trained, raw=rows.table, group=group
+            f"trained {verifier.label}",
+            *found,
+            rows=partial(_all, rows.trained),
+            raw=partial(_all, rows.table),
+            group=f"Trained verifier, seed {verifier.seed}",
         )
 
 

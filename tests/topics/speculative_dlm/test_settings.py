@@ -11,7 +11,7 @@ from fdp.keys import UserError
 from fdp.topics.speculative_dlm import rows, settings
 from fdp.topics.speculative_dlm.arms import VERIFIER, arms, check_pair
 from fdp.topics.speculative_dlm.counted import LawDistance, RoundCounts
-from fdp.topics.speculative_dlm.study import jobs
+from fdp.topics.speculative_dlm.study import groups
 
 pytestmark = pytest.mark.fast
 
@@ -76,11 +76,12 @@ def test_drafts_of_other_tokens_are_refused_and_both_are_named(found):
 
 
 def test_every_target_and_drafter_is_counted_once():
-    found = jobs(changed(lengths=(32, 64)))
-    assert len(set(found)) == len(found)
-    assert {j.drafter for j in found} == set(settings.DRAFTERS)
-    assert {j.target for j in found} == set(settings.TARGETS)
-    assert {j.window for j in found if j.length == 64} == {16, 64}
+    found = groups(changed(lengths=(32, 64)))
+    runs = [(*group, name) for group, drafters in found for name in drafters]
+    assert len(set(runs)) == len(runs)
+    assert {name for *_, name in runs} == set(settings.DRAFTERS)
+    assert {group.target for group, _ in found} == set(settings.TARGETS)
+    assert {group.window for group, _ in found if group.length == 64} == {16, 64}
 
 
 def counts(drafter, rounds, differ=0, window=16, length=32):
