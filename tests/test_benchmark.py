@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import pipeline, plain_transformer, step, ttt
+from benchmarks import pipeline, plain_transformer, speculative, step, ttt
 from fdp.mesh import make_mesh
 from fdp.step import TrainStep
 
@@ -119,6 +119,23 @@ def test_a_benchmark_of_nothing_is_refused(args: str, said: str, capsys) -> None
     assert said in capsys.readouterr().err
 
 
+def test_prompts_of_any_length_share_one_program() -> None:
+    verifier = speculative.Verifier.of(step.benchmark_config(TINY | {"layers": 1}))
+    rows, good = speculative.programs(verifier)
+    assert good and rows[0][1:] == ("1", "= 1")
+    assert [row[0] for row in speculative.knee(verifier, 1, (1,))] == ["call on 1 states, ms"]
+
+
+@pytest.mark.slow
+def test_every_figure_of_speculation_is_printed(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(speculative, "SIZE", TINY)
+    monkeypatch.setattr(speculative, "LIMIT", 1e9)  # a tiny call is all overhead
+    assert speculative.main(["--repeats=2"]) == 0
+    said = capsys.readouterr().out
+    assert "8 states / 1" in said and "tokens a second on one cpu" in said
+    assert said.count("round / bare call") == 3 and "not measured: no GPU" in said
+
+
 @pytest.mark.parametrize("muon", [False, True], ids=["plain", "muon"])
 def test_the_plain_scan_is_the_same_computation(muon: bool) -> None:
     read, weights = ttt.lact_arrays(24, 2, 4, 8)
@@ -137,3 +154,5 @@ def test_a_row_is_judged_by_its_median() -> None:
     assert ttt.Judged("a", "b", ratios[:1], 5, True).cells() == ("a", "b", "1.000", "≥ 5", "fails")
     with pytest.raises(SystemExit):
         ttt.main(["--repeats=0"])
+    with pytest.raises(SystemExit):
+        speculative.main(["--repeats=1"])

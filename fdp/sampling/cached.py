@@ -124,7 +124,7 @@ class BlockDecoder:
         chain = Chain(draw, "random", self.per_step, start=start)
         state = chain.begin()
         state = state._replace(step_B=state.step_B + step)
-        rows_BxR = chain.apply(chain.propose(logits_BxRxV, state), state).z_BxL
+        rows_BxR = chain.step(logits_BxRxV, state).z_BxL
         return jax.lax.dynamic_update_slice_in_dim(z_BxL, rows_BxR, start, 1)
 
 

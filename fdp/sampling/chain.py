@@ -3,18 +3,20 @@ state, z' = F(z, u).
 
 The noise of a step depends on (key, sample, step, position) alone (`fdp.sampling.noise`), so two
 programs that reach the same state with the same step go on alike, however they got there. That is
-what `fdp.sampling.speculative` builds on. F has two halves: `propose` draws a token for every
-position from the denoiser's logits and scores it, `apply` reveals the chosen ones; the second half
-needs no logits. `follow` is the plain sampler: one step after the other.
+what `fdp.sampling.speculative` builds on. F, `Chain.step`, scores all positions, chooses some, and
+draws tokens for these alone: noise of the whole vocabulary at every position costs more than a
+small model. `follow` is the plain sampler: one step after the other.
 
 `denoise(z_BxL, noise_B) -> logits [B, L, V/tp]` in f32, where the mask id n_ids is a possible input
 and noise is the mask ratio. The same code runs unsharded and inside shard_map: samples lie over dp
 (and ep), the vocabulary over tp.
 
-Shapes: B samples, L positions, V vocabulary (tp: V/tp columns)."""
+Shapes: B samples, L positions, R those that a step reveals at most, V vocabulary (tp: V/tp
+columns)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -30,10 +32,12 @@ from fdp.parallel.tensor import (
     vocab_logsumexp,
     vocab_offset,
 )
-from fdp.sampling.noise import Draw, categorical, categorical_confidence, position_keys, uniform
+from fdp.sampling.noise import Draw, categorical, position_keys, uniform
 
 Array = jax.Array
 Denoise = Callable[[Array, Array], Array]
+# places [B, R] → the denoiser's logits there, [B, R, V/tp].
+Rows = Callable[[Array], Array]
 Info = dict[str, Array]
 # (step, z) → (z, calls of denoise, whether to go on).
 Update = Callable[[Array, Array], tuple[Array, Array | int, Array | bool]]
@@ -51,18 +55,16 @@ class ChainState(NamedTuple):
     due_BxL: Array | None = None
 
 
-class Proposal(NamedTuple):
-    """What one step would do: `token_BxL` int32 at every position that it may reveal, and its score
-    f32 [B, L]; higher ones are revealed earlier."""
-
-    token_BxL: Array
-    score_BxL: Array
-
-
 def entropy(logits_V: Array) -> Array:
     """Entropy of softmax(logits) in nats, vocabulary-parallel: [..., V/tp] → f32 [...]."""
     logp_V = logits_V - vocab_logsumexp(logits_V)[..., None]
     return -psum((jnp.exp(logp_V) * logp_V).sum(-1), "tp")
+
+
+def top_prob(logits_V: Array) -> Array:
+    """The largest probability of softmax(logits), vocabulary-parallel: [..., V/tp] → f32 [...]."""
+    top = pmax(logits_V.max(-1), "tp")
+    return 1 / psum(jnp.exp(logits_V - top[..., None]).sum(-1), "tp")
 
 
 def margin(logits_V: Array) -> Array:
@@ -81,9 +83,7 @@ ORDERS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "left_to_right": lambda logits, token, keys: (
         -jnp.broadcast_to(jnp.arange(token.shape[-1], dtype=jnp.float32), token.shape)
     ),
-    "top_prob": lambda logits, token, keys: jnp.exp(
-        vocab_argmax(logits)[0] - vocab_logsumexp(logits)
-    ),
+    "top_prob": lambda logits, token, keys: top_prob(logits),
     "entropy": lambda logits, token, keys: -entropy(logits),
     "margin": lambda logits, token, keys: margin(logits),
     "sampled_prob": lambda logits, token, keys: jnp.exp(
@@ -91,6 +91,7 @@ ORDERS: dict[str, Callable[[Array, Array, Array], Array]] = {
     ),
 }
 BY_NOISE = ("random", "left_to_right")  # orders that no logits can change
+BY_TOKEN = ("sampled_prob",)  # orders that look at the drawn token
 
 
 def choose(
@@ -106,6 +107,16 @@ def choose(
         rank_BxL < per_step if threshold is None else (scores_BxL >= threshold) | (rank_BxL == 0)
     )
     return candidates_BxL & wanted
+
+
+def picked(x_BxL: Array, places_BxR: Array) -> Array:
+    """The entries of every row at `places_BxR`: [B, L, …] → [B, R, …]. As many places as positions
+    are all of them, in order."""
+    if places_BxR.shape[1] == x_BxL.shape[1]:
+        return x_BxL
+    return jnp.take_along_axis(
+        x_BxL, places_BxR.reshape(*places_BxR.shape, *[1] * (x_BxL.ndim - 2)), 1
+    )
 
 
 def initial_state(sample_ids_B: Array, length: int, mask_id: int, start_BxL: Array | None) -> Array:
@@ -169,12 +180,6 @@ class Chain:
         """Whether the noise alone decides which positions a step reveals."""
         return self.order in BY_NOISE and self.threshold is None
 
-    @property
-    def _few(self) -> bool:
-        """Whether the positions of a step are `per_step` and known before their tokens."""
-        few = self.threshold is None and self.order != "sampled_prob"
-        return few and self.per_step < self.draw.length
-
     def begin(self) -> ChainState:
         """Before the first step."""
         d = self.draw
@@ -206,43 +211,68 @@ class Chain:
         positions_L = self.start + jnp.arange(state.z_BxL.shape[1])
         return position_keys(key, state.ids_B, state.step_B, positions_L)
 
-    def propose(self, logits_BxLxV: Array, state: ChainState) -> Proposal:
-        """What the step would do, given the denoiser's logits. Ids ≥ n_ids are never drawn. Where
-        the step is known to reveal few positions, tokens of others are 0."""
-        keys, temperature = self.keys(state), self.draw.temperature
-        logits = suppress(logits_BxLxV, self.draw.n_ids)
-        if self.order == "top_prob":  # fewer reductions than token and score on their own
-            return Proposal(*categorical_confidence(keys, logits, temperature))
-        token_keys = self.keys(state, self.stream) if self.stream else keys
-        if not self._few:
-            token_BxL = categorical(token_keys, logits, temperature)
-            return Proposal(token_BxL, ORDERS[self.order](logits, token_BxL, keys))
-        score_BxL = ORDERS[self.order](logits, state.z_BxL, keys)
-        chosen_BxL = self.chosen(Proposal(state.z_BxL, score_BxL), state)
-        # Noise of a whole vocabulary is what a step costs beside the denoiser: only where drawn.
-        at_BxK = jnp.argsort(~chosen_BxL, axis=1)[:, : self.per_step]
-        keys_BxK, logits_BxKxV = (
-            jnp.take_along_axis(x, at_BxK[..., None], axis=1) for x in (token_keys, logits)
-        )
-        drawn_BxK = categorical(keys_BxK, logits_BxKxV, temperature)
-        rows_Bx1 = jnp.arange(at_BxK.shape[0])[:, None]
-        token_BxL = jnp.zeros_like(state.z_BxL).at[rows_Bx1, at_BxK].set(drawn_BxK)
-        return Proposal(token_BxL, score_BxL)
+    def score(self, logits_BxLxV: Array, state: ChainState) -> Array:
+        """What the step chooses positions by, given the denoiser's logits: f32 [B, L]; higher ones
+        are revealed earlier."""
+        token_BxL, n_ids = state.z_BxL, self.draw.n_ids  # most orders look at no token
+        if self.order in BY_TOKEN:
+            places_BxL = jnp.broadcast_to(jnp.arange(token_BxL.shape[1]), token_BxL.shape)
+            token_BxL = self.tokens(lambda _: logits_BxLxV, places_BxL, state)
+        logits = suppress(logits_BxLxV.astype(jnp.float32), n_ids)
+        return ORDERS[self.order](logits, token_BxL, self.keys(state))
 
-    def chosen(self, proposal: Proposal, state: ChainState) -> Array:
+    def chosen(self, score_BxL: Array, state: ChainState) -> Array:
         """The positions that the step reveals: bool [B, L]."""
         masked_BxL = self.masked(state)
         candidates_BxL = masked_BxL
         if self.block is not None:
             at_L = jnp.arange(masked_BxL.shape[1]) // self.block
             candidates_BxL &= at_L == masked_BxL.argmax(1)[:, None] // self.block
-        return choose(proposal.score_BxL, candidates_BxL, self.per_step, self.threshold)
+        return choose(score_BxL, candidates_BxL, self.per_step, self.threshold)
 
-    def apply(self, proposal: Proposal, state: ChainState) -> ChainState:
-        """The state after the step."""
-        z_BxL = jnp.where(self.chosen(proposal, state), proposal.token_BxL, state.z_BxL)
+    @property
+    def most(self) -> int:
+        """R, the most positions that a step reveals."""
+        L = self.draw.length
+        return min(self.per_step, L) if self.threshold is None else L
+
+    def places(self, chosen_BxL: Array) -> Array:
+        """Of the chosen positions, and of others where a step reveals fewer than R: int32 [B, R],
+        without repeats."""
+        L = chosen_BxL.shape[1]
+        if self.most == L:
+            return jnp.broadcast_to(jnp.arange(L), chosen_BxL.shape)
+        return jnp.argsort(~chosen_BxL, axis=1, stable=True)[:, : self.most]
+
+    def tokens(self, rows: Rows, places_BxR: Array, state: ChainState) -> Array:
+        """A token for each place, int32 [B, R]. Ids ≥ n_ids are never drawn."""
+        keys = picked(self.keys(state, self.stream), places_BxR)
+        logits = suppress(rows(places_BxR), self.draw.n_ids)
+        return categorical(keys, logits, self.draw.temperature)
+
+    def reveal(
+        self, chosen_BxL: Array, places_BxR: Array, token_BxR: Array, state: ChainState
+    ) -> ChainState:
+        """The state after a step that reveals these tokens at the chosen ones of the places."""
+        token_BxL = token_BxR
+        if self.most < self.draw.length:
+            rows_B = jnp.arange(len(places_BxR))[:, None]
+            token_BxL = state.z_BxL.at[rows_B, places_BxR].set(token_BxR)
+        z_BxL = jnp.where(chosen_BxL, token_BxL, state.z_BxL)
         state = state._replace(z_BxL=z_BxL, step_B=state.step_B + 1)
         return state if self.eos is None else self._ended(state, self.eos)
+
+    def apply(self, score_BxL: Array, rows: Rows, state: ChainState) -> ChainState:
+        """The state after the step, by what positions are scored and what the denoiser says of
+        them."""
+        chosen_BxL = self.chosen(score_BxL, state)
+        places_BxR = self.places(chosen_BxL)
+        return self.reveal(chosen_BxL, places_BxR, self.tokens(rows, places_BxR, state), state)
+
+    def step(self, logits_BxLxV: Array, state: ChainState) -> ChainState:
+        """F: the state after the step, given the denoiser's logits."""
+        score_BxL = self.score(logits_BxLxV, state)
+        return self.apply(score_BxL, partial(picked, logits_BxLxV), state)
 
     def _ended(self, state: ChainState, eos: int) -> ChainState:
         known_BxL = jnp.cumprod(~self.masked(state), axis=1, dtype=jnp.int32) > 0
@@ -293,11 +323,6 @@ class Ancestral(Chain):
         """Those between two reveals."""
         return True
 
-    @property
-    def _few(self) -> bool:
-        """Any number may be due."""
-        return False
-
     def begin(self) -> ChainState:
         """Before the first step."""
         state = super().begin()
@@ -329,7 +354,12 @@ class Ancestral(Chain):
         open_BxL = jnp.where(self.masked(state), state.due_BxL, self.grid)
         return state._replace(step_B=open_BxL.min(1))
 
-    def chosen(self, proposal: Proposal, state: ChainState) -> Array:
+    @property
+    def most(self) -> int:
+        """All of them may be due at once."""
+        return self.draw.length
+
+    def chosen(self, score_BxL: Array, state: ChainState) -> Array:
         """The masked positions that are due."""
         return self._due(state)
 
@@ -375,8 +405,7 @@ def follow(chain: Chain, denoise: Denoise, lazy: bool = True) -> tuple[Array, In
         state = begin._replace(z_BxL=z_BxL, step_B=begin.step_B + step)
 
         def revealed() -> Array:
-            proposal = chain.propose(denoise(z_BxL, chain.level(state)), state)
-            return chain.apply(proposal, state).z_BxL
+            return chain.step(denoise(z_BxL, chain.level(state)), state).z_BxL
 
         if not chain.skips:
             z_BxL = revealed()

@@ -183,8 +183,7 @@ class OverlappedSpeculation:
 
         def body(variables: Any, rows: ChainState) -> Array:
             logits = denoise(variables, rows.z_BxL, chain.level(rows))
-            after = chain.apply(chain.propose(logits, rows), rows)
-            return after.z_BxL.astype(window.z_WxBxL.dtype)
+            return chain.step(logits, rows).z_BxL.astype(window.z_WxBxL.dtype)
 
         states = self._states(begin, window)
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
@@ -197,10 +196,10 @@ class OverlappedSpeculation:
         chain, denoise = self.chain, self.draft.denoise
 
         def body(variables: Any, tip: ChainState) -> Array:
-            def propose(now: ChainState) -> Any:
-                return chain.propose(denoise(variables, now.z_BxL, chain.level(now)), now)
+            def after(now: ChainState) -> ChainState:
+                return chain.step(denoise(variables, now.z_BxL, chain.level(now)), now)
 
-            return walk(chain, tip, self.window, propose).z_BxL.astype(window.z_WxBxL.dtype)
+            return walk(chain, tip, self.window, after).z_BxL.astype(window.z_WxBxL.dtype)
 
         tip = at(self._states(begin, window), window.count_B - 1)
         mesh = self.groups.mesh(self.draft.group)

@@ -2,7 +2,7 @@
 judges a whole window of states in one batch.
 
 A window holds W states z_0 … z_{W-1}: where a sample is, and what W - 1 drafted steps would make of
-it. The verifier proposes the step after each. A round takes all steps up to the first that was
+it. The verifier takes the step after each. A round takes all steps up to the first that was
 drafted otherwise, then the verifier's own: at least one, at most W. How a drafted step is judged:
 
 - `shared`: by the verifier's step with the same noise. The ids are those of `chain.follow`,
@@ -15,10 +15,12 @@ drafted otherwise, then the verifier's own: at least one, at most W. How a draft
 
 The same code runs unsharded and inside shard_map, as chains do.
 
-Shapes: W states of a window, B samples, L positions, V vocabulary (tp: V/tp columns)."""
+Shapes: W states of a window, B samples, L positions, R those that a step reveals at most, V
+vocabulary (tp: V/tp columns)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 from fdp.collectives import psum, vary_like
 from fdp.mesh import BATCH_AXES
 from fdp.parallel.tensor import NEVER, suppress, vocab_gather, vocab_logsumexp
-from fdp.sampling.chain import Ancestral, Chain, ChainState, Denoise, Info, Proposal, anywhere
+from fdp.sampling.chain import Ancestral, Chain, ChainState, Denoise, Info, anywhere, picked
 from fdp.sampling.noise import categorical, uniform
 
 Array = jax.Array
@@ -36,13 +38,19 @@ DRAFT, ACCEPT, RESIDUAL = 1, 2, 3  # streams of noise that is not the chain's ow
 
 
 class Verdict(NamedTuple):
-    """What the verifier said of a window. states, proposal: of every state, [W, B, …]. taken_B:
-    index of the last accepted state. logits_BxLxV: the verifier's at that state."""
+    """What the verifier said of a window. states: [W, B, …]; score_WxBxL and logits [W, B, L,
+    V/tp]: the verifier's at each. taken_B: index of the last accepted state."""
 
     states: ChainState
-    proposal: Proposal
+    score_WxBxL: Array
+    logits: Array
     taken_B: Array
-    logits_BxLxV: Array
+
+    @property
+    def logits_BxLxV(self) -> Array:
+        """The verifier's at the last accepted state."""
+        found: Array = at(self.logits, self.taken_B)
+        return found
 
 
 class Draft(NamedTuple):
@@ -75,12 +83,12 @@ def at(tree: Any, index_B: Array) -> Any:
 
 
 def walk(
-    chain: Chain, state: ChainState, many: int, propose: Callable[[ChainState], Proposal]
+    chain: Chain, state: ChainState, many: int, after: Callable[[ChainState], ChainState]
 ) -> ChainState:
-    """`many` steps of cheap proposals, [many, B, …]."""
+    """`many` steps of `after`, which takes a state to the next: [many, B, …]."""
 
     def step(state: ChainState, _: None) -> tuple[ChainState, ChainState]:
-        state = chain.settle(chain.apply(propose(state), state))
+        state = chain.settle(after(state))
         return state, state
 
     return jax.lax.scan(step, state, None, length=many)[1]
@@ -97,7 +105,7 @@ class StaleDrafter:
         if verdict is None:
             return Draft(_repeated(state, many))
         logits = verdict.logits_BxLxV
-        return Draft(walk(chain, state, many, lambda s: chain.propose(logits, s)))
+        return Draft(walk(chain, state, many, lambda s: chain.step(logits, s)))
 
 
 @dataclass(frozen=True)
@@ -110,18 +118,23 @@ class JacobiDrafter:
         """As of `Drafter`."""
         if verdict is None:
             return Draft(_repeated(state, many))
-        W = many + 1
-        steps_WxB = verdict.states.step_B
+        stale, steps_WxB = verdict.logits_BxLxV, verdict.states.step_B
 
-        def propose(now: ChainState) -> Proposal:
-            fresh = chain.propose(verdict.logits_BxLxV, now)
+        def after(now: ChainState) -> ChainState:
             # The state of the old window whose step this is, if it got that far.
             same_WxB = steps_WxB == now.step_B
-            found_B = same_WxB.any(0)[:, None]
-            old = at(verdict.proposal, jnp.minimum(same_WxB.argmax(0), W - 1))
-            return Proposal(*(jnp.where(found_B, a, b) for a, b in zip(old, fresh, strict=True)))
+            found_B, old_B = same_WxB.any(0), same_WxB.argmax(0)
+            score_BxL = jnp.where(
+                found_B[:, None], at(verdict.score_WxBxL, old_B), chain.score(stale, now)
+            )
+            from_B = jnp.where(found_B, old_B, verdict.taken_B)
 
-        return Draft(walk(chain, state, many, propose))
+            def rows(places_BxR: Array) -> Array:
+                return at(jax.vmap(picked, (0, None))(verdict.logits, places_BxR), from_B)
+
+            return chain.apply(score_BxL, rows, now)
+
+        return Draft(walk(chain, state, many, after))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +146,7 @@ class RefreshedDrafter:
     def draft(self, chain: Chain, state: ChainState, verdict: Verdict | None, many: int) -> Draft:
         """As of `Drafter`."""
         logits = self.denoise(state.z_BxL, chain.level(state))
-        states = walk(chain, state, many, lambda s: chain.propose(logits, s))
+        states = walk(chain, state, many, lambda s: chain.step(logits, s))
         return Draft(states, jnp.broadcast_to(logits, (many, *logits.shape)), passes=1)
 
 
@@ -157,7 +170,7 @@ class ModelDrafter:
         def step(state: ChainState, _: None) -> tuple[ChainState, tuple]:
             logits = self.denoise(state.z_BxL, chain.level(state), *given)
             bad_B = psum(jnp.isnan(logits).sum((1, 2)), "tp") > 0
-            after = chain.settle(chain.apply(chain.propose(logits, state), state))
+            after = chain.settle(chain.step(logits, state))
             return after, (after, logits, bad_B)
 
         _, (states, logits, bad) = jax.lax.scan(step, state, None, length=many)
@@ -210,17 +223,18 @@ def speculate(
         states = jax.tree.map(
             lambda a, b: jnp.concatenate([a[None], b]), carry.state, carry.draft[0]
         )
-        proposal, logits = verified(chain, denoise, states)
+        score, logits = verified(chain, denoise, states)
         if rule == "coupling":
-            proposal = _coupled(chain, states, proposal, logits, carry.draft)
-        after = _every(chain.apply, proposal, states)
+            after = _coupled(chain, states, score, logits, carry.draft)
+        else:
+            after = _every(_shared(chain), score, logits, states)
         same = (after.z_BxL[:-1] == states.z_BxL[1:]).all(-1)
         if carry.draft.bad is not None:
             same &= ~carry.draft.bad
         taken_B = jnp.cumprod(same, axis=0, dtype=jnp.int32).sum(0)
         counts = _counted(chain, carry, states, taken_B)
         state = chain.settle(at(after, taken_B))
-        verdict = Verdict(states, proposal, taken_B, at(logits, taken_B))
+        verdict = Verdict(states, score, logits, taken_B)
         draft = drafter.draft(drafting, state, verdict, window - 1)
         return _Carry(state, draft, counts, anywhere(chain.masked(state)))
 
@@ -250,48 +264,69 @@ def _every(f: Callable[..., Any], *trees: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(W, B, *x.shape[1:]), f(*flat))
 
 
-def verified(chain: Chain, denoise: Denoise, states: ChainState) -> tuple[Proposal, Array]:
-    """(what the verifier proposes at every state, its logits): one call for W · B states."""
+def verified(chain: Chain, denoise: Denoise, states: ChainState) -> tuple[Array, Array]:
+    """(how the verifier scores positions [W, B, L], its logits [W, B, L, V/tp]): one call for
+    W · B states."""
 
-    def judge(states: ChainState) -> tuple[Proposal, Array]:
+    def judge(states: ChainState) -> tuple[Array, Array]:
         logits = denoise(states.z_BxL, chain.level(states))
-        return chain.propose(logits, states), logits
+        return chain.score(logits, states), logits
 
-    found: tuple[Proposal, Array] = _every(judge, states)
+    found: tuple[Array, Array] = _every(judge, states)
     return found
 
 
+def _shared(chain: Chain) -> Callable[[Array, Array, ChainState], ChainState]:
+    """(scores, logits, states) → the verifier's states after the chain's own step."""
+    return lambda score, logits, states: chain.apply(score, partial(picked, logits), states)
+
+
 def _coupled(
-    chain: Chain, states: ChainState, own: Proposal, logits: Array, draft: Draft
-) -> Proposal:
-    """The verifier's tokens where a draft's are not accepted: from the residual, and its own at the
-    last state."""
+    chain: Chain, states: ChainState, score: Array, logits: Array, draft: Draft
+) -> ChainState:
+    """The states after steps with the draft's tokens where they are accepted, those of the residual
+    where not, and the verifier's own at the last state."""
     if draft.logits is None:
         raise ValueError(
             "rule coupling needs the law that drafts are drawn from, which stale and Jacobi drafts "
             "do not state: draft by a model, or by refreshed marginals"
         )
+    n_ids, temperature = chain.draw.n_ids, chain.draw.temperature
 
-    def judge(states: ChainState, drafted_BxL: Array, p_logits: Array, q_logits: Array) -> Array:
-        n_ids, temperature = chain.draw.n_ids, chain.draw.temperature
+    def judge(
+        states: ChainState, score: Array, drafted_BxL: Array, p_logits: Array, q_logits: Array
+    ) -> ChainState:
+        chosen_BxL = chain.chosen(score, states)
+        places_BxR = chain.places(chosen_BxL)
+        p, q, drafted, accept_keys, rest_keys = (
+            picked(x, places_BxR)
+            for x in (
+                p_logits,
+                q_logits,
+                drafted_BxL,
+                chain.keys(states, ACCEPT),
+                chain.keys(states, RESIDUAL),
+            )
+        )
         if temperature == 0:
-            return own_greedy(p_logits)
-        p, q = (_log_probs(suppress(x, n_ids), temperature) for x in (p_logits, q_logits))
-        ratio = vocab_gather(p, drafted_BxL) - vocab_gather(q, drafted_BxL)
-        accept_BxL = jnp.log(uniform(chain.keys(states, ACCEPT))) < ratio
+            token = categorical(rest_keys, p, 0.0)
+            return chain.reveal(chosen_BxL, places_BxR, token, states)
+        p, q = (_log_probs(suppress(x, n_ids), temperature) for x in (p, q))
+        ratio = vocab_gather(p, drafted) - vocab_gather(q, drafted)
+        accept = jnp.log(uniform(accept_keys)) < ratio
         rest = jnp.exp(p) - jnp.exp(q)
         # Equal laws never reject, but for rounding: then any draw of the verifier will do.
         none = psum(jnp.maximum(rest, 0).sum(-1), "tp")[..., None] <= 0
         rest = jnp.where(none, p, jnp.where(rest > 0, jnp.log(jnp.maximum(rest, 1e-38)), NEVER))
-        other_BxL = categorical(chain.keys(states, RESIDUAL), rest)
-        return jnp.where(accept_BxL, drafted_BxL, other_BxL)
+        token = jnp.where(accept, drafted, categorical(rest_keys, rest))
+        return chain.reveal(chosen_BxL, places_BxR, token, states)
 
-    def own_greedy(p_logits: Array) -> Array:
-        return categorical(jnp.zeros((*p_logits.shape[:2], 2), jnp.uint32), p_logits, 0.0)
-
-    before = jax.tree.map(lambda x: x[:-1], states)
-    token = _every(judge, before, draft.states.z_BxL, logits[:-1], draft.logits)
-    return own._replace(token_BxL=jnp.concatenate([token, own.token_BxL[-1:]]))
+    first, last = (
+        jax.tree.map(lambda x, i=i: x[i], (states, score, logits)) for i in (slice(-1), -1)
+    )
+    coupled = _every(judge, *first[:2], draft.states.z_BxL, first[2], draft.logits)
+    own = _shared(chain)(last[1], last[2], last[0])
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), coupled, own)
 
 
 def _log_probs(logits_V: Array, temperature: float) -> Array:
@@ -371,7 +406,7 @@ def jump(
     def body(carry: tuple) -> tuple:
         state, nfe, kept, _ = carry
         logits = denoise(state.z_BxL, chain.level(state))
-        own = leap.apply(leap.propose(logits, state), state)
+        own = leap.step(logits, state)
         drafted = drafter.draft(chain, state, None, steps).states
         theirs = jax.tree.map(lambda x: x[-1], drafted)
         near_B = edit_distance(own.z_BxL, theirs.z_BxL) <= tolerance
