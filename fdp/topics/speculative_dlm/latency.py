@@ -1,6 +1,6 @@
 """Simulated seconds of the study: rows with the error of the prices, and where a draft pays."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,10 +19,12 @@ from fdp.price.speculation_map import (
     verifier_alone,
 )
 from fdp.study.figures import figure
-from fdp.study.measure import Part, derive
+from fdp.study.measure import Measurement, derive
 from fdp.study.report import Row
+from fdp.topics.speculative_dlm.counted import RoundCounts
+from fdp.topics.speculative_dlm.settings import BIGRAM, SELF
 
-RATE = 0.77  # of a trained draft of 1/7 on Markov-27, a trial
+BATCH = 8
 GIVEN = "8B verifier, 8 × H100, batch 1; rounds of Jacobi drafts counted with exact Markov-27"
 
 
@@ -47,7 +49,7 @@ def blocks(rounds: Rounds = MARKOV_ROUNDS) -> Row:
     )
 
 
-def drafts(rate: float = RATE, rounds: Rounds = MARKOV_ROUNDS) -> Row:
+def drafts(rate: float, rounds: Rounds = MARKOV_ROUNDS) -> Row:
     """A draft on its own devices against the faster of both baselines, at the acceptance `rate`."""
     found = cells(rates=(rate,), batches=(1,), rounds=rounds)
     best = max(found, key=lambda point: point.gain)
@@ -97,6 +99,36 @@ def map_drawn(points: list[MapPoint] | None = None) -> Mapping[str, object]:
     return {"where a draft pays": fig}
 
 
-def latency_parts() -> list[Part]:
-    """Rows and the map; nothing is run."""
-    return [derive("latency", rows=lambda: [blocks(), drafts()], plot=map_drawn, group="Latency")]
+def latency_part(exact: Sequence[Measurement], trained: Sequence[Measurement]) -> Measurement:
+    """Rows and the map, from counts of the exact verifier and of trained ones of first-hitting."""
+    many = len(exact)
+
+    def given(*counts: list[RoundCounts]) -> tuple[float, Rounds]:
+        own = [c for found in counts[:many] for c in found]
+        return best_rate([c for found in counts[many:] for c in found]), jacobi_rounds(own)
+
+    def rows(*counts: list[RoundCounts]) -> list[Row]:
+        rate, rounds = given(*counts)
+        return [blocks(rounds), drafts(rate, rounds)]
+
+    def plot(*counts: list[RoundCounts]) -> Mapping[str, object]:
+        return map_drawn(cells(batches=(1,), rounds=given(*counts)[1]))
+
+    return derive("latency", *exact, *trained, rows=rows, plot=plot, group="Latency")
+
+
+def best_rate(counts: Sequence[RoundCounts]) -> float:
+    """Accepted over judged steps of the trained draft model for which that is largest."""
+    models = [c for c in counts if c.drafter not in (*SELF, BIGRAM)]
+    return max(float(c.accepted_S.sum() / max(c.judged_S.sum(), 1)) for c in models)
+
+
+def jacobi_rounds(counts: Sequence[RoundCounts]) -> Rounds:
+    """Those of this run's first-hitting, beside a trial's where it counted none."""
+    found = dict(MARKOV_ROUNDS)
+    for c in counts:
+        if (c.target, c.drafter) == ("first-hitting", "jacobi"):
+            eights = c.rounds_B[: len(c.rounds_B) // BATCH * BATCH].reshape(-1, BATCH)
+            slowest = eights.max(1).mean() if eights.size else c.rounds_B.max()
+            found[c.length, c.window] = c.rounds, float(slowest)
+    return found

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from fdp.study.report import Row
 from fdp.topics.speculative_dlm.counted import FrontierPoint, LawDistance, RoundCounts
-from fdp.topics.speculative_dlm.settings import NOISY, SELF
+from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY, SELF
 
 ROUNDS = {32: 5.0, 64: 5.0, 128: 6.0}  # length → most rounds
 AGAINST, AT_LENGTH, AT_WINDOW = 0.85, 32, 16
@@ -81,10 +81,12 @@ def trained(counts: list[RoundCounts]) -> Iterator[Row]:
     for key in dict.fromkeys((c.target, c.window) for c in counts):
         some = [c for c in counts if (c.target, c.window) == key]
         own = [c for c in some if c.drafter in SELF]
-        models = [c for c in some if c.drafter not in SELF]
+        models = [c for c in some if c.drafter not in (*SELF, BIGRAM)]
         if not own or not models:
             continue
         mine, best = (min(x, key=lambda c: c.rounds) for x in (own, models))
+        others = [c for c in some if c is not mine and c is not best]
+        said = ", ".join(f"{c.drafter} {c.rounds:.2f}" for c in others)
         yield Row.judged(
             f"a trained draft needs fewer rounds than self-drafting, {key[0]}",
             f"mean rounds, window {key[1]}",
@@ -94,7 +96,7 @@ def trained(counts: list[RoundCounts]) -> Iterator[Row]:
             "counted",
             f"best self-drafter: {mine.drafter}",
             mine.rounds,
-            note=f"best draft: {best.drafter}; entropy of tokens {best.entropy:.2f} nats",
+            note=f"best draft: {best.drafter}; {said}; entropy of tokens {best.entropy:.2f} nats",
         )
 
 

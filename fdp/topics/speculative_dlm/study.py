@@ -21,7 +21,7 @@ from fdp.topics.speculative_dlm.counted import (
     strip,
     trained_rounds,
 )
-from fdp.topics.speculative_dlm.latency import latency_parts
+from fdp.topics.speculative_dlm.latency import latency_part
 from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY, SELF, cut, sequences_at, windows
 
 __all__ = ["QUESTION", "arms", "study"]
@@ -39,8 +39,12 @@ def study(run: Run) -> Report:
     said = cut(c)
     if said:
         print(f"study     {said}", flush=True)
-    priced = latency_parts() if c.variant != "tiny" else []
-    return run.report(*_oracle(c, said), *_trained(run), *_laws(c), *priced)
+    exact, trained = _exact_counts(c), _trained_counts(run)
+    parts = [*_oracle(c, said, exact), *_trained(run, trained)]
+    if c.variant == "tiny":  # no time for the programs that these take
+        return run.report(*parts)
+    hits = [m for of_seed in trained for m in of_seed[:1]]
+    return run.report(*parts, *_laws(c), latency_part(exact, hits))
 
 
 def groups(c: ml_collections.ConfigDict) -> list[tuple[SpeculativeGroup, tuple[str, ...]]]:
@@ -59,18 +63,27 @@ def groups(c: ml_collections.ConfigDict) -> list[tuple[SpeculativeGroup, tuple[s
     return found + [(SpeculativeGroup(t, length, length), some) for t in others]
 
 
-def _oracle(c: ml_collections.ConfigDict, said: str) -> Iterator[Measurement]:
-    found = []
-    for group, drafters in groups(c):
-        name = f"oracle {group.target} L{group.length} W{group.window}"
-        many = sequences_at(c, group.length)
-        found.append(measure(name, oracle_rounds, tuple(group), drafters, many))
-    judged = {
-        "rows": partial(_all, partial(rows.oracle, said)),
-        "plot": partial(_all, figures.rounds),
-    }
-    raw = partial(_all, rows.table)
-    yield derive("rounds", *found, **judged, raw=raw, group="Exact verifier")
+def _exact_counts(c: ml_collections.ConfigDict) -> list[Measurement]:
+    """Of all groups."""
+    return [
+        measure(
+            f"oracle {group.target} L{group.length} W{group.window}",
+            oracle_rounds,
+            *(tuple(group), drafters, sequences_at(c, group.length)),
+        )
+        for group, drafters in groups(c)
+    ]
+
+
+def _oracle(c: ml_collections.ConfigDict, said: str, found: list[Measurement]) -> Iterator[Part]:
+    yield derive(
+        "rounds",
+        *found,
+        rows=partial(_all, partial(rows.oracle, said)),
+        plot=partial(_all, figures.rounds),
+        raw=partial(_all, rows.table),
+        group="Exact verifier",
+    )
     length = c.speculation.lengths[0]
     window = min(WIDE, length)
     drawn = partial(figures.film_strip, window, length)
@@ -82,21 +95,23 @@ def _all(f: Callable[[list[RoundCounts]], Any], *groups: list[RoundCounts]) -> A
     return f([c for found in groups for c in found])
 
 
-def _trained(run: Run) -> Iterator[Measurement]:
-    """Every seed of the verifier with the drafts of the same seed."""
+def _trained_counts(run: Run) -> list[list[Measurement]]:
+    """Of every seed of the verifier with the drafts of the same seed; of every target."""
     s, verifiers = run.config.speculation, run.arms[VERIFIER]
     window = min(WIDE, verifiers[0].data.seq_len)
     own = [*(n for n in s.drafters if n in SELF), BIGRAM]
+    found: list[list[Measurement]] = []
     for i, verifier in enumerate(verifiers):
         drafts = [run.arms[name][i] for name in s.drafts]
-        found = [
-            measure(
-                f"trained {target} {verifier.label}",
-                trained_rounds,
-                *(verifier, drafts, target, window, own, s.sequences),
-            )
-            for target in s.targets
-        ]
+        given = [(verifier, drafts, target, window, own, s.sequences) for target in s.targets]
+        found.append(
+            [measure(f"trained {g[2]} {verifier.label}", trained_rounds, *g) for g in given]
+        )
+    return found
+
+
+def _trained(run: Run, counts: list[list[Measurement]]) -> Iterator[Part]:
+    for verifier, found in zip(run.arms[VERIFIER], counts, strict=True):
         yield derive(
             f"trained {verifier.label}",
             *found,
@@ -107,10 +122,7 @@ def _trained(run: Run) -> Iterator[Measurement]:
 
 
 def _laws(c: ml_collections.ConfigDict) -> Iterator[Part]:
-    """The tiny variant has no time for the programs that these take."""
     s = c.speculation
-    if c.variant == "tiny":
-        return
     yield measure("laws", laws, s.law, rows=rows.laws, group="Laws")
     given = lossy, s.sequences, s.lengths[0]
     yield measure("lossy frontier", *given, plot=figures.frontier, raw=rows.frontier)

@@ -1,10 +1,12 @@
 """Rows of simulated seconds say what they rest on; the map is drawn."""
 
+import numpy as np
 import pytest
 
 from fdp.price.speculation import BLOCKS
-from fdp.price.speculation_map import cells
+from fdp.price.speculation_map import MARKOV_ROUNDS, cells
 from fdp.topics.speculative_dlm import latency
+from fdp.topics.speculative_dlm.counted import RoundCounts
 
 pytestmark = pytest.mark.fast
 
@@ -23,3 +25,18 @@ def test_a_draft_is_judged_against_the_faster_baseline(monkeypatch):
     assert row.verdict == "fails" and row.value == pytest.approx(100 * points[0].gain)
     assert "none/none/none" in row.note
     assert set(latency.map_drawn(points)) == {"where a draft pays"}
+
+
+def counts(drafter, rounds_B, accepted, window=8, length=32):
+    """Of eight samples and more; only what seconds are made of."""
+    of_S = np.zeros(length, int)
+    given = of_S + accepted, of_S + 10, 1, 1, 0, 0, 2.5
+    return RoundCounts("first-hitting", length, drafter, window, np.asarray(rounds_B), *given)
+
+
+def test_counts_of_the_run_replace_those_of_the_trial():
+    found = latency.jacobi_rounds([counts("jacobi", [5] * 8 + [7] * 7 + [9], 3)])
+    assert found[32, 8] == (98 / 16, 7.0)
+    assert found[64, 8] == MARKOV_ROUNDS[64, 8]
+    drafts = [counts("jacobi", [5], 10), counts("tenth", [5], 4), counts("thirtieth", [5], 3)]
+    assert latency.best_rate(drafts) == pytest.approx(0.4)
