@@ -2,13 +2,12 @@
 
 Shapes: B samples, L positions, S steps, W states of a window."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
@@ -24,16 +23,21 @@ from fdp.topics.speculative_dlm.drafters import (
     empirical,
     exact,
     noisy,
+    samples,
     self_drafters,
     sigmas_for,
     target_chain,
 )
 from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY
 
+Array = jax.Array
 MARKOV = MarkovChain()
 SMALL, SMALL_LENGTH = MarkovChain(n=3), 4  # all 81 sequences can be enumerated
 LEAP = 2  # steps at once there
+COUNTED = 2**20  # tokens whose pairs are counted
 TOLERANCES = (0, 1, 2, 3, 4)
+# Above 0.4 no two positions of this chain reach a threshold at once: it spreads from one end.
+THRESHOLDS = (0.3, 0.2, 0.15)
 
 
 class RoundCounts(NamedTuple):
@@ -96,20 +100,20 @@ def oracle_rounds(
     deviations = sigmas_for(MARKOV, length, tuple(NOISY.values()))
     sigma = dict(zip(NOISY, deviations, strict=True)) | {"exact": 0.0}
 
-    def drafted(ids_B: jax.Array, which: jax.Array, sigma: jax.Array) -> tuple:
+    def drafted(ids_B: Array, text_BxL: Array, which: Array, sigma: Array) -> tuple:
         model = ModelDrafter(noisy(MARKOV, sigma))
-        chain = target_chain(target, ids_B, length, MARKOV.n)
+        chain = target_chain(target, ids_B, length, MARKOV.n, text_BxL)
         return speculate(chain, judge, OneOf(which, [*own.values(), model]), window=window)
 
-    def alone(ids_B: jax.Array) -> jax.Array:
-        return follow(target_chain(target, ids_B, length, MARKOV.n), judge)[0]
+    def alone(ids_B: Array, text_BxL: Array) -> Array:
+        return follow(target_chain(target, ids_B, length, MARKOV.n, text_BxL), judge)[0]
 
-    ids_B, run = jnp.arange(sequences), jax.jit(drafted)
-    plain = np.asarray(jax.jit(alone)(ids_B))
+    asked, run = samples(MARKOV, sequences, length), jax.jit(drafted)
+    plain = np.asarray(jax.jit(alone)(*asked))
     found = []
     for name in drafters:
         which = list(own).index(name) if name in own else len(own)
-        drawn = run(ids_B, which, sigma.get(name, 0.0))
+        drawn = run(*asked, which, sigma.get(name, 0.0))
         found.append(_counts(SpeculativeGroup(*group), name, plain, *drawn))
     return found
 
@@ -144,7 +148,9 @@ def trained_rounds(
     length, n_ids = verifier.data.seq_len, verifier.objective.n_ids
     device = jax.local_devices()[0]
     every = [jax.device_put(a.trained_on_host.variables, device) for a in (verifier, *drafts)]
-    counted = CountedChain(n=n_ids, text=_tokens(verifier))
+    train = verifier.data.train
+    text = _tokens(train, range(min(len(train), COUNTED // length)))
+    counted = CountedChain(n=n_ids, text=text)
 
     def drafters_of(judge: Denoise, variables: list[dict]) -> list[Drafter]:
         own = self_drafters(judge) | {BIGRAM: ModelDrafter(exact(counted))}
@@ -152,39 +158,39 @@ def trained_rounds(
         models = [ModelDrafter(denoiser_of(arm.experiment, given)) for arm, given in trained]
         return [*(own[name] for name in drafters), *models]
 
-    def alone(ids_B: jax.Array, variables: list[dict]) -> jax.Array:
-        chain = target_chain(target, ids_B, length, n_ids)
+    def alone(ids_B: Array, text_BxL: Array, variables: list[dict]) -> Array:
+        chain = target_chain(target, ids_B, length, n_ids, text_BxL)
         return follow(chain, denoiser_of(verifier.experiment, variables[0]))[0]
 
-    def drafted(ids_B: jax.Array, variables: list[dict], which: jax.Array) -> tuple:
+    def drafted(ids_B: Array, text_BxL: Array, variables: list[dict], which: Array) -> tuple:
         judge = denoiser_of(verifier.experiment, variables[0])
         drafter = OneOf(which, drafters_of(judge, variables[1:]))
-        chain = target_chain(target, ids_B, length, n_ids)
+        chain = target_chain(target, ids_B, length, n_ids, text_BxL)
         return speculate(chain, judge, drafter, window=window)
 
-    ids_B, run = jnp.arange(sequences), jax.jit(drafted)
-    plain = np.asarray(jax.jit(alone)(ids_B, every))
+    many = np.arange(sequences)
+    asked = many, _tokens(verifier.data.val, many % len(verifier.data.val))
+    run = jax.jit(drafted)
+    plain = np.asarray(jax.jit(alone)(*asked, every))
     names, group = [*drafters, *(arm.name for arm in drafts)], (target, length, window)
     return [
-        _counts(SpeculativeGroup(*group), name, plain, *run(ids_B, every, i))
+        _counts(SpeculativeGroup(*group), name, plain, *run(*asked, every, i))
         for i, name in enumerate(names)
     ]
 
 
-def _tokens(arm: Arm) -> np.ndarray:
-    """Training sequences that pairs are counted in: at most 2^20 tokens."""
-    train = arm.data.train
-    return np.asarray(train.take(range(min(len(train), 2**20 // arm.data.seq_len)))["tokens"])
+def _tokens(split: Any, rows: Iterable[int]) -> np.ndarray:
+    return np.asarray(split.take(rows)["tokens"])
 
 
 def strip(length: int, window: int) -> np.ndarray:
     """Accepted drafted steps of every round of one self-correcting sample: int [rounds]."""
 
-    def drafted(ids_B: jax.Array) -> dict:
-        chain = target_chain("first-hitting", ids_B, length, MARKOV.n, trace=True)
+    def drafted(ids_B: Array, text_BxL: Array) -> dict:
+        chain = target_chain("first-hitting", ids_B, length, MARKOV.n, text_BxL, trace=True)
         return speculate(chain, exact(MARKOV), JacobiDrafter(), window=window)[1]
 
-    info = jax.jit(drafted)(jnp.arange(1))
+    info = jax.jit(drafted)(*samples(MARKOV, 1, length))
     return np.asarray(info["taken"])[: int(info["nfe"]), 0]
 
 
@@ -200,7 +206,7 @@ def lossy(sequences: int, length: int) -> list[FrontierPoint]:
     samplers: dict[str, Callable[[Chain], tuple]] = {
         "one token a step": lambda chain: follow(chain, judge)
     }
-    for level in (0.9, 0.7, 0.5):
+    for level in THRESHOLDS:
         samplers[f"threshold {level}"] = lambda chain, level=level: follow(  # type: ignore[misc]
             replace(chain, order="top_prob", threshold=level), judge
         )
@@ -212,20 +218,22 @@ def lossy(sequences: int, length: int) -> list[FrontierPoint]:
         samplers[f"4 steps, {tolerance} edits"] = partial(leaps, tolerance=tolerance)
     found = []
     for name, sampler in samplers.items():
-        drawn, info = _drawn(sampler, sequences, length, MARKOV.n)
+        drawn, info = _drawn(sampler, sequences, length, MARKOV)
         ids = np.asarray(drawn)
         nll, entropy = float(MARKOV.nll(ids).mean()) / length, float(unigram_entropy(ids))
         found.append(FrontierPoint(name, int(info["nfe"]), nll, entropy))
     return found
 
 
-def _drawn(sampler: Callable[[Chain], tuple], sequences: int, length: int, n: int) -> tuple:
+def _drawn(
+    sampler: Callable[[Chain], tuple], sequences: int, length: int, markov: MarkovChain
+) -> tuple:
     """What `sampler` makes of the first-hitting chain."""
 
-    def program(ids_B: jax.Array) -> tuple:
-        return sampler(target_chain("first-hitting", ids_B, length, n))
+    def program(ids_B: Array, text_BxL: Array) -> tuple:
+        return sampler(target_chain("first-hitting", ids_B, length, markov.n, text_BxL))
 
-    found: tuple = jax.jit(program)(jnp.arange(sequences))
+    found: tuple = jax.jit(program)(*samples(markov, sequences, length))
     return found
 
 
@@ -253,7 +261,7 @@ def laws(draws: int) -> list[LawDistance]:
         samplers[f"{tolerance} edits"] = partial(leaps, tolerance=tolerance)
     found = []
     for name, sampler in samplers.items():
-        ids = np.asarray(_drawn(sampler, draws, L, n)[0])
+        ids = np.asarray(_drawn(sampler, draws, L, SMALL)[0])
         found.append(LawDistance(name, _variation(empirical(ids, n), law), float(noise)))
     return found
 

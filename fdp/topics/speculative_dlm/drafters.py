@@ -21,20 +21,27 @@ from fdp.sampling.speculative import (
     StaleDrafter,
     Verdict,
 )
-from fdp.topics.speculative_dlm.settings import TARGETS
+from fdp.topics.speculative_dlm.settings import PROMPTED, TARGETS
 
-SEED, ERRORS = 11, 12  # keys of the chain's noise and of a noisy oracle's errors
+SEED, ERRORS, PROMPTS = 11, 12, 13  # of the chain's noise, a noisy oracle's errors, prompts
 CALIBRATED = 256  # states
 
 
 def target_chain(
-    target: str, ids_B: jax.Array, length: int, n_ids: int, trace: bool = False
+    target: str, ids_B: jax.Array, length: int, n_ids: int, text_BxL: jax.Array, trace: bool = False
 ) -> Chain:
-    """The chain of one of TARGETS. `ids_B`: of samples; an argument of the program, or XLA computes
-    their noise while it compiles."""
+    """The chain of one of TARGETS. `ids_B`: of samples; `text_BxL`: whose beginnings are prompts at
+    temperature 0. Both are arguments of the program, or XLA computes noise while it compiles."""
     order, temperature, threshold = TARGETS[target]
-    draw = Draw(jax.random.key(SEED), ids_B, length, n_ids, temperature, trace=trace)
+    given = length // PROMPTED if temperature == 0 else 0
+    start_BxL = jnp.where(jnp.arange(length) < given, text_BxL, n_ids)
+    draw = Draw(jax.random.key(SEED), ids_B, length, n_ids, temperature, start_BxL, trace)
     return Chain(draw, order, threshold=threshold)
+
+
+def samples(markov: MarkovChain, many: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of samples, and a sequence of the chain for each: int32 [B], [B, L]."""
+    return np.arange(many, dtype=np.int32), markov.sample(PROMPTS, 0, many, length)
 
 
 def exact(markov: MarkovChain) -> Denoise:
@@ -65,11 +72,11 @@ def sigmas_for(
     `variations`, on average over masked rows of states that first-hitting visits."""
 
     @jax.jit
-    def visited(ids_B: jax.Array) -> jax.Array:
-        chain = target_chain("first-hitting", ids_B, length, markov.n, trace=True)
+    def visited(ids_B: jax.Array, text_BxL: jax.Array) -> jax.Array:
+        chain = target_chain("first-hitting", ids_B, length, markov.n, text_BxL, trace=True)
         return follow(chain, exact(markov))[1]["trace"]
 
-    states = visited(jnp.arange(8))
+    states = visited(*samples(markov, 8, length))
     z_SxL = states[:length].reshape(-1, length)
     z_SxL = z_SxL[:: max(1, len(z_SxL) // CALIBRATED)]
 

@@ -21,8 +21,9 @@ TARGETS: dict[str, tuple[str, float, float | None]] = {
     "first-hitting": ("random", 1.0, None),
     "entropy order": ("entropy", 1.0, None),
     "temperature 0": ("top_prob", 0.0, None),
-    "threshold 0.9": ("top_prob", 0.0, 0.9),
+    "threshold 0.3": ("top_prob", 0.0, 0.3),
 }
+PROMPTED = 4  # at temperature 0 a quarter of the tokens is given, or all samples would be alike
 
 SECTIONS = {
     "speculation": section(
