@@ -1,6 +1,8 @@
 """One arm of a study with one seed: its experiment, its compiled programs, and its trained
 state."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +88,25 @@ class Arm:
         """Copy `state` to the host of every process, so that the next arm has the device memory."""
         self._state = jax.tree.map(_host, replace(state, key=jax.random.key_data(state.key)))
 
+    @contextlib.contextmanager
+    def reading(self, data: Data) -> Iterator[None]:
+        """Within, `data` stand in for those that the arm was built with, whose shapes they must
+        have. Raises ValueError where they have not."""
+        built = self.experiment
+        old, new = built.data.example(), data.example()
+        wrong = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        if wrong:
+            told = (f"{n} {_shape(new.get(n))}, not {_shape(old.get(n))}" for n in wrong)
+            raise ValueError(
+                f"examples made for {self.label} differ from those that its program was built "
+                f"for: {'; '.join(told)}; give both the same fields"
+            )
+        self.experiment = replace(built, data=data)
+        try:
+            yield
+        finally:
+            self.experiment = built
+
     def step_flops(self) -> int | None:
         """Model FLOPs of one train step on the whole mesh, in the convention of fdp.count.counts.
         None where a layer states no FLOPs."""
@@ -109,6 +130,10 @@ class Arm:
     def eval_function(self) -> Any:
         """The evaluation step: (variables, batch, batch index) → (summed loss, count)."""
         return self.program.jit_eval_step()
+
+
+def _shape(field: Any) -> str:
+    return "absent" if field is None else f"{field.dtype}{list(field.shape[1:])}"
 
 
 def _host(x: Any) -> Any:

@@ -248,6 +248,11 @@ class _Run:
             )
         if self.ledger and self.start < self.fit.steps:
             self.ledger.begin(self.arm.label, self.start, self.arm.mesh.shape)
+        if self.start < self.fit.steps and self.arm.data.awaits:
+            raise ValueError(
+                f"{self.arm.label} learns from {', '.join(self.arm.data.awaits)}, and its examples "
+                "were not made: train it by fdp.run, or within `arm.reading(data)`"
+            )
         self.writer.resume(self.start)
         if self.start:
             print(f"{self.arm.label}: resumed at step {self.start} of {self.fit.steps}")
@@ -273,7 +278,8 @@ class _Run:
                 return False
             return process.decided(lambda: not self._has_row(step, name))
 
-        if due(self.fit.eval_every, "val_loss"):
+        # A finished arm gets no examples of another one again.
+        if due(self.fit.eval_every, "val_loss") and not self.arm.data.awaits:
             self.writer.write(step, {"val_loss": self._evaluate(state)})
         for hook in self.arm.experiment.hooks:
             if due(hook.every, f"hook/{hook.name}"):

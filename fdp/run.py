@@ -16,7 +16,7 @@ from fdp import capacity, compilation_cache, loop, process, sharding, signals
 from fdp import command as command_line
 from fdp import config as fdp_config
 from fdp.arm import Arm
-from fdp.data.batches import default_cache_dir, eval_batches
+from fdp.data.batches import Data, default_cache_dir, eval_batches
 from fdp.files import sweep, write_atomic
 from fdp.hooks import HookError
 from fdp.mesh import degrees_equation, is_virtual, make_mesh
@@ -103,7 +103,8 @@ def build_arms(
     config: ml_collections.ConfigDict, study: ModuleType, mesh: Mesh
 ) -> dict[str, list[Arm]]:
     """Every arm of the study for every seed, built but not trained. A study may have
-    `seeds(config)`, {arm: seeds} of the arms that take others than `config.seeds`."""
+    `seeds(config)`, {arm: seeds} of the arms that take others than `config.seeds`. Raises
+    ValueError for an arm that learns from one that is not trained before it."""
     arms: dict[str, list[Arm]] = {}
     seeds = seeds_of(study, config)
     for name, experiment in study.arms(config).items():
@@ -119,7 +120,15 @@ def build_arms(
         for split in (arm.data.train, arm.data.val):
             # Too small a split shows now, not after training.
             next(eval_batches(split, experiment.fit.batch, 1))
-        arms[name] = [arm.with_seed(seed) for seed in seeds.get(name, config.seeds)]
+        own = seeds.get(name, config.seeds)
+        for teacher in arm.data.awaits:
+            before = {one.seed for one in arms.get(teacher, [])}
+            if missing := [seed for seed in own if seed not in before]:
+                raise ValueError(
+                    f"arm {name} learns from {teacher}, of which seed {missing[0]} is not trained "
+                    f"before it: arms() of the topic must name {teacher} first, with the same seeds"
+                )
+        arms[name] = [arm.with_seed(seed) for seed in own]
     return arms
 
 
@@ -181,7 +190,7 @@ def _run_alone(run: Run, study: ModuleType, ledger: SegmentLog) -> None:
     workdir, every = run.workdir, [arm for seeds in run.arms.values() for arm in seeds]
     _check_imported(workdir, every)
     try:
-        _train(every, workdir, ledger)
+        _train(run, study, ledger)
     except (FloatingPointError, HookError, ImpossibleSpeed) as error:
         raise fdp_config.UserError(
             f"{error}\nThe last checkpoint is intact in {workdir}/checkpoints"
@@ -211,8 +220,9 @@ def _check_imported(workdir: Path, arms: list[Arm]) -> None:
         )
 
 
-def _train(arms: list[Arm], workdir: Path, ledger: SegmentLog) -> None:
+def _train(run: Run, study: ModuleType, ledger: SegmentLog) -> None:
     """Every arm in turn, with the time that is left for all of them."""
+    workdir, arms = run.workdir, [arm for seeds in run.arms.values() for arm in seeds]
     saved = [_newest(workdir, arm) for arm in arms]
     todo = [arm.experiment.fit.steps - step for arm, step in zip(arms, saved, strict=True)]
     started, done = time.perf_counter(), 0
@@ -230,8 +240,22 @@ def _train(arms: list[Arm], workdir: Path, ledger: SegmentLog) -> None:
         eta = f"; about {clock(left)} of training left" if done and sum(todo[i:]) else ""
         steps = f"{todo[i]} of {arm.experiment.fit.steps} steps to go"
         print(f"arm       {i + 1} of {len(arms)}: {arm.label}, {steps}{eta}", flush=True)
-        loop.fit(arm, workdir, ledger=ledger)
+        with contextlib.ExitStack() as lent:
+            if arm.data.awaits and todo[i]:
+                lent.enter_context(arm.reading(_examples(arm, run, study)))
+            loop.fit(arm, workdir, ledger=ledger)
         done += todo[i]
+
+
+def _examples(arm: Arm, run: Run, study: ModuleType) -> Data:
+    """What the study makes of the trained arms of the same seed that `arm` learns from."""
+    started, names = time.perf_counter(), arm.data.awaits
+    teachers = {n: next(one for one in run.arms[n] if one.seed == arm.seed) for n in names}
+    data: Data = study.examples(arm, teachers)
+    seconds = clock(time.perf_counter() - started)
+    labels = ", ".join(teacher.label for teacher in teachers.values())
+    print(f"data      {len(data.train):,} examples of {labels} in {seconds}", flush=True)
+    return dataclasses.replace(data, awaits=())
 
 
 def _newest(workdir: Path, arm: Arm) -> int:

@@ -158,6 +158,7 @@ class Data:
     val: Examples
     dims: Mapping[str, Dims]  # {"tokens": ("batch", "sequence")}, {"label": ("batch",)}
     notes: tuple[str, ...] = ()  # what was read, left out or cut, for the banner
+    awaits: tuple[str, ...] = ()  # arms that make the examples; until then only shapes count
 
     def __post_init__(self) -> None:
         first, other = _first(self.train), _first(self.val)

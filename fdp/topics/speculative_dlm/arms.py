@@ -1,24 +1,40 @@
-"""The verifier of topic 4 and its draft models: the same tokens and loss, fewer and narrower
-layers."""
+"""The verifier of topic 4 and its draft models: fewer and narrower layers, which learn from the
+same tokens with the same loss, or from the verifier."""
+
+from dataclasses import replace
 
 import ml_collections
 
 from fdp.experiment import Experiment, standard
 from fdp.keys import UserError
-from fdp.topics.speculative_dlm.settings import DRAFTS
+from fdp.topics.speculative_dlm.distillation import Distillation
+from fdp.topics.speculative_dlm.settings import DRAFTS, drafts
+from fdp.topics.speculative_dlm.teaching import awaited
 
 VERIFIER = "verifier"
 SHALLOW = 4  # a draft has a quarter of the layers
 
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
-    """The verifier, and a draft of every size of `speculation.drafts`."""
+    """The verifier, a draft of every size of `speculation.drafts`, and with as many steps on
+    batches of the same size, one for every other way to train it in `speculation.lessons`."""
     verifier = standard(config)
     found = {VERIFIER: verifier}
-    for name in config.speculation.drafts:
-        found[name] = standard(draft_config(config, DRAFTS[name]), verifier.data)
+    for name, (size, lesson) in drafts(config).items():
+        plain = standard(draft_config(config, DRAFTS[size]), verifier.data)
+        found[name] = taught(config, verifier, plain) if lesson else plain
         check_pair(verifier, found[name])
     return found
+
+
+def taught(
+    config: ml_collections.ConfigDict, verifier: Experiment, plain: Experiment
+) -> Experiment:
+    """The draft `plain`, which learns from the verifier instead of the data."""
+    s = config.speculation
+    data = replace(awaited(verifier, s.taught), awaits=(VERIFIER,))
+    n_ids, axes = _tokens(verifier)[1], plain.objective.axes  # type: ignore[attr-defined]
+    return replace(plain, data=data, objective=Distillation(n_ids, s.hard, axes=axes))
 
 
 def draft_config(config: ml_collections.ConfigDict, share: float) -> ml_collections.ConfigDict:

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import ml_collections
 
 from fdp.config_sizes import LowerBound, sequences
-from fdp.keys import UserError, at_least, count, integers, section, words
+from fdp.keys import UserError, at_least, count, integers, section, within, words
 
 # Shares of the verifier's parameters.
 DRAFTS = {"tenth": 1 / 10, "thirtieth": 1 / 30}
+LESSONS = ("distilled",)  # on the states and laws of the trained verifier
 # Total variation between a noisy oracle and the exact one, on masked rows of the chain's states.
 NOISY = {"noisy 0.07": 0.07, "noisy 0.15": 0.15, "noisy 0.30": 0.30}
 SELF = ("stale", "jacobi", "refreshed")  # what the verifier drafts for itself
@@ -31,6 +32,9 @@ SECTIONS = {
         windows=integers(1, (4, 8, 16), "states judged at once, beside all of a chain", "states"),
         drafters=words(DRAFTERS, DRAFTERS, "of the exact verifier"),
         drafts=words(tuple(DRAFTS), tuple(DRAFTS), "trained draft models, by size"),
+        lessons=words((), LESSONS, "how drafts are trained besides on the data"),
+        taught=count(512, "of the verifier's, whose states drafts learn from", "chains"),
+        hard=within("[0, 1]", 0.1, "share of the chain's last ids in what they learn"),
         targets=words(tuple(TARGETS), tuple(TARGETS), "chains; lengths and windows vary in one"),
         sequences=count(64, "of every count", "sequences"),
         law=at_least(256, 2**18, "draws of every enumerated law", high=2**24),
@@ -39,8 +43,26 @@ SECTIONS = {
 
 
 def sizes(c: ml_collections.ConfigDict) -> Iterator[LowerBound]:
-    """Of the sequences that are drawn at once."""
+    """Of the sequences that are drawn at once, and of what drafts learn from."""
     yield sequences(c, "speculation.sequences", c.speculation.sequences)
+    taught, length, vocab = c.speculation.taught, c.data.seq_len, c.model.vocab
+    if c.speculation.lessons:
+        yield LowerBound(
+            "the laws that drafts learn from",
+            f"4·taught·seq_len²·vocab bytes = 4·{taught}·{length}²·{vocab}",
+            4 * taught * length**2 * vocab,
+            "speculation.taught, data.seq_len or model.vocab",
+        )
+
+
+def drafts(c: ml_collections.ConfigDict) -> dict[str, tuple[str, str]]:
+    """{arm: (size, one of LESSONS, or "" for the data)} of the draft models."""
+    s = c.speculation
+    return {
+        f"{size}-{lesson}".rstrip("-"): (size, lesson)
+        for size in s.drafts
+        for lesson in ("", *s.lessons)
+    }
 
 
 def windows(c: ml_collections.ConfigDict, length: int) -> tuple[int, ...]:

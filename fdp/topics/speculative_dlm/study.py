@@ -23,8 +23,9 @@ from fdp.topics.speculative_dlm.counted import (
 )
 from fdp.topics.speculative_dlm.latency import latency_part
 from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY, SELF, cut, sequences_at, windows
+from fdp.topics.speculative_dlm.teaching import examples
 
-__all__ = ["QUESTION", "arms", "study"]
+__all__ = ["QUESTION", "arms", "examples", "study"]
 
 QUESTION = (
     "Which part of the chain of a masked diffusion LM runs in parallel without changing one id, "

@@ -1,0 +1,184 @@
+"""Drafts that learn from the verifier: the loss, the states it is taken at, and the arms."""
+
+from dataclasses import replace
+from functools import cache
+
+import build
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import topic4
+from fdp import config
+from fdp.arm import Arm
+from fdp.mesh import AXES, make_mesh
+from fdp.sampling.chain import follow
+from fdp.sampling.draw import chain_of, denoiser_of
+from fdp.sampling.noise import Draw
+from fdp.step import TrainStep
+from fdp.topics.speculative_dlm import settings, teaching
+from fdp.topics.speculative_dlm.arms import VERIFIER, arms
+from fdp.topics.speculative_dlm.distillation import Distillation
+
+pytestmark = pytest.mark.fast
+N_IDS, VOCAB, L = 60, 64, 8
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def laws(seed: int, *shape: int) -> np.ndarray:
+    """Random laws over the ids that may be drawn, f32 [..., V]."""
+    logits = np.random.default_rng(seed).normal(size=(*shape, VOCAB))
+    logits[..., N_IDS:] = -np.inf
+    return softmax(logits).astype(np.float32)
+
+
+def rows(law: np.ndarray, weights=1.0):
+    targets = np.arange(len(law), dtype=np.int32)
+    return {
+        "law": law,
+        "targets": targets,
+        "weights": np.broadcast_to(np.float32(weights), len(law)),
+    }
+
+
+def test_the_gradient_is_that_of_a_cross_entropy_with_soft_labels():
+    law, logits = laws(0, 5), np.random.default_rng(1).normal(size=(5, VOCAB)).astype(np.float32)
+    loss = Distillation(N_IDS).loss
+    weights = np.array([2.0, 1.0, 0.0, 1.0, 3.0], np.float32)
+    value, slope = jax.value_and_grad(lambda x: loss(x, rows(law, weights)).sum())(logits)
+    own = softmax(np.where(np.arange(VOCAB) < N_IDS, logits, -1e30))
+    np.testing.assert_allclose(slope, weights[:, None] * (own - law), atol=2e-6)
+    divergence = (law * np.log(np.maximum(law, 1e-30) / np.maximum(own, 1e-30))).sum(-1)
+    assert value == pytest.approx((weights * divergence).sum(), rel=1e-5)
+
+
+def test_it_is_zero_and_least_for_a_draft_that_agrees():
+    law = laws(0, 5)
+    given, loss = rows(law), Distillation(N_IDS).loss
+    same = np.log(np.maximum(law, 1e-30))
+    same[:, N_IDS:] = 7.0  # ids that are never drawn do not matter
+    np.testing.assert_allclose(loss(same, given), 0, atol=1e-6)
+    assert np.abs(jax.grad(lambda x: loss(x, given).sum())(same)).max() < 1e-6
+    for seed in range(4):
+        other = same + 0.1 * np.random.default_rng(seed).normal(size=same.shape)
+        assert (np.asarray(loss(other.astype(np.float32), given)) > 0).all()
+
+
+def test_the_other_end_is_the_cross_entropy_of_the_last_ids():
+    given, logits = rows(laws(0, 5)), np.random.default_rng(1).normal(size=(5, VOCAB))
+    own = softmax(np.where(np.arange(VOCAB) < N_IDS, logits, -1e30))
+    want = -np.log(own[np.arange(5), given["targets"]])
+    got = [Distillation(N_IDS, hard).loss(jnp.float32(logits), given) for hard in (0.0, 0.25, 1.0)]
+    np.testing.assert_allclose(got[2], want, rtol=1e-5)
+    np.testing.assert_allclose(got[1], 0.75 * got[0] + 0.25 * got[2], rtol=1e-5)
+
+
+def test_every_state_counts_once_however_much_of_it_is_masked():
+    law = laws(0, 2, L)
+    state = np.zeros((2, L), np.int32)
+    state[0], state[1, 3] = N_IDS, N_IDS
+    batch = {"tokens": np.zeros((2, L), np.int32), "state": state, "law": law}
+    objective = Distillation(N_IDS)
+    noised = objective.corrupt(jax.random.key(0), batch)
+    np.testing.assert_array_equal(noised["noise"], [1, 1 / L])
+    np.testing.assert_array_equal(noised["rows"]["weights"].sum(1), [L, L])
+    assert noised["rows"]["weights"][1, 3] == L and objective.count(noised) == 2 * L
+
+
+@cache
+def made() -> tuple[Arm, TrainStep]:
+    """(the verifier, untrained, on one device; the program of a draft on dp 2 · tp 2)."""
+    c = build.tiny(**{"model.layers": 1, "data.seq_len": L, "objective.name": "mdlm"})
+    verifier = build.experiment(c)
+    arm = Arm.of(VERIFIER, verifier, make_mesh(dict.fromkeys(AXES, 1)))
+    arm.keep(arm.init())
+    draft = replace(
+        verifier, data=teaching.awaited(verifier, 16), objective=Distillation(N_IDS, 0.1)
+    )
+    degrees = {**verifier.degrees, "dp": 2, "tp": 2}
+    return arm, TrainStep(replace(draft, degrees=degrees), make_mesh(degrees))
+
+
+@cache
+def visited() -> teaching.Visits:
+    return teaching.visits(made()[0], 16)
+
+
+def test_states_are_those_of_the_verifiers_chain_with_its_laws():
+    arm, found = made()[0], visited()
+    key = jax.random.fold_in(jax.random.key(teaching.TAUGHT), arm.seed)
+    at = found.states_NxSxL[:3, 5]
+
+    @jax.jit
+    def followed(variables):
+        denoise = denoiser_of(arm.experiment, variables)
+        asked = Draw(key, jnp.arange(3), L, N_IDS, trace=True)
+        return follow(chain_of(arm.experiment, asked), denoise), denoise(at, jnp.full(3, 3 / L))
+
+    (ids, info), logits = jax.device_get(followed(jax.device_put(arm.trained_on_host.variables)))
+    np.testing.assert_array_equal(found.tokens_NxL[:3], ids)
+    np.testing.assert_array_equal(found.states_NxSxL[:3].swapaxes(0, 1), info["trace"][:L])
+    want = softmax(np.where(np.arange(VOCAB) < N_IDS, logits, -1e30))
+    np.testing.assert_allclose(found.law_NxSxLxV[:3, 5], want, atol=1e-5)
+
+
+def test_examples_are_the_states_of_chains_that_no_other_split_has():
+    arm, program = made()
+    data = teaching.examples(Arm("draft", program.experiment, program), {VERIFIER: arm})
+    assert (len(data.train), len(data.val)) == (14 * L, 2 * L)
+    found, some = visited(), data.train.take([0, L + 5])
+    np.testing.assert_array_equal(
+        some["state"], [found.states_NxSxL[2, 0], found.states_NxSxL[3, 5]]
+    )
+    np.testing.assert_array_equal(some["tokens"], found.tokens_NxL[[2, 3]])
+    np.testing.assert_array_equal(some["law"][1], found.law_NxSxLxV[3, 5])
+    assert data.example() == program.experiment.data.example()
+
+
+def test_loss_and_gradients_are_those_of_one_device():
+    arm, program = made()
+    batch = {
+        "tokens": build.tokens(build.tiny(**{"data.seq_len": L})),
+        "state": np.where(np.arange(L) < np.arange(1, 9)[:, None], N_IDS, 5).astype(np.int32),
+        "law": laws(2, 8, L),
+    }
+    alone = replace(program.experiment, degrees=dict.fromkeys(AXES, 1))
+    found = []
+    for p in (program, TrainStep(alone, make_mesh(alone.degrees))):
+        noised = p.corrupt(build.place(p, batch), jax.random.key(0))
+        variables = jax.device_put(
+            arm.trained_on_host.variables, p.specs.state_shardings().variables
+        )
+        found.append(jax.device_get(jax.jit(p.grads)(variables, noised)[:2]))
+    (loss, grads), (want, wants) = found
+    assert loss == pytest.approx(want, rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, wants)
+
+
+def changed(**keys):
+    c = topic4.get_config("cpu").copy_and_resolve_references()
+    c.data.source = "blank"
+    c.speculation.update(keys)
+    return c
+
+
+def test_a_distilled_draft_differs_from_the_plain_one_in_what_it_learns_alone():
+    found = arms(changed(drafts=("tenth",), lessons=("distilled",)))
+    assert list(found) == [VERIFIER, "tenth", "tenth-distilled"]
+    plain, taught = found["tenth"], found["tenth-distilled"]
+    assert taught.data.awaits == (VERIFIER,) and taught.objective.hard == 0.1
+    assert taught.model == plain.model and taught.fit == plain.fit
+    assert list(settings.drafts(changed(drafts=("tenth",), lessons=()))) == ["tenth"]
+
+
+def test_more_laws_than_memory_holds_are_refused():
+    c = changed(lessons=("distilled",), taught=2**30)
+    bound = list(settings.sizes(c))[-1]
+    assert bound.equation == "4·taught·seq_len²·vocab bytes = 4·1073741824·32²·32"
+    with pytest.raises(config.UserError, match=r"holds 'distil', .* did you mean 'distilled'"):
+        config.validate(changed(lessons=("distil",)))
