@@ -8,6 +8,7 @@ import ml_collections
 from fdp.experiment import Experiment, standard
 from fdp.keys import UserError
 from fdp.topics.speculative_dlm.distillation import Distillation
+from fdp.topics.speculative_dlm.hinted import hinted
 from fdp.topics.speculative_dlm.settings import DRAFTS, drafts
 from fdp.topics.speculative_dlm.teaching import awaited
 
@@ -22,19 +23,22 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     found = {VERIFIER: verifier}
     for name, (size, lesson) in drafts(config).items():
         plain = standard(draft_config(config, DRAFTS[size]), verifier.data)
-        found[name] = taught(config, verifier, plain) if lesson else plain
+        found[name] = taught(config, verifier, plain, lesson) if lesson else plain
         check_pair(verifier, found[name])
     return found
 
 
 def taught(
-    config: ml_collections.ConfigDict, verifier: Experiment, plain: Experiment
+    config: ml_collections.ConfigDict, verifier: Experiment, plain: Experiment, lesson: str
 ) -> Experiment:
-    """The draft `plain`, which learns from the verifier instead of the data."""
-    s = config.speculation
-    data = replace(awaited(verifier, s.taught), awaits=(VERIFIER,))
-    n_ids, axes = _tokens(verifier)[1], plain.objective.axes  # type: ignore[attr-defined]
-    return replace(plain, data=data, objective=Distillation(n_ids, s.hard, axes=axes))
+    """The draft `plain`, which learns from the verifier instead of the data, by one of LESSONS."""
+    s, n_ids = config.speculation, _tokens(verifier)[1]
+    model, reach = plain.model, 0
+    if lesson == "hinted":
+        model, reach = hinted(model, n_ids), min(max(s.windows), verifier.data.seq_len)
+    data = replace(awaited(verifier, s.taught, reach), awaits=(VERIFIER,))
+    axes = plain.objective.axes  # type: ignore[attr-defined]
+    return replace(plain, model=model, data=data, objective=Distillation(n_ids, s.hard, axes=axes))
 
 
 def draft_config(config: ml_collections.ConfigDict, share: float) -> ml_collections.ConfigDict:

@@ -10,7 +10,8 @@ from fdp.keys import UserError, at_least, count, integers, section, within, word
 
 # Shares of the verifier's parameters.
 DRAFTS = {"tenth": 1 / 10, "thirtieth": 1 / 30}
-LESSONS = ("distilled",)  # on the states and laws of the trained verifier
+# On the states and laws of the trained verifier; and shown what it said a few steps before.
+LESSONS = ("distilled", "hinted")
 # Total variation between a noisy oracle and the exact one, on masked rows of the chain's states.
 NOISY = {"noisy 0.07": 0.07, "noisy 0.15": 0.15, "noisy 0.30": 0.30}
 SELF = ("stale", "jacobi", "refreshed")  # what the verifier drafts for itself

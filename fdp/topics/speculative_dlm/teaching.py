@@ -24,6 +24,7 @@ from fdp.sampling.noise import Draw
 TAUGHT = 13  # key of the chains' noise, none of those that are counted
 TOGETHER = 64  # chains that are drawn at once
 KEPT = 8  # one chain of so many is for validation
+LEAST = np.float32(1e-9)  # probability of a hint, which has a logarithm
 
 ROW: Dims = ("batch", "sequence")
 DIMS: dict[str, Dims] = {"tokens": ROW, "state": ROW, "law": (*ROW, None)}
@@ -39,10 +40,12 @@ class Visits(NamedTuple):
 
 
 class Lessons:
-    """Every state of `visits` as an example of `Distillation`."""
+    """Every state of `visits` as an example of `Distillation`. `reach` > 0: with the verifier's log
+    probabilities at a state of the same chain that lies 1 to `reach` steps before, as a hint; zeros
+    where that is before the chain begins."""
 
-    def __init__(self, visits: Visits, what: str):
-        self.visits, self.what = visits, what
+    def __init__(self, visits: Visits, what: str, reach: int = 0):
+        self.visits, self.what, self.reach = visits, what, reach
         self.fix = "raise speculation.taught"
 
     def __len__(self) -> int:
@@ -52,16 +55,27 @@ class Lessons:
         """The states at these indices, chain after chain."""
         v = self.visits
         n_B, s_B = np.divmod(np.asarray(indices_B, np.int64), v.states_NxSxL.shape[1])
-        return {
+        found = {
             "tokens": v.tokens_NxL[n_B],
             "state": v.states_NxSxL[n_B, s_B],
             "law": v.law_NxSxLxV[n_B, s_B],
         }
+        if self.reach:
+            steps_B = [self._steps(int(i)) for i in indices_B]
+            then_B = s_B - np.asarray(steps_B)
+            law = v.law_NxSxLxV[n_B, np.maximum(then_B, 0)]
+            known = (then_B >= 0)[:, None, None]
+            found["hint"] = np.where(known, np.log(np.maximum(law, LEAST)), np.float32(0))
+        return found
+
+    def _steps(self, index: int) -> int:
+        """Between the state of a hint and that of the example."""
+        return int(np.random.default_rng([TAUGHT, index]).integers(1, self.reach + 1))
 
 
-def awaited(verifier: Experiment, chains: int) -> Data:
+def awaited(verifier: Experiment, chains: int, reach: int = 0) -> Data:
     """Data of the shapes of `lessons`, for the program of a draft that is built before the verifier
-    is trained. All is masked, and every id as likely as the others."""
+    is trained. All is masked, and every id as likely as the others. `reach`: of `Lessons`."""
     length, n_ids = verifier.data.seq_len, verifier.objective.n_ids  # type: ignore[attr-defined]
     vocab = verifier.model.shape.vocab
     law_V = (np.arange(vocab) < n_ids) / np.float32(n_ids)
@@ -71,7 +85,7 @@ def awaited(verifier: Experiment, chains: int) -> Data:
         np.broadcast_to(np.int32(n_ids), sizes),
         np.broadcast_to(law_V.astype(np.float32), (*sizes, vocab)),
     )
-    return _data(verifier.data, blank)
+    return _data(verifier.data, blank, reach)
 
 
 def examples(arm: Arm, teachers: Mapping[str, Arm]) -> Data:
@@ -80,14 +94,14 @@ def examples(arm: Arm, teachers: Mapping[str, Arm]) -> Data:
     train, val = arm.data.train, arm.data.val
     assert isinstance(train, Lessons) and isinstance(val, Lessons)
     chains = len(train.visits.tokens_NxL) + len(val.visits.tokens_NxL)
-    return _data(verifier.data, visits(verifier, chains))
+    return _data(verifier.data, visits(verifier, chains), train.reach)
 
 
-def _data(corpus: Data, found: Visits) -> Data:
+def _data(corpus: Data, found: Visits, reach: int) -> Data:
     held = max(1, len(found.tokens_NxL) // KEPT)
     parts = (Visits(*(x[held:] for x in found)), Visits(*(x[:held] for x in found)))
     train, val = (
-        Lessons(part, f"{what} states of the verifier's chains")
+        Lessons(part, f"{what} states of the verifier's chains", reach)
         for part, what in zip(parts, ("training", "validation"), strict=True)
     )
     return Data(
@@ -97,7 +111,7 @@ def _data(corpus: Data, found: Visits) -> Data:
         corpus.tokenizer,
         train,
         val,
-        DIMS,
+        DIMS | ({"hint": DIMS["law"]} if reach else {}),
     )
 
 
