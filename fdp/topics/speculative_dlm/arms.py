@@ -18,7 +18,7 @@ SHALLOW = 4  # a draft has a quarter of the layers
 
 def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
     """The verifier, a draft of every size of `speculation.drafts`, and with as many steps on
-    batches of the same size, one for every other way to train it in `speculation.lessons`."""
+    batches of as many tokens, one for every other way to train it in `speculation.lessons`."""
     verifier = standard(config)
     found = {VERIFIER: verifier}
     for name, (size, lesson) in drafts(config).items():
@@ -51,6 +51,7 @@ def draft_config(config: ml_collections.ConfigDict, share: float) -> ml_collecti
     head_dim = max(2, 2 * round(m.width * ratio / m.heads / 2))  # even: positions turn pairs
     ffn = m.heads * max(1, round(m.ffn * ratio / m.heads))
     m.update(layers=layers, width=m.heads * head_dim, head_dim=head_dim, ffn=ffn)
+    c.train.steps *= c.speculation.longer
     return c
 
 

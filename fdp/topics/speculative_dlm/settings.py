@@ -34,8 +34,10 @@ SECTIONS = {
         drafters=words(DRAFTERS, DRAFTERS, "of the exact verifier"),
         drafts=words(tuple(DRAFTS), tuple(DRAFTS), "trained draft models, by size"),
         lessons=words((), LESSONS, "how drafts are trained besides on the data"),
+        longer=count(1, "steps of a draft for each of the verifier's", "steps"),
         taught=count(512, "of the verifier's, whose states drafts learn from", "chains"),
-        hard=within("[0, 1]", 0.1, "share of the chain's last ids in what they learn"),
+        # With 0.1 a draft of a tenth took 0.2 to 0.4 rounds more at L = 32 (one seed).
+        hard=within("[0, 1]", 0.0, "share of the chain's last ids in what they learn"),
         targets=words(tuple(TARGETS), tuple(TARGETS), "chains; lengths and windows vary in one"),
         sequences=count(64, "of every count", "sequences"),
         law=at_least(256, 2**18, "draws of every enumerated law", high=2**24),

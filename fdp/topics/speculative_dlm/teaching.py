@@ -7,6 +7,7 @@ own chain: the states that a draft must know are these and no others.
 Shapes: N chains, S steps, L positions, V vocabulary, B examples."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -115,6 +116,7 @@ def _data(corpus: Data, found: Visits, reach: int) -> Data:
     )
 
 
+@lru_cache(maxsize=1)  # several drafts learn from one verifier, one after the other
 def visits(verifier: Arm, chains: int) -> Visits:
     """So many chains of the trained verifier by the sampler of its objective, in float32 on one
     device, with noise of its seed."""
@@ -130,7 +132,7 @@ def visits(verifier: Arm, chains: int) -> Visits:
         def step(state: ChainState, _: None) -> tuple[ChainState, tuple]:
             logits = denoise(state.z_BxL, chain.level(state))
             law = jax.nn.softmax(suppress(logits, n_ids))
-            return chain.apply(chain.propose(logits, state), state), (state.z_BxL, law)
+            return chain.step(logits, state), (state.z_BxL, law)
 
         last, (states, laws) = jax.lax.scan(step, chain.begin(), None, length=chain.steps)
         return last.z_BxL, states.swapaxes(0, 1), laws.swapaxes(0, 1)

@@ -109,11 +109,6 @@ def made() -> tuple[Arm, TrainStep]:
     return arm, TrainStep(draft, make_mesh(degrees))
 
 
-@cache
-def visited() -> teaching.Visits:
-    return teaching.visits(made()[0], 16)
-
-
 def variables(p: TrainStep, seed: int = 0):
     """Random ones: gates and biases that begin at 0 would hide errors."""
     rng = np.random.default_rng(seed)
@@ -123,7 +118,10 @@ def variables(p: TrainStep, seed: int = 0):
 
 def test_states_are_those_of_the_verifiers_chain_with_its_laws():
     arm = made()[0]
-    found, key = visited(), jax.random.fold_in(jax.random.key(teaching.TAUGHT), arm.seed)
+    found, key = (
+        teaching.visits(made()[0], 16),
+        jax.random.fold_in(jax.random.key(teaching.TAUGHT), arm.seed),
+    )
     at = found.states_NxSxL[:3, 5]
 
     @jax.jit
@@ -143,7 +141,7 @@ def test_examples_are_the_states_of_chains_that_no_other_split_has():
     arm, program = made()
     data = teaching.examples(Arm("draft", program.experiment, program), {VERIFIER: arm})
     assert (len(data.train), len(data.val)) == (14 * L, 2 * L)
-    found, some = visited(), data.train.take([0, L + 5])
+    found, some = teaching.visits(made()[0], 16), data.train.take([0, L + 5])
     states = [found.states_NxSxL[2, 0], found.states_NxSxL[3, 5]]
     np.testing.assert_array_equal(some["state"], states)
     np.testing.assert_array_equal(some["tokens"], found.tokens_NxL[[2, 3]])
@@ -152,7 +150,7 @@ def test_examples_are_the_states_of_chains_that_no_other_split_has():
 
 
 def test_a_hint_is_what_the_verifier_said_at_most_so_many_steps_before():
-    found = visited()
+    found = teaching.visits(made()[0], 16)
     lessons = teaching.Lessons(found, "states", REACH)
     every = lessons.take(range(16 * L))["hint"].reshape(16, L, L, VOCAB)
     seen = set()
@@ -205,13 +203,16 @@ def changed(**keys):
 
 
 def test_a_distilled_draft_differs_from_the_plain_one_in_what_it_learns_alone():
-    found = arms(changed(drafts=("tenth",), lessons=("distilled",)))
+    found = arms(changed(drafts=("tenth",), lessons=("distilled",), hard=0.1))
     assert list(found) == [VERIFIER, "tenth", "tenth-distilled"]
     plain, taught = found["tenth"], found["tenth-distilled"]
     assert taught.data.awaits == (VERIFIER,) and taught.objective.hard == 0.1
     assert taught.model == plain.model and taught.fit == plain.fit
     shown = arms(changed(drafts=("tenth",), lessons=("hinted",), windows=(4, 8)))["tenth-hinted"]
     assert shown.model.shape == plain.model.shape and shown.data.train.reach == 8
+    more = arms(changed(drafts=("tenth",), lessons=("distilled",), longer=5))
+    steps = {name: e.fit.steps for name, e in more.items()}
+    assert steps == {VERIFIER: 400, "tenth": 2000, "tenth-distilled": 2000}
     assert list(settings.drafts(changed(drafts=("tenth",), lessons=()))) == ["tenth"]
 
 
