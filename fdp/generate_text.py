@@ -24,6 +24,8 @@ from fdp.keys import UserError, closest
 from fdp.mesh import BATCH_AXES
 from fdp.objectives import Autoregressive, BlockDiffusion, SEDDUniform, TokenObjective
 from fdp.parallel.tensor import suppress
+from fdp.sampling import block_cache
+from fdp.sampling.block_cache import BlockCache, cacheable
 from fdp.sampling.chain import ORDERS
 from fdp.sampling.draw import chain_of, denoiser_of, generation_mesh, sampled
 from fdp.sampling.noise import Draw, gumbel
@@ -142,19 +144,26 @@ class Asked:
         _check_prompt(ids, length, arm)
         mask = np.full(length - len(ids), arm.objective.n_ids)
         start_L = np.concatenate([ids, mask]).astype(np.int32)
-        if plan and plan.window > len(mask):
-            warnings.warn(
-                f"window={plan.window} is cut to {len(mask)}: {length} - {len(ids)} steps are left "
-                "after the prompt",
-                stacklevel=2,
-            )
-            plan = plan._replace(window=len(mask))
+        if plan:
+            plan = _cut(plan, len(mask), arm, length)
         draft = restored(c, workdir, plan.arm) if plan and plan.arm else None
         if draft:
             refuse_draft(arm.experiment, draft.arm.experiment, length)
         order = "random" if f.order == FIRST_HITTING else f.order
         wanted = f.seed, f.temperature, order
         return cls(trained, start_L, count, *wanted, plan, draft, f.check)
+
+
+def _cut(plan: Speculation, steps: int, arm: Arm, length: int) -> Speculation:
+    """The plan with no more states than steps are left, said where it changes."""
+    most, why = steps, f"{length} - {length - steps} steps are left after the prompt"
+    objective = arm.objective
+    if isinstance(objective, BlockDiffusion) and objective.block < most:
+        most, why = objective.block, f"a block has {objective.block} steps"
+    if plan.window <= most:
+        return plan
+    warnings.warn(f"window={plan.window} is cut to {most}: {why}", stacklevel=3)
+    return plan._replace(window=most)
 
 
 def prompt_ids(text: str, arm: Arm) -> np.ndarray:
@@ -260,8 +269,9 @@ class Written(NamedTuple):
 
 
 class TextWriter:
-    """The whole generation as one compiled program for all prompts of a length of text. `mesh`:
-    whose devices write, by default that of the arm."""
+    """The whole generation as one compiled program for all prompts of a length of text; for block
+    diffusion, which writes with a cache of finished blocks where no other model drafts, one for
+    each number of blocks of a prompt. `mesh`: whose devices write, by default that of the arm."""
 
     def __init__(self, asked: Asked, plan: Speculation | None, mesh: Any = None):
         self.asked, self.plan = asked, plan
@@ -272,23 +282,30 @@ class TextWriter:
             process.place(one.variables, sharding.shardings(self.mesh, spec))
             for one, spec in zip(both, specs, strict=True)
         ]
-        names = COUNTED if plan else ("nfe",)
+        e = asked.trained.arm.experiment
+        blocks = isinstance(e.objective, BlockDiffusion) and cacheable(e.model)
+        self.cached = blocks and not (plan and asked.draft)
+        self._names = (*(COUNTED if plan else ("nfe",)), *(("fills",) if self.cached else ()))
         rows = P(BATCH_AXES)
-        counts = dict.fromkeys(names, P()) | ({"rounds": rows} if plan else {})
+        counts = dict.fromkeys(self._names, P()) | ({"rounds": rows} if plan else {})
         given = specs, P(), rows, rows
-        self._program = jax.jit(shard_map(self._write, self.mesh, given, (rows, counts)))
-        self._compiled: Any = None
+        write = shard_map(self._write, self.mesh, given, (rows, counts))
+        self._program = jax.jit(write)
+        self._compiled: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, start_L: np.ndarray, seed: int) -> Written:
         """Texts that begin as `start_L`."""
         ways = self.mesh.shape["dp"]
         ids_B = jnp.arange(-(-self.asked.count // ways) * ways)
         start_BxL = np.broadcast_to(start_L, (len(ids_B), len(start_L)))
+        if self.cached:  # the prompt alone: all else begins masked
+            mask_id = self.asked.trained.arm.objective.n_ids
+            start_BxL = start_BxL[:, : int((start_L != mask_id).sum())]
         args = self._variables, jax.random.key(seed), ids_B, start_BxL
-        if self._compiled is None:
-            self._compiled = self._program.lower(*args).compile()
+        if start_BxL.shape not in self._compiled:
+            self._compiled[start_BxL.shape] = self._program.lower(*args).compile()
         began = time.monotonic()
-        ids_BxL, info = jax.block_until_ready(self._compiled(*args))
+        ids_BxL, info = jax.block_until_ready(self._compiled[start_BxL.shape](*args))
         seconds = time.monotonic() - began
         info = {name: process.fetch(x) for name, x in info.items()}
         return Written(process.fetch(ids_BxL)[: self.asked.count], info, seconds)
@@ -296,15 +313,28 @@ class TextWriter:
     def _write(self, variables: Any, key: Any, ids_B: Any, start_BxL: Any) -> tuple[Any, Any]:
         asked, e = self.asked, self.asked.trained.arm.experiment
         assert isinstance(e.objective, TokenObjective)
-        length = start_BxL.shape[1]
-        draw = Draw(key, ids_B, length, e.objective.n_ids, asked.temperature, start_BxL)
+        length, temperature = len(asked.start_L), asked.temperature
+        names = (*self._names, "rounds") if self.plan else self._names
+        if self.cached:
+            assert cacheable(e.model)
+            draw = Draw(key, ids_B, length, e.objective.n_ids, temperature)
+            ids_BxL, info = block_cache.sample(
+                BlockCache(e.model),
+                variables[0],
+                chain_of(e, draw, asked.order),
+                self._drafter(()) if self.plan else None,
+                window=self.plan.window if self.plan else 1,
+                prompt_BxP=start_BxL if start_BxL.shape[1] else None,
+            )
+            return ids_BxL, {name: info[name] for name in names}
+        draw = Draw(key, ids_B, length, e.objective.n_ids, temperature, start_BxL)
         if self.plan is None:
             ids_BxL, info = sampled(e, variables[0], draw, asked.order)
-            return ids_BxL, {"nfe": info["nfe"]}
-        chain, denoise = chain_of(e, draw, asked.order), denoiser_of(e, variables[0])
-        drafter = self._drafter(variables[1:])
-        ids_BxL, info = speculate(chain, denoise, drafter, window=self.plan.window)
-        return ids_BxL, {name: info[name] for name in (*COUNTED, "rounds")}
+        else:
+            chain, denoise = chain_of(e, draw, asked.order), denoiser_of(e, variables[0])
+            drafter = self._drafter(variables[1:])
+            ids_BxL, info = speculate(chain, denoise, drafter, window=self.plan.window)
+        return ids_BxL, {name: info[name] for name in names}
 
     def _drafter(self, variables: Any) -> Drafter:
         assert self.plan is not None
@@ -330,9 +360,11 @@ def table(asked: Asked, written: Written) -> list[str]:
     """What the texts took."""
     info, steps = written.info, int((asked.start_L == asked.trained.arm.objective.n_ids).sum())
     each = written.seconds / asked.count
-    last = f"time      {each:.3g} s a text, compilation apart"
+    last = [f"time      {each:.3g} s a text, compilation apart"]
+    if "fills" in info:
+        last.insert(0, f"cache     {info['fills']} passes over finished blocks")
     if asked.plan is None:
-        return [f"verifier  {info['nfe']} calls", last]
+        return [f"verifier  {info['nfe']} calls", *last]
     rounds = info["rounds"][: asked.count]
     judged, accepted = info["judged"].sum(), info["accepted"].sum()
     share = f"{accepted / judged:.0%}" if judged else "none"
@@ -349,7 +381,7 @@ def table(asked: Asked, written: Written) -> list[str]:
         f"verifier  {info['nfe']} calls, {info['states']} states judged",
         f"accepted  {share} of {judged} drafted steps",
         f"drafts    {info['passes']} passes of a draft model",
-        last,
+        *last,
     ]
 
 

@@ -3,12 +3,13 @@
     python tests/mutations.py
 
 makes each mistake in a copy of the package and expects that its test fails there. Those of layers
-with a state are in mutations_state.py.
+with a state are in mutations_state.py, in speculation in mutations_speculation.py.
 """
 
 import sys
 
 from mutating import Mutation, healthy, survives
+from mutations_speculation import SPECULATION
 from mutations_state import STATE
 
 OPTIMIZER, TOY, HOOKS = (
@@ -248,7 +249,7 @@ CORE = (
         f"{BLOCKS}test_logits_are_those_of_the_model_without_a_cache",
     ),
 )
-MUTATIONS = (*CORE, *STATE)
+MUTATIONS = (*CORE, *STATE, *SPECULATION)
 
 
 if __name__ == "__main__":

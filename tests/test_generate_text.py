@@ -17,6 +17,7 @@ from fdp.data.tokenizer import build_tokenizer
 from fdp.generate_text import Asked, Speculation, TextWriter
 from fdp.keys import UserError
 from fdp.mesh import make_mesh
+from fdp.models.transformer import transformer
 from fdp.objectives import BlockDiffusion, SEDDUniform
 from fdp.sampling.draw import draw
 from fdp.topics.parallel_dlm import study
@@ -121,6 +122,36 @@ def test_autoregressive_text_is_that_of_the_sampler_and_of_its_drafts(run, train
     np.testing.assert_array_equal(write(start_L, 0).ids_BxL[0], want[0])
 
 
+def blocks(trained, window):
+    """The masked arm as one of block diffusion, and what is asked of it after one block."""
+    objective, arm = BlockDiffusion(27, 4), trained[MASKED].arm
+    model = transformer(
+        arm.experiment.model.shape, objective.mask(8), position=objective.position(8)
+    )
+    changed = replace(arm.experiment, objective=objective, model=model)
+    found = trained[MASKED]._replace(arm=Arm(arm.name, changed, arm.program))
+    start_L = np.where(np.arange(8) < 4, [19, 7, 4, 18] * 2, 27).astype(np.int32)
+    plan = Speculation("jacobi", window) if window else None
+    return Asked(found, start_L, 2, 3, 1.0, "random", plan, None, bool(plan))
+
+
+def test_block_diffusion_is_written_with_the_cache_of_finished_blocks(trained):
+    lines, status = generate_text.write(blocks(trained, 3))
+    assert status == 0
+    assert "check     0 of 8 ids differ from those of the verifier alone" in lines
+    assert "cache     1 passes over finished blocks" in lines  # that of the prompt
+
+
+@pytest.mark.slow
+def test_a_cache_changes_no_id(trained, monkeypatch):
+    asked = blocks(trained, 0)
+    cached = TextWriter(asked, None)(asked.start_L, 3)
+    monkeypatch.setattr(generate_text, "cacheable", lambda model: False)
+    plain = TextWriter(asked, None)(asked.start_L, 3)
+    assert "fills" in cached.info and "fills" not in plain.info
+    np.testing.assert_array_equal(cached.ids_BxL, plain.ids_BxL)
+
+
 def test_an_id_that_differs_is_shown(run, trained, monkeypatch):
     """The first of two that the verifier's chain reveals."""
     given = values("--prompt=the", "--speculate=jacobi,window=4", "--check", "--temperature=0")
@@ -202,6 +233,10 @@ def test_a_window_of_more_states_than_steps_is_cut(run, trained):
     with pytest.warns(UserWarning, match=r"window=16 is cut to 2: 8 - 6 steps are left"):
         asked = Asked.of(trained[MASKED], config_of(run), run, given)
     assert asked.plan == Speculation("jacobi", 2)
+    blocked = with_objective(trained, BlockDiffusion(27, 4))
+    given = values("--speculate=jacobi,window=5")
+    with pytest.warns(UserWarning, match="window=5 is cut to 4: a block has 4 steps"):
+        assert Asked.of(blocked, config_of(run), run, given).plan == Speculation("jacobi", 4)
 
 
 def with_objective(trained, objective):

@@ -27,6 +27,7 @@ MACHINE_PATH = re.compile(r"/home/|/root/|/Users/|/tmp/|/work/|[A-Z]:\\\\|site-p
 # Names in the conditions that a notebook must assert, at the top level of a cell.
 MUST_ASSERT = {
     "00_quickstart": ("mesh", "output_8", "grads_8", "losses_8", "counted", "formula"),
+    "04_speculative_dlm": ("equal", "rounds", "taken", "fewest"),
     "08_zero_bubble": ("bubbles", "message", "found", "error", "piped"),
     "12_ttt_cp": ("bound", "recall", "sums", "once"),
     "02_moe_dlm": ("routed", "biased", "errors", "rows_sent", "counted", "formula", "dealt"),
