@@ -44,7 +44,7 @@ from fdp.sampling.speculative import Drafter, JacobiDrafter, StaleDrafter, specu
 Array = jax.Array
 Rows = list[tuple[str, ...]]
 LIMIT = 1.05  # a round over the bare call
-W, B = 8, 2
+W, B = 8, 1
 SIZE = {
     "layers": 4,
     "width": 256,
@@ -52,7 +52,7 @@ SIZE = {
     "kv_heads": 4,
     "ffn": 704,
     "vocab": 1024,
-    "seq_len": 32,
+    "seq_len": 64,
     "batch": B,
 }
 STATES = (1, 2, 4, 8, 16, 32, 64)

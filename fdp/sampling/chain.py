@@ -102,6 +102,9 @@ def choose(
 
     Ties go to the earlier position."""
     scores_BxL = jnp.where(candidates_BxL, scores_BxL, -jnp.inf)
+    if per_step == 1 and threshold is None:  # sorting takes longer
+        best_Bx1 = scores_BxL.argmax(1)[:, None]
+        return candidates_BxL & (jnp.arange(scores_BxL.shape[1]) == best_Bx1)
     rank_BxL = jnp.argsort(jnp.argsort(-scores_BxL, axis=1), axis=1)
     wanted = (
         rank_BxL < per_step if threshold is None else (scores_BxL >= threshold) | (rank_BxL == 0)
@@ -242,6 +245,8 @@ class Chain:
         L = chosen_BxL.shape[1]
         if self.most == L:
             return jnp.broadcast_to(jnp.arange(L), chosen_BxL.shape)
+        if self.most == 1:
+            return chosen_BxL.argmax(1)[:, None]
         return jnp.argsort(~chosen_BxL, axis=1, stable=True)[:, : self.most]
 
     def tokens(self, rows: Rows, places_BxR: Array, state: ChainState) -> Array:
