@@ -85,6 +85,19 @@ def test_a_resumed_pupil_gets_the_same_examples_and_a_finished_one_none(
     assert study.made == ["pupil-s0"] * 2
 
 
+def test_the_teacher_is_the_one_of_the_same_seed(tmp_path) -> None:
+    def examples(pupil, teachers):
+        told.extend(teacher.label for teacher in teachers.values())
+        return DATA
+
+    told: list[str] = []
+    teachers = [arm("teacher").with_seed(seed) for seed in (3, 5)]
+    pupil = arm("pupil", ("teacher",)).with_seed(5)
+    found = fdp_run.Run(get_config("tiny"), pupil.mesh, tmp_path, {"teacher": teachers})
+    made = fdp_run._examples(pupil, found, SimpleNamespace(examples=examples))
+    assert told == ["teacher-s5"] and made.awaits == ()
+
+
 def test_examples_of_other_shapes_are_refused_and_both_are_named(tmp_path) -> None:
     def halved(what: str) -> Arrays:
         fields = build.images(96, 0).take(range(96))

@@ -1,7 +1,9 @@
 """Drafts that learn from the verifier: the loss, the states it is taken at, and the arms."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any
 
 import build
 import jax
@@ -13,7 +15,6 @@ from configs import topic4
 from fdp import config
 from fdp.arm import Arm
 from fdp.mesh import AXES, make_mesh
-from fdp.sampling.chain import follow
 from fdp.sampling.draw import chain_of, denoiser_of
 from fdp.sampling.noise import Draw
 from fdp.step import TrainStep
@@ -47,34 +48,41 @@ def rows(law: np.ndarray, weights=1.0):
     }
 
 
+@partial(jax.jit, static_argnums=0)
+def scored(hard: float, logits, given):
+    """(loss of every row, gradient of their sum)."""
+    loss = Distillation(N_IDS, hard).loss
+    return loss(logits, given), jax.grad(lambda x: loss(x, given).sum())(logits)
+
+
 def test_the_gradient_is_that_of_a_cross_entropy_with_soft_labels():
     law, logits = laws(0, 5), np.random.default_rng(1).normal(size=(5, VOCAB)).astype(np.float32)
-    loss = Distillation(N_IDS).loss
     weights = np.array([2.0, 1.0, 0.0, 1.0, 3.0], np.float32)
-    value, slope = jax.value_and_grad(lambda x: loss(x, rows(law, weights)).sum())(logits)
+    value, slope = scored(0.0, logits, rows(law, weights))
     own = softmax(np.where(np.arange(VOCAB) < N_IDS, logits, -1e30))
     np.testing.assert_allclose(slope, weights[:, None] * (own - law), atol=2e-6)
     divergence = (law * np.log(np.maximum(law, 1e-30) / np.maximum(own, 1e-30))).sum(-1)
-    assert value == pytest.approx((weights * divergence).sum(), rel=1e-5)
+    np.testing.assert_allclose(value, weights * divergence, rtol=1e-5)
 
 
 def test_it_is_zero_and_least_for_a_draft_that_agrees():
     law = laws(0, 5)
-    given, loss = rows(law), Distillation(N_IDS).loss
+    given = rows(law)
     same = np.log(np.maximum(law, 1e-30))
     same[:, N_IDS:] = 7.0  # ids that are never drawn do not matter
-    np.testing.assert_allclose(loss(same, given), 0, atol=1e-6)
-    assert np.abs(jax.grad(lambda x: loss(x, given).sum())(same)).max() < 1e-6
+    value, slope = scored(0.0, same, given)
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+    assert np.abs(slope).max() < 1e-6
     for seed in range(4):
         other = same + 0.1 * np.random.default_rng(seed).normal(size=same.shape)
-        assert (np.asarray(loss(other.astype(np.float32), given)) > 0).all()
+        assert (np.asarray(scored(0.0, other.astype(np.float32), given)[0]) > 0).all()
 
 
 def test_the_other_end_is_the_cross_entropy_of_the_last_ids():
     given, logits = rows(laws(0, 5)), np.random.default_rng(1).normal(size=(5, VOCAB))
     own = softmax(np.where(np.arange(VOCAB) < N_IDS, logits, -1e30))
     want = -np.log(own[np.arange(5), given["targets"]])
-    got = [Distillation(N_IDS, hard).loss(jnp.float32(logits), given) for hard in (0.0, 0.25, 1.0)]
+    got = [np.asarray(scored(x, logits.astype(np.float32), given)[0]) for x in (0.0, 0.25, 1.0)]
     np.testing.assert_allclose(got[2], want, rtol=1e-5)
     np.testing.assert_allclose(got[1], 0.75 * got[0] + 0.25 * got[2], rtol=1e-5)
 
@@ -91,50 +99,60 @@ def test_every_state_counts_once_however_much_of_it_is_masked():
     assert noised["rows"]["weights"][1, 3] == L and objective.count(noised) == 2 * L
 
 
+class Verifier:
+    """A verifier with random weights, as an arm that was trained."""
+
+    def __init__(self) -> None:
+        c = build.tiny(**{"model.layers": 1, "data.seq_len": L, "objective.name": "mdlm"})
+        self.experiment, self.seed = build.experiment(c), 0
+        self.objective, self.data = self.experiment.objective, self.experiment.data
+        params = build.drawn(build.shapes_and_specs(self.experiment.model, L)[0])
+        self.trained_on_host = SimpleNamespace(variables={"params": params, "state": {}})
+
+
 @cache
-def made() -> tuple[Arm, TrainStep]:
-    """(the verifier, untrained, on one device; the program of a hinted draft on dp 2 · tp 2)."""
-    c = build.tiny(**{"model.layers": 1, "data.seq_len": L, "objective.name": "mdlm"})
-    verifier = build.experiment(c)
-    arm = Arm.of(VERIFIER, verifier, make_mesh(dict.fromkeys(AXES, 1)))
-    arm.keep(arm.init())
-    degrees = {**verifier.degrees, "dp": 2, "tp": 2}
+def made() -> tuple[Any, TrainStep]:
+    """(a verifier, the program of a hinted draft on dp 2 · tp 2)."""
+    arm = Verifier()
+    e = arm.experiment
+    degrees = {**e.degrees, "dp": 2, "tp": 2}
     draft = replace(
-        verifier,
-        model=hinted(verifier.model, N_IDS),
-        data=teaching.awaited(verifier, 16, REACH),
+        e,
+        model=hinted(e.model, N_IDS),
+        data=teaching.awaited(e, 16, REACH),
         objective=Distillation(N_IDS, 0.1),
         degrees=degrees,
     )
     return arm, TrainStep(draft, make_mesh(degrees))
 
 
-def variables(p: TrainStep, seed: int = 0):
+def variables(p: TrainStep):
     """Random ones: gates and biases that begin at 0 would hide errors."""
-    rng = np.random.default_rng(seed)
-    shapes = {"params": p.specs.shapes, "state": p.specs.model_shapes}
-    return jax.tree.map(lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32), shapes)
+    return build.drawn({"params": p.specs.shapes, "state": p.specs.model_shapes})
 
 
 def test_states_are_those_of_the_verifiers_chain_with_its_laws():
     arm = made()[0]
-    found, key = (
-        teaching.visits(made()[0], 16),
-        jax.random.fold_in(jax.random.key(teaching.TAUGHT), arm.seed),
-    )
-    at = found.states_NxSxL[:3, 5]
+    found = teaching.visits(arm, 16)
+    key = jax.random.fold_in(jax.random.key(teaching.TAUGHT), arm.seed)
+    at = found.states_NxSxL[:, 5]
 
     @jax.jit
-    def followed(own):
-        denoise = denoiser_of(arm.experiment, own)
-        chain = chain_of(arm.experiment, Draw(key, jnp.arange(3), L, N_IDS, trace=True))
-        return follow(chain, denoise), denoise(at, jnp.full(3, 3 / L))
+    def chained(law_NxSxLxV, given):
+        chain = chain_of(arm.experiment, Draw(key, jnp.arange(16), L, N_IDS))
 
-    (ids, info), logits = jax.device_get(followed(jax.device_put(arm.trained_on_host.variables)))
-    np.testing.assert_array_equal(found.tokens_NxL[:3], ids)
-    np.testing.assert_array_equal(found.states_NxSxL[:3].swapaxes(0, 1), info["trace"][:L])
+        def step(state, law):
+            return chain.step(jnp.log(jnp.maximum(law, 1e-30)), state), state.z_BxL
+
+        last, states = jax.lax.scan(step, chain.begin(), law_NxSxLxV.swapaxes(0, 1))
+        said = denoiser_of(arm.experiment, given)(at, jnp.full(16, 3 / L))
+        return last.z_BxL, states.swapaxes(0, 1), said
+
+    *chain, logits = jax.device_get(chained(found.law_NxSxLxV, arm.trained_on_host.variables))
+    np.testing.assert_array_equal(found.tokens_NxL, chain[0])
+    np.testing.assert_array_equal(found.states_NxSxL, chain[1])
     want = softmax(np.where(np.arange(VOCAB) < N_IDS, logits, -1e30))
-    np.testing.assert_allclose(found.law_NxSxLxV[:3, 5], want, atol=1e-5)
+    np.testing.assert_allclose(found.law_NxSxLxV[:, 5], want, atol=1e-5)
 
 
 def test_examples_are_the_states_of_chains_that_no_other_split_has():
