@@ -55,12 +55,12 @@ class Verdict(NamedTuple):
 
 class Draft(NamedTuple):
     """The states after the first of a window, [W - 1, B, …]; logits [W - 1, B, L, V/tp] that their
-    tokens were drawn from, or None; passes: of the draft model. bad: bool [W - 1, B], where it gave
-    no numbers: such a step counts as rejected."""
+    tokens were drawn from, or None; passes of the draft model, int32. bad: bool [W - 1, B], where
+    it gave no numbers: such a step counts as rejected."""
 
     states: ChainState
     logits: Array | None = None
-    passes: int = 0
+    passes: Array | int = 0
     bad: Array | None = None
 
 
@@ -108,33 +108,59 @@ class StaleDrafter:
         return Draft(walk(chain, state, many, lambda s: chain.step(logits, s)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JacobiDrafter:
     """What the verifier itself proposed for the same step, at a state that was not quite right
-    (Jacobi iteration along the chain); beyond the last window, its marginals at the last accepted
-    state, as `StaleDrafter`. No pass of any model."""
+    (Jacobi iteration along the chain). Steps that it has not judged yet are drafted by `model`:
+    one pass of it for each step that any sample lacks. Without one, by the verifier's marginals at
+    the last accepted state, as `StaleDrafter`, and no pass of any model."""
+
+    model: "ModelDrafter | None" = None
 
     def draft(self, chain: Chain, state: ChainState, verdict: Verdict | None, many: int) -> Draft:
         """As of `Drafter`."""
         if verdict is None:
-            return Draft(_repeated(state, many))
+            return self._first(chain, state, many)
         stale, steps_WxB = verdict.logits_BxLxV, verdict.states.step_B
 
-        def after(now: ChainState) -> ChainState:
+        def step(now: ChainState, _: None) -> tuple[ChainState, tuple]:
             # The state of the old window whose step this is, if it got that far.
             same_WxB = steps_WxB == now.step_B
             found_B, old_B = same_WxB.any(0), same_WxB.argmax(0)
-            score_BxL = jnp.where(
-                found_B[:, None], at(verdict.score_WxBxL, old_B), chain.score(stale, now)
-            )
-            from_B = jnp.where(found_B, old_B, verdict.taken_B)
+            fresh, bad_B, passes = self._fresh(chain, now, stale, anywhere(~found_B))
+            old_BxL, new_BxL = at(verdict.score_WxBxL, old_B), chain.score(fresh, now)
 
             def rows(places_BxR: Array) -> Array:
-                return at(jax.vmap(picked, (0, None))(verdict.logits, places_BxR), from_B)
+                old = at(jax.vmap(picked, (0, None))(verdict.logits, places_BxR), old_B)
+                return jnp.where(found_B[:, None, None], old, picked(fresh, places_BxR))
 
-            return chain.apply(score_BxL, rows, now)
+            score_BxL = jnp.where(found_B[:, None], old_BxL, new_BxL)
+            after = chain.settle(chain.apply(score_BxL, rows, now))
+            return after, (after, bad_B & ~found_B, passes)
 
-        return Draft(walk(chain, state, many, after))
+        _, (states, bad, passes) = jax.lax.scan(step, state, None, length=many)
+        return Draft(states, None, passes.sum(), bad)
+
+    def _first(self, chain: Chain, state: ChainState, many: int) -> Draft:
+        """Before the verifier has said anything."""
+        if self.model is None:
+            right = jnp.zeros((many, *state.step_B.shape), bool)
+            return Draft(_repeated(state, many), None, jnp.int32(0), vary_like(right, state.z_BxL))
+        found = self.model.draft(chain, state, None, many)
+        return found._replace(logits=None, passes=jnp.int32(many))
+
+    def _fresh(
+        self, chain: Chain, now: ChainState, stale: Array, wanted: Array
+    ) -> tuple[Array, Array, Array]:
+        """(logits [B, L, V/tp], where they are no numbers, passes) for a step that is new."""
+        model = self.model
+        if model is None:
+            return stale, jnp.zeros_like(now.step_B, bool), jnp.int32(0)
+        given = (stale,) if model.hint else ()
+        fresh = jax.lax.cond(
+            wanted, lambda: model.denoise(now.z_BxL, chain.level(now), *given), lambda: stale
+        )
+        return fresh, numberless(fresh), wanted.astype(jnp.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,12 +195,16 @@ class ModelDrafter:
 
         def step(state: ChainState, _: None) -> tuple[ChainState, tuple]:
             logits = self.denoise(state.z_BxL, chain.level(state), *given)
-            bad_B = psum(jnp.isnan(logits).sum((1, 2)), "tp") > 0
             after = chain.settle(chain.step(logits, state))
-            return after, (after, logits, bad_B)
+            return after, (after, logits, numberless(logits))
 
         _, (states, logits, bad) = jax.lax.scan(step, state, None, length=many)
         return Draft(states, logits, many, bad)
+
+
+def numberless(logits_BxLxV: Array) -> Array:
+    """Whether a sample has a logit that is not a number: bool [B]."""
+    return psum(jnp.isnan(logits_BxLxV).sum((1, 2)), "tp") > 0
 
 
 def _repeated(state: ChainState, many: int) -> ChainState:
@@ -212,7 +242,7 @@ def speculate(
     state = jax.lax.optimization_barrier(chain.settle(chain.begin()))
     draft = drafter.draft(drafting, state, None, window - 1)
     counts = {name: jnp.zeros(S, jnp.int32) for name in ("judged", "accepted", "bad")}
-    counts |= {name: jnp.int32(0) for name in ("states", "nfe")}
+    counts |= {name: jnp.int32(0) for name in ("states", "nfe", "passes")}
     none_B = vary_like(jnp.zeros(B, jnp.int32), state.z_BxL)
     counts |= {"rounds": none_B, "steps": none_B}
     if chain.draw.trace:
@@ -240,8 +270,7 @@ def speculate(
 
     carry = _Carry(state, draft, counts, anywhere(chain.masked(state)))
     carry = jax.lax.while_loop(lambda c: c.more, body, carry)
-    passes = carry.counts["nfe"] * draft.passes
-    return carry.state.z_BxL, carry.counts | {"passes": passes}
+    return carry.state.z_BxL, carry.counts
 
 
 def _check(chain: Chain, window: int, rule: str) -> None:
@@ -353,6 +382,7 @@ def _counted(chain: Chain, carry: _Carry, states: ChainState, taken_B: Array) ->
         "bad": c["bad"] + (0 if bad is None else by_step(bad)),
         "states": c["states"] + psum(W * live_B.sum(), BATCH_AXES),
         "nfe": c["nfe"] + 1,
+        "passes": c["passes"] + carry.draft.passes,
         "rounds": c["rounds"] + live_B,
         "steps": c["steps"] + (every_WxB & (i_W <= taken_B)).sum(0),
     }

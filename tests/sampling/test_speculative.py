@@ -69,6 +69,10 @@ CHAINS = {
 }
 
 
+MODEL = ModelDrafter(mixed)
+CORRECTED = JacobiDrafter(MODEL)
+
+
 @functools.cache
 def alone(name):
     """Ids of the verifier only."""
@@ -85,8 +89,9 @@ def drafted(name, drafter, window):
 @pytest.mark.parametrize(
     ("name", "drafter"),
     [
-        *((name, ModelDrafter(mixed)) for name in CHAINS),
+        *((name, MODEL) for name in CHAINS),
         *((name, JacobiDrafter()) for name in ("threshold", "ancestral")),
+        *((name, CORRECTED) for name in ("first_hitting", "blocks")),
         ("blocks", StaleDrafter()),
         ("greedy", RefreshedDrafter(exact)),
     ],
@@ -119,10 +124,18 @@ def test_windows_do_not_change_ids(window, seed):
 
 
 def test_a_draft_that_is_the_verifier_is_accepted_throughout():
-    _, info = drafted("first_hitting", ModelDrafter(mixed), 4)
+    _, info = drafted("first_hitting", MODEL, 4)
     assert (info["rounds"][::5] == -(-L // 4)).all()  # samples that the verifier drafts
     assert info["rounds"][3::5].mean() > 3  # those of its contrary
     assert (info["rounds"][4::5] == L).all()  # without numbers: one step a round
+
+
+def test_steps_that_the_verifier_has_judged_are_drafted_by_what_it_drew():
+    _, plain = drafted("first_hitting", MODEL, 4)
+    _, info = drafted("first_hitting", CORRECTED, 4)
+    assert (info["rounds"][::5] == -(-L // 4)).all()  # right ones stay
+    assert info["rounds"][3::5].sum() < plain["rounds"][3::5].sum()  # contrary ones are corrected
+    assert 3 <= info["passes"] <= 3 * info["nfe"] and info["bad"].sum() > 0
 
 
 def test_early_ends_and_prompts_are_part_of_the_state():
