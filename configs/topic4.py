@@ -17,6 +17,7 @@ import ml_collections
 
 from fdp.config import lock
 from fdp.config_file import llama_like, start
+from fdp.topics.speculative_dlm.settings import DRAFTS, TEXTS
 
 
 def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
@@ -32,6 +33,7 @@ def _cpu(c: ml_collections.ConfigDict) -> None:
     c.model.update(layers=4, width=128, heads=4, kv_heads=4, head_dim=32, ffn=352, vocab=32)
     c.train.update(steps=400, batch=32, lr=3e-3, warmup=50)
     c.eval.update(every=0, batches=4, samples=1)
+    c.speculation.update(drafts=("tenth",), lessons=("distilled", "hinted"))
     c.checkpoint.every = 200
 
 
@@ -44,7 +46,7 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
         lengths=(32,),
         windows=(32,),
         drafters=("jacobi", "noisy 0.07"),
-        drafts=("tenth",),
+        lessons=(),
         targets=("first-hitting",),
         sequences=16,
         law=1024,
@@ -55,7 +57,7 @@ def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
     c.train.steps = 2000
     c.seeds = (0, 1, 2)
-    c.speculation.sequences = 256
+    c.speculation.update(drafts=tuple(DRAFTS), texts=tuple(TEXTS))
 
 
 def _large(c: ml_collections.ConfigDict) -> None:

@@ -162,6 +162,24 @@ def drafted(
     return min(found, key=lambda one: one.seconds)
 
 
+def corrected(
+    at: Decoding, layers: int, rounds: Mapping[int, tuple[float, float]], apart: bool = False
+) -> Best:
+    """The best window and placement with a draft of `layers` that drafts every step once and is
+    then corrected by what the verifier drew: `rounds` of each window, as in `Rounds`. Draft and
+    verifier take turns. `apart`: only with devices of its own."""
+    found = []
+    for W, counts in rounds.items():
+        for split in PLACES if apart else (EVERYWHERE, *PLACES):
+            if split.replicas > 1:
+                continue
+            draft = at.steps * priced(draft_shape(layers), at, 1, split.draft).seconds
+            verify = _rounds(at, counts) * priced(LLADA_8B, at, W, split.verifier).seconds
+            where = "all devices" if split.shared else f"{split.draft} + {split.verifier} devices"
+            found.append(Best(draft + verify, W, f"corrected drafts on {where} in turn"))
+    return min(found, key=lambda one: one.seconds)
+
+
 def cells(
     places: Sequence[Decoding] = (*BLOCKS, *WHOLE),
     layers: Sequence[int] = LAYERS,

@@ -9,10 +9,9 @@ from fdp.experiment import Experiment, standard
 from fdp.keys import UserError
 from fdp.topics.speculative_dlm.distillation import Distillation
 from fdp.topics.speculative_dlm.hinted import hinted
-from fdp.topics.speculative_dlm.settings import DRAFTS, drafts
+from fdp.topics.speculative_dlm.settings import DRAFTS, TEXT, TEXTS, VERIFIER, drafts, tasks
 from fdp.topics.speculative_dlm.teaching import awaited
 
-VERIFIER = "verifier"
 SHALLOW = 4  # a draft has a quarter of the layers
 
 
@@ -25,7 +24,24 @@ def arms(config: ml_collections.ConfigDict) -> dict[str, Experiment]:
         plain = standard(draft_config(config, DRAFTS[size]), verifier.data)
         found[name] = taught(config, verifier, plain, lesson) if lesson else plain
         check_pair(verifier, found[name])
+    for text in config.speculation.texts:
+        own, (name, names) = text_config(config, text), tasks(config)[text]
+        found[name] = standard(own)
+        for size, draft in zip(config.speculation.drafts, names, strict=True):
+            found[draft] = standard(draft_config(own, DRAFTS[size]), found[name].data)
+            check_pair(found[name], found[draft])
     return found
+
+
+def text_config(config: ml_collections.ConfigDict, text: str) -> ml_collections.ConfigDict:
+    """The config of the verifier of one of TEXTS."""
+    c = config.copy_and_resolve_references()
+    source, c.objective.name = TEXTS[text]
+    if config.data.source != "blank":
+        c.data.source = source
+    c.data.update(tokenizer="byte", seq_len=TEXT)
+    c.model.vocab = 264  # bytes, a mask and what makes it even over tp
+    return c
 
 
 def taught(

@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fdp.arm import Arm
 from fdp.data.synthetic import MarkovChain
+from fdp.objectives import BlockDiffusion
 from fdp.sampling.chain import Chain, Denoise, follow
 from fdp.sampling.draw import denoiser_of
 from fdp.sampling.speculative import Drafter, JacobiDrafter, ModelDrafter, jump, speculate
@@ -28,7 +30,8 @@ from fdp.topics.speculative_dlm.drafters import (
     sigmas_for,
     target_chain,
 )
-from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY
+from fdp.topics.speculative_dlm.hinted import drafter_from
+from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY, PLAIN
 
 Array = jax.Array
 MARKOV = MarkovChain()
@@ -103,7 +106,8 @@ def oracle_rounds(
     def drafted(ids_B: Array, text_BxL: Array, which: Array, sigma: Array) -> tuple:
         model = ModelDrafter(noisy(MARKOV, sigma))
         chain = target_chain(target, ids_B, length, MARKOV.n, text_BxL)
-        return speculate(chain, judge, OneOf(which, [*own.values(), model]), window=window)
+        every = [*own.values(), model, JacobiDrafter(model)]
+        return speculate(chain, judge, OneOf(which, every), window=window)
 
     def alone(ids_B: Array, text_BxL: Array) -> Array:
         return follow(target_chain(target, ids_B, length, MARKOV.n, text_BxL), judge)[0]
@@ -112,8 +116,8 @@ def oracle_rounds(
     plain = np.asarray(jax.jit(alone)(*asked))
     found = []
     for name in drafters:
-        which = list(own).index(name) if name in own else len(own)
-        drawn = run(*asked, which, sigma.get(name, 0.0))
+        which = list(own).index(name) if name in own else len(own) + (not name.startswith(PLAIN))
+        drawn = run(*asked, which, sigma.get(name.removeprefix(PLAIN), 0.0))
         found.append(_counts(SpeculativeGroup(*group), name, plain, *drawn))
     return found
 
@@ -141,8 +145,8 @@ def _counts(
 def trained_rounds(
     verifier: Arm, drafts: list[Arm], target: str, window: int, drafters: list[str], sequences: int
 ) -> list[RoundCounts]:
-    """Of a trained verifier: what it drafts for itself (names in `drafters`, of settings.SELF and
-    BIGRAM), then every trained draft."""
+    """Of a trained verifier. `drafters`: names of settings.SELF, BIGRAM and of the arms `drafts`,
+    the last two also behind PLAIN."""
     for arm in drafts:
         check_pair(verifier.experiment, arm.experiment)
     length, n_ids = verifier.data.seq_len, verifier.objective.n_ids
@@ -151,32 +155,38 @@ def trained_rounds(
     train = verifier.data.train
     text = _tokens(train, range(min(len(train), COUNTED // length)))
     counted = CountedChain(n=n_ids, text=text)
+    columns = verifier.model.shape.vocab - n_ids  # of ids that are never drawn
+    objective = verifier.objective
+    block = objective.block if isinstance(objective, BlockDiffusion) else None
+
+    def pairs(z_BxL: Array, noise_B: Array) -> Array:
+        return jnp.pad(counted.denoiser(z_BxL), ((0, 0), (0, 0), (0, columns)))
 
     def drafters_of(judge: Denoise, variables: list[dict]) -> list[Drafter]:
-        own = self_drafters(judge) | {BIGRAM: ModelDrafter(exact(counted))}
         trained = zip(drafts, variables, strict=True)
-        models = [ModelDrafter(denoiser_of(arm.experiment, given)) for arm, given in trained]
-        return [*(own[name] for name in drafters), *models]
+        models = {arm.name: drafter_from(arm.experiment, given) for arm, given in trained}
+        models[BIGRAM] = ModelDrafter(pairs)
+        named = self_drafters(judge) | {name: JacobiDrafter(m) for name, m in models.items()}
+        named |= {PLAIN + name: model for name, model in models.items()}
+        return [named[name] for name in drafters]
+
+    def chain_for(ids_B: Array, text_BxL: Array) -> Chain:
+        return replace(target_chain(target, ids_B, length, n_ids, text_BxL), block=block)
 
     def alone(ids_B: Array, text_BxL: Array, variables: list[dict]) -> Array:
-        chain = target_chain(target, ids_B, length, n_ids, text_BxL)
-        return follow(chain, denoiser_of(verifier.experiment, variables[0]))[0]
+        judge = denoiser_of(verifier.experiment, variables[0])
+        return follow(chain_for(ids_B, text_BxL), judge)[0]
 
     def drafted(ids_B: Array, text_BxL: Array, variables: list[dict], which: Array) -> tuple:
         judge = denoiser_of(verifier.experiment, variables[0])
         drafter = OneOf(which, drafters_of(judge, variables[1:]))
-        chain = target_chain(target, ids_B, length, n_ids, text_BxL)
-        return speculate(chain, judge, drafter, window=window)
+        return speculate(chain_for(ids_B, text_BxL), judge, drafter, window=window)
 
     many = np.arange(sequences)
     asked = many, _tokens(verifier.data.val, many % len(verifier.data.val))
-    run = jax.jit(drafted)
+    run, group = jax.jit(drafted), SpeculativeGroup(target, length, window)
     plain = np.asarray(jax.jit(alone)(*asked, every))
-    names, group = [*drafters, *(arm.name for arm in drafts)], (target, length, window)
-    return [
-        _counts(SpeculativeGroup(*group), name, plain, *run(*asked, every, i))
-        for i, name in enumerate(names)
-    ]
+    return [_counts(group, name, plain, *run(*asked, every, i)) for i, name in enumerate(drafters)]
 
 
 def _tokens(split: Any, rows: Iterable[int]) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from fdp.study.report import Row
 from fdp.topics.speculative_dlm.counted import FrontierPoint, LawDistance, RoundCounts
-from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY, SELF
+from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY, PLAIN, SELF
 
 ROUNDS = {32: 5.0, 64: 5.0, 128: 6.0}  # length → most rounds
 AGAINST, AT_LENGTH, AT_WINDOW = 0.85, 32, 16
@@ -41,7 +41,7 @@ def oracle(cut: str, counts: list[RoundCounts]) -> Iterator[Row]:
 
 
 def _fewest(counts: list[RoundCounts], length: int, most: float) -> Iterator[Row]:
-    models = [c for c in counts if c.drafter in NOISY]
+    models = [c for c in counts if c.drafter.removeprefix(PLAIN) in NOISY]
     if not models:
         return
     best = min(models, key=lambda c: c.rounds)
@@ -75,21 +75,21 @@ def _against(counts: list[RoundCounts]) -> Iterator[Row]:
             )
 
 
-def trained(counts: list[RoundCounts]) -> Iterator[Row]:
+def trained(verifier: str, counts: list[RoundCounts]) -> Iterator[Row]:
     """Equality of a trained verifier, and its drafts against what it drafts for itself."""
-    yield equality(counts, "trained verifier")
+    yield equality(counts, f"trained {verifier}")
     for key in dict.fromkeys((c.target, c.window) for c in counts):
         some = [c for c in counts if (c.target, c.window) == key]
         own = [c for c in some if c.drafter in SELF]
-        models = [c for c in some if c.drafter not in (*SELF, BIGRAM)]
+        models = [c for c in some if is_model(c.drafter)]
         if not own or not models:
             continue
         mine, best = (min(x, key=lambda c: c.rounds) for x in (own, models))
         others = [c for c in some if c is not mine and c is not best]
         said = ", ".join(f"{c.drafter} {c.rounds:.2f}" for c in others)
         yield Row.judged(
-            f"a trained draft needs fewer rounds than self-drafting, {key[0]}",
-            f"mean rounds, window {key[1]}",
+            f"a trained draft needs fewer rounds than self-drafting, {key[0]}, window {key[1]}",
+            "mean rounds",
             best.rounds,
             "rounds",
             f"ratio <= {AGAINST}",
@@ -98,6 +98,11 @@ def trained(counts: list[RoundCounts]) -> Iterator[Row]:
             mine.rounds,
             note=f"best draft: {best.drafter}; {said}; entropy of tokens {best.entropy:.2f} nats",
         )
+
+
+def is_model(drafter: str) -> bool:
+    """Whether it is a trained draft model."""
+    return drafter not in SELF and BIGRAM not in drafter
 
 
 def laws(found: list[LawDistance]) -> Iterator[Row]:

@@ -8,14 +8,25 @@ import ml_collections
 from fdp.config_sizes import LowerBound, sequences
 from fdp.keys import UserError, at_least, count, integers, section, within, words
 
+VERIFIER = "verifier"
+TEXT = 32  # bytes of a sequence
 # Shares of the verifier's parameters.
 DRAFTS = {"tenth": 1 / 10, "thirtieth": 1 / 30}
+# Task → (source, objective): bytes, besides the Markov chain.
+TEXTS = {
+    "bible": ("bible", "mdlm"),
+    "stdlib": ("stdlib", "mdlm"),
+    "bible-blocks": ("bible", "block_diffusion"),
+    "stdlib-blocks": ("stdlib", "block_diffusion"),
+}
 # On the states and laws of the trained verifier; and shown what it said a few steps before.
 LESSONS = ("distilled", "hinted")
 # Total variation between a noisy oracle and the exact one, on masked rows of the chain's states.
 NOISY = {"noisy 0.07": 0.07, "noisy 0.15": 0.15, "noisy 0.30": 0.30}
 SELF = ("stale", "jacobi", "refreshed")  # what the verifier drafts for itself
-DRAFTERS = (*SELF, *NOISY, "exact")
+# Drafts of a model are corrected by what the verifier drew at judged steps, or not:
+PLAIN = "uncorrected "
+DRAFTERS = (*SELF, *NOISY, *(PLAIN + name for name in NOISY), "exact")
 BIGRAM = "bigram"  # counts of pairs of tokens in the training data
 # Target → (order, temperature, threshold). Stale drafts at temperature 0 are FreeDave's algorithm,
 # alone and on top of threshold decoding.
@@ -31,13 +42,16 @@ SECTIONS = {
     "speculation": section(
         lengths=integers(2, (32, 64, 128), "of the exact verifier's sequences", "tokens"),
         windows=integers(1, (4, 8, 16), "states judged at once, beside all of a chain", "states"),
-        drafters=words(DRAFTERS, DRAFTERS, "of the exact verifier"),
+        drafters=words(
+            (*SELF, *NOISY, PLAIN + next(iter(NOISY)), "exact"), DRAFTERS, "of the exact verifier"
+        ),
         drafts=words(tuple(DRAFTS), tuple(DRAFTS), "trained draft models, by size"),
         lessons=words((), LESSONS, "how drafts are trained besides on the data"),
         longer=count(1, "steps of a draft for each of the verifier's", "steps"),
         taught=at_least(2, 512, "of the verifier's, whose states drafts learn from", "chains"),
         # With 0.1 a draft of a tenth took 0.2 to 0.4 rounds more at L = 32 (one seed).
         hard=within("[0, 1]", 0.0, "share of the chain's last ids in what they learn"),
+        texts=words((), tuple(TEXTS), "bytes that are decoded besides the Markov chain"),
         targets=words(tuple(TARGETS), tuple(TARGETS), "chains; lengths and windows vary in one"),
         sequences=count(64, "of every count", "sequences"),
         law=at_least(256, 2**18, "draws of every enumerated law", high=2**24),
@@ -68,6 +82,15 @@ def drafts(c: ml_collections.ConfigDict) -> dict[str, tuple[str, str]]:
     }
 
 
+def tasks(c: ml_collections.ConfigDict) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """{task: (arm of the verifier, arms of its drafts)}. Texts have plain drafts only."""
+    s = c.speculation
+    found = {"markov": (VERIFIER, tuple(drafts(c)))}
+    for text in s.texts:
+        found[text] = f"{text}-{VERIFIER}", tuple(f"{text}-{size}" for size in s.drafts)
+    return found
+
+
 def windows(c: ml_collections.ConfigDict, length: int) -> tuple[int, ...]:
     """Windows for a chain of `length` steps: none is longer, and the longest holds all of it."""
     return tuple(sorted({*(min(w, length) for w in c.speculation.windows), length}))
@@ -94,10 +117,10 @@ def cut(c: ml_collections.ConfigDict) -> str:
 def check(c: ml_collections.ConfigDict) -> None:
     """Raise UserError for what the study cannot count."""
     s = c.speculation
-    if c.objective.name != "mdlm":
+    if c.objective.name not in ("mdlm", "block_diffusion"):
         raise UserError(
             f"objective.name={c.objective.name!r}: the drafts of this topic follow the chain of a "
-            "masked denoiser; set objective.name=mdlm"
+            "masked denoiser; set objective.name=mdlm or block_diffusion"
         )
     if not set(s.drafters) & set(SELF):
         raise UserError(

@@ -7,11 +7,12 @@ from typing import Any
 
 import ml_collections
 
+from fdp.arm import Arm
 from fdp.run import Run
 from fdp.study.measure import Measurement, Part, derive, measure
 from fdp.study.report import Report
 from fdp.topics.speculative_dlm import figures, rows
-from fdp.topics.speculative_dlm.arms import VERIFIER, arms
+from fdp.topics.speculative_dlm.arms import arms
 from fdp.topics.speculative_dlm.counted import (
     RoundCounts,
     SpeculativeGroup,
@@ -22,7 +23,16 @@ from fdp.topics.speculative_dlm.counted import (
     trained_rounds,
 )
 from fdp.topics.speculative_dlm.latency import latency_part
-from fdp.topics.speculative_dlm.settings import BIGRAM, NOISY, SELF, cut, sequences_at, windows
+from fdp.topics.speculative_dlm.settings import (
+    BIGRAM,
+    NOISY,
+    PLAIN,
+    SELF,
+    cut,
+    sequences_at,
+    tasks,
+    windows,
+)
 from fdp.topics.speculative_dlm.teaching import examples
 
 __all__ = ["QUESTION", "arms", "examples", "study"]
@@ -41,10 +51,10 @@ def study(run: Run) -> Report:
     if said:
         print(f"study     {said}", flush=True)
     exact, trained = _exact_counts(c), _trained_counts(run)
-    parts = [*_oracle(c, said, exact), *_trained(run, trained)]
+    parts = [*_oracle(c, said, exact), *_trained(trained)]
     if c.variant == "tiny":  # no time for the programs that these take
         return run.report(*parts)
-    hits = [m for of_seed in trained for m in of_seed[:1]]
+    hits = [found[:2] for found in trained.values()]  # the first target
     return run.report(*parts, *_laws(c), latency_part(exact, hits))
 
 
@@ -96,29 +106,40 @@ def _all(f: Callable[[list[RoundCounts]], Any], *groups: list[RoundCounts]) -> A
     return f([c for found in groups for c in found])
 
 
-def _trained_counts(run: Run) -> list[list[Measurement]]:
-    """Of every seed of the verifier with the drafts of the same seed; of every target."""
-    s, verifiers = run.config.speculation, run.arms[VERIFIER]
-    window = min(WIDE, verifiers[0].data.seq_len)
-    own = [*(n for n in s.drafters if n in SELF), BIGRAM]
-    found: list[list[Measurement]] = []
-    for i, verifier in enumerate(verifiers):
-        drafts = [run.arms[name][i] for name in s.drafts]
-        given = [(verifier, drafts, target, window, own, s.sequences) for target in s.targets]
-        found.append(
-            [measure(f"trained {g[2]} {verifier.label}", trained_rounds, *g) for g in given]
-        )
+def _trained_counts(run: Run) -> dict[Arm, list[Measurement]]:
+    """Of every seed of every verifier, with the drafts of the same task and seed."""
+    found = {}
+    for verifier, drafts in tasks(run.config).values():
+        for i, arm in enumerate(run.arms[verifier]):
+            found[arm] = _of_verifier(run.config, arm, [run.arms[name][i] for name in drafts])
     return found
 
 
-def _trained(run: Run, counts: list[list[Measurement]]) -> Iterator[Part]:
-    for verifier, found in zip(run.arms[VERIFIER], counts, strict=True):
+def _of_verifier(
+    c: ml_collections.ConfigDict, verifier: Arm, drafts: list[Arm]
+) -> list[Measurement]:
+    """The first target with two windows, and drafts that are corrected and not; others with the
+    wide one, and corrected drafts."""
+    s, models = c.speculation, [*(arm.name for arm in drafts), BIGRAM]
+    own, found = [n for n in s.drafters if n in SELF], []
+    for target in s.targets:
+        first = target == s.targets[0]
+        names = [*own, *models, *(PLAIN + name for name in models if first)]
+        for window in (WIDE, WIDE // 2) if first and c.variant != "tiny" else (WIDE,):
+            given = verifier, drafts, target, min(window, verifier.data.seq_len), names
+            label = f"trained {target} W{window} {verifier.label}"
+            found.append(measure(label, trained_rounds, *given, s.sequences))
+    return found
+
+
+def _trained(counts: dict[Arm, list[Measurement]]) -> Iterator[Part]:
+    for verifier, found in counts.items():
         yield derive(
             f"trained {verifier.label}",
             *found,
-            rows=partial(_all, rows.trained),
+            rows=partial(_all, partial(rows.trained, verifier.label)),
             raw=partial(_all, rows.table),
-            group=f"Trained verifier, seed {verifier.seed}",
+            group=f"Trained {verifier.label}",
         )
 
 

@@ -38,5 +38,15 @@ def test_counts_of_the_run_replace_those_of_the_trial():
     found = latency.jacobi_rounds([counts("jacobi", [5] * 8 + [7] * 7 + [9], 3)])
     assert found[32, 8] == (98 / 16, 7.0)
     assert found[64, 8] == MARKOV_ROUNDS[64, 8]
-    drafts = [counts("jacobi", [5], 10), counts("tenth", [5], 4), counts("thirtieth", [5], 3)]
+    names = "jacobi", "tenth", "uncorrected tenth", "uncorrected bigram"
+    drafts = [counts(name, [5], taken) for name, taken in zip(names, (10, 9, 4, 8), strict=True)]
     assert latency.best_rate(drafts) == pytest.approx(0.4)
+
+
+def test_corrected_drafts_are_judged_against_the_faster_baseline():
+    def row(rounds):
+        given = [counts("jacobi", [7.4] * 8, 3), counts("tenth", [rounds] * 8, 3)]
+        return latency.corrected_drafts([given])
+
+    few, many = row(3.0), row(7.4)
+    assert few.verdict == "holds" and many.verdict == "fails" and many.value < 0

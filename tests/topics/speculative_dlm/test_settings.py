@@ -79,7 +79,7 @@ def test_every_target_and_drafter_is_counted_once():
     found = groups(changed(lengths=(32, 64)))
     runs = [(*group, name) for group, drafters in found for name in drafters]
     assert len(set(runs)) == len(runs)
-    assert {name for *_, name in runs} == set(settings.DRAFTERS)
+    assert {name for *_, name in runs} == set(changed().speculation.drafters)
     assert {group.target for group, _ in found} == set(settings.TARGETS)
     assert {group.window for group, _ in found if group.length == 64} == {16, 64}
 
