@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from fdp.count.counts import EXCHANGE, GATHER, PERMUTE, REDUCE, SCATTER
 from fdp.models.shape import ModelShape
-from fdp.parallel.context import layouts
+from fdp.parallel.context import cache, layouts
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan, check, needed_hops
 from fdp.parallel.masks import Mask
@@ -149,6 +149,19 @@ def decode_bytes(kind: str, batch: int, tokens: int, heads: int, head_dim: int, 
     if kind == "helix":
         return live({EXCHANGE: (cp - 1) / cp * rows * (head_dim + 1)})
     return live({REDUCE: 2 * (cp - 1) / cp * rows * (1 + head_dim + 1)})
+
+
+def deal_bytes(layout: SequenceLayout, shape: AttentionShape) -> Traffic:
+    """Wire bytes of dealing the keys and values of a pass in `layout` to a cache over cp, by
+    collective: (cp - 1)·P·2·B·K·C·bytes, where at most P positions go from one device to another.
+
+    Where cp divides a run of neighbours (contiguous: N, zig-zag: N/2, striped: its block), P = N/cp
+    and these are (cp - 1)/cp units. Nothing moves from the layout of the cache."""
+    N, cp = shape.seq_len // shape.cp, shape.cp
+    if cp == 1 or layout == cache.ROUND_ROBIN:
+        return {}
+    most = cache.routes(layout, N, cp).leave.shape[2]
+    return live({EXCHANGE: (cp - 1) * most * shape.unit / N})
 
 
 def live(traffic: Traffic) -> Traffic:

@@ -38,13 +38,14 @@ from fdp.models.layers import (
 )
 from fdp.models.module import CACHE, Module, compact
 from fdp.models.shape import ModelShape
-from fdp.parallel.context.attend import attend
+from fdp.parallel.context import cache as sharded
+from fdp.parallel.context.attend import attend, decode
 from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.context.plan import CommPlan, check
 from fdp.parallel.masks import Mask
 
 Array = jax.Array
-GATHER = CommPlan("all_gather")
+GATHER, TREE = CommPlan("all_gather"), CommPlan("tree")
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +86,8 @@ class CachedCore(Core, Protocol):
     """A core that can also attend to a cache of keys and values."""
 
     def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
-        """Attention of the rows at `index_BxL` to a cache of all positions: [B, L, H, C]."""
+        """Attention of the rows at `index_BxL` to a cache of all positions, of which a device of cp
+        has its slots (`fdp.parallel.context.cache`): [B, L, H, C], equal over cp."""
         ...
 
     def check_cache(self) -> None:
@@ -174,9 +176,14 @@ class Softmax:
         )
 
     def rows(self, q_BxLxHxC: Array, k_BxSxKxC: Array, v_BxSxKxC: Array, index_BxL: Array) -> Array:
-        """As `CachedCore`."""
-        places = index_BxL, np.arange(k_BxSxKxC.shape[1])
-        return front.attend(q_BxLxHxC, k_BxSxKxC, v_BxSxKxC, self.mask, *places)[0]
+        """As `CachedCore`. Over cp results are merged by two all-reduces (plan tree), because the
+        output projection takes all heads of a device of tp."""
+        slots = k_BxSxKxC.shape[1]
+        qkv = q_BxLxHxC, k_BxSxKxC, v_BxSxKxC
+        if size("cp") > 1:
+            return decode(*qkv, self.mask, TREE, index_BxL, sharded.positions(slots))
+        places = index_BxL, np.arange(slots)
+        return front.attend(*qkv, self.mask, *places)[0]
 
     def check_cache(self) -> None:
         """Raises ValueError for packed masks and mask rules."""
@@ -191,9 +198,10 @@ class Attention(Module):
     """Attention with rotary positions. Its output projection ends in the all-reduce over tp.
     `bias_out`: with a bias after it.
 
-    Where a cache is kept, a pass over all rows stores rotated keys and values in it. A pass over
-    rows at given indices ([B, L]) replaces the keys and values of those rows and attends to the
-    whole cache; with a convolution these must be the rows that follow."""
+    Where a cache is kept, a pass over all rows stores rotated keys and values in it: at its
+    beginning, where one is given. A pass over rows at given indices ([B, L]), which all devices of
+    cp run, replaces the keys and values of those rows and attends to the whole cache; with a
+    convolution these must be the rows that follow."""
 
     shape: ModelShape
     core: Core
@@ -308,10 +316,19 @@ class Attention(Module):
         return mix(v), attended
 
     def _keep(self, k_BxLxKxC: Array, v_BxLxKxC: Array) -> None:
-        if self.is_mutable_collection(CACHE) and getattr(self.core, "keeps", True):
-            self._cached_core()
-            self.cache("k", k_BxLxKxC)
-            self.cache("v", v_BxLxKxC)
+        if not self.is_mutable_collection(CACHE) or not getattr(self.core, "keeps", True):
+            return
+        self._cached_core()
+        cp = size("cp")
+        if self.shape.conv and cp > 1:
+            raise ValueError(conv.refuse_pass(self.shape.conv, cp))
+        both = sharded.deal(k_BxLxKxC, v_BxLxKxC, self.core.layout)
+        for name, rows in zip("kv", both, strict=True):
+            if self.has_variable(CACHE, name):
+                held = vary_like(self.cached(name), rows)
+                sharded.check_capacity(rows.shape[1] * cp, 0, held.shape[1] * cp)
+                rows = jax.lax.dynamic_update_slice_in_dim(held, rows, 0, 1)
+            self.cache(name, rows)
 
     def _held(self, like: Array) -> tuple[Array, Array]:
         """Keys and values of the cache, which the pass may only read."""
@@ -320,24 +337,24 @@ class Attention(Module):
 
     def _replace_rows(self, k: Array, v: Array, index_BxL: Array) -> tuple[Array, Array]:
         """Keys and values of the whole cache after those of these rows have been replaced."""
-        put = jax.vmap(lambda all_SxKxC, rows_LxKxC, at_L: all_SxKxC.at[at_L].set(rows_LxKxC))
         both = []
         for name, rows in (("k", k), ("v", v)):
-            both.append(put(vary_like(self.cached(name), rows), rows, index_BxL))
+            both.append(sharded.put(self.cached(name), rows, index_BxL))
             self.cache(name, both[-1])
         return both[0], both[1]
 
     def _cached_core(self) -> CachedCore:
         """The core. Raises ValueError where cached decoding would give wrong results."""
-        if size("cp") > 1:
-            raise ValueError(
-                f"the key/value cache holds whole sequences, S = L·cp = L·1, and cp = {size('cp')}:"
-                " set mesh.cp=1 and give its devices to dp or tp"
-            )
         if not isinstance(self.core, CachedCore):
             raise ValueError(f"{type(self.core).__name__} has no cached decoding: use Softmax")
         self.core.check_cache()
         self._check_order()
+        mask = getattr(self.core, "mask", None)
+        if size("cp") > 1 and getattr(mask, "kind", None) != "causal":
+            raise ValueError(
+                f"a cache over cp = {size('cp')} needs a causal mask, which hides what lies behind "
+                f"a row, not {mask}: set mesh.cp=1 and give its devices to dp or tp"
+            )
         return self.core
 
     def _check_order(self) -> None:
@@ -367,14 +384,15 @@ class Attention(Module):
     def decode_state(self, batch: int, length: int) -> tuple[Any, Any]:
         """(zeros, PartitionSpecs) of an empty cache for `batch` sequences of `length`.
 
-        {"k", "v"} of [B, S, K/tp, C] in the compute dtype, sequences over (dp, ep) and heads over
-        tp; with a convolution, "conv": its last positions. Raises ValueError for a convolution
-        under a mask that is not causal."""
+        {"k", "v"} of [B, S/cp, K/tp, C] in the compute dtype, sequences over (dp, ep), positions
+        round-robin over cp and heads over tp; with a convolution, "conv": its last positions.
+        Raises ValueError for a convolution under a mask that is not causal, and for a length that
+        cp does not divide."""
         s = self.shape
         self._check_order()
-        shape = (batch, length, s.kv_heads // size("tp"), s.head_dim)
-        zeros = vary(jnp.zeros(shape, jnp.dtype(s.dtype)), (*BATCH_AXES, "tp"))
-        spec = PartitionSpec(BATCH_AXES, None, "tp", None)
+        shape = (batch, sharded.share(length), s.kv_heads // size("tp"), s.head_dim)
+        zeros = vary(jnp.zeros(shape, jnp.dtype(s.dtype)), (*BATCH_AXES, "cp", "tp"))
+        spec = PartitionSpec(BATCH_AXES, "cp", "tp", None)
         state, specs = {"k": zeros, "v": zeros}, {"k": spec, "v": spec}
         if s.conv:
             filter = ShortConvolution(s.conv, self.core.layout, parent=None)

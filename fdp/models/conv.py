@@ -182,3 +182,12 @@ def refuse_cache(taps: int) -> str:
         f"computed again in any order, without the {taps - 1} positions before each; set "
         "model.conv=0 or sample without a cache"
     )
+
+
+def refuse_pass(taps: int, cp: int) -> str:
+    """The error message for a pass over a sharded sequence that would keep the last positions."""
+    return (
+        f"model.conv = {taps} keeps the last {taps - 1} positions, and over cp = {cp} devices no "
+        "device has those of the whole sequence: read the prompt row by row "
+        "(fdp.sampling.autoregressive.read), or set mesh.cp=1 or model.conv=0"
+    )

@@ -1,8 +1,9 @@
 """Autoregressive sampling: by one forward pass of the whole static-length prefix per token
-(`sample`), by a cache of what was read (`read`, `write`), or as a chain that can be drafted and
-verified (`LeftToRight`). All give the same ids.
+(`sample`), by a cache of what was read (`fill`, `read`, `write`), or as a chain that can be drafted
+and verified (`LeftToRight`). All give the same ids. The cache of softmax attention may lie over cp.
 
-Shapes: B samples, L positions, R rows, V vocabulary (tp: V/tp)."""
+Shapes: B samples, L positions (inputs of a pass: local over cp), R rows, V vocabulary (tp:
+V/tp)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fdp.collectives import vary_like
+from fdp.collectives import size, vary_like
 from fdp.models import module
 from fdp.models.transformer import Transformer
+from fdp.parallel.context.cache import check_capacity
 from fdp.parallel.tensor import suppress
 from fdp.sampling.chain import Chain, ChainState
 from fdp.sampling.noise import Draw, categorical, position_keys
@@ -51,9 +53,23 @@ class LeftToRight(Chain):
 
 
 def next_token(logits_BxV: jax.Array, draw: Draw, i: jax.Array) -> jax.Array:
-    """Token i of every sample: int32 [B]."""
-    keys = position_keys(draw.key, draw.sample_ids_B, 0, i[None])[:, 0]
+    """Token i of every sample: int32 [B]. `i`: of all samples, or int32 [B]."""
+    keys = position_keys(draw.key, draw.sample_ids_B, 0, i[..., None])[:, 0]
     return categorical(keys, suppress(logits_BxV, draw.n_ids), draw.temperature)
+
+
+def fill(
+    model: Transformer, variables: Mapping[str, Any], cache: Any, inputs_BxL: jax.Array
+) -> Any:
+    """The cache after a pass over all inputs from the first on, by the plan of the model over cp;
+    its keys and values are then dealt round-robin (`fdp.parallel.context.cache`).
+
+    `cache`: of `model.decode_state`. `inputs_BxL`: those of this device in the layout of the model.
+    A shorter prompt is filled up with any inputs: what lies behind its own is hidden until it is
+    replaced. Raises ValueError for inputs beyond the capacity, and over cp for layers whose cache
+    is not sharded."""
+    noise_B = vary_like(jnp.zeros(len(inputs_BxL)), inputs_BxL)
+    return module.run(model, variables, inputs_BxL, noise_B, method="hidden", cache=cache)[2]
 
 
 def read(
@@ -65,9 +81,12 @@ def read(
 ) -> tuple[jax.Array, Any]:
     """(logits [B, V/tp] of the token after these inputs, the cache with them), for a causal model.
 
-    `cache`: of `model.decode_state`, after `start` inputs: the start token, then tokens. Raises
-    ValueError for layers without cached decoding and under cp > 1."""
-    index_BxR = jnp.broadcast_to(start + jnp.arange(inputs_BxR.shape[1]), inputs_BxR.shape)
+    `cache`: of `model.decode_state`, after `start` inputs: the start token, then tokens. `start`:
+    of all sequences, or int32 [B], the length of each; a smaller one rolls a sequence back. Under
+    cp > 1 all devices are given the same inputs. Raises ValueError for layers without cached
+    decoding."""
+    index_BxR = jnp.reshape(start, (-1, 1)) + jnp.arange(inputs_BxR.shape[1])
+    index_BxR = jnp.broadcast_to(index_BxR, inputs_BxR.shape)
     noise_B = vary_like(jnp.zeros(len(inputs_BxR)), inputs_BxR)
     args = model, variables, inputs_BxR, noise_B, index_BxR
     hidden_BxRxD, _, cache = module.run(*args, method="hidden", cache=cache)
@@ -86,7 +105,8 @@ def write(
     token.
 
     `cache`: as in `read`, after `start` inputs; `last_B`: the input that follows them, after which
-    to write. Token i of a sample has the noise that it has in `sample`."""
+    to write. Token i of a sample has the noise that it has in `sample`. With a `start` of each
+    sequence, tokens follow prompts of unlike lengths."""
     batch = len(last_B)
     tokens_BxL = vary_like(jnp.zeros((batch, draw.length), jnp.int32), draw.sample_ids_B)
 
@@ -99,3 +119,24 @@ def write(
     carry = tokens_BxL, vary_like(last_B, draw.sample_ids_B), cache
     tokens_BxL, _, cache = jax.lax.fori_loop(0, draw.length, body, carry)
     return tokens_BxL, cache
+
+
+def complete(
+    model: Transformer,
+    variables: Mapping[str, Any],
+    inputs_BxL: jax.Array,
+    lengths_B: jax.Array,
+    last_B: jax.Array,
+    draw: Draw,
+    capacity: int,
+) -> tuple[jax.Array, Any]:
+    """(the `draw.length` tokens after each prompt, the cache), as `fill` and then `write` make
+    them, with a cache of `capacity` positions.
+
+    `lengths_B`: inputs of each sequence, at least one (the start token); `last_B`: the last of
+    them, whose row is run again to write after it. Raises ValueError where prompts, with what fills
+    them up, and tokens exceed the capacity."""
+    check_capacity(inputs_BxL.shape[1] * size("cp"), draw.length, capacity)
+    cache, _ = model.decode_state(len(inputs_BxL), capacity)
+    cache = fill(model, variables, cache, inputs_BxL)
+    return write(model, variables, cache, last_B, lengths_B - 1, draw)

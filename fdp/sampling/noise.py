@@ -28,7 +28,8 @@ def position_keys(
     key: jax.Array, sample_ids_B: jax.Array, step: jax.Array | int, positions_P: jax.Array
 ) -> jax.Array:
     """fold_in(fold_in(fold_in(key, sample), step), position) of every pair: raw threefry keys,
-    uint32 [B, P, 2]. `step`: of all samples, or int32 [B].
+    uint32 [B, P, 2]. `step`: of all samples, or int32 [B]. Positions too may be those of each
+    sample: [B, P].
 
     Sample ids are global (unique over the whole job), so ids do not depend on dp. Raises ValueError
     for a key that is not threefry."""
@@ -45,7 +46,8 @@ def position_keys(
 
     positions_P = vary_like(positions_P, sample_ids_B)
     of_samples = 0 if jnp.ndim(step) else None
-    every = jax.vmap(jax.vmap(one, (None, None, 0)), (0, of_samples, None))
+    own = 0 if positions_P.ndim == 2 else None
+    every = jax.vmap(jax.vmap(one, (None, None, 0)), (0, of_samples, own))
     return every(sample_ids_B, step, positions_P)
 
 

@@ -172,10 +172,37 @@ def test_refusals():
     rule = Mask(rule=BlockDiffusionRule(4, 2))
     with pytest.raises(ValueError, match=r"no key/value cache for the mask .*BlockDiffusionRule"):
         whole(transformer(model.shape, rule), params, IDS)
+    refused_over_cp(
+        model, r"over cp = 2 needs a causal mask.*not Mask.*bidirectional.*: set mesh.cp=1 and give"
+    )
+    refused_over_cp(transformer(model.shape, rule), r"no key/value cache for the mask")
+    packed = transformer(model.shape, Mask("causal", packed=True))
+    refused_over_cp(packed, r"no key/value cache for the mask .*packed=True")
+    message = r"keeps the last 2 positions, and over cp = 2 .*row by row .*or set mesh.cp=1"
+    refused_over_cp(builders.model("causal", conv=3), message)
+
+
+def refused_over_cp(model, message):
+    """A pass over cp = 2 that would keep a cache."""
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"cp": 2})
-    _, specs = builders.shapes_and_specs(model, L)
+    params, specs = builders.shapes_and_specs(model, L)
     f = shard_map(
         lambda p, ids: whole(model, p, ids)[0], mesh, (specs, P(None, "cp")), P(None, "cp")
     )
-    with pytest.raises(ValueError, match=r"S = L·cp = L·1, and cp = 2: set mesh.cp=1"):
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(f, params, IDS)
+
+
+def test_a_cache_that_is_too_small_or_does_not_divide_is_refused():
+    model, params = build("causal")
+    cache = jax.eval_shape(lambda: model.decode_state(B, L - 2)[0])
+    args = {"params": params}, IDS, NOISE
+    with pytest.raises(
+        ValueError,
+        match=r"prompt \+ new = 8 \+ 0 = 8 > M = 6 positions .*make it 8 .*shorten the prompt",
+    ):
+        jax.eval_shape(lambda c: module.run(model, *args, method="hidden", cache=c)[2], cache)
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | {"cp": 4})
+    (_, specs), what = model.decode_state(B, L), r"M = 6 .* not divisible by cp = 4: make it 8 pos"
+    with pytest.raises(ValueError, match=what):
+        jax.eval_shape(shard_map(lambda: model.decode_state(B, 6)[0], mesh, (), specs))

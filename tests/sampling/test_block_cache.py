@@ -224,5 +224,7 @@ def test_chains_that_do_not_go_block_by_block_are_refused(chain, prompt, message
 
 
 def test_cp_is_refused():
-    with pytest.raises(ValueError, match=r"S = L·cp .* cp = 2: set mesh.cp=1"):
+    with pytest.raises(
+        ValueError, match=r"cp = 2 needs a causal mask.*BlockCausalRule.*: set mesh.cp=1"
+    ):
         jax.eval_shape(on_mesh(PLAIN, cp=2), *given())

@@ -203,5 +203,5 @@ def test_bad_arguments():
     mesh = make_mesh(dict.fromkeys(AXES, 1) | {"cp": 2})
     _, specs = builders.shapes_and_specs(how.model, L)
     f = shard_map(lambda p, ids: cached.sample(how, p, KEY, ids, L)[0], mesh, (specs, P()), P())
-    with pytest.raises(ValueError, match=r"cp = 2: set mesh.cp=1"):
+    with pytest.raises(ValueError, match=r"cp = 2 needs a causal mask.*: set mesh.cp=1"):
         jax.eval_shape(f, params, IDS)
