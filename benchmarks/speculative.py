@@ -162,11 +162,12 @@ def programs(verifier: Verifier) -> tuple[Rows, bool]:
     return [(f"programs, prompts of {lengths} tokens", str(count), "= 1")], count == 1
 
 
-def memory(c: ml_collections.ConfigDict, prefixes: tuple[int, int]) -> tuple[Rows, bool]:
-    """Planned temporaries of a verification beside a cache, against W and the prefix."""
+def memory(c: ml_collections.ConfigDict, prefixes: tuple[int, int, int]) -> tuple[Rows, bool]:
+    """Planned temporaries of a verification beside a cache: against W at the first of the prefixes,
+    and their growth from the second to the third, which are longer than a tile of attention."""
     objective = BlockDiffusion(c.model.vocab - 1, BLOCK)
     model = Verifier.of(c).e.model
-    length = prefixes[1] + BLOCK
+    length = prefixes[2] + BLOCK
     how = BlockCache(
         transformer(model.shape, objective.mask(length), position=objective.position(length))
     )
@@ -185,9 +186,9 @@ def memory(c: ml_collections.ConfigDict, prefixes: tuple[int, int]) -> tuple[Row
 
     found = {(w, P): temporaries(w, P) for w in (1, W) for P in prefixes}
     ratio = found[W, prefixes[0]] / found[1, prefixes[0]]
-    growth = {w: found[w, prefixes[1]] - found[w, prefixes[0]] for w in (1, W)}
+    growth = {w: found[w, prefixes[2]] - found[w, prefixes[1]] for w in (1, W)}
     more = growth[W] - growth[1]
-    prefix = held(prefixes[1]) - held(prefixes[0])
+    prefix = held(prefixes[2]) - held(prefixes[1])
     rows = [
         (
             f"temporaries, {W} states / 1, of {found[1, prefixes[0]] / 2**20:.2f} MiB",
@@ -199,7 +200,7 @@ def memory(c: ml_collections.ConfigDict, prefixes: tuple[int, int]) -> tuple[Row
             f"{growth[1] / 2**20:.2f}",
             "",
         ),
-        (f"… and {W - 1} more states add to that, bytes", str(more), "= 0"),
+        (f"… and {W - 1} more states add to that, bytes", str(more), "≤ 0"),
     ]
     return rows, ratio <= W and more <= 0
 
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     print(banner() + "\n", flush=True)
     parts = [
         programs(verifier),
-        memory(small, (BLOCK, 1024)),
+        memory(small, (BLOCK, 1024, 2048)),
         overhead(verifier, args.repeats),
         (speed(verifier, max(3, args.repeats // 3)), True),
     ]
