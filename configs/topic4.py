@@ -33,7 +33,7 @@ def _cpu(c: ml_collections.ConfigDict) -> None:
     c.model.update(layers=4, width=128, heads=4, kv_heads=4, head_dim=32, ffn=352, vocab=32)
     c.train.update(steps=400, batch=32, lr=3e-3, warmup=50)
     c.eval.update(every=0, batches=4, samples=1)
-    c.speculation.update(drafts=("tenth",), lessons=("distilled", "hinted"))
+    c.speculation.update(drafts=("tenth",), lessons=("distilled", "hinted"), longer=5, taught=1024)
     c.checkpoint.every = 200
 
 
@@ -47,6 +47,7 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
         windows=(32,),
         drafters=("jacobi", "noisy 0.07"),
         lessons=(),
+        longer=1,
         targets=("first-hitting",),
         sequences=16,
         law=1024,
