@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fdp.data.synthetic import MarkovChain
-from fdp.sampling.chain import Chain, ChainState, Denoise, follow
+from fdp.sampling.chain import BY_NOISE, Chain, ChainState, Denoise, follow
 from fdp.sampling.noise import Draw
 from fdp.sampling.speculative import (
     Draft,
@@ -30,10 +30,10 @@ CALIBRATED = 256  # states
 def target_chain(
     target: str, ids_B: jax.Array, length: int, n_ids: int, text_BxL: jax.Array, trace: bool = False
 ) -> Chain:
-    """The chain of one of TARGETS. `ids_B`: of samples; `text_BxL`: whose beginnings are prompts at
-    temperature 0. Both are arguments of the program, or XLA computes noise while it compiles."""
+    """The chain of one of TARGETS. `ids_B`: of samples; `text_BxL`: where scores order, its
+    beginnings are prompts. Both are arguments of the program, or XLA draws noise as it compiles."""
     order, temperature, threshold = TARGETS[target]
-    given = length // PROMPTED if temperature == 0 else 0
+    given = 0 if order in BY_NOISE else length // PROMPTED
     start_BxL = jnp.where(jnp.arange(length) < given, text_BxL, n_ids)
     draw = Draw(jax.random.key(SEED), ids_B, length, n_ids, temperature, start_BxL, trace)
     return Chain(draw, order, threshold=threshold)

@@ -36,7 +36,9 @@ TARGETS: dict[str, tuple[str, float, float | None]] = {
     "temperature 0": ("top_prob", 0.0, None),
     "threshold 0.3": ("top_prob", 0.0, 0.3),
 }
-PROMPTED = 4  # at temperature 0 a quarter of the tokens is given, or all samples would be alike
+# Where scores order, a quarter of the tokens is given: all masks are alike to a model, and rounding
+# would choose the first; at temperature 0 all samples would be alike, too.
+PROMPTED = 4
 
 SECTIONS = {
     "speculation": section(
