@@ -5,17 +5,20 @@ and verified (`LeftToRight`). All give the same ids. The cache of softmax attent
 Shapes: B samples, L positions (inputs of a pass: local over cp), R rows, V vocabulary (tp:
 V/tp)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fdp.collectives import size, vary_like
 from fdp.models import module
 from fdp.models.transformer import Transformer
+from fdp.parallel.context import layouts
 from fdp.parallel.context.cache import check_capacity
+from fdp.parallel.context.layouts import SequenceLayout
 from fdp.parallel.tensor import suppress
 from fdp.sampling.chain import Chain, ChainState
 from fdp.sampling.noise import Draw, categorical, position_keys
@@ -83,8 +86,8 @@ def read(
 
     `cache`: of `model.decode_state`, after `start` inputs: the start token, then tokens. `start`:
     of all sequences, or int32 [B], the length of each; a smaller one rolls a sequence back. Under
-    cp > 1 all devices are given the same inputs. Raises ValueError for layers without cached
-    decoding."""
+    cp > 1 all devices are given the same inputs. Rows beyond the capacity are not stored
+    (`check_capacity`). Raises ValueError for layers without cached decoding."""
     index_BxR = jnp.reshape(start, (-1, 1)) + jnp.arange(inputs_BxR.shape[1])
     index_BxR = jnp.broadcast_to(index_BxR, inputs_BxR.shape)
     noise_B = vary_like(jnp.zeros(len(inputs_BxR)), inputs_BxR)
@@ -121,21 +124,39 @@ def write(
     return tokens_BxL, cache
 
 
+class Prompts(NamedTuple):
+    """What `complete` reads. `inputs_BxL`: the start token and the prompt of each sequence, filled
+    up, in the layout of a model (of this device); `lengths_B`: how many of them are its own;
+    `last_B`: the last one of those."""
+
+    inputs_BxL: Any
+    lengths_B: Any
+    last_B: Any
+
+
+def prompts_of(
+    texts: Sequence[Sequence[int]], bos: int, layout: SequenceLayout, cp: int
+) -> Prompts:
+    """Prompts of unlike lengths, int32 and global, filled up to a length that `layout` divides
+    among `cp` devices. An empty one is the start token alone. Raises ValueError without any."""
+    if not len(texts):
+        raise ValueError("prompts = 0 sequences: give at least one, which may be empty")
+    unit, lengths_B = layout.unit(cp)[0], np.array([1 + len(ids) for ids in texts], np.int32)
+    inputs_BxL = np.full((len(texts), -(-lengths_B.max() // unit) * unit), bos, np.int32)
+    for row_L, ids in zip(inputs_BxL, texts, strict=True):
+        row_L[1 : 1 + len(ids)] = ids
+    last_B = inputs_BxL[np.arange(len(texts)), lengths_B - 1]
+    return Prompts(layouts.permute(inputs_BxL, layout, cp), lengths_B, last_B)
+
+
 def complete(
-    model: Transformer,
-    variables: Mapping[str, Any],
-    inputs_BxL: jax.Array,
-    lengths_B: jax.Array,
-    last_B: jax.Array,
-    draw: Draw,
-    capacity: int,
+    model: Transformer, variables: Mapping[str, Any], prompts: Prompts, draw: Draw, capacity: int
 ) -> tuple[jax.Array, Any]:
     """(the `draw.length` tokens after each prompt, the cache), as `fill` and then `write` make
-    them, with a cache of `capacity` positions.
+    them, with a cache of `capacity` positions. The row of the last input is run again.
 
-    `lengths_B`: inputs of each sequence, at least one (the start token); `last_B`: the last of
-    them, whose row is run again to write after it. Raises ValueError where prompts, with what fills
-    them up, and tokens exceed the capacity."""
+    Raises ValueError where prompts, with what fills them up, and tokens exceed the capacity."""
+    inputs_BxL, lengths_B, last_B = prompts
     check_capacity(inputs_BxL.shape[1] * size("cp"), draw.length, capacity)
     cache, _ = model.decode_state(len(inputs_BxL), capacity)
     cache = fill(model, variables, cache, inputs_BxL)

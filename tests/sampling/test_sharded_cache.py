@@ -21,7 +21,7 @@ from fdp.models import module
 from fdp.models.shape import ModelShape
 from fdp.models.transformer import transformer
 from fdp.parallel.context import layouts
-from fdp.parallel.context.layouts import SequenceLayout
+from fdp.parallel.context.layouts import CONTIGUOUS, ZIGZAG, SequenceLayout
 from fdp.parallel.context.plan import CommPlan
 from fdp.parallel.masks import Mask
 from fdp.sampling import autoregressive
@@ -29,10 +29,10 @@ from fdp.sampling.noise import Draw
 
 pytestmark = pytest.mark.fast
 B, L, M, NEW, BOS, N_IDS = 4, 16, 24, 8, 14, 13
-LENGTHS = jnp.array([1, 16, 9, 4])  # inputs: the first has no prompt but the start token
+TEXTS = [list(np.random.default_rng(b).integers(0, N_IDS, n)) for b, n in enumerate((0, 15, 8, 3))]
 SHAPE = ModelShape(**(builders.SMALL | {"heads": 4, "kv_heads": 2, "head_dim": 8}))
-INPUTS = jax.random.randint(jax.random.key(1), (B, L), 0, N_IDS).at[:, 0].set(BOS)
-LAST = jnp.take_along_axis(INPUTS, LENGTHS[:, None] - 1, 1)[:, 0]
+PROMPTS = autoregressive.prompts_of(TEXTS, BOS, CONTIGUOUS, 1)
+LENGTHS = PROMPTS.lengths_B
 KEY, IDS, MASK = jax.random.key(3), jnp.arange(B), Mask("causal", window=6)
 
 
@@ -41,17 +41,17 @@ def parameters():
     return builders.drawn(builders.shapes_and_specs(transformer(SHAPE, MASK), L)[0])
 
 
-def written(model, params, inputs, lengths, last, ids):
+def written(model, params, prompts, ids):
     """(the new tokens, the cache): a pass over the prompts, then token by token."""
     draw = Draw(KEY, ids, NEW, N_IDS)
-    return autoregressive.complete(model, {"params": params}, inputs, lengths, last, draw, M)
+    return autoregressive.complete(model, {"params": params}, prompts, draw, M)
 
 
 @functools.cache
 def one_device():
     model = transformer(SHAPE, MASK)
     run = jax.jit(functools.partial(written, model))
-    return run(parameters(), INPUTS, LENGTHS, LAST, IDS)
+    return run(parameters(), PROMPTS, IDS)
 
 
 @jax.jit
@@ -70,7 +70,7 @@ def test_ids_after_ragged_prompts_are_those_of_a_sampler_that_recomputes():
     of a sampler that reads all it wrote again."""
     (got, _), inputs = one_device(), np.full((B, M), BOS, np.int32)
     for b, n in enumerate(LENGTHS):
-        inputs[b, : int(n) + NEW] = np.concatenate([INPUTS[b, :n], got[b]])
+        inputs[b, : n + NEW] = [BOS, *TEXTS[b], *np.asarray(got[b])]
     at_BxN = LENGTHS[:, None] - 1 + jnp.arange(NEW)
 
     def drawn(logits, at_B):
@@ -84,7 +84,7 @@ def test_ids_after_ragged_prompts_are_those_of_a_sampler_that_recomputes():
 
 PLANS = {
     "cp2": ({"cp": 2}, CommPlan("ring", layout=SequenceLayout("striped"))),
-    "cp4": ({"cp": 4}, CommPlan("ring", layout=SequenceLayout("zigzag"))),
+    "cp4": ({"cp": 4}, CommPlan("ring", layout=ZIGZAG)),
     "cp2 tp2": ({"cp": 2, "tp": 2}, CommPlan("all_gather")),
     "dp2 cp2": ({"dp": 2, "cp": 2}, CommPlan("ulysses", 2, layout=SequenceLayout("striped", 4))),
 }
@@ -97,10 +97,9 @@ def test_ids_over_cp_are_those_of_one_device(name):
     mesh = factor(make_mesh(dict.fromkeys(AXES, 1) | degrees), "cp")
     _, specs = builders.shapes_and_specs(model, L)
     rows, (_, kv) = P(BATCH_AXES), model.decode_state(B, M)
-    given = specs, P(BATCH_AXES, "cp"), rows, rows, rows
+    given = specs, autoregressive.Prompts(P(BATCH_AXES, "cp"), rows, rows), rows
     run = jax.jit(shard_map(functools.partial(written, model), mesh, given, (rows, kv)))
-    dealt = layouts.permute(INPUTS, plan.layout, degrees["cp"])
-    args = parameters(), dealt, LENGTHS, LAST, IDS
+    args = parameters(), autoregressive.prompts_of(TEXTS, BOS, plan.layout, degrees["cp"]), IDS
     program = run.lower(*args).compile()
     got, kept = program(*args)
     want, cache = one_device()
@@ -134,7 +133,17 @@ def test_what_exceeds_the_capacity_is_refused():
     model, draw = transformer(SHAPE, MASK), Draw(KEY, IDS, M - L + 1, N_IDS)
     message = r"prompt \+ new = 16 \+ 9 = 25 > M = 24 positions .* write at most 8 tokens"
     with pytest.raises(ValueError, match=message):
-        autoregressive.complete(model, {}, INPUTS, LENGTHS, LAST, draw, M)
+        autoregressive.complete(model, {}, PROMPTS, draw, M)
+
+
+def test_prompts_are_filled_up_to_what_the_layout_divides():
+    inputs, lengths, last = autoregressive.prompts_of([[5], [], [3, 4]], BOS, ZIGZAG, 2)
+    order = layouts.permutation(ZIGZAG, 4, 2)
+    rows = [[BOS, 5, BOS, BOS], [BOS] * 4, [BOS, 3, 4, BOS]]
+    np.testing.assert_array_equal(inputs, np.array(rows)[:, order])
+    assert list(lengths) == [2, 1, 3] and list(last) == [5, BOS, 4]
+    with pytest.raises(ValueError, match="0 sequences: give at least one"):
+        autoregressive.prompts_of([], BOS, ZIGZAG, 2)
 
 
 def test_rows_after_a_rolled_back_draft_are_those_of_a_whole_pass():
@@ -142,8 +151,9 @@ def test_rows_after_a_rolled_back_draft_are_those_of_a_whole_pass():
     rows, kept = 3, jnp.array([0, 1, 3, 2])
     model, mesh = transformer(SHAPE, MASK), make_mesh(dict.fromkeys(AXES, 1) | {"cp": 4})
     params, (_, specs) = parameters(), builders.shapes_and_specs(model, L)
-    drafted = jnp.where(jnp.arange(rows) < kept[:, None], INPUTS[:, :rows], N_IDS - 1)
-    after = jnp.take_along_axis(INPUTS, kept[:, None] + jnp.arange(rows), 1)
+    inputs = np.random.default_rng(5).integers(0, N_IDS, (B, M), np.int32)
+    drafted = jnp.where(jnp.arange(rows) < kept[:, None], inputs[:, :rows], N_IDS)
+    after = jnp.take_along_axis(inputs, kept[:, None] + jnp.arange(rows), 1)
 
     def body(params, drafted, after, kept):
         variables = {"params": params}
@@ -153,6 +163,5 @@ def test_rows_after_a_rolled_back_draft_are_those_of_a_whole_pass():
 
     given = specs, P(), P(), P()
     got = jax.jit(shard_map(body, mesh, given, P()))(params, drafted, after, kept)
-    logits = whole(np.pad(INPUTS, ((0, 0), (0, M - L))))
-    want = jnp.take_along_axis(logits, (kept + rows - 1)[:, None, None], 1)[:, 0]
+    want = jnp.take_along_axis(whole(inputs), (kept + rows - 1)[:, None, None], 1)[:, 0]
     np.testing.assert_allclose(got, want, atol=1e-5)
