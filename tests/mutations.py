@@ -21,6 +21,7 @@ MOE, ROUTER = "tests/models/test_moe.py::", "tests/models/test_router.py::"
 PLANNER = "tests/parallel/context/test_planner.py::"
 PIPELINE = "tests/parallel/pipeline/"
 BLOCKS = "tests/sampling/test_block_cache.py::"
+SHARDED = "tests/sampling/test_sharded_cache.py::"
 CORE = (
     Mutation(
         "balance statistics of this rank alone",
@@ -247,6 +248,27 @@ CORE = (
         "jnp.moveaxis(x_NxRx.reshape(N // B, B, R, *x_NxRx.shape[2:]), 0, 1)",
         "x_NxRx.reshape(B, N // B, R, *x_NxRx.shape[2:])",
         f"{BLOCKS}test_logits_are_those_of_the_model_without_a_cache",
+    ),
+    Mutation(
+        "every device of cp caches every row",
+        "parallel/context/cache.py",
+        "(index_BxR % cp == device) & ",
+        "",
+        "tests/parallel/context/test_cache.py::test_devices_hold_what_a_list_holds",
+    ),
+    Mutation(
+        "keys of a prompt are cached where they were computed",
+        "models/attention.py",
+        "sharded.deal(k_BxLxKxC, v_BxLxKxC, self.core.layout)",
+        "(k_BxLxKxC, v_BxLxKxC)",
+        f"{SHARDED}test_ids_over_cp_are_those_of_one_device[cp4]",
+    ),
+    Mutation(
+        "all sequences have the noise of the longest",
+        "sampling/autoregressive.py",
+        "keys = position_keys(draw.key, draw.sample_ids_B, 0, i[..., None])[:, 0]",
+        "keys = position_keys(draw.key, draw.sample_ids_B, 0, i.max()[None])[:, 0]",
+        f"{SHARDED}test_ids_after_ragged_prompts_are_those_of_a_sampler_that_recomputes",
     ),
 )
 MUTATIONS = (*CORE, *STATE, *SPECULATION)

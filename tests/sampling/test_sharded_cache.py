@@ -73,11 +73,14 @@ def test_ids_after_ragged_prompts_are_those_of_a_sampler_that_recomputes():
         inputs[b, : n + NEW] = [BOS, *TEXTS[b], *np.asarray(got[b])]
     at_BxN = LENGTHS[:, None] - 1 + jnp.arange(NEW)
 
-    def drawn(logits, at_B):
-        row_BxV = jnp.take_along_axis(logits, at_B[:, None, None], 1)[:, 0]
-        return autoregressive.next_token(row_BxV, Draw(KEY, IDS, NEW, N_IDS), at_B)
+    rows_BxNxV = jnp.take_along_axis(whole(inputs), at_BxN[..., None], 1)
 
-    want = jax.jit(jax.vmap(drawn, (None, 1), 1))(whole(inputs), at_BxN)
+    def drawn(row_V, sample, i):
+        draw = Draw(KEY, sample[None], NEW, N_IDS)
+        return autoregressive.next_token(row_V[None], draw, i)[0]
+
+    of_sequence = jax.vmap(drawn, (0, None, 0))
+    want = jax.jit(jax.vmap(of_sequence))(rows_BxNxV, IDS, at_BxN)
     np.testing.assert_array_equal(got, want)
     assert len(np.unique(got)) > 6
 
