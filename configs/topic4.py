@@ -17,7 +17,7 @@ import ml_collections
 
 from fdp.config import lock
 from fdp.config_file import llama_like, start
-from fdp.topics.speculative_dlm.settings import DRAFTS, TEXTS
+from fdp.topics.speculative_dlm.settings import TEXTS
 
 
 def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
@@ -56,9 +56,9 @@ def _tiny(c: ml_collections.ConfigDict) -> None:
 
 def _full(c: ml_collections.ConfigDict) -> None:
     _cpu(c)
-    c.train.steps = 2000
+    c.train.steps = 800
     c.seeds = (0, 1, 2)
-    c.speculation.update(drafts=tuple(DRAFTS), texts=tuple(TEXTS))
+    c.speculation.texts = tuple(TEXTS)
 
 
 def _large(c: ml_collections.ConfigDict) -> None:
@@ -67,7 +67,7 @@ def _large(c: ml_collections.ConfigDict) -> None:
     c.train.update(steps=20_000, lr=3e-4, warmup=2000, weight_decay=0.1, beta2=0.95)
     c.eval.update(every=1000, batches=4)
     c.checkpoint.every = 1000
-    c.speculation.drafts = ("tenth",)
+    c.speculation.update(drafts=("tenth",), sequences=2)
 
 
 def _h100(c: ml_collections.ConfigDict) -> None:

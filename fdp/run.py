@@ -121,6 +121,11 @@ def build_arms(
             # Too small a split shows now, not after training.
             next(eval_batches(split, experiment.fit.batch, 1))
         own = seeds.get(name, config.seeds)
+        if arm.data.awaits and not hasattr(study, "examples"):
+            raise ValueError(
+                f"arm {name} learns from {', '.join(arm.data.awaits)}, and the topic makes no "
+                "examples of it: define examples(arm, teachers) -> Data beside its study"
+            )
         for teacher in arm.data.awaits:
             before = {one.seed for one in arms.get(teacher, [])}
             if missing := [seed for seed in own if seed not in before]:

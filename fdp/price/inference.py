@@ -64,8 +64,8 @@ class Degrees:
 @dataclass(frozen=True)
 class ForwardPass:
     """One step over all requests: `rows` positions of each run, `keys` are attended to, `head_rows`
-    reach the head. Of the keys, `prefix` are cached once for every `states` requests in a row, such
-    as the states of a window of speculative decoding.
+    reach the head, where one token is drawn. Of the keys, `prefix` are cached once for every
+    `states` requests in a row, such as the states of a window of speculative decoding.
     """
 
     requests: int
@@ -163,8 +163,8 @@ def flops(shape: ModelShape, work: ForwardPass, degrees: Degrees) -> int:
 def collectives(
     shape: ModelShape, work: ForwardPass, degrees: Degrees, sequence_parallel: bool
 ) -> list[tuple[str, int, int]]:
-    """(op of fdp.price.network, payload bytes, times) over tp: sublayer sums, and two numbers a row
-    to draw a token.
+    """(op of fdp.price.network, payload bytes, times) over tp: sublayer sums, and two numbers a
+    request to draw a token.
     """
     if degrees.tp == 1:
         return []
@@ -173,7 +173,7 @@ def collectives(
         2 * shape.layers + 1,
     )  # two sublayers a layer, and the embedding
     hidden = b * work.rows * shape.width * shape.itemsize
-    draw = ("all_reduce", 4 * b * work.head_rows, 2)
+    draw = ("all_reduce", 4 * b, 2)
     if sequence_parallel:
         return [("all_gather", hidden, sums), ("reduce_scatter", hidden, sums), draw]
     return [("all_reduce", hidden, sums), draw]

@@ -165,16 +165,18 @@ def drafted(
 def corrected(
     at: Decoding, layers: int, rounds: Mapping[int, tuple[float, float]], apart: bool = False
 ) -> Best:
-    """The best window and placement with a draft of `layers` that drafts every step once and is
-    then corrected by what the verifier drew: `rounds` of each window, as in `Rounds`. Draft and
-    verifier take turns. `apart`: only with devices of its own."""
+    """The best window and placement with a draft of `layers` that is corrected by what the verifier
+    drew: `rounds` of each window, as in `Rounds`. A round gives one step that needs no draft, every
+    other one is drafted once. Draft and verifier take turns. `apart`: only with devices of its
+    own."""
     found = []
     for W, counts in rounds.items():
         for split in PLACES if apart else (EVERYWHERE, *PLACES):
             if split.replicas > 1:
                 continue
-            draft = at.steps * priced(draft_shape(layers), at, 1, split.draft).seconds
-            verify = _rounds(at, counts) * priced(LLADA_8B, at, W, split.verifier).seconds
+            many = _rounds(at, counts)
+            draft = (at.steps - many) * priced(draft_shape(layers), at, 1, split.draft).seconds
+            verify = many * priced(LLADA_8B, at, W, split.verifier).seconds
             where = "all devices" if split.shared else f"{split.draft} + {split.verifier} devices"
             found.append(Best(draft + verify, W, f"corrected drafts on {where} in turn"))
     return min(found, key=lambda one: one.seconds)

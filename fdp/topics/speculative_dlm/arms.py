@@ -9,7 +9,7 @@ from fdp.experiment import Experiment, standard
 from fdp.keys import UserError
 from fdp.topics.speculative_dlm.distillation import Distillation
 from fdp.topics.speculative_dlm.hinted import hinted
-from fdp.topics.speculative_dlm.settings import DRAFTS, TEXT, TEXTS, VERIFIER, drafts, tasks
+from fdp.topics.speculative_dlm.settings import DRAFTS, TEXT, TEXTS, VERIFIER, WIDE, drafts, tasks
 from fdp.topics.speculative_dlm.teaching import awaited
 
 SHALLOW = 4  # a draft has a quarter of the layers
@@ -40,6 +40,7 @@ def text_config(config: ml_collections.ConfigDict, text: str) -> ml_collections.
     if config.data.source != "blank":
         c.data.source = source
     c.data.update(tokenizer="byte", seq_len=TEXT)
+    c.speculation.update(texts=(), lessons=())
     c.model.vocab = 264  # bytes, a mask and what makes it even over tp
     return c
 
@@ -51,7 +52,7 @@ def taught(
     s, n_ids = config.speculation, _tokens(verifier)[1]
     model, reach = plain.model, 0
     if lesson == "hinted":
-        model, reach = hinted(model, n_ids), min(max(s.windows), verifier.data.seq_len)
+        model, reach = hinted(model, n_ids), min(WIDE, verifier.data.seq_len)
     data = replace(awaited(verifier, s.taught, reach), awaits=(VERIFIER,))
     axes = plain.objective.axes  # type: ignore[attr-defined]
     return replace(plain, model=model, data=data, objective=Distillation(n_ids, s.hard, axes=axes))

@@ -28,6 +28,8 @@ SELF = ("stale", "jacobi", "refreshed")  # what the verifier drafts for itself
 PLAIN = "uncorrected "
 DRAFTERS = (*SELF, *NOISY, *(PLAIN + name for name in NOISY), "exact")
 BIGRAM = "bigram"  # counts of pairs of tokens in the training data
+PAIRED = 1024  # ids at most: all powers of a table of pairs are kept
+WIDE = 16  # the window of the claim, beside the whole chain
 # Target → (order, temperature, threshold). Stale drafts at temperature 0 are FreeDave's algorithm,
 # alone and on top of threshold decoding.
 TARGETS: dict[str, tuple[str, float, float | None]] = {
@@ -123,6 +125,11 @@ def check(c: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"objective.name={c.objective.name!r}: the drafts of this topic follow the chain of a "
             "masked denoiser; set objective.name=mdlm or block_diffusion"
+        )
+    if c.objective.name == "block_diffusion" and s.lessons:
+        raise UserError(
+            f"speculation.lessons={tuple(s.lessons)} with objective.name=block_diffusion: drafts "
+            "learn at states of a whole sequence; set speculation.lessons=() or objective.name=mdlm"
         )
     if not set(s.drafters) & set(SELF):
         raise UserError(

@@ -116,7 +116,7 @@ def _data(corpus: Data, found: Visits, reach: int) -> Data:
     )
 
 
-@lru_cache(maxsize=1)  # several drafts learn from one verifier, one after the other
+@lru_cache(maxsize=4)  # all drafts of a verifier learn from the same chains, seed after seed
 def visits(verifier: Arm, chains: int) -> Visits:
     """So many chains of the trained verifier by the sampler of its objective, in float32 on one
     device, with noise of its seed."""

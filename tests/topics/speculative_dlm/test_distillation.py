@@ -226,8 +226,8 @@ def test_a_distilled_draft_differs_from_the_plain_one_in_what_it_learns_alone():
     plain, taught = found["tenth"], found["tenth-distilled"]
     assert taught.data.awaits == (VERIFIER,) and taught.objective.hard == 0.1
     assert taught.model == plain.model and taught.fit == plain.fit
-    shown = arms(changed(drafts=("tenth",), lessons=("hinted",), windows=(4, 8)))["tenth-hinted"]
-    assert shown.model.shape == plain.model.shape and shown.data.train.reach == 8
+    shown = arms(changed(drafts=("tenth",), lessons=("hinted",)))["tenth-hinted"]
+    assert shown.model.shape == plain.model.shape and shown.data.train.reach == 16
     more = arms(changed(drafts=("tenth",), lessons=("distilled",), longer=5))
     steps = {name: e.fit.steps for name, e in more.items()}
     assert steps == {VERIFIER: 400, "tenth": 2000, "tenth-distilled": 2000}

@@ -61,6 +61,22 @@ def test_an_objective_that_is_no_masked_denoiser_is_refused():
         settings.check(c)
 
 
+def test_drafts_of_block_diffusion_do_not_learn_from_the_verifier():
+    c = changed()
+    c.objective.name = "block_diffusion"
+    with pytest.raises(UserError, match=r"set speculation.lessons=\(\) or objective.name=mdlm"):
+        settings.check(c)
+
+
+def test_texts_have_verifiers_and_plain_drafts_of_bytes():
+    c = changed(texts=("bible-blocks",), lessons=())
+    c.data.source = "blank"
+    made = arms(c)
+    assert list(made) == [VERIFIER, "tenth", "bible-blocks-verifier", "bible-blocks-tenth"]
+    assert made["bible-blocks-tenth"].objective.block == 16
+    assert made["bible-blocks-tenth"].model.shape.vocab == 264
+
+
 def test_drafts_of_other_tokens_are_refused_and_both_are_named(found):
     verifier, draft = found[VERIFIER], found["tenth"]
     n_ids = verifier.objective.n_ids
