@@ -119,6 +119,9 @@ def test_a_pupil_is_not_trained_on_what_it_was_built_with(tmp_path) -> None:
 def test_a_teacher_is_trained_first_with_the_same_seeds(order) -> None:
     c = get_config("tiny")
     made = {n: arm(n, ("teacher",) if n == "pupil" else ()).experiment for n in order}
-    study = SimpleNamespace(arms=lambda config: made)
+    study, mesh = SimpleNamespace(arms=lambda config: made), make_mesh({**c.mesh, "dp": 2})
+    with pytest.raises(ValueError, match=r"learns from teacher, .* define examples\(arm, teachers"):
+        fdp_run.build_arms(c, study, mesh)
+    study.examples = None
     with pytest.raises(ValueError, match="arm pupil learns from teacher, of which seed 0 is not"):
-        fdp_run.build_arms(c, study, make_mesh({**c.mesh, "dp": 2}))
+        fdp_run.build_arms(c, study, mesh)

@@ -126,7 +126,8 @@ class JacobiDrafter:
         def step(now: ChainState, _: None) -> tuple[ChainState, tuple]:
             # The state of the old window whose step this is, if it got that far.
             same_WxB = steps_WxB == now.step_B
-            found_B, old_B = same_WxB.any(0), same_WxB.argmax(0)
+            # Nothing is missing beyond the end of a chain, either.
+            found_B, old_B = same_WxB.any(0) | ~chain.masked(now).any(1), same_WxB.argmax(0)
             fresh, bad_B, passes = self._fresh(chain, now, stale, anywhere(~found_B))
             old_BxL, new_BxL = at(verdict.score_WxBxL, old_B), chain.score(fresh, now)
 

@@ -35,6 +35,8 @@ def target_chain(
     order, temperature, threshold = TARGETS[target]
     given = 0 if order in BY_NOISE else length // PROMPTED
     start_BxL = jnp.where(jnp.arange(length) < given, text_BxL, n_ids)
+    # Without a prompt it is constant, and XLA would run the first step while it compiles.
+    start_BxL = jax.lax.optimization_barrier(start_BxL)
     draw = Draw(jax.random.key(SEED), ids_B, length, n_ids, temperature, start_BxL, trace)
     return Chain(draw, order, threshold=threshold)
 
