@@ -25,6 +25,7 @@ def rounds(counts: list[RoundCounts]) -> Any:
             line = sorted((c.length, c.rounds) for c in mine if c.drafter == name)
             if line:
                 style = {"marker": MARKERS[i % len(MARKERS)], "color": COLOURS[i % len(COLOURS)]}
+                style["linestyle"] = "-" if i < len(COLOURS) else "--"
                 axes.plot(*zip(*line, strict=True), label=name, **style)
         axes.set(title=title, xlabel="length L, tokens", ylabel="mean rounds of a sample")
         axes.set_ylim(bottom=0)
