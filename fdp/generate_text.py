@@ -158,7 +158,9 @@ def _cut(plan: Speculation, steps: int, arm: Arm, length: int) -> Speculation:
     """The plan with no more states than steps are left, said where it changes."""
     most, why = steps, f"{length} - {length - steps} steps are left after the prompt"
     objective = arm.objective
-    if isinstance(objective, BlockDiffusion) and objective.block < most:
+    # Drafts of another arm need all rows, so their windows may cross the border of a block.
+    blocks = isinstance(objective, BlockDiffusion) and not plan.arm
+    if blocks and objective.block < most:
         most, why = objective.block, f"a block has {objective.block} steps"
     if plan.window <= most:
         return plan
@@ -341,7 +343,7 @@ class TextWriter:
         if self.asked.draft is None:
             return FREE[self.plan.drafter]
         model = ModelDrafter(denoiser_of(self.asked.draft.arm.experiment, variables[0]))
-        return JacobiDrafter(model)  # fewer rounds than the model alone
+        return JacobiDrafter(model)  # usually fewer rounds than the model alone
 
 
 def write(asked: Asked) -> tuple[list[str], int]:
